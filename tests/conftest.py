@@ -1,0 +1,94 @@
+"""Pools of CPU ranks over gloo, started once a session: `ranks(n, fn, *args)` runs fn on n ranks.
+
+`fn` is a function of a test module (it travels by name) and may use torch.distributed freely. The answers come
+back in rank order; an error in any rank is raised in the test with that rank's traceback.
+"""
+
+import os
+import tempfile
+import traceback
+from collections.abc import Callable, Iterator
+from multiprocessing.connection import Connection
+from multiprocessing.connection import wait as wait_for
+from typing import Any
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+
+torch.set_num_threads(1)
+
+SECONDS_PER_CALL = 240
+
+
+def _serve(rank: int, world_size: int, store: str, pipe: Connection) -> None:
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), DS_ACCELERATOR="cpu")
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size)
+    while True:
+        fn, args, kwargs = pipe.recv()
+        try:
+            pipe.send((True, fn(*args, **kwargs)))
+        except Exception:
+            pipe.send((False, traceback.format_exc()))
+
+
+class RankPool:
+    """`world_size` processes that wait for functions to run."""
+
+    def __init__(self, world_size: int, folder: str):
+        context = mp.get_context("spawn")
+        store = os.path.join(folder, f"store{world_size}")  # a file, not a port: nothing to collide with
+        self.pipes, self.processes = [], []
+        for rank in range(world_size):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(rank, world_size, store, theirs), daemon=True)
+            process.start()
+            theirs.close()
+            self.pipes.append(ours)
+            self.processes.append(process)
+
+    def __call__(self, fn: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Any]:
+        for pipe in self.pipes:
+            pipe.send((fn, args, kwargs))
+        answers: dict[int, Any] = {}
+        while len(answers) < len(self.pipes):
+            waiting = [p for r, p in enumerate(self.pipes) if r not in answers]
+            ready = wait_for(waiting, timeout=SECONDS_PER_CALL)
+            if not ready:
+                raise TimeoutError(f"{fn.__name__}: ranks {set(range(len(self.pipes))) - set(answers)} did not answer")
+            for pipe in ready:
+                rank = self.pipes.index(pipe)  # type: ignore[arg-type]
+                ok, answer = pipe.recv()  # type: ignore[union-attr]
+                if not ok:
+                    raise RuntimeError(f"rank {rank} of {len(self.pipes)}:\n{answer}")
+                answers[rank] = answer
+        return [answers[rank] for rank in range(len(self.pipes))]
+
+    def close(self) -> None:
+        for process in self.processes:
+            process.kill()
+        for process in self.processes:
+            process.join()
+
+
+@pytest.fixture(scope="session")
+def ranks() -> Iterator[Callable[..., list[Any]]]:
+    """`ranks(n, fn, *args, **kwargs)`: fn on n gloo ranks; a list of answers in rank order."""
+    with tempfile.TemporaryDirectory() as folder:
+        pools: dict[int, RankPool] = {}
+
+        def run(world_size: int, fn: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Any]:
+            if world_size not in pools:
+                pools[world_size] = RankPool(world_size, tempfile.mkdtemp(dir=folder))
+            try:
+                return pools[world_size](fn, *args, **kwargs)
+            except (RuntimeError, TimeoutError, EOFError):
+                pools.pop(world_size).close()  # its ranks may be out of step with one another: start afresh
+                raise
+
+        yield run
+        for pool in pools.values():
+            pool.close()
