@@ -1,0 +1,242 @@
+"""Every key of a configuration, documented where it is declared. Imports no torch.
+
+A configuration has two halves. The *recipe* (`seed data model objective optimizer train evaluation`) says what is
+computed; `execution` and `run` say how, where and how loudly. Changing only the second half does not change the
+numbers beyond rounding. The global batch size is the only batch size in the recipe.
+"""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[int, Field(gt=0)]
+PositiveNumber = Annotated[float, Field(gt=0)]
+
+
+class Section(BaseModel):
+    """A part of the configuration: unknown keys are errors, values do not change after loading."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, validate_default=True)
+
+
+class ImageAugmentation(Section):
+    """The base image view: torchvision v2, per sample, before normalisation."""
+
+    crop_scale: tuple[Fraction, Fraction] = (0.6, 1.0)
+    """Area share of the random resized crop, smallest and largest. [1, 1] switches cropping off."""
+    crop_ratio: tuple[PositiveNumber, PositiveNumber] = (0.75, 4 / 3)
+    """Aspect ratio of the random resized crop, smallest and largest."""
+    flip: Fraction = 0.5
+    """Probability of a left-right flip."""
+    randaugment: tuple[int, int] | None = None
+    """RandAugment's number of operations and magnitude, such as [2, 7]; null: none."""
+    color_jitter: float = 0.0
+    """Strength of brightness, contrast and saturation jitter (hue: a quarter of it)."""
+    grayscale: Fraction = 0.0
+    """Probability of turning the image grey."""
+
+
+class Data(Section):
+    """Which pairs, in which order, as which tensors."""
+
+    train: str | list[str] = "emoji/train"
+    """Shards to train on: a split of the embedded corpus (emoji/train), an index .json, a folder with an index.json,
+    or shard paths with brace patterns ({00000..00099}.tar). Several: a list, ids follow one another."""
+    lanes: Positive = 8
+    """Independent streams that the data set is cut into; the number of ranks must divide it."""
+    shuffle_window: Positive = 4
+    """Shards whose samples are mixed with one another inside a lane."""
+    image_size: Positive = 224
+    """Side of the square image that the image tower sees, in pixels."""
+    image_mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
+    """Channel means for normalisation, on the device (default: CLIP's)."""
+    image_std: tuple[PositiveNumber, PositiveNumber, PositiveNumber] = (0.26862954, 0.26130258, 0.27577711)
+    """Channel standard deviations for normalisation."""
+    augmentation: ImageAugmentation = ImageAugmentation()
+    tokenizer: str = "emoji"
+    """emoji (WordPiece trained on the embedded corpus), a tokenizer.json, or a local folder of a transformers tokenizer."""
+    context_length: Annotated[int, Field(ge=4)] = 32
+    """Tokens per caption; longer ones are cut, shorter ones padded."""
+    caption: str = "txt"
+    """Where a sample's caption is: txt, or json.FIELD (a string, or a list of which one is drawn per epoch)."""
+    image_views: Annotated[int, Field(ge=0)] = 0
+    """Further augmented views of every image (AmCLR's omega)."""
+    text_views: Annotated[int, Field(ge=0)] = 0
+    """Further captions of every sample, drawn from `text_view`."""
+    text_view: str = "json.captions"
+    """Where further captions come from: json.FIELD, a string or a list."""
+    max_bad_fraction: Fraction = 0.01
+    """Share of unreadable samples past which the run stops. Each is replaced by another sample, and logged."""
+
+
+class ImageTower(Section):
+    """The image encoder."""
+
+    name: str = "small_resnet"
+    """small_resnet (for CPU), torchvision/NAME (such as torchvision/resnet50) or timm/NAME."""
+    width: Positive = 16
+    """small_resnet: channels of the first stage."""
+    depth: Positive = 10
+    """small_resnet: 10 or 18 layers."""
+    norm: Literal["default", "group", "batch", "sync", "frozen"] = "default"
+    """Normalisation of convolutional towers. batch: each rank's micro-batch by itself, which breaks the invariance to
+    ranks and micro-batch; sync: over all ranks (not under the gradient cache); frozen: stored statistics; group: per
+    sample. default: group for small_resnet, the library's own elsewhere (a BatchNorm there must be chosen by name)."""
+    weights: str | None = None
+    """Local file (.safetensors, .pt) with the tower's weights; null: random."""
+    projection: Literal["linear", "mlp"] = "linear"
+    """Head from the tower's features to the embedding."""
+    dropout: Fraction = 0.0
+    """Dropout before the head."""
+
+
+class TextTower(Section):
+    """The text encoder."""
+
+    name: str = "small_transformer"
+    """small_transformer (for CPU), or transformers/PATH: a local folder with config.json (and weights, used when
+    `pretrained`), or transformers/TYPE such as transformers/distilbert for that type's default size, random weights."""
+    width: Positive = 64
+    """small_transformer: width."""
+    layers: Positive = 1
+    """small_transformer: number of blocks."""
+    heads: Positive = 2
+    """small_transformer: attention heads."""
+    pretrained: bool = False
+    """transformers/PATH: load the weights in that folder."""
+    pooling: Literal["default", "mean", "first", "last"] = "default"
+    """How token features become one: mean over tokens, the first or the last one. default: mean for small_transformer
+    and decoder-like models, first for BERT-like ones."""
+    projection: Literal["linear", "mlp"] = "linear"
+    """Head from the tower's features to the embedding."""
+    dropout: Fraction = 0.0
+    """Dropout inside small_transformer and before the head."""
+
+
+class Model(Section):
+    """Two towers, two heads, one learned scale."""
+
+    embedding_width: Positive = 128
+    """D, the width of the common space."""
+    image: ImageTower = ImageTower()
+    text: TextTower = TextTower()
+    temperature: PositiveNumber = 0.07
+    """Start value of the learned temperature; logit_scale = 1 / temperature is clamped to [1, 100] after each step."""
+    logit_bias: float = -10.0
+    """Start value of the learned bias (objectives that have one: siglip)."""
+
+
+class Optimizer(Section):
+    """Update rule and learning-rate schedule. Schedules count samples, not steps."""
+
+    name: Literal["adamw"] = "adamw"
+    """Update rule."""
+    lr: PositiveNumber = 1e-3
+    """Peak learning rate at this global batch size."""
+    min_lr: Annotated[float, Field(ge=0)] = 0.0
+    """Learning rate at the end of the cosine."""
+    schedule: Literal["cosine", "constant"] = "cosine"
+    """Course of the learning rate after warm-up."""
+    warmup_samples: Annotated[int, Field(ge=0)] = 0
+    """Samples over which the learning rate rises linearly from 0."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.1
+    """Decoupled weight decay; never on biases, norms, logit_scale and logit_bias."""
+    betas: tuple[Fraction, Fraction] = (0.9, 0.98)
+    """Adam's moments."""
+    eps: PositiveNumber = 1e-8
+    """Adam's epsilon."""
+    max_grad_norm: Annotated[float, Field(ge=0)] = 0.0
+    """Gradients are scaled down to this global L2 norm; 0: no clipping."""
+
+
+class Train(Section):
+    """How much, and in which portions."""
+
+    global_batch_size: Annotated[int, Field(ge=2)] = 128
+    """Pairs contrasted with one another in one step, over all ranks. The only batch size of the recipe."""
+    samples: Positive | None = None
+    """Length of the run in samples seen. Give this or `epochs`."""
+    epochs: PositiveNumber | None = None
+    """Length of the run in passes over the data. Give this or `samples`."""
+
+
+class Evaluation(Section):
+    """What is measured, and when. The last step is always evaluated when `splits` is not empty."""
+
+    splits: list[str] = []
+    """Held-out pairs for retrieval and zero-shot, named like data.train: emoji/val_style, emoji/val_concept, an index."""
+    every_samples: Positive | None = None
+    """Also evaluate each time that many samples have been seen; null: at the end only."""
+    classes: str | None = "json.concept"
+    """Zero-shot classification: where a sample's class is (json.FIELD); null: no zero-shot."""
+    templates: list[str] = ["{}", "an emoji of {}", "a picture of {}", "{} icon", "a drawing of {}"]
+    """Prompts that a class name is put into; their normalised features are averaged."""
+    batch_size: Positive = 256
+    """Samples encoded at once per rank during evaluation; does not change results."""
+
+
+class Similarity(Section):
+    """How the similarity engine works through B x B similarities. Never changes results beyond rounding."""
+
+    chunk: Positive | Literal["auto"] = "auto"
+    """Rows of similarities alive at once."""
+    gather: Literal["all", "ring"] = "all"
+    """all: gather every rank's features; ring: pass them round, memory for one rank's block only."""
+    backend: Literal["auto", "torch"] = "auto"
+    """Who computes the blocks."""
+    distribution: Literal["auto", "column_sums", "two_blocks", "reduce_scatter"] = "auto"
+    """How ranks share the matrix products (docs/similarity.md)."""
+    cache_mib: Annotated[int, Field(ge=0)] = 0
+    """Memory per rank in MiB to keep similarity blocks in, instead of computing them again in backward."""
+
+
+class Execution(Section):
+    """How the recipe is run. Nothing here changes the numbers beyond rounding."""
+
+    micro_batch_size: Positive | None = None
+    """Samples one rank encodes at once; null: its whole share of the global batch."""
+    zero_stage: Literal[0, 1] = 0
+    """DeepSpeed ZeRO stage: 0 nothing, 1 optimizer states partitioned over ranks."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Of parameters and activations. Similarities, log-sums and optimizer states stay fp32."""
+    workers: Annotated[int, Field(ge=0)] = 0
+    """Processes per rank that read and decode; 0: the rank itself. Does not change the batches."""
+    threads: Positive | None = None
+    """CPU threads per rank; null: the machine's cores over its ranks."""
+    sample_state: Literal["auto", "replicated", "sharded"] = "auto"
+    """Per-sample state of the objective: on every rank, or cut over ranks by id."""
+    similarity: Similarity = Similarity()
+
+
+class Run(Section):
+    """Where results go, and what is said meanwhile."""
+
+    folder: str = "runs"
+    """Run folders are made in here."""
+    name: str | None = None
+    """Name of this run's folder; null: configuration name, objective, batch size and time."""
+    log_every_steps: Positive = 10
+    """Steps between two lines on the console and in metrics.jsonl."""
+    wandb: Literal["off", "offline", "online"] = "off"
+    """Also log to Weights & Biases; offline writes files to sync later."""
+    wandb_project: str = "amclr_scale"
+    """Project name there."""
+
+
+class Config(Section):
+    """One run."""
+
+    seed: int = 0
+    """Of everything random: initial weights, order, augmentation, dropout."""
+    data: Data = Data()
+    model: Model = Model()
+    objective: dict[str, Any] = {"name": "clip"}
+    """name, and that objective's own options (docs/objectives.md)."""
+    optimizer: Optimizer = Optimizer()
+    train: Train = Train()
+    evaluation: Evaluation = Evaluation()
+    execution: Execution = Execution()
+    run: Run = Run()
+    deepspeed: dict[str, Any] = {}
+    """Further keys for DeepSpeed's own configuration; may not contradict what the keys above generate."""
