@@ -1,0 +1,75 @@
+"""Combinations of keys that would fail later, or train wrongly in silence: refused before any process starts."""
+
+from typing import Any
+
+from amclr_scale.config.schema import Config
+
+
+def check(config: Config, world_size: int) -> list[str]:
+    """One line per mistake, the key to change first; empty when all is well."""
+    return [*_length(config), *_shares(config, world_size), *_views(config), *_deepspeed(config)]
+
+
+def _length(config: Config) -> list[str]:
+    train = config.train
+    if (train.samples is None) == (train.epochs is None):
+        return [f"train.samples: expected exactly one of train.samples and train.epochs, got {train.samples} and {train.epochs}"]
+    if train.samples is not None and train.samples < train.global_batch_size:
+        return [f"train.samples: expected at least one global batch ({train.global_batch_size}), got {train.samples}"]
+    return []
+
+
+def _shares(config: Config, world_size: int) -> list[str]:
+    lanes, batch = config.data.lanes, config.train.global_batch_size
+    lines = []
+    if lanes % world_size:
+        divisors = ", ".join(str(n) for n in range(1, lanes + 1) if lanes % n == 0)
+        fits = [n for n in range(world_size, batch + 1, world_size) if batch % n == 0]
+        hint = f" (or, as a change of the recipe, data.lanes={fits[0]})" if fits else ""
+        lines.append(f"data.lanes: expected a multiple of the number of ranks, got {lanes} lanes for {world_size} ranks; run on {divisors} ranks{hint}")
+    if batch % lanes:
+        near = max(lanes, round(batch / lanes) * lanes)
+        lines.append(f"train.global_batch_size: expected a multiple of data.lanes = {lanes}, got {batch}; the nearest is {near}")
+    return lines
+
+
+def _views(config: Config) -> list[str]:
+    omega = config.objective.get("omega")
+    if omega is None:
+        return []
+    return [
+        f"data.{key}: objective {config.objective['name']} with omega = {omega} needs {omega}, got {value}"
+        for key, value in (("image_views", config.data.image_views), ("text_views", config.data.text_views))
+        if value != omega
+    ]
+
+
+# What the schema generates, and the key that says it. Everything else in DeepSpeed's configuration is the user's.
+GENERATED = {
+    "train_batch_size": "train.global_batch_size",
+    "train_micro_batch_size_per_gpu": "execution.micro_batch_size",
+    "gradient_accumulation_steps": "execution.micro_batch_size",
+    "gradient_clipping": "optimizer.max_grad_norm",
+    "optimizer": "optimizer.name",
+    "scheduler": "optimizer.schedule",
+    "bf16": "execution.precision",
+    "fp16": "execution.precision",
+    "amp": "execution.precision",
+    "zero_optimization.stage": "execution.zero_stage",
+}
+
+
+def _deepspeed(config: Config) -> list[str]:
+    def given(tree: dict[str, Any], prefix: str = "") -> list[str]:
+        paths = []
+        for key, value in tree.items():
+            paths.append(prefix + key)
+            if isinstance(value, dict):
+                paths += given(value, f"{prefix}{key}.")
+        return paths
+
+    return [
+        f"deepspeed.{path}: this is generated from {GENERATED[path]}; set that key instead"
+        for path in given(config.deepspeed)
+        if path in GENERATED
+    ]

@@ -1,0 +1,203 @@
+"""From a YAML file and `a.b=c` words to a checked `Config`: every mistake in one answer, the key first.
+
+A file may name another one in `base:` and then holds differences only. Imports no torch, so that a login node
+answers in milliseconds and no process group starts on a mistake.
+"""
+
+import difflib
+import hashlib
+import json
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+
+from amclr_scale.config.checks import check
+from amclr_scale.config.objective_options import option_models
+from amclr_scale.config.schema import Config
+from amclr_scale.errors import UserError
+
+RECIPE = ("seed", "data", "model", "objective", "optimizer", "train", "evaluation")
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2's idea of numbers and booleans (1e-4 is a number, off is a word); a key given twice is an error."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value]
+        twice = sorted({key for key in keys if keys.count(key) > 1})
+        if twice:
+            raise yaml.constructor.ConstructorError(None, None, f"{twice[0]}: given twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag not in ("tag:yaml.org,2002:float", "tag:yaml.org,2002:bool")]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\.\d+|\d+(\.\d*)?([eE][-+]?\d+)|\d+\.\d*|\.inf|\.nan)$"),
+    list("-+.0123456789"),
+)
+_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
+
+
+def _parse(text: str, where: str) -> Any:
+    try:
+        return yaml.load(text, _Loader)
+    except yaml.YAMLError as error:
+        raise UserError(f"{where}: not readable as YAML: {' '.join(str(error).split())}") from error
+
+
+def merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    """`above` over `below`, section by section. A section whose `name` changes loses the options of the old name."""
+    if "name" in below and "name" in above and below["name"] != above["name"]:
+        below = {}
+    merged = dict(below)
+    for key, value in above.items():
+        old = merged.get(key)
+        merged[key] = merge(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+    return merged
+
+
+def _read_file(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
+    if not path.is_file():
+        raise UserError(f"--config: expected a YAML file, got {path}, which does not exist")
+    if path.resolve() in seen:
+        raise UserError(f"base: {path} names itself through {seen[-1]}")
+    tree = _parse(path.read_text(), str(path)) or {}
+    if not isinstance(tree, dict):
+        raise UserError(f"{path}: expected sections with keys, got {type(tree).__name__}")
+    base = tree.pop("base", None)
+    return merge(_read_file(path.parent / base, (*seen, path.resolve())), tree) if base else tree
+
+
+def _from_words(words: Sequence[str]) -> dict[str, Any]:
+    tree: dict[str, Any] = {}
+    for word in words:
+        key, equals, value = word.partition("=")
+        if not equals or not key:
+            raise UserError(f"{word}: expected key=value, such as train.global_batch_size=1024")
+        above: Any = _parse(value, key)
+        for part in reversed(key.split(".")):
+            above = {part: above}
+        tree = merge(tree, above)
+    return tree
+
+
+def _model_at(location: Sequence[Any]) -> type[BaseModel] | None:
+    """The section that a location such as ("model", "image") leads to."""
+    model: Any = Config
+    for part in location:
+        field = model.model_fields.get(part) if isinstance(part, str) else None
+        model = field.annotation if field else None
+        if not (isinstance(model, type) and issubclass(model, BaseModel)):
+            return None
+    return model
+
+
+def all_keys(model: type[BaseModel] = Config, prefix: str = "") -> Iterator[str]:
+    """Every key of the schema, dotted."""
+    for name, field in model.model_fields.items():
+        inner = field.annotation
+        if isinstance(inner, type) and issubclass(inner, BaseModel):
+            yield from all_keys(inner, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}"
+
+
+def _nearest(name: str, names: Sequence[str], elsewhere: Sequence[str] = ()) -> str:
+    near = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
+    if near:
+        return f"; did you mean '{near[0]}'?"
+    same_word = [key for key in elsewhere if difflib.get_close_matches(name, [key.rpartition(".")[2]], cutoff=0.8)]
+    if same_word:
+        return f"; did you mean {same_word[0]}?"
+    return f"; known: {', '.join(names)}" if names and len(names) <= 20 else ""
+
+
+def _explain(error: ErrorDetails, prefix: str, model: type[BaseModel] | None) -> str:
+    """One line for one mistake."""
+    # pydantic adds the branch of a union ("int", "literal['auto']") to the location: that is no key of ours
+    location = [part for part in error["loc"] if not re.search(r"[\[\]()-]|^(int|float|str|bool|constrained-)", str(part))]
+    key = prefix + ".".join(map(str, location))
+    if error["type"] == "extra_forbidden":
+        section = _model_at(location[:-1]) if model is None else model
+        names = list(section.model_fields) if section else []
+        return f"{key}: no such key{_nearest(str(location[-1]), names, list(all_keys()) if model is None else ())}"
+    if error["type"] == "missing":
+        return f"{key}: this key is needed, and there is none"
+    message = error["msg"].replace("Input should be", "expected").replace("Value error, ", "")
+    got = error["input"]
+    return f"{key}: {message}, got {got!r}"
+
+
+def _mistakes(error: ValidationError, prefix: str = "", model: type[BaseModel] | None = None) -> list[str]:
+    lines: dict[str, str] = {}
+    for detail in error.errors():
+        line = _explain(detail, prefix, model)
+        key = line.partition(":")[0]
+        lines[key] = f"{lines[key].rpartition(', got ')[0]}, or {line.partition(': ')[2]}" if key in lines else line
+    return list(lines.values())
+
+
+def _check_objective(objective: Any) -> tuple[dict[str, Any], list[str]]:
+    """The objective's section with its defaults filled in, and what is wrong with it."""
+    models = option_models()
+    if not isinstance(objective, dict) or not isinstance(objective.get("name"), str):
+        return {}, ["objective.name: this key is needed, such as objective.name=clip"]
+    name, options = objective["name"], {k: v for k, v in objective.items() if k != "name"}
+    if name not in models:
+        return {}, [f"objective.name: no such objective '{name}'{_nearest(name, list(models))}"]
+    try:
+        return {"name": name, **models[name](**options).model_dump()}, []
+    except ValidationError as error:
+        return {}, _mistakes(error, "objective.", models[name])
+
+
+def build(tree: dict[str, Any], world_size: int = 1) -> Config:
+    """Check a tree of sections and fill in the defaults.
+
+    Raises:
+        UserError: one line per mistake, all of them.
+    """
+    objective, lines = _check_objective(tree.get("objective", {"name": "clip"}))
+    try:
+        config = Config.model_validate({**tree, "objective": objective})
+    except ValidationError as error:
+        raise UserError("\n".join(_mistakes(error) + lines)) from error
+    lines += check(config, world_size)
+    if lines:
+        raise UserError("\n".join(lines))
+    return config
+
+
+def load(path: str | Path | None, words: Sequence[str] = (), world_size: int = 1) -> Config:
+    """Read a configuration file, put the words over it, check everything.
+
+    Args:
+        path: YAML file; None: the schema's defaults.
+        words: `section.key=value`, YAML on the right of the sign.
+        world_size: number of ranks, for the checks that depend on it.
+
+    Raises:
+        UserError: one line per mistake, all of them, the key first.
+    """
+    return build(merge(_read_file(Path(path)) if path else {}, _from_words(words)), world_size)
+
+
+def dump(config: Config) -> str:
+    """The resolved configuration as YAML that `load` reads back to an equal one."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, width=110, allow_unicode=True)
+
+
+def recipe_hash(config: Config) -> str:
+    """12 hex digits that change whenever a key of the recipe does, and never with `execution` or `run`."""
+    tree = config.model_dump(mode="json")
+    recipe = {section: tree[section] for section in RECIPE}
+    return hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:12]

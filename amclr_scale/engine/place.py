@@ -1,0 +1,71 @@
+"""Which rank this process is, however it was started: deepspeed, torchrun, srun, mpirun's variables, or plain python.
+
+Imports no torch: the configuration is checked against the number of ranks before anything heavy is loaded.
+"""
+
+import os
+import socket
+import subprocess
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from amclr_scale.errors import UserError
+
+
+@dataclass(frozen=True)
+class Place:
+    """This process among the others."""
+
+    rank: int = 0
+    local_rank: int = 0  # on this node
+    world_size: int = 1
+    local_world_size: int = 1  # processes on this node
+
+
+def _first_host(environment: Mapping[str, str]) -> str:
+    """The node of rank 0 of a SLURM step."""
+    nodes = environment.get("SLURM_STEP_NODELIST", environment.get("SLURM_NODELIST", ""))
+    try:
+        names = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise UserError(f"MASTER_ADDR: expected the address of rank 0's node; scontrol does not tell it ({error}); set it") from error
+    return names.split()[0]
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def find_place(environment: Mapping[str, str] | None = None) -> Place:
+    """Read the launcher's variables.
+
+    Raises:
+        UserError: some are set and others, which belong to them, are not.
+    """
+    env = os.environ if environment is None else environment
+    try:
+        if "RANK" in env and "WORLD_SIZE" in env:  # deepspeed, torchrun
+            world = int(env["WORLD_SIZE"])
+            local_world = env.get("LOCAL_WORLD_SIZE") or env.get("LOCAL_SIZE") or world
+            return Place(int(env["RANK"]), int(env.get("LOCAL_RANK", 0)), world, int(local_world))
+        if "SLURM_STEP_NUM_TASKS" in env and "SLURM_PROCID" in env:  # srun; a batch script by itself sets no step
+            tasks_here = env.get("SLURM_STEP_TASKS_PER_NODE", env["SLURM_STEP_NUM_TASKS"]).split("(")[0].split(",")[0]
+            return Place(int(env["SLURM_PROCID"]), int(env["SLURM_LOCALID"]), int(env["SLURM_STEP_NUM_TASKS"]), int(tasks_here))
+    except (KeyError, ValueError) as error:
+        raise UserError(f"environment: the launcher's variables do not fit together: {error}") from error
+    return Place()
+
+
+def export(place: Place) -> None:
+    """Set the variables that torch.distributed and DeepSpeed read, where the launcher has not."""
+    os.environ.setdefault("RANK", str(place.rank))
+    os.environ.setdefault("LOCAL_RANK", str(place.local_rank))
+    os.environ.setdefault("WORLD_SIZE", str(place.world_size))
+    os.environ.setdefault("LOCAL_WORLD_SIZE", str(place.local_world_size))
+    if "MASTER_ADDR" not in os.environ:
+        os.environ["MASTER_ADDR"] = "127.0.0.1" if place.world_size == 1 else _first_host(os.environ)
+    if "MASTER_PORT" not in os.environ:
+        job = int(os.environ.get("SLURM_JOB_ID", 0))
+        os.environ["MASTER_PORT"] = str(_free_port() if place.world_size == 1 else 20000 + job % 20000)

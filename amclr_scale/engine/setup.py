@@ -1,0 +1,53 @@
+"""DeepSpeed's configuration from ours, and an engine around the model."""
+
+import logging
+from typing import Any
+
+import torch
+from torch import nn
+
+from amclr_scale.config.load import merge
+from amclr_scale.config.schema import Config
+from amclr_scale.engine.optimizers import build_optimizer, parameter_groups
+
+
+def deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:
+    """What DeepSpeed needs to know. The gradient cache drives the micro-batches, so for DeepSpeed a step is one batch.
+
+    Keys of `config.deepspeed` are laid over it; those that would contradict it were refused when it was loaded.
+    """
+    batch, precision = config.train.global_batch_size, config.execution.precision
+    generated: dict[str, Any] = {
+        "train_batch_size": batch,
+        "train_micro_batch_size_per_gpu": batch // world_size,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": config.optimizer.max_grad_norm,  # DeepSpeed's default is 1.0, so zero must be said
+        "zero_optimization": {"stage": config.execution.zero_stage},
+        "zero_allow_untested_optimizer": True,
+        "bf16": {"enabled": precision == "bf16"},
+        "steps_per_print": 10**9,
+    }
+    if precision == "bf16":
+        generated["communication_data_type"] = "fp32"  # the mean over ranks is taken in fp32, whatever is sent
+    return merge(generated, config.deepspeed)
+
+
+def quieten() -> None:
+    """Warnings and errors of DeepSpeed only: our own lines say what a user needs to know."""
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+
+
+def build_engine(config: Config, model: nn.Module, *, no_decay: set[str], device: torch.device, world_size: int) -> Any:
+    """`deepspeed.initialize` around the model: parameters are broadcast from rank 0, and live on `device`."""
+    quieten()
+    import deepspeed
+
+    model.to(device)
+    groups = parameter_groups(model.named_parameters(), no_decay, config.optimizer.weight_decay)
+    engine, *_ = deepspeed.initialize(
+        model=model,
+        optimizer=build_optimizer(config.optimizer, groups, device),
+        config=deepspeed_config(config, world_size),
+        dist_init_required=False,
+    )
+    return engine

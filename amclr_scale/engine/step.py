@@ -1,0 +1,131 @@
+"""One optimizer step: gradients by the cache, checked, clipped, applied; the learned scale kept in its bounds."""
+
+import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from amclr_scale.engine.gradient_cache import CachedStep, cached_backward
+from amclr_scale.engine.weights import clamp_
+from amclr_scale.metrics.phases import Phases
+from amclr_scale.types import Batch, Embeddings, Loss
+
+LOG_SCALE_BOUNDS = (0.0, math.log(100))  # CLIP's: a temperature between 0.01 and 1
+
+
+class NonFiniteError(RuntimeError):
+    """A loss or gradient that is not a number. The message names step, rank and sample ids; no weight was updated."""
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What one step left behind, as it is on the device."""
+
+    loss: Loss
+    grad_norm: float  # L2, of the whole gradient, before clipping
+    logit_scale: float  # 1 / temperature, as it was in this step
+
+
+class TrainStep:
+    """`step(batch, lr)` trains on one batch, of which this rank holds its share.
+
+    Args:
+        engine: from `build_engine`.
+        objective: embeddings of this rank -> this rank's mean.
+        micro_batch_size: samples encoded at once; None: all of this rank's.
+        kept: micro-batches whose graphs are kept between the two passes.
+    """
+
+    def __init__(
+        self,
+        engine: Any,
+        objective: Callable[[Embeddings], Loss],
+        *,
+        micro_batch_size: int | None,
+        device: torch.device,
+        phases: Phases,
+        kept: int = 1,
+    ):
+        self.engine, self.objective, self.device, self.phases = engine, objective, device, phases
+        self.micro_batch_size, self.kept = micro_batch_size, kept
+        self.stage = int(engine.zero_optimization_stage())
+        self.steps = 0
+
+    def _encode(self, images: tuple[Tensor, ...], texts: tuple[Tensor, ...]) -> dict[str, Any]:
+        outputs: dict[str, Any] = self.engine(images, texts)
+        return outputs
+
+    def _backward(self, surrogate: Tensor, last: bool) -> None:
+        if self.stage == 0:  # no coalesce_grad_reduction here: the boundary says when ranks exchange gradients
+            self.engine.set_gradient_accumulation_boundary(last)
+        self.engine.backward(surrogate, scale_wrt_gas=False)
+
+    def _one_reduction(self) -> AbstractContextManager[None] | None:
+        return self.engine.coalesce_grad_reduction() if self.stage > 0 else None
+
+    def __call__(self, batch: Batch, lr: float) -> StepReport:
+        """Train on one batch.
+
+        Raises:
+            NonFiniteError: before any weight is touched.
+        """
+        for group in self.engine.optimizer.param_groups:
+            group["lr"] = lr
+        done = cached_backward(
+            self._encode,
+            self.objective,
+            batch,
+            micro_batch_size=self.micro_batch_size or len(batch),
+            device=self.device,
+            kept=self.kept,
+            backward=self._backward,
+            one_reduction=self._one_reduction(),
+            phases=self.phases,
+        )
+        with self.phases("optimizer"):
+            grad_norm = self._grad_norm()
+            if self.stage == 0 and not math.isfinite(grad_norm):  # DeepSpeed checks at the other stages
+                self._fail(done, batch)
+            self.engine.set_gradient_accumulation_boundary(True)
+            self.engine.step()
+            if self.stage > 0:
+                grad_norm = float(self.engine.get_global_grad_norm())
+                if not math.isfinite(grad_norm) or not self.engine.was_step_applied():
+                    self._fail(done, batch)
+            clamp_(self.engine, self.engine.module.logit_scale, *LOG_SCALE_BOUNDS)
+        self.steps += 1
+        return StepReport(done.loss, grad_norm, float(done.leaves["logit_scale"].detach()))
+
+    def _grad_norm(self) -> float:
+        """L2 norm of the whole gradient before clipping; at stages 1 to 3 DeepSpeed tells it after the step."""
+        if self.stage > 0:
+            return math.nan
+        gradients = [p.grad for p in self.engine.module.parameters() if p.grad is not None]
+        return float(torch.nn.utils.get_total_norm(gradients))
+
+    def _fail(self, done: CachedStep, batch: Batch) -> None:
+        """Say where it came from: the samples whose features or feature gradients are not finite, on every rank."""
+        bad = torch.zeros(len(batch), dtype=torch.bool)
+        for leaf in done.leaves.values():
+            for tensor in (leaf.detach(), leaf.grad):
+                if tensor is not None and len(tensor) == len(batch):
+                    bad |= ~tensor.flatten(1).isfinite().all(1).cpu() if tensor.dim() > 1 else ~tensor.isfinite().cpu()
+        mine = (float(done.loss.value.detach()), batch.ids.cpu()[bad].tolist())
+        everyone = [mine]
+        if dist.is_initialized():
+            everyone = [mine] * dist.get_world_size()
+            dist.all_gather_object(everyone, mine)
+        lines = [
+            f"  rank {rank}: loss {loss}; "
+            + (f"ids with non-finite features or gradients: {ids[:8]}{' ...' if len(ids) > 8 else ''}" if ids else "its features are finite")
+            for rank, (loss, ids) in enumerate(everyone)
+        ]
+        raise NonFiniteError(
+            f"step {self.steps}: the gradient is not finite; no weight was updated. A lower optimizer.lr, a longer "
+            "optimizer.warmup_samples or optimizer.max_grad_norm usually mend it.\n" + "\n".join(lines)
+        )

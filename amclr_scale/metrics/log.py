@@ -1,0 +1,92 @@
+"""What a run says: one JSON object per logged step, one line on the console, optionally Weights & Biases."""
+
+import json
+import math
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from amclr_scale.config.schema import Config
+
+
+def _plain(value: float) -> float | None:
+    """JSON knows no NaN."""
+    return value if math.isfinite(value) else None
+
+
+class RunLog:
+    """The voice of rank 0; on other ranks every method does nothing.
+
+    On a terminal a progress line stays below the lines; elsewhere there are plain lines only.
+    """
+
+    def __init__(self, folder: Path, config: Config, *, speaks: bool, total_steps: int):
+        self.speaks = speaks
+        self.folder = folder
+        self._wandb: Any = None
+        self._progress: Progress | None = None
+        if not speaks:
+            return
+        self.console = Console(highlight=False, soft_wrap=True)
+        self._file = (folder / "metrics.jsonl").open("a")
+        if config.run.wandb != "off":
+            import wandb
+
+            self._wandb = wandb.init(
+                project=config.run.wandb_project, name=folder.name, dir=str(folder), mode=config.run.wandb,
+                config=config.model_dump(mode="json"),
+            )  # fmt: skip
+        if sys.stdout.isatty():
+            columns = (TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("steps"), TimeRemainingColumn())
+            self._progress = Progress(*columns, console=self.console)
+            self._task = self._progress.add_task("training", total=total_steps)
+            self._progress.start()
+
+    def say(self, text: Any) -> None:
+        """A line, or anything rich can print."""
+        if self.speaks:
+            self.console.print(text)
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        """Append one JSON object to metrics.jsonl (and send it to wandb)."""
+        if not self.speaks:
+            return
+        clean = {key: _plain(value) if isinstance(value, float) else value for key, value in record.items()}
+        self._file.write(json.dumps({"time": round(time.time(), 3), **clean}) + "\n")
+        self._file.flush()
+        if self._wandb is not None:
+            self._wandb.log({k: v for k, v in clean.items() if isinstance(v, int | float)}, step=int(record["step"]))
+
+    def step(self, record: Mapping[str, Any], total_steps: int) -> None:
+        """Write a training record, and say it in one line."""
+        self.write(record)
+        if self.speaks:
+            self.console.print(
+                f"step {record['step']:>6}/{total_steps}  epoch {record['epoch']:6.2f}  loss {record['loss']:8.4f}  "
+                f"lr {record['lr']:.2e}  grad {record['grad_norm']:8.3f}  scale {record['logit_scale']:6.2f}  "
+                f"{record['samples_per_second']:8.1f} samples/s  data wait {record['data_wait_share']:4.0%}  "
+                f"{record['peak_memory_gib']:.2f} GiB"
+            )
+
+    def advance(self, steps_done: int) -> None:
+        """Move the progress line."""
+        if self._progress is not None:
+            self._progress.update(self._task, completed=steps_done)
+
+    def __enter__(self) -> "RunLog":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if not self.speaks:
+            return
+        if self._progress is not None:
+            self._progress.stop()
+        if self._wandb is not None:
+            self._wandb.finish(exit_code=1 if error else 0)
+        self._file.close()

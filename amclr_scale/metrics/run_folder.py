@@ -1,0 +1,100 @@
+"""A run's folder: config.yaml, environment.json, metrics.jsonl, evaluation.json, learning_curve.png, weights.
+
+Imports no torch: whether the folder can be written is checked before any process group starts.
+"""
+
+import json
+import os
+import platform
+import subprocess
+import time
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from amclr_scale.config.load import dump, recipe_hash
+from amclr_scale.config.schema import Config
+from amclr_scale.errors import UserError
+
+PACKAGES = ("amclr_scale", "torch", "torchvision", "deepspeed", "transformers", "timm", "webdataset", "numpy", "triton")
+
+
+def check_writable(config: Config) -> None:
+    """Refuse a folder that cannot be made or written.
+
+    Raises:
+        UserError: naming run.folder.
+    """
+    folder = Path(config.run.folder).absolute()
+    existing = next(path for path in (folder, *folder.parents) if path.exists())
+    if not existing.is_dir():
+        raise UserError(f"run.folder: expected a folder, got {existing}, which is a file")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise UserError(f"run.folder: expected a folder that can be written, got {folder}: no permission in {existing}")
+
+
+def name_run(config: Config, source: str | None) -> Path:
+    """The folder of this run: run.name, or made of configuration, objective, batch size and time."""
+    stem = Path(source).stem if source else "defaults"
+    made = f"{stem}_{config.objective['name']}_B{config.train.global_batch_size}_{time.strftime('%Y%m%d-%H%M%S')}"
+    return Path(config.run.folder) / (config.run.name or made)
+
+
+def _installed(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _commit() -> str | None:
+    """The commit of the code that runs, marked when the tree differs from it."""
+    here = Path(__file__).parent
+    try:
+        text = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=12"], cwd=here, capture_output=True, text=True)
+    except OSError:
+        return None
+    return text.stdout.strip() or None
+
+
+def environment(device: str, world_size: int) -> dict[str, Any]:
+    """Versions, commit and hardware of this run."""
+    return {
+        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "python": platform.python_version(),
+        "packages": {name: found for name in PACKAGES if (found := _installed(name))},
+        "commit": _commit(),
+        "host": platform.node(),
+        "system": platform.platform(),
+        "cpu": _cpu_model(),
+        "cores": len(os.sched_getaffinity(0)),
+        "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
+        "device": device,
+        "ranks": world_size,
+    }
+
+
+def _cpu_model() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor()
+
+
+def create(folder: Path, config: Config, device: str, world_size: int) -> None:
+    """Make the folder and write what is known before the first step. Rank 0 calls it.
+
+    Raises:
+        UserError: the folder holds another recipe's run already, or cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if (folder / "metrics.jsonl").exists():
+            raise UserError(f"run.name: {folder} holds a run already; choose another name or remove it")
+        (folder / "config.yaml").write_text(f"# recipe {recipe_hash(config)}\n{dump(config)}")
+        (folder / "environment.json").write_text(json.dumps(environment(device, world_size), indent=1) + "\n")
+    except OSError as error:
+        raise UserError(f"run.folder: {folder} cannot be written: {error}") from error
