@@ -1,0 +1,31 @@
+"""Exact contrastive statistics over all ranks, with memory linear in the batch."""
+
+from amclr_scale.similarity.collectives import Group, all_gather, all_sum, gather, group, rank, world_size
+from amclr_scale.similarity.contrast import Contrast, Side, contrast
+from amclr_scale.similarity.gram import column_mean, gram
+from amclr_scale.similarity.nearest import top_k
+from amclr_scale.similarity.pairwise import pairwise
+from amclr_scale.similarity.rows import map_rows
+from amclr_scale.similarity.settings import Settings, configure, current, using
+
+__all__ = [
+    "Contrast",
+    "Group",
+    "Settings",
+    "Side",
+    "all_gather",
+    "all_sum",
+    "column_mean",
+    "configure",
+    "contrast",
+    "current",
+    "gather",
+    "gram",
+    "group",
+    "map_rows",
+    "pairwise",
+    "rank",
+    "top_k",
+    "using",
+    "world_size",
+]
