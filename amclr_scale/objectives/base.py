@@ -1,0 +1,169 @@
+"""What an objective is: a module that turns `Embeddings` into a `Loss`, known by a name, with typed options.
+
+An objective returns this rank's mean over its own rows and never asks how many ranks there are;
+`similarity/collectives.py` states the rule that makes this the gradient of one global batch.
+"""
+
+import dataclasses
+import types
+import typing
+from collections.abc import Callable
+from difflib import get_close_matches
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from amclr_scale.errors import UserError
+from amclr_scale.types import Embeddings, Loss
+
+Layout = Literal["auto", "replicated", "sharded"]
+
+
+class Objective(nn.Module):
+    """Subclass as `class SogCLR(Objective, name="sogclr")`, with a nested frozen dataclass `Config`.
+
+    The first line of the class's docstring is its description in `available()`. `Config` holds the options, each a
+    plain annotated literal (it is also read from source, without importing this package) and checks them together
+    in `__post_init__`.
+
+    Attributes:
+        needs_ids: reads `Embeddings.ids`, because it keeps state per sample.
+        needs_views: how many further image views and text views it reads.
+        needs_unit_rows: embeddings must have unit length; False for VICReg, which needs them as they are.
+        epoch: samples seen / samples in the data set, as of the last `set_epoch`.
+    """
+
+    registry: ClassVar[dict[str, type["Objective"]]] = {}
+    name: ClassVar[str]
+    Config: ClassVar[Callable[..., Any]]
+
+    needs_ids: bool = False
+    needs_views: int = 0
+    needs_unit_rows: bool = True
+    epoch: float = 0.0
+
+    def __init_subclass__(cls, *, name: str | None = None, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if name is not None:
+            assert name not in Objective.registry, f"two objectives are called {name}"
+            cls.name = name
+            Objective.registry[name] = cls
+
+    def __call__(self, embeddings: Embeddings) -> Loss:
+        """`forward`, after checking that the embeddings hold what this objective reads.
+
+        Raises:
+            UserError: (a ValueError) a field is missing, or rows do not match.
+        """
+        self._check(embeddings)
+        loss: Loss = super().__call__(embeddings)
+        return loss
+
+    def set_epoch(self, epoch: float) -> None:
+        """Say how far training is, in passes over the data set; the trainer does so before every step."""
+        self.epoch = epoch
+
+    @property
+    def learns(self) -> bool:
+        """Whether this forward may change state: in training mode, and with gradients on."""
+        return self.training and torch.is_grad_enabled()
+
+    def _check(self, embeddings: Embeddings) -> None:
+        image, text = embeddings.image, embeddings.text
+        if image.ndim != 2 or image.shape != text.shape:
+            got = f"{tuple(image.shape)} and {tuple(text.shape)}"
+            raise UserError(f"embeddings.image, embeddings.text: expected two of one shape (b, D), got {got}")
+        for field, views in (("image_views", embeddings.image_views), ("text_views", embeddings.text_views)):
+            if len(views) < self.needs_views:
+                raise UserError(
+                    f"embeddings.{field}: {self.name} needs {self.needs_views}, got {len(views)}; set data.{field}"
+                )
+            if any(view.shape != image.shape for view in views[: self.needs_views]):
+                raise UserError(f"embeddings.{field}: expected every view to have the shape {tuple(image.shape)}")
+        if self.needs_ids:
+            for field, ids in (("ids", embeddings.ids), ("text_ids", embeddings.text_ids)):
+                if ids is None and field == "ids":
+                    raise UserError(f"embeddings.ids: {self.name} keeps state per sample and needs them, got None")
+                if ids is not None and (ids.shape != image.shape[:1] or ids.dtype != torch.int64):
+                    got = f"{tuple(ids.shape)} {ids.dtype}"
+                    raise UserError(f"embeddings.{field}: expected ({len(image)},) torch.int64, got {got}")
+
+
+def learned_temperature(embeddings: Embeddings, fixed: float | None) -> Tensor | float:
+    """The temperature: `fixed`, or 1 / logit_scale where the option is None."""
+    if fixed is not None:
+        return fixed
+    if embeddings.logit_scale is None:
+        raise UserError(
+            "embeddings.logit_scale: expected the model's learned scale, got None; "
+            "learn one, or give the objective a fixed temperature"
+        )
+    return 1 / at_least_float32(embeddings.logit_scale)
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    """Half precision becomes float32; float32 and float64 stay."""
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
+def numbers(**values: Tensor | float) -> dict[str, float]:
+    """Metrics as floats, with a single copy from the device."""
+    tensors = {name: value.detach() for name, value in values.items() if isinstance(value, Tensor)}
+    copied: list[float] = []
+    if tensors:
+        dtype = torch.float64 if any(t.dtype == torch.float64 for t in tensors.values()) else torch.float32
+        copied = torch.stack([t.to(dtype).reshape(()) for t in tensors.values()]).tolist()
+    as_floats = dict(zip(tensors, copied, strict=True))
+    return {name: as_floats[name] if name in as_floats else float(value) for name, value in values.items()}
+
+
+def require(condition: bool, key: str, expected: str, got: object, *, fix: str = "") -> None:
+    """Raise `UserError` in the house's words unless `condition` holds."""
+    if not condition:
+        raise UserError(f"{key}: expected {expected}, got {got!r}" + (f"; {fix}" if fix else ""))
+
+
+def nearest(word: str, known: typing.Iterable[str]) -> str:
+    """`; did you mean 'sogclr'?`, or the known words where none is near."""
+    known = sorted(known)
+    matches = get_close_matches(word, known, n=1, cutoff=0.5)
+    return f"; did you mean {matches[0]!r}?" if matches else f"; known: {', '.join(known)}"
+
+
+def parse_options(name: str, config: Callable[..., Any], options: dict[str, Any]) -> Any:
+    """`config(**options)`, with unknown names, missing ones and wrong types answered in words."""
+    assert isinstance(config, type)
+    hints = typing.get_type_hints(config)
+    fields = {field.name: field for field in dataclasses.fields(config)}
+    for option, value in options.items():
+        if option not in fields:
+            raise UserError(f"{option}: {name} has no such option{nearest(option, fields)}")
+        options[option] = _as_type(option, hints[option], value)
+    for option, field in fields.items():
+        if field.default is dataclasses.MISSING and option not in options:
+            raise UserError(f"{option}: {name} needs it, got nothing; pass {option}=...")
+    return config(**options)
+
+
+def _as_type(option: str, hint: Any, value: Any) -> Any:
+    choices = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    for choice in choices:
+        if typing.get_origin(choice) is Literal:
+            if value in typing.get_args(choice):
+                return value
+        elif choice is float:
+            if isinstance(value, int | float) and not isinstance(value, bool):
+                return float(value)
+        elif choice is int:
+            if isinstance(value, int) and not isinstance(value, bool):
+                return value
+        elif isinstance(value, choice):
+            return value
+    wanted: list[str] = []
+    for choice in choices:
+        if typing.get_origin(choice) is Literal:
+            wanted += [repr(literal) for literal in typing.get_args(choice)]
+        else:
+            wanted.append("None" if choice is types.NoneType else choice.__name__)
+    raise UserError(f"{option}: expected {' or '.join(wanted)}, got {value!r}")

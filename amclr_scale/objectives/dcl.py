@@ -1,0 +1,82 @@
+"""DCL: CLIP's loss with the positive taken out of the denominator; DCLW also weighs the positives.
+
+Yeh et al., "Decoupled Contrastive Learning", ECCV 2022, arXiv:2110.06848.
+
+With logits l_ij = s_ij / t over the keys of all ranks:
+
+    DCL    L_i = log sum_{j != i} exp(l_ij) - l_ii            value = mean_i (L_i + L'_i)
+    DCLW   L_i = log sum_{j != i} exp(l_ij) - w_i l_ii        w_i = 2 - exp(s_ii / sigma) / mean_k exp(s_kk / sigma)
+
+The value is the sum over the two directions, so t times the gradient of DCL is that of SogCLR with gamma = 1: DCL is
+the control that separates SogCLR's moving average from its missing positive.
+
+Numerics: log-sum-exp in float32; w is a softmax over the global batch, shifted by its maximum, and differentiated.
+"""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from amclr_scale.objectives.base import Objective, learned_temperature, numbers, require
+from amclr_scale.objectives.clip import check_temperature
+from amclr_scale.similarity import all_gather, column_mean, contrast
+from amclr_scale.types import Embeddings, Loss
+
+
+class DCL(Objective, name="dcl"):
+    """Decoupled contrastive loss: no positive in the denominator, no state."""
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config:
+        """Options of `dcl`."""
+
+        temperature: float | None = 0.07  # fixed; null: learned, 1 / logit_scale
+
+        def __post_init__(self) -> None:
+            check_temperature(self.temperature)
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.config = config
+
+    def forward(self, embeddings: Embeddings) -> Loss:
+        return dcl_loss(embeddings, learned_temperature(embeddings, self.config.temperature), sigma=None)
+
+
+class DCLW(Objective, name="dclw"):
+    """Decoupled contrastive loss with positives weighted by a negative von Mises-Fisher density."""
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config:
+        """Options of `dclw`."""
+
+        temperature: float | None = 0.07  # fixed; null: learned, 1 / logit_scale
+        sigma: float = 0.5  # width of the weight: the smaller, the less a near positive counts
+
+        def __post_init__(self) -> None:
+            check_temperature(self.temperature)
+            require(self.sigma > 0, "sigma", "a positive number", self.sigma)
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.config = config
+
+    def forward(self, embeddings: Embeddings) -> Loss:
+        return dcl_loss(embeddings, learned_temperature(embeddings, self.config.temperature), self.config.sigma)
+
+
+def dcl_loss(embeddings: Embeddings, temperature: Tensor | float, sigma: float | None) -> Loss:
+    """The values above: DCLW's with a sigma, DCL's without."""
+    both = contrast(embeddings.image, embeddings.text, temperature=temperature, exclude_positive=True)
+    weight = 1.0 if sigma is None else positive_weight(both.image.positive, sigma)
+    image_loss = both.image.log_sum - weight * both.image.positive / temperature
+    text_loss = both.text.log_sum - weight * both.text.positive / temperature
+    loss = (image_loss + text_loss).mean()
+    return Loss(loss, numbers(objective=loss, temperature=temperature))
+
+
+def positive_weight(positive: Tensor, sigma: float) -> Tensor:
+    """The weight w of DCLW, (b,); its mean over the global batch is one."""
+    largest = all_gather(positive).max()
+    density = ((positive - largest) / sigma).exp()
+    return 2 - density / column_mean(density[:, None])

@@ -1,0 +1,125 @@
+"""What SogCLR and its relatives share: centred statistics of a batch, and moving averages kept as logarithms.
+
+For anchor i, negatives j != i, h_ij = s_ij - s_ii, temperature t_i:
+
+    x_ij = h_ij / t_i                      or f(h_ij) / t_i with the squared hinge f(h) = max(0, h + margin)^2
+    g_i  = mean_j exp(x_ij)                what this batch says
+    u_i <- (1 - gamma) u_i + gamma g_i     what all batches said; u_i = g_i at first sight
+    w_i  = g_i / u_i                       differentiated in g_i only; the estimator's gradient is that of t_i w_i
+
+Numerics: g and u are held as logarithms, so exp(log g - log u) <= 1 / gamma and nothing overflows or starves,
+however small the temperature and however wide the gap between positives and negatives.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from amclr_scale.errors import UserError
+from amclr_scale.objectives.base import Layout, require
+from amclr_scale.objectives.sample_state import SampleState, Visit
+from amclr_scale.similarity import contrast, map_rows
+from amclr_scale.types import Embeddings
+
+Temperature = float | Tensor
+
+
+@dataclass(frozen=True)
+class Centred:
+    """One direction's statistics over the negatives of each local anchor."""
+
+    log_g: Tensor  # (b,) log of the mean over negatives of exp(x); differentiable in embeddings and temperature
+    expected: Tensor  # (b,) mean of x under weights proportional to exp(x); no gradient
+
+
+def centred(
+    image: Tensor, text: Tensor, temperature: Temperature | tuple[Temperature, Temperature], margin: float | None = None
+) -> tuple[Centred, Centred]:
+    """Statistics of (image anchors, text anchors).
+
+    Args:
+        image: (b, D).
+        text: (b, D).
+        temperature: one for both sides, or (image side, text side); each a number or (b,).
+        margin: the squared hinge's; None: no hinge.
+    """
+    if margin is None:
+        both = contrast(image, text, temperature=temperature, exclude_positive=True, centred=True)
+        log_n = _log_num_negatives(both.num_keys)
+        return tuple(Centred(side.log_sum - log_n, side.expected) for side in (both.image, both.text))  # type: ignore[return-value]
+    image_t, text_t = temperature if isinstance(temperature, tuple) else (temperature, temperature)
+    return _hinged(image, text, image_t, margin), _hinged(text, image, text_t, margin)
+
+
+def _hinged(anchors: Tensor, keys: Tensor, temperature: Temperature, margin: float) -> Centred:
+    def rows(block: Tensor, positive: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        column = positive[:, None]  # (c, 1)
+        h = block - block.gather(1, column)  # (c, B)
+        x = (h + margin).clamp(min=0).square() / t[:, None].to(h.dtype)
+        x = x.scatter(1, column, -torch.inf)
+        log_g = x.logsumexp(1) - _log_num_negatives(x.shape[1] - 1)
+        weights = x.detach().softmax(1)
+        expected = (weights * x.detach().scatter(1, column, 0.0)).sum(1)
+        return log_g, expected
+
+    per_row = torch.as_tensor(temperature, dtype=anchors.dtype, device=anchors.device).expand(len(anchors))
+    return Centred(*map_rows(rows, anchors, keys, per_row))
+
+
+def _log_num_negatives(count: int) -> float:
+    if count < 1:
+        raise UserError("train.global_batch_size: expected at least 2 samples, for a negative to exist; got 1")
+    return math.log(count)
+
+
+def log_moving_average(old: Tensor, new: Tensor, gamma: float) -> Tensor:
+    """log((1 - gamma) exp(old) + gamma exp(new)); `new` where old is -inf, the value before the first visit."""
+    if gamma == 1.0:
+        return new
+    old = old.to(new.dtype)
+    blended = torch.logaddexp(old + math.log1p(-gamma), new + math.log(gamma))
+    return torch.where(old.isneginf(), new, blended)
+
+
+def cosine_from_one(epoch: float, last: float, num_epochs: float) -> float:
+    """1 in epoch 0, down half a cosine to `last` after `num_epochs`; one value per epoch, as published."""
+    progress = min(math.floor(epoch) / num_epochs, 1.0)
+    return last + (1 - last) * (1 + math.cos(math.pi * progress)) / 2
+
+
+def gamma_at(epoch: float, gamma: float, schedule: Literal["constant", "cosine"], num_epochs: float | None) -> float:
+    """The weight of the newest batch in u."""
+    if schedule == "constant":
+        return gamma
+    assert num_epochs is not None, "check_gamma refuses this"
+    return cosine_from_one(epoch, gamma, num_epochs)
+
+
+def check_gamma(gamma: float, schedule: str, num_epochs: float | None) -> None:
+    """Raise where the options of `gamma_at` are out of range or do not fit together."""
+    require(0 < gamma <= 1, "gamma", "a weight in (0, 1]", gamma)
+    require(
+        schedule == "constant" or (num_epochs is not None and num_epochs > 0),
+        "gamma_epochs",
+        f"a positive number of epochs for the {schedule} schedule",
+        num_epochs,
+    )
+
+
+def two_states(
+    num_samples: int, num_texts: int | None, columns: dict[str, float], layout: Layout, *, width: int = 0
+) -> tuple[SampleState, SampleState]:
+    """The tables of images and of texts."""
+    image = SampleState(num_samples, columns, width=width, layout=layout)
+    text = SampleState(num_samples if num_texts is None else num_texts, columns, width=width, layout=layout)
+    return image, text
+
+
+def two_visits(embeddings: Embeddings, image: SampleState, text: SampleState) -> tuple[Visit, Visit]:
+    """The step's rows of both tables; texts go by `text_ids` where an image has several captions."""
+    assert embeddings.ids is not None, "Objective.__call__ refuses this"
+    text_ids = embeddings.ids if embeddings.text_ids is None else embeddings.text_ids
+    return image.visit(embeddings.ids), text.visit(text_ids)

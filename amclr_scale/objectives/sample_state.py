@@ -1,0 +1,190 @@
+"""Numbers kept for every sample of the data set: estimators, temperatures, their moments.
+
+b  samples on this rank    B = b W  samples of the global batch    N  samples of the data set    W  ranks
+
+Two layouts give the same answers. Replicated: every rank holds all N rows and writes the same ones. Sharded: rank r
+holds the rows of the ids that are r modulo W, so memory is N / W, and a look-up is one all-reduce of b W numbers per
+column. `state_dict` holds all N rows in either layout, so a checkpoint fits any number of ranks.
+
+Where an id comes twice in a global batch, both look-ups give the old row, and the occurrence that is later in global
+batch order (rank by rank) is the one that is kept.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from amclr_scale.errors import UserError
+from amclr_scale.objectives.base import Layout
+from amclr_scale.similarity import collectives
+
+REPLICATED_BYTES = 256 * 2**20  # "auto" shards a state that is larger than this
+
+_HALF = (torch.float16, torch.bfloat16)
+
+
+class SampleState(nn.Module):
+    """A table of N rows with named columns, held as buffers.
+
+    Columns are float32, and become float64 the first time that float64 numbers are written.
+    """
+
+    def __init__(
+        self, num_samples: int, columns: Mapping[str, float], *, width: int = 0, layout: Layout = "auto"
+    ) -> None:
+        """Start every row with the initial values.
+
+        Args:
+            num_samples: N, the size of the data set; ids run from 0 to N - 1.
+            columns: name -> initial value.
+            width: 0 for one number per column, (N,); otherwise that many, (N, width).
+            layout: see `objectives.create`.
+
+        Raises:
+            UserError: (a ValueError) num_samples is not positive.
+        """
+        super().__init__()
+        if num_samples < 1:
+            raise UserError(f"num_samples: expected the size of the data set, got {num_samples}")
+        self.num_samples, self.columns = num_samples, tuple(columns)
+        if layout == "auto":
+            total = num_samples * len(columns) * max(width, 1) * 4
+            layout = "sharded" if total > REPLICATED_BYTES else "replicated"
+        # the number of shards and which of them this is: (1, 0) is all of it
+        sharded = layout == "sharded"
+        self.shards = (collectives.world_size(), collectives.rank()) if sharded else (1, 0)
+        rows = math.ceil(num_samples / self.shards[0])
+        shape = (rows, width) if width else (rows,)
+        for name, initial in columns.items():
+            self.register_buffer(name, torch.full(shape, initial, dtype=torch.float32))
+
+    def visit(self, ids: Tensor) -> "Visit":
+        """Look at the rows of this step's samples. Every rank calls it, with equally many ids.
+
+        Args:
+            ids: (b,) int64, this rank's.
+
+        Raises:
+            UserError: (a ValueError) on every rank, where any rank has an id outside [0, N).
+        """
+        num_shards, shard = self.shards
+        if num_shards > 1 and self.shards != (collectives.world_size(), collectives.rank()):
+            raise RuntimeError(
+                f"sample state: made as shard {shard} of {num_shards}, used on rank {collectives.rank()} of "
+                f"{collectives.world_size()}; create the objective after the process group"
+            )
+        every = collectives.all_gather(ids)  # (B,)
+        outside = (every < 0) | (every >= self.num_samples)
+        if outside.any():
+            raise UserError(
+                f"ids: expected ids from 0 to {self.num_samples - 1} (num_samples = {self.num_samples}), "
+                f"got {every[outside][0].item()}; ids are positions in the data set"
+            )
+        return Visit(self, ids, every)
+
+    def column(self, name: str) -> Tensor:
+        """All N rows of a column, (N,) or (N, width), on the CPU. Where sharded, every rank must call it."""
+        local: Tensor = getattr(self, name)
+        num_shards, _ = self.shards
+        if num_shards == 1:
+            return local.detach().cpu()
+        shards = collectives.all_gather(local).cpu()
+        by_shard = shards.view(num_shards, -1, *local.shape[1:])  # row k of shard r is id k W + r
+        return by_shard.transpose(0, 1).flatten(0, 1)[: self.num_samples].clone()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "SampleState":
+        before = {name: getattr(self, name) for name in self.columns}
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, old in before.items():
+            new: Tensor = getattr(self, name)
+            if new.dtype in _HALF:  # model.bfloat16(): an average over epochs does not survive 8 bits
+                setattr(self, name, old.to(new.device))
+        return self
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        if self.shards[0] == 1:
+            super()._save_to_state_dict(destination, prefix, keep_vars)
+            return
+        for name in self.columns:
+            destination[prefix + name] = self.column(name)
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Tensor], prefix: str, *rest: Any) -> None:
+        _, strict, missing_keys, unexpected_keys, error_msgs = rest
+        num_shards, shard = self.shards
+        for name in self.columns:
+            if prefix + name not in state_dict:
+                missing_keys.append(prefix + name)
+                continue
+            saved = state_dict[prefix + name]
+            ours: Tensor = getattr(self, name)
+            expected = (self.num_samples, *ours.shape[1:])
+            if saved.shape != expected:
+                error_msgs.append(
+                    f"{prefix}{name}: expected {expected} numbers (num_samples first), got {tuple(saved.shape)}; "
+                    "the state was saved for another data set or other options"
+                )
+                continue
+            loaded = torch.zeros_like(ours, dtype=torch.promote_types(ours.dtype, saved.dtype))
+            mine = saved[shard::num_shards]
+            loaded[: len(mine)] = mine.to(loaded)
+            setattr(self, name, loaded)
+        if strict:
+            known = {prefix + name for name in self.columns}
+            unexpected_keys.extend(key for key in state_dict if key.startswith(prefix) and key not in known)
+
+
+class Visit:
+    """One step's look at a `SampleState`: read the rows of its samples, then perhaps write them."""
+
+    def __init__(self, state: SampleState, ids: Tensor, every: Tensor) -> None:
+        self._state, self._ids, self._every = state, ids, every
+
+    def read(self) -> dict[str, Tensor]:
+        """Column -> (b,) or (b, width), as they were before this step, on the device of the ids."""
+        state, (num_shards, shard) = self._state, self._state.shards
+        if num_shards == 1:
+            return {name: _at(getattr(state, name), self._ids) for name in state.columns}
+        mine = self._every % num_shards == shard
+        rows = torch.where(mine, self._every // num_shards, 0)
+        found = [_at(getattr(state, name), rows) for name in state.columns]
+        joined = torch.stack(found)  # (columns, B) or (columns, B, width)
+        masked = joined.masked_fill(~mine.view(1, -1, *[1] * (joined.ndim - 2)), 0.0)
+        with torch.no_grad():
+            summed = collectives.all_sum(masked)
+        here = slice(collectives.rank() * len(self._ids), (collectives.rank() + 1) * len(self._ids))
+        return dict(zip(state.columns, summed[:, here].unbind(), strict=True))
+
+    @torch.no_grad()
+    def write(self, **columns: Tensor) -> None:
+        """Set the named columns of this step's samples, (b,) or (b, width) each, on this rank and on the others."""
+        state, (num_shards, shard) = self._state, self._state.shards
+        keep = _last_occurrences(self._every)
+        if num_shards > 1:
+            keep = keep[self._every[keep] % num_shards == shard]
+        rows = self._every[keep] // num_shards
+        every = collectives.all_gather(
+            torch.stack(list(columns.values()), dim=1)
+        )  # (B, columns) or (B, columns, width)
+        if every.dtype == torch.float64:
+            for name in state.columns:
+                setattr(state, name, getattr(state, name).double())
+        for name, values in zip(columns, every[keep].unbind(1), strict=True):
+            table: Tensor = getattr(state, name)
+            table[rows.to(table.device)] = values.to(table)
+
+
+def _at(table: Tensor, rows: Tensor) -> Tensor:
+    """Rows of a table that may live on another device (a large state in host memory)."""
+    return table[rows.to(table.device)].to(rows.device)
+
+
+def _last_occurrences(ids: Tensor) -> Tensor:
+    """Positions of the last occurrence of each distinct id."""
+    order = ids.argsort(stable=True)
+    ordered = ids[order]
+    is_last = torch.ones_like(ordered, dtype=torch.bool)
+    is_last[:-1] = ordered[1:] != ordered[:-1]
+    return order[is_last]

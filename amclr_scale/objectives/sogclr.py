@@ -1,0 +1,81 @@
+"""SogCLR: contrast each pair with the whole data set, through one moving average per sample and modality.
+
+Yuan et al., "Provable Stochastic Optimization for Global Contrastive Learning: Small Batch Does Not Harm
+Performance", ICML 2022, arXiv:2202.12387. The two-modality form is that of Qiu et al., ICML 2023, arXiv:2305.11965.
+
+With h_ij = s_ij - s_ii over the negatives j != i of the batch (images i against texts j, and the other way round):
+
+    objective  (1/N) sum_i t (log u_i + log u'_i),     u_i = mean over the data set of exp(h_ij / t)
+    g_i      = mean_j exp(h_ij / t)                    this batch's estimate
+    u_i     <- (1 - gamma) u_i + gamma g_i             u_i = g_i at first sight
+    value    = mean_i t g_i / u_i + t g'_i / u'_i      u held constant: its gradient is the estimator's
+
+Numerics: u is kept as log u, so the ratio never exceeds 1 / gamma and never starves (estimator.py).
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor
+
+from amclr_scale.objectives.base import Layout, Objective, numbers, require
+from amclr_scale.objectives.estimator import (
+    centred,
+    check_gamma,
+    gamma_at,
+    log_moving_average,
+    two_states,
+    two_visits,
+)
+from amclr_scale.types import Embeddings, Loss
+
+
+class SogCLR(Objective, name="sogclr"):
+    """Global contrastive loss by a moving average per sample: small batches, the whole data set's negatives."""
+
+    needs_ids = True
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config:
+        """Options of `sogclr`."""
+
+        num_samples: int  # images in the data set
+        num_texts: int | None = None  # texts in the data set, where that is another number
+        temperature: float = 0.07  # fixed, shared by all samples
+        gamma: float = 0.8  # weight of the newest batch in u; gamma = 1 is DCL
+        gamma_schedule: Literal["constant", "cosine"] = "constant"  # cosine: from 1 in epoch 0 to gamma
+        gamma_epochs: float | None = None  # epochs the cosine takes
+        surrogate: Literal["none", "squared_hinge"] = "none"  # squared_hinge: max(0, h + margin)^2 in place of h
+        margin: float = 1.0  # c of the squared hinge
+
+        def __post_init__(self) -> None:
+            require(self.temperature > 0, "temperature", "a positive number", self.temperature)
+            check_gamma(self.gamma, self.gamma_schedule, self.gamma_epochs)
+
+    def __init__(self, config: Config, sample_state: Layout = "auto") -> None:
+        super().__init__()
+        self.config = config
+        self.image_state, self.text_state = two_states(
+            config.num_samples, config.num_texts, {"log_u": -float("inf")}, sample_state
+        )
+
+    def forward(self, embeddings: Embeddings) -> Loss:
+        config = self.config
+        t = config.temperature
+        gamma = gamma_at(self.epoch, config.gamma, config.gamma_schedule, config.gamma_epochs)
+        sides = centred(embeddings.image, embeddings.text, t, config.margin if config.surrogate != "none" else None)
+
+        terms: list[Tensor] = []  # (b,) each
+        log_us: list[Tensor] = []
+        for side, visit in zip(sides, two_visits(embeddings, self.image_state, self.text_state), strict=True):
+            log_u = log_moving_average(visit.read()["log_u"], side.log_g.detach(), gamma)
+            if self.learns:
+                visit.write(log_u=log_u)
+            terms.append(t * (side.log_g - log_u).exp())
+            log_us.append(log_u)
+
+        image_log_u, text_log_u = log_us
+        return Loss(
+            (terms[0] + terms[1]).mean(),
+            numbers(objective=t * (image_log_u + text_log_u).mean(), log_u_image=image_log_u.mean(), gamma=gamma),
+        )
