@@ -54,11 +54,15 @@ def _parse(text: str, where: str) -> Any:
         raise UserError(f"{where}: not readable as YAML: {' '.join(str(error).split())}") from error
 
 
+# Two ways of saying one thing: whichever is said last counts.
+ALTERNATIVES = {"samples": "epochs", "epochs": "samples"}
+
+
 def merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
     """`above` over `below`, section by section. A section whose `name` changes loses the options of the old name."""
     if "name" in below and "name" in above and below["name"] != above["name"]:
         below = {}
-    merged = dict(below)
+    merged = {key: value for key, value in below.items() if ALTERNATIVES.get(key) not in above}
     for key, value in above.items():
         old = merged.get(key)
         merged[key] = merge(old, value) if isinstance(old, dict) and isinstance(value, dict) else value

@@ -196,8 +196,9 @@ class Execution(Section):
 
     micro_batch_size: Positive | None = None
     """Samples one rank encodes at once; null: its whole share of the global batch."""
-    zero_stage: Literal[0, 1] = 0
-    """DeepSpeed ZeRO stage: 0 nothing, 1 optimizer states partitioned over ranks."""
+    zero_stage: Literal[0, 1, 2, 3] = 0
+    """DeepSpeed ZeRO stage, what is partitioned over ranks: 0 nothing, 1 optimizer states, 2 also gradients, 3 also
+    parameters."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Of parameters and activations. Similarities, log-sums and optimizer states stay fp32."""
     workers: Annotated[int, Field(ge=0)] = 0

@@ -21,7 +21,7 @@ def start(place: Place, threads: int | None = None) -> torch.device:
         threads: CPU threads of this rank; None: the machine's cores over the ranks on it.
     """
     export(place)
-    cuda = torch.cuda.is_available()
+    cuda = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if cuda else "cpu")
     torch.set_num_threads(threads or max(1, len(os.sched_getaffinity(0)) // place.local_world_size))
     device = torch.device("cuda", place.local_rank) if cuda else torch.device("cpu")

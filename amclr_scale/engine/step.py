@@ -97,7 +97,7 @@ class TrainStep:
                 grad_norm = float(self.engine.get_global_grad_norm())
                 if not math.isfinite(grad_norm) or not self.engine.was_step_applied():
                     self._fail(done, batch)
-            clamp_(self.engine, self.engine.module.logit_scale, *LOG_SCALE_BOUNDS)
+            clamp_(self.engine.module.logit_scale, *LOG_SCALE_BOUNDS)
         self.steps += 1
         return StepReport(done.loss, grad_norm, float(done.leaves["logit_scale"].detach()))
 

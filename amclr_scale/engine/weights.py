@@ -5,22 +5,38 @@ in-place change of the first is undone by the next step at stages 1 to 3, a chan
 module one step late: so both are set.
 """
 
-from typing import Any
-
 import torch
 from torch import nn
 
 
-def clamp_(engine: Any, parameter: nn.Parameter, low: float, high: float) -> None:
+def clamp_(parameter: nn.Parameter, low: float, high: float) -> None:
     """Clamp a parameter that the engine trains, in the module and in the optimizer's master copy.
 
     All ranks call it. Tested for each stage and precision (tests/engine/test_weights.py).
     """
-    from deepspeed.utils import safe_get_full_fp32_param, safe_set_full_fp32_param
+    from deepspeed.utils import safe_set_full_fp32_param
 
-    master = safe_get_full_fp32_param(parameter) if hasattr(parameter, "_hp_mapping") or hasattr(parameter, "ds_id") else None
-    value = (parameter.detach().float() if master is None else master.float()).clamp(low, high)
-    if master is not None:
+    value = full_fp32(parameter).clamp(low, high)
+    if hasattr(parameter, "ds_id"):  # stage 3
+        import deepspeed
+        from deepspeed.utils import safe_set_local_fp32_param
+
+        # This rank's part, cut here: DeepSpeed cuts a whole value too, but not one shorter than the number of ranks.
+        part, rank = parameter.ds_tensor.ds_numel, deepspeed.comm.get_rank()
+        padded = torch.cat([value.flatten(), value.new_zeros(part * deepspeed.comm.get_world_size() - value.numel())])
+        safe_set_local_fp32_param(parameter, padded[rank * part : (rank + 1) * part])
+        with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0), torch.no_grad():
+            parameter.copy_(value)
+        return
+    if hasattr(parameter, "_hp_mapping"):  # stages 1 and 2
         safe_set_full_fp32_param(parameter, value)
     with torch.no_grad():
         parameter.copy_(value)
+
+
+def full_fp32(parameter: nn.Parameter) -> torch.Tensor:
+    """A parameter's whole fp32 value, wherever DeepSpeed keeps it. All ranks call it together."""
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    master = safe_get_full_fp32_param(parameter) if hasattr(parameter, "_hp_mapping") or hasattr(parameter, "ds_id") else None
+    return (parameter.detach() if master is None else master).float().clone()

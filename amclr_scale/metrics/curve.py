@@ -44,3 +44,11 @@ def draw(folder: Path) -> Path:
     figure.savefig(path, dpi=130)
     plt.close(figure)
     return path
+
+
+def draw_if_possible(folder: Path) -> str:
+    """Draw, and say where; or say what to install."""
+    try:
+        return f"learning curve {draw(folder)}"
+    except ImportError:
+        return "learning curve not drawn: matplotlib is missing (pip install 'amclr_scale[report]')"

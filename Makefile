@@ -1,0 +1,43 @@
+# Two commands do everything on a fresh clone: `make quickstart` trains on the embedded corpus, `make test` runs the tests.
+# PYTHON: the interpreter of the environment (3.11 or newer). TORCH_INDEX: where torch comes from when not from PyPI, such
+# as https://download.pytorch.org/whl/cpu for a build without CUDA.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+PIP := $(BIN)/pip --disable-pip-version-check install -q -c constraints.txt
+TORCH := $(BIN)/pip --disable-pip-version-check install -q -c constraints.txt $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch
+CPU := CUDA_VISIBLE_DEVICES= DS_ACCELERATOR=cpu
+CONFIG ?= configs/quickstart.yaml
+RANKS ?= 2
+
+.PHONY: quickstart test check format clean
+
+quickstart: $(INSTALLED)
+	$(CPU) $(BIN)/deepspeed -q --num_gpus $(RANKS) launch/train.py --config $(CONFIG) $(WORDS)
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest $(PYTEST)
+
+check: $(INSTALLED)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(INSTALLED)
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+# torch first and by itself: whatever build it is then stays. DeepSpeed looks at the installed torch while it is built.
+$(INSTALLED): pyproject.toml constraints.txt Makefile
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "PYTHON: expected 3.11 or newer, got $$($(PYTHON) --version); run make PYTHON=python3.11"; exit 2; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(TORCH)
+	$(PIP) setuptools wheel ninja
+	$(PIP) --no-build-isolation -e '.[dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,33 @@
+"""Every key with its type, default and meaning, for `--help`. Imports no torch."""
+
+import textwrap
+
+from pydantic import BaseModel
+
+from amclr_scale.config.objective_options import option_models
+from amclr_scale.config.schema import Config
+
+
+
+def _section(model: type[BaseModel], prefix: str) -> list[str]:
+    lines: list[str] = []
+    for name, field in model.model_fields.items():
+        inner = field.annotation
+        if isinstance(inner, type) and issubclass(inner, BaseModel):
+            lines += _section(inner, f"{prefix}{name}.")
+            continue
+        default = "needed" if field.is_required() else repr(field.default)
+        lines.append(f"  {prefix}{name} = {default}")
+        lines += textwrap.wrap(field.description or "", 104, initial_indent="      ", subsequent_indent="      ")
+    return lines
+
+
+def describe() -> str:
+    """The keys of a configuration, one paragraph each."""
+    lines = ["keys (give them in the file or as words; docs/objectives.md explains each objective's options):"]
+    lines += _section(Config, "")
+    lines.append("objectives and their options:")
+    for name, model in sorted(option_models().items()):
+        options = ", ".join(f"{key}={'needed' if f.is_required() else f.default}" for key, f in model.model_fields.items())
+        lines.append(f"  {name}: {options or 'no options'}")
+    return "\n".join(lines)

@@ -1,0 +1,128 @@
+"""The training loop: data, step, log, evaluate, until the recipe's samples are seen."""
+
+import resource
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+
+from amclr_scale.config.schema import Config
+from amclr_scale.engine.schedules import learning_rate
+from amclr_scale.engine.step import StepReport, TrainStep
+from amclr_scale.metrics.log import RunLog
+from amclr_scale.metrics.phases import Phases
+from amclr_scale.objectives.base import Objective
+from amclr_scale.similarity.collectives import all_sum, world_size
+from amclr_scale.types import Batch
+
+WAIT_WARNING = 0.2  # share of the time spent waiting for data above which the log says what to turn
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The arithmetic of a run."""
+
+    num_samples: int  # N, in the data set
+    total_steps: int
+    global_batch_size: int
+    world_size: int
+    micro_batch_size: int
+
+    @property
+    def local_batch_size(self) -> int:
+        return self.global_batch_size // self.world_size
+
+    @property
+    def total_samples(self) -> int:
+        return self.total_steps * self.global_batch_size
+
+    def __str__(self) -> str:
+        micro_batches = -(-self.local_batch_size // self.micro_batch_size)
+        return (
+            f"global batch {self.global_batch_size} = {self.world_size} ranks x {self.local_batch_size}, "
+            f"encoded {self.micro_batch_size} at once ({micro_batches} per step and rank"
+            f"{', through the gradient cache' if micro_batches > 1 else ''})\n"
+            f"{self.total_steps} steps = {self.total_samples} samples = "
+            f"{self.total_samples / self.num_samples:.2f} epochs of {self.num_samples}"
+        )
+
+
+def make_plan(config: Config, num_samples: int, world_size: int) -> Plan:
+    """Steps from samples or epochs: the nearest whole number of global batches, at least one."""
+    batch = config.train.global_batch_size
+    samples = config.train.samples or (config.train.epochs or 0) * num_samples
+    local = batch // world_size
+    micro = min(config.execution.micro_batch_size or local, local)
+    return Plan(num_samples, max(1, round(samples / batch)), batch, world_size, micro)
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Most memory held so far: the CUDA allocator's, or this process's resident set on CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def train(
+    config: Config,
+    plan: Plan,
+    *,
+    step: TrainStep,
+    objective: Objective,
+    batches: Iterator[Batch],
+    evaluate: Callable[[], dict[str, float]] | None,
+    log: RunLog,
+    phases: Phases,
+    device: torch.device,
+    on_first_step: Callable[[], None] = lambda: None,
+) -> dict[str, float]:
+    """Run the recipe to its end on every rank; returns the last evaluation."""
+    samples, logged_at, logged_time = 0, 0, time.perf_counter()
+    results: dict[str, float] = {}
+    for done in range(1, plan.total_steps + 1):
+        objective.set_epoch(samples / plan.num_samples)
+        lr = learning_rate(config.optimizer, samples + plan.global_batch_size / 2, plan.total_samples)
+        with phases("data", host=True):
+            batch = next(batches)
+        report = step(batch, lr)
+        samples += plan.global_batch_size
+        log.advance(done)
+        if done == 1:
+            on_first_step()
+
+        if done % config.run.log_every_steps == 0 or done in (1, plan.total_steps):
+            seconds = time.perf_counter() - logged_time
+            record = _record(report, phases, seconds, (samples - logged_at) / seconds, device)
+            place = {"step": done, "samples": samples, "epoch": samples / plan.num_samples, "lr": lr}
+            log.step({**place, **record}, plan.total_steps)
+            if record["data_wait_share"] > WAIT_WARNING and done > config.run.log_every_steps:
+                log.say(f"data: {record['data_wait_share']:.0%} of the time went into waiting for data; raise execution.workers")
+            logged_at, logged_time = samples, time.perf_counter()
+
+        every = config.evaluation.every_samples
+        crossed = every is not None and samples // every > (samples - plan.global_batch_size) // every
+        if evaluate is not None and (crossed or done == plan.total_steps):
+            begin = time.perf_counter()
+            results = evaluate()
+            scores = {f"eval/{key}": value for key, value in results.items()}
+            log.write({"step": done, "samples": samples, **scores, "eval_seconds": time.perf_counter() - begin})
+            phases.seconds()
+            logged_at, logged_time = samples, time.perf_counter()
+    return results
+
+
+def _record(report: StepReport, phases: Phases, seconds: float, rate: float, device: torch.device) -> dict[str, float]:
+    """What a logged step says. Loss and metrics are averaged over ranks: then they are those of the global batch."""
+    spent = phases.seconds()
+    own = {"loss": float(report.loss.value.detach()), **{f"objective/{k}": v for k, v in report.loss.metrics.items()}}
+    means = (all_sum(torch.tensor(list(own.values()), dtype=torch.float64, device=device)) / world_size()).tolist()
+    return {
+        **dict(zip(own, means, strict=True)),
+        "grad_norm": report.grad_norm,
+        "logit_scale": report.logit_scale,
+        "samples_per_second": rate,
+        "data_wait_share": min(1.0, spent.get("data", 0.0) / seconds),
+        "peak_memory_gib": peak_memory_gib(device),
+        **{f"seconds/{name}": value for name, value in spent.items()},
+    }

@@ -1,0 +1,148 @@
+"""Train a dual encoder from one configuration file.
+
+    deepspeed launch/train.py --config configs/quickstart.yaml train.global_batch_size=1024 objective.name=sogclr
+
+The same file runs under torchrun, srun, or plain python (one rank). Exit codes: 0 done, 1 failed, 2 a mistake in the
+configuration, the data or the command, told in words.
+"""
+
+import argparse
+import json
+import os
+import sys
+
+from amclr_scale.config.help import describe
+from amclr_scale.config.load import dump, load
+from amclr_scale.config.schema import Config
+from amclr_scale.engine.place import Place, find_place
+from amclr_scale.errors import UserError
+from amclr_scale.metrics.run_folder import check_writable, create, name_run
+from amclr_scale.metrics.stopwatch import Stopwatch
+
+
+def arguments(argv: list[str]) -> argparse.Namespace:
+    """The command line: a file, words that override its keys, and what launchers add."""
+    parser = argparse.ArgumentParser(
+        prog="train.py", description=__doc__, epilog=describe(), formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config", help="YAML file; without it, the defaults")
+    parser.add_argument("--dry-run", action="store_true", help="check everything, print the configuration and the arithmetic, stop")
+    parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # deepspeed passes it; LOCAL_RANK says the same
+    parser.add_argument("words", nargs="*", metavar="key=value", help="overrides, such as optimizer.lr=1e-3")
+    return parser.parse_intermixed_args(argv)
+
+
+def run(config: Config, source: str | None, place: Place, stopwatch: Stopwatch) -> None:
+    """The flow: data -> encoders -> engine -> objective -> loop -> results."""
+    from amclr_scale import objectives
+    from amclr_scale.checkpoint.weights import save_weights
+    from amclr_scale.data.loader import TrainLoader
+    from amclr_scale.data.tokenizers import load_tokenizer
+    from amclr_scale.encoders.build import build_model
+    from amclr_scale.engine.distributed import broadcast_object, seed_everything, start, stop
+    from amclr_scale.engine.loop import make_plan, train
+    from amclr_scale.engine.setup import build_engine
+    from amclr_scale.engine.step import TrainStep
+    from amclr_scale.evaluation.run import Evaluator
+    from amclr_scale.metrics.curve import draw_if_possible
+    from amclr_scale.metrics.log import RunLog
+    from amclr_scale.metrics.phases import Phases
+    from amclr_scale.similarity import configure
+
+    stopwatch.lap("imports")
+    device = start(place, config.execution.threads)
+    stopwatch.lap("process group")
+
+    loader = TrainLoader(
+        config.data, seed=config.seed, global_batch_size=config.train.global_batch_size,
+        rank=place.rank, world_size=place.world_size, workers=config.execution.workers,
+    )  # fmt: skip
+    tokenizer = load_tokenizer(config.data.tokenizer, config.data.context_length)
+    plan = make_plan(config, loader.num_samples, place.world_size)
+    stopwatch.lap("data")
+
+    seed_everything(config.seed)
+    model = build_model(
+        config.model, vocab_size=tokenizer.vocab_size, pad_id=tokenizer.pad_id, context_length=config.data.context_length,
+        image_size=config.data.image_size, image_mean=config.data.image_mean, image_std=config.data.image_std,
+    )  # fmt: skip
+    stopwatch.lap("model")
+
+    options = {key: value for key, value in config.objective.items() if key != "name"}
+    objective = objectives.create(
+        config.objective["name"], num_samples=loader.num_samples, sample_state=config.execution.sample_state, **options
+    ).to(device)
+    similarity = config.execution.similarity
+    configure(
+        chunk=similarity.chunk, gather=similarity.gather, backend=similarity.backend,
+        distribution=similarity.distribution, cache_bytes=similarity.cache_mib * 2**20,
+    )  # fmt: skip
+    engine = build_engine(config, model, no_decay=model.no_weight_decay(), device=device, world_size=place.world_size)
+    evaluator = Evaluator(config, rank=place.rank, world_size=place.world_size) if config.evaluation.splits else None
+    stopwatch.lap("engine")
+
+    folder = broadcast_object(name_run(config, source))
+    if place.rank == 0:
+        create(folder, config, str(device), place.world_size)
+    seed_everything(config.seed, place.rank + 1)  # dropout differs between ranks
+    phases = Phases(device)
+    step = TrainStep(engine, objective, micro_batch_size=plan.micro_batch_size, device=device, phases=phases)
+
+    with RunLog(folder, config, speaks=place.rank == 0, total_steps=plan.total_steps) as log:
+        log.say(f"run folder {folder}\n{plan}")
+        log.say(f"{sum(p.numel() for p in model.parameters()):,} parameters, objective {config.objective['name']}, on {device}")
+
+        def first_step_done() -> None:
+            stopwatch.lap("first step")
+            log.say(str(stopwatch))
+
+        results = train(
+            config, plan, step=step, objective=objective, batches=iter(loader), log=log, phases=phases, device=device,
+            evaluate=(lambda: evaluator(engine)) if evaluator else None, on_first_step=first_step_done,
+        )  # fmt: skip
+        save_weights(folder, model, objective, speaks=place.rank == 0)
+        if place.rank == 0:
+            (folder / "evaluation.json").write_text(json.dumps(results, indent=1) + "\n")
+            if evaluator:
+                log.say(evaluator.table(results))
+            log.say(draw_if_possible(folder))
+            log.say(f"run folder {folder}")
+    loader.close()
+    stop()
+
+
+def main(argv: list[str]) -> int:
+    """Check everything that can be checked without torch, then run."""
+    stopwatch = Stopwatch()
+    options = arguments(argv)
+    place = Place()
+    try:
+        place = find_place()
+        config = load(options.config, options.words, place.world_size)
+        check_writable(config)
+        if options.dry_run:
+            if place.rank == 0:
+                print(dump(config))
+                print(preview(config, place))
+            return 0
+        run(config, options.config, place, stopwatch)
+    except UserError as error:
+        # Every rank meets the same mistake; one voice per node is enough. The others may be waiting in a
+        # collective: leaving at once, without Python's own farewell, lets the launcher end them.
+        if place.local_rank == 0:
+            print(f"\n{error}", file=sys.stderr, flush=True)
+        sys.stdout.flush()
+        os._exit(2)
+    return 0
+
+
+def preview(config: Config, place: Place) -> str:
+    """The arithmetic of a run, from the index of the data alone."""
+    from amclr_scale.data.index import open_index
+    from amclr_scale.engine.loop import make_plan
+
+    return str(make_plan(config, open_index(config.data.train).num_samples, place.world_size))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

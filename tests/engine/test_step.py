@@ -1,0 +1,106 @@
+"""Training through DeepSpeed and the gradient cache is one plain big batch, at every stage and micro-batch size."""
+
+import dataclasses
+
+import pytest
+import torch
+from torch import Tensor
+
+from amclr_scale import objectives
+from amclr_scale.engine.schedules import learning_rate
+from amclr_scale.engine.setup import build_engine
+from amclr_scale.engine.step import NonFiniteError, TrainStep
+from amclr_scale.engine.weights import full_fp32
+from amclr_scale.metrics.phases import Phases
+from amclr_scale.similarity.collectives import rank, world_size
+from amclr_scale.types import Embeddings, Loss
+from tests.engine.towers import config, local_batch, plain_run, towers
+
+SIZE, STEPS = 16, 5
+CPU = torch.device("cpu")
+
+
+def engine_run(changes: dict[str, object], micro: int | None, kept: int, steps: int = STEPS) -> tuple[dict[str, Tensor], list[float]]:
+    settings = config(SIZE, **changes)
+    model = towers()
+    engine = build_engine(settings, model, no_decay=model.no_weight_decay(), device=CPU, world_size=world_size())
+    objective = objectives.create("clip")
+    step = TrainStep(engine, objective, micro_batch_size=micro, device=CPU, phases=Phases(CPU), kept=kept)
+    losses = []
+    for n in range(steps):
+        report = step(local_batch(n, SIZE, rank(), world_size()), learning_rate(settings.optimizer, (n + 0.5) * SIZE, 1000))
+        losses.append(report.loss.value.item())
+    weights = {name: full_fp32(p) for name, p in model.named_parameters()}
+    engine.destroy()
+    return weights, losses
+
+
+def assert_same(got: list[tuple[dict[str, Tensor], list[float]]], want: tuple[dict[str, Tensor], list[float]], rtol: float) -> None:
+    for weights, _ in got:
+        for name, value in want[0].items():
+            error = (weights[name] - value).norm() / value.norm()
+            assert error < rtol, f"{name}: {error:.1e}"
+    mean = torch.tensor([losses for _, losses in got]).mean(0)
+    torch.testing.assert_close(mean, torch.tensor(want[1]), rtol=rtol * 10, atol=0)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize(("micro", "kept"), [(None, 1), (3, 0), (2, 2), (8, 1)])
+def test_two_ranks_are_one_plain_big_batch(ranks, stage, micro, kept):
+    changes = {"execution__zero_stage": stage}
+    assert_same(ranks(2, engine_run, changes, micro, kept), plain_run(config(SIZE, **changes), STEPS), 2e-6)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_a_gradient_that_is_not_finite_names_step_rank_and_ids_and_touches_nothing(ranks, stage):
+    for message, moved in ranks(2, poisoned_run, stage):
+        assert "step 2" in message
+        assert "rank 0: loss" in message
+        assert "its features are finite" in message or "ids" in message
+        assert "rank 1: loss nan; ids with non-finite features or gradients: [10" in message
+        assert moved == 0
+
+
+def poisoned_run(stage: int) -> tuple[str, float]:
+    settings = config(SIZE, execution__zero_stage=stage)
+    model = towers()
+    engine = build_engine(settings, model, no_decay=model.no_weight_decay(), device=CPU, world_size=world_size())
+    poisoned: list[int] = []
+
+    def objective(embeddings: Embeddings) -> Loss:
+        image = embeddings.image
+        if poisoned and rank() == 1:
+            image = image * torch.ones(len(image), 1).index_fill(0, torch.tensor([0]), torch.nan)
+        return objectives.create("clip")(dataclasses.replace(embeddings, image=image))
+
+    step = TrainStep(engine, objective, micro_batch_size=4, device=CPU, phases=Phases(CPU))
+    for n in range(2):
+        step(local_batch(n, SIZE, rank(), world_size()), 0.01)
+    before = {name: full_fp32(p) for name, p in model.named_parameters()}
+    poisoned.append(1)
+    try:
+        step(local_batch(2, SIZE, rank(), world_size()), 0.01)
+    except NonFiniteError as error:
+        after = {name: full_fp32(p) for name, p in model.named_parameters()}
+        engine.destroy()
+        return str(error), max(float((after[name] - before[name]).abs().max()) for name in before)
+    raise AssertionError("the step went through")
+
+
+def dropout_run(micro: int, kept: int) -> list[Tensor]:
+    settings = config(SIZE)
+    model = towers(dropout=0.3)
+    engine = build_engine(settings, model, no_decay=model.no_weight_decay(), device=CPU, world_size=world_size())
+    step = TrainStep(engine, objectives.create("clip"), micro_batch_size=micro, device=CPU, phases=Phases(CPU), kept=kept)
+    torch.manual_seed(7)
+    for n in range(3):
+        step(local_batch(n, SIZE, rank(), world_size()), 0.01)
+    engine.destroy()
+    return [p.detach().clone() for p in model.parameters()]
+
+
+def test_dropout_is_replayed_bit_for_bit(ranks):
+    (kept,), (cached,), (half,) = (ranks(1, dropout_run, 4, kept) for kept in (4, 0, 2))
+    for a, b, c in zip(kept, cached, half, strict=True):
+        assert torch.equal(a, b)
+        assert torch.equal(a, c)

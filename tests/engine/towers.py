@@ -1,0 +1,100 @@
+"""A small dual encoder and a plain one-process trainer, to hold the engine against."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from amclr_scale.config.load import build
+from amclr_scale.config.schema import Config
+from amclr_scale.engine.optimizers import parameter_groups
+from amclr_scale.engine.schedules import learning_rate
+from amclr_scale.types import Batch
+
+PIXELS, WORDS, LENGTH, WIDTH = 6, 30, 5, 8
+
+
+class TinyTowers(nn.Module):
+    """Linear towers with norms, dropout, an embedding, and a learned scale: everything that could go wrong, quickly."""
+
+    def __init__(self, dropout: float = 0.0):
+        super().__init__()
+        self.image = nn.Sequential(
+            nn.Flatten(), nn.Linear(3 * PIXELS * PIXELS, 16), nn.LayerNorm(16), nn.Dropout(dropout), nn.Linear(16, WIDTH)
+        )
+        self.words = nn.Embedding(WORDS, 16)
+        self.text = nn.Sequential(nn.LayerNorm(16), nn.Dropout(dropout), nn.Linear(16, WIDTH))
+        self.logit_scale = nn.Parameter(torch.full((1,), math.log(1 / 0.07)))
+        self.logit_bias = nn.Parameter(torch.full((1,), -10.0))
+
+    def forward(self, images: tuple[Tensor, ...], texts: tuple[Tensor, ...]) -> dict[str, Tensor]:
+        (image,), (text,) = images, texts
+        pixels = image.to(self.words.weight.dtype) / 255
+        return {
+            "image": F.normalize(self.image(pixels).float(), dim=-1) if pixels.dtype != torch.float64 else F.normalize(self.image(pixels), dim=-1),
+            "text": F.normalize(self.text(self.words(text).mean(1)).to(torch.promote_types(pixels.dtype, torch.float32)), dim=-1),
+            "logit_scale": self.logit_scale.to(torch.promote_types(pixels.dtype, torch.float32)).exp(),
+            "logit_bias": self.logit_bias.to(torch.promote_types(pixels.dtype, torch.float32)),
+        }
+
+    def no_weight_decay(self) -> set[str]:
+        return {name for name, parameter in self.named_parameters() if parameter.dim() < 2}
+
+
+def towers(dropout: float = 0.0, seed: int = 0) -> TinyTowers:
+    torch.manual_seed(seed)
+    return TinyTowers(dropout)
+
+
+def global_batch(step: int, size: int) -> Batch:
+    g = torch.Generator().manual_seed(100 + step)
+    images = torch.randint(0, 256, (size, 3, PIXELS, PIXELS), generator=g, dtype=torch.uint8)
+    texts = torch.randint(0, WORDS, (size, LENGTH), generator=g)
+    return Batch(ids=torch.arange(size) + step, images=(images,), texts=(texts,))
+
+
+def local_batch(step: int, size: int, rank: int, world_size: int) -> Batch:
+    whole, share = global_batch(step, size), size // world_size
+    mine = slice(rank * share, (rank + 1) * share)
+    return Batch(whole.ids[mine], tuple(v[mine] for v in whole.images), tuple(v[mine] for v in whole.texts))
+
+
+def config(size: int, **changes: object) -> Config:
+    tree: dict[str, dict[str, object]] = {
+        "data": {"lanes": 4},
+        "train": {"global_batch_size": size, "samples": 1000},
+        "optimizer": {"lr": 0.02, "max_grad_norm": 0.5},
+        "execution": {},
+    }
+    for key, value in changes.items():
+        section, name = key.split("__")
+        tree[section][name] = value
+    return build(tree, 1)
+
+
+def plain_run(settings: Config, steps: int, dtype: torch.dtype = torch.float32) -> tuple[dict[str, Tensor], list[float]]:
+    """What the engine must equal: one process, one big batch, torch and nothing else."""
+    model = towers().to(dtype)
+    size = settings.train.global_batch_size
+    groups = parameter_groups(model.named_parameters(), model.no_weight_decay(), settings.optimizer.weight_decay)
+    o = settings.optimizer
+    optimizer = torch.optim.AdamW(groups, lr=o.lr, betas=o.betas, eps=o.eps)
+    losses = []
+    for step in range(steps):
+        batch = global_batch(step, size)
+        out = model(batch.images, batch.texts)
+        logits = out["logit_scale"] * out["image"] @ out["text"].T
+        labels = torch.arange(size)
+        loss = (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
+        optimizer.zero_grad()
+        loss.backward()
+        if o.max_grad_norm:
+            torch.nn.utils.clip_grad_norm_(model.parameters(), o.max_grad_norm)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(o, (step + 0.5) * size, 1000)
+        optimizer.step()
+        with torch.no_grad():
+            model.logit_scale.clamp_(0, math.log(100))
+        losses.append(loss.item())
+    return {name: p.detach().float() for name, p in model.named_parameters()}, losses
