@@ -68,6 +68,13 @@ class Data(Section):
     """Where further captions come from: json.FIELD, a string or a list."""
     max_bad_fraction: Fraction = 0.01
     """Share of unreadable samples past which the run stops. Each is replaced by another sample, and logged."""
+    max_image_pixels: Positive = 100_000_000
+    """Images with more pixels count as unreadable: decompression bombs."""
+    max_caption_characters: Positive = 10_000
+    """Longer captions count as unreadable."""
+    cache: str | None = None
+    """Folder for unpacked shards, fetched shards and indexes that training had to make; null: amclr_scale in
+    $XDG_CACHE_HOME or ~/.cache. Does not change results."""
 
 
 class ImageTower(Section):

@@ -1,0 +1,157 @@
+"""A configuration is right, or every mistake in it is told at once, the key first, without torch."""
+
+import subprocess
+import sys
+
+import pytest
+
+from amclr_scale.config.load import build, dump, load, recipe_hash
+from amclr_scale.config.objective_options import option_models
+from amclr_scale.errors import UserError
+
+
+def refused(*words, path=None, world_size=1):
+    with pytest.raises(UserError) as caught:
+        load(path, words, world_size)
+    return str(caught.value)
+
+
+def test_numbers_are_numbers():
+    config = load(None, ["train.samples=1e6", "optimizer.lr=1e-4", "optimizer.eps=1.E-6", "optimizer.betas=[.9, 0.95]"])
+    assert (config.train.samples, config.optimizer.lr, config.optimizer.eps) == (1_000_000, 1e-4, 1e-6)
+    assert config.optimizer.betas == (0.9, 0.95)
+
+
+def test_off_is_a_word_and_true_is_not():
+    assert load(None, ["train.epochs=1", "run.wandb=off"]).run.wandb == "off"
+    assert "model.text.pretrained: expected a valid boolean" in refused("train.epochs=1", "model.text.pretrained=7")
+
+
+def test_every_mistake_is_told_at_once():
+    lines = refused(
+        "train.global_batchsize=32768", "train.samples=1.5", "optimizer.name=adamwx", "optimizer.lr=fast",
+        "execution.zero_stag=3", "objective.name=sogcrl", "optimizr.lr=3", "execution.similarity.chunk=many",
+    ).splitlines()  # fmt: skip
+    told = {line.partition(":")[0]: line for line in lines}
+    assert len(lines) == len(told) == 8
+    assert told["train.global_batchsize"].endswith("no such key; did you mean 'global_batch_size'?")
+    assert "did you mean 'zero_stage'" in told["execution.zero_stag"]
+    assert "did you mean 'optimizer'" in told["optimizr"]
+    assert "did you mean 'sogclr'" in told["objective.name"]
+    assert "adamw" in told["optimizer.name"]
+    assert told["optimizer.name"].endswith("got 'adamwx'")
+    assert told["optimizer.lr"].endswith("got 'fast'")
+    assert "or expected 'auto', got 'many'" in told["execution.similarity.chunk"]
+    assert "1.5" in told["train.samples"]
+
+
+def test_a_key_in_the_wrong_section_is_found():
+    assert "did you mean optimizer.lr?" in refused("train.epochs=1", "train.lr=1")
+
+
+@pytest.mark.parametrize("name", sorted(option_models()))
+def test_options_of_every_objective_are_checked_from_its_source(name):
+    assert "objective.nonsense: no such key" in refused("train.epochs=1", f"objective.name={name}", "objective.nonsense=1")
+    config = load(None, ["train.epochs=1", f"objective.name={name}", *views(name)])
+    assert set(config.objective) == {"name", *option_models()[name].model_fields}
+
+
+def views(name):
+    omega = option_models()[name].model_fields.get("omega")
+    return [] if omega is None else [f"data.image_views={omega.default}", f"data.text_views={omega.default}"]
+
+
+def test_the_objectives_agree_with_what_is_read_from_their_source():
+    from amclr_scale import objectives
+
+    assert set(objectives.available()) == set(option_models())
+
+
+def test_options_of_one_objective_do_not_outlive_a_change_of_name(tmp_path):
+    (tmp_path / "base.yaml").write_text("objective: {name: sogclr, gamma: 0.5}\ntrain: {epochs: 1}\n")
+    (tmp_path / "a.yaml").write_text("base: base.yaml\nobjective: {name: clip}\n")
+    assert "gamma" not in load(tmp_path / "a.yaml").objective
+    assert load(tmp_path / "base.yaml", ["objective.gamma=0.25"]).objective["gamma"] == 0.25
+
+
+def test_samples_and_epochs_exclude_one_another_and_the_last_word_counts(tmp_path):
+    (tmp_path / "a.yaml").write_text("train: {epochs: 3}\n")
+    config = load(tmp_path / "a.yaml", ["train.samples=4096"])
+    assert (config.train.samples, config.train.epochs) == (4096, None)
+    assert "train.samples: expected exactly one" in refused()
+    (tmp_path / "b.yaml").write_text("train: {epochs: 3, samples: 4096}\n")
+    assert "train.samples: expected exactly one" in refused(path=tmp_path / "b.yaml")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("train: {epochs: 1}\ntrain: {epochs: 2}", "train: given twice"),
+        ("train: [1", "not readable as YAML"),
+        ("- 1\n- 2", "expected sections with keys, got list"),
+        ("base: nowhere.yaml", "which does not exist"),
+        ("base: a.yaml", "names itself"),
+    ],
+)
+def test_broken_files(tmp_path, text, message):
+    (tmp_path / "a.yaml").write_text(text)
+    assert message in refused(path=tmp_path / "a.yaml")
+
+
+def test_a_missing_file_and_a_word_without_a_value():
+    assert "--config: expected a YAML file, got nowhere.yaml" in refused(path="nowhere.yaml")
+    assert "train.epochs: expected key=value" in refused("train.epochs")
+
+
+def test_ranks_lanes_and_batch_must_fit():
+    assert "data.lanes: expected a multiple of the number of ranks, got 8 lanes for 3 ranks" in refused("train.epochs=1", world_size=3)
+    assert "the nearest is 104" in refused("train.epochs=1", "train.global_batch_size=101")
+    assert "at least one global batch (128), got 100" in refused("train.samples=100")
+
+
+def test_deepspeed_may_not_be_told_what_is_generated():
+    said = refused("train.epochs=1", "deepspeed={zero_optimization: {stage: 2}, gradient_clipping: 3}")
+    assert "deepspeed.zero_optimization.stage: this is generated from execution.zero_stage" in said
+    assert "deepspeed.gradient_clipping: this is generated from optimizer.max_grad_norm" in said
+    config = load(None, ["train.epochs=1", "deepspeed.zero_optimization.overlap_comm=true"])
+    assert config.deepspeed == {"zero_optimization": {"overlap_comm": True}}
+
+
+def test_a_dump_reads_back_to_the_same_configuration(tmp_path):
+    config = load("configs/quickstart.yaml", ["objective.name=sogclr", "run.wandb=offline"])
+    (tmp_path / "config.yaml").write_text(dump(config))
+    assert load(tmp_path / "config.yaml") == config
+
+
+def test_the_recipe_hash_changes_with_what_and_not_with_how():
+    config = load(None, ["train.epochs=1"])
+    assert recipe_hash(load(None, ["train.epochs=1", "execution.zero_stage=1", "run.name=x"])) == recipe_hash(config)
+    assert recipe_hash(load(None, ["train.epochs=1", "optimizer.lr=0.5"])) != recipe_hash(config)
+    assert recipe_hash(load(None, ["train.epochs=1", "objective.name=dcl"])) != recipe_hash(config)
+
+
+def test_every_key_is_documented():
+    def missing(model, prefix=""):
+        for name, field in model.model_fields.items():
+            inner = field.annotation
+            if hasattr(inner, "model_fields"):
+                yield from missing(inner, f"{prefix}{name}.")
+            elif not field.description:
+                yield prefix + name
+
+    from amclr_scale.config.schema import Config
+
+    assert list(missing(Config)) == []
+
+
+def test_no_torch_is_needed_to_check_a_configuration():
+    code = (
+        "import sys\nfrom amclr_scale.config.load import load\nfrom amclr_scale.config.help import describe\n"
+        "load('configs/quickstart.yaml'); describe(); assert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_building_from_a_tree_checks_it_too():
+    with pytest.raises(UserError, match="objective.name: this key is needed"):
+        build({"objective": {}, "train": {"epochs": 1}})
