@@ -1,0 +1,45 @@
+"""A model from its section of the configuration."""
+
+from amclr_scale.config.schema import Model
+from amclr_scale.encoders.dual_encoder import DualEncoder
+from amclr_scale.encoders.heads import build_head
+from amclr_scale.encoders.image_towers import build_image_tower
+from amclr_scale.encoders.text_towers import build_text_tower
+
+
+def build_model(
+    model: Model,
+    *,
+    vocab_size: int,
+    pad_id: int,
+    context_length: int,
+    image_size: int,
+    image_mean: tuple[float, float, float],
+    image_std: tuple[float, float, float],
+) -> DualEncoder:
+    """Two towers and their heads. Initial weights follow torch's global generator: seed it before.
+
+    Args:
+        vocab_size, pad_id: the tokenizer's.
+        context_length: L, tokens per caption.
+        image_size: side of the images in pixels.
+        image_mean, image_std: per channel, of images in [0, 1].
+
+    Raises:
+        UserError: names the key to change; nothing was downloaded.
+    """
+    image_tower, image_width, notes = build_image_tower(model.image, image_size)
+    text_tower, text_width = build_text_tower(
+        model.text, vocab_size=vocab_size, pad_id=pad_id, context_length=context_length
+    )
+    return DualEncoder(
+        image_tower,
+        build_head(model.image.projection, image_width, model.embedding_width, model.image.dropout),
+        text_tower,
+        build_head(model.text.projection, text_width, model.embedding_width, model.text.dropout),
+        temperature=model.temperature,
+        logit_bias=model.logit_bias,
+        image_mean=image_mean,
+        image_std=image_std,
+        notes=notes,
+    )

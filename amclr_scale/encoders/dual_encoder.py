@@ -1,0 +1,166 @@
+"""Two towers, two heads, one learned scale: pictures and captions become unit vectors of one space.
+
+Radford et al., "Learning Transferable Visual Models From Natural Language Supervision", ICML 2021, arXiv:2103.00020.
+
+b  samples    V  further views    H, W  pixels    L  tokens    D  embedding width
+
+Everything goes through `forward`, because ZeRO's stage 3 fetches parameters around it and nowhere else. All views of
+a modality go through their tower in one pass. Features are brought to unit length in float32 at least, whatever the
+towers compute in.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from amclr_scale.encoders.recomputation import Recomputation, blocks, set_recomputation
+
+LOG_SCALE_BOUNDS = (0.0, math.log(100))  # CLIP's: a temperature between 0.01 and 1
+
+# Parameters of two or more dimensions that say where something is rather than how to transform it: no weight decay.
+POSITIONS = (
+    "position",
+    "pos_embed",
+    "cls_token",
+    "class_token",
+    "class_embedding",
+    "reg_token",
+    "dist_token",
+    "relative_position_bias",
+)
+
+
+class Normalise(nn.Module):
+    """uint8 (or float in [0, 1]) images -> (x - mean) / std per channel, in the tower's precision."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, mean: tuple[float, ...], std: tuple[float, ...]):
+        super().__init__()
+        self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1))
+        self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        """Follow the model to its device, but stay float32 when it becomes bf16."""
+        return cast(nn.Module, super()._apply(lambda t: t.to(fn(t).device), recurse))  # type: ignore[no-untyped-call]
+
+    def forward(self, images: Tensor, dtype: torch.dtype) -> Tensor:
+        scale = 255.0 if images.dtype == torch.uint8 else 1.0
+        x = images.to(torch.float64 if dtype == torch.float64 else torch.float32, memory_format=torch.channels_last)
+        return ((x - scale * self.mean) / (scale * self.std)).to(dtype)
+
+
+class DualEncoder(nn.Module):
+    """Image and text towers with their heads.
+
+    Args:
+        image_tower: (b, 3, H, W) -> (b, width).
+        text_tower: (b, L) -> (b, width).
+        temperature: start value of 1 / logit_scale.
+        notes: what a user should know about this model before training it.
+
+    Attributes:
+        logit_scale: (1,), the LOGARITHM of the scale; outputs carry the scale itself.
+        temperatures: gives per-sample temperatures from detached features, when an objective wants them:
+            `temperatures(image, text) -> ((b,), (b,))`; None otherwise.
+    """
+
+    def __init__(
+        self,
+        image_tower: nn.Module,
+        image_head: nn.Module,
+        text_tower: nn.Module,
+        text_head: nn.Module,
+        *,
+        temperature: float,
+        logit_bias: float,
+        image_mean: tuple[float, ...],
+        image_std: tuple[float, ...],
+        notes: tuple[str, ...] = (),
+    ):
+        super().__init__()
+        self.normalise = Normalise(image_mean, image_std)
+        self.image_tower, self.image_head = image_tower, image_head
+        self.text_tower, self.text_head = text_tower, text_head
+        self.logit_scale = nn.Parameter(torch.tensor([-math.log(temperature)]))  # (1,): DeepSpeed refuses ()
+        self.logit_bias = nn.Parameter(torch.tensor([logit_bias]))
+        self.temperatures: nn.Module | None = None
+        self.notes = notes
+
+    def forward(
+        self, images: tuple[Tensor, ...] = (), texts: tuple[Tensor, ...] = (), *, features: bool = False
+    ) -> dict[str, Any]:
+        """Encode whatever is given, and return it with all that an objective needs.
+
+        Args:
+            images: 1 + V of (b, 3, H, W), uint8 or float in [0, 1]; () leaves the image tower alone.
+            texts: 1 + V of (b, L) int64; () leaves the text tower alone.
+            features: also return what the towers gave, before the heads.
+
+        Returns:
+            image (b, D) and image_views (V of (b, D)) when there are images; text and text_views when there are texts;
+            logit_scale (1,) and logit_bias (1,); image_temperature and text_temperature (b,) when there are both and
+            `temperatures` is set; image_features and text_features (b, width) of the first view when asked for.
+        """
+        device, dtype = self.logit_scale.device, self.logit_scale.dtype
+        out: dict[str, Any] = {}
+        for name, views, encode in (("image", images, self._encode_images), ("text", texts, self._encode_texts)):
+            if not views:
+                continue
+            stacked = torch.cat([view.to(device, non_blocking=True) for view in views])
+            raw, embedded = encode(stacked, dtype)
+            out[name], *further = torch.split(_unit(embedded), [len(view) for view in views])
+            out[f"{name}_views"] = tuple(further)
+            if features:
+                out[f"{name}_features"] = raw[: len(views[0])]
+        out["logit_scale"] = _at_least_float32(self.logit_scale).exp()
+        out["logit_bias"] = _at_least_float32(self.logit_bias)
+        if self.temperatures is not None and images and texts:
+            out["image_temperature"], out["text_temperature"] = self.temperatures(
+                out["image"].detach(), out["text"].detach()
+            )
+        return out
+
+    def _encode_images(self, images: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        raw = self.image_tower(self.normalise(images, dtype))
+        return raw, self.image_head(raw)
+
+    def _encode_texts(self, tokens: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        raw = self.text_tower(tokens)
+        return raw, self.text_head(raw)
+
+    @torch.no_grad()
+    def clamp_logit_scale(self) -> None:
+        """Keep the scale in [1, 100]. For plain training loops: under DeepSpeed the fp32 master needs it too."""
+        self.logit_scale.clamp_(*LOG_SCALE_BOUNDS)
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of the parameters that are not shrunk: biases, norms, positions, logit_scale, logit_bias."""
+        return {
+            name
+            for name, parameter in self.named_parameters()
+            if len(getattr(parameter, "ds_shape", parameter.shape)) < 2  # ds_shape: ZeRO's stage 3 keeps flat pieces
+            or any(part in name for part in POSITIONS)
+        }
+
+    def blocks(self) -> dict[str, list[nn.Module]]:
+        """The blocks that activation recomputation can wrap, by tower."""
+        return {"image": blocks(self.image_tower), "text": blocks(self.text_tower)}
+
+    def set_recomputation(self, *, image: Recomputation = "none", text: Recomputation = "none") -> None:
+        """Recompute none, all ("full"), or the first k blocks of each tower in backward. Does not change results."""
+        set_recomputation(self.image_tower, image)
+        set_recomputation(self.text_tower, text)
+
+
+def _at_least_float32(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def _unit(x: Tensor) -> Tensor:
+    return F.normalize(_at_least_float32(x), dim=-1)

@@ -1,0 +1,132 @@
+"""Image towers by name: our small ResNet, and torchvision's and timm's models without their classifier."""
+
+import difflib
+import warnings
+from typing import cast
+
+from torch import Tensor, nn
+
+from amclr_scale.config.schema import ImageTower
+from amclr_scale.encoders.norms import NOTES, convert_batch_norm, has_batch_norm
+from amclr_scale.encoders.small_resnet import SmallResNet
+from amclr_scale.encoders.weights import load_weights
+from amclr_scale.errors import UserError
+from amclr_scale.torchvision_ops import import_torchvision
+
+CLASSIFIERS = ("fc", "heads", "classifier", "head")  # torchvision's names for what follows the features
+
+
+def build_image_tower(tower: ImageTower, image_size: int) -> tuple[nn.Module, int, tuple[str, ...]]:
+    """(b, 3, H, W) -> (b, width): the tower, its width, and what to tell the user about its normalisation.
+
+    Raises:
+        UserError: an unknown name, weights that do not fit, or a BatchNorm tower without a choice of `norm`.
+    """
+    library, _, name = tower.name.partition("/")
+    if tower.name == "small_resnet":
+        batch_norm = tower.norm not in ("default", "group")
+        module: nn.Module = SmallResNet(tower.width, _depth(tower), image_size, batch_norm=batch_norm)
+        width = cast(SmallResNet, module).width
+    elif library == "torchvision" and name:
+        module, width = _torchvision(name, image_size)
+    elif library == "timm" and name:
+        module, width = _timm(name, image_size)
+    else:
+        raise UserError(f"model.image.name: expected small_resnet, torchvision/NAME or timm/NAME, got {tower.name}")
+    if tower.weights is not None:
+        load_weights(module, tower.weights, key="model.image.weights", prefix="image_tower.")
+    return _normalised(module, tower), width, (NOTES[tower.norm],) if tower.norm in NOTES else ()
+
+
+def _depth(tower: ImageTower) -> int:
+    if tower.depth not in (10, 18):
+        raise UserError(f"model.image.depth: expected 10 or 18, got {tower.depth}")
+    return tower.depth
+
+
+def _normalised(module: nn.Module, tower: ImageTower) -> nn.Module:
+    if not has_batch_norm(module):
+        if tower.norm in ("default", "group"):
+            return module
+        raise UserError(
+            f"model.image.norm: {tower.name} has no BatchNorm to change; expected default, got {tower.norm}"
+        )
+    if tower.norm == "default":
+        raise UserError(
+            f"model.image.norm: {tower.name} uses BatchNorm, whose results depend on who is in the batch. Expected a "
+            "choice: group (per sample, does not depend on ranks or micro-batch), sync (over all ranks, not under the "
+            "gradient cache), frozen (the statistics of model.image.weights) or batch (each rank's micro-batch alone)"
+        )
+    return convert_batch_norm(module, tower.norm, pretrained=tower.weights is not None)
+
+
+def _torchvision(name: str, image_size: int) -> tuple[nn.Module, int]:
+    try:
+        import_torchvision()
+        from torchvision import models
+    except ImportError as error:
+        raise UserError(
+            f"model.image.name: torchvision/{name} needs torchvision: pip install torchvision ({error})"
+        ) from error
+    known = models.list_models(module=models)
+    if name not in known:
+        raise UserError(f"model.image.name: torchvision has no model {name}{_nearest(name, known)}")
+    fixed = {"image_size": image_size} if name.startswith("vit_") else {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # two old models announce other initial weights, unasked
+        try:
+            module: nn.Module = models.get_model(name, weights=None, **fixed)
+        except (ValueError, RuntimeError, AssertionError) as error:
+            raise UserError(
+                f"data.image_size: torchvision/{name} cannot be built for {image_size} pixels: {error}"
+            ) from error
+    if name in ("inception_v3", "googlenet"):
+        raise UserError(
+            f"model.image.name: torchvision/{name} has several outputs in training; choose another, such as resnet50"
+        )
+    return module, _drop_classifier(module)
+
+
+def _drop_classifier(module: nn.Module) -> int:
+    """Replace the last linear layer by nothing; returns the width of what it got."""
+    for attribute in CLASSIFIERS:
+        head = getattr(module, attribute, None)
+        if isinstance(head, nn.Linear):
+            setattr(module, attribute, nn.Identity())
+            return head.in_features
+        if isinstance(head, nn.Sequential) and isinstance(head[-1], nn.Linear):
+            last = head[-1]
+            head[-1] = nn.Identity()
+            return last.in_features
+    raise UserError(
+        f"model.image.name: {type(module).__name__} of torchvision has no linear classifier to take off; choose another"
+    )
+
+
+def _timm(name: str, image_size: int) -> tuple[nn.Module, int]:
+    if ":" in name:
+        raise UserError(
+            f"model.image.name: expected the name of a timm architecture, got timm/{name}, which names a "
+            "download; give the architecture, and model.image.weights a local file"
+        )
+    try:
+        import_torchvision()
+        import timm
+    except ImportError as error:
+        raise UserError(f"model.image.name: timm/{name} needs timm: pip install timm ({error})") from error
+    if not timm.is_model(name):
+        raise UserError(f"model.image.name: timm has no model {name}{_nearest(name, timm.list_models())}")
+    config = timm.get_pretrained_cfg(name)
+    sized = {"img_size": image_size} if config is not None and config.fixed_input_size else {}
+    try:
+        module: nn.Module = timm.create_model(name, pretrained=False, num_classes=0, **sized)
+    except TypeError:  # a size that is fixed by the weights, not by the architecture
+        module = timm.create_model(name, pretrained=False, num_classes=0)
+    except (ValueError, AssertionError) as error:
+        raise UserError(f"data.image_size: timm/{name} cannot be built for {image_size} pixels: {error}") from error
+    return module, int(getattr(module, "head_hidden_size", None) or cast(Tensor, module.num_features))
+
+
+def _nearest(name: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(name, known, n=3)
+    return f"; did you mean {' or '.join(close)}?" if close else ""

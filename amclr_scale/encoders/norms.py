@@ -1,0 +1,178 @@
+"""Normalisation of convolutional towers, and what it does to a tower's independence of ranks and micro-batches.
+
+    group   GroupNorm, per sample: a sample's feature does not depend on who else is in the batch
+    sync    BatchNorm with the statistics of all ranks: does not depend on the number of ranks
+    frozen  BatchNorm with stored statistics, affine parameters trained: per sample
+    batch   BatchNorm with the statistics of one rank's micro-batch: depends on both
+
+Wu & He, "Group Normalization", ECCV 2018, arXiv:1803.08494. Statistics are taken in float32 or better.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any, Literal, cast
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from amclr_scale.errors import UserError
+
+Norm = Literal["group", "batch", "sync", "frozen"]
+
+CHANNELS_PER_GROUP = 8  # one SIMD register of floats: GroupNorm then costs less than BatchNorm on CPU
+
+NOTES = {
+    "batch": "model.image.norm: batch: every rank normalises each micro-batch by itself, so results depend on "
+    "the number of ranks and on execution.micro_batch_size",
+    "sync": "model.image.norm: sync: statistics are taken over all ranks, but over one micro-batch at a time: results "
+    "do not depend on the number of ranks, but would on execution.micro_batch_size",
+}
+
+
+def group_norm(channels: int) -> nn.GroupNorm:
+    """GroupNorm in groups of 8 channels, or one group where 8 does not divide them."""
+    return nn.GroupNorm(channels // CHANNELS_PER_GROUP if channels % CHANNELS_PER_GROUP == 0 else 1, channels)
+
+
+class FrozenBatchNorm(_BatchNorm):
+    """BatchNorm that always uses its stored statistics; weight and bias are trained."""
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        if input.dim() < 2:
+            raise ValueError(f"input: expected at least (b, C), got {tuple(input.shape)}")
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.batch_norm(input, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps)
+
+
+class SyncBatchNorm(nn.SyncBatchNorm):
+    """BatchNorm over the samples of all ranks, on CPU too (torch's own works on CUDA only).
+
+    Ranks may bring different numbers of samples. The backward is that of the sum over ranks of the losses.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        together = self.training and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+        if input.is_cuda or not together:
+            return super().forward(input)
+        x = input.float() if input.dtype in (torch.bfloat16, torch.float16) else input
+        dims = [0, *range(2, x.dim())]
+        shape = [1, -1, *[1] * (x.dim() - 2)]
+        local = torch.cat([x.sum(dims), x.new_tensor([x.numel() / x.shape[1]])])
+        total = _sum_over_ranks(local)
+        count, mean = total[-1].detach(), total[:-1] / total[-1].detach()
+        centred = x - mean.view(shape)
+        variance = _sum_over_ranks(centred.square().sum(dims)) / count
+        if self.track_running_stats:
+            self._update(mean.detach(), variance.detach() * count / (count - 1))
+        scale = self.weight * torch.rsqrt(variance + self.eps)
+        return (centred * scale.view(shape) + self.bias.view(shape)).to(input.dtype)
+
+    @torch.no_grad()
+    def _update(self, mean: Tensor, variance: Tensor) -> None:
+        assert self.running_mean is not None
+        assert self.running_var is not None
+        assert self.num_batches_tracked is not None
+        self.num_batches_tracked += 1
+        momentum = 1 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
+        self.running_mean.lerp_(mean.to(self.running_mean.dtype), momentum)
+        self.running_var.lerp_(variance.to(self.running_var.dtype), momentum)
+
+
+class _SumOverRanks(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        out = x.detach().clone()
+        dist.all_reduce(out)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> Tensor:
+        out = upstream[0].clone()
+        dist.all_reduce(out)
+        return out
+
+
+def _sum_over_ranks(x: Tensor) -> Tensor:
+    return cast(Tensor, _SumOverRanks.apply(x))  # type: ignore[no-untyped-call]
+
+
+def has_batch_norm(tower: nn.Module) -> bool:
+    return any(isinstance(module, _BatchNorm) for module in tower.modules())
+
+
+def convert_batch_norm(tower: nn.Module, norm: Norm, *, pretrained: bool = False) -> nn.Module:
+    """Replace every BatchNorm of a tower; weights, biases and stored statistics are carried over.
+
+    Args:
+        norm: what to put in its place. "batch" leaves the tower as it is.
+        pretrained: whether the tower's stored statistics mean anything.
+
+    Raises:
+        UserError: frozen statistics of a tower with random weights, or a kind of BatchNorm that is unknown here.
+    """
+    if norm == "batch":
+        return tower
+    if norm == "frozen" and not pretrained:
+        raise UserError(
+            "model.image.norm: frozen statistics need trained ones, and model.image.weights is null; "
+            "name a file with weights, or choose group, sync or batch"
+        )
+    return _convert(tower, {"group": _to_group, "sync": _to_sync, "frozen": _to_frozen}[norm])
+
+
+def _convert(module: nn.Module, replace: Callable[[_BatchNorm], nn.Module]) -> nn.Module:
+    if isinstance(module, _BatchNorm):
+        if type(module) in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d):
+            return replace(module)
+        if type(module).__name__ == "BatchNormAct2d":  # timm's, with an activation inside
+            return nn.Sequential(replace(module), cast(nn.Module, module.drop), cast(nn.Module, module.act))
+        raise UserError(
+            f"model.image.norm: this tower has {type(module).__name__}, which can only be kept: choose batch"
+        )
+    for name, child in module.named_children():
+        setattr(module, name, _convert(child, replace))
+    return module
+
+
+def _to_group(norm: _BatchNorm) -> nn.Module:
+    new = group_norm(norm.num_features)
+    new.weight, new.bias = norm.weight, norm.bias
+    return new
+
+
+def _to_sync(norm: _BatchNorm) -> nn.Module:
+    return _carry_over(norm, SyncBatchNorm(norm.num_features, norm.eps, norm.momentum or 0.1))
+
+
+def _to_frozen(norm: _BatchNorm) -> nn.Module:
+    return _carry_over(norm, FrozenBatchNorm(norm.num_features, norm.eps))
+
+
+def _carry_over(old: _BatchNorm, new: _BatchNorm) -> _BatchNorm:
+    new.weight, new.bias = old.weight, old.bias
+    new.running_mean, new.running_var, new.num_batches_tracked = (
+        old.running_mean,
+        old.running_var,
+        old.num_batches_tracked,
+    )
+    return new
+
+
+@contextlib.contextmanager
+def keep_statistics(module: nn.Module) -> Iterator[None]:
+    """Inside it, BatchNorm normalises as ever and leaves its stored statistics alone.
+
+    For a second forward of the same samples in one step: recomputation, or the second pass of a gradient cache.
+    """
+    changed = [m for m in module.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+    try:
+        for m in changed:
+            m.track_running_stats = False
+        yield
+    finally:
+        for m in changed:
+            m.track_running_stats = True

@@ -1,0 +1,78 @@
+"""Activation recomputation: keep a block's input in forward, run the block again in backward.
+
+Chen et al., "Training Deep Nets with Sublinear Memory Cost", 2016, arXiv:1604.06174.
+
+A block is an element of a tower's stack: a residual block, a transformer layer. The second run draws the same
+dropout (the random state is stored with the input) and does not touch BatchNorm's stored statistics again, so
+gradients are the same to the last bit.
+"""
+
+import contextlib
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from amclr_scale.encoders.norms import keep_statistics
+
+Recomputation = Literal["none", "full"] | int
+
+
+class _Recomputed:
+    """Mixed in front of a block's class. The call itself is wrapped, so ZeRO's hooks run in the second pass too."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        call: Callable[..., Any] = super().__call__  # type: ignore[misc]
+        if not torch.is_grad_enabled():
+            return call(*args, **kwargs)
+        return checkpoint(call, *args, use_reentrant=False, context_fn=self._contexts, **kwargs)
+
+    def _contexts(self) -> tuple[contextlib.AbstractContextManager[None], contextlib.AbstractContextManager[None]]:
+        assert isinstance(self, nn.Module)
+        return contextlib.nullcontext(), keep_statistics(self)
+
+
+def blocks(tower: nn.Module) -> list[nn.Module]:
+    """The blocks of a tower's stacks, from its input to its output.
+
+    A block is a module with parts of its own that sits in a Sequential or a ModuleList. It may have blocks inside;
+    those are not listed.
+    """
+    found: list[nn.Module] = []
+    stack = isinstance(tower, nn.Sequential | nn.ModuleList)
+    for child in tower.children():
+        container = isinstance(child, nn.Sequential | nn.ModuleList)
+        if stack and not container and any(True for _ in child.children()) and any(True for _ in child.parameters()):
+            found.append(child)
+        else:
+            found.extend(blocks(child))
+    return found
+
+
+def set_recomputation(tower: nn.Module, recomputation: Recomputation) -> int:
+    """Recompute none, all, or the first k blocks of a tower. Returns how many are.
+
+    The first ones hold the largest activations in a convolutional tower; in a transformer all are alike.
+    Names of parameters do not change. May be called again.
+
+    Raises:
+        ValueError: k is negative, or more than the tower has.
+    """
+    stack = blocks(tower)
+    count = (
+        {"none": 0, "full": len(stack)}.get(recomputation, recomputation)
+        if isinstance(recomputation, str)
+        else recomputation
+    )
+    if not isinstance(count, int) or not 0 <= count <= len(stack):
+        raise ValueError(
+            f"recomputation: expected none, full or a number of blocks up to {len(stack)}, got {recomputation!r}"
+        )
+    for index, block in enumerate(stack):
+        plain = type(block)
+        if issubclass(plain, _Recomputed):
+            plain = plain.__mro__[2]
+        block.__class__ = type(plain.__name__, (_Recomputed, plain), {}) if index < count else plain
+    return count

@@ -1,0 +1,182 @@
+"""Text towers by name: our small transformer, and transformers' models, from a type or a local folder.
+
+The hub is never asked: a name that is neither a known type nor a folder is an error at once.
+"""
+
+import difflib
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor, nn
+
+from amclr_scale.config.schema import TextTower
+from amclr_scale.encoders.small_transformer import SmallTransformer
+from amclr_scale.errors import UserError
+from amclr_scale.torchvision_ops import import_torchvision
+
+Pooling = Literal["mean", "first", "last"]
+
+FIRST = ("bert", "electra", "mpnet", "ernie", "deberta")  # a classification token in front
+LAST = ("clip", "gpt", "opt", "llama", "mistral", "qwen", "gemma", "phi")  # causal: the last token has seen the others
+
+
+class PooledTower(nn.Module):
+    """Token ids (b, L) -> (b, width), from a module that gives a feature for each token. Padding does not count."""
+
+    def __init__(self, tokens: nn.Module, pad_id: int, pooling: Pooling):
+        super().__init__()
+        self.tokens, self.pad_id, self.pooling = tokens, pad_id, pooling
+
+    def forward(self, ids: Tensor) -> Tensor:
+        visible = ids != self.pad_id
+        visible[:, 0] = True  # a caption without words still has one token to attend to
+        if ids.device.type == "cpu":  # elsewhere the answer would have to be waited for
+            longest = int(visible.any(0).nonzero().max()) + 1
+            ids, visible = ids[:, :longest], visible[:, :longest]
+        return pool(self.tokens(ids, visible), visible, self.pooling)
+
+
+class TransformersModel(nn.Module):
+    """A model of the transformers library with the calling convention of ours."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, ids: Tensor, visible: Tensor) -> Tensor:
+        return cast(Tensor, self.model(input_ids=ids, attention_mask=visible.long()).last_hidden_state)
+
+
+def pool(features: Tensor, visible: Tensor, pooling: Pooling) -> Tensor:
+    """(b, L, width) -> (b, width): the mean over visible tokens, the first one, or the last visible one."""
+    if pooling == "first":
+        return features[:, 0]
+    if pooling == "last":
+        places = torch.arange(visible.shape[1], device=visible.device)
+        last = (visible * places).argmax(1)
+        return features[torch.arange(len(features), device=features.device), last]
+    weights = visible[:, :, None].to(features.dtype)
+    return (features * weights).sum(1) / weights.sum(1)
+
+
+def build_text_tower(tower: TextTower, *, vocab_size: int, pad_id: int, context_length: int) -> tuple[nn.Module, int]:
+    """(b, L) -> (b, width): the tower, and its width.
+
+    Raises:
+        UserError: an unknown name, a hub name, a tokenizer or context that does not fit, weights that do not load.
+    """
+    library, _, name = tower.name.partition("/")
+    if tower.name == "small_transformer":
+        if tower.width % tower.heads:
+            raise UserError(
+                f"model.text.heads: expected a divisor of model.text.width = {tower.width}, got {tower.heads}"
+            )
+        tokens: nn.Module = SmallTransformer(
+            tower.width, tower.layers, tower.heads,
+            vocab_size=vocab_size, context_length=context_length, dropout=tower.dropout,
+        )  # fmt: skip
+        return PooledTower(tokens, pad_id, "mean" if tower.pooling == "default" else tower.pooling), tower.width
+    if library != "transformers" or not name:
+        raise UserError(
+            f"model.text.name: expected small_transformer, transformers/TYPE or transformers/PATH, got {tower.name}"
+        )
+    config = _config(name)
+    _fit(config, tower, vocab_size=vocab_size, pad_id=pad_id, context_length=context_length)
+    model = _pretrained(config, name) if tower.pretrained else _random(config)
+    if getattr(model, "pooler", None) is not None:
+        model.pooler = None  # a head for next-sentence prediction, which would never get a gradient
+    return PooledTower(TransformersModel(model), pad_id, _pooling(tower, config.model_type)), int(config.hidden_size)
+
+
+def _config(name: str) -> Any:
+    try:
+        import_torchvision()
+        from transformers import CONFIG_MAPPING, AutoConfig
+    except ImportError as error:
+        raise UserError(
+            f"model.text.name: transformers/{name} needs transformers: pip install transformers ({error})"
+        ) from error
+    if Path(name).is_dir():
+        if not (Path(name) / "config.json").is_file():
+            raise UserError(
+                f"model.text.name: the folder {name} has no config.json; expected one saved by transformers"
+            )
+        return AutoConfig.from_pretrained(name, local_files_only=True).get_text_config()
+    types = list(CONFIG_MAPPING.keys())
+    if name not in types:
+        close = difflib.get_close_matches(name, types, n=3)
+        raise UserError(
+            f"model.text.name: expected a local folder or a type of transformers, got {name}, which is neither"
+            f"{'; did you mean ' + ' or '.join(close) + '?' if close else ''}. Nothing is downloaded: fetch a model of "
+            f"the hub beforehand (hf download {name} --local-dir FOLDER) and name it transformers/FOLDER"
+        )
+    return AutoConfig.for_model(name).get_text_config()
+
+
+def _fit(config: Any, tower: TextTower, *, vocab_size: int, pad_id: int, context_length: int) -> None:
+    """Give the configuration our tokenizer's vocabulary, or refuse where trained weights have another."""
+    if getattr(config, "is_encoder_decoder", False):
+        raise UserError(
+            f"model.text.name: {config.model_type} has a decoder; choose an encoder, such as transformers/distilbert"
+        )
+    longest = getattr(config, "max_position_embeddings", None)
+    taken = pad_id + 1 if "roberta" in config.model_type or config.model_type in ("camembert", "mpnet") else 0
+    if tower.pretrained:
+        if vocab_size > config.vocab_size:
+            raise UserError(
+                f"data.tokenizer: its {vocab_size} words do not fit the {config.vocab_size} of {tower.name}; use the "
+                "tokenizer in that folder"
+            )
+        if config.pad_token_id is not None and config.pad_token_id != pad_id:
+            raise UserError(
+                f"data.tokenizer: pads with {pad_id}, and {tower.name} was trained with {config.pad_token_id}; use the "
+                "tokenizer in that folder"
+            )
+        if longest is not None and context_length + taken > longest:
+            raise UserError(
+                f"data.context_length: expected at most {longest - taken} for {tower.name}, got {context_length}"
+            )
+        return
+    config.vocab_size, config.pad_token_id = vocab_size, pad_id
+    for token in ("bos_token_id", "eos_token_id"):
+        if (getattr(config, token, None) or 0) >= vocab_size:
+            setattr(config, token, pad_id)  # the default vocabulary's; our own tokenizer puts these tokens itself
+    if longest is not None:
+        config.max_position_embeddings = max(longest, context_length + taken)
+
+
+def _random(config: Any) -> Any:
+    from transformers import AutoModel
+
+    try:
+        return AutoModel.from_config(config)
+    except ValueError as error:
+        raise UserError(f"model.text.name: transformers has no text model of type {config.model_type}") from error
+
+
+def _pretrained(config: Any, name: str) -> Any:
+    from transformers import AutoModel
+
+    if not Path(name).is_dir():
+        raise UserError(f"model.text.pretrained: expected a local folder in model.text.name, got the type {name}")
+    try:
+        model, report = AutoModel.from_pretrained(name, config=config, local_files_only=True, output_loading_info=True)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UserError(f"model.text.name: the weights in {name} cannot be loaded: {error}") from error
+    missing = sorted(key for key in report["missing_keys"] if not key.startswith("pooler."))
+    if missing:
+        raise UserError(
+            f"model.text.name: {name} lacks {len(missing)} weights of its text model ({', '.join(missing[:3])})"
+        )
+    return model
+
+
+def _pooling(tower: TextTower, kind: str) -> Pooling:
+    if tower.pooling != "default":
+        return tower.pooling
+    if any(part in kind for part in LAST):
+        return "last"
+    if any(part in kind for part in FIRST):
+        return "first"
+    raise UserError(f"model.text.pooling: no default for the type {kind}; choose mean, first or last")

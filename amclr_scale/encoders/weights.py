@@ -1,0 +1,65 @@
+"""A tower's weights from a local file: a library's, or one of our own checkpoints. Nothing is ever downloaded."""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from amclr_scale.errors import UserError
+
+CLASSIFIERS = ("fc.", "head.", "heads.", "classifier.")  # what a classification checkpoint has and a tower has not
+NESTED = ("state_dict", "model")  # where training scripts put the weights inside what they save
+
+
+def load_weights(tower: nn.Module, path: str, *, key: str, prefix: str) -> None:
+    """Copy a file's weights into a tower, all of them by name.
+
+    Args:
+        path: .safetensors, or a file of torch.save that holds tensors only.
+        key: the configuration key to name in errors.
+        prefix: the tower's place in a checkpoint of ours, such as "image_tower."; used where the file has it.
+
+    Raises:
+        UserError: no such file, not weights, or not this tower's.
+    """
+    state = _read(path, key)
+    if any(name.startswith(prefix) for name in state):
+        state = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+    own = tower.state_dict()
+    missing = [name for name in own if name not in state]
+    foreign = [name for name in state if name not in own and not name.startswith(CLASSIFIERS)]
+    if missing or foreign:
+        raise UserError(
+            f"{key}: {path} does not hold this tower's weights: {len(missing)} of its {len(own)} tensors are missing"
+            f"{_some(missing)}, {len(foreign)} are unknown{_some(foreign)}; choose the tower that it was made from"
+        )
+    shapes = [f"{n} {tuple(state[n].shape)} for {tuple(own[n].shape)}" for n in own if state[n].shape != own[n].shape]
+    if shapes:
+        raise UserError(
+            f"{key}: {path} holds tensors of other shapes{_some(shapes)}; use the width, depth and data.image_size (or "
+            "tokenizer) that the file was made with"
+        )
+    tower.load_state_dict({name: state[name] for name in own})
+
+
+def _read(path: str, key: str) -> dict[str, Tensor]:
+    if not Path(path).is_file():
+        raise UserError(f"{key}: expected a local file with weights, got {path}, which does not exist")
+    try:
+        if path.endswith(".safetensors"):
+            from safetensors.torch import load_file
+
+            return load_file(path)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever the two readers raise about a broken file
+        raise UserError(f"{key}: {path} cannot be read as weights: {type(error).__name__}: {error}") from error
+    for name in NESTED:
+        if isinstance(state, dict) and isinstance(state.get(name), dict):
+            state = state[name]
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise UserError(f"{key}: {path} holds no plain table of tensors; save model.state_dict()")
+    return {name.removeprefix("module."): value for name, value in state.items()}
+
+
+def _some(names: list[str]) -> str:
+    return f" ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})" if names else ""
