@@ -138,11 +138,45 @@ def reduce_scatter(x: Tensor, ranks: Group | None = None) -> Tensor:
     if ranks.size == 1:
         return x
     if dist.get_backend(ranks.process_group) == "gloo":  # gloo's own reduces everything everywhere
-        parts = torch.empty_like(x)
-        dist.all_to_all_single(parts, x, group=ranks.process_group)
-        return parts.view(ranks.size, -1, *x.shape[1:]).sum(0)
+        return exchange(x.view(ranks.size, -1, *x.shape[1:]), ranks).sum(0)
     out = x.new_empty((x.shape[0] // ranks.size, *x.shape[1:]))
     dist.reduce_scatter_tensor(out, x, group=ranks.process_group)
+    return out
+
+
+class Arrival:
+    """A tensor on its way."""
+
+    def __init__(self, tensor: Tensor, sent: Tensor, requests: list[Any]):
+        self._tensor, self._sent, self._requests = tensor, sent, requests
+
+    def wait(self) -> Tensor:
+        """The tensor, once it is here; the one that was sent may be reused afterwards."""
+        for request in self._requests:
+            request.wait()
+        return self._tensor
+
+
+def pass_on(x: Tensor, ranks: Group) -> Arrival:
+    """Send x to the previous rank of the group, and receive the next one's: one step of a ring, in the background."""
+    x = x.detach().contiguous()
+    out = torch.empty_like(x)
+    previous, following = ranks.global_rank(ranks.rank - 1), ranks.global_rank(ranks.rank + 1)
+    steps = [
+        dist.P2POp(dist.isend, _bytes(x), previous, ranks.process_group),
+        dist.P2POp(dist.irecv, _bytes(out), following, ranks.process_group),
+    ]
+    return Arrival(out, x, dist.batch_isend_irecv(steps))
+
+
+def exchange(x: Tensor, ranks: Group | None = None) -> Tensor:
+    """Part q of x (W, ...) goes to rank q; returns what the ranks had for this one, (W, ...) in rank order."""
+    ranks = ranks or group()
+    x = x.detach().contiguous()
+    if ranks.size == 1:
+        return x
+    out = torch.empty_like(x)
+    dist.all_to_all_single(out, x, group=ranks.process_group)
     return out
 
 

@@ -1,0 +1,83 @@
+"""All ranks' rows of a tensor, as the blocks in which they arrive: gathered at once, or travelling round a ring.
+
+b  rows of a rank    B  rows of all ranks    D  width
+
+    keys = keys_of(text, ranks, "ring")
+    for block in keys.blocks(gradient=True):      # rows block.first ... of the global batch
+        ...                                       # adds to block.gradient
+    keys.gradient                                 # (b, D) of this rank's rows, summed over ranks
+
+In a ring the next block travels while this one is worked on, and the gradient of a block travels with it, one step
+behind, until it has met every rank and comes home. A rank holds some blocks of (b, D), never (B, D).
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from amclr_scale.similarity.collectives import Group, all_gather, pass_on, reduce_scatter
+from amclr_scale.similarity.settings import Gather
+
+
+@dataclass(frozen=True)
+class KeyBlock:
+    """Some ranks' rows, and where to add their gradient."""
+
+    first: int  # the global row of the first
+    rows: Tensor  # (n, D)
+    gradient: Tensor | None  # (n, D)
+
+    def diagonal(self, first_anchor: int) -> int | None:
+        """The column of the positive of the anchor with this global row number, if any of this rank's are here."""
+        column = first_anchor - self.first
+        return column if 0 <= column < len(self.rows) else None
+
+
+class GatheredKeys:
+    """One block, of all rows."""
+
+    def __init__(self, rows: Tensor, ranks: Group):
+        self.rows, self.ranks = rows, ranks
+        self.gradient: Tensor | None = None
+
+    def blocks(self, gradient: torch.dtype | None = None) -> Iterator[KeyBlock]:
+        """The block; with a `gradient` dtype, afterwards reduce what was added to its gradient."""
+        total = None if gradient is None else torch.zeros_like(self.rows, dtype=gradient)
+        yield KeyBlock(0, self.rows, total)
+        self.gradient = None if total is None else reduce_scatter(total, self.ranks)
+
+
+class RingKeys:
+    """One block per rank, beginning with this rank's own."""
+
+    def __init__(self, local: Tensor, ranks: Group):
+        self.local, self.ranks = local.detach().contiguous(), ranks
+        self.gradient: Tensor | None = None
+
+    def blocks(self, gradient: torch.dtype | None = None) -> Iterator[KeyBlock]:
+        """The blocks; with a `gradient` dtype, what was added to their gradients travels home."""
+        rows, total = self.local, None
+        for step in range(self.ranks.size):
+            owner = (self.ranks.rank + step) % self.ranks.size
+            coming = pass_on(rows, self.ranks) if step + 1 < self.ranks.size else None
+            here = None if gradient is None else torch.zeros_like(rows, dtype=gradient)
+            yield KeyBlock(owner * len(rows), rows, here)
+            if here is not None:
+                if total is not None:
+                    here += total.wait()
+                total = pass_on(here, self.ranks)
+            if coming is not None:
+                rows = coming.wait()
+        self.gradient = None if total is None else total.wait()
+
+
+Keys = GatheredKeys | RingKeys
+
+
+def keys_of(local: Tensor, ranks: Group, gather: Gather) -> Keys:
+    """All ranks' rows, of which `local` (b, D) are ours."""
+    if gather == "ring" and ranks.size > 1:
+        return RingKeys(local, ranks)
+    return GatheredKeys(all_gather(local, ranks), ranks)
