@@ -8,6 +8,7 @@ their schemas is enough: calling one still raises, importing does not. Where tor
 
 import importlib
 from types import ModuleType
+from typing import Any
 
 import torch
 
@@ -21,7 +22,7 @@ _definitions: list[torch.library.Library] = []  # a Library that is collected ta
 
 
 def import_torchvision() -> ModuleType:
-    """`import torchvision`, mended if need be. Call it before timm, open_clip or transformers' image parts are imported.
+    """`import torchvision`, mended if need be. Call it before importing timm, open_clip or transformers' image parts.
 
     Raises:
         ImportError: torchvision is not installed, or is broken in another way.
@@ -31,7 +32,8 @@ def import_torchvision() -> ModuleType:
     except RuntimeError as error:
         if "torchvision::" not in str(error):
             raise ImportError(f"torchvision: cannot be imported beside torch {torch.__version__}: {error}") from error
-    library = torch.library.Library("torchvision", "FRAGMENT")
+    untyped: Any = torch.library.Library
+    library = untyped("torchvision", "FRAGMENT")
     for name, schema in SCHEMAS.items():
         if not hasattr(torch.ops.torchvision, name):
             library.define(schema)

@@ -55,7 +55,8 @@ class Data(Section):
     """Channel standard deviations for normalisation."""
     augmentation: ImageAugmentation = ImageAugmentation()
     tokenizer: str = "emoji"
-    """emoji (WordPiece trained on the embedded corpus), a tokenizer.json, or a local folder of a transformers tokenizer."""
+    """emoji (byte-pair encoding trained on the embedded corpus), clip (needs open_clip_torch), a tokenizer.json, or a local
+    folder of a transformers tokenizer."""
     context_length: Annotated[int, Field(ge=4)] = 32
     """Tokens per caption; longer ones are cut, shorter ones padded."""
     caption: str = "txt"
@@ -134,23 +135,49 @@ class Model(Section):
     """Start value of the learned bias (objectives that have one: siglip)."""
 
 
+class LearningRateFactors(Section):
+    """Multipliers of the learning rate for parts of the model; 0 freezes a part."""
+
+    image_tower: Annotated[float, Field(ge=0)] = 1.0
+    """Of the image encoder."""
+    text_tower: Annotated[float, Field(ge=0)] = 1.0
+    """Of the text encoder."""
+    heads: Annotated[float, Field(ge=0)] = 1.0
+    """Of both projection heads."""
+    temperature: Annotated[float, Field(ge=0)] = 1.0
+    """Of logit_scale, logit_bias and generated temperatures."""
+
+
 class Optimizer(Section):
     """Update rule and learning-rate schedule. Schedules count samples, not steps."""
 
-    name: Literal["adamw"] = "adamw"
-    """Update rule."""
+    name: Literal["adamw", "sgd", "adamp", "lamb", "lars", "lion", "nadam", "radam"] = "adamw"
+    """Update rule. All are right at every ZeRO stage."""
     lr: PositiveNumber = 1e-3
-    """Peak learning rate at this global batch size."""
+    """Peak learning rate, at this global batch size or, with `lr_rule`, at `lr_reference_batch`."""
+    lr_rule: Literal["none", "sqrt", "linear"] = "none"
+    """How lr grows with the global batch size B: not at all, by sqrt(B / reference), or by B / reference."""
+    lr_reference_batch: Positive = 256
+    """The batch size that lr is meant for when lr_rule is sqrt or linear."""
+    lr_factors: LearningRateFactors = LearningRateFactors()
     min_lr: Annotated[float, Field(ge=0)] = 0.0
     """Learning rate at the end of the cosine."""
-    schedule: Literal["cosine", "constant"] = "cosine"
+    schedule: Literal["cosine", "constant", "step"] = "cosine"
     """Course of the learning rate after warm-up."""
+    step_samples: tuple[Positive, ...] = ()
+    """schedule step: the samples seen at which the learning rate is multiplied by step_factor."""
+    step_factor: PositiveNumber = 0.1
+    """schedule step: the multiplier at each of step_samples."""
     warmup_samples: Annotated[int, Field(ge=0)] = 0
     """Samples over which the learning rate rises linearly from 0."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.1
     """Decoupled weight decay; never on biases, norms, logit_scale and logit_bias."""
     betas: tuple[Fraction, Fraction] = (0.9, 0.98)
-    """Adam's moments."""
+    """Decay of the first and second moment (all Adam-like rules, lion)."""
+    momentum: Fraction = 0.9
+    """sgd, lars: momentum."""
+    nesterov: bool = True
+    """sgd, adamp: Nesterov's look-ahead."""
     eps: PositiveNumber = 1e-8
     """Adam's epsilon."""
     max_grad_norm: Annotated[float, Field(ge=0)] = 0.0

@@ -1,0 +1,19 @@
+"""What every data tool does around its work: mistakes in words, exit code 2, no traceback."""
+
+import logging
+import sys
+from collections.abc import Callable
+
+from amclr_scale.errors import UserError
+
+
+def run_command(main: Callable[[], None]) -> None:
+    """Call `main`; print a user's mistake as one line and exit with code 2."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    try:
+        main()
+    except UserError as error:
+        print(error, file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)

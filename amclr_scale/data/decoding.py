@@ -1,0 +1,137 @@
+"""From a sample's bytes to an image and a caption, or to the reason why not.
+
+Everything that can be wrong with a sample ends in one exception, `BadSampleError`, whose kind is counted and whose
+shard and key are logged. Nothing is ever unpickled.
+"""
+
+import io
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from PIL import Image
+
+from amclr_scale.data.indexing import IMAGE_EXTENSIONS
+
+Image.MAX_IMAGE_PIXELS = None  # our own limit is `data.max_image_pixels`, checked before any pixel is decoded
+
+
+class BadSampleError(Exception):
+    """A sample that cannot be used. `kind` is one of a few fixed words."""
+
+    def __init__(self, kind: str, detail: str = ""):
+        super().__init__(kind, detail)
+        self.kind, self.detail = kind, detail
+
+
+@dataclass(frozen=True)
+class Field:
+    """Where in a sample something is: a member, or a field of its JSON member. Written `txt` or `json.captions`."""
+
+    member: str
+    path: tuple[str, ...] = ()
+
+    @classmethod
+    def parse(cls, words: str) -> "Field":
+        member, *path = words.split(".")
+        return cls(member, tuple(path))
+
+    def __str__(self) -> str:
+        return ".".join((self.member, *self.path))
+
+
+class Sample:
+    """The members of one sample, decoded when asked for."""
+
+    def __init__(self, members: Mapping[str, bytes], max_image_pixels: int, max_caption_characters: int):
+        self.members = members
+        self.max_image_pixels, self.max_caption_characters = max_image_pixels, max_caption_characters
+        self._json: Any = None
+
+    def image(self) -> Image.Image:
+        """The image, opened but not decoded.
+
+        Raises:
+            BadSampleError: there is none, it is empty, not an image, or has too many pixels.
+        """
+        extension = next((e for e in IMAGE_EXTENSIONS if e in self.members), None)
+        if extension is None:
+            raise BadSampleError("missing image")
+        if not self.members[extension]:
+            raise BadSampleError("empty member", f".{extension}")
+        try:
+            image = Image.open(io.BytesIO(self.members[extension]))
+        except Exception as error:  # decoders of broken files raise whatever they like
+            raise BadSampleError("corrupt image", str(error)) from error
+        if image.width * image.height > self.max_image_pixels:
+            raise BadSampleError("too many pixels", f"{image.width} x {image.height}")
+        return image
+
+    def value(self, field: Field) -> Any:
+        """What is at a field; None where the sample has no such thing.
+
+        Raises:
+            BadSampleError: the member is empty, not UTF-8, or not JSON.
+        """
+        if field.member not in self.members:
+            return None
+        if not field.path:
+            return self._text(field.member).strip()
+        if self._json is None:
+            try:
+                self._json = json.loads(self._text(field.member))
+            except (ValueError, RecursionError) as error:
+                raise BadSampleError("corrupt json", str(error)) from error
+        value = self._json
+        for name in field.path:
+            value = value.get(name) if isinstance(value, dict) else None
+        return value
+
+    def _text(self, member: str) -> str:
+        if not self.members[member]:
+            raise BadSampleError("empty member", f".{member}")
+        try:
+            return self.members[member].decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise BadSampleError("text not UTF-8", f".{member}: {error.reason} at byte {error.start}") from error
+
+    def captions(self, field: Field) -> list[str]:
+        """The captions at a field: one, or as many as its list has.
+
+        Raises:
+            BadSampleError: there are none, or one is too long.
+        """
+        value = self.value(field)
+        listed = value if isinstance(value, list) else [value]
+        captions = [caption.strip() for caption in listed if isinstance(caption, str) and caption.strip()]
+        if not captions:
+            raise BadSampleError("missing caption", str(field))
+        if max(map(len, captions)) > self.max_caption_characters:
+            raise BadSampleError("huge caption", f"{max(map(len, captions)):,} characters")
+        return captions
+
+
+def decode(image: Image.Image, reduction: int = 1) -> Image.Image:
+    """All pixels, as RGB; transparent ones on white.
+
+    Args:
+        image: from `Sample.image`.
+        reduction: decode a JPEG at 1/1, 1/2, 1/4 or 1/8 of its size, which saves most of the time of a large one;
+            other formats come whole.
+
+    Raises:
+        BadSampleError: the data is damaged.
+    """
+    try:
+        if reduction > 1 and image.format == "JPEG":
+            image.draft("RGB", (image.width // reduction, image.height // reduction))
+        image.load()
+        if image.mode == "RGB":
+            return image
+        if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+            canvas = Image.new("RGBA", image.size, "white")
+            return Image.alpha_composite(canvas, image.convert("RGBA")).convert("RGB")
+        return image.convert("RGB")
+    except Exception as error:  # decoders of broken files raise whatever they like
+        raise BadSampleError("corrupt image", str(error)) from error

@@ -1,0 +1,179 @@
+"""Open the index of what a configuration names, and write one where there is none.
+
+Indexing reads every tar's headers once. An index that training makes by itself goes to the cache folder, never beside
+the user's shards; tools/index_shards.py puts it there on purpose, for everybody. Each shard's member table is written
+as soon as it is known, so an interrupted run goes on where it stopped.
+"""
+
+import hashlib
+import logging
+import multiprocessing
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import track
+
+from amclr_scale.config import schema
+from amclr_scale.data.index import Index, Shard, absolute, check_files, read_entries
+from amclr_scale.data.sources import Source, is_remote, resolve_all
+from amclr_scale.data.storage import ChangedShardError, Storage, address_key, cache_folder, locked
+from amclr_scale.data.tar import Members, scan
+from amclr_scale.errors import UserError
+
+log = logging.getLogger(__name__)
+
+IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "ppm", "bmp")
+_HASHED_ALWAYS = (".gz", ".tgz")  # their checksum names the unpacked copy
+
+
+def open_index(data: schema.Data, names: str | Sequence[str] | None = None, key: str = "data.train") -> Index:
+    """The index of `data.train` (or of `names`), built first where there is none.
+
+    Raises:
+        UserError: a name stands for nothing, a shard is missing, has changed, or has no images or captions.
+    """
+    storage = Storage(cache_folder(data.cache))
+    sources = resolve_all(data.train if names is None else names, key)
+    shards, parts = list[Shard](), list[int]()
+    for source in sources:
+        found = _indexed(source, storage, key)
+        check_content(found, data.caption, key)
+        shards += found
+        parts.append(len(found))
+    index = Index(shards, storage, parts)
+    if not index.num_samples:
+        raise UserError(f"{key}: expected samples, got {len(shards):,} shards without any")
+    for shard in shards:
+        for words in shard.damage:
+            log.warning("%s: %s", shard.url, words)
+    return index
+
+
+def _indexed(source: Source, storage: Storage, key: str) -> list[Shard]:
+    if source.index is None:
+        return _build_in_cache(source.name, source.urls, storage)
+    folder = source.index.parent.absolute()
+    entries = read_entries(source.index)
+    shards = list[Shard | None]()
+    for entry in entries:
+        table = entry.get("members")
+        complete = table and entry.get("digest") and entry.get("extensions") is not None and (folder / table).is_file()
+        shards.append(_from_entry(entry, folder) if complete else None)
+    check_files([shard for shard in shards if shard], key)
+    bare = [absolute(entry["url"], folder) for entry, shard in zip(entries, shards, strict=True) if shard is None]
+    built = iter(_build_in_cache(source.name, bare, storage) if bare else [])
+    whole = [shard or next(built) for shard in shards]
+    for entry, shard in zip(entries, whole, strict=True):
+        if shard.num_samples != entry["nsamples"]:
+            raise ChangedShardError(
+                f"{key}: {shard.url}: expected {entry['nsamples']:,} samples (from {source.index}), got "
+                f"{shard.num_samples:,}{': ' if shard.damage else ''}{'; '.join(shard.damage)}; restore the shard, or "
+                "index the shards again"
+            )
+    return whole
+
+
+def _from_entry(entry: dict[str, Any], folder: Path) -> Shard:
+    return Shard(
+        url=absolute(entry["url"], folder),
+        num_samples=entry["nsamples"],
+        members=folder / entry["members"],
+        digest=entry["digest"],
+        extensions=dict(entry["extensions"]),
+        file_size=entry.get("filesize"),
+        sha256=entry.get("sha256"),
+        damage=tuple(entry.get("damage", ())),
+    )
+
+
+def _build_in_cache(name: str, urls: Sequence[str], storage: Storage) -> list[Shard]:
+    """Index the shards below the cache folder; of several processes one does it, and the others read the tables."""
+    missing = [url for url in urls if not is_remote(url) and not os.path.exists(url)]
+    if missing:
+        raise UserError(f"{name}: no such shard: {missing[0]} ({len(missing):,} of {len(urls):,} are missing)")
+    folder = storage.cache / "indexes"
+    with locked(folder / hashlib.sha256("\n".join(urls).encode("utf-8", "surrogateescape")).hexdigest()[:32]):
+        tables = [folder / f"{address_key(url)}.npz" for url in urls]
+        if not all(table.exists() for table in tables):
+            log.warning(
+                "%s has no index: reading the headers of %s shards once (kept in %s)", name, f"{len(urls):,}", folder
+            )
+        return build(urls, tables, storage)
+
+
+def build(urls: Sequence[str], tables: Sequence[Path], storage: Storage, workers: int = 0) -> list[Shard]:
+    """Write each shard's member table where none of the same file is there yet, with a progress bar.
+
+    Args:
+        tables: where the member table of each url goes.
+        workers: processes; 0: this one.
+    """
+    jobs = [(url, table, storage) for url, table in zip(urls, tables, strict=True)]
+    for table in tables:
+        table.parent.mkdir(parents=True, exist_ok=True)
+    with _mapper(workers) as run:
+        bar = Console(stderr=True, quiet=all(table.exists() for table in tables))
+        return list(track(run(_index_shard, jobs), "Indexing", total=len(jobs), console=bar, transient=True))
+
+
+class _mapper:  # noqa: N801 - reads as a function
+    def __init__(self, workers: int):
+        spawn = multiprocessing.get_context("spawn")
+        self.pool = ProcessPoolExecutor(workers, mp_context=spawn) if workers else None
+
+    def __enter__(self) -> Callable[[Callable[[Any], Shard], Iterable[Any]], Iterator[Shard]]:
+        return self.pool.map if self.pool else map
+
+    def __exit__(self, *_: object) -> None:
+        if self.pool:
+            self.pool.shutdown(cancel_futures=True)
+
+
+def _index_shard(job: tuple[str, Path, Storage]) -> Shard:
+    url, table, storage = job
+    source = address_key(url)
+    members = Members.load(table) if table.exists() else None
+    if members is None or members.source != source:
+        members = scan(storage.local_path(url))
+        members.source = source
+        members.save(table)
+    return Shard(
+        url=url,
+        num_samples=len(members),
+        members=table,
+        digest=members.digest,
+        extensions=members.counts(),
+        file_size=None if is_remote(url) else os.stat(url).st_size,
+        sha256=file_sha256(url) if url.endswith(_HASHED_ALWAYS) and not is_remote(url) else None,
+        damage=tuple(members.damage),
+    )
+
+
+def file_sha256(path: str) -> str:
+    """Of a whole file."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def check_content(shards: Sequence[Shard], caption: str, key: str) -> None:
+    """Every shard with samples has images and members that captions can come from.
+
+    Raises:
+        UserError: one has not.
+    """
+    member = caption.partition(".")[0]
+    for shard in shards:
+        if not shard.num_samples:
+            continue
+        held = ", ".join(f"{n:,} .{extension}" for extension, n in sorted(shard.extensions.items())) or "nothing"
+        if not any(shard.extensions.get(extension) for extension in IMAGE_EXTENSIONS):
+            raise UserError(f"{key}: {shard.url}: expected images (.{', .'.join(IMAGE_EXTENSIONS)}), found {held}")
+        if not shard.extensions.get(member):
+            raise UserError(
+                f"data.caption: {shard.url}: expected captions in .{member} members, found {held}; set data.caption to "
+                "where they are (txt or json.FIELD)"
+            )

@@ -1,0 +1,113 @@
+"""From visits to tensors: read, decode, augment, tokenise. What a worker does, and nothing that depends on it.
+
+A sample that cannot be used is replaced by another one, whose id is drawn from (seed, pass, id) alone: every rank
+count and every number of workers replaces it by the same sample, which then carries its own id.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from amclr_scale.config import schema
+from amclr_scale.data.decoding import BadSampleError, Field, Sample, decode
+from amclr_scale.data.image_views import augmented_view, reduction_for, to_tensor
+from amclr_scale.data.index import Index
+from amclr_scale.data.indexing import IMAGE_EXTENSIONS
+from amclr_scale.data.order import Visits
+from amclr_scale.data.randomness import Draws, Purpose
+from amclr_scale.data.tar import Flag
+from amclr_scale.data.text_views import draw_captions
+from amclr_scale.data.tokenizers import Tokenizer
+from amclr_scale.errors import UserError
+
+_ATTEMPTS = 1000  # replacements tried for one sample; past that the data set has no good samples to speak of
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One sample that could not be used."""
+
+    kind: str
+    sample: int  # id
+    shard: str
+    key: str
+    detail: str
+
+
+@dataclass
+class Part:
+    """Some neighbouring samples of a batch."""
+
+    ids: Tensor  # (n,) int64
+    images: tuple[Tensor, ...]  # 1 + V of (n, 3, H, W) uint8
+    texts: tuple[Tensor, ...]  # 1 + V of (n, L) int64
+    faults: list[Fault]
+
+
+class Pipeline:
+    """`pipeline(visits)` -> `Part`; the same visits give the same part anywhere."""
+
+    def __init__(self, index: Index, data: schema.Data, seed: int, tokenizer: Tokenizer):
+        self.index, self.data, self.seed, self.tokenizer = index, data, seed, tokenizer
+        self._caption = Field.parse(data.caption)
+        self._further = Field.parse(data.text_view) if data.text_views else None
+        members = {self._caption.member} | ({self._further.member} if self._further else set())
+        self._wanted = frozenset(members | set(IMAGE_EXTENSIONS))
+
+    def __call__(self, visits: Visits) -> Part:
+        data, n = self.data, len(visits)
+        images = tuple(
+            torch.empty(n, 3, data.image_size, data.image_size, dtype=torch.uint8) for _ in range(1 + data.image_views)
+        )
+        captions = list[list[str]]()
+        ids, faults = list[int](), list[Fault]()
+        for i, (sample, number) in enumerate(zip(visits.ids.tolist(), visits.passes.tolist(), strict=True)):
+            used, pixels, words = self._good(sample, number, faults)
+            ids.append(used)
+            captions.append(words)
+            for view, tensor in zip(images, pixels, strict=True):
+                view[i] = tensor
+        texts = tuple(self.tokenizer(list(view)) for view in zip(*captions, strict=True))
+        return Part(torch.tensor(ids, dtype=torch.int64), images, texts, faults)
+
+    def _good(self, sample: int, number: int, faults: list[Fault]) -> tuple[int, list[Tensor], list[str]]:
+        """The sample, or the first of its replacements that can be used."""
+        draws = Draws(self.seed, Purpose.REPLACEMENT, number, sample)
+        used = sample
+        for _ in range(_ATTEMPTS):
+            try:
+                return used, *self._views(used, number)
+            except BadSampleError as error:
+                shard, row = self.index.locate(used)
+                reader = self.index.reader(shard)
+                faults.append(Fault(error.kind, used, reader.url, reader.key(row), error.detail))
+                used = draws.below(self.index.num_samples)
+        last = faults[-1]
+        raise UserError(
+            f"data.train: {_ATTEMPTS:,} samples drawn one after another cannot be used; the last is {last.key} of "
+            f"{last.shard}: {last.kind} {last.detail}".rstrip()
+        )
+
+    def _views(self, sample: int, number: int) -> tuple[list[Tensor], list[str]]:
+        data = self.data
+        content = self._read(sample)
+        captions = draw_captions(content, self._caption, self._further, data.text_views, (self.seed, number, sample))
+        opened = content.image()
+        recipe = data.augmentation
+        picture = decode(opened, reduction_for(opened, data.image_size, [recipe]))
+        views = [
+            augmented_view(picture, data.image_size, recipe, Draws(self.seed, Purpose.IMAGE, number, sample, view))
+            for view in range(1 + data.image_views)
+        ]
+        return [to_tensor(view) for view in views], captions
+
+    def _read(self, sample: int) -> Sample:
+        shard, row = self.index.locate(sample)
+        reader = self.index.reader(shard)
+        flag = reader.members.flag[row]
+        if flag == Flag.DUPLICATE_KEY:
+            raise BadSampleError("duplicate key")
+        if flag == Flag.CUT:
+            raise BadSampleError("truncated")
+        return Sample(reader.read(row, self._wanted), self.data.max_image_pixels, self.data.max_caption_characters)

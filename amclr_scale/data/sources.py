@@ -1,0 +1,88 @@
+"""What `data.train` and `evaluation.splits` may name: a split of the embedded corpus, an index, a folder, shards."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from braceexpand import braceexpand
+
+from amclr_scale.errors import UserError
+
+CORPORA = Path(__file__).parent / "corpora"
+SHARD_SUFFIXES = (".tar", ".tar.gz", ".tgz")
+
+
+@dataclass(frozen=True)
+class Source:
+    """One name, resolved: an index file, or shards that may have none."""
+
+    name: str
+    index: Path | None
+    urls: tuple[str, ...] = ()
+
+
+def is_remote(url: str) -> bool:
+    """Whether a url is not a path on a file system."""
+    return "://" in url or url.startswith("pipe:")
+
+
+def embedded_splits() -> list[str]:
+    """The names of the splits that ship with the package."""
+    return sorted(str(path.parent.relative_to(CORPORA)) for path in CORPORA.glob("*/*/index.json"))
+
+
+def shards_in(folder: Path) -> list[str]:
+    """The shards of a folder, by name; whatever else lies there (parquet, statistics) is not looked at."""
+    return sorted(str(path) for path in folder.iterdir() if path.name.endswith(SHARD_SUFFIXES))
+
+
+def resolve(name: str, key: str) -> Source:
+    """Say what one name stands for; `key` is the configuration key it came from, for messages.
+
+    Raises:
+        UserError: it stands for nothing.
+    """
+    if name in embedded_splits():
+        return Source(name, CORPORA / name / "index.json")
+    if not is_remote(name):
+        path = Path(name).expanduser()
+        if path.is_dir():
+            return _folder(name, path, key)
+        if path.suffix == ".json":
+            if not path.is_file():
+                raise UserError(f"{key}: no such index: {name}")
+            return Source(name, path)
+    try:
+        urls = tuple(str(url) for url in braceexpand(name)) if not name.startswith("pipe:") else (name,)
+    except ValueError as error:  # the package's UnbalancedBracesError is one, but not in its type stubs
+        raise UserError(
+            f"{key}: {name}: braces do not match; expected a pattern such as {{00000..00099}}.tar"
+        ) from error
+    if is_remote(name):
+        return Source(name, None, urls)
+    if not all(url.endswith(SHARD_SUFFIXES) for url in urls):
+        raise UserError(
+            f"{key}: expected a split of the embedded corpus ({', '.join(embedded_splits())}), an index .json, a "
+            f"folder of shards, or paths of .tar or .tar.gz shards, got {name!r}, which is none of them"
+        )
+    missing = [url for url in urls if not Path(url).expanduser().is_file()]
+    if missing:
+        raise UserError(f"{key}: no such shard: {missing[0]} ({len(missing):,} of {len(urls):,} are missing)")
+    return Source(name, None, tuple(str(Path(url).expanduser()) for url in urls))
+
+
+def _folder(name: str, folder: Path, key: str) -> Source:
+    if (folder / "index.json").is_file():
+        return Source(name, folder / "index.json")
+    urls = shards_in(folder)
+    if not urls:
+        raise UserError(f"{key}: {name}: expected a folder with an index.json or with .tar shards, found neither in it")
+    return Source(name, None, tuple(urls))
+
+
+def resolve_all(names: str | Sequence[str], key: str) -> list[Source]:
+    """`resolve`, for one name or a list."""
+    listed = [names] if isinstance(names, str) else list(names)
+    if not listed:
+        raise UserError(f"{key}: expected at least one name of shards, got an empty list")
+    return [resolve(name, key) for name in listed]

@@ -1,0 +1,162 @@
+"""From a shard's address to bytes: a local file to read anywhere in, whatever the shard is stored as.
+
+* An uncompressed tar on a file system is read where it lies.
+* A .tar.gz is unpacked once into the cache folder.
+* A remote shard is fetched once into the cache folder (`data/remote.py`), which is kept below a bound.
+
+Everything then is the same: one `pread` per member, at the offset that the member table gives. Each read covers the
+member's header too, and its crc32 must be the one that was there when the shard was indexed: so a shard that was
+rewritten since is refused, at no further cost. Cached files appear whole or not at all, and processes that want the
+same file at once wait for the one that makes it.
+"""
+
+import contextlib
+import fcntl
+import gzip
+import hashlib
+import os
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+
+from amclr_scale.data.tar import BLOCK, Members, split_name
+from amclr_scale.errors import UserError
+
+_COPY = 1 << 20  # bytes per read while copying
+_OPEN_SHARDS = 256  # files a process keeps open
+
+
+class ChangedShardError(UserError):
+    """A shard is not what it was when the index was written."""
+
+
+def cache_folder(configured: str | None) -> Path:
+    """`data.cache`, or $XDG_CACHE_HOME/amclr_scale, or ~/.cache/amclr_scale; made if need be.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    if configured:
+        folder = Path(configured).expanduser()
+    else:
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "amclr_scale"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise PermissionError("not writable")
+    except OSError as error:
+        raise UserError(
+            f"data.cache: expected a folder that can be written, got {folder} ({error.strerror or error}); "
+            "set data.cache to another one"
+        ) from error
+    return folder
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Only one process of the machine is inside for a given path. The lock dies with its process."""
+    lock = path.with_name(f".{path.name}.lock")
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    with lock.open("wb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def address_key(url: str) -> str:
+    """A name for what is at `url` now: of a local file, it changes when the file does."""
+    words = url
+    if "://" not in url and not url.startswith("pipe:"):
+        status = os.stat(url)
+        words = f"{os.path.abspath(url)} {status.st_size} {status.st_mtime_ns}"
+    return hashlib.sha256(words.encode("utf-8", "surrogateescape")).hexdigest()
+
+
+def unpack(url: str, target: Path, sha256: str | None) -> None:
+    """Write the tar inside the .tar.gz at `url` to `target`, whole or not at all.
+
+    Raises:
+        ChangedShardError: the file's checksum is not `sha256`.
+        UserError: it is damaged, or the disk is full.
+    """
+    partial = target.with_name(f".{target.name}.{os.getpid()}")
+    checksum = hashlib.sha256()
+    try:
+        with open(url, "rb") as packed:
+            while part := packed.read(_COPY):
+                checksum.update(part)
+            if sha256 and checksum.hexdigest() != sha256:
+                raise ChangedShardError(
+                    f"{url}: expected sha256 {sha256} (from the index), got {checksum.hexdigest()}: the shard has "
+                    "changed; restore it, or index the shards again and start a new run"
+                )
+            packed.seek(0)
+            with gzip.open(packed) as stream, partial.open("wb") as out:
+                while part := stream.read(_COPY):
+                    out.write(part)
+        partial.replace(target)
+    except (OSError, EOFError, zlib.error) as error:
+        raise UserError(f"{url}: cannot be unpacked into {target.parent}: {error}") from error
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+class ShardReader:
+    """One open shard: samples by row."""
+
+    def __init__(self, url: str, path: Path, members: Members):
+        self.url, self.members = url, members
+        try:
+            self._file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            raise UserError(f"{url}: cannot be opened: {error.strerror or error}") from error
+
+    def read(self, row: int, wanted: frozenset[str]) -> dict[str, bytes]:
+        """Extension -> bytes of those members of a sample that are there and wanted.
+
+        Raises:
+            ChangedShardError: a header is not the one that was indexed.
+        """
+        found = self.members.of_row(row)
+        return {extension: self._member(row, *found[extension]) for extension in found if extension in wanted}
+
+    def _member(self, row: int, offset: int, size: int, header: int) -> bytes:
+        data = os.pread(self._file, BLOCK + size, offset - BLOCK)
+        if zlib.crc32(data[:BLOCK]) != header:
+            raise ChangedShardError(
+                f"{self.url}: sample {row} is not where the index says: the shard has changed since it was indexed; "
+                "restore it, or index the shards again and start a new run"
+            )
+        return data[BLOCK:]
+
+    def key(self, row: int) -> str:
+        """The sample's key, for messages."""
+        first = int(self.members.offset[self.members.row_start[row]])
+        name = os.pread(self._file, 100, first - BLOCK).split(b"\0", 1)[0]
+        return split_name(name.decode("utf-8", "replace"))[0]
+
+    def close(self) -> None:
+        os.close(self._file)
+
+
+class Storage:
+    """Where shards become local files."""
+
+    def __init__(self, cache: Path):
+        self.cache = cache
+
+    def local_path(self, url: str, sha256: str | None = None) -> Path:
+        """A local, uncompressed tar with the shard's content; unpacks it first if need be.
+
+        Raises:
+            UserError: there is no such shard, or it cannot be unpacked.
+        """
+        if not os.path.exists(url):
+            raise UserError(f"{url}: no such shard; check data.train and the index that names it")
+        if not url.endswith((".gz", ".tgz")):
+            return Path(url)
+        target = self.cache / "unpacked" / f"{sha256 or address_key(url)}.tar"
+        if not target.exists():
+            with locked(target):
+                if not target.exists():
+                    unpack(url, target, sha256)
+        return target

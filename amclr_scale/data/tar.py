@@ -1,0 +1,256 @@
+"""Where every member of a tar lies, found once by reading its headers and nothing else.
+
+The scanner is strict where tar libraries are lenient: they stop without a word at the first header that does not
+parse, and every sample behind it is lost. This one says at which byte, and goes on from the next header that is whole.
+
+Samples follow the webdataset convention: neighbouring members that share a path up to the first dot of their file
+name are one sample, and the rest of the name, in lower case, says what the member is.
+"""
+
+import enum
+import hashlib
+import mmap
+import os
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from amclr_scale.errors import UserError
+
+BLOCK = 512
+_ZEROS = bytes(BLOCK)
+_FILES = b"0\x007"  # the type flags of regular files
+
+
+class Flag(enum.IntEnum):
+    """What the scan already knows about a sample."""
+
+    WHOLE = 0
+    DUPLICATE_KEY = 1  # another sample of the shard has the same key
+    CUT = 2  # the file ends inside it
+
+
+@dataclass
+class Members:
+    """The member table of one shard: R samples, M members, in the order of the tar."""
+
+    row_start: NDArray[np.int64]  # (R + 1,), members row_start[r] .. row_start[r + 1] - 1 are sample r
+    offset: NDArray[np.int64]  # (M,), first byte of the member's data
+    size: NDArray[np.int64]  # (M,), bytes
+    header: NDArray[np.uint32]  # (M,), crc32 of the header block in front of the data
+    extension: NDArray[np.uint8]  # (M,), index into `extensions`
+    flag: NDArray[np.uint8]  # (R,), Flag
+    extensions: list[str]
+    digest: str = ""  # sha256 of all headers: changes with any name, size, time or order of members
+    damage: list[str] = field(default_factory=list)  # what was wrong with the tar, in words
+    source: str = ""  # which file was scanned: its address, size and time, hashed
+
+    def __len__(self) -> int:
+        return len(self.flag)
+
+    def counts(self) -> dict[str, int]:
+        """How many members there are of each extension."""
+        totals = np.bincount(self.extension, minlength=len(self.extensions))
+        return {name: int(n) for name, n in zip(self.extensions, totals, strict=True)}
+
+    def of_row(self, row: int) -> dict[str, tuple[int, int, int]]:
+        """Extension -> (offset, size, crc32 of the header) of one sample's members."""
+        return {
+            self.extensions[self.extension[m]]: (int(self.offset[m]), int(self.size[m]), int(self.header[m]))
+            for m in range(self.row_start[row], self.row_start[row + 1])
+        }
+
+    def save(self, path: Path) -> None:
+        """Write a compressed .npz beside the index, whole or not at all."""
+        partial = path.with_name(f".{path.name}.{os.getpid()}")
+        with partial.open("wb") as file:
+            np.savez_compressed(
+                file,
+                row_start=self.row_start,
+                offset=self.offset,
+                size=self.size,
+                header=self.header,
+                extension=self.extension,
+                flag=self.flag,
+                extensions=np.array(self.extensions, dtype=np.str_),
+                damage=np.array(self.damage, dtype=np.str_),
+                digest=np.array(self.digest),
+                source=np.array(self.source),
+            )
+        partial.replace(path)
+
+    @classmethod
+    def load(cls, path: Path) -> "Members":
+        """Read what `save` wrote.
+
+        Raises:
+            UserError: there is no such file, or it is not a member table.
+        """
+        try:
+            with np.load(path, allow_pickle=False) as table:
+                arrays = {name: table[name] for name in table.files}
+            return cls(
+                **{name: arrays[name] for name in ("row_start", "offset", "size", "header", "extension", "flag")},
+                extensions=[str(name) for name in arrays["extensions"]],
+                digest=str(arrays["digest"]),
+                source=str(arrays["source"]),
+                damage=[str(words) for words in arrays["damage"]],
+            )
+        except (OSError, KeyError, ValueError, zlib.error) as error:
+            raise UserError(
+                f"{path}: expected a member table written by tools/index_shards.py, got {error}; index the shards again"
+            ) from error
+
+
+@dataclass(frozen=True)
+class _Member:
+    name: str
+    offset: int
+    size: int
+    header: int
+    cut: bool  # the file ends inside its data
+
+
+def _octal(digits: bytes) -> int:
+    if digits[0] & 0x80:  # GNU base-256, for sizes past 8 GiB
+        return int.from_bytes(digits[1:], "big") | (digits[0] & 0x7F) << (8 * (len(digits) - 1))
+    return int(digits.rstrip(b" \0") or b"0", 8)
+
+
+def _is_header(block: bytes) -> bool:
+    if len(block) < BLOCK:
+        return False
+    try:
+        written = _octal(block[148:156])
+    except ValueError:
+        return False
+    return written == sum(block) - sum(block[148:156]) + 8 * ord(" ")
+
+
+def _text(raw: bytes) -> str:
+    return raw.split(b"\0", 1)[0].decode("utf-8", "surrogateescape")
+
+
+def _pax(data: bytes) -> dict[str, str]:
+    """The records `length key=value` of an extended header."""
+    records: dict[str, str] = {}
+    while data:
+        length = int(data.split(b" ", 1)[0])
+        key, _, value = data[:length].split(b" ", 1)[1].rstrip(b"\n").partition(b"=")
+        records[key.decode()] = value.decode("utf-8", "surrogateescape")
+        data = data[length:]
+    return records
+
+
+class _Scanner:
+    def __init__(self, data: "mmap.mmap | bytes"):
+        self.data, self.end = data, len(data)
+        self.hash = hashlib.sha256()
+        self.damage: list[str] = []
+
+    def members(self) -> Iterator[_Member]:
+        at, long_name, records = 0, None, dict[str, str]()
+        last: _Member | None = None
+        while at + BLOCK <= self.end:
+            block = self.data[at : at + BLOCK]
+            if block == _ZEROS and self.data[at + BLOCK : at + 2 * BLOCK] in (_ZEROS, b""):
+                break
+            if not _is_header(block):
+                resumed = self._next_header(at + BLOCK)
+                self.damage.append(f"no valid tar header at byte {at:,}, {resumed - at:,} bytes skipped")
+                at, long_name, records = resumed, None, {}
+                continue
+            self.hash.update(block)
+            size, kind, data_at = _octal(block[124:136]), block[156:157], at + BLOCK
+            size = int(records.get("size", size)) if kind in _FILES else size
+            at = data_at + -(-size // BLOCK) * BLOCK
+            if kind == b"L":
+                long_name = _text(self.data[data_at : data_at + size])
+            elif kind == b"x":
+                records = _pax(self.data[data_at : data_at + size])
+            else:
+                if kind in _FILES:
+                    prefix = _text(block[345:500]) if block[257:262] == b"ustar" and block[262:263] == b"\0" else ""
+                    name = records.get("path") or long_name or (f"{prefix}/" if prefix else "") + _text(block[:100])
+                    last = _Member(name, data_at, size, zlib.crc32(block), data_at + size > self.end)
+                    yield last
+                long_name, records = None, {}
+        if last and last.cut:
+            self.damage.append(f"the file ends at byte {self.end:,}, inside {last.name}")
+        elif self.end % BLOCK:
+            self.damage.append(f"the file ends at byte {self.end:,}, inside a header or padding")
+
+    def _next_header(self, at: int) -> int:
+        while at + BLOCK <= self.end:
+            block = self.data[at : at + BLOCK]
+            if block != _ZEROS and _is_header(block):
+                return at
+            at += BLOCK
+        return self.end
+
+
+def split_name(name: str) -> tuple[str, str]:
+    """A member's name as (key, extension): `a/b.c.webp` is sample `a/b`, member `c.webp`."""
+    folder, slash, file = name.rpartition("/")
+    key, _, extension = file.partition(".")
+    return folder + slash + key, extension.lower()
+
+
+def scan(path: Path) -> Members:
+    """The member table of the (uncompressed) tar at `path`; damage is recorded, not raised.
+
+    Raises:
+        UserError: the file cannot be read, or is no tar at all.
+    """
+    try:
+        with path.open("rb") as file:
+            length = os.fstat(file.fileno()).st_size
+            data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if length else b""
+            return _table(_Scanner(data), path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
+
+
+def _table(scanner: _Scanner, path: Path) -> Members:
+    extensions: dict[str, int] = {}
+    row_start, flags, columns = [0], list[int](), list[tuple[int, int, int, int]]()
+    seen: set[str] = set()
+    current, present = None, set[str]()
+    for member in scanner.members():
+        key, extension = split_name(member.name)
+        if not extension or key.rpartition("/")[2][:1] in ("", ".") or member.name.startswith("__"):
+            continue  # no sample: a note, a dot file, webdataset's own
+        if key != current or extension in present:
+            if current is not None:
+                row_start.append(len(columns))
+            flags.append(Flag.DUPLICATE_KEY if key in seen else Flag.WHOLE)
+            seen.add(key)
+            current, present = key, set()
+        present.add(extension)
+        columns.append((member.offset, member.size, member.header, extensions.setdefault(extension, len(extensions))))
+        if member.cut:
+            flags[-1] = Flag.CUT
+    if columns:
+        row_start.append(len(columns))
+    elif scanner.end and scanner.data[:BLOCK] != _ZEROS:
+        raise UserError(
+            f"{path}: expected a tar of samples, got a file without any; is it complete, or another format?"
+        )
+    if len(extensions) > 256:
+        raise UserError(f"{path}: expected samples of like members, got {len(extensions)} different extensions")
+    table = np.array(columns, dtype=np.int64).reshape(-1, 4)
+    return Members(
+        row_start=np.array(row_start, dtype=np.int64),
+        offset=table[:, 0].copy(),
+        size=table[:, 1].copy(),
+        header=table[:, 2].astype(np.uint32),
+        extension=table[:, 3].astype(np.uint8),
+        flag=np.array(flags, dtype=np.uint8),
+        extensions=list(extensions),
+        digest=scanner.hash.hexdigest(),
+        damage=scanner.damage,
+    )

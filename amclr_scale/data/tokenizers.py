@@ -1,0 +1,165 @@
+"""Captions to token ids (n, L), by any of several vocabularies, all of them offline.
+
+    emoji               byte-pair encoding trained on the embedded corpus' captions; ships with the package
+    clip                OpenAI CLIP's byte-pair encoding, out of the open_clip_torch package
+    FILE.json           a tokenizer.json of the `tokenizers` library (tools/train_tokenizer.py writes one)
+    FOLDER              a transformers tokenizer (tokenizer.json, vocab.txt, ...)
+
+Every row is [start] tokens [end] padding: the last token that is not padding is the end token, also where the caption
+was cut to L.
+"""
+
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from amclr_scale.errors import UserError
+
+EMOJI = Path(__file__).parent / "corpora" / "emoji" / "tokenizer.json"
+_START = ("[CLS]", "<s>", "<|startoftext|>", "<start_of_text>", "<bos>")
+_END = ("[SEP]", "</s>", "<|endoftext|>", "<end_of_text>", "<eos>")
+_PAD = ("[PAD]", "<pad>", "<|pad|>")
+
+Encode = Callable[[list[str]], list[list[int]]]
+
+
+class Tokenizer:
+    """`tokenizer(captions)` -> (n, L) int64.
+
+    Attributes:
+        spec: what it was loaded from.
+        vocab_size: ids are below it.
+        pad_id: fills rows up; may equal `end_id` only where the vocabulary has no padding of its own.
+        end_id: the end token.
+    """
+
+    def __init__(
+        self, spec: str, encode: Encode, *, vocab_size: int, pad_id: int, start_id: int, end_id: int, length: int
+    ):
+        self.spec, self.vocab_size, self.context_length = spec, vocab_size, length
+        self.pad_id, self.start_id, self.end_id = pad_id, start_id, end_id
+        self._encode = encode
+
+    def __call__(self, captions: Sequence[str]) -> Tensor:
+        rows = torch.full((len(captions), self.context_length), self.pad_id, dtype=torch.int64)
+        for row, tokens in zip(rows, self._encode(list(captions)), strict=True):
+            kept = [self.start_id, *tokens[: self.context_length - 2], self.end_id]
+            row[: len(kept)] = torch.tensor(kept)
+        return rows
+
+
+def load_tokenizer(spec: str, context_length: int) -> Tokenizer:
+    """The tokenizer that `data.tokenizer` names.
+
+    Raises:
+        UserError: there is no such tokenizer here, or it lacks a start, end or padding token.
+    """
+    os.environ.setdefault(
+        "TOKENIZERS_PARALLELISM", "false"
+    )  # its threads do not survive a fork; workers are our parallelism
+    if spec == "emoji":
+        return _from_json(spec, EMOJI, context_length)
+    if spec == "clip":
+        return _clip(context_length)
+    path = Path(spec).expanduser()
+    if path.is_file():
+        return _from_json(spec, path, context_length)
+    if path.is_dir():
+        return _from_folder(spec, path, context_length)
+    raise UserError(
+        f"data.tokenizer: expected emoji, clip, a tokenizer.json or a local folder of a transformers tokenizer, got "
+        f"{spec!r}, which is none of them; names on a hub are not downloaded: save the tokenizer to a folder first"
+    )
+
+
+def _first(known: Sequence[str], lookup: Callable[[str], int | None], spec: str, what: str) -> int:
+    for token in known:
+        found = lookup(token)
+        if found is not None:
+            return found
+    raise UserError(f"data.tokenizer: {spec}: expected {what} token, one of {' '.join(known)}; it has none of them")
+
+
+def _from_json(spec: str, path: Path, context_length: int) -> Tokenizer:
+    from tokenizers import Tokenizer as Vocabulary
+
+    try:
+        vocabulary = Vocabulary.from_file(str(path))
+    except Exception as error:  # the library raises bare Exception
+        raise UserError(f"data.tokenizer: {path}: expected a tokenizer.json, got {error}") from error
+    vocabulary.no_padding()
+    vocabulary.no_truncation()
+    end = _first(_END, vocabulary.token_to_id, spec, "an end")
+    start = _first(_START, vocabulary.token_to_id, spec, "a start")
+    pads = [token for token in map(vocabulary.token_to_id, _PAD) if token is not None]
+
+    def encode(captions: list[str]) -> list[list[int]]:
+        return [found.ids for found in vocabulary.encode_batch(captions, add_special_tokens=False)]
+
+    return Tokenizer(
+        spec,
+        encode,
+        vocab_size=vocabulary.get_vocab_size(),
+        pad_id=pads[0] if pads else end,
+        start_id=start,
+        end_id=end,
+        length=context_length,
+    )
+
+
+def _clip(context_length: int) -> Tokenizer:
+    from amclr_scale.torchvision_ops import import_torchvision
+
+    try:
+        import_torchvision()
+        from open_clip.tokenizer import SimpleTokenizer
+    except ImportError as error:
+        raise UserError(
+            f"data.tokenizer: clip needs the package open_clip_torch: {error}; pip install open_clip_torch"
+        ) from error
+    vocabulary = SimpleTokenizer()
+    return Tokenizer(
+        "clip",
+        lambda captions: [vocabulary.encode(caption) for caption in captions],
+        vocab_size=int(vocabulary.vocab_size),
+        pad_id=0,
+        start_id=int(vocabulary.sot_token_id),
+        end_id=int(vocabulary.eot_token_id),
+        length=context_length,
+    )
+
+
+def _from_folder(spec: str, folder: Path, context_length: int) -> Tokenizer:
+    from transformers import AutoTokenizer
+
+    try:
+        vocabulary = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+    except Exception as error:  # the library raises many kinds
+        first = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"data.tokenizer: {folder}: expected a folder of a transformers tokenizer, got: {first}"
+        ) from error
+    start = vocabulary.cls_token_id if vocabulary.cls_token_id is not None else vocabulary.bos_token_id
+    end = vocabulary.sep_token_id if vocabulary.sep_token_id is not None else vocabulary.eos_token_id
+    if start is None or end is None:
+        raise UserError(
+            f"data.tokenizer: {folder}: expected a start and an end token (cls/bos, sep/eos), got {start}, {end}"
+        )
+    pad = vocabulary.pad_token_id
+
+    def encode(captions: list[str]) -> list[list[int]]:
+        found = vocabulary(captions, add_special_tokens=False, padding=False, truncation=False, verbose=False)
+        return [list(ids) for ids in found["input_ids"]]
+
+    return Tokenizer(
+        spec,
+        encode,
+        vocab_size=len(vocabulary),
+        pad_id=end if pad is None else pad,
+        start_id=start,
+        end_id=end,
+        length=context_length,
+    )

@@ -1,0 +1,74 @@
+"""Train a byte-pair vocabulary on the captions of some shards and write it as one tokenizer.json.
+
+    python tools/train_tokenizer.py emoji/train --captions json.captions txt --out tokenizer.json
+
+Sennrich et al., "Neural Machine Translation of Rare Words with Subword Units", ACL 2016, arXiv:1508.07909, on bytes,
+so that no text is unknown. The same captions give the same file, byte for byte. (WordPiece training in the same library
+does not: its entries follow the order of a hash map.)
+"""
+
+import argparse
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+
+from amclr_scale.config import schema
+from amclr_scale.data.command_line import run_command
+from amclr_scale.data.decoding import BadSampleError, Field, Sample
+from amclr_scale.data.index import Index
+from amclr_scale.data.indexing import open_index
+
+SPECIAL = ["[PAD]", "[CLS]", "[SEP]"]
+
+
+def captions_of(index: Index, fields: list[Field], limits: schema.Data) -> Iterator[str]:
+    """Every caption of every readable sample."""
+    wanted = frozenset(field.member for field in fields)
+    for shard, entry in enumerate(index.shards):
+        reader = index.reader(shard)
+        for row in range(entry.num_samples):
+            sample = Sample(reader.read(row, wanted), limits.max_image_pixels, limits.max_caption_characters)
+            for field in fields:
+                try:
+                    yield from sample.captions(field)
+                except BadSampleError:
+                    continue
+
+
+def train(captions: Counter[str], entries: int) -> Tokenizer:
+    """A lower-casing byte-level BPE of at most `entries` entries."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=entries,
+        special_tokens=SPECIAL,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        min_frequency=2,
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(sorted(captions.elements()), trainer=trainer)
+    return tokenizer
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", nargs="+", help="shards, named as in data.train")
+    parser.add_argument("--captions", nargs="+", default=["txt"], help="where captions are: txt, json.FIELD")
+    parser.add_argument("--entries", type=int, default=4096, help="largest size of the vocabulary")
+    parser.add_argument("--out", type=Path, required=True, help="file to write")
+    arguments = parser.parse_args()
+    settings = schema.Data(train=arguments.data, caption=arguments.captions[0])
+    index = open_index(settings)
+    counts = Counter(captions_of(index, [Field.parse(words) for words in arguments.captions], settings))
+    tokenizer = train(counts, arguments.entries)
+    tokenizer.save(str(arguments.out))
+    entries, captions = tokenizer.get_vocab_size(), counts.total()
+    print(f"{arguments.out}: {entries:,} entries from {captions:,} captions ({len(counts):,} distinct)")
+
+
+if __name__ == "__main__":
+    run_command(main)
