@@ -122,4 +122,5 @@ def two_visits(embeddings: Embeddings, image: SampleState, text: SampleState) ->
     """The step's rows of both tables; texts go by `text_ids` where an image has several captions."""
     assert embeddings.ids is not None, "Objective.__call__ refuses this"
     text_ids = embeddings.ids if embeddings.text_ids is None else embeddings.text_ids
-    return image.visit(embeddings.ids), text.visit(text_ids)
+    dtype = embeddings.image.dtype
+    return image.visit(embeddings.ids, dtype), text.visit(text_ids, dtype)

@@ -29,7 +29,7 @@ _HALF = (torch.float16, torch.bfloat16)
 class SampleState(nn.Module):
     """A table of N rows with named columns, held as buffers.
 
-    Columns are float32, and become float64 the first time that float64 numbers are written.
+    Columns are float32, and become float64 the first time that float64 embeddings visit.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class SampleState(nn.Module):
         super().__init__()
         if num_samples < 1:
             raise UserError(f"num_samples: expected the size of the data set, got {num_samples}")
-        self.num_samples, self.columns = num_samples, tuple(columns)
+        self.num_samples, self.columns = num_samples, dict(columns)
         if layout == "auto":
             total = num_samples * len(columns) * max(width, 1) * 4
             layout = "sharded" if total > REPLICATED_BYTES else "replicated"
@@ -61,11 +61,12 @@ class SampleState(nn.Module):
         for name, initial in columns.items():
             self.register_buffer(name, torch.full(shape, initial, dtype=torch.float32))
 
-    def visit(self, ids: Tensor) -> "Visit":
+    def visit(self, ids: Tensor, dtype: torch.dtype = torch.float32) -> "Visit":
         """Look at the rows of this step's samples. Every rank calls it, with equally many ids.
 
         Args:
             ids: (b,) int64, this rank's.
+            dtype: of the numbers that will be written; float64 makes the table float64.
 
         Raises:
             UserError: (a ValueError) on every rank, where any rank has an id outside [0, N).
@@ -83,7 +84,16 @@ class SampleState(nn.Module):
                 f"ids: expected ids from 0 to {self.num_samples - 1} (num_samples = {self.num_samples}), "
                 f"got {every[outside][0].item()}; ids are positions in the data set"
             )
+        if dtype == torch.float64:
+            self._widen()
         return Visit(self, ids, every)
+
+    def _widen(self) -> None:
+        for name, initial in self.columns.items():
+            table: Tensor = getattr(self, name)
+            if table.dtype != torch.float64:
+                untouched = table == torch.tensor(initial, dtype=table.dtype)
+                setattr(self, name, table.double().masked_fill(untouched, initial))
 
     def column(self, name: str) -> Tensor:
         """All N rows of a column, (N,) or (N, width), on the CPU. Where sharded, every rank must call it."""
@@ -168,9 +178,6 @@ class Visit:
         every = collectives.all_gather(
             torch.stack(list(columns.values()), dim=1)
         )  # (B, columns) or (B, columns, width)
-        if every.dtype == torch.float64:
-            for name in state.columns:
-                setattr(state, name, getattr(state, name).double())
         for name, values in zip(columns, every[keep].unbind(1), strict=True):
             table: Tensor = getattr(state, name)
             table[rows.to(table.device)] = values.to(table)

@@ -1,0 +1,143 @@
+"""AmCLR and xAmCLR: SogCLR over all pairings of augmented views of a sample.
+
+"AmCLR: Unified Augmented Learning for Cross-Modal Representations", 2024, arXiv:2412.07979.
+
+Each entry k of the lists in pairings.py (4 image and 4 text entries for one further view each; xAmCLR adds 2 + 2
+inside the modalities) contributes a SogCLR term at the fixed temperature t:
+
+    value = sum_k weight_k mean_i t g_ik / u_ik  (+ the text list's)         reduce = "mean" divides by sum_k weight_k
+
+The state u is a matter of choice, `state`:
+
+    per_pair            u_ik of its own for every entry: each estimates what it is divided into
+    shared_sequential   one u_i, updated by one entry after another within the step, each dividing by its own update:
+                        as published
+    shared_mean         one u_i, updated once a step with the mean of the entries' g_ik
+
+A sample seen for the first time takes u_ik = g_ik (shared_mean: their mean). With identical views, per_pair and "sum",
+AmCLR at omega = 1 is four times SogCLR.
+
+Numerics: as in SogCLR; the published running maximum, which is never updated, has no counterpart here.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from amclr_scale.objectives.base import Layout, Objective, numbers, require
+from amclr_scale.objectives.estimator import check_gamma, gamma_at, log_moving_average, two_states, two_visits
+from amclr_scale.objectives.pairings import Pairings
+from amclr_scale.types import Embeddings, Loss
+
+State = Literal["per_pair", "shared_sequential", "shared_mean"]
+
+
+class PairedSogCLR(Objective):
+    """What AmCLR and xAmCLR share: the value, and the state."""
+
+    needs_ids = True
+
+    def __init__(self, config: "AmCLR.Config | XAmCLR.Config", pairings: Pairings, layout: Layout) -> None:
+        super().__init__()
+        self.paired_config, self.pairings, self.needs_views = config, pairings, pairings.omega
+        width = len(pairings.weights) if config.state == "per_pair" else 1
+        self.image_state, self.text_state = two_states(
+            config.num_samples, config.num_texts, {"log_u": -float("inf")}, layout, width=width
+        )
+
+    def forward(self, embeddings: Embeddings) -> Loss:
+        config, t = self.paired_config, self.paired_config.temperature
+        gamma = gamma_at(self.epoch, config.gamma, config.gamma_schedule, config.gamma_epochs)
+        sides = self.pairings.compare(embeddings, t, t)
+        weights = sides[0].log_g.new_tensor(self.pairings.weights)  # (K,)
+        if config.reduce == "mean":
+            weights = weights / weights.sum()
+
+        value = objective = weights.new_zeros(())
+        for side, visit in zip(sides, two_visits(embeddings, self.image_state, self.text_state), strict=True):
+            log_u, kept = paired_average(visit.read()["log_u"], side.log_g.detach(), gamma, config.state)
+            if self.learns:
+                visit.write(log_u=kept)
+            value = value + (t * (side.log_g - log_u).exp()).mean(0) @ weights
+            objective = objective + (t * log_u).mean(0) @ weights
+        return Loss(value, numbers(objective=objective, gamma=gamma))
+
+
+class AmCLR(PairedSogCLR, name="amclr"):
+    """SogCLR over all pairings of original and augmented images and texts."""
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config:
+        """Options of `amclr`."""
+
+        num_samples: int  # images in the data set
+        num_texts: int | None = None  # texts in the data set, where that is another number
+        temperature: float = 0.01  # fixed, shared by all samples
+        gamma: float = 0.8  # weight of the newest batch in u
+        gamma_schedule: Literal["constant", "cosine"] = "constant"  # cosine: from 1 in epoch 0 to gamma
+        gamma_epochs: float | None = None  # epochs the cosine takes
+        omega: int = 1  # further views per modality, 1 to 8
+        state: Literal["per_pair", "shared_sequential", "shared_mean"] = "per_pair"  # shared_sequential: as published
+        reduce: Literal["mean", "sum"] = "sum"  # sum: as published; mean: the scale of SogCLR for any omega
+
+        def __post_init__(self) -> None:
+            require(self.temperature > 0, "temperature", "a positive number", self.temperature)
+            check_gamma(self.gamma, self.gamma_schedule, self.gamma_epochs)
+
+    def __init__(self, config: Config, sample_state: Layout = "auto") -> None:
+        super().__init__(config, Pairings(config.omega), sample_state)
+
+
+class XAmCLR(PairedSogCLR, name="xamclr"):
+    """AmCLR plus the pairings of a sample's views inside each modality."""
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config:
+        """Options of `xamclr`."""
+
+        num_samples: int  # images in the data set
+        num_texts: int | None = None  # texts in the data set, where that is another number
+        temperature: float = 0.01  # fixed, shared by all samples
+        gamma: float = 0.8  # weight of the newest batch in u
+        gamma_schedule: Literal["constant", "cosine"] = "constant"  # cosine: from 1 in epoch 0 to gamma
+        gamma_epochs: float | None = None  # epochs the cosine takes
+        omega: int = 1  # further views per modality, 1 to 8
+        state: Literal["per_pair", "shared_sequential", "shared_mean"] = "per_pair"  # shared_sequential: as published
+        reduce: Literal["mean", "sum"] = "sum"  # sum: as published; mean: the scale of SogCLR for any omega
+        intra_weight: float = 1.0  # weight of a pairing inside a modality, beside 1 for image with text
+
+        def __post_init__(self) -> None:
+            require(self.temperature > 0, "temperature", "a positive number", self.temperature)
+            check_gamma(self.gamma, self.gamma_schedule, self.gamma_epochs)
+
+    def __init__(self, config: Config, sample_state: Layout = "auto") -> None:
+        super().__init__(config, Pairings(config.omega, config.intra_weight), sample_state)
+
+
+def paired_average(old: Tensor, log_g: Tensor, gamma: float, state: State) -> tuple[Tensor, Tensor]:
+    """Update the moving averages of a list.
+
+    Args:
+        old: (b, K) with per_pair, else (b, 1).
+        log_g: (b, K).
+        gamma: weight of log_g.
+        state: see above.
+
+    Returns:
+        What each entry divides by, (b, K), and what is kept, of the shape of old.
+    """
+    if state == "per_pair":
+        log_u = log_moving_average(old, log_g, gamma)
+        return log_u, log_u
+    if state == "shared_mean":
+        mean = (log_g.logsumexp(1) - log_g.new_tensor(float(log_g.shape[1])).log())[:, None]
+        log_u = log_moving_average(old, mean, gamma)
+        return log_u.expand_as(log_g), log_u
+    unseen, left = old[:, 0].isneginf(), old[:, 0]
+    columns: list[Tensor] = []
+    for g in log_g.unbind(1):
+        left = torch.where(unseen, g, log_moving_average(left, g, gamma))
+        columns.append(left)
+    return torch.stack(columns, 1), left[:, None]

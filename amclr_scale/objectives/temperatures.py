@@ -1,0 +1,68 @@
+"""Temperatures of single samples, learned by stochastic gradient descent on the dual variable of a robust loss.
+
+For anchor i with estimator u_i, old temperature t_i and radius rho (estimator.py defines g, u, and E = mean of x):
+
+    r_i  = log u_i + rho - (g_i / u_i) E_i            the gradient of t_i (log u_i + rho) in t_i
+    v_i <- (1 - beta) v_i + beta clip(r_i, +-clip)
+    t_i <- clip(t_i - eta v_i, t_min, t_max)
+
+With u_i = g_i, r_i is rho - KL(softmax of x_i || uniform). Features see the old temperature; the new one counts from
+the sample's next visit on.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor
+
+from amclr_scale.objectives.base import require
+
+
+def temperature_gradient(log_u: Tensor, log_g: Tensor, expected: Tensor, rho: float) -> Tensor:
+    """The gradient r above, without gradient of its own; any shape."""
+    log_g = log_g.detach()
+    return log_u + rho - (log_g - log_u).exp() * expected
+
+
+@dataclass(frozen=True)
+class Descent:
+    """The rule that turns r into the next temperature."""
+
+    eta: float  # step size
+    beta: float  # weight of the newest gradient in v
+    clip: float  # bound on |r|
+    lowest: float  # bounds on the temperature
+    highest: float
+    schedule: Literal["constant", "cosine", "exponential"] = "constant"
+    eta_min: float = 0.0
+    num_epochs: float | None = None
+
+    def __post_init__(self) -> None:
+        require(self.eta >= 0, "eta", "a step size of at least 0", self.eta)
+        require(0 < self.beta <= 1, "beta", "a weight in (0, 1]", self.beta)
+        require(self.clip > 0, "gradient_clip", "a positive bound", self.clip)
+        require(
+            0 < self.lowest <= self.highest, "temperature_min", "0 < temperature_min <= temperature_max", self.lowest
+        )
+        require(
+            self.schedule != "cosine" or (self.num_epochs is not None and self.num_epochs > 0),
+            "eta_epochs",
+            "a positive number of epochs for the cosine schedule",
+            self.num_epochs,
+        )
+
+    def eta_at(self, epoch: float) -> float:
+        """The step size, one value per epoch: constant, a quarter of a cosine, or 0.8 times the last epoch's excess."""
+        whole, excess = math.floor(epoch), self.eta - self.eta_min
+        if self.schedule == "cosine":
+            assert self.num_epochs is not None, "__post_init__ refuses this"
+            return self.eta_min + excess * math.cos(math.pi / 2 * min(whole / self.num_epochs, 1.0))
+        if self.schedule == "exponential":
+            return self.eta_min + excess * 0.8 ** (whole - 1)  # counts from 1, as published: epoch 0 takes 1.25 eta
+        return self.eta
+
+    def step(self, temperature: Tensor, v: Tensor, r: Tensor, epoch: float) -> tuple[Tensor, Tensor]:
+        """The next (temperature, v), of the shape of r."""
+        v = (1 - self.beta) * v.to(r) + self.beta * r.clamp(-self.clip, self.clip)
+        return (temperature.to(r) - self.eta_at(epoch) * v).clamp(self.lowest, self.highest), v
