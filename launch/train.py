@@ -77,7 +77,7 @@ def run(config: Config, source: str | None, place: Place, stopwatch: Stopwatch) 
         chunk=similarity.chunk, gather=similarity.gather, backend=similarity.backend,
         distribution=similarity.distribution, cache_bytes=similarity.cache_mib * 2**20,
     )  # fmt: skip
-    engine = build_engine(config, model, no_decay=model.no_weight_decay(), device=device, world_size=place.world_size)
+    engine, optimizer = build_engine(config, model, no_decay=model.no_weight_decay(), device=device, world_size=place.world_size)
     evaluator = Evaluator(config, rank=place.rank, world_size=place.world_size) if config.evaluation.splits else None
     stopwatch.lap("engine")
 
@@ -90,7 +90,9 @@ def run(config: Config, source: str | None, place: Place, stopwatch: Stopwatch) 
 
     with RunLog(folder, config, speaks=place.rank == 0, total_steps=plan.total_steps) as log:
         log.say(f"run folder {folder}\n{plan}")
-        log.say(f"{sum(p.numel() for p in model.parameters()):,} parameters, objective {config.objective['name']}, on {device}")
+        log.say(f"{sum(p.numel() for p in model.parameters()):,} parameters, objective {config.objective['name']}, {optimizer}, on {device}")
+        for note in model.notes:
+            log.say(f"note: {note}")
 
         def first_step_done() -> None:
             stopwatch.lap("first step")

@@ -82,7 +82,8 @@ def train(
     results: dict[str, float] = {}
     for done in range(1, plan.total_steps + 1):
         objective.set_epoch(samples / plan.num_samples)
-        lr = learning_rate(config.optimizer, samples + plan.global_batch_size / 2, plan.total_samples)
+        middle = samples + plan.global_batch_size / 2
+        lr = learning_rate(config.optimizer, middle, plan.total_samples, plan.global_batch_size)
         with phases("data", host=True):
             batch = next(batches)
         report = step(batch, lr)

@@ -1,4 +1,8 @@
-"""Parameter groups and optimizers by name."""
+"""Parameter groups, and optimizers by name.
+
+Elementwise rules (adamw, sgd, lion, nadam, radam) do not see how ZeRO cuts parameters. adamp, lamb and lars do, and
+are ours (engine/layerwise.py): a library's would be silently wrong on ZeRO's flat shards.
+"""
 
 from collections.abc import Collection, Iterable
 from typing import Any
@@ -7,20 +11,90 @@ import torch
 from torch import nn
 
 from amclr_scale.config.schema import Optimizer
+from amclr_scale.engine.layerwise import LAMB, LARS, AdamP
+
+Groups = list[dict[str, Any]]
+
+# The part of the model a parameter belongs to, by the first word of its name; each has a learning-rate factor.
+PARTS = {
+    "image_tower": "image_tower",
+    "text_tower": "text_tower",
+    "image_head": "heads",
+    "text_head": "heads",
+    "logit_scale": "temperature",
+    "logit_bias": "temperature",
+    "temperatures": "temperature",
+}
 
 
 def parameter_groups(
-    named_parameters: Iterable[tuple[str, nn.Parameter]], no_decay: Collection[str], weight_decay: float
-) -> list[dict[str, Any]]:
-    """Two groups: with weight decay, and without (biases, norms, logit_scale, logit_bias)."""
-    decayed: list[nn.Parameter] = []
-    kept: list[nn.Parameter] = []
+    named_parameters: Iterable[tuple[str, nn.Parameter]], no_decay: Collection[str], optimizer: Optimizer
+) -> Groups:
+    """Groups by learning-rate factor and by whether weight decay applies (never to biases, norms, scale and bias).
+
+    Each group's `lr_factor` multiplies the schedule.
+    """
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in named_parameters:
-        if parameter.requires_grad:
-            (kept if name in no_decay else decayed).append(parameter)
-    return [{"params": decayed, "weight_decay": weight_decay}, {"params": kept, "weight_decay": 0.0}]
+        if not parameter.requires_grad:
+            continue
+        part = PARTS.get(name.partition(".")[0])
+        factor = getattr(optimizer.lr_factors, part) if part else 1.0
+        decay = 0.0 if name in no_decay else optimizer.weight_decay
+        groups.setdefault((factor, decay), []).append(parameter)
+    return [
+        {"params": parameters, "lr_factor": factor, "weight_decay": decay} for (factor, decay), parameters in groups.items()
+    ]
 
 
-def build_optimizer(optimizer: Optimizer, groups: list[dict[str, Any]], device: torch.device) -> torch.optim.Optimizer:
-    """The update rule that the recipe names; one kernel for all parameters on CUDA (and on CPU, where torch has it)."""
-    return torch.optim.AdamW(groups, lr=optimizer.lr, betas=optimizer.betas, eps=optimizer.eps, fused=device.type == "cuda")
+def set_learning_rate(groups: Groups, lr: float) -> None:
+    """Set every group to its factor of the schedule's value."""
+    for group in groups:
+        group["lr"] = lr * group["lr_factor"]
+
+
+def _apex_fused_adam() -> Any:
+    """NVIDIA apex's FusedAdam, or None: PyPI's `apex` is another package, and a broken build imports but does not work."""
+    try:
+        from apex.optimizers import FusedAdam
+    except Exception:  # noqa: BLE001 - whatever way it is broken, it is not there for us
+        return None
+    return FusedAdam
+
+
+def build_optimizer(o: Optimizer, groups: Groups, device: torch.device, *, offload: bool = False) -> tuple[torch.optim.Optimizer, str]:
+    """The update rule that the recipe names, and who provides it (for the log).
+
+    Args:
+        offload: its states live on the CPU (ZeRO offload), where DeepSpeed's own Adam is the fast one.
+    """
+    adam = {"lr": o.lr, "betas": o.betas, "eps": o.eps}
+    cuda = device.type == "cuda"
+    match o.name:
+        case "adamw" if offload:
+            from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+            return DeepSpeedCPUAdam(groups, adamw_mode=True, **adam), "DeepSpeed's CPU AdamW"
+        case "adamw":
+            apex = _apex_fused_adam() if cuda else None
+            if apex is not None:
+                return apex(groups, adam_w_mode=True, **adam), "NVIDIA apex's fused AdamW"
+            return torch.optim.AdamW(groups, fused=cuda, **adam), f"torch's {'fused ' if cuda else ''}AdamW"
+        case "sgd":
+            sgd = torch.optim.SGD(groups, lr=o.lr, momentum=o.momentum, nesterov=o.nesterov and o.momentum > 0)
+            return sgd, f"torch's {'Nesterov ' if o.nesterov else ''}SGD"
+        case "nadam":
+            return torch.optim.NAdam(groups, decoupled_weight_decay=True, **adam), "torch's NAdam"
+        case "radam":
+            return torch.optim.RAdam(groups, decoupled_weight_decay=True, **adam), "torch's RAdam"
+        case "lion":
+            from timm.optim import Lion
+
+            return Lion(groups, lr=o.lr, betas=o.betas), "timm's Lion"
+        case "adamp":
+            return AdamP(groups, nesterov=o.nesterov, **adam), "our AdamP"
+        case "lamb":
+            return LAMB(groups, **adam), "our LAMB"
+        case "lars":
+            return LARS(groups, lr=o.lr, momentum=o.momentum), "our LARS"
+    raise AssertionError(o.name)

@@ -5,15 +5,26 @@ import math
 from amclr_scale.config.schema import Optimizer
 
 
-def learning_rate(optimizer: Optimizer, samples: float, total_samples: float) -> float:
-    """The learning rate at `samples` of `total_samples`: linear warm-up from 0, then cosine to `min_lr`, or constant.
+def peak_learning_rate(optimizer: Optimizer, global_batch_size: int) -> float:
+    """`optimizer.lr`, scaled to the batch size as `lr_rule` says."""
+    ratio = global_batch_size / optimizer.lr_reference_batch
+    return optimizer.lr * {"none": 1.0, "sqrt": math.sqrt(ratio), "linear": ratio}[optimizer.lr_rule]
+
+
+def learning_rate(optimizer: Optimizer, samples: float, total_samples: float, global_batch_size: int) -> float:
+    """The learning rate at `samples` of `total_samples`: linear warm-up from 0, then cosine to `min_lr`, steps, or flat.
 
     A step of B samples uses the value in its middle, `samples_seen + B / 2`: neither its first step nor its last one
-    is lost to a rate of zero, and the sum of all steps does not depend on B to first order.
+    is lost to a rate of zero, and the sum over all samples does not depend on B to first order.
     """
+    peak = peak_learning_rate(optimizer, global_batch_size)
     if samples < optimizer.warmup_samples:
-        return optimizer.lr * samples / optimizer.warmup_samples
-    if optimizer.schedule == "constant":
-        return optimizer.lr
-    done = (samples - optimizer.warmup_samples) / max(1.0, total_samples - optimizer.warmup_samples)
-    return optimizer.min_lr + (optimizer.lr - optimizer.min_lr) * (1 + math.cos(math.pi * min(1.0, done))) / 2
+        return peak * samples / optimizer.warmup_samples
+    match optimizer.schedule:
+        case "constant":
+            return peak
+        case "step":
+            return peak * optimizer.step_factor ** sum(samples >= at for at in optimizer.step_samples)
+        case "cosine":
+            done = (samples - optimizer.warmup_samples) / max(1.0, total_samples - optimizer.warmup_samples)
+            return optimizer.min_lr + (peak - optimizer.min_lr) * (1 + math.cos(math.pi * min(1.0, done))) / 2

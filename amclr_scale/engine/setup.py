@@ -8,6 +8,7 @@ from torch import nn
 
 from amclr_scale.config.load import merge
 from amclr_scale.config.schema import Config
+from amclr_scale.engine.layerwise import attach
 from amclr_scale.engine.optimizers import build_optimizer, parameter_groups
 
 
@@ -37,17 +38,19 @@ def quieten() -> None:
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
 
 
-def build_engine(config: Config, model: nn.Module, *, no_decay: set[str], device: torch.device, world_size: int) -> Any:
-    """`deepspeed.initialize` around the model: parameters are broadcast from rank 0, and live on `device`."""
+def build_engine(config: Config, model: nn.Module, *, no_decay: set[str], device: torch.device, world_size: int) -> tuple[Any, str]:
+    """`deepspeed.initialize` around the model, and who provides the optimizer.
+
+    Parameters are broadcast from rank 0, and live on `device`.
+    """
     quieten()
     import deepspeed
 
     model.to(device)
-    groups = parameter_groups(model.named_parameters(), no_decay, config.optimizer.weight_decay)
+    groups = parameter_groups(model.named_parameters(), no_decay, config.optimizer)
+    optimizer, provider = build_optimizer(config.optimizer, groups, device)
     engine, *_ = deepspeed.initialize(
-        model=model,
-        optimizer=build_optimizer(config.optimizer, groups, device),
-        config=deepspeed_config(config, world_size),
-        dist_init_required=False,
+        model=model, optimizer=optimizer, config=deepspeed_config(config, world_size), dist_init_required=False
     )
-    return engine
+    attach(optimizer, engine.optimizer, config.execution.zero_stage, device)
+    return engine, provider

@@ -10,12 +10,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from amclr_scale.encoders.dual_encoder import LOG_SCALE_BOUNDS
 from amclr_scale.engine.gradient_cache import CachedStep, cached_backward
+from amclr_scale.engine.optimizers import set_learning_rate
 from amclr_scale.engine.weights import clamp_
 from amclr_scale.metrics.phases import Phases
 from amclr_scale.types import Batch, Embeddings, Loss
-
-LOG_SCALE_BOUNDS = (0.0, math.log(100))  # CLIP's: a temperature between 0.01 and 1
 
 
 class NonFiniteError(RuntimeError):
@@ -74,8 +74,7 @@ class TrainStep:
         Raises:
             NonFiniteError: before any weight is touched.
         """
-        for group in self.engine.optimizer.param_groups:
-            group["lr"] = lr
+        set_learning_rate(self.engine.optimizer.param_groups, lr)
         done = cached_backward(
             self._encode,
             self.objective,

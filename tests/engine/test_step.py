@@ -23,12 +23,12 @@ CPU = torch.device("cpu")
 def engine_run(changes: dict[str, object], micro: int | None, kept: int, steps: int = STEPS) -> tuple[dict[str, Tensor], list[float]]:
     settings = config(SIZE, **changes)
     model = towers()
-    engine = build_engine(settings, model, no_decay=model.no_weight_decay(), device=CPU, world_size=world_size())
+    engine, _ = build_engine(settings, model, no_decay=model.no_weight_decay(), device=CPU, world_size=world_size())
     objective = objectives.create("clip")
     step = TrainStep(engine, objective, micro_batch_size=micro, device=CPU, phases=Phases(CPU), kept=kept)
     losses = []
     for n in range(steps):
-        report = step(local_batch(n, SIZE, rank(), world_size()), learning_rate(settings.optimizer, (n + 0.5) * SIZE, 1000))
+        report = step(local_batch(n, SIZE, rank(), world_size()), learning_rate(settings.optimizer, (n + 0.5) * SIZE, 1000, SIZE))
         losses.append(report.loss.value.item())
     weights = {name: full_fp32(p) for name, p in model.named_parameters()}
     engine.destroy()
@@ -64,7 +64,7 @@ def test_a_gradient_that_is_not_finite_names_step_rank_and_ids_and_touches_nothi
 def poisoned_run(stage: int) -> tuple[str, float]:
     settings = config(SIZE, execution__zero_stage=stage)
     model = towers()
-    engine = build_engine(settings, model, no_decay=model.no_weight_decay(), device=CPU, world_size=world_size())
+    engine, _ = build_engine(settings, model, no_decay=model.no_weight_decay(), device=CPU, world_size=world_size())
     poisoned: list[int] = []
 
     def objective(embeddings: Embeddings) -> Loss:
@@ -90,7 +90,7 @@ def poisoned_run(stage: int) -> tuple[str, float]:
 def dropout_run(micro: int, kept: int) -> list[Tensor]:
     settings = config(SIZE)
     model = towers(dropout=0.3)
-    engine = build_engine(settings, model, no_decay=model.no_weight_decay(), device=CPU, world_size=world_size())
+    engine, _ = build_engine(settings, model, no_decay=model.no_weight_decay(), device=CPU, world_size=world_size())
     step = TrainStep(engine, objectives.create("clip"), micro_batch_size=micro, device=CPU, phases=Phases(CPU), kept=kept)
     torch.manual_seed(7)
     for n in range(3):
@@ -104,3 +104,15 @@ def test_dropout_is_replayed_bit_for_bit(ranks):
     for a, b, c in zip(kept, cached, half, strict=True):
         assert torch.equal(a, b)
         assert torch.equal(a, c)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("name", ["sgd", "adamp", "lamb", "lars", "lion", "nadam", "radam"])
+def test_every_optimizer_is_itself_at_every_stage(ranks, name, stage):
+    changes = {
+        "execution__zero_stage": stage,
+        "optimizer__name": name,
+        "optimizer__lr": 0.5 if name == "lars" else 0.01,
+        "optimizer__lr_factors": {"image_tower": 0.5, "temperature": 0.3},
+    }
+    assert_same(ranks(2, engine_run, changes, 3, 1), plain_run(config(SIZE, **changes), STEPS), 2e-6)

@@ -20,7 +20,7 @@ CPU = torch.device("cpu")
 def clamped_run(stage: int, precision: str, low: float, high: float) -> list[tuple[float, float]]:
     settings = config(SIZE, execution__zero_stage=stage, execution__precision=precision)
     model = towers()
-    engine = build_engine(settings, model, no_decay=model.no_weight_decay(), device=CPU, world_size=world_size())
+    engine, _ = build_engine(settings, model, no_decay=model.no_weight_decay(), device=CPU, world_size=world_size())
     step = TrainStep(engine, objectives.create("clip"), micro_batch_size=4, device=CPU, phases=Phases(CPU))
     seen = []
     for n in range(4):

@@ -2,6 +2,11 @@
 
 import math
 
+from amclr_scale.torchvision_ops import import_torchvision
+
+import_torchvision()
+
+import timm.optim
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -73,13 +78,26 @@ def config(size: int, **changes: object) -> Config:
     return build(tree, 1)
 
 
+# Independent implementations: torch's and timm's own.
+REFERENCES = {
+    "adamw": lambda g, o: torch.optim.AdamW(g, lr=o.lr, betas=o.betas, eps=o.eps),
+    "sgd": lambda g, o: torch.optim.SGD(g, lr=o.lr, momentum=o.momentum, nesterov=o.nesterov),
+    "nadam": lambda g, o: torch.optim.NAdam(g, lr=o.lr, betas=o.betas, eps=o.eps, decoupled_weight_decay=True),
+    "radam": lambda g, o: torch.optim.RAdam(g, lr=o.lr, betas=o.betas, eps=o.eps, decoupled_weight_decay=True),
+    "lion": lambda g, o: timm.optim.Lion(g, lr=o.lr, betas=o.betas),
+    "adamp": lambda g, o: timm.optim.AdamP(g, lr=o.lr, betas=o.betas, eps=o.eps, nesterov=o.nesterov),
+    "lamb": lambda g, o: timm.optim.Lamb(g, lr=o.lr, betas=o.betas, eps=o.eps, max_grad_norm=None),
+    "lars": lambda g, o: timm.optim.Lars(g, lr=o.lr, momentum=o.momentum, trust_coeff=1e-3),
+}
+
+
 def plain_run(settings: Config, steps: int, dtype: torch.dtype = torch.float32) -> tuple[dict[str, Tensor], list[float]]:
     """What the engine must equal: one process, one big batch, torch and nothing else."""
     model = towers().to(dtype)
     size = settings.train.global_batch_size
-    groups = parameter_groups(model.named_parameters(), model.no_weight_decay(), settings.optimizer.weight_decay)
     o = settings.optimizer
-    optimizer = torch.optim.AdamW(groups, lr=o.lr, betas=o.betas, eps=o.eps)
+    groups = parameter_groups(model.named_parameters(), model.no_weight_decay(), o)
+    optimizer = REFERENCES[o.name](groups, o)
     losses = []
     for step in range(steps):
         batch = global_batch(step, size)
@@ -92,7 +110,7 @@ def plain_run(settings: Config, steps: int, dtype: torch.dtype = torch.float32) 
         if o.max_grad_norm:
             torch.nn.utils.clip_grad_norm_(model.parameters(), o.max_grad_norm)
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(o, (step + 0.5) * size, 1000)
+            group["lr"] = group["lr_factor"] * learning_rate(o, (step + 0.5) * size, 1000, size)
         optimizer.step()
         with torch.no_grad():
             model.logit_scale.clamp_(0, math.log(100))
