@@ -208,6 +208,8 @@ class Evaluation(Section):
     """Prompts that a class name is put into; their normalised features are averaged."""
     batch_size: Positive = 256
     """Samples encoded at once per rank during evaluation; does not change results."""
+    resamples: Annotated[int, Field(ge=0)] = 1000
+    """Bootstrap resamples behind every 95 % interval; 0: no intervals."""
 
 
 class Similarity(Section):

@@ -16,11 +16,12 @@ def build_model(
     image_size: int,
     image_mean: tuple[float, float, float],
     image_std: tuple[float, float, float],
+    end_id: int | None = None,
 ) -> DualEncoder:
     """Two towers and their heads. Initial weights follow torch's global generator: seed it before.
 
     Args:
-        vocab_size, pad_id: the tokenizer's.
+        vocab_size, pad_id, end_id: the tokenizer's; end_id matters only where it is also what pads.
         context_length: L, tokens per caption.
         image_size: side of the images in pixels.
         image_mean, image_std: per channel, of images in [0, 1].
@@ -30,7 +31,7 @@ def build_model(
     """
     image_tower, image_width, notes = build_image_tower(model.image, image_size)
     text_tower, text_width = build_text_tower(
-        model.text, vocab_size=vocab_size, pad_id=pad_id, context_length=context_length
+        model.text, vocab_size=vocab_size, pad_id=pad_id, end_id=end_id, context_length=context_length
     )
     return DualEncoder(
         image_tower,

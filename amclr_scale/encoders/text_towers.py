@@ -22,17 +22,22 @@ LAST = ("clip", "gpt", "opt", "llama", "mistral", "qwen", "gemma", "phi")  # cau
 
 
 class PooledTower(nn.Module):
-    """Token ids (b, L) -> (b, width), from a module that gives a feature for each token. Padding does not count."""
+    """Token ids (b, L) -> (b, width), from a module that gives a feature for each token. Padding does not count.
 
-    def __init__(self, tokens: nn.Module, pad_id: int, pooling: Pooling):
+    Padding is what follows the last token that is not `pad_id`: the same number inside a caption is a word (CLIP pads
+    with the number of "!"). Where the end token itself pads, `ends_with_pad`, the first of them is the caption's.
+    """
+
+    def __init__(self, tokens: nn.Module, pad_id: int, pooling: Pooling, *, ends_with_pad: bool = False):
         super().__init__()
-        self.tokens, self.pad_id, self.pooling = tokens, pad_id, pooling
+        self.tokens, self.pad_id, self.pooling, self.ends_with_pad = tokens, pad_id, pooling, ends_with_pad
 
     def forward(self, ids: Tensor) -> Tensor:
-        visible = ids != self.pad_id
-        visible[:, 0] = True  # a caption without words still has one token to attend to
+        places = torch.arange(ids.shape[1], device=ids.device)
+        last = ((ids != self.pad_id) * places).amax(1)  # (b,); 0 also in a caption without words
+        visible = places <= (last + self.ends_with_pad)[:, None]  # (b, L)
         if ids.device.type == "cpu":  # elsewhere the answer would have to be waited for
-            longest = int(visible.any(0).nonzero().max()) + 1
+            longest = int(visible.any(0).sum())
             ids, visible = ids[:, :longest], visible[:, :longest]
         return pool(self.tokens(ids, visible), visible, self.pooling)
 
@@ -53,14 +58,14 @@ def pool(features: Tensor, visible: Tensor, pooling: Pooling) -> Tensor:
     if pooling == "first":
         return features[:, 0]
     if pooling == "last":
-        places = torch.arange(visible.shape[1], device=visible.device)
-        last = (visible * places).argmax(1)
-        return features[torch.arange(len(features), device=features.device), last]
+        return features[torch.arange(len(features), device=features.device), visible.sum(1) - 1]
     weights = visible[:, :, None].to(features.dtype)
     return (features * weights).sum(1) / weights.sum(1)
 
 
-def build_text_tower(tower: TextTower, *, vocab_size: int, pad_id: int, context_length: int) -> tuple[nn.Module, int]:
+def build_text_tower(
+    tower: TextTower, *, vocab_size: int, pad_id: int, end_id: int | None, context_length: int
+) -> tuple[nn.Module, int]:
     """(b, L) -> (b, width): the tower, and its width.
 
     Raises:
@@ -76,7 +81,8 @@ def build_text_tower(tower: TextTower, *, vocab_size: int, pad_id: int, context_
             tower.width, tower.layers, tower.heads,
             vocab_size=vocab_size, context_length=context_length, dropout=tower.dropout,
         )  # fmt: skip
-        return PooledTower(tokens, pad_id, "mean" if tower.pooling == "default" else tower.pooling), tower.width
+        pooling: Pooling = "mean" if tower.pooling == "default" else tower.pooling
+        return PooledTower(tokens, pad_id, pooling, ends_with_pad=end_id == pad_id), tower.width
     if library != "transformers" or not name:
         raise UserError(
             f"model.text.name: expected small_transformer, transformers/TYPE or transformers/PATH, got {tower.name}"
@@ -86,7 +92,10 @@ def build_text_tower(tower: TextTower, *, vocab_size: int, pad_id: int, context_
     model = _pretrained(config, name) if tower.pretrained else _random(config)
     if getattr(model, "pooler", None) is not None:
         model.pooler = None  # a head for next-sentence prediction, which would never get a gradient
-    return PooledTower(TransformersModel(model), pad_id, _pooling(tower, config.model_type)), int(config.hidden_size)
+    pooling = _pooling(tower, config.model_type)
+    return PooledTower(TransformersModel(model), pad_id, pooling, ends_with_pad=end_id == pad_id), int(
+        config.hidden_size
+    )
 
 
 def _config(name: str) -> Any:

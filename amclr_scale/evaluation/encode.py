@@ -1,0 +1,47 @@
+"""Encode a split's images, or any captions, on all ranks at once.
+
+Every rank makes the same number of calls (ZeRO's stage 3 gathers parameters in each of them); a rank that has run out
+encodes a blank item and drops it.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from amclr_scale.data.evaluation_split import EvaluationSplit
+from amclr_scale.data.tokenizers import Tokenizer
+from amclr_scale.evaluation.shares import largest_share, share
+
+Encode = Callable[..., dict[str, Any]]  # the engine's call: images=(...), texts=(...) -> the model's outputs
+
+
+@torch.no_grad()
+def encode_images(
+    encode: Encode, split: EvaluationSplit, batch_size: int, outputs: Sequence[str] = ("image",), **options: Any
+) -> tuple[Tensor, ...]:
+    """Encode a rank's share of a split's images: (n_r, width) of every output that is asked for."""
+    size = split.data.image_size
+    blank = torch.zeros(1, 3, size, size, dtype=torch.uint8)
+    batches = split.batches(batch_size)
+    kept: list[list[Tensor]] = [[] for _ in outputs]
+    for _ in range(-(-largest_share(split.num_samples) // batch_size)):
+        batch = next(batches, None)
+        encoded = encode(images=(blank if batch is None else batch.images[0],), **options)
+        for rows, name in zip(kept, outputs, strict=True):
+            rows.append(encoded[name][: 0 if batch is None else len(batch)])
+    return tuple(torch.cat(rows) for rows in kept)
+
+
+@torch.no_grad()
+def encode_texts(encode: Encode, tokenizer: Tokenizer, texts: Sequence[str], batch_size: int) -> Tensor:
+    """Encode a rank's share of the texts: (m_r, D)."""
+    mine = share(len(texts))
+    kept: list[Tensor] = []
+    for index in range(-(-largest_share(len(texts)) // batch_size)):
+        start = mine.start + index * batch_size
+        captions = list(texts[start : min(start + batch_size, mine.stop)])
+        encoded = encode(texts=(tokenizer(captions or [""]),))["text"]
+        kept.append(encoded[: len(captions)])
+    return torch.cat(kept)

@@ -1,0 +1,144 @@
+"""A measured number with what it needs to be believed: chance, standard error, a 95 % interval.
+
+Every number here is a weighted mean of one value per item, or a sum of such means. Items that belong together (the
+captions of one image) form a cluster, and clusters, not items, are what another sample of the world would exchange:
+
+    number            m = sum_c a_c / sum_c w_c              a_c, w_c: sums over the items of cluster c
+    standard error    sqrt(sum_c (a_c - m w_c)^2) / sum_c w_c        (for single items: sqrt(m (1 - m) / n))
+    interval          percentiles of m under resampling of clusters with replacement (Efron, "Bootstrap Methods:
+                      Another Look at the Jackknife", Annals of Statistics, 1979), seeded
+
+Two models are compared on the same items with the same resamples, so that what is hard for both cancels.
+Sums are float64.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+CHUNK = 1 << 22  # resampled cluster counts alive at once
+
+
+@dataclass(frozen=True)
+class Part:
+    """One weighted mean, by cluster."""
+
+    sums: Tensor  # (C,) float64
+    weights: Tensor  # (C,) float64
+
+    def mean(self) -> Tensor:
+        return self.sums.sum() / self.weights.sum()
+
+
+@dataclass(frozen=True)
+class Number:
+    """A measured number: the mean of its parts, each a weighted mean over the same clusters."""
+
+    parts: tuple[Part, ...]
+    chance: float | None = None  # what guessing gives
+
+    @property
+    def value(self) -> float:
+        return float(sum(part.mean() for part in self.parts)) / len(self.parts)
+
+    @property
+    def standard_error(self) -> float:
+        influence = sum((p.sums - p.mean() * p.weights) / p.weights.sum() for p in self.parts)
+        assert isinstance(influence, Tensor)
+        return float(influence.square().sum().sqrt()) / len(self.parts)
+
+    def resampled(self, counts: Tensor) -> Tensor:
+        """The number in each resample: counts (R, C) of each cluster -> (R,)."""
+        means = [(counts @ part.sums) / (counts @ part.weights) for part in self.parts]
+        return torch.stack(means).mean(0)
+
+
+def number(
+    values: Tensor, *, clusters: Tensor | None = None, weights: Tensor | None = None, chance: float | None = None
+) -> Number:
+    """The (weighted) mean of one value per item.
+
+    Args:
+        values: (n,).
+        clusters: (n,) int64, 0 ... C - 1; None: every item by itself.
+        weights: (n,); None: all equal.
+    """
+    values = values.detach().cpu().double()
+    weights = torch.ones_like(values) if weights is None else weights.detach().cpu().double()
+    if clusters is None:
+        return Number((Part(values * weights, weights),), chance)
+    clusters = clusters.cpu()
+    empty = torch.zeros(int(clusters.max()) + 1, dtype=torch.float64)
+    sums, totals = empty.index_add(0, clusters, values * weights), empty.index_add(0, clusters, weights)
+    return Number((Part(sums, totals),), chance)
+
+
+def mean_of(*numbers: Number) -> Number:
+    """The mean of several numbers over the same clusters."""
+    chances = [n.chance for n in numbers if n.chance is not None]
+    chance = sum(chances) / len(numbers) if len(chances) == len(numbers) else None
+    return Number(tuple(part for n in numbers for part in n.parts), chance)
+
+
+def _resamples(clusters: int, resamples: int, seed: int) -> Iterator[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    rows = max(1, CHUNK // clusters)
+    for start in range(0, resamples, rows):
+        size = min(rows, resamples - start)
+        drawn = torch.randint(clusters, (size, clusters), generator=generator)
+        ones = torch.ones((size, clusters), dtype=torch.float64)
+        yield torch.zeros((size, clusters), dtype=torch.float64).scatter_add_(1, drawn, ones)
+
+
+def intervals(
+    numbers: Mapping[str, Number], *, resamples: int = 1000, seed: int = 0, level: float = 0.95
+) -> dict[str, tuple[float, float]]:
+    """The central `level` of every number's resamples; numbers over equally many clusters share their resamples."""
+    by_size: dict[int, list[str]] = {}
+    for name, one in numbers.items():
+        by_size.setdefault(len(one.parts[0].sums), []).append(name)
+    tails = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64)
+    found: dict[str, tuple[float, float]] = {}
+    for clusters, names in by_size.items():
+        drawn: dict[str, list[Tensor]] = {name: [] for name in names}
+        for counts in _resamples(clusters, resamples, seed):
+            for name in names:
+                drawn[name].append(numbers[name].resampled(counts))
+        for name in names:
+            low, high = torch.quantile(torch.cat(drawn[name]), tails).tolist()
+            found[name] = (low, high)
+    return {name: found[name] for name in numbers}
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """How much better the second of two models is, on the same items."""
+
+    difference: float
+    low: float
+    high: float
+    share_of_resamples_above_zero: float
+
+
+def compare(first: Number, second: Number, *, resamples: int = 1000, seed: int = 0, level: float = 0.95) -> Comparison:
+    """Paired comparison of one number of two models.
+
+    Raises:
+        ValueError: they were not measured on the same items.
+    """
+    sizes = [len(one.parts[0].sums) for one in (first, second)]
+    if sizes[0] != sizes[1] or any(
+        not torch.equal(a.weights, b.weights) for a, b in zip(first.parts, second.parts, strict=True)
+    ):
+        raise ValueError(
+            f"second: a paired comparison needs the same items for both, got {sizes[0]} and {sizes[1]} clusters; "
+            "evaluate both models on the same split"
+        )
+    draws = [second.resampled(counts) - first.resampled(counts) for counts in _resamples(sizes[0], resamples, seed)]
+    drawn = torch.cat(draws)
+    tails = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64)
+    low, high = torch.quantile(drawn, tails).tolist()
+    above = float((drawn > 0).double().mean())
+    return Comparison(second.value - first.value, low, high, above)

@@ -1,0 +1,223 @@
+"""Retrieval both ways: where in the ranking of all candidates is the right one?
+
+n_r, m_r  images, texts on this rank    N, M  over all ranks    D  embedding width
+
+    image to text (TR): an image's rank is that of the best of its captions among all M texts
+    text to image (IR): a text's rank is that of its image among all N images
+    R@k: share of ranks <= k        R@mean: mean of R@1, R@5, R@10        overall R@mean: mean of TR's and IR's
+
+Conventions, so that numbers can be compared:
+
+- A rank is 1 + the number of rivals that score at least as high: ties count against the model. Scores nearer than
+  rounding (1e-6 in float32) are ties. Rivals are all candidates that are not right.
+- Copies of a caption that belong to different images (`caption_groups`) are one text: from image to text, a copy of an
+  image's own caption is no rival. From text to image all other images are, as everywhere; the *filtered* rank leaves
+  out the images that carry the same caption. Without copies the two are the same number.
+
+The similarity matrix is passed over once, in tiles; each rank holds its images and all texts.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from amclr_scale.evaluation.numbers import Number, mean_of, number
+from amclr_scale.evaluation.shares import gather_rows, sum_over_ranks
+from amclr_scale.similarity.collectives import rank
+
+KS = (1, 5, 10)
+TILE = {"cpu": (512, 1024), "cuda": (4096, 16384)}  # on CPU it stays in the cache between product and counting
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Where the right answers are, 1 = first; the same on every rank."""
+
+    image_to_text: Tensor  # (N,) int64
+    text_to_image: Tensor  # (M,) int64
+    text_to_image_filtered: Tensor  # (M,) int64
+    image_of_text: Tensor  # (M,) int64
+    copies: Tensor  # (M,) bool: another image has the same caption
+    rivals_of_image: Tensor  # (N,) int64, texts that are wrong for it
+
+    def numbers(self) -> dict[str, Number]:
+        """R@k both ways, their means, and what guessing gives. Intervals resample images with all their captions."""
+        N, images = len(self.image_to_text), self.image_of_text
+        captions = torch.bincount(images, minlength=N)
+        numbers: dict[str, Number] = {}
+        for k in KS:
+            chance = float(_best_of_several(captions, self.rivals_of_image, k).mean())
+            numbers[f"image_to_text_R@{k}"] = number(_hits(self.image_to_text, k), chance=chance)
+        numbers["image_to_text_R@mean"] = mean_of(*(numbers[f"image_to_text_R@{k}"] for k in KS))
+        for k in KS:
+            hits = _hits(self.text_to_image, k)
+            numbers[f"text_to_image_R@{k}"] = number(hits, clusters=images, chance=min(1.0, k / N))
+        numbers["text_to_image_R@mean"] = mean_of(*(numbers[f"text_to_image_R@{k}"] for k in KS))
+        numbers["R@mean"] = mean_of(numbers["image_to_text_R@mean"], numbers["text_to_image_R@mean"])
+        if self.copies.any():
+            for k in KS:
+                numbers[f"text_to_image_filtered_R@{k}"] = number(
+                    _hits(self.text_to_image_filtered, k), clusters=images
+                )
+        return numbers
+
+    def plain(self) -> dict[str, float]:
+        """Medians, sizes and the number of captions that several images share."""
+        return {
+            "image_to_text_median_rank": float(self.image_to_text.double().quantile(0.5)),
+            "text_to_image_median_rank": float(self.text_to_image.double().quantile(0.5)),
+            "images": len(self.image_to_text),
+            "texts": len(self.text_to_image),
+            "shared_captions": int(self.copies.sum()),
+        }
+
+
+def _hits(ranks: Tensor, k: int) -> Tensor:
+    return (ranks <= k).double()
+
+
+def _best_of_several(right: Tensor, wrong: Tensor, k: int) -> Tensor:
+    """Probability that one of `right` among `right + wrong` shuffled candidates comes in the first k."""
+    right, wrong = right.double(), wrong.double()
+    miss = torch.ones_like(right)
+    for i in range(k):  # the i-th place goes to a wrong candidate, given that all before it did
+        miss = miss * ((wrong - i).clamp(min=0) / (right + wrong - i).clamp(min=1))
+    return 1 - miss
+
+
+@torch.no_grad()
+def retrieval(
+    image: Tensor,
+    text: Tensor,
+    *,
+    image_of_text: Tensor,
+    caption_groups: Tensor | None = None,
+    tile: tuple[int, int] | None = None,
+) -> Ranks:
+    """Rank everything against everything. All ranks call it together.
+
+    Args:
+        image: (n_r, D), unit length: this rank's images. Images are numbered in rank order, 0 ... N - 1.
+        text: (m_r, D), unit length: this rank's texts; on any rank, also on another one than their images.
+        image_of_text: (m_r,) int64, the number of each text's image.
+        caption_groups: (m_r,) int64: texts with the same number are the same caption; None: all differ.
+        tile: images and texts compared at once; None: what suits the device.
+
+    Raises:
+        ValueError: an image without texts, or a text of an image that does not exist.
+    """
+    texts, owners = gather_rows(text), gather_rows(image_of_text)
+    groups = torch.arange(len(texts), device=text.device) if caption_groups is None else gather_rows(caption_groups)
+    counts = gather_rows(torch.tensor([len(image)], device=image.device)).tolist()
+    first, N = sum(counts[: rank()]), sum(counts)
+    _check(owners, N)
+    right = _RightAnswers(owners, groups, N)
+
+    tolerance = 1e-12 if image.dtype == torch.float64 else 1e-6
+    mine = (owners >= first) & (owners < first + len(image))
+    own = torch.zeros(len(texts), dtype=image.dtype, device=image.device)
+    own[mine] = (image[owners[mine] - first] * texts[mine]).sum(1)
+    text_limit = sum_over_ranks(own) - tolerance  # (M,): each text's image is on exactly one rank
+    best = torch.full((len(image),), -torch.inf, dtype=image.dtype, device=image.device)
+    image_limit = best.scatter_reduce(0, owners[mine] - first, text_limit[mine], "amax")  # (n_r,)
+
+    ahead_of_image = torch.zeros(len(image), dtype=torch.int64, device=image.device)
+    ahead_of_text = torch.zeros(2, len(texts), dtype=torch.int64, device=image.device)  # all, filtered
+    rivals = torch.zeros(len(image), dtype=torch.int64, device=image.device)
+    rows, columns = tile or TILE["cuda" if image.is_cuda else "cpu"]
+    with _full_float32():
+        for top in range(0, len(image), rows):
+            block, limit = image[top : top + rows], image_limit[top : top + rows, None]
+            pairs = right.of_images(first + top, first + top + len(block))
+            rivals[top : top + rows] = len(texts) - torch.bincount(pairs.image, minlength=len(block))
+            for left in range(0, len(texts), columns):
+                wide = slice(left, left + columns)
+                scores = block @ texts[wide].T
+                over_image, over_text = scores >= limit, scores >= text_limit[wide]
+                ahead_of_image[top : top + rows] += over_image.sum(1)
+                ahead_of_text[:, wide] += over_text.sum(0)
+                inside = (pairs.text >= left) & (pairs.text < left + columns)
+                i, j, is_own = pairs.image[inside], pairs.text[inside], pairs.own[inside]
+                ahead_of_image[top : top + rows].index_add_(0, i, over_image[i, j - left].long(), alpha=-1)
+                beaten = over_text[i, j - left].long()
+                ahead_of_text[0].index_add_(0, j, beaten * is_own, alpha=-1)
+                ahead_of_text[1].index_add_(0, j, beaten, alpha=-1)
+    ahead_of_text = sum_over_ranks(ahead_of_text)
+    return Ranks(
+        image_to_text=gather_rows(1 + ahead_of_image).cpu(),
+        text_to_image=(1 + ahead_of_text[0]).cpu(),
+        text_to_image_filtered=(1 + ahead_of_text[1]).cpu(),
+        image_of_text=owners.cpu(),
+        copies=right.copies.cpu(),
+        rivals_of_image=gather_rows(rivals).cpu(),
+    )
+
+
+def _check(owners: Tensor, N: int) -> None:
+    if len(owners) and not 0 <= int(owners.min()) <= int(owners.max()) < N:
+        low, high = int(owners.min()), int(owners.max())
+        raise ValueError(f"image_of_text: expected numbers from 0 to {N - 1}, got {low} to {high}")
+    without = torch.bincount(owners, minlength=N) == 0
+    if without.any():
+        raise ValueError(
+            f"image_of_text: {int(without.sum())} of {N} images have no text, the first is image "
+            f"{int(without.nonzero()[0])}; give every image a caption, or leave it out"
+        )
+
+
+@dataclass(frozen=True)
+class _Pairs:
+    image: Tensor  # (p,) row in a block of images
+    text: Tensor  # (p,) number of a text that is right for it
+    own: Tensor  # (p,) bool: the text is its own; otherwise a copy of one of its own
+
+
+class _RightAnswers:
+    """Which texts are right for which images: its own, and copies of these."""
+
+    def __init__(self, owners: Tensor, groups: Tensor, N: int):
+        self.owners = owners
+        _, self.groups = torch.unique(groups, return_inverse=True)
+        self.texts_of_image, self.image_starts = _lists(owners, N)
+        self.texts_of_group, self.group_starts = _lists(self.groups, int(self.groups.max()) + 1 if len(groups) else 0)
+        lowest, highest = (
+            torch.empty(len(self.group_starts) - 1, dtype=torch.int64, device=owners.device)
+            .fill_(fill)
+            .scatter_reduce(0, self.groups, owners, how)
+            for fill, how in ((N, "amin"), (-1, "amax"))
+        )
+        self.copies = (lowest < highest)[self.groups]  # (M,): some other image has this caption too
+
+    def of_images(self, start: int, stop: int) -> _Pairs:
+        """The right pairs of images start ... stop - 1, each once; rows count from `start`."""
+        own = self.texts_of_image[int(self.image_starts[start]) : int(self.image_starts[stop])]
+        rows = self.owners[own] - start
+        if not self.copies[own].any():
+            return _Pairs(rows, own, torch.ones_like(own, dtype=torch.bool))
+        group = self.groups[own]
+        sizes = self.group_starts[group + 1] - self.group_starts[group]
+        row = rows.repeat_interleave(sizes)
+        step = torch.arange(len(row), device=own.device) - (sizes.cumsum(0) - sizes).repeat_interleave(sizes)
+        text = self.texts_of_group[self.group_starts[group].repeat_interleave(sizes) + step]
+        pair = torch.unique(torch.stack([row, text]), dim=1)  # an image may have the same caption twice
+        return _Pairs(pair[0], pair[1], self.owners[pair[1]] == pair[0] + start)
+
+
+def _lists(keys: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Positions sorted by key, and where each key's positions start: (n,), (count + 1,)."""
+    sizes = torch.bincount(keys, minlength=count)
+    return keys.argsort(stable=True), torch.cat([sizes.new_zeros(1), sizes.cumsum(0)])
+
+
+@contextmanager
+def _full_float32() -> Iterator[None]:
+    """No TF32: its rounding is larger than what counts as a tie."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)

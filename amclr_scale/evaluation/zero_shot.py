@@ -1,0 +1,74 @@
+"""Zero-shot classification: a class is the mean of what its name's prompts encode to.
+
+Radford et al., "Learning Transferable Visual Models From Natural Language Supervision", ICML 2021, arXiv:2103.00020.
+
+    w_k = unit(mean_t unit(encode(template_t with class k's name)))       class of an image = argmax_k image . w_k
+
+A class's place is 1 + the number of other classes that score at least as high: ties count against the model, and
+scores nearer than rounding (1e-6 in float32) are ties. So a class that is listed twice is never right at place 1.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from amclr_scale.errors import UserError
+from amclr_scale.evaluation.numbers import Number, number
+from amclr_scale.evaluation.shares import gather_rows
+
+KS = (1, 3, 5, 10)
+ROWS = 1024  # images compared with all classes at once
+
+
+def prompts(names: list[str], templates: list[str]) -> list[str]:
+    """Every class name in every template, class by class. The slot is {} or CLIP_benchmark's {c}.
+
+    Raises:
+        UserError: no templates, or one without a slot.
+    """
+    if not templates:
+        raise UserError("evaluation.templates: expected at least one prompt such as 'a photo of a {}', got none")
+    for template in templates:
+        if ("{}" in template) + ("{c}" in template) != 1:
+            raise UserError(
+                f"evaluation.templates: expected one slot {{}} (or {{c}}) for the class name, got {template!r}"
+            )
+    return [t.replace("{c}", "{}").replace("{}", name) for name in names for t in templates]
+
+
+def ensemble(encoded: Tensor, templates: int) -> Tensor:
+    """Encoded prompts (K T, D), class by class -> one unit vector per class (K, D)."""
+    by_class = F.normalize(encoded, dim=-1).view(-1, templates, encoded.shape[1])
+    return F.normalize(by_class.mean(1), dim=-1)
+
+
+@torch.no_grad()
+def class_ranks(image: Tensor, classes: Tensor, labels: Tensor) -> Tensor:
+    """The place of each image's class, 1 = first, of all ranks' images: (N,).
+
+    Args:
+        image: (n_r, D), unit length: this rank's.
+        classes: (K, D), unit length: all of them, on every rank.
+        labels: (n_r,) int64.
+    """
+    places = [torch.empty(0, dtype=torch.int64, device=image.device)]
+    tolerance = 1e-12 if image.dtype == torch.float64 else 1e-6
+    for block, label in zip(torch.split(image, ROWS), torch.split(labels.to(image.device), ROWS), strict=True):
+        scores = block @ classes.T  # (c, K)
+        own = scores.gather(1, label[:, None])
+        places.append((scores >= own - tolerance).sum(1))  # counts the class itself: so it starts at 1
+    return gather_rows(torch.cat(places)).cpu()
+
+
+def accuracies(ranks: Tensor, labels: Tensor, num_classes: int, *, name: str = "zero_shot") -> dict[str, Number]:
+    """Top-1, 3, 5, 10 and the mean over the classes present of their top-1: from places (N,) and labels (N,)."""
+    numbers = {
+        f"{name}_top{k}": number((ranks <= k).double(), chance=min(1.0, k / num_classes))
+        for k in KS
+        if k == 1 or k < num_classes
+    }
+    sizes = torch.bincount(labels, minlength=num_classes)
+    numbers[f"{name}_mean_per_class"] = number(
+        (ranks <= 1).double(), weights=1 / sizes[labels].double(), chance=1 / num_classes
+    )
+    return numbers
