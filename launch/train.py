@@ -40,7 +40,8 @@ def run(config: Config, source: str | None, place: Place, stopwatch: Stopwatch) 
     from amclr_scale.data.tokenizers import load_tokenizer
     from amclr_scale.encoders.build import build_model
     from amclr_scale.engine.distributed import broadcast_object, seed_everything, start, stop
-    from amclr_scale.engine.loop import make_plan, train
+    from amclr_scale.engine.loop import train
+    from amclr_scale.engine.plan import make_plan
     from amclr_scale.engine.setup import build_engine
     from amclr_scale.engine.step import TrainStep
     from amclr_scale.evaluation.run import Evaluator
@@ -140,10 +141,10 @@ def main(argv: list[str]) -> int:
 
 def preview(config: Config, place: Place) -> str:
     """The arithmetic of a run, from the index of the data alone."""
-    from amclr_scale.data.index import open_index
-    from amclr_scale.engine.loop import make_plan
+    from amclr_scale.data.indexing import open_index
+    from amclr_scale.engine.plan import make_plan
 
-    return str(make_plan(config, open_index(config.data.train).num_samples, place.world_size))
+    return str(make_plan(config, open_index(config.data).num_samples, place.world_size))
 
 
 if __name__ == "__main__":
