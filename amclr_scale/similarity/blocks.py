@@ -82,9 +82,9 @@ class TileCache:
     Backward asks for them in the order in which forward made them, so those kept are the first ones.
     """
 
-    def __init__(self, budget: int = 0, tiles: tuple[Tensor, ...] = ()):
+    def __init__(self, budget: int = 0, tiles: list[Tensor] | None = None):
         self.left = budget
-        self.tiles = list(tiles)
+        self.tiles = tiles or []
         self.next = 0
 
     def room(self, buffer: Tensor) -> Tensor:
@@ -127,10 +127,10 @@ class Blocks(Protocol):
         anchors: Tensor,  # (b, D)
         keys: Tensor,  # (n, D)
         rows: Weights | None,
-        columns: Weights | None,
-        d_anchors: Tensor | None,  # (b, D), in the precision of similarities
-        d_keys: Tensor | None,  # (n, D)
+        columns: Weights | None = None,
         *,
+        d_anchors: Tensor | None = None,  # (b, D), in the precision of similarities
+        d_keys: Tensor | None = None,  # (n, D)
         diagonal: int | None = None,
         positive_weight: Tensor | None = None,  # (b,), the weights of the positives, in place of the formula
         cache: TileCache | None = None,
@@ -142,9 +142,9 @@ class Blocks(Protocol):
         anchors: Tensor,  # (b, D)
         keys: Tensor,  # (n, D)
         numbers: Sigmoid,
-        d_anchors: Tensor | None,
-        d_keys: Tensor | None,
         *,
+        d_anchors: Tensor | None = None,
+        d_keys: Tensor | None = None,
         diagonal: int | None = None,
     ) -> None:
         """Add this block's sigmoid losses to `numbers`, and their gradients to `d_anchors` and `d_keys`, in one pass.

@@ -22,6 +22,15 @@ from torch.autograd.function import once_differentiable
 Negatives = Literal["all", "local"] | int
 
 
+def _collective(*names: str) -> Any:
+    """The first of these functions that this torch has: 2.13 renames two, and warns where the old names are used."""
+    return next((getattr(dist, name) for name in names if hasattr(dist, name)), None)
+
+
+_all_gather_single = _collective("all_gather_single", "all_gather_into_tensor")
+_reduce_scatter_single = _collective("reduce_scatter_single", "reduce_scatter_tensor")
+
+
 @dataclass(frozen=True)
 class Group:
     """The ranks whose rows meet: all of them, some consecutive ones, or this one alone."""
@@ -98,14 +107,21 @@ def check_even(rows: int, width: int, ranks: Group) -> None:
     """
     if ranks.size == 1:
         return
-    device = "cuda" if dist.get_backend(ranks.process_group) == "nccl" else "cpu"
-    shapes = all_gather(torch.tensor([[rows, width]], device=device), ranks).tolist()
+    shapes = gather_numbers([rows, width], ranks)
     for member, shape in enumerate(shapes):
         if shape != shapes[0]:
             raise ValueError(
                 f"batch: rank {ranks.global_rank(member)} has {shape[0]} rows of width {shape[1]}, rank {ranks.first} "
                 f"has {shapes[0][0]} of width {shapes[0][1]}; all ranks need the same: drop the last, uneven batch"
             )
+
+
+def gather_numbers(numbers: list[int], ranks: Group) -> list[list[int]]:
+    """Every rank's numbers, in rank order; all have equally many."""
+    if ranks.size == 1:
+        return [numbers]
+    device = "cuda" if dist.get_backend(ranks.process_group) == "nccl" else "cpu"
+    return cast(list[list[int]], all_gather(torch.tensor([numbers], device=device), ranks).tolist())
 
 
 def all_gather(x: Tensor, ranks: Group | None = None) -> Tensor:
@@ -115,7 +131,7 @@ def all_gather(x: Tensor, ranks: Group | None = None) -> Tensor:
     if ranks.size == 1:
         return x
     out = x.new_empty((ranks.size * x.shape[0], *x.shape[1:]))
-    dist.all_gather_into_tensor(_bytes(out), _bytes(x), group=ranks.process_group)
+    _all_gather_single(_bytes(out), _bytes(x), group=ranks.process_group)
     return out
 
 
@@ -140,7 +156,7 @@ def reduce_scatter(x: Tensor, ranks: Group | None = None) -> Tensor:
     if dist.get_backend(ranks.process_group) == "gloo":  # gloo's own reduces everything everywhere
         return exchange(x.view(ranks.size, -1, *x.shape[1:]), ranks).sum(0)
     out = x.new_empty((x.shape[0] // ranks.size, *x.shape[1:]))
-    dist.reduce_scatter_tensor(out, x, group=ranks.process_group)
+    _reduce_scatter_single(out, x, group=ranks.process_group)
     return out
 
 
@@ -167,6 +183,17 @@ def pass_on(x: Tensor, ranks: Group) -> Arrival:
         dist.P2POp(dist.irecv, _bytes(out), following, ranks.process_group),
     ]
     return Arrival(out, x, dist.batch_isend_irecv(steps))
+
+
+def broadcast(x: Tensor, owner: int, shape: tuple[int, ...], ranks: Group) -> Tensor:
+    """The owner's x, of this shape, without gradient; the others' x only says dtype and device."""
+    x = x.detach().contiguous()
+    if ranks.size == 1:
+        return x
+    out = x if owner == ranks.rank else x.new_empty(shape)
+    if out.numel():
+        dist.broadcast(_bytes(out), ranks.global_rank(owner), group=ranks.process_group)
+    return out
 
 
 def exchange(x: Tensor, ranks: Group | None = None) -> Tensor:

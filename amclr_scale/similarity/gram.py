@@ -11,6 +11,7 @@ CyCLIP's cyclic terms and VICReg's covariances are functions of these. Sums are 
 import torch
 from torch import Tensor
 
+from amclr_scale.similarity.backends import similarity_dtype
 from amclr_scale.similarity.collectives import Negatives, all_sum, group
 
 
@@ -28,12 +29,12 @@ def gram(x: Tensor, y: Tensor, *, negatives: Negatives = "all") -> Tensor:
     if len(x) != len(y):
         raise ValueError(f"y: expected {len(x)} rows, as many as x, got {len(y)}")
     with torch.autocast(x.device.type, enabled=False):
-        dtype = torch.promote_types(torch.promote_types(x.dtype, y.dtype), torch.float32)
+        dtype = similarity_dtype(x, y)
         return all_sum(x.to(dtype).T @ y.to(dtype), group(negatives))
 
 
 def column_mean(x: Tensor, *, negatives: Negatives = "all") -> Tensor:
     """The mean row over all ranks, differentiable: (b, D) -> (D,)."""
     ranks = group(negatives)
-    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    x = x.to(similarity_dtype(x))
     return all_sum(x.sum(0), ranks) / (len(x) * ranks.size)

@@ -29,6 +29,11 @@ class KeyBlock:
     rows: Tensor  # (n, D)
     gradient: Tensor | None  # (n, D)
 
+    @property
+    def columns(self) -> slice:
+        """Which of the B columns these are."""
+        return slice(self.first, self.first + len(self.rows))
+
     def diagonal(self, first_anchor: int) -> int | None:
         """The column of the positive of the anchor with this global row number, if any of this rank's are here."""
         column = first_anchor - self.first

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from amclr_scale.similarity import settings
+from amclr_scale.similarity.backends import similarity_dtype
 from amclr_scale.similarity.collectives import Negatives, check_even, gather, group
 
 RowFunction = Callable[..., tuple[Tensor, ...]]
@@ -41,7 +42,7 @@ def map_rows(
             raise ValueError(f"{name}: expected {len(anchors)} rows, as many as anchors, got {len(x)}")
     ranks = group(negatives)
     check_even(len(keys), keys.shape[1], ranks)
-    dtype = torch.promote_types(torch.promote_types(anchors.dtype, keys.dtype), torch.float32)
+    dtype = similarity_dtype(anchors, keys)
     columns = gather(keys, ranks).to(dtype)  # (B, D)
     positives = torch.arange(len(anchors), device=anchors.device) + ranks.rank * len(anchors)  # (b,)
     device = anchors.device.type

@@ -19,11 +19,6 @@ from amclr_scale.similarity.settings import Settings
 _WIDE_PRODUCTS = hasattr(torch.ops.aten.mm, "dtype_out")  # bfloat16 matrices, float32 product: torch 2.8 and later
 
 
-def similarity_dtype(*features: Tensor) -> torch.dtype:
-    """float32, or float64 if any of the features is float64."""
-    return torch.float64 if any(x.dtype == torch.float64 for x in features) else torch.float32
-
-
 def tile_shape(settings: Settings, device: torch.device) -> tuple[int, int]:
     """Rows and columns of a tile, measured to be near the speed of one large product."""
     if settings.chunk != "auto":
@@ -94,10 +89,10 @@ class TorchBlocks:
         anchors: Tensor,
         keys: Tensor,
         rows: Weights | None,
-        columns: Weights | None,
-        d_anchors: Tensor | None,
-        d_keys: Tensor | None,
+        columns: Weights | None = None,
         *,
+        d_anchors: Tensor | None = None,
+        d_keys: Tensor | None = None,
         diagonal: int | None = None,
         positive_weight: Tensor | None = None,
         cache: TileCache | None = None,
@@ -123,9 +118,9 @@ class TorchBlocks:
         anchors: Tensor,
         keys: Tensor,
         numbers: Sigmoid,
-        d_anchors: Tensor | None,
-        d_keys: Tensor | None,
         *,
+        d_anchors: Tensor | None = None,
+        d_keys: Tensor | None = None,
         diagonal: int | None = None,
     ) -> None:
         for tile in self._tiles(anchors, keys):
