@@ -92,3 +92,15 @@ class TempGenerator(nn.Module):
             score = ((w - 1 / q.shape[1]) * q.sigmoid()) @ self.weight + self.bias  # (b,)
             share = score.sigmoid()
             return self.temperature_min + (self.temperature_max - self.temperature_min) * share
+
+
+class TempGenerators(nn.Module):
+    """One generator for images and one for texts: what `DualEncoder.temperatures` holds."""
+
+    def __init__(self, image: TempGenerator, text: TempGenerator) -> None:
+        super().__init__()
+        self.image, self.text = image, text
+
+    def forward(self, image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
+        """(b, D) and (b, D) -> temperatures (b,) of the images and (b,) of the texts."""
+        return self.image(image), self.text(text)

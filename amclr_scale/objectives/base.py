@@ -15,9 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from amclr_scale.errors import UserError
+from amclr_scale.similarity import world_size
 from amclr_scale.types import Embeddings, Loss
 
 Layout = Literal["auto", "replicated", "sharded"]
+HALF = (torch.float16, torch.bfloat16)
 
 
 class Objective(nn.Module):
@@ -90,6 +92,27 @@ class Objective(nn.Module):
                     raise UserError(f"embeddings.{field}: expected ({len(image)},) torch.int64, got {got}")
 
 
+class FullPrecision(nn.Module):
+    """A module whose buffers stay at least float32 under `.half()` and `.bfloat16()`.
+
+    Averages over many steps do not survive 8 bits of mantissa.
+    """
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "FullPrecision":
+        before = dict(self.named_buffers(recurse=False))
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, old in before.items():
+            new: Tensor = getattr(self, name)
+            if new.dtype in HALF:
+                setattr(self, name, old.to(new.device))
+        return self
+
+
+def global_batch_size(rows: Tensor) -> int:
+    """B, where this rank has `rows` (b, ...)."""
+    return len(rows) * world_size()
+
+
 def learned_temperature(embeddings: Embeddings, fixed: float | None) -> Tensor | float:
     """The temperature: `fixed`, or 1 / logit_scale where the option is None."""
     if fixed is not None:
@@ -104,7 +127,7 @@ def learned_temperature(embeddings: Embeddings, fixed: float | None) -> Tensor |
 
 def at_least_float32(x: Tensor) -> Tensor:
     """Half precision becomes float32; float32 and float64 stay."""
-    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+    return x.float() if x.dtype in HALF else x
 
 
 def numbers(**values: Tensor | float) -> dict[str, float]:

@@ -16,7 +16,7 @@ from typing import Literal
 from torch import Tensor
 
 from amclr_scale.objectives.base import Objective, at_least_float32, learned_temperature, numbers, require
-from amclr_scale.similarity import column_mean, contrast
+from amclr_scale.similarity import Contrast, column_mean, contrast
 from amclr_scale.types import Embeddings, Loss
 
 Negatives = Literal["all", "local"] | int
@@ -52,25 +52,25 @@ class CLIP(Objective, name="clip"):
 
     def forward(self, embeddings: Embeddings) -> Loss:
         t = learned_temperature(embeddings, self.config.temperature)
-        loss = clip_loss(
-            embeddings.image, embeddings.text, t, smoothing=self.config.label_smoothing, negatives=self.negatives
-        )
+        both = contrast(embeddings.image, embeddings.text, temperature=t, negatives=self.negatives)
+        image_target, text_target = both.image.positive, both.text.positive
+        smoothing = self.config.label_smoothing
+        if smoothing:
+            image, text = at_least_float32(embeddings.image), at_least_float32(embeddings.text)
+            mean_image = image @ column_mean(text, negatives=self.negatives)  # (b,), over all keys
+            mean_text = text @ column_mean(image, negatives=self.negatives)
+            image_target = (1 - smoothing) * image_target + smoothing * mean_image
+            text_target = (1 - smoothing) * text_target + smoothing * mean_text
+        image_loss = both.image.log_sum - image_target / t
+        text_loss = both.text.log_sum - text_target / t
+        loss = (image_loss + text_loss).mean() / 2
         return Loss(loss, numbers(objective=loss, temperature=t))
 
 
-def clip_loss(
-    image: Tensor, text: Tensor, temperature: Tensor | float, *, smoothing: float = 0.0, negatives: Negatives = "all"
-) -> Tensor:
-    """The value above, a tensor (): this rank's mean."""
-    both = contrast(image, text, temperature=temperature, negatives=negatives)
-    image_target, text_target = both.image.positive, both.text.positive
-    if smoothing:
-        mean_image = at_least_float32(image) @ column_mean(text, negatives=negatives)  # (b,), over all keys
-        mean_text = at_least_float32(text) @ column_mean(image, negatives=negatives)
-        image_target = (1 - smoothing) * image_target + smoothing * mean_image
-        text_target = (1 - smoothing) * text_target + smoothing * mean_text
-    image_loss = both.image.log_sum - image_target / temperature
-    text_loss = both.text.log_sum - text_target / temperature
+def softmax_loss(both: Contrast, temperature: Tensor | float) -> Tensor:
+    """The value above without smoothing, from its statistics: a tensor (), this rank's mean."""
+    image_loss = both.image.log_sum - both.image.positive / temperature
+    text_loss = both.text.log_sum - both.text.positive / temperature
     return (image_loss + text_loss).mean() / 2
 
 

@@ -11,22 +11,20 @@ batch order (rank by rank) is the one that is kept.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from amclr_scale.errors import UserError
-from amclr_scale.objectives.base import Layout
+from amclr_scale.objectives.base import FullPrecision, Layout
 from amclr_scale.similarity import collectives
 
 REPLICATED_BYTES = 256 * 2**20  # "auto" shards a state that is larger than this
 
-_HALF = (torch.float16, torch.bfloat16)
 
-
-class SampleState(nn.Module):
+class SampleState(FullPrecision):
     """A table of N rows with named columns, held as buffers.
 
     Columns are float32, and become float64 the first time that float64 embeddings visit.
@@ -104,15 +102,6 @@ class SampleState(nn.Module):
         shards = collectives.all_gather(local).cpu()
         by_shard = shards.view(num_shards, -1, *local.shape[1:])  # row k of shard r is id k W + r
         return by_shard.transpose(0, 1).flatten(0, 1)[: self.num_samples].clone()
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "SampleState":
-        before = {name: getattr(self, name) for name in self.columns}
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        for name, old in before.items():
-            new: Tensor = getattr(self, name)
-            if new.dtype in _HALF:  # model.bfloat16(): an average over epochs does not survive 8 bits
-                setattr(self, name, old.to(new.device))
-        return self
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         if self.shards[0] == 1:

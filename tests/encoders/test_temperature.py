@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from amclr_scale.encoders.temperature import TempGenerator
+from amclr_scale.encoders.temperature import TempGenerator, TempGenerators
 
 WIDTH, PROTOTYPES, ROWS = 6, 5, 7
 
@@ -78,3 +78,12 @@ def test_options_are_checked():
         generator(temperature_min=0.05, temperature_max=0.05)
     with pytest.raises(ValueError, match="num_prototypes: expected at least 2"):
         TempGenerator(4, num_prototypes=1)
+
+
+def test_a_pair_serves_both_modalities():
+    torch.manual_seed(0)
+    image, text = (TempGenerator(WIDTH, num_prototypes=PROTOTYPES).double().eval() for _ in range(2))
+    got = TempGenerators(image, text)(rows(), -rows())
+    assert torch.equal(got[0], image(rows()))
+    assert torch.equal(got[1], text(-rows()))
+    assert not torch.equal(got[0], got[1])
