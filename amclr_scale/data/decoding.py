@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from amclr_scale.data.indexing import IMAGE_EXTENSIONS
 
@@ -62,6 +62,8 @@ class Sample:
             raise BadSampleError("empty member", f".{extension}")
         try:
             image = Image.open(io.BytesIO(self.members[extension]))
+        except UnidentifiedImageError as error:
+            raise BadSampleError("corrupt image", "no known format") from error
         except Exception as error:  # decoders of broken files raise whatever they like
             raise BadSampleError("corrupt image", str(error)) from error
         if image.width * image.height > self.max_image_pixels:

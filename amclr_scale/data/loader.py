@@ -164,7 +164,7 @@ class TrainLoader:
         try:
             part = next(self._source)
         except RuntimeError as error:
-            if "exited unexpectedly" not in str(error):
+            if not str(error).startswith("DataLoader worker"):
                 raise
             raise UserError(
                 f"execution.workers: a worker process died ({error}); it may have run out of memory: lower "
@@ -185,15 +185,7 @@ class TrainLoader:
             self.counts[fault.kind] += 1
             if self.counts[fault.kind] <= _LOGGED_FAULTS:
                 last = "; further ones are only counted" if self.counts[fault.kind] == _LOGGED_FAULTS else ""
-                log.warning(
-                    "%s: sample %s (id %d): %s %s%s",
-                    fault.shard,
-                    fault.key,
-                    fault.sample,
-                    fault.kind,
-                    fault.detail,
-                    last,
-                )
+                log.warning("%s: sample %s (id %d): %s%s", fault.shard, fault.key, fault.sample, fault.words, last)
         bad = self.counts.total()
         if faults and bad > self.data.max_bad_fraction * max(self._seen, self._patience):
             kinds = ", ".join(f"{n:,} {kind}" for kind, n in self.counts.most_common())

@@ -34,6 +34,10 @@ class Fault:
     key: str
     detail: str
 
+    @property
+    def words(self) -> str:
+        return f"{self.kind}: {self.detail}" if self.detail else self.kind
+
 
 @dataclass
 class Part:
@@ -72,21 +76,23 @@ class Pipeline:
         return Part(torch.tensor(ids, dtype=torch.int64), images, texts, faults)
 
     def _good(self, sample: int, number: int, faults: list[Fault]) -> tuple[int, list[Tensor], list[str]]:
-        """The sample, or the first of its replacements that can be used."""
+        """The sample, or the first of its replacements that can be used. Only the sample itself counts as a fault."""
         draws = Draws(self.seed, Purpose.REPLACEMENT, number, sample)
-        used = sample
+        used, fault = sample, None
         for _ in range(_ATTEMPTS):
             try:
                 return used, *self._views(used, number)
             except BadSampleError as error:
-                shard, row = self.index.locate(used)
-                reader = self.index.reader(shard)
-                faults.append(Fault(error.kind, used, reader.url, reader.key(row), error.detail))
+                if fault is None:
+                    shard, row = self.index.locate(used)
+                    reader = self.index.reader(shard)
+                    fault = Fault(error.kind, used, reader.url, reader.key(row), error.detail)
+                    faults.append(fault)
                 used = draws.below(self.index.num_samples)
-        last = faults[-1]
+        assert fault is not None
         raise UserError(
-            f"data.train: {_ATTEMPTS:,} samples drawn one after another cannot be used; the last is {last.key} of "
-            f"{last.shard}: {last.kind} {last.detail}".rstrip()
+            f"data.train: sample {fault.key} of {fault.shard} cannot be used ({fault.words}), and neither can "
+            f"{_ATTEMPTS:,} others drawn in its place; is this the right data set?"
         )
 
     def _views(self, sample: int, number: int) -> tuple[list[Tensor], list[str]]:

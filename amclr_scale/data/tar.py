@@ -151,6 +151,7 @@ class _Scanner:
         self.data, self.end = data, len(data)
         self.hash = hashlib.sha256()
         self.damage: list[str] = []
+        self.headers = 0
 
     def members(self) -> Iterator[_Member]:
         at, long_name, records = 0, None, dict[str, str]()
@@ -165,6 +166,7 @@ class _Scanner:
                 at, long_name, records = resumed, None, {}
                 continue
             self.hash.update(block)
+            self.headers += 1
             size, kind, data_at = _octal(block[124:136]), block[156:157], at + BLOCK
             size = int(records.get("size", size)) if kind in _FILES else size
             at = data_at + -(-size // BLOCK) * BLOCK
@@ -236,7 +238,7 @@ def _table(scanner: _Scanner, path: Path) -> Members:
             flags[-1] = Flag.CUT
     if columns:
         row_start.append(len(columns))
-    elif scanner.end and scanner.data[:BLOCK] != _ZEROS:
+    elif scanner.damage and not scanner.headers:
         raise UserError(
             f"{path}: expected a tar of samples, got a file without any; is it complete, or another format?"
         )

@@ -1,0 +1,216 @@
+"""Every fault that a sample can have: counted by kind, logged with shard and key, replaced the same way everywhere."""
+
+import gzip
+import io
+import json
+import logging
+import os
+import signal
+
+import pytest
+import torch
+from PIL import Image
+
+from amclr_scale.data.loader import TrainLoader
+from amclr_scale.errors import UserError
+from tests.data.shards import pair, picture, settings, write_tar
+from tests.data.test_loader import assert_same, joined, take
+
+GOOD = 60
+
+
+def bomb():
+    """A small PNG of a large empty picture."""
+    out = io.BytesIO()
+    Image.new("L", (2000, 2000)).save(out, "PNG")
+    return out.getvalue()
+
+
+def with_member(i, extension, data):
+    """Sample i with one member replaced, or left out where data is None."""
+    members = [(name, data if name.endswith(extension) else old) for name, old in pair(i)]
+    return [(name, content) for name, content in members if content is not None]
+
+
+FAULTS = {
+    "corrupt image": lambda i: with_member(i, "png", picture(i)[:60]),
+    "empty member": lambda i: with_member(i, "png", b""),
+    "missing image": lambda i: with_member(i, "png", None),
+    "missing caption": lambda i: with_member(i, "txt", None),
+    "text not UTF-8": lambda i: with_member(i, "txt", b"caf\xe9"),
+    "too many pixels": lambda i: with_member(i, "png", bomb()),
+    "huge caption": lambda i: with_member(i, "txt", b"a " * 600),
+    "corrupt json": lambda i: with_member(i, "json", b'{"captions": ['),
+}
+
+
+@pytest.fixture
+def planted(tmp_path):
+    """60 whole samples, one of each fault among them, a duplicate key, and a second shard that is cut."""
+    members = [m for i in range(GOOD // 2) for m in pair(i)]
+    for number, make in enumerate(FAULTS.values()):
+        members += make(GOOD + number)
+    members += [m for i in range(GOOD // 2, GOOD) for m in pair(i)] + pair(0)
+    write_tar(tmp_path / "00000.tar", members)
+    cut = write_tar(tmp_path / "00001.tar", [m for i in range(100, 110) for m in pair(i)])
+    text = cut.read_bytes().index(b"the picture 105")
+    cut.write_bytes(cut.read_bytes()[: text - 2])  # inside the JSON of the sixth
+    return tmp_path
+
+
+def recipe(folder, **keys):
+    limits = {"max_image_pixels": 1_000_000, "max_caption_characters": 1000, "max_bad_fraction": 0.5}
+    return settings(str(folder), text_views=1, **{**limits, **keys})
+
+
+EXPECTED = {**dict.fromkeys(FAULTS, 1), "duplicate key": 1, "truncated": 1}
+NUM_SAMPLES = GOOD + len(FAULTS) + 1 + 6
+
+
+def test_training_goes_through_and_counts_every_fault(planted, caplog):
+    epochs = 4
+    loader = TrainLoader(recipe(planted), seed=0, global_batch_size=12)
+    assert loader.num_samples == NUM_SAMPLES == 75
+    visits = 0
+    with caplog.at_level(logging.WARNING):
+        while visits < epochs * NUM_SAMPLES:
+            batch = next(loader)
+            visits += len(batch)
+            whole = [
+                i < GOOD // 2 or GOOD // 2 + len(FAULTS) <= i < GOOD + len(FAULTS) or 69 <= i < 74 for i in batch.ids
+            ]
+            assert all(whole), batch.ids  # a replacement carries its own id
+            numbers = [int(i) if i < 30 else int(i) - 8 if i < 68 else int(i) + 31 for i in batch.ids]
+            assert batch.images[0][:, 0, 0, 0].tolist() == numbers
+    assert visits == epochs * NUM_SAMPLES
+    assert loader.counts == {kind: epochs * times for kind, times in EXPECTED.items()}
+    for kind, i in zip(FAULTS, range(GOOD, GOOD + len(FAULTS)), strict=True):
+        assert any(
+            f"sample {i:06d} " in r.message and kind in r.message and "00000.tar" in r.message for r in caplog.records
+        )
+
+
+def test_replacements_do_not_depend_on_ranks_and_workers(planted):
+    one = take(recipe(planted), 20)
+    for world_size, workers in [(2, 0), (4, 0), (2, 2)]:
+        ranks = [take(recipe(planted), 20, rank=r, world_size=world_size, workers=workers) for r in range(world_size)]
+        assert_same(joined(ranks), one)
+
+
+def test_counts_over_ranks_are_those_of_one(planted):
+    def counts(world_size, workers):
+        total = dict.fromkeys(EXPECTED, 0)
+        for rank in range(world_size):
+            options = {"rank": rank, "world_size": world_size, "workers": workers}
+            loader = TrainLoader(recipe(planted), seed=0, global_batch_size=8, **options)
+            for _ in range(19):
+                next(loader)
+            loader.close()
+            for kind, n in loader.counts.items():
+                total[kind] += n
+        return total
+
+    assert counts(2, 0) == counts(4, 1) == counts(1, 0)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_too_many_stop_the_run(planted, workers):
+    loader = TrainLoader(recipe(planted, max_bad_fraction=0.05), seed=0, global_batch_size=8, workers=workers)
+    with pytest.raises(
+        UserError, match=r"data\.max_bad_fraction: \d+ of \d+ samples cannot be used .*more than 5\.00%"
+    ):
+        for _ in range(100):
+            next(loader)
+    loader.close()
+
+
+def test_few_are_no_reason_to_stop(planted):
+    """One bad sample early is 12 % of eight, but not of the data set."""
+    loader = TrainLoader(recipe(planted, max_bad_fraction=0.25), seed=0, global_batch_size=8)
+    for _ in range(60):
+        next(loader)
+    assert loader.counts.total() > 60
+
+
+def test_a_data_set_without_a_good_sample_stops(tmp_path):
+    write_tar(tmp_path / "0.tar", [m for i in range(8) for m in with_member(i, "png", b"no picture")])
+    loader = TrainLoader(settings(str(tmp_path), max_bad_fraction=1.0), seed=0, global_batch_size=4)
+    with pytest.raises(
+        UserError, match="cannot be used .corrupt image: no known format., and neither can 1,000 others"
+    ):
+        next(loader)
+
+
+def test_a_log_is_not_flooded(tmp_path, caplog):
+    members = [m for i in range(60) for m in (with_member(i, "png", b"no") if i % 2 else pair(i))]
+    write_tar(tmp_path / "0.tar", members)
+    with caplog.at_level(logging.WARNING):
+        take(settings(str(tmp_path), max_bad_fraction=1.0), 30)
+    assert sum("corrupt image" in r.message for r in caplog.records) == 20
+
+
+def test_a_decompression_bomb_is_not_decoded(tmp_path, monkeypatch):
+    members = [m for i in range(4) for m in pair(i)] + with_member(9, "png", bomb())
+    write_tar(tmp_path / "0.tar", members)
+    loader = TrainLoader(recipe(tmp_path, max_bad_fraction=1.0), seed=0, global_batch_size=4)
+    sizes, load = [], Image.Image.load
+    monkeypatch.setattr(Image.Image, "load", lambda image: (sizes.append(image.size), load(image))[1])
+    for _ in range(6):
+        next(loader)
+    assert loader.counts["too many pixels"] > 0
+    assert max(sizes) == (12, 10)
+
+
+def test_transparency_becomes_white_and_grey_becomes_rgb(tmp_path):
+    members = []
+    for i, (mode, colour) in enumerate(
+        [("RGBA", (9, 9, 9, 0)), ("LA", (9, 0)), ("L", 255), ("1", 1), ("CMYK", (0, 0, 0, 0))]
+    ):
+        out = io.BytesIO()
+        Image.new(mode, (12, 12), colour).save(out, "JPEG" if mode == "CMYK" else "PNG")
+        members += with_member(i, "png", out.getvalue())
+    write_tar(tmp_path / "0.tar", members)
+    for batch in take(settings(str(tmp_path), lanes=1), 5, global_batch_size=1):
+        assert (batch.images[0] == 255).all(), batch.ids
+
+
+def test_nothing_is_unpickled(tmp_path):
+    """A member that webdataset's default decoder would unpickle is only bytes to us."""
+    trap = tmp_path / "sprung"
+    payload = b"cposix\nsystem\n(S'touch " + str(trap).encode() + b"'\ntR."
+    members = [m for i in range(8) for m in [*pair(i), (f"{i:06d}.pyd", payload), (f"{i:06d}.pth", payload)]]
+    write_tar(tmp_path / "0.tar", members)
+    take(settings(str(tmp_path)), 4, global_batch_size=4)
+    assert not trap.exists()
+
+
+def _die(_):
+    os.kill(os.getpid(), signal.SIGKILL)  # as the kernel does when memory runs out
+
+
+def test_a_worker_that_is_killed_is_told(tmp_path):
+    write_tar(tmp_path / "0.tar", [m for i in range(40) for m in pair(i)])
+    loader = TrainLoader(settings(str(tmp_path)), seed=0, global_batch_size=8, workers=1)
+    loader._parts.pipeline = _die
+    with pytest.raises(UserError, match=r"execution\.workers: a worker process died"):
+        next(loader)
+    loader.close()
+
+
+def test_faults_inside_compressed_shards_are_the_same(planted, tmp_path):
+    packed = tmp_path / "packed"
+    packed.mkdir()
+    for path in sorted(planted.glob("*.tar")):
+        (packed / f"{path.name}.gz").write_bytes(gzip.compress(path.read_bytes()))
+    assert_same(take(recipe(packed), 10), take(recipe(planted), 10))
+
+
+def test_json_that_is_not_an_object_has_no_captions(tmp_path):
+    members = [m for i in range(6) for m in pair(i)] + with_member(7, "json", json.dumps([1, 2]).encode())
+    write_tar(tmp_path / "0.tar", members)
+    loader = TrainLoader(
+        settings(str(tmp_path), caption="json.captions", max_bad_fraction=1.0), seed=0, global_batch_size=4
+    )
+    ids = torch.cat([next(loader).ids for _ in range(8)])
+    assert 6 not in ids
+    assert loader.counts["missing caption"] > 0
