@@ -168,11 +168,14 @@ def keep_statistics(module: nn.Module) -> Iterator[None]:
 
     For a second forward of the same samples in one step: recomputation, or the second pass of a gradient cache.
     """
-    changed = [m for m in module.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+    norms = [m for m in module.modules() if isinstance(m, _BatchNorm) and m.num_batches_tracked is not None]
+    before = [(m, m.momentum, m.num_batches_tracked.clone()) for m in norms if m.num_batches_tracked is not None]
     try:
-        for m in changed:
-            m.track_running_stats = False
+        for m in norms:
+            m.momentum = 0.0
         yield
     finally:
-        for m in changed:
-            m.track_running_stats = True
+        for m, momentum, batches in before:
+            m.momentum = momentum
+            assert m.num_batches_tracked is not None
+            m.num_batches_tracked.copy_(batches)
