@@ -18,8 +18,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from amclr_scale.errors import UserError
-from amclr_scale.objectives.base import Layout, require
+from amclr_scale.objectives.base import Layout, global_batch_size, require
 from amclr_scale.objectives.sample_state import SampleState, Visit
 from amclr_scale.similarity import contrast, map_rows
 from amclr_scale.types import Embeddings
@@ -48,31 +47,27 @@ def centred(
     """
     if margin is None:
         both = contrast(image, text, temperature=temperature, exclude_positive=True, centred=True)
-        log_n = _log_num_negatives(both.num_keys)
+        log_n = math.log(both.num_keys)
         return tuple(Centred(side.log_sum - log_n, side.expected) for side in (both.image, both.text))  # type: ignore[return-value]
     image_t, text_t = temperature if isinstance(temperature, tuple) else (temperature, temperature)
     return _hinged(image, text, image_t, margin), _hinged(text, image, text_t, margin)
 
 
 def _hinged(anchors: Tensor, keys: Tensor, temperature: Temperature, margin: float) -> Centred:
+    require(global_batch_size(anchors) > 1, "batch", "at least 2 samples, for a negative to exist", 1)
+
     def rows(block: Tensor, positive: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         column = positive[:, None]  # (c, 1)
         h = block - block.gather(1, column)  # (c, B)
         x = (h + margin).clamp(min=0).square() / t[:, None].to(h.dtype)
         x = x.scatter(1, column, -torch.inf)
-        log_g = x.logsumexp(1) - _log_num_negatives(x.shape[1] - 1)
+        log_g = x.logsumexp(1) - math.log(x.shape[1] - 1)
         weights = x.detach().softmax(1)
         expected = (weights * x.detach().scatter(1, column, 0.0)).sum(1)
         return log_g, expected
 
     per_row = torch.as_tensor(temperature, dtype=anchors.dtype, device=anchors.device).expand(len(anchors))
     return Centred(*map_rows(rows, anchors, keys, per_row))
-
-
-def _log_num_negatives(count: int) -> float:
-    if count < 1:
-        raise UserError("train.global_batch_size: expected at least 2 samples, for a negative to exist; got 1")
-    return math.log(count)
 
 
 def log_moving_average(old: Tensor, new: Tensor, gamma: float) -> Tensor:

@@ -1,0 +1,139 @@
+"""Objectives by name: the table, its errors, and options that can be read without importing anything."""
+
+import dataclasses
+import math
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from amclr_scale import objectives
+from amclr_scale.config.objective_options import option_models
+from amclr_scale.objectives.base import Objective
+from tests.objectives.harness import global_batch, make, my_rows
+
+NAMES = [
+    "amclr",
+    "amclr_dro",
+    "clip",
+    "cyclip",
+    "dcl",
+    "dclw",
+    "fastclip",
+    "isogclr",
+    "isogclr_net",
+    "onlineclr",
+    "siglip",
+    "sogclr",
+    "uniformity",
+    "vicreg",
+    "xamclr",
+    "xamclr_dro",
+]
+
+
+def test_the_table_names_every_objective_with_a_line_and_its_options():
+    found = objectives.available()
+    assert list(found) == NAMES
+    for name, description in found.items():
+        assert 20 < len(description.summary) < 120, name
+    assert found["sogclr"].options["num_samples"] is ...
+    assert found["sogclr"].options["temperature"] == 0.07
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_options_read_from_source_are_those_of_the_class(name):
+    """The configuration reads Config classes without importing them; both readings must agree."""
+    read = {key: field.default for key, field in option_models()[name].model_fields.items()}
+    declared = {f.name: f.default for f in dataclasses.fields(Objective.registry[name].Config)}
+    declared.pop("num_samples", None)
+    assert read == declared
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_objective_takes_num_samples_and_gives_finite_gradients(name):
+    objective = objectives.create(name, num_samples=20, sample_state="replicated")
+    e = my_rows(global_batch(0, views=1))
+    loss = objective(e)
+    loss.value.backward()
+    assert loss.value.shape == ()
+    assert e.image.grad.isfinite().all()
+    assert e.text.grad.abs().max() > 0
+    assert all(type(value) is float for value in loss.metrics.values())
+    assert math.isfinite(loss.metrics["objective"])
+    assert objective.needs_ids == hasattr(objective, "image_state")
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: objectives.create("sogcrl"), "name: no objective is called 'sogcrl'; did you mean 'sogclr'"),
+        (lambda: objectives.create("zzz"), "name: no objective is called 'zzz'; known: amclr, "),
+        (lambda: make("sogclr", temprature=0.1), "temprature: sogclr has no such option; did you mean 'temperature'"),
+        (lambda: objectives.create("sogclr"), "num_samples: sogclr needs it, got nothing"),
+        (lambda: make("sogclr", temperature="hot"), "temperature: expected float, got 'hot'"),
+        (lambda: make("clip", temperature="hot"), "temperature: expected float or None, got 'hot'"),
+        (lambda: make("clip", negatives="some"), "negatives: expected 'all' or 'local' or 'grouped', got 'some'"),
+        (lambda: make("amclr", omega=1.5), r"omega: expected int, got 1\.5"),
+        (lambda: make("cyclip", inmodal=1), "inmodal: expected bool, got 1"),
+        (lambda: make("sogclr", sample_state="both"), "sample_state: expected 'auto', 'replicated' or 'sharded'"),
+        (lambda: objectives.create("sogclr", num_samples=0), "num_samples: expected the size of the data set, got 0"),
+    ],
+)
+def test_mistakes_are_answered_in_words(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+def test_whole_numbers_are_numbers():
+    assert make("clip", temperature=1).config.temperature == 1.0
+
+
+def test_one_pair_has_no_negatives():
+    e = my_rows(global_batch(0))
+    alone = dataclasses.replace(e, image=e.image[:1], text=e.text[:1], ids=e.ids[:1])
+    for name, options in (("sogclr", {}), ("sogclr", {"surrogate": "squared_hinge"}), ("dcl", {}), ("vicreg", {})):
+        with pytest.raises(ValueError, match="expected at least 2 samples"):
+            make(name, **options)(alone)
+
+
+def test_views_must_have_the_shape_of_their_modality():
+    e = global_batch(0, views=1)
+    with pytest.raises(ValueError, match=r"embeddings\.text_views: expected every view to have the shape"):
+        make("amclr")(dataclasses.replace(e, text_views=(e.text_views[0][:4],)))
+    with pytest.raises(ValueError, match=r"embeddings\.image, embeddings\.text: expected two of one shape"):
+        make("clip")(dataclasses.replace(e, text=e.text[:4]))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_bf16_embeddings_give_float32_arithmetic(name):
+    """The value from bf16 embeddings is that of their float32 copies: nothing is computed in bf16."""
+    e = global_batch(0, views=1)
+    half = {}
+    for kind in (torch.bfloat16, torch.float32):
+        rows = {k: getattr(e, k).detach().bfloat16().to(kind).requires_grad_() for k in ("image", "text")}
+        views = {k: tuple(v.detach().bfloat16().to(kind) for v in getattr(e, k)) for k in ("image_views", "text_views")}
+        full = {k: getattr(e, k).detach().float() for k in ("logit_scale", "logit_bias")}
+        full |= {k: getattr(e, k).detach().float() for k in ("image_temperature", "text_temperature")}
+        half[kind] = dataclasses.replace(e, **rows, **views, **full)
+    values = {kind: make(name)(x).value for kind, x in half.items()}
+    torch.testing.assert_close(values[torch.bfloat16].float(), values[torch.float32].float(), rtol=1e-5, atol=1e-6)
+    values[torch.bfloat16].backward()
+    values[torch.float32].backward()
+    got, want = half[torch.bfloat16].image.grad, half[torch.float32].image.grad
+    assert got.dtype == torch.bfloat16
+    torch.testing.assert_close(got.float(), want, rtol=1e-2, atol=1e-2 * want.abs().max().item())
+
+
+def test_the_package_imports_in_a_fresh_process_and_lists_itself():
+    code = "from amclr_scale import objectives; print(*objectives.available())"
+    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert answer.stdout.split() == NAMES
+
+
+def test_the_unit_rows_of_the_harness_are_unit_rows():
+    e = global_batch(0, views=2)
+    for x in (e.image, e.text, *e.image_views, *e.text_views):
+        torch.testing.assert_close(x, F.normalize(x, dim=1))

@@ -1,0 +1,138 @@
+"""Small temperatures and wide gaps: finite, and right to 1e-4 of float64. And no B x B matrix between passes."""
+
+import dataclasses
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from amclr_scale.types import Embeddings
+from tests.objectives.harness import NUM_SAMPLES, make
+
+T = 0.005
+STATEFUL = [
+    ("clip", {"temperature": T}),
+    ("dcl", {"temperature": T}),
+    ("sogclr", {"temperature": T}),
+    ("isogclr", {"temperature": T, "eta": 1e-4}),
+    ("isogclr_net", {}),
+    ("fastclip", {"version": "v1", "temperature": T, "eps": 1e-30}),
+    ("fastclip", {"version": "v3", "eps": 1e-30}),
+    ("amclr", {"temperature": T}),
+    ("xamclr", {"temperature": T, "state": "shared_sequential"}),
+    ("amclr_dro", {"temperature": T, "eta": 1e-4}),
+    ("onlineclr", {"temperature": T}),
+]
+
+
+def extreme(step: int, dtype: torch.dtype) -> Embeddings:
+    """Half of the anchors lie near their positive and opposite to the rest; the others the other way round.
+
+    So s_ij - s_ii runs from -1.9 to 1.9, and the same ids swap sides from step to step.
+    """
+    g = torch.Generator().manual_seed(step)
+    pole = F.normalize(torch.ones(16, dtype=torch.float64), dim=0)
+    side = torch.tensor([1.0, -1, 1, -1, 1, -1, 1, -1], dtype=torch.float64)
+    agree = torch.tensor([1.0, 1, 1, 1, -1, -1, -1, -1], dtype=torch.float64).roll(step)
+
+    def rows(sign):
+        noise = 0.03 * torch.randn(8, 16, generator=g, dtype=torch.float64)
+        return F.normalize(sign[:, None] * pole + noise, dim=1).to(dtype).requires_grad_()
+
+    image, text = rows(side), rows(side * agree)
+    views = (rows(side),), (rows(side * agree),)
+    t = torch.full((8,), T, dtype=dtype)
+    scale = torch.tensor([1 / T], dtype=dtype, requires_grad=True)
+    return Embeddings(image, text, torch.arange(8), None, scale, None, *views, t, t.clone())
+
+
+def final_gradients(name, options, dtype):
+    objective = make(name, **options)
+    for step in range(3):
+        e = extreme(step, dtype)
+        loss = objective(e)
+        loss.value.backward()
+    scale = torch.zeros(1, dtype=dtype) if e.logit_scale.grad is None else e.logit_scale.grad
+    return {
+        "value": loss.value.detach(),
+        "objective": torch.tensor(loss.metrics["objective"]),
+        "image": e.image.grad,
+        "text": e.text.grad,
+        "scale": scale,
+    }
+
+
+def test_the_gaps_are_as_wide_as_they_get():
+    e = extreme(0, torch.float64)
+    gaps = e.image @ e.text.T - (e.image * e.text).sum(1)[:, None]
+    assert gaps.max() > 1.9
+    assert gaps.min() < -1.9
+
+
+@pytest.mark.parametrize(("name", "options"), STATEFUL, ids=[f"{n}-{o.get('version', '')}" for n, o in STATEFUL])
+def test_float32_is_right_to_1e_4_of_float64(name, options):
+    # the same numbers in both precisions: float64 sees the float32 rows
+    single = final_gradients(name, options, torch.float32)
+    double = final_gradients_of_float32_rows(name, options)
+    for what, want in double.items():
+        got = single[what].double()
+        assert got.isfinite().all(), what
+        error = (got - want.double()).norm() / want.double().norm().clamp(min=1e-30)
+        assert error < 1e-4 or (got - want.double()).abs().max() < 1e-9, f"{what}: {error:.1e}"
+
+
+def final_gradients_of_float32_rows(name, options):
+    objective = make(name, **options)
+    for step in range(3):
+        e = extreme(step, torch.float32)
+        fields = {}
+        for field in dataclasses.fields(e):
+            value = getattr(e, field.name)
+            if isinstance(value, tuple):
+                fields[field.name] = tuple(v.detach().double().requires_grad_() for v in value)
+            elif isinstance(value, torch.Tensor) and value.is_floating_point():
+                fields[field.name] = value.detach().double().requires_grad_()
+            else:
+                fields[field.name] = value
+        e = Embeddings(**fields)
+        loss = objective(e)
+        loss.value.backward()
+    scale = torch.zeros(1) if e.logit_scale.grad is None else e.logit_scale.grad
+    return {
+        "value": loss.value.detach(),
+        "objective": torch.tensor(loss.metrics["objective"], dtype=torch.float64),
+        "image": e.image.grad,
+        "text": e.text.grad,
+        "scale": scale,
+    }
+
+
+def test_half_precision_rows_stay_finite():
+    for name, options in STATEFUL:
+        e = extreme(0, torch.bfloat16)
+        make(name, **options)(e).value.backward()
+        assert e.image.grad.isfinite().all(), name
+
+
+@pytest.mark.parametrize(
+    "name", ["clip", "siglip", "dclw", "sogclr", "isogclr", "xamclr", "cyclip", "fastclip", "uniformity"]
+)
+def test_no_similarity_matrix_is_kept_for_backward(name):
+    """What autograd holds grows with b, not with b x B."""
+    n, width = 2048, 8
+    held: dict[int, int] = {}
+
+    def pack(x: torch.Tensor) -> torch.Tensor:
+        held[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    g = torch.Generator().manual_seed(0)
+
+    def rows() -> torch.Tensor:
+        return F.normalize(torch.randn(n, width, generator=g), dim=1).requires_grad_()
+
+    scale, bias = torch.tensor([10.0], requires_grad=True), torch.tensor([-10.0], requires_grad=True)
+    e = Embeddings(rows(), rows(), torch.arange(n) % NUM_SAMPLES, None, scale, bias, (rows(),), (rows(),))
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        make(name)(e)
+    assert sum(held.values()) < 0.15 * n * n * 4, f"{sum(held.values()):,} bytes held"
