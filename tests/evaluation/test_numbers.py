@@ -1,0 +1,83 @@
+"""Standard errors by their formulas, intervals by what they promise."""
+
+import pytest
+import torch
+
+from amclr_scale.evaluation.numbers import compare, intervals, mean_of, number
+
+
+def hits(n: int, p: float, seed: int) -> torch.Tensor:
+    return (torch.rand(n, generator=torch.Generator().manual_seed(seed)) < p).double()
+
+
+def test_single_items_have_the_textbook_error():
+    values = hits(500, 0.3, 0)
+    one = number(values)
+    p = float(values.mean())
+    assert one.value == pytest.approx(p)
+    assert one.standard_error == pytest.approx((p * (1 - p) / 500) ** 0.5)
+
+
+def test_clusters_that_agree_count_once():
+    values = hits(200, 0.4, 1)
+    five = number(values.repeat_interleave(5), clusters=torch.arange(200).repeat_interleave(5))
+    once = number(values)
+    assert five.value == pytest.approx(once.value)
+    assert five.standard_error == pytest.approx(once.standard_error)
+    assert intervals({"x": five})["x"] == pytest.approx(intervals({"x": once})["x"])
+
+
+def test_weights_are_a_weighted_mean():
+    values, weights = torch.tensor([1.0, 0.0, 1.0, 1.0]), torch.tensor([0.5, 0.5, 1.0, 2.0])
+    assert number(values, weights=weights).value == pytest.approx(3.5 / 4)
+
+
+def test_a_mean_of_numbers_knows_that_they_move_together():
+    a, b = hits(300, 0.5, 2), hits(300, 0.5, 3)
+    both = mean_of(number(a, chance=0.1), number(b, chance=0.3))
+    assert both.value == pytest.approx(float((a + b).mean()) / 2)
+    assert both.chance == pytest.approx(0.2)
+    assert both.standard_error == pytest.approx(number((a + b) / 2).standard_error)
+    same = mean_of(number(a), number(a))
+    assert same.standard_error == pytest.approx(number(a).standard_error)
+
+
+def test_intervals_are_seeded_and_as_wide_as_the_error_says():
+    one = number(hits(1000, 0.3, 4))
+    low, high = intervals({"x": one})["x"]
+    assert intervals({"x": one})["x"] == (low, high)
+    assert intervals({"x": one}, seed=1)["x"] != (low, high)
+    assert low < one.value < high
+    assert high - low == pytest.approx(2 * 1.96 * one.standard_error, rel=0.1)
+
+
+def test_intervals_cover_the_truth_as_often_as_they_say():
+    """120 samples from a world with p = 0.3: about 95 % of the intervals hold it (114 +- 2.4)."""
+    covered = 0
+    for seed in range(120):
+        low, high = intervals({"x": number(hits(400, 0.3, seed))}, resamples=400)["x"]
+        covered += low <= 0.3 <= high
+    assert 106 <= covered <= 120
+
+
+def test_chunks_of_resamples_do_not_matter(monkeypatch):
+    from amclr_scale.evaluation import numbers
+
+    one = number(hits(100, 0.5, 5))
+    want = intervals({"x": one}, resamples=50)
+    monkeypatch.setattr(numbers, "CHUNK", 700)
+    assert intervals({"x": one}, resamples=50) == want
+
+
+def test_a_paired_comparison_sees_what_two_intervals_do_not():
+    first = hits(1000, 0.5, 6)
+    second = first.clone()
+    second[torch.where(first == 0)[0][:15]] = 1  # right on everything the first is right on, and on 15 more
+    a, b = number(first), number(second)
+    assert intervals({"a": a})["a"][1] > intervals({"b": b})["b"][0]
+    better = compare(a, b)
+    assert better.difference == pytest.approx(0.015)
+    assert 0 < better.low < 0.015 < better.high
+    assert better.share_of_resamples_above_zero > 0.99
+    with pytest.raises(ValueError, match=r"^second: a paired comparison needs the same items"):
+        compare(a, number(second[:-1]))

@@ -1,0 +1,63 @@
+"""Zero-shot classification against its definition and scikit-learn."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from amclr_scale.errors import UserError
+from amclr_scale.evaluation.shares import share
+from amclr_scale.evaluation.zero_shot import accuracies, class_ranks, ensemble, prompts
+
+N, K, T, D = 53, 7, 3, 5
+
+
+def problem():
+    g = torch.Generator().manual_seed(0)
+    encoded = torch.randn(K * T, D, generator=g, dtype=torch.float64)
+    labels = torch.randint(K - 1, (N,), generator=g)  # the last class has no image
+    image = F.normalize(torch.randn(N, D, generator=g, dtype=torch.float64), dim=-1)
+    return encoded, image, labels
+
+
+def places():
+    encoded, image, labels = problem()
+    mine = share(N)
+    rows = slice(mine.start, mine.stop)
+    return class_ranks(image[rows], ensemble(encoded, T), labels[rows])
+
+
+def test_prompts_and_their_mean():
+    assert prompts(["cat", "dog"], ["a {}.", "{c}!"]) == ["a cat.", "cat!", "a dog.", "dog!"]
+    encoded, _, _ = problem()
+    unit = encoded / encoded.norm(dim=1, keepdim=True)
+    for k in range(K):
+        mean = (unit[3 * k] + unit[3 * k + 1] + unit[3 * k + 2]) / 3
+        torch.testing.assert_close(ensemble(encoded, T)[k], mean / mean.norm())
+    for wrong in ("a photo", "{} {c}"):
+        with pytest.raises(UserError, match=r"^evaluation.templates: expected one slot"):
+            prompts(["cat"], [wrong])
+    with pytest.raises(UserError, match=r"^evaluation.templates: expected at least one"):
+        prompts(["cat"], [])
+
+
+def test_agrees_with_scikit_learn_on_any_number_of_ranks(ranks):
+    from sklearn.metrics import balanced_accuracy_score, top_k_accuracy_score
+
+    encoded, image, labels = problem()
+    scores = (image @ ensemble(encoded, T).T).numpy()
+    here = places()
+    for world_size in (2, 3):
+        assert all(torch.equal(there, here) for there in ranks(world_size, places))
+    numbers = accuracies(here, labels, K)
+    assert set(numbers) == {"zero_shot_top1", "zero_shot_top3", "zero_shot_top5", "zero_shot_mean_per_class"}
+    for k in (1, 3, 5):
+        want = top_k_accuracy_score(labels.numpy(), scores, k=k, labels=range(K))
+        assert numbers[f"zero_shot_top{k}"].value == pytest.approx(want, abs=1e-12)
+        assert numbers[f"zero_shot_top{k}"].chance == k / K
+    want = balanced_accuracy_score(labels.numpy(), scores.argmax(1))
+    assert numbers["zero_shot_mean_per_class"].value == pytest.approx(want, abs=1e-12)
+
+
+def test_a_class_that_is_listed_twice_ties():
+    classes = torch.eye(3)[[0, 0, 1]]
+    assert class_ranks(torch.eye(3)[[0, 1]], classes, torch.tensor([0, 2])).tolist() == [2, 1]
