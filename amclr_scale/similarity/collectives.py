@@ -17,7 +17,8 @@ from typing import Any, Literal, cast
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from amclr_scale.similarity.first_order import first_order_only
 
 Negatives = Literal["all", "local"] | int
 
@@ -220,7 +221,7 @@ class _AllSum(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
+    @first_order_only
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None]:
         out = upstream.clone(memory_format=torch.contiguous_format)
         dist.all_reduce(out, group=ctx.ranks.process_group)
@@ -234,6 +235,6 @@ class _Gather(torch.autograd.Function):
         return all_gather(x, ranks)
 
     @staticmethod
-    @once_differentiable
+    @first_order_only
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None]:
         return reduce_scatter(upstream, ctx.ranks), None

@@ -20,11 +20,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from amclr_scale.similarity.backends import blocks_for
 from amclr_scale.similarity.blocks import Blocks, Statistics, TileCache, Weights
 from amclr_scale.similarity.collectives import Group, all_gather, exchange
+from amclr_scale.similarity.first_order import first_order_only
 from amclr_scale.similarity.keys import GatheredKeys, Keys, keys_of
 from amclr_scale.similarity.settings import Distribution, Settings
 
@@ -94,7 +94,7 @@ class LogSums(torch.autograd.Function):
         return image_sum, text_sum, positive, image_expected, text_expected
 
     @staticmethod
-    @once_differentiable
+    @first_order_only
     def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
         plan: Plan = ctx.plan
         d_image_sum, d_text_sum, d_positive = upstream[:3]

@@ -18,13 +18,13 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from amclr_scale.similarity import settings
 from amclr_scale.similarity.backends import blocks_for, similarity_dtype
 from amclr_scale.similarity.blocks import Sigmoid
 from amclr_scale.similarity.collectives import Group, Negatives, check_even, group
 from amclr_scale.similarity.distribution import choose
+from amclr_scale.similarity.first_order import first_order_only
 from amclr_scale.similarity.keys import keys_of
 from amclr_scale.similarity.settings import Distribution, Settings
 
@@ -99,7 +99,7 @@ class _Pairwise(torch.autograd.Function):
         return (numbers.loss / len(image)).to(dtype)
 
     @staticmethod
-    @once_differentiable
+    @first_order_only
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         if ctx.gradients is None:
             raise RuntimeError(

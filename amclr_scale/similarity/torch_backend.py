@@ -106,7 +106,9 @@ class TorchBlocks:
             for (side, dim), out in zip(sides, (weights, more), strict=False):
                 torch.sub(similarities, side.shift.unsqueeze(dim), out=out).mul_(side.rate.unsqueeze(dim))
                 out.exp2_().mul_(side.factor.unsqueeze(dim))
-            if len(sides) == 2:
+            if not sides:
+                weights.zero_()
+            elif len(sides) == 2:
                 weights.add_(more)
             found = tile.diagonal(weights, diagonal)
             if found and positive_weight is not None:
