@@ -10,6 +10,7 @@ import argparse
 import json
 import os
 import sys
+import time
 
 from amclr_scale.config.help import describe
 from amclr_scale.config.load import dump, load
@@ -51,16 +52,18 @@ def run(config: Config, source: str | None, place: Place, stopwatch: Stopwatch) 
     from amclr_scale.similarity import configure
 
     stopwatch.lap("imports")
-    device = start(place, config.execution.threads)
-    stopwatch.lap("process group")
 
+    # Data first: mistakes in it are found before any process waits for another.
     loader = TrainLoader(
         config.data, seed=config.seed, global_batch_size=config.train.global_batch_size,
         rank=place.rank, world_size=place.world_size, workers=config.execution.workers,
     )  # fmt: skip
     tokenizer = load_tokenizer(config.data.tokenizer, config.data.context_length)
     plan = make_plan(config, loader.num_samples, place.world_size)
+    evaluator = Evaluator(config, rank=place.rank, world_size=place.world_size) if config.evaluation.splits else None
     stopwatch.lap("data")
+    device = start(place, config.execution.threads)
+    stopwatch.lap("process group")
 
     seed_everything(config.seed)
     model = build_model(
@@ -79,7 +82,6 @@ def run(config: Config, source: str | None, place: Place, stopwatch: Stopwatch) 
         distribution=similarity.distribution, cache_bytes=similarity.cache_mib * 2**20,
     )  # fmt: skip
     engine, optimizer = build_engine(config, model, no_decay=model.no_weight_decay(), device=device, world_size=place.world_size)
-    evaluator = Evaluator(config, rank=place.rank, world_size=place.world_size) if config.evaluation.splits else None
     stopwatch.lap("engine")
 
     folder = broadcast_object(name_run(config, source))
@@ -130,10 +132,12 @@ def main(argv: list[str]) -> int:
             return 0
         run(config, options.config, place, stopwatch)
     except UserError as error:
-        # Every rank meets the same mistake; one voice per node is enough. The others may be waiting in a
-        # collective: leaving at once, without Python's own farewell, lets the launcher end them.
-        if place.local_rank == 0:
-            print(f"\n{error}", file=sys.stderr, flush=True)
+        # Every rank meets the same mistake, as a rule, and one voice per node is enough: the others give it time to
+        # speak and the launcher time to end them. One that is alive after that has met a mistake of its own.
+        if place.local_rank:
+            time.sleep(5)
+        print(f"\n{error}", file=sys.stderr, flush=True)
+        # Others may be waiting in a collective: leaving at once, without Python's own farewell, ends them too.
         sys.stdout.flush()
         os._exit(2)
     return 0

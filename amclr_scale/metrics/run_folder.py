@@ -22,12 +22,14 @@ PACKAGES = ("amclr_scale", "torch", "torchvision", "deepspeed", "transformers", 
 
 
 def check_writable(config: Config) -> None:
-    """Refuse a folder that cannot be made or written.
+    """Refuse a folder that cannot be made or written, or that holds a run already.
 
     Raises:
         UserError: naming run.folder.
     """
     folder = Path(config.run.folder).absolute()
+    if config.run.name and (folder / config.run.name / "metrics.jsonl").exists():
+        raise UserError(f"run.name: {folder / config.run.name} holds a run already; choose another name or remove it")
     existing = next(path for path in (folder, *folder.parents) if path.exists())
     if not existing.is_dir():
         raise UserError(f"run.folder: expected a folder, got {existing}, which is a file")
@@ -88,12 +90,10 @@ def create(folder: Path, config: Config, device: str, world_size: int) -> None:
     """Make the folder and write what is known before the first step. Rank 0 calls it.
 
     Raises:
-        UserError: the folder holds another recipe's run already, or cannot be written.
+        UserError: the folder cannot be written.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        if (folder / "metrics.jsonl").exists():
-            raise UserError(f"run.name: {folder} holds a run already; choose another name or remove it")
         (folder / "config.yaml").write_text(f"# recipe {recipe_hash(config)}\n{dump(config)}")
         (folder / "environment.json").write_text(json.dumps(environment(device, world_size), indent=1) + "\n")
     except OSError as error:
