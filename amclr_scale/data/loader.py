@@ -6,6 +6,7 @@ stays near one batch per rank. Parts come back in the order they were asked for,
 
 import logging
 import multiprocessing
+import warnings
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
@@ -157,7 +158,9 @@ class TrainLoader:
             "multiprocessing_context": "fork" if "fork" in multiprocessing.get_all_start_methods() else None,
             "worker_init_fn": _one_thread,
         }
-        return iter(DataLoader(self._parts, batch_size=None, sampler=numbers, num_workers=self._workers, **options))
+        with warnings.catch_warnings():  # how many workers a machine can feed is the user's choice
+            warnings.filterwarnings("ignore", "This DataLoader will create")
+            return iter(DataLoader(self._parts, batch_size=None, sampler=numbers, num_workers=self._workers, **options))
 
     def _next_part(self) -> Part:
         assert self._source is not None
