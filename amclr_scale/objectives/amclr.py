@@ -60,8 +60,8 @@ class PairedSogCLR(Objective):
             log_u, kept = paired_average(visit.read()["log_u"], side.log_g.detach(), gamma, config.state)
             if self.learns:
                 visit.write(log_u=kept)
-            value = value + (t * (side.log_g - log_u).exp()).mean(0) @ weights
-            objective = objective + (t * log_u).mean(0) @ weights
+            value = value + ((t * (side.log_g - log_u).exp()).mean(0) * weights).sum()
+            objective = objective + ((t * log_u).mean(0) * weights).sum()
         return Loss(value, numbers(objective=objective, gamma=gamma))
 
 

@@ -61,11 +61,11 @@ class PairedISogCLR(Objective):
             if self.learns:
                 r = temperature_gradient(log_u, side.log_g, side.expected, config.rho)  # (b, K)
                 if config.state != "per_pair":
-                    r = (r @ share)[:, None]
+                    r = (r * share).sum(1, keepdim=True)
                 new_t, v = self.descent.step(t, old["v"], r, self.epoch)
                 visit.write(log_u=kept, temperature=new_t, v=v)
-            value = value + (t * (side.log_g - log_u).exp()).mean(0) @ weights
-            objective = objective + (t * (log_u + config.rho)).mean(0) @ weights
+            value = value + ((t * (side.log_g - log_u).exp()).mean(0) * weights).sum()
+            objective = objective + ((t * (log_u + config.rho)).mean(0) * weights).sum()
         return Loss(
             value,
             numbers(

@@ -57,8 +57,8 @@ class CLIP(Objective, name="clip"):
         smoothing = self.config.label_smoothing
         if smoothing:
             image, text = at_least_float32(embeddings.image), at_least_float32(embeddings.text)
-            mean_image = image @ column_mean(text, negatives=self.negatives)  # (b,), over all keys
-            mean_text = text @ column_mean(image, negatives=self.negatives)
+            mean_image = (image * column_mean(text, negatives=self.negatives)).sum(1)  # (b,), over all keys
+            mean_text = (text * column_mean(image, negatives=self.negatives)).sum(1)
             image_target = (1 - smoothing) * image_target + smoothing * mean_image
             text_target = (1 - smoothing) * text_target + smoothing * mean_text
         image_loss = both.image.log_sum - image_target / t

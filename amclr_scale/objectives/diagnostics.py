@@ -134,13 +134,14 @@ def estimator_error(
 
 @torch.no_grad()
 def full_log_mean(anchors: Tensor, keys: Tensor, probe: Tensor, temperature: Tensor) -> Tensor:
-    """The log of g over the whole data set: log of the mean over j != i of exp((s_ij - s_ii) / t_i), (P,) for i in probe."""
+    """Log g over the whole data set, of the mean over j != i of exp((s_ij - s_ii) / t_i), (P,) for i in probe."""
     rows, own = at_least_float32(anchors)[probe], at_least_float32(keys)[probe]  # (P, D)
     positive = (rows * own).sum(1, keepdim=True)  # (P, 1)
     log_sum = torch.full_like(positive[:, 0], -torch.inf)
     for start in range(0, len(keys), KEYS_AT_ONCE):
         block = at_least_float32(keys[start : start + KEYS_AT_ONCE])
-        x = (rows @ block.T - positive) / temperature[:, None].to(rows)
+        with torch.autocast(rows.device.type, enabled=False):
+            x = (rows @ block.T - positive) / temperature[:, None].to(rows)
         mine = probe[:, None] == torch.arange(start, start + len(block), device=probe.device)
         log_sum = torch.logaddexp(log_sum, x.masked_fill(mine, -torch.inf).logsumexp(1))
     return log_sum - math.log(len(keys) - 1)

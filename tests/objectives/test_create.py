@@ -137,3 +137,15 @@ def test_the_unit_rows_of_the_harness_are_unit_rows():
     e = global_batch(0, views=2)
     for x in (e.image, e.text, *e.image_views, *e.text_views):
         torch.testing.assert_close(x, F.normalize(x, dim=1))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_autocast_does_not_reach_the_objective(name):
+    values = []
+    for enabled in (False, True):
+        e = my_rows(global_batch(0, views=1))
+        single = {k: getattr(e, k).detach().float() for k in ("image", "text")}
+        single |= {k: tuple(v.detach().float() for v in getattr(e, k)) for k in ("image_views", "text_views")}
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            values.append(make(name)(dataclasses.replace(e, **single)).value)
+    torch.testing.assert_close(values[1], values[0], rtol=1e-6, atol=1e-7)
