@@ -1,0 +1,91 @@
+"""Linear probe and nearest neighbours against scikit-learn, on one, two and three ranks."""
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from amclr_scale.evaluation import neighbours, probe
+from amclr_scale.evaluation.shares import gather_rows, share
+
+N, D, K = 203, 6, 4
+PENALTIES = (1e-3, 1e-1)
+KS, TEMPERATURES = (1, 5, 20, 500), (0.02, 0.1)
+
+
+def problem():
+    g = torch.Generator().manual_seed(0)
+    y = torch.randint(K, (N,), generator=g)
+    centres = torch.randn(K, D, generator=g, dtype=torch.float64)
+    x = F.normalize(centres[y] + 1.5 * torch.randn(N, D, generator=g, dtype=torch.float64), dim=-1)
+    queries = F.normalize(torch.randn(31, D, generator=g, dtype=torch.float64), dim=-1)
+    return x, y, torch.arange(N) % 5 == 0, queries
+
+
+def on_ranks():
+    x, y, validation, queries = problem()
+    rows, asked = (slice(s.start, s.stop) for s in (share(N), share(31)))
+    x, y, validation = x[rows], y[rows], validation[rows]
+    fitted = probe.fit(x, y, K, 1e-3)
+    swept, scores = probe.sweep(x, y, validation, K, PENALTIES)
+    pair, pairs = neighbours.sweep(x, y, validation, K, ks=KS, temperatures=TEMPERATURES)
+    similarities, classes = neighbours.nearest(queries[asked], x, y, 20)
+    votes = gather_rows(neighbours.vote(similarities, classes, K, 0.1))
+    return fitted.weight, fitted.bias, swept.weight, swept.l2, scores, pair, pairs, votes
+
+
+@pytest.fixture(scope="module")
+def here():
+    return on_ranks()
+
+
+def logistic(x, y, l2):
+    from sklearn.linear_model import LogisticRegression
+
+    return LogisticRegression(C=1 / (l2 * len(x)), tol=1e-10, max_iter=10_000).fit(x.numpy(), y.numpy())
+
+
+def test_the_linear_probe_is_logistic_regression(here):
+    x, y, validation, _ = problem()
+    want = logistic(x, y, 1e-3)
+    torch.testing.assert_close(here[0], torch.from_numpy(want.coef_), rtol=1e-4, atol=1e-4)
+    shift = here[1] - torch.from_numpy(want.intercept_)  # a constant added to all biases changes nothing
+    torch.testing.assert_close(shift, shift.mean().expand(K), rtol=0, atol=1e-4)
+    for l2, accuracy in here[4].items():
+        fitted = logistic(x[~validation], y[~validation], l2)
+        assert accuracy == pytest.approx(fitted.score(x[validation].numpy(), y[validation].numpy()), abs=1e-12)
+    assert here[4][here[3]] == max(here[4].values())
+    torch.testing.assert_close(here[2], torch.from_numpy(logistic(x, y, here[3]).coef_), rtol=1e-3, atol=1e-3)
+
+
+def test_nearest_neighbours_are_scikit_learns(here):
+    from sklearn.neighbors import KNeighborsClassifier
+
+    x, y, validation, queries = problem()
+
+    def classifier(k, t, rows):
+        model = KNeighborsClassifier(k, metric="cosine", algorithm="brute", weights=lambda d: np.exp((1 - d) / t))
+        return model.fit(x[rows].numpy(), y[rows].numpy())
+
+    votes = here[7] / here[7].sum(1, keepdim=True)
+    everything = torch.ones(N, dtype=torch.bool)
+    torch.testing.assert_close(votes, torch.from_numpy(classifier(20, 0.1, everything).predict_proba(queries.numpy())))
+    assert set(here[6]) == {(k, t) for k in KS[:3] for t in TEMPERATURES}  # 500 is more than there are
+    for (k, t), accuracy in here[6].items():
+        want = classifier(k, t, ~validation).score(x[validation].numpy(), y[validation].numpy())
+        assert accuracy == pytest.approx(want, abs=1e-12)
+    assert here[6][here[5]] == max(here[6].values())
+
+
+def test_any_number_of_ranks_gives_the_same(ranks, here):
+    for W in (2, 3):
+        for there in ranks(W, on_ranks):
+            for index in (0, 1, 2):
+                torch.testing.assert_close(there[index], here[index], rtol=1e-4, atol=1e-5)
+            assert there[3:7] == here[3:7]
+            torch.testing.assert_close(there[7], here[7])
+
+
+def test_no_temperature_is_too_small():
+    votes = neighbours.vote(torch.tensor([[0.9, 0.8, -1.0]]), torch.tensor([[1, 0, 0]]), 3, 1e-6)
+    assert votes.tolist() == [[0.0, 1.0, 0.0]]
