@@ -22,7 +22,7 @@ from torch import Tensor
 from amclr_scale.similarity import settings
 from amclr_scale.similarity.backends import blocks_for, similarity_dtype
 from amclr_scale.similarity.blocks import Sigmoid
-from amclr_scale.similarity.collectives import Group, Negatives, check_even, group
+from amclr_scale.similarity.collectives import Group, Negatives, all_gather, check_even, group
 from amclr_scale.similarity.distribution import choose
 from amclr_scale.similarity.first_order import first_order_only
 from amclr_scale.similarity.keys import keys_of
@@ -42,7 +42,7 @@ def pairwise(
         negatives: whose texts count: "all" ranks', "local", or those of a group of so many consecutive ranks.
 
     Returns:
-        (), to be differentiated once: its gradients are made with it and handed over.
+        (), to be differentiated once, and with one factor on all ranks: its gradients are made with it.
 
     Raises:
         ValueError: shapes that cannot be, or an uneven batch.
@@ -94,6 +94,7 @@ class _Pairwise(torch.autograd.Function):
             for gradient in (d_image, d_text):
                 if gradient is not None:
                     gradient.mul_(scale / len(image))
+        ctx.ranks = plan.ranks
         ctx.inputs = [(x.dtype, x.shape) for x in inputs]
         ctx.gradients = [d_image, d_text, numbers.d_scale / len(image), numbers.d_bias / len(image)]
         return (numbers.loss / len(image)).to(dtype)
@@ -105,6 +106,12 @@ class _Pairwise(torch.autograd.Function):
             raise RuntimeError(
                 "pairwise: backward was called twice; the gradients were made in forward and handed over the first "
                 "time, so call pairwise again"
+            )
+        scales = all_gather(upstream.reshape(1), ctx.ranks)
+        if ctx.ranks.size > 1 and not bool((scales == upstream).all()):  # on one rank nobody has to be asked
+            raise RuntimeError(
+                f"pairwise: the losses of ranks were scaled differently, by {', '.join(map(str, scales.tolist()))}; "
+                "gradients were made for one common factor, so scale all losses alike"
             )
         gradients, ctx.gradients = ctx.gradients, None  # the only reference: autograd need not copy what it is given
         return None, *(

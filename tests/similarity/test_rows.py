@@ -1,0 +1,92 @@
+"""`map_rows` runs any row function over blocks, and is differentiated as if there were one matrix."""
+
+import pytest
+import torch
+
+from amclr_scale.similarity import map_rows, rank, using, world_size
+from tests.similarity.definition import draw, relative_error
+
+
+def hinge(margin):
+    """The sum of hinges over the negatives, and the hardest negative; captures a tensor with gradient."""
+
+    def rows(block, positive, weight):
+        own = block.gather(1, positive[:, None])
+        others = block.scatter(1, positive[:, None], -torch.inf)
+        return weight * (margin + others - own).relu().sum(1), others.amax(1)
+
+    return rows
+
+
+def worst_error(b, D, chunk, *, negatives="all", dtype="float64"):
+    W = world_size()
+    everything = draw(b * W, D, 0, dtype=getattr(torch, dtype))
+    margin = torch.tensor(0.3, dtype=everything.image.dtype)
+    rows = slice(rank() * b, (rank() + 1) * b)
+    weight = everything.image_temperature
+    leaves = [x.clone().requires_grad_() for x in (everything.image[rows], everything.text[rows], weight[rows], margin)]
+    with using(chunk=chunk):
+        losses, hardest = map_rows(hinge(leaves[3]), leaves[0], leaves[1], leaves[2], negatives=negatives)
+    got = [losses, hardest, *torch.autograd.grad(((losses + hardest) * everything.upstream[0, rows]).sum(), leaves)]
+
+    image, text, weight, margin = exact = [
+        x.double().requires_grad_() for x in (everything.image, everything.text, weight, margin)
+    ]
+    group = b * {"all": W, "local": 1}.get(negatives, negatives)
+    parts = [slice(first, first + group) for first in range(0, b * W, group)]
+    results = [hinge(margin)(image[p] @ text[p].T, torch.arange(group), weight[p]) for p in parts]
+    losses, hardest = (torch.cat(x) for x in zip(*results, strict=True))
+    weighted = (losses + hardest) * everything.upstream[0].double()
+    features = torch.autograd.grad(weighted.sum(), exact[:3], retain_graph=True)
+    own = torch.autograd.grad(weighted[rows].sum(), exact[3])
+    want = [losses[rows], hardest[rows], *(x[rows] for x in features), *own]
+    return max(relative_error(x, y) for x, y in zip(got, want, strict=True))
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 20, 100, "auto"])
+def test_it_is_the_dense_function(chunk):
+    assert worst_error(20, 6, chunk) < 1e-12
+    assert worst_error(20, 6, chunk, dtype="float32") < 4e-6
+
+
+@pytest.mark.parametrize("W", [2, 4])
+def test_ranks_are_one_big_batch(ranks, W):
+    for negatives in ("all", "local", 2):
+        assert max(ranks(W, worst_error, 5, 4, 2, negatives=negatives)) < 1e-12
+
+
+def test_no_block_is_held_for_backward():
+    b, D = 512, 8
+    image, text = torch.randn(2, b, D).requires_grad_().unbind()
+    held = {}
+
+    def pack(x):
+        held[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    with using(chunk=32), torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        map_rows(lambda block, positive: (block.exp().sum(1),), image, text)
+    assert sum(held.values()) < b * b * 4 / 8
+
+
+def test_blocks_are_float32_whatever_the_features_and_autocast():
+    seen = []
+
+    def rows(block, positive):
+        seen.append(((block @ block.T).dtype, block.dtype))
+        return (block.exp().sum(1),)
+
+    image = torch.randn(4, 3).bfloat16().requires_grad_()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        (total,) = map_rows(rows, image, image)
+    total.sum().backward()
+    assert set(seen) == {(torch.float32, torch.float32)}
+    assert len(seen) == 2  # backward ran it again
+    assert image.grad.dtype == torch.bfloat16
+
+
+def test_mistakes_are_named():
+    with pytest.raises(ValueError, match="keys: expected 3 rows"):
+        map_rows(lambda block, positive: (block.sum(1),), torch.ones(3, 2), torch.ones(4, 2))
+    with pytest.raises(ValueError, match=r"per_row\[0\]: expected 3 rows"):
+        map_rows(lambda block, positive, x: (x,), torch.ones(3, 2), torch.ones(3, 2), torch.ones(2))
