@@ -45,6 +45,9 @@ class Data(Section):
     or shard paths with brace patterns ({00000..00099}.tar). Several: a list, ids follow one another."""
     lanes: Positive = 8
     """Independent streams that the data set is cut into; the number of ranks must divide it."""
+    weights: list[PositiveNumber] | None = None
+    """How often an epoch passes over each name of a list in `train`, such as [1, 2, 0.5]; null: once. Fractional passes
+    go on in the next epoch."""
     shuffle_window: Positive = 4
     """Shards whose samples are mixed with one another inside a lane."""
     image_size: Positive = 224
@@ -76,6 +79,10 @@ class Data(Section):
     cache: str | None = None
     """Folder for unpacked shards, fetched shards and indexes that training had to make; null: amclr_scale in
     $XDG_CACHE_HOME or ~/.cache. Does not change results."""
+    cache_gib: PositiveNumber = 50.0
+    """Bound on the fetched remote shards in the cache, per machine, in GiB. Does not change results."""
+    allow_pipe: bool = False
+    """Whether shards named pipe:COMMAND may run that shell command."""
 
 
 class ImageTower(Section):
@@ -195,21 +202,55 @@ class Train(Section):
     """Length of the run in passes over the data. Give this or `samples`."""
 
 
+class Probe(Section):
+    """Classifiers that learn from frozen image features: a linear one, and nearest neighbours."""
+
+    train: str
+    """Labelled images to learn from, named like evaluation.splits."""
+    test: str
+    """Labelled images to measure on."""
+    classes: str = "json.group"
+    """Where a sample's class is in shards (json.FIELD or cls)."""
+    methods: list[Literal["linear", "knn"]] = ["linear", "knn"]
+    """linear: logistic regression; knn: a weighted vote of the nearest training images."""
+    features: list[Literal["embedding", "tower"]] = ["embedding", "tower"]
+    """embedding: after the projection head; tower: before it."""
+    validation: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    """Share of the training images on which penalty, neighbours and temperature are chosen."""
+    l2: list[PositiveNumber] = [1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1]
+    """Penalties to choose from, on the squared weights beside the mean loss."""
+    neighbours: list[Positive] = [1, 5, 20, 200]
+    """Numbers of neighbours to choose from."""
+    neighbour_temperatures: list[PositiveNumber] = [0.02, 0.07, 0.1]
+    """Temperatures of the vote to choose from."""
+
+
 class Evaluation(Section):
-    """What is measured, and when. The last step is always evaluated when `splits` is not empty."""
+    """What is measured, and when. The last step is always evaluated when something is to be measured."""
 
     splits: list[str] = []
-    """Held-out pairs for retrieval and zero-shot, named like data.train: emoji/val_style, emoji/val_concept, an index."""
+    """Held-out pairs and labelled images for retrieval and zero-shot: emoji/val_style, an index, shards, a folder of
+    CLIP_benchmark, a folder with one folder of images per class, or annotations (.json): Karpathy's (FILE.json#val for
+    another split than test) or a list of {image, caption, [image_id], [negatives]} as ALBEF's and SogCLR's."""
     every_samples: Positive | None = None
     """Also evaluate each time that many samples have been seen; null: at the end only."""
+    image_root: str | None = None
+    """Folder that the image paths of annotations begin in; null: the annotation file's own folder."""
     classes: str | None = "json.concept"
-    """Zero-shot classification: where a sample's class is (json.FIELD); null: no zero-shot."""
-    templates: list[str] = ["{}", "an emoji of {}", "a picture of {}", "{} icon", "a drawing of {}"]
-    """Prompts that a class name is put into; their normalised features are averaged."""
+    """Zero-shot classification of shards: where a sample's class is (json.FIELD or cls). null: no zero-shot at all."""
+    class_names: str | None = None
+    """A file with one class name a line, or imagenet (1,000 names, needs open_clip_torch); null: the data set's own."""
+    templates: list[str] | str | None = None
+    """Prompts that a class name is put into, {} or {c} for the name; their normalised features are averaged. A list, a
+    file with one a line, or imagenet (80 prompts, needs open_clip_torch). null: the data set's own, or customary ones."""
     batch_size: Positive = 256
     """Samples encoded at once per rank during evaluation; does not change results."""
     resamples: Annotated[int, Field(ge=0)] = 1000
     """Bootstrap resamples behind every 95 % interval; 0: no intervals."""
+    geometry: bool = False
+    """Also measure alignment, uniformity, modality gap, diversity, tolerance and effective rank of each split."""
+    probes: list[Probe] = []
+    """Classifiers to learn from frozen features."""
 
 
 class Similarity(Section):
@@ -231,12 +272,27 @@ class Execution(Section):
     """How the recipe is run. Nothing here changes the numbers beyond rounding."""
 
     micro_batch_size: Positive | None = None
-    """Samples one rank encodes at once; null: its whole share of the global batch."""
+    """Samples one rank encodes at once; null: its whole share of the global batch. When it is smaller, the gradient
+    cache makes the step the same as with the whole share, at 4/3 of the cost."""
+    text_micro_batch_size: Positive | None = None
+    """Texts encoded at once, when not as many as images; null: micro_batch_size."""
+    kept_micro_batches: Annotated[int, Field(ge=0)] = 1
+    """Micro-batches whose activations are kept between the two passes of the gradient cache: memory for less
+    recomputation. With n micro-batches, k kept ones save k/n of the second forward."""
+    recompute_image: Literal["none", "full"] | Positive = "none"
+    """Activation recomputation in the image tower: none, full (every block), or k: every k-th block."""
+    recompute_text: Literal["none", "full"] | Positive = "none"
+    """Activation recomputation in the text tower."""
+    compile: bool = False
+    """torch.compile both towers."""
     zero_stage: Literal[0, 1, 2, 3] = 0
     """DeepSpeed ZeRO stage, what is partitioned over ranks: 0 nothing, 1 optimizer states, 2 also gradients, 3 also
     parameters."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """Of parameters and activations. Similarities, log-sums and optimizer states stay fp32."""
+    offload: Literal["none", "optimizer", "parameters"] = "none"
+    """Keep in host memory: optimizer states (stages 1 to 3), or parameters as well (stage 3)."""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Of parameters and activations; bf16 and fp16 need zero_stage 1 or more. Similarities, log-sums and optimizer
+    states stay fp32. fp16 scales the loss and skips steps that overflow."""
     workers: Annotated[int, Field(ge=0)] = 0
     """Processes per rank that read and decode; 0: the rank itself. Does not change the batches."""
     threads: Positive | None = None

@@ -10,16 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from amclr_scale.data.evaluation_split import EvaluationSplit
 from amclr_scale.data.tokenizers import Tokenizer
 from amclr_scale.evaluation.shares import largest_share, share
+from amclr_scale.evaluation.splits import Split
 
 Encode = Callable[..., dict[str, Any]]  # the engine's call: images=(...), texts=(...) -> the model's outputs
 
 
 @torch.no_grad()
 def encode_images(
-    encode: Encode, split: EvaluationSplit, batch_size: int, outputs: Sequence[str] = ("image",), **options: Any
+    encode: Encode, split: Split, batch_size: int, outputs: Sequence[str] = ("image",), **options: Any
 ) -> tuple[Tensor, ...]:
     """Encode a rank's share of a split's images: (n_r, width) of every output that is asked for."""
     size = split.data.image_size

@@ -85,12 +85,12 @@ def test_numbers_are_those_of_the_features(split):
     encoder = model(config).eval()
     evaluator = Evaluator(config, rank=0, world_size=1)
     results = evaluator(encoder)
-    data = evaluator.splits[0]
+    data = evaluator.tasks[0].split
     with torch.no_grad():
         image = torch.cat([encoder(images=batch.images)["image"] for batch in data.batches(1)])
         names = ["black", "blue", "green", "red", "white", "yellow"]
         weights = [
-            sum(encoder(texts=(data.tokenizer([t.replace("{}", name)]),))["text"] for t in config.evaluation.templates)
+            sum(encoder(texts=(data.tokenizer([t.replace("{}", name)]),))["text"] for t in evaluator.tasks[0].templates)
             for name in names
         ]
     scores = image @ F.normalize(torch.cat(weights), dim=-1).T
@@ -110,9 +110,9 @@ def test_a_perfect_model_is_perfect(tmp_path):
     split = str(write_split(tmp_path, N))
     config = recipe(split, classes=None)
     evaluator = Evaluator(config, rank=0, world_size=1)
-    data = evaluator.splits[0]
+    data = evaluator.tasks[0].split
     pixels = torch.cat([batch.images[0] for batch in data.batches(N)]).flatten(1).double()
-    tokens = data.tokenizer(data.captions)
+    tokens = data.tokenizer([captions[0] for captions in data.caption_lists])
 
     def encode(images=(), texts=()):
         if images:
@@ -132,8 +132,8 @@ def test_a_perfect_model_is_perfect(tmp_path):
 def test_the_embedded_corpus_has_the_sizes_that_are_documented():
     config = Config.model_validate({"evaluation": {"splits": ["emoji/val_style", "emoji/val_concept"]}})
     evaluator = Evaluator(config, rank=0, world_size=1)
-    assert [split.num_samples for split in evaluator.splits] == [1724, 678]
-    assert {len(names) for names in evaluator.names.values()} == {1906}
+    assert [task.split.num_samples for task in evaluator.tasks] == [1724, 678]
+    assert {len(task.class_names) for task in evaluator.tasks} == {1906}
 
 
 def test_mistakes(split, tmp_path: Path):

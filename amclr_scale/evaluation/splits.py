@@ -1,0 +1,181 @@
+"""What `evaluation.splits` may name, opened: images with captions, labels or both, and the names of their classes."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from amclr_scale.config.schema import Data, Evaluation
+from amclr_scale.data.evaluation_split import EvaluationSplit, class_names
+from amclr_scale.data.sources import embedded_splits
+from amclr_scale.data.tokenizers import Tokenizer
+from amclr_scale.errors import UserError
+from amclr_scale.evaluation.image_files import ImageFiles, annotations, class_folders, is_class_folders
+from amclr_scale.evaluation.zero_shot import prompts
+from amclr_scale.types import Batch
+
+_KEY = "evaluation.splits"
+
+EMOJI_TEMPLATES = ["{}", "an emoji of {}", "a picture of {}", "{} icon", "a drawing of {}"]
+PHOTO_TEMPLATES = ["a photo of a {}."]
+
+
+class Split(Protocol):
+    """Held-out samples, of which each rank reads its share."""
+
+    name: str
+    data: Data
+    tokenizer: Tokenizer
+    num_samples: int
+    caption_lists: list[list[str]]  # of all samples
+    labels: list[Any] | None
+    image_ids: Tensor  # (n,) samples that show the same image have the same number
+
+    def batches(self, batch_size: int) -> Iterator[Batch]: ...
+
+
+@dataclass(frozen=True)
+class Task:
+    """A split, and what can be measured on it."""
+
+    name: str
+    split: Split
+    retrieval: bool
+    class_names: list[str]  # empty: no classification
+    labels: Tensor  # (n,) int64, positions in class_names; empty without them
+    templates: list[str]
+
+
+def open_task(
+    name: str, data: Data, options: Evaluation, *, rank: int, world_size: int, classes: str | None = None
+) -> Task:
+    """Open one of `evaluation.splits`, whatever its format. All ranks call it.
+
+    Args:
+        classes: overrides options.classes.
+
+    Raises:
+        UserError: it is none of the formats, or something in it cannot be used.
+    """
+    classes = classes or options.classes
+    file, _, part = name.partition("#")
+    path = Path(file).expanduser()
+    names: list[str] | None = None
+    templates: list[str] = EMOJI_TEMPLATES if name in embedded_splits() else PHOTO_TEMPLATES
+    split: Split
+    if path.suffix == ".json" and path.is_file() and not _is_index(path):
+        root = Path(options.image_root).expanduser() if options.image_root else path.parent
+        split = ImageFiles(name, data, annotations(name, json.loads(path.read_text("utf-8")), root, part or "test"))
+        retrieval = True
+    elif path.is_dir() and (path / "test").is_dir() and list((path / "test").glob("*.tar")):
+        retrieval, split, names, own = _clip_benchmark(name, path, data, rank, world_size)
+        templates = own or templates
+    elif path.is_dir() and is_class_folders(path):
+        split = ImageFiles(name, data, class_folders(path))
+        retrieval, names = False, sorted({str(label) for label in split.labels or []})
+    else:
+        split = EvaluationSplit(name, data, rank=rank, world_size=world_size, classes=classes)
+        retrieval = True
+        if classes is not None and options.class_names is None:
+            names = class_names(name, data, classes)
+    if options.classes is None and classes is None:
+        names = None
+    listed = _class_names(options.class_names, split) if split.labels is not None else None
+    labels = _numbered(split, names or listed) if split.labels is not None and (names or listed) else torch.empty(0)
+    final = listed or names or []
+    if listed and names and len(listed) != len(names):
+        raise UserError(f"evaluation.class_names: {name} has {len(names)} classes, {options.class_names} {len(listed)}")
+    chosen = _templates(options.templates) or templates
+    prompts(final[:1] or ["x"], chosen)
+    return Task(name, split, retrieval, final, labels, chosen)
+
+
+def _is_index(path: Path) -> bool:
+    with path.open(encoding="utf-8") as file:
+        return '"shardlist"' in file.read(4096)
+
+
+def _clip_benchmark(
+    name: str, root: Path, data: Data, rank: int, world_size: int
+) -> tuple[bool, Split, list[str] | None, list[str]]:
+    """Open root/test/*.tar with .cls or .txt; beside test: classnames.txt, templates, dataset_type.txt."""
+    kind = root / "dataset_type.txt"
+    retrieval = kind.is_file() and kind.read_text().strip() == "retrieval"
+    member = "txt" if retrieval else "cls"  # without captions the class number stands in for one; it is never encoded
+    split = EvaluationSplit(
+        str(root / "test"),
+        data.model_copy(update={"caption": member}),
+        rank=rank,
+        world_size=world_size,
+        classes=None if retrieval else "cls",
+    )
+    lines = {file: _lines(root / file) for file in ("classnames.txt", "zeroshot_classification_templates.txt")}
+    if not retrieval and not lines["classnames.txt"]:
+        raise UserError(f"{_KEY}: {name}: expected a classnames.txt in the folder, one name a line, found none")
+    return retrieval, split, lines["classnames.txt"] or None, lines["zeroshot_classification_templates.txt"]
+
+
+def _lines(path: Path) -> list[str]:
+    return [line.strip() for line in path.read_text("utf-8").splitlines() if line.strip()] if path.is_file() else []
+
+
+def _class_names(named: str | None, split: Split) -> list[str] | None:
+    if named is None:
+        return None
+    if named == "imagenet":
+        return list(_metadata("evaluation.class_names").IMAGENET_CLASSNAMES)
+    names = _lines(Path(named).expanduser())
+    if not names:
+        raise UserError(
+            f"evaluation.class_names: expected imagenet or a file with one name a line, got {named} for {split.name}"
+        )
+    return names
+
+
+def _templates(templates: list[str] | str | None) -> list[str]:
+    if templates is None or isinstance(templates, list):
+        if templates == []:
+            raise UserError("evaluation.templates: expected at least one prompt such as 'a photo of a {}', got none")
+        return templates or []
+    if templates == "imagenet":
+        return [template("{}") for template in _metadata("evaluation.templates").OPENAI_IMAGENET_TEMPLATES]
+    found = _lines(Path(templates).expanduser())
+    if not found:
+        raise UserError(
+            f"evaluation.templates: expected a list, imagenet or a file with one prompt a line, got {templates}"
+        )
+    return found
+
+
+def _metadata(key: str) -> Any:
+    from amclr_scale.torchvision_ops import import_torchvision
+
+    try:
+        import_torchvision()
+        from open_clip import zero_shot_metadata
+    except ImportError as error:
+        raise UserError(f"{key}: imagenet needs open_clip_torch: pip install open_clip_torch ({error})") from error
+    return zero_shot_metadata
+
+
+def _numbered(split: Split, names: list[str] | None) -> Tensor:
+    """Every sample's class as a position in `names`.
+
+    Raises:
+        UserError: a label that is not there.
+    """
+    assert split.labels is not None
+    assert names is not None
+    places: dict[Any, int] = {name: place for place, name in enumerate(names)}
+    found = [places.get(label, -1) if isinstance(label, str) else label for label in split.labels]
+    for sample, place in enumerate(found):
+        if not 0 <= place < len(names):
+            raise UserError(
+                f"evaluation.classes: {split.name}: sample {sample} has the class {split.labels[sample]!r}, which is "
+                f"none of the {len(names)} class names"
+            )
+    return torch.tensor(found)
