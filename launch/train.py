@@ -89,7 +89,10 @@ def run(config: Config, source: str | None, place: Place, stopwatch: Stopwatch) 
         create(folder, config, str(device), place.world_size)
     seed_everything(config.seed, place.rank + 1)  # dropout differs between ranks
     phases = Phases(device)
-    step = TrainStep(engine, objective, micro_batch_size=plan.micro_batch_size, device=device, phases=phases)
+    step = TrainStep(
+        engine, objective, micro_batch_sizes=plan.micro_batch_sizes,
+        kept=config.execution.kept_micro_batches, device=device, phases=phases,
+    )  # fmt: skip
 
     with RunLog(folder, config, speaks=place.rank == 0, total_steps=plan.total_steps) as log:
         log.say(f"run folder {folder}\n{plan}")

@@ -7,7 +7,7 @@ from amclr_scale.config.schema import Config
 
 def check(config: Config, world_size: int) -> list[str]:
     """One line per mistake, the key to change first; empty when all is well."""
-    return [*_length(config), *_shares(config, world_size), *_views(config), *_deepspeed(config)]
+    return [*_length(config), *_shares(config, world_size), *_views(config), *_execution(config), *_deepspeed(config)]
 
 
 def _length(config: Config) -> list[str]:
@@ -44,6 +44,22 @@ def _views(config: Config) -> list[str]:
     ]
 
 
+def _execution(config: Config) -> list[str]:
+    execution, lines = config.execution, []
+    stage, offload = execution.zero_stage, execution.offload
+    if execution.precision != "fp32" and stage == 0:
+        lines.append(f"execution.zero_stage: precision {execution.precision} keeps fp32 masters in ZeRO, expected 1 or more, got 0")
+    if offload == "optimizer" and stage == 0:
+        lines.append("execution.offload: optimizer states move to the host at zero_stage 1, 2 or 3, got 0")
+    if offload == "parameters" and stage != 3:
+        lines.append(f"execution.offload: parameters move to the host at zero_stage 3 only, got {stage}")
+    if offload != "none" and config.optimizer.name not in ("adamw", "adamp", "lamb", "lars", "sgd"):
+        lines.append(f"execution.offload: expected optimizer.name adamw, sgd, adamp, lamb or lars with it, got {config.optimizer.name}")
+    if config.optimizer.schedule == "step" and not config.optimizer.step_samples:
+        lines.append("optimizer.step_samples: schedule step needs the samples at which the rate falls, got none")
+    return lines
+
+
 # What the schema generates, and the key that says it. Everything else in DeepSpeed's configuration is the user's.
 GENERATED = {
     "train_batch_size": "train.global_batch_size",
@@ -56,6 +72,8 @@ GENERATED = {
     "fp16": "execution.precision",
     "amp": "execution.precision",
     "zero_optimization.stage": "execution.zero_stage",
+    "zero_optimization.offload_optimizer": "execution.offload",
+    "zero_optimization.offload_param": "execution.offload",
 }
 
 

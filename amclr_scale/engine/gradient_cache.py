@@ -12,9 +12,12 @@ forward costs (n - kept) / n of the first. When all are kept this is ordinary tr
 Everything the model returns is an output and is treated alike, whatever its name. Outputs that belong to no sample
 (the learned scale and bias) come with every micro-batch, which each push 1/n of their gradient: DeepSpeed's stage 3
 traces the order of parameters and is silently wrong where one is used in the last micro-batch only.
+
+A micro-batch holds images and texts of the same samples, or, when the towers have micro-batch sizes of their own,
+those of one tower.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
@@ -25,8 +28,9 @@ from amclr_scale.engine.random_state import RandomState
 from amclr_scale.metrics.phases import Phases
 from amclr_scale.types import Batch, Embeddings, Loss
 
-Outputs = dict[str, Tensor | tuple[Tensor, ...]]
-Encode = Callable[[tuple[Tensor, ...], tuple[Tensor, ...]], Outputs]
+Views = tuple[Tensor, ...]
+Outputs = dict[str, Tensor | Views]
+Encode = Callable[[Views, Views], Outputs]
 
 SHARED = ("logit_scale", "logit_bias")  # outputs of the whole model rather than of one sample
 
@@ -39,16 +43,43 @@ class CachedStep:
     leaves: Mapping[str, Tensor]
 
 
-def split(batch: Batch, size: int) -> list[Batch]:
-    """Cut a batch into micro-batches of `size` (the last may be smaller), still where the loader left them."""
-    return [
-        Batch(
-            ids=batch.ids[start : start + size],
-            images=tuple(view[start : start + size] for view in batch.images),
-            texts=tuple(view[start : start + size] for view in batch.texts),
-        )
-        for start in range(0, len(batch), size)
-    ]
+@dataclass(frozen=True)
+class MicroBatch:
+    """What is encoded at once: rows of the batch, where the loader left them."""
+
+    rows: slice
+    images: Views
+    texts: Views
+
+    def to(self, device: torch.device) -> "MicroBatch":
+        """On the device; from pinned host memory the copy overlaps with what the device computes."""
+        images, texts = ([view.to(device, non_blocking=True) for view in views] for views in (self.images, self.texts))
+        return MicroBatch(self.rows, tuple(images), tuple(texts))
+
+
+def split(batch: Batch, image_size: int, text_size: int) -> list[MicroBatch]:
+    """Cut a batch into micro-batches (the last ones may be smaller)."""
+
+    def cut(views: Views, rows: slice) -> Views:
+        return tuple(view[rows] for view in views)
+
+    def rows(size: int) -> Iterator[slice]:
+        return (slice(start, min(start + size, len(batch))) for start in range(0, len(batch), size))
+
+    if image_size == text_size:
+        return [MicroBatch(r, cut(batch.images, r), cut(batch.texts, r)) for r in rows(image_size)]
+    images = [MicroBatch(r, cut(batch.images, r), ()) for r in rows(image_size)]
+    return images + [MicroBatch(r, (), cut(batch.texts, r)) for r in rows(text_size)]
+
+
+def _on_device(micro_batches: Sequence[MicroBatch], device: torch.device) -> Iterator[MicroBatch]:
+    """Each micro-batch on the device, the next one already on its way."""
+    if not micro_batches:
+        return
+    ahead = micro_batches[0].to(device)
+    for following in (*micro_batches[1:], None):
+        current, ahead = ahead, following.to(device) if following is not None else ahead
+        yield current
 
 
 def _flat(outputs: Outputs) -> dict[str, Tensor]:
@@ -63,7 +94,7 @@ def _flat(outputs: Outputs) -> dict[str, Tensor]:
 
 
 def _embeddings(leaves: Mapping[str, Tensor], ids: Tensor, text_ids: Tensor | None) -> Embeddings:
-    def views(name: str) -> tuple[Tensor, ...]:
+    def views(name: str) -> Views:
         return tuple(leaf for key, leaf in leaves.items() if key.startswith(f"{name}."))
 
     plain = {name: leaf for name, leaf in leaves.items() if "." not in name}
@@ -75,7 +106,7 @@ def cached_backward(
     objective: Callable[[Embeddings], Loss],
     batch: Batch,
     *,
-    micro_batch_size: int,
+    micro_batch_sizes: tuple[int, int],
     device: torch.device,
     kept: int = 1,
     backward: Callable[[Tensor, bool], None] = lambda surrogate, last: surrogate.backward(),
@@ -88,7 +119,7 @@ def cached_backward(
         encode: the engine: image views and token views of one micro-batch -> the model's outputs.
         objective: its backward may talk to other ranks.
         batch: this rank's samples, b of them, on the host or the device.
-        micro_batch_size: samples encoded at once.
+        micro_batch_sizes: images and texts encoded at once.
         device: where encoding happens; micro-batches move there one ahead of their use.
         kept: micro-batches whose graph stays alive between the passes, at least 0.
         backward: `backward(surrogate, last)`: the engine's, so that ZeRO sees each one.
@@ -96,31 +127,25 @@ def cached_backward(
         phases: where seconds go.
     """
     phases = phases or Phases(device)
-    micro_batches = split(batch, micro_batch_size)
+    micro_batches = split(batch, *micro_batch_sizes)
     first_kept = max(0, len(micro_batches) - kept)
     states: list[RandomState] = []
     graphs: list[dict[str, Tensor]] = []
 
-    def encoded(micro_batch: Batch) -> dict[str, Tensor]:
-        images = tuple(view.to(device, non_blocking=True) for view in micro_batch.images)
-        texts = tuple(view.to(device, non_blocking=True) for view in micro_batch.texts)
-        return _flat(encode(images, texts))
-
-    parts: list[dict[str, Tensor]] = []
+    parts: dict[str, list[Tensor]] = {}
     with phases("pass_1"):
-        for index, micro_batch in enumerate(micro_batches):
+        for index, micro_batch in enumerate(_on_device(micro_batches, device)):
             states.append(RandomState(device))
-            if index < first_kept:
-                with torch.no_grad():
-                    parts.append(encoded(micro_batch))
-            else:
-                graphs.append(encoded(micro_batch))
-                parts.append({name: output.detach() for name, output in graphs[-1].items()})
+            with nullcontext() if index >= first_kept else torch.no_grad():
+                outputs = _flat(encode(micro_batch.images, micro_batch.texts))
+            if index >= first_kept:
+                graphs.append(outputs)
+            for name, output in outputs.items():
+                parts.setdefault(name, []).append(output.detach())
 
     with phases("objective"):
         leaves = {
-            name: (parts[0][name].clone() if name in SHARED else torch.cat([part[name] for part in parts])).requires_grad_()
-            for name in parts[0]
+            name: (found[0].clone() if name in SHARED else torch.cat(found)).requires_grad_() for name, found in parts.items()
         }
         ids = batch.ids.to(device, non_blocking=True)
         text_ids = None if batch.text_ids is None else batch.text_ids.to(device, non_blocking=True)
@@ -128,23 +153,21 @@ def cached_backward(
         loss.value.backward()
 
     with phases("pass_2"), one_reduction or nullcontext():
-        for index, micro_batch in enumerate(micro_batches):
-            if index < first_kept:
-                with states[index]:
-                    outputs = encoded(micro_batch)
-            else:
-                outputs = graphs[index - first_kept]
-                graphs[index - first_kept] = {}  # its graph is freed by its backward
-            rows = slice(index * micro_batch_size, index * micro_batch_size + len(micro_batch))
-            backward(_surrogate(outputs, leaves, rows, len(micro_batches)), index == len(micro_batches) - 1)
+        for index, micro_batch in enumerate(_on_device(micro_batches[:first_kept], device)):
+            with states[index]:
+                outputs = _flat(encode(micro_batch.images, micro_batch.texts))
+            backward(_surrogate(outputs, leaves, micro_batch.rows, len(micro_batches)), index == len(micro_batches) - 1)
+        for index in range(first_kept, len(micro_batches)):
+            outputs, graphs[index - first_kept] = graphs[index - first_kept], {}  # its backward frees its graph
+            backward(_surrogate(outputs, leaves, micro_batches[index].rows, len(micro_batches)), index == len(micro_batches) - 1)
     return CachedStep(loss, leaves)
 
 
 def _surrogate(outputs: dict[str, Tensor], leaves: Mapping[str, Tensor], rows: slice, num_micro_batches: int) -> Tensor:
     """A number whose gradient with respect to this micro-batch's outputs is their cached gradient."""
-    terms: Sequence[Tensor] = [
-        (output * (leaf.grad / num_micro_batches if name in SHARED else leaf.grad[rows])).sum()
+    terms = [
+        (output * (gradient / num_micro_batches if name in SHARED else gradient[rows])).sum()
         for name, output in outputs.items()
-        if (leaf := leaves[name]).grad is not None
+        if (gradient := leaves[name].grad) is not None
     ]
-    return torch.stack(list(terms)).sum()
+    return torch.stack(terms).sum()

@@ -71,7 +71,7 @@ def build_optimizer(o: Optimizer, groups: Groups, device: torch.device, *, offlo
     adam = {"lr": o.lr, "betas": o.betas, "eps": o.eps}
     cuda = device.type == "cuda"
     match o.name:
-        case "adamw" if offload:
+        case "adamw" if offload and cuda:  # compiled at first use, which a run without a GPU need not wait for
             from deepspeed.ops.adam import DeepSpeedCPUAdam
 
             return DeepSpeedCPUAdam(groups, adamw_mode=True, **adam), "DeepSpeed's CPU AdamW"

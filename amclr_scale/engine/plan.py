@@ -13,7 +13,14 @@ class Plan:
     total_steps: int
     global_batch_size: int
     world_size: int
-    micro_batch_size: int
+    micro_batch_sizes: tuple[int, int]  # images, texts
+
+    @property
+    def micro_batches(self) -> int:
+        """Forward calls per step and rank."""
+        images, texts = self.micro_batch_sizes
+        calls = -(-self.local_batch_size // images)
+        return calls if images == texts else calls - (-self.local_batch_size // texts)
 
     @property
     def local_batch_size(self) -> int:
@@ -24,11 +31,12 @@ class Plan:
         return self.total_steps * self.global_batch_size
 
     def __str__(self) -> str:
-        micro_batches = -(-self.local_batch_size // self.micro_batch_size)
+        images, texts = self.micro_batch_sizes
+        at_once = f"{images}" if images == texts else f"{images} images or {texts} texts"
         return (
             f"global batch {self.global_batch_size} = {self.world_size} ranks x {self.local_batch_size}, "
-            f"encoded {self.micro_batch_size} at once ({micro_batches} per step and rank"
-            f"{', through the gradient cache' if micro_batches > 1 else ''})\n"
+            f"encoded {at_once} at once ({self.micro_batches} per step and rank"
+            f"{', through the gradient cache' if self.micro_batches > 1 else ''})\n"
             f"{self.total_steps} steps = {self.total_samples} samples = "
             f"{self.total_samples / self.num_samples:.2f} epochs of {self.num_samples}"
         )
@@ -39,5 +47,6 @@ def make_plan(config: Config, num_samples: int, world_size: int) -> Plan:
     batch = config.train.global_batch_size
     samples = config.train.samples or (config.train.epochs or 0) * num_samples
     local = batch // world_size
-    micro = min(config.execution.micro_batch_size or local, local)
-    return Plan(num_samples, max(1, round(samples / batch)), batch, world_size, micro)
+    wanted = config.execution.micro_batch_size or local
+    sizes = (min(wanted, local), min(config.execution.text_micro_batch_size or wanted, local))
+    return Plan(num_samples, max(1, round(samples / batch)), batch, world_size, sizes)

@@ -10,6 +10,7 @@ from amclr_scale.config.load import merge
 from amclr_scale.config.schema import Config
 from amclr_scale.engine.layerwise import attach
 from amclr_scale.engine.optimizers import build_optimizer, parameter_groups
+from amclr_scale.errors import UserError
 
 
 def deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:
@@ -17,18 +18,25 @@ def deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:
 
     Keys of `config.deepspeed` are laid over it; those that would contradict it were refused when it was loaded.
     """
-    batch, precision = config.train.global_batch_size, config.execution.precision
+    batch, execution = config.train.global_batch_size, config.execution
+    zero: dict[str, Any] = {"stage": execution.zero_stage}
+    if execution.offload != "none":
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+    if execution.offload == "parameters":
+        zero["offload_param"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
     generated: dict[str, Any] = {
         "train_batch_size": batch,
         "train_micro_batch_size_per_gpu": batch // world_size,
         "gradient_accumulation_steps": 1,
         "gradient_clipping": config.optimizer.max_grad_norm,  # DeepSpeed's default is 1.0, so zero must be said
-        "zero_optimization": {"stage": config.execution.zero_stage},
+        "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
-        "bf16": {"enabled": precision == "bf16"},
+        "zero_force_ds_cpu_optimizer": False,  # other rules than Adam step on the host too, only slower
+        "bf16": {"enabled": execution.precision == "bf16"},
+        "fp16": {"enabled": execution.precision == "fp16"},
         "steps_per_print": 10**9,
     }
-    if precision == "bf16":
+    if execution.precision != "fp32":
         generated["communication_data_type"] = "fp32"  # the mean over ranks is taken in fp32, whatever is sent
     return merge(generated, config.deepspeed)
 
@@ -46,9 +54,17 @@ def build_engine(config: Config, model: nn.Module, *, no_decay: set[str], device
     quieten()
     import deepspeed
 
-    model.to(device)
+    if config.execution.precision == "fp16" and not deepspeed.accelerator.get_accelerator().is_fp16_supported():
+        raise UserError(f"execution.precision: fp16 is not supported on {device}; choose bf16 or fp32")
+    if config.execution.zero_stage < 3:
+        model.to(device)
+    # At stage 3 the model stays on the host and DeepSpeed cuts it up parameter by parameter, so that no device ever
+    # holds it whole. (`deepspeed.zero.Init` around the constructors would cut parameters up before the modules around
+    # them have initialised them: they would silently train from other weights than at stages 0 to 2.)
     groups = parameter_groups(model.named_parameters(), no_decay, config.optimizer)
-    optimizer, provider = build_optimizer(config.optimizer, groups, device)
+    optimizer, provider = build_optimizer(
+        config.optimizer, groups, device, offload=config.execution.offload != "none"
+    )
     engine, *_ = deepspeed.initialize(
         model=model, optimizer=optimizer, config=deepspeed_config(config, world_size), dist_init_required=False
     )

@@ -37,7 +37,7 @@ class TrainStep:
     Args:
         engine: from `build_engine`.
         objective: embeddings of this rank -> this rank's mean.
-        micro_batch_size: samples encoded at once; None: all of this rank's.
+        micro_batch_sizes: images and texts encoded at once.
         kept: micro-batches whose graphs are kept between the two passes.
     """
 
@@ -46,13 +46,13 @@ class TrainStep:
         engine: Any,
         objective: Callable[[Embeddings], Loss],
         *,
-        micro_batch_size: int | None,
+        micro_batch_sizes: tuple[int, int],
         device: torch.device,
         phases: Phases,
         kept: int = 1,
     ):
         self.engine, self.objective, self.device, self.phases = engine, objective, device, phases
-        self.micro_batch_size, self.kept = micro_batch_size, kept
+        self.micro_batch_sizes, self.kept = micro_batch_sizes, kept
         self.stage = int(engine.zero_optimization_stage())
         self.steps = 0
 
@@ -79,7 +79,7 @@ class TrainStep:
             self._encode,
             self.objective,
             batch,
-            micro_batch_size=self.micro_batch_size or len(batch),
+            micro_batch_sizes=self.micro_batch_sizes,
             device=self.device,
             kept=self.kept,
             backward=self._backward,
@@ -94,11 +94,16 @@ class TrainStep:
             self.engine.step()
             if self.stage > 0:
                 grad_norm = float(self.engine.get_global_grad_norm())
-                if not math.isfinite(grad_norm) or not self.engine.was_step_applied():
+                overflowed = not math.isfinite(grad_norm) or not self.engine.was_step_applied()
+                if overflowed and not self._may_skip():
                     self._fail(done, batch)
             clamp_(self.engine.module.logit_scale, *LOG_SCALE_BOUNDS)
         self.steps += 1
         return StepReport(done.loss, grad_norm, float(done.leaves["logit_scale"].detach()))
+
+    def _may_skip(self) -> bool:
+        """fp16: a scaled loss that overflows is skipped and scaled down, until the scale has nothing left to give."""
+        return bool(self.engine.fp16_enabled()) and float(self.engine.optimizer.cur_scale) > 1
 
     def _grad_norm(self) -> float:
         """L2 norm of the whole gradient before clipping; at stages 1 to 3 DeepSpeed tells it after the step."""

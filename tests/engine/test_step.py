@@ -20,12 +20,13 @@ SIZE, STEPS = 16, 5
 CPU = torch.device("cpu")
 
 
-def engine_run(changes: dict[str, object], micro: int | None, kept: int, steps: int = STEPS) -> tuple[dict[str, Tensor], list[float]]:
+def engine_run(changes: dict[str, object], micro: int | tuple[int, int], kept: int, steps: int = STEPS) -> tuple[dict[str, Tensor], list[float]]:
     settings = config(SIZE, **changes)
     model = towers()
     engine, _ = build_engine(settings, model, no_decay=model.no_weight_decay(), device=CPU, world_size=world_size())
     objective = objectives.create("clip")
-    step = TrainStep(engine, objective, micro_batch_size=micro, device=CPU, phases=Phases(CPU), kept=kept)
+    sizes = micro if isinstance(micro, tuple) else (micro, micro)
+    step = TrainStep(engine, objective, micro_batch_sizes=sizes, device=CPU, phases=Phases(CPU), kept=kept)
     losses = []
     for n in range(steps):
         report = step(local_batch(n, SIZE, rank(), world_size()), learning_rate(settings.optimizer, (n + 0.5) * SIZE, 1000, SIZE))
@@ -45,7 +46,7 @@ def assert_same(got: list[tuple[dict[str, Tensor], list[float]]], want: tuple[di
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
-@pytest.mark.parametrize(("micro", "kept"), [(None, 1), (3, 0), (2, 2), (8, 1)])
+@pytest.mark.parametrize(("micro", "kept"), [(8, 1), (3, 0), (2, 2), ((2, 8), 0), ((3, 4), 1)])
 def test_two_ranks_are_one_plain_big_batch(ranks, stage, micro, kept):
     changes = {"execution__zero_stage": stage}
     assert_same(ranks(2, engine_run, changes, micro, kept), plain_run(config(SIZE, **changes), STEPS), 2e-6)
@@ -73,7 +74,7 @@ def poisoned_run(stage: int) -> tuple[str, float]:
             image = image * torch.ones(len(image), 1).index_fill(0, torch.tensor([0]), torch.nan)
         return objectives.create("clip")(dataclasses.replace(embeddings, image=image))
 
-    step = TrainStep(engine, objective, micro_batch_size=4, device=CPU, phases=Phases(CPU))
+    step = TrainStep(engine, objective, micro_batch_sizes=(4, 4), device=CPU, phases=Phases(CPU))
     for n in range(2):
         step(local_batch(n, SIZE, rank(), world_size()), 0.01)
     before = {name: full_fp32(p) for name, p in model.named_parameters()}
@@ -91,7 +92,7 @@ def dropout_run(micro: int, kept: int) -> list[Tensor]:
     settings = config(SIZE)
     model = towers(dropout=0.3)
     engine, _ = build_engine(settings, model, no_decay=model.no_weight_decay(), device=CPU, world_size=world_size())
-    step = TrainStep(engine, objectives.create("clip"), micro_batch_size=micro, device=CPU, phases=Phases(CPU), kept=kept)
+    step = TrainStep(engine, objectives.create("clip"), micro_batch_sizes=(micro, micro), device=CPU, phases=Phases(CPU), kept=kept)
     torch.manual_seed(7)
     for n in range(3):
         step(local_batch(n, SIZE, rank(), world_size()), 0.01)
@@ -116,3 +117,20 @@ def test_every_optimizer_is_itself_at_every_stage(ranks, name, stage):
         "optimizer__lr_factors": {"image_tower": 0.5, "temperature": 0.3},
     }
     assert_same(ranks(2, engine_run, changes, 3, 1), plain_run(config(SIZE, **changes), STEPS), 2e-6)
+
+
+@pytest.mark.parametrize(("stage", "offload"), [(1, "optimizer"), (2, "optimizer"), (3, "optimizer"), (3, "parameters")])
+@pytest.mark.parametrize("name", ["adamw", "lamb"])
+def test_offload_changes_nothing(ranks, stage, offload, name):
+    changes = {"execution__zero_stage": stage, "execution__offload": offload, "optimizer__name": name, "optimizer__lr": 0.01}
+    assert_same(ranks(2, engine_run, changes, 3, 1), plain_run(config(SIZE, **changes), STEPS), 2e-6)
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_bf16_follows_fp32(ranks, stage):
+    changes = {"execution__zero_stage": stage, "execution__precision": "bf16", "optimizer__lr": 0.002}
+    want = plain_run(config(SIZE, optimizer__lr=0.002), STEPS)
+    for weights, losses in ranks(2, engine_run, changes, 3, 1):
+        for name, value in want[0].items():
+            assert (weights[name] - value).norm() < 0.03 * value.norm() + 0.01, name
+        del losses

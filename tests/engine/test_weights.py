@@ -21,7 +21,7 @@ def clamped_run(stage: int, precision: str, low: float, high: float) -> list[tup
     settings = config(SIZE, execution__zero_stage=stage, execution__precision=precision)
     model = towers()
     engine, _ = build_engine(settings, model, no_decay=model.no_weight_decay(), device=CPU, world_size=world_size())
-    step = TrainStep(engine, objectives.create("clip"), micro_batch_size=4, device=CPU, phases=Phases(CPU))
+    step = TrainStep(engine, objectives.create("clip"), micro_batch_sizes=(4, 4), device=CPU, phases=Phases(CPU))
     seen = []
     for n in range(4):
         report = step(local_batch(n, SIZE, rank(), world_size()), 0.01)

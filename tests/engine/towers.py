@@ -34,14 +34,14 @@ class TinyTowers(nn.Module):
         self.logit_bias = nn.Parameter(torch.full((1,), -10.0))
 
     def forward(self, images: tuple[Tensor, ...], texts: tuple[Tensor, ...]) -> dict[str, Tensor]:
-        (image,), (text,) = images, texts
-        pixels = image.to(self.words.weight.dtype) / 255
-        return {
-            "image": F.normalize(self.image(pixels).float(), dim=-1) if pixels.dtype != torch.float64 else F.normalize(self.image(pixels), dim=-1),
-            "text": F.normalize(self.text(self.words(text).mean(1)).to(torch.promote_types(pixels.dtype, torch.float32)), dim=-1),
-            "logit_scale": self.logit_scale.to(torch.promote_types(pixels.dtype, torch.float32)).exp(),
-            "logit_bias": self.logit_bias.to(torch.promote_types(pixels.dtype, torch.float32)),
-        }
+        dtype = self.words.weight.dtype
+        wide = torch.promote_types(dtype, torch.float32)
+        out = {"logit_scale": self.logit_scale.to(wide).exp(), "logit_bias": self.logit_bias.to(wide)}
+        if images:
+            out["image"] = F.normalize(self.image(images[0].to(dtype) / 255).to(wide), dim=-1)
+        if texts:
+            out["text"] = F.normalize(self.text(self.words(texts[0]).mean(1)).to(wide), dim=-1)
+        return out
 
     def no_weight_decay(self) -> set[str]:
         return {name for name, parameter in self.named_parameters() if parameter.dim() < 2}
