@@ -1,0 +1,76 @@
+"""docs/objectives.md: its example works as printed, and its table says what the code does."""
+
+import importlib.util
+import math
+import re
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from amclr_scale import objectives
+from amclr_scale.objectives.base import Objective
+from tests.objectives.harness import B, assert_same, defined, joined, run
+
+DOCS = (Path(__file__).parents[2] / "docs" / "objectives.md").read_text()
+
+
+def with_example(path, fn, *args, **kwargs):
+    """Call fn with the example imported as a module, as a file in the package's folder would be."""
+    spec = importlib.util.spec_from_file_location("margin_example", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    try:
+        return fn(*args, **kwargs)
+    finally:
+        Objective.registry.pop("margin")
+
+
+def definition(margin):
+    def loss(state, e, step):
+        logits = (e.image @ e.text.T - margin * torch.eye(B, dtype=torch.float64)) * e.logit_scale
+        labels = torch.arange(B)
+        value = (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
+        return value, value
+
+    return loss
+
+
+def test_the_example_is_a_complete_objective(ranks, tmp_path):
+    example = re.search(r"<!-- example -->\n```python\n(.*?)```", DOCS, re.DOTALL).group(1)
+    path = tmp_path / "margin.py"
+    path.write_text(example)
+    want = defined(definition(0.3))
+    assert_same(with_example(path, run, "margin", {"margin": 0.3}, chunk=3), want)
+    assert_same(joined(ranks(2, with_example, path, run, "margin", {"margin": 0.3})), want)
+
+
+def rows():
+    """(name, version, floats per pair, MB at 3 M, GB at 400 M) of the table's stateful objectives."""
+    for line in DOCS.splitlines():
+        cells = [cell.strip() for cell in line.split("|")][1:-1]
+        if len(cells) == 7 and "MB" in cells[4]:
+            name, *versions = re.findall(r"`(\w+)`|(v\d)", cells[0])
+            for version in [v for _, v in versions] or [None]:
+                floats = math.prod(int(factor) for factor in cells[3].split(" x "))
+                yield name[0], version, floats, float(cells[4].split()[0]), float(cells[5].split()[0])
+
+
+@pytest.mark.parametrize(("name", "version", "floats", "megabytes", "gigabytes"), list(rows()))
+def test_the_table_counts_the_state(name, version, floats, megabytes, gigabytes):
+    options = {"version": version} if version else {}
+    state = objectives.create(name, num_samples=10, **options).state_dict()
+    per_pair = sum(value.numel() for value in state.values()) / 10
+    assert per_pair == floats
+    assert all(value.dtype == torch.float32 for value in state.values())
+    assert megabytes == pytest.approx(per_pair * 4 * 3e6 / 1e6)
+    assert gigabytes == pytest.approx(per_pair * 4 * 400e6 / 1e9)
+
+
+def test_every_objective_has_a_row_and_a_section():
+    headings = " ".join(line for line in DOCS.splitlines() if line.startswith("## "))
+    for name in objectives.available():
+        assert f"| `{name}`" in DOCS
+        assert re.search(rf"\b{name}\b", headings)
+    assert len(list(rows())) == 11
