@@ -2,12 +2,12 @@
 
     python tools/build_emoji.py --out /tmp/emoji                  downloads five packages (48 MB) first
     python tools/build_emoji.py --out /tmp/emoji --sources DIR    takes them from DIR
-    python tools/build_emoji.py --check --sources DIR             builds, then compares with the corpus that is installed
+    python tools/build_emoji.py --check --sources DIR             builds, then compares with the installed corpus
 
 One concept is drawn by up to four artists; names, keywords and groups are Unicode's. No package is installed or
 imported: each is opened as an archive, after its checksum is verified. Drawing: the glyph at its natural size on
-transparency, cropped to its outline, 4 % of margin, on white, 64 x 64 pixels by Lanczos, WebP quality 80. The same versions of Pillow and
-libwebp give the same bytes; tested with Pillow 13.0 (libwebp 1.6.0, raqm).
+transparency, cropped to its outline, 4 % of margin, on white, 64 x 64 pixels by Lanczos, WebP quality 80. The same
+versions of Pillow and libwebp give the same bytes; tested with Pillow 13.0 (libwebp 1.6.0, raqm).
 """
 
 import argparse
@@ -60,10 +60,14 @@ class Package:
         """
         path = folder / self.file
         if not path.is_file():
-            raise UserError(f"--sources: expected {self.file} in {folder}, found none; leave --sources out to download it")
+            raise UserError(
+                f"--sources: expected {self.file} in {folder}, found none; leave --sources out to download it"
+            )
         found = hashlib.sha256(path.read_bytes()).hexdigest()
         if found != self.sha256:
-            raise UserError(f"{path}: expected sha256 {self.sha256}, got {found}; remove the file and download it again")
+            raise UserError(
+                f"{path}: expected sha256 {self.sha256}, got {found}; remove the file and download it again"
+            )
         if path.suffix == ".whl":
             return zipfile.ZipFile(path).read(self.member)
         return _deb_member(path.read_bytes(), self.member)
@@ -235,7 +239,11 @@ def write_split(folder: Path, found: list[tuple[dict[str, Any], bytes]]) -> None
                 extra = {"key": key, "uid": start + row, "status": "success", "width": SIDE, "height": SIDE}
                 extra["sha256"] = hashlib.sha256(picture).hexdigest()
                 text = json.dumps({**content, **extra}, ensure_ascii=False)
-                for extension, data in (("webp", picture), ("json", text.encode()), ("txt", content["caption"].encode())):
+                for extension, data in (
+                    ("webp", picture),
+                    ("json", text.encode()),
+                    ("txt", content["caption"].encode()),
+                ):
                     info = tarfile.TarInfo(f"{key}.{extension}")
                     info.size = len(data)
                     tar.addfile(info, io.BytesIO(data))
@@ -271,7 +279,17 @@ def download(folder: Path) -> None:
     Raises:
         UserError: one of them fails.
     """
-    pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:", "--python-version", "3.14"]
+    pip = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--quiet",
+        "--no-deps",
+        "--only-binary=:all:",
+        "--python-version",
+        "3.14",
+    ]
     wheels = [NAMES, *(style.package for style in STYLES if style.package.file.endswith(".whl"))]
     jobs = [[*pip, "--dest", str(folder), package.spec] for package in wheels]
     jobs += [["apt-get", "download", style.package.spec] for style in STYLES if style.package.file.endswith(".deb")]
@@ -285,7 +303,9 @@ def download(folder: Path) -> None:
 
 def compare(built: Path, shipped: Path) -> list[str]:
     """Files that differ between two corpora."""
-    names = [f"{split}/{path.name}" for split in ("train", "val_style", "val_concept") for path in (built / split).iterdir()]
+    names = [
+        f"{split}/{path.name}" for split in ("train", "val_style", "val_concept") for path in (built / split).iterdir()
+    ]
     files = ["classes.json", *(name for name in names if name.endswith((".gz", ".json")))]
     return [f for f in files if not (shipped / f).is_file() or (built / f).read_bytes() != (shipped / f).read_bytes()]
 

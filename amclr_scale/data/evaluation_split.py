@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -127,11 +128,9 @@ def class_names(name: str, data: schema.Data, classes: str = "json.concept") -> 
             return lists[field.path[-1]]
         expected = ", ".join(f"json.{known}" for known in sorted(lists))
         raise UserError(f"evaluation.classes: expected one of {expected}, got {classes}")
-    folders = [source.index.parent] if source.index else []
-    for folder in folders:
-        file = folder / "classnames.txt"
-        if file.is_file():
-            return [line.strip() for line in file.read_text("utf-8").splitlines() if line.strip()]
+    file = (source.index or Path(source.urls[0])).parent / "classnames.txt"
+    if file.is_file():
+        return [line.strip() for line in file.read_text("utf-8").splitlines() if line.strip()]
     labels = EvaluationSplit(name, data, classes=classes).labels or []
     if not all(isinstance(label, str) for label in labels):
         raise UserError(

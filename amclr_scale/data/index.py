@@ -31,7 +31,7 @@ from amclr_scale.data.storage import ChangedShardError, ShardReader, Storage
 from amclr_scale.data.tar import Members
 from amclr_scale.errors import UserError
 
-_OPEN_SHARDS = 256  # of which a process keeps the member table and the file
+_OPEN_SHARDS = 128  # of which a process keeps the member table and the file
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,7 @@ class Index:
     def __init__(self, shards: Sequence[Shard], storage: Storage, parts: Sequence[int] | None = None):
         self.shards = list(shards)
         self.storage = storage
+        self.open_shards = _OPEN_SHARDS
         self.parts = list(parts) if parts else [len(self.shards)]  # how many shards each data set has
         counts = [shard.num_samples for shard in self.shards]
         self.first_id: NDArray[np.int64] = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])  # (shards + 1,)
@@ -87,9 +88,9 @@ class Index:
                     f"{entry.url}: expected {entry.num_samples:,} samples (from the index), got a member table with "
                     f"{len(members):,}; index the shards again"
                 )
-            reader = ShardReader(entry.url, self.storage.local_path(entry.url, entry.sha256), members)
+            reader = ShardReader(entry.url, self.storage.open(entry.url, entry.sha256), members)
             self._readers[shard] = reader
-            if len(self._readers) > _OPEN_SHARDS:
+            if len(self._readers) > self.open_shards:
                 self._readers.popitem(last=False)[1].close()
         else:
             self._readers.move_to_end(shard)

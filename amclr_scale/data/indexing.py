@@ -20,7 +20,7 @@ from rich.progress import track
 from amclr_scale.config import schema
 from amclr_scale.data.index import Index, Shard, absolute, check_files, read_entries
 from amclr_scale.data.sources import Source, is_remote, resolve_all
-from amclr_scale.data.storage import ChangedShardError, Storage, address_key, cache_folder, locked
+from amclr_scale.data.storage import ChangedShardError, Storage, address_key, locked, make_storage
 from amclr_scale.data.tar import Members, scan
 from amclr_scale.errors import UserError
 
@@ -36,7 +36,7 @@ def open_index(data: schema.Data, names: str | Sequence[str] | None = None, key:
     Raises:
         UserError: a name stands for nothing, a shard is missing, has changed, or has no images or captions.
     """
-    storage = Storage(cache_folder(data.cache))
+    storage = make_storage(data)
     sources = resolve_all(data.train if names is None else names, key)
     shards, parts = list[Shard](), list[int]()
     for source in sources:
@@ -136,7 +136,7 @@ class _mapper:  # noqa: N801 - reads as a function
 def _index_shard(job: tuple[str, Path, Storage]) -> Shard:
     url, table, storage = job
     source = address_key(url)
-    members = Members.load(table) if table.exists() else None
+    members = _table(table)
     if members is None or members.source != source:
         members = scan(storage.local_path(url))
         members.source = source
@@ -147,10 +147,18 @@ def _index_shard(job: tuple[str, Path, Storage]) -> Shard:
         members=table,
         digest=members.digest,
         extensions=members.counts(),
-        file_size=None if is_remote(url) else os.stat(url).st_size,
+        file_size=members.length if is_remote(url) else os.stat(url).st_size,
         sha256=file_sha256(url) if url.endswith(_HASHED_ALWAYS) and not is_remote(url) else None,
         damage=tuple(members.damage),
     )
+
+
+def _table(path: Path) -> Members | None:
+    """A member table from an earlier run; None where there is none, or it was written by another release."""
+    try:
+        return Members.load(path) if path.exists() else None
+    except UserError:
+        return None
 
 
 def file_sha256(path: str) -> str:

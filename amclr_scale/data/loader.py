@@ -19,6 +19,8 @@ from amclr_scale.config import schema
 from amclr_scale.data.indexing import open_index
 from amclr_scale.data.order import Order, Visits
 from amclr_scale.data.pipeline import Fault, Part, Pipeline
+from amclr_scale.data.prefetch import Prefetcher
+from amclr_scale.data.sources import is_remote
 from amclr_scale.data.tokenizers import load_tokenizer
 from amclr_scale.errors import UserError
 from amclr_scale.types import Batch
@@ -112,8 +114,14 @@ class TrainLoader:
         self.data, self.start_step = data, start_step
         self.index = open_index(data)
         self.tokenizer = load_tokenizer(data.tokenizer, data.context_length)
+        parts = self.index.parts if data.weights else None  # without weights, several data sets are one
         self.order = Order(
-            self.index.first_id, seed=seed, lanes=data.lanes, window=data.shuffle_window, parts=self.index.parts
+            self.index.first_id,
+            seed=seed,
+            lanes=data.lanes,
+            window=data.shuffle_window,
+            parts=parts,
+            weights=data.weights,
         )
         self.num_samples, self.fingerprint = self.index.num_samples, self.index.fingerprint
         self.samples_per_epoch = self.order.samples_per_epoch
@@ -126,6 +134,12 @@ class TrainLoader:
             order=self.order, pipeline=pipeline, batch=(global_batch_size, rank, world_size), part=_PART
         )
         self._workers = workers
+        self._step = start_step
+        self._prefetcher: Prefetcher | None = None
+        if any(is_remote(shard.url) for shard in self.index.shards):
+            share = data.lanes // world_size
+            own = range(rank * share, (rank + 1) * share)
+            self._prefetcher = Prefetcher(self.index, self.order, own, global_batch_size // data.lanes)
         self._source: Iterator[Part | str] | None = None
 
     def __iter__(self) -> "TrainLoader":
@@ -133,7 +147,10 @@ class TrainLoader:
 
     def __next__(self) -> Batch:
         if self._source is None:
-            self._source = self._start()
+            self._source = self._start()  # workers are forked before any thread is started
+        if self._prefetcher:
+            self._prefetcher.advance(self._step)
+        self._step += 1
         parts = [self._next_part() for _ in range(self._parts.parts_per_step)]
         self._count([fault for part in parts for fault in part.faults])
         return Batch(
@@ -145,6 +162,8 @@ class TrainLoader:
     def close(self) -> None:
         """Stop the workers and close the shards."""
         self._source = None
+        if self._prefetcher:
+            self._prefetcher.close()
         self.index.close()
 
     def _start(self) -> Iterator[Part | str]:

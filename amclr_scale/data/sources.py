@@ -53,11 +53,13 @@ def resolve(name: str, key: str) -> Source:
                 raise UserError(f"{key}: no such index: {name}")
             return Source(name, path)
     try:
-        urls = tuple(str(url) for url in braceexpand(name)) if not name.startswith("pipe:") else (name,)
+        urls = tuple(str(url) for url in braceexpand(name))
     except ValueError as error:  # the package's UnbalancedBracesError is one, but not in its type stubs
         raise UserError(
             f"{key}: {name}: braces do not match; expected a pattern such as {{00000..00099}}.tar"
         ) from error
+    if is_remote(name) and name.endswith(".json"):
+        raise UserError(f"{key}: expected an index on a file system, got {name}; download it, or name the shards")
     if is_remote(name):
         return Source(name, None, urls)
     if not all(url.endswith(SHARD_SUFFIXES) for url in urls):

@@ -19,6 +19,9 @@ import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
+from amclr_scale.config import schema
+from amclr_scale.data.remote import fetch, make_room
+from amclr_scale.data.sources import is_remote
 from amclr_scale.data.tar import BLOCK, Members, split_name
 from amclr_scale.errors import UserError
 
@@ -65,7 +68,7 @@ def locked(path: Path) -> Iterator[None]:
 def address_key(url: str) -> str:
     """A name for what is at `url` now: of a local file, it changes when the file does."""
     words = url
-    if "://" not in url and not url.startswith("pipe:"):
+    if not is_remote(url):
         status = os.stat(url)
         words = f"{os.path.abspath(url)} {status.st_size} {status.st_mtime_ns}"
     return hashlib.sha256(words.encode("utf-8", "surrogateescape")).hexdigest()
@@ -103,12 +106,8 @@ def unpack(url: str, target: Path, sha256: str | None) -> None:
 class ShardReader:
     """One open shard: samples by row."""
 
-    def __init__(self, url: str, path: Path, members: Members):
-        self.url, self.members = url, members
-        try:
-            self._file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        except OSError as error:
-            raise UserError(f"{url}: cannot be opened: {error.strerror or error}") from error
+    def __init__(self, url: str, file: int, members: Members):
+        self.url, self._file, self.members = url, file, members
 
     def read(self, row: int, wanted: frozenset[str]) -> dict[str, bytes]:
         """Extension -> bytes of those members of a sample that are there and wanted.
@@ -139,17 +138,25 @@ class ShardReader:
 
 
 class Storage:
-    """Where shards become local files."""
+    """Where shards become local files.
 
-    def __init__(self, cache: Path):
-        self.cache = cache
+    Args:
+        cache: folder for what is unpacked or fetched.
+        fetched_bytes: bound on the fetched shards in it.
+        allow_pipe: whether `pipe:` urls may run their shell commands.
+    """
+
+    def __init__(self, cache: Path, fetched_bytes: int = 0, allow_pipe: bool = False):
+        self.cache, self.fetched_bytes, self.allow_pipe = cache, fetched_bytes, allow_pipe
 
     def local_path(self, url: str, sha256: str | None = None) -> Path:
-        """A local, uncompressed tar with the shard's content; unpacks it first if need be.
+        """A local, uncompressed tar with the shard's content; unpacks or fetches it first if need be.
 
         Raises:
-            UserError: there is no such shard, or it cannot be unpacked.
+            UserError: there is no such shard, or it cannot be unpacked or fetched.
         """
+        if is_remote(url):
+            return self._fetched(url)
         if not os.path.exists(url):
             raise UserError(f"{url}: no such shard; check data.train and the index that names it")
         if not url.endswith((".gz", ".tgz")):
@@ -160,3 +167,42 @@ class Storage:
                 if not target.exists():
                     unpack(url, target, sha256)
         return target
+
+    def open(self, url: str, sha256: str | None = None) -> int:
+        """A descriptor of that file, to be closed by the caller.
+
+        Raises:
+            UserError: as `local_path`; or the file cannot be opened.
+        """
+        while True:
+            path = self.local_path(url, sha256)
+            try:
+                return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            except FileNotFoundError:
+                continue  # another process made room in the cache between the two lines above
+            except OSError as error:
+                raise UserError(f"{url}: cannot be opened: {error.strerror or error}") from error
+
+    def _fetched(self, url: str) -> Path:
+        if url.startswith("pipe:") and not self.allow_pipe:
+            raise UserError(
+                f"data.allow_pipe: {url} would run a shell command; set data.allow_pipe=true if you trust its author"
+            )
+        target = self.cache / "fetched" / f"{address_key(url)}.tar"
+        try:
+            os.utime(target)  # used now: the last to be removed
+        except FileNotFoundError:
+            with locked(target):
+                if not target.exists():
+                    fetch(url, target)
+            make_room(target.parent, self.fetched_bytes, target)
+        return target
+
+
+def make_storage(data: schema.Data) -> Storage:
+    """The storage that a recipe's section describes.
+
+    Raises:
+        UserError: the cache folder cannot be written.
+    """
+    return Storage(cache_folder(data.cache), int(data.cache_gib * 2**30), data.allow_pipe)

@@ -47,6 +47,7 @@ class Members:
     extensions: list[str]
     digest: str = ""  # sha256 of all headers: changes with any name, size, time or order of members
     damage: list[str] = field(default_factory=list)  # what was wrong with the tar, in words
+    length: int = 0  # bytes of the tar
     source: str = ""  # which file was scanned: its address, size and time, hashed
 
     def __len__(self) -> int:
@@ -79,6 +80,7 @@ class Members:
                 extensions=np.array(self.extensions, dtype=np.str_),
                 damage=np.array(self.damage, dtype=np.str_),
                 digest=np.array(self.digest),
+                length=np.array(self.length),
                 source=np.array(self.source),
             )
         partial.replace(path)
@@ -97,6 +99,7 @@ class Members:
                 **{name: arrays[name] for name in ("row_start", "offset", "size", "header", "extension", "flag")},
                 extensions=[str(name) for name in arrays["extensions"]],
                 digest=str(arrays["digest"]),
+                length=int(arrays["length"]),
                 source=str(arrays["source"]),
                 damage=[str(words) for words in arrays["damage"]],
             )
@@ -255,4 +258,5 @@ def _table(scanner: _Scanner, path: Path) -> Members:
         extensions=list(extensions),
         digest=scanner.hash.hexdigest(),
         damage=scanner.damage,
+        length=scanner.end,
     )

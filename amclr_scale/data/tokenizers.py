@@ -9,6 +9,7 @@ Every row is [start] tokens [end] padding: the last token that is not padding is
 was cut to L.
 """
 
+import json
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -19,6 +20,7 @@ from torch import Tensor
 from amclr_scale.errors import UserError
 
 EMOJI = Path(__file__).parent / "corpora" / "emoji" / "tokenizer.json"
+_NAMED = "amclr_scale_tokenizer.json"  # in a saved folder: the name of a tokenizer that comes with a package
 _START = ("[CLS]", "<s>", "<|startoftext|>", "<start_of_text>", "<bos>")
 _END = ("[SEP]", "</s>", "<|endoftext|>", "<end_of_text>", "<eos>")
 _PAD = ("[PAD]", "<pad>", "<|pad|>")
@@ -37,18 +39,32 @@ class Tokenizer:
     """
 
     def __init__(
-        self, spec: str, encode: Encode, *, vocab_size: int, pad_id: int, start_id: int, end_id: int, length: int
+        self,
+        spec: str,
+        encode: Encode,
+        write: Callable[[Path], object],
+        *,
+        vocab_size: int,
+        pad_id: int,
+        start_id: int,
+        end_id: int,
+        length: int,
     ):
         self.spec, self.vocab_size, self.context_length = spec, vocab_size, length
         self.pad_id, self.start_id, self.end_id = pad_id, start_id, end_id
-        self._encode = encode
+        self._encode, self._write = encode, write
 
     def __call__(self, captions: Sequence[str]) -> Tensor:
         rows = torch.full((len(captions), self.context_length), self.pad_id, dtype=torch.int64)
-        for row, tokens in zip(rows, self._encode(list(captions)), strict=True):
+        for row, tokens in zip(rows, self._encode(list(captions)) if captions else [], strict=True):
             kept = [self.start_id, *tokens[: self.context_length - 2], self.end_id]
             row[: len(kept)] = torch.tensor(kept)
         return rows
+
+    def save(self, folder: Path) -> None:
+        """Write what `load_tokenizer(folder)` needs to make the same rows, for a checkpoint."""
+        folder.mkdir(parents=True, exist_ok=True)
+        self._write(folder)
 
 
 def load_tokenizer(spec: str, context_length: int) -> Tokenizer:
@@ -67,7 +83,11 @@ def load_tokenizer(spec: str, context_length: int) -> Tokenizer:
     path = Path(spec).expanduser()
     if path.is_file():
         return _from_json(spec, path, context_length)
+    if (path / _NAMED).is_file():
+        return load_tokenizer(str(json.loads((path / _NAMED).read_text())["tokenizer"]), context_length)
     if path.is_dir():
+        if [file.name for file in path.iterdir()] == ["tokenizer.json"]:
+            return _from_json(spec, path / "tokenizer.json", context_length)
         return _from_folder(spec, path, context_length)
     raise UserError(
         f"data.tokenizer: expected emoji, clip, a tokenizer.json or a local folder of a transformers tokenizer, got "
@@ -102,6 +122,7 @@ def _from_json(spec: str, path: Path, context_length: int) -> Tokenizer:
     return Tokenizer(
         spec,
         encode,
+        lambda folder: vocabulary.save(str(folder / "tokenizer.json")),
         vocab_size=vocabulary.get_vocab_size(),
         pad_id=pads[0] if pads else end,
         start_id=start,
@@ -124,6 +145,7 @@ def _clip(context_length: int) -> Tokenizer:
     return Tokenizer(
         "clip",
         lambda captions: [vocabulary.encode(caption) for caption in captions],
+        lambda folder: (folder / _NAMED).write_text(json.dumps({"tokenizer": "clip"})),
         vocab_size=int(vocabulary.vocab_size),
         pad_id=0,
         start_id=int(vocabulary.sot_token_id),
@@ -157,6 +179,7 @@ def _from_folder(spec: str, folder: Path, context_length: int) -> Tokenizer:
     return Tokenizer(
         spec,
         encode,
+        lambda place: vocabulary.save_pretrained(str(place)),
         vocab_size=len(vocabulary),
         pad_id=end if pad is None else pad,
         start_id=start,

@@ -81,12 +81,14 @@ def test_a_split_with_a_bad_sample_is_refused(tmp_path):
     split = EvaluationSplit(str(tmp_path), settings("emoji/train"))
     with pytest.raises(UserError, match=r"sample 1 of .*0\.tar cannot be used: corrupt image"):
         list(split.batches(2))
-    with pytest.raises(UserError, match="missing class json.kind"):
+    with pytest.raises(UserError, match=r"missing class json\.kind"):
         EvaluationSplit(str(tmp_path), settings("emoji/train"), classes="json.kind")
 
 
 def test_mistakes_name_their_key():
     with pytest.raises(UserError, match=r"^evaluation\.splits: expected a split of the embedded corpus"):
         EvaluationSplit("emoji/val", settings("emoji/train"))
-    with pytest.raises(UserError, match=r"evaluation\.classes: expected one of json\.concept, json\.group, json\.subgroup"):
+    with pytest.raises(
+        UserError, match=r"evaluation\.classes: expected one of json\.concept, json\.group, json\.subgroup"
+    ):
         class_names("emoji/val_style", settings("emoji/train"), "json.colour")

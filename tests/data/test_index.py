@@ -137,7 +137,7 @@ def test_a_wrong_name_is_told(name, words):
 
 
 def test_an_empty_folder_is_told(tmp_path):
-    with pytest.raises(UserError, match="expected a folder with an index.json or with .tar shards"):
+    with pytest.raises(UserError, match=r"expected a folder with an index\.json or with \.tar shards"):
         open_index(settings(str(tmp_path)))
 
 
@@ -178,7 +178,7 @@ def test_a_shard_of_the_same_size_but_other_content_is_refused_when_it_is_read(t
 def test_an_index_with_another_count_is_refused(tmp_path):
     write_shards(tmp_path, [3])
     (tmp_path / "own.json").write_text(json.dumps({"shardlist": [{"url": "00000.tar", "nsamples": 4}]}))
-    with pytest.raises(ChangedShardError, match="expected 4 samples .* got 3"):
+    with pytest.raises(ChangedShardError, match=r"expected 4 samples .* got 3"):
         open_index(settings(str(tmp_path / "own.json")))
 
 

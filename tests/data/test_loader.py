@@ -1,5 +1,6 @@
 """The same batches on any number of ranks and workers, from any step on."""
 
+import itertools
 import logging
 import random
 
@@ -164,8 +165,7 @@ def test_a_shard_that_vanishes_is_told_and_does_not_hang(tmp_path, workers):
     for url in urls:
         open(url, "wb").close()
     with pytest.raises(UserError, match="has changed since it was indexed"):
-        for _ in range(10):
-            next(loader)
+        list(itertools.islice(loader, 10))
     loader.close()
 
 

@@ -1,0 +1,52 @@
+"""Fetch the remote shards of each lane's next window while the present one is being read."""
+
+from concurrent.futures import ThreadPoolExecutor
+
+from amclr_scale.data.index import Index
+from amclr_scale.data.order import Order
+from amclr_scale.data.sources import is_remote
+from amclr_scale.errors import UserError
+
+_AT_ONCE = 4  # fetches under way per rank
+
+
+class Prefetcher:
+    """Keeps this rank's present and next windows in the cache.
+
+    Args:
+        lanes: those that the rank serves.
+        per_step: samples that each lane serves at a step.
+
+    Raises:
+        UserError: the cache cannot hold even these windows, so every shard would be fetched again and again.
+    """
+
+    def __init__(self, index: Index, order: Order, lanes: range, per_step: int):
+        self.index, self.order, self.lanes, self.per_step = index, order, lanes, per_step
+        self._asked: set[int] = set()
+        self._threads = ThreadPoolExecutor(_AT_ONCE, thread_name_prefix="fetch")
+        sizes = sorted((shard.file_size or 0 for shard in index.shards if is_remote(shard.url)), reverse=True)
+        at_once = len(lanes) * order.window * 2
+        needed, bound = sum(sizes[:at_once]), index.storage.fetched_bytes
+        if needed > bound:
+            raise UserError(
+                f"data.cache_gib: expected room for the {min(at_once, len(sizes))} shards that a rank's lanes read "
+                f"at once ({needed / 2**30:.3g} GiB), got {bound / 2**30:.3g}; raise data.cache_gib, or lower "
+                "data.shuffle_window"
+            )
+        index.open_shards = max(8, at_once)  # a removed shard's space is free once nobody has it open
+
+    def advance(self, step: int) -> None:
+        """Ask for what is needed soon; returns at once. A failure is told by whoever reads the shard."""
+        position = step * self.per_step
+        runs = [run for lane in self.lanes for run in self.order.shards_ahead(lane, position, 2)]
+        wanted = {self.index.locate(first)[0] for run in runs for first in run}
+        for number in sorted(wanted - self._asked):
+            shard = self.index.shards[number]
+            if is_remote(shard.url):
+                self._threads.submit(self.index.storage.local_path, shard.url, shard.sha256)
+        self._asked = wanted
+
+    def close(self) -> None:
+        """Drop what has not begun."""
+        self._threads.shutdown(wait=False, cancel_futures=True)

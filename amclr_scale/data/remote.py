@@ -1,0 +1,152 @@
+"""Shards that are not on a file system: fetched whole, once per machine, into a folder that is kept below a bound.
+
+    http(s)://    the standard library
+    s3:// gs:// hf:// ...    fsspec, with the package that its protocol needs
+    pipe:COMMAND    what the shell command prints; only with data.allow_pipe
+
+All of them are read front to back, so a store that allows nothing else is enough. Each shard is fetched by the first
+process of the machine that needs it, tried again with growing pauses when that fails, and appears whole or not at all.
+The least recently used shards are removed first; a process that is still reading one keeps it until it is done.
+"""
+
+import contextlib
+import gzip
+import http.client
+import importlib
+import io
+import logging
+import os
+import subprocess
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+from amclr_scale.errors import UserError
+
+log = logging.getLogger(__name__)
+
+ATTEMPTS = 5
+FIRST_PAUSE = 1.0  # seconds; each further pause is twice as long
+TIMEOUT = 60.0  # seconds without a byte
+_COPY = 1 << 20
+_NEVER_THERE = (401, 403, 404, 410)  # trying again does not help
+
+
+class _PermanentError(Exception):
+    """A failure that will be the same next time."""
+
+
+@contextlib.contextmanager
+def _opened(url: str) -> Iterator[tuple[IO[bytes], int | None]]:
+    """A stream of the bytes at `url`, and how many there are where the store says so."""
+    if url.startswith("pipe:"):
+        with subprocess.Popen(url.removeprefix("pipe:"), shell=True, stdout=subprocess.PIPE) as process:
+            assert process.stdout is not None
+            yield process.stdout, None
+        if process.returncode:
+            raise OSError(f"the command ended with exit code {process.returncode}")
+    elif url.startswith(("http://", "https://")):
+        try:
+            with urllib.request.urlopen(url, timeout=TIMEOUT) as answer:
+                length = answer.headers.get("Content-Length")
+                yield answer, int(length) if length else None
+        except urllib.error.HTTPError as error:
+            if error.code in _NEVER_THERE:
+                raise _PermanentError(str(error)) from error
+            raise
+    else:
+        with _fsspec(url) as file:
+            yield file, getattr(file, "size", None)
+
+
+def _fsspec(url: str) -> Any:
+    try:
+        fsspec = importlib.import_module("fsspec")
+
+        return fsspec.open(url, "rb")
+    except (ImportError, ValueError) as error:  # the package of a protocol is missing, or there is no such protocol
+        raise _PermanentError(str(error)) from error
+
+
+def _copy(url: str, target: Path) -> None:
+    """One attempt; a gzipped shard is unpacked on the way."""
+    with _opened(url) as (stream, length), target.open("wb") as out:
+        counted = _Counted(stream)
+        head = counted.read(2)
+        source: Any = _Joined(head, counted)
+        with gzip.open(source) if head == b"\x1f\x8b" else contextlib.nullcontext(source) as plain:
+            while part := plain.read(_COPY):
+                out.write(part)
+    if not counted.total:  # only now: a command's exit code says more
+        raise OSError("no data")
+    if length is not None and counted.total != length:
+        raise OSError(f"{counted.total:,} of {length:,} bytes")
+
+
+class _Counted:
+    def __init__(self, stream: IO[bytes]):
+        self.stream, self.total = stream, 0
+
+    def read(self, size: int) -> bytes:
+        part = self.stream.read(size)
+        self.total += len(part)
+        return part
+
+
+class _Joined(io.RawIOBase):
+    """Some bytes, then the rest of a stream."""
+
+    def __init__(self, head: bytes, rest: _Counted):
+        self.head, self.rest = head, rest
+
+    def readable(self) -> bool:
+        return True
+
+    def read(self, size: int = -1) -> bytes:
+        part, self.head = self.head, b""
+        return part or self.rest.read(size if size >= 0 else _COPY)
+
+
+def fetch(url: str, target: Path) -> None:
+    """Bring the tar at `url` to `target`, whole or not at all, with several attempts.
+
+    Raises:
+        UserError: the last attempt failed too.
+    """
+    partial = target.with_name(f".{target.name}.{os.getpid()}")
+    pause = FIRST_PAUSE
+    for attempt in range(1, ATTEMPTS + 1):
+        try:
+            _copy(url, partial)
+            partial.replace(target)
+            return
+        except (OSError, EOFError, http.client.HTTPException, _PermanentError) as error:
+            if attempt == ATTEMPTS or isinstance(error, _PermanentError):
+                tries = "" if attempt == 1 else f" after {attempt} attempts"
+                raise UserError(
+                    f"{url}: cannot be fetched{tries}: {error}; check the address and the network"
+                ) from error
+            log.warning("%s: %s; attempt %d of %d in %g s", url, error, attempt + 1, ATTEMPTS, pause)
+            time.sleep(pause)
+            pause *= 2
+        finally:
+            partial.unlink(missing_ok=True)
+
+
+def make_room(folder: Path, limit: int, keep: Path) -> None:
+    """Remove the least recently used shards of `folder` until they take at most `limit` bytes; never `keep`."""
+    found = []
+    for path in folder.glob("*.tar"):
+        with contextlib.suppress(FileNotFoundError):  # another process makes room too
+            status = path.stat()
+            found.append((status.st_mtime_ns, status.st_size, path))
+    total = sum(size for _, size, _ in found)
+    for _, size, path in sorted(found):
+        if total <= limit:
+            break
+        if path != keep:
+            path.unlink(missing_ok=True)
+            total -= size

@@ -1,0 +1,212 @@
+"""Remote shards give the same batches; the cache stays below its bound; a dead store is told."""
+
+import functools
+import http.server
+import json
+import os
+import shlex
+import threading
+from pathlib import Path
+
+import pytest
+
+from amclr_scale.data import remote
+from amclr_scale.data.index import write_index
+from amclr_scale.data.indexing import build, open_index
+from amclr_scale.data.loader import TrainLoader
+from amclr_scale.data.remote import fetch, make_room
+from amclr_scale.data.storage import Storage
+from amclr_scale.errors import UserError
+from tests.data.shards import pair, settings, write_shards, write_tar
+from tests.data.test_loader import assert_same, take
+
+
+class _Server(http.server.SimpleHTTPRequestHandler):
+    """Serves a folder; a path in `failures` fails that often, in the way that is asked for."""
+
+    failures: dict[str, list[str]]
+    log: list[str]
+
+    def do_GET(self):
+        self.log.append(self.path)
+        way = self.failures.get(self.path, []).pop(0) if self.failures.get(self.path) else ""
+        if way == "refuse":
+            self.send_error(503)
+        elif way == "cut":
+            self.send_response(200)
+            self.send_header("Content-Length", "100000")
+            self.end_headers()
+            self.wfile.write(b"x" * 1000)
+            self.close_connection = True
+        else:
+            super().do_GET()
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def served(tmp_path, monkeypatch):
+    """A folder, its address, and what the server was asked."""
+    monkeypatch.setattr(remote, "FIRST_PAUSE", 0.01)
+    folder = tmp_path / "served"
+    folder.mkdir()
+    handler = type("Handler", (_Server,), {"failures": {}, "log": []})
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(handler, directory=str(folder)))
+    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+    yield folder, f"http://127.0.0.1:{server.server_port}", handler
+    server.shutdown()
+
+
+SIZES = [9, 4, 12, 7]
+
+
+def test_the_same_batches_from_everywhere(served):
+    folder, address, handler = served
+    local = write_shards(folder, SIZES)
+    expected = take(settings(local), 12)
+    pipes = [f"pipe:cat {shlex.quote(url)}" for url in local]
+    for urls, workers in [(f"{address}/{{00000..00003}}.tar", 0), (f"{address}/{{00000..00003}}.tar", 2), (pipes, 0)]:
+        assert_same(take(settings(urls, allow_pipe=True), 12, workers=workers), expected)
+    assert len([path for path in handler.log if path.endswith(".tar")]) == 4  # once per machine, for both runs
+
+
+def test_through_fsspec(served):
+    local = write_shards(served[0], SIZES)
+    memory = pytest.importorskip("fsspec").filesystem("memory")
+    for url in local:
+        memory.pipe(f"/shards/{Path(url).name}", Path(url).read_bytes())
+    assert_same(take(settings("memory://shards/{00000..00003}.tar"), 6), take(settings(local), 6))
+
+
+def test_compressed_ones_are_unpacked_on_the_way(served):
+    folder, address, _ = served
+    members = [m for i in range(12) for m in pair(i)]
+    write_tar(folder / "a.tar", members)
+    write_tar(folder / "b.tar.gz", members, "w:gz")
+    assert_same(take(settings(f"{address}/b.tar.gz"), 3), take(settings(str(folder / "a.tar")), 3))
+
+
+def test_the_cache_stays_below_its_bound(served, tmp_path):
+    """Twenty shards through room for six: some are fetched again, the batches are the same, the bound holds."""
+    folder, address, handler = served
+    local = write_shards(folder, [6] * 20)
+    size = os.path.getsize(local[0])
+    index = tmp_path / "index.json"
+    urls = [f"{address}/{Path(url).name}" for url in local]
+    storage = Storage(tmp_path / "other", 10**9)
+    write_index(index, "x", build(urls, [tmp_path / f"{i}.npz" for i in range(20)], storage))
+    handler.log.clear()
+    options = {"lanes": 1, "shuffle_window": 2}
+    loader = TrainLoader(
+        settings(str(index), cache=str(tmp_path / "cache"), cache_gib=6.5 * size / 2**30, **options),
+        seed=0, global_batch_size=6,
+    )  # fmt: skip
+    expected = take(settings(local, **options), 60, global_batch_size=6)
+    for batch in expected:
+        assert_same([next(loader)], [batch])
+        held = sum(path.stat().st_size for path in (tmp_path / "cache/fetched").glob("*.tar"))
+        assert held <= 8 * size  # the bound, and what is being fetched just now
+    loader.close()
+    assert 50 <= len(handler.log) <= 75  # three epochs of twenty
+
+
+def test_a_cache_that_is_too_small_is_told(served):
+    folder, address, _ = served
+    write_shards(folder, SIZES)
+    with pytest.raises(UserError, match=r"data\.cache_gib: expected room for the 4 shards"):
+        TrainLoader(settings(f"{address}/{{00000..00003}}.tar", cache_gib=1e-5), seed=0, global_batch_size=8)
+
+
+@pytest.mark.parametrize("way", ["refuse", "cut"])
+def test_a_store_that_stumbles_is_asked_again(served, caplog, way):
+    folder, address, handler = served
+    write_shards(folder, [5])
+    handler.failures["/00000.tar"] = [way] * 3
+    assert open_index(settings(f"{address}/00000.tar")).num_samples == 5
+    assert sum("attempt" in record.message for record in caplog.records) == 3
+
+
+def test_a_dead_store_is_told(served):
+    folder, address, handler = served
+    write_shards(folder, [5])
+    handler.failures["/00000.tar"] = ["refuse"] * 99
+    with pytest.raises(UserError, match=r"00000\.tar: cannot be fetched after 5 attempts: .*503"):
+        open_index(settings(f"{address}/00000.tar"))
+    with pytest.raises(UserError, match=r"nothing\.tar: cannot be fetched: .*404"):  # at once
+        open_index(settings(f"{address}/nothing.tar"))
+
+
+def test_a_store_that_dies_during_training_is_told(served, tmp_path):
+    folder, address, _ = served
+    local = write_shards(folder, [6] * 8)
+    index = tmp_path / "index.json"
+    urls = [f"{address}/{Path(url).name}" for url in local]
+    write_index(index, "x", build(urls, [tmp_path / f"{i}.npz" for i in range(8)], Storage(tmp_path / "other", 10**9)))
+    for workers in (0, 1):
+        data = settings(str(index), cache=str(tmp_path / f"cache{workers}"))
+        loader = TrainLoader(data, seed=0, global_batch_size=4, workers=workers)
+        for url in local:
+            Path(url).unlink(missing_ok=True)
+        with pytest.raises(UserError, match="cannot be fetched"):
+            next(loader)
+        loader.close()
+
+
+def test_commands_are_refused_unless_allowed(tmp_path):
+    trap = tmp_path / "sprung"
+    with pytest.raises(UserError, match=r"data\.allow_pipe: pipe:touch .* would run a shell command"):
+        open_index(settings(f"pipe:touch {trap}"))
+    assert not trap.exists()
+
+
+def test_a_command_that_fails_is_told(tmp_path, monkeypatch):
+    monkeypatch.setattr(remote, "FIRST_PAUSE", 0.01)
+    whole = write_tar(tmp_path / "a.tar", [m for i in range(5) for m in pair(i)])
+    for command, words in [
+        ("false", "exit code 1"),
+        (f"head -c 3000 {whole}; exit 3", "exit code 3"),
+        ("true", "no data"),
+    ]:
+        with pytest.raises(UserError, match=rf"cannot be fetched after 5 attempts: .*{words}"):
+            open_index(settings(f"pipe:{command}", allow_pipe=True))
+
+
+def test_unknown_protocols_are_told():
+    with pytest.raises(UserError, match="cannot be fetched: Protocol not known"):
+        open_index(settings("nonsense://a/0.tar"))
+
+
+def test_a_changed_remote_shard_is_refused(served, tmp_path):
+    folder, address, _ = served
+    write_shards(folder, [5])
+    index = tmp_path / "index.json"
+    storage = Storage(tmp_path / "other", 10**9)
+    write_index(index, "x", build([f"{address}/00000.tar"], [tmp_path / "0.npz"], storage))
+    write_tar(folder / "00000.tar", [m for i in range(6, 12) for m in pair(i)])
+    with pytest.raises(UserError, match="has changed since it was indexed"):
+        take(settings(str(index)), 2)
+
+
+def test_the_least_recently_used_goes_first(tmp_path):
+    for i in range(5):
+        (tmp_path / f"{i}.tar").write_bytes(bytes(10))
+        os.utime(tmp_path / f"{i}.tar", (i, i))
+    os.utime(tmp_path / "0.tar", (9, 9))
+    make_room(tmp_path, 30, tmp_path / "1.tar")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["0.tar", "1.tar", "4.tar"]
+
+
+def test_half_a_fetch_leaves_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(remote, "FIRST_PAUSE", 0.01)
+    with pytest.raises(UserError):
+        fetch("pipe:echo half; exit 1", tmp_path / "a.tar")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_index_names_remote_shards(served, tmp_path):
+    folder, address, _ = served
+    write_shards(folder, SIZES)
+    shards = [{"url": f"{address}/{i:05d}.tar", "nsamples": n} for i, n in enumerate(SIZES)]
+    (tmp_path / "own.json").write_text(json.dumps({"shardlist": shards}))
+    assert open_index(settings(str(tmp_path / "own.json"))).num_samples == sum(SIZES)

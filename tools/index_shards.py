@@ -1,0 +1,72 @@
+"""Write the index of some shards: counts, a fingerprint, and where every member lies.
+
+    python tools/index_shards.py FOLDER                               FOLDER/index.json
+    python tools/index_shards.py '/data/cc3m/{00000..00331}.tar' --workers 16
+    python tools/index_shards.py 'https://host/{00000..00331}.tar' --out index/index.json
+
+Shards may be .tar or .tar.gz, local or remote. Each is read once, its member table is written at once (members/ beside
+the index), and an interrupted run goes on where it stopped. Damage is listed and does not stop the run: what is whole
+can be trained on, and data.max_bad_fraction judges the rest.
+"""
+
+import argparse
+import re
+import sys
+from pathlib import Path
+
+from amclr_scale.config import schema
+from amclr_scale.data.command_line import run_command
+from amclr_scale.data.index import Index, write_index
+from amclr_scale.data.indexing import build
+from amclr_scale.data.sources import is_remote, resolve_all, shards_in
+from amclr_scale.data.storage import make_storage
+from amclr_scale.errors import UserError
+
+
+def shards_of(names: list[str]) -> list[str]:
+    """The shards themselves, also where a folder has an index already."""
+    urls = list[str]()
+    for name in names:
+        folder = Path(name).expanduser()
+        local = not is_remote(name) and folder.is_dir()
+        urls += shards_in(folder) if local else [url for source in resolve_all(name, "shards") for url in source.urls]
+    if not urls:
+        raise UserError(f"shards: expected tar shards, found none in {', '.join(names)}")
+    return urls
+
+
+def table_name(url: str) -> str:
+    """A file name for a shard's member table."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "_", url.rstrip("/").rsplit("/", 1)[-1]) + ".npz"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("shards", nargs="+", help="a folder, paths with brace patterns, or urls")
+    parser.add_argument("--out", type=Path, help="index file to write (default: index.json beside the first shard)")
+    parser.add_argument("--workers", type=int, default=0, help="processes (default: this one)")
+    parser.add_argument("--cache", help="folder for fetched and unpacked shards, as data.cache")
+    parser.add_argument("--allow-pipe", action="store_true", help="run the commands of pipe: urls")
+    arguments = parser.parse_args()
+    urls = shards_of(arguments.shards)
+    if arguments.out is None and is_remote(urls[0]):
+        raise UserError("--out: expected a file to write, since the shards are remote")
+    out = (arguments.out or Path(urls[0]).absolute().parent / "index.json").absolute()
+    if len({table_name(url) for url in urls}) != len(urls):
+        raise UserError(
+            "shards: expected different file names (member tables are named after them); index each folder alone"
+        )
+    out.parent.mkdir(parents=True, exist_ok=True)
+    storage = make_storage(schema.Data(cache=arguments.cache, allow_pipe=arguments.allow_pipe))
+    urls = [url if is_remote(url) else str(Path(url).absolute()) for url in urls]
+    shards = build(urls, [out.parent / "members" / table_name(url) for url in urls], storage, arguments.workers)
+    write_index(out, out.parent.name, shards)
+    index = Index(shards, storage)
+    for shard in shards:
+        for words in shard.damage:
+            print(f"{shard.url}: {words}", file=sys.stderr)
+    print(f"{out}: {index.num_samples:,} samples in {len(shards):,} shards, fingerprint {index.fingerprint}")
+
+
+if __name__ == "__main__":
+    run_command(main)
