@@ -43,7 +43,7 @@ def run(config: Config, source: str | None, place: Place, stopwatch: Stopwatch) 
     from amclr_scale.engine.distributed import broadcast_object, seed_everything, start, stop
     from amclr_scale.engine.loop import train
     from amclr_scale.engine.plan import make_plan
-    from amclr_scale.engine.setup import build_engine
+    from amclr_scale.engine.setup import build_engine, prepare_towers
     from amclr_scale.engine.step import TrainStep
     from amclr_scale.evaluation.run import Evaluator
     from amclr_scale.metrics.curve import draw_if_possible
@@ -70,6 +70,7 @@ def run(config: Config, source: str | None, place: Place, stopwatch: Stopwatch) 
         config.model, vocab_size=tokenizer.vocab_size, pad_id=tokenizer.pad_id, context_length=config.data.context_length,
         image_size=config.data.image_size, image_mean=config.data.image_mean, image_std=config.data.image_std,
     )  # fmt: skip
+    prepare_towers(model, config.execution)
     stopwatch.lap("model")
 
     options = {key: value for key, value in config.objective.items() if key != "name"}

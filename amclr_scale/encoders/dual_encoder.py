@@ -153,7 +153,7 @@ class DualEncoder(nn.Module):
         return {"image": blocks(self.image_tower), "text": blocks(self.text_tower)}
 
     def set_recomputation(self, *, image: Recomputation = "none", text: Recomputation = "none") -> None:
-        """Recompute none, all ("full"), or the first k blocks of each tower in backward. Does not change results."""
+        """Recompute none, all ("full"), or every k-th block of each tower in backward. Does not change results."""
         set_recomputation(self.image_tower, image)
         set_recomputation(self.text_tower, text)
 

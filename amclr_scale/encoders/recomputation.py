@@ -52,27 +52,23 @@ def blocks(tower: nn.Module) -> list[nn.Module]:
 
 
 def set_recomputation(tower: nn.Module, recomputation: Recomputation) -> int:
-    """Recompute none, all, or the first k blocks of a tower. Returns how many are.
+    """Recompute none, all, or every k-th block of a tower. Returns how many are.
 
-    The first ones hold the largest activations in a convolutional tower; in a transformer all are alike.
     Names of parameters do not change. May be called again.
 
     Raises:
-        ValueError: k is negative, or more than the tower has.
+        ValueError: k is less than 1, or more than the tower has blocks.
     """
     stack = blocks(tower)
-    count = (
-        {"none": 0, "full": len(stack)}.get(recomputation, recomputation)
-        if isinstance(recomputation, str)
-        else recomputation
-    )
-    if not isinstance(count, int) or not 0 <= count <= len(stack):
+    k = {"none": len(stack) + 1, "full": 1}.get(recomputation, 0) if isinstance(recomputation, str) else recomputation
+    if k < 1 or (k > len(stack) and recomputation != "none"):
         raise ValueError(
             f"recomputation: expected none, full or a number of blocks up to {len(stack)}, got {recomputation!r}"
         )
+    chosen = range(k - 1, len(stack), k)
     for index, block in enumerate(stack):
         plain = type(block)
         if issubclass(plain, _Recomputed):
             plain = plain.__mro__[2]
-        block.__class__ = type(plain.__name__, (_Recomputed, plain), {}) if index < count else plain
-    return count
+        block.__class__ = type(plain.__name__, (_Recomputed, plain), {}) if index in chosen else plain
+    return len(chosen)

@@ -7,7 +7,9 @@ import torch
 from torch import nn
 
 from amclr_scale.config.load import merge
-from amclr_scale.config.schema import Config
+from amclr_scale.config.schema import Config, Execution
+from amclr_scale.encoders.dual_encoder import DualEncoder
+from amclr_scale.encoders.recomputation import set_recomputation
 from amclr_scale.engine.layerwise import attach
 from amclr_scale.engine.optimizers import build_optimizer, parameter_groups
 from amclr_scale.errors import UserError
@@ -44,6 +46,22 @@ def deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:
 def quieten() -> None:
     """Warnings and errors of DeepSpeed only: our own lines say what a user needs to know."""
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+
+
+def prepare_towers(model: DualEncoder, execution: Execution) -> None:
+    """Switch on activation recomputation and compilation, in this order: what is compiled then recomputes too.
+
+    Raises:
+        UserError: a tower has fewer blocks than execution.recompute_... counts.
+    """
+    for tower, recomputation in (("image", execution.recompute_image), ("text", execution.recompute_text)):
+        try:
+            set_recomputation(getattr(model, f"{tower}_tower"), recomputation)
+        except ValueError as error:
+            raise UserError(f"execution.recompute_{tower}: {str(error).removeprefix('recomputation: ')}") from error
+    if execution.compile:  # in place, so that parameters keep their names
+        model.image_tower.compile()
+        model.text_tower.compile()
 
 
 def build_engine(config: Config, model: nn.Module, *, no_decay: set[str], device: torch.device, world_size: int) -> tuple[Any, str]:

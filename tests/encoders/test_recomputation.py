@@ -58,7 +58,7 @@ def test_blocks_keep_their_input_only():
     plain = model(image=ImageTower(width=8, depth=18))
     want = held(plain)
     sizes = []
-    for k in (2, 8):
+    for k in (2, "full"):
         plain.set_recomputation(image=k)
         sizes.append(held(plain))
     assert sizes[1] < sizes[0] < want
@@ -80,6 +80,6 @@ def test_names_and_classes_survive():
 def test_the_number_of_blocks_is_checked():
     encoder = model()
     assert {tower: len(found) for tower, found in encoder.blocks().items()} == {"image": 4, "text": 1}
-    for wrong in (5, -1, "some"):
+    for wrong in (5, 0, -1, "some"):
         with pytest.raises(ValueError, match=r"recomputation: expected none, full or a number of blocks up to 4"):
             encoder.set_recomputation(image=wrong)
