@@ -1,0 +1,426 @@
+"""Time and memory of contrastive losses, forward and backward: ours, open_clip's, and the matrix products alone.
+
+    python tools/benchmark_similarity.py                              # B from 1,024 up, one process and two ranks
+    python tools/benchmark_similarity.py --batch 8192 --width 512 --json FILE
+    python tools/benchmark_similarity.py --ranks 1 --batch 131072 --width 64 --methods clip
+
+All methods of a size run in turn in one process (one per rank), several rounds, so that a machine that slows down
+slows all of them; figures are medians, and ratios are taken inside one run. On a CPU the time is CPU time, per rank.
+Memory is the peak beyond the features, of one step in a fresh process.
+
+units    time in products of 2 b B D operations, at the speed of the floor
+floor    four such products per rank with torch.mm into preallocated memory, nothing else: what `clip` has to compute
+"""
+
+import argparse
+import ctypes
+import json
+import math
+import os
+import platform
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil  # type: ignore[import-untyped]
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from torch.multiprocessing.spawn import spawn
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from amclr_scale.similarity import contrast, pairwise, using
+from amclr_scale.torchvision_ops import import_torchvision
+
+TEMPERATURE = 0.05
+BIAS = -10.0
+
+
+@dataclass
+class Features:
+    """One rank's rows, and the numbers that a loss learns."""
+
+    image: Tensor  # (b, D)
+    text: Tensor  # (b, D)
+    scale: Tensor  # (1,)
+    bias: Tensor  # (1,)
+    rank: int
+    world_size: int
+
+    @classmethod
+    def draw(cls, batch: int, width: int, rank: int, world_size: int, device: torch.device) -> "Features":
+        generator = torch.Generator().manual_seed(rank)
+        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        image, text = torch.randn(2, batch // world_size, width, generator=generator)
+        image, text = F.normalize(image, dim=1), F.normalize(text + image, dim=1)
+        numbers = torch.tensor([1 / TEMPERATURE]), torch.tensor([BIAS])
+        image, text = (x.to(device, dtype).requires_grad_() for x in (image, text))
+        scale, bias = (x.to(device).requires_grad_() for x in numbers)
+        return cls(image, text, scale, bias, rank, world_size)
+
+    @property
+    def leaves(self) -> tuple[Tensor, ...]:
+        return self.image, self.text, self.scale, self.bias
+
+    def step(self, loss: Callable[["Features"], Tensor | None]) -> float:
+        for leaf in self.leaves:
+            leaf.grad = None
+        value = loss(self)
+        if value is None:
+            return math.nan
+        value.backward()  # type: ignore[no-untyped-call]
+        return float(value.detach())
+
+
+def clip(**settings: Any) -> Callable[[Features], Tensor]:
+    def loss(f: Features) -> Tensor:
+        with using(**settings):
+            c = contrast(f.image, f.text, temperature=1 / f.scale, centred=True)
+        return (c.image.log_sum.mean() + c.text.log_sum.mean()) / 2
+
+    return loss
+
+
+def clip_cached(f: Features) -> Tensor:
+    return clip(cache_bytes=4 * len(f.image) ** 2 * f.world_size)(f)
+
+
+def siglip(f: Features) -> Tensor:
+    return pairwise(f.image, f.text, f.scale, f.bias)
+
+
+def sogclr(f: Features) -> Tensor:
+    c = contrast(f.image, f.text, temperature=TEMPERATURE, centred=True, exclude_positive=True)
+    log_g = [side.log_sum - math.log(c.num_keys) for side in (c.image, c.text)]
+    return sum((x - x.detach()).exp().mean() for x in log_g)  # type: ignore[return-value]
+
+
+def open_clip(f: Features) -> Tensor:
+    import_torchvision()  # before open_clip imports it
+    from open_clip.loss import ClipLoss
+
+    ranks = f.world_size > 1
+    loss = ClipLoss(local_loss=ranks, gather_with_grad=ranks, rank=f.rank, world_size=f.world_size)
+    return loss(f.image, f.text, f.scale)  # type: ignore[no-any-return]
+
+
+def open_clip_compiled(f: Features) -> Tensor:
+    return _compiled()(f.image, f.text, f.scale)  # type: ignore[no-any-return]
+
+
+_COMPILED: list[Any] = []
+
+
+def _compiled() -> Any:
+    import_torchvision()
+    from open_clip.loss import ClipLoss
+
+    if not _COMPILED:
+        _COMPILED.append(torch.compile(ClipLoss()))
+    return _COMPILED[0]
+
+
+def open_siglip(f: Features) -> Tensor:
+    import_torchvision()
+    from open_clip.loss import SigLipLoss
+
+    return SigLipLoss(rank=f.rank, world_size=f.world_size)(f.image, f.text, f.scale, f.bias)  # type: ignore[no-any-return]
+
+
+def fastclip(f: Features) -> Tensor:
+    """FastCLIP (arXiv:2407.01445) by its definition, dense, at its first visit (u = g), one process.
+
+    Anchors of this rank against all keys without gradient, and all anchors without gradient against this rank's keys.
+    """
+    own = (f.image * f.text).sum(1).detach()
+    keep = 1 - torch.eye(len(own), device=own.device)
+    n = len(own) - 1
+    total = f.image.new_zeros(())
+    log_u: list[Tensor] = []
+    for anchors, keys in ((f.image, f.text.detach()), (f.text, f.image.detach())):
+        s = anchors @ keys.T
+        positive = s.diagonal()
+        rows = ((s - positive[:, None]) / TEMPERATURE).exp() * keep
+        log_u.append(rows.sum(1).detach() / n)
+        total = total + (rows.sum(1) / n / log_u[-1]).mean() / 2
+        columns = ((s - own[None, :]) / TEMPERATURE).exp() * keep
+        total = total + (columns.sum(0) / n / (columns.sum(0).detach() / n)).mean() / 2
+    return total
+
+
+def inf_cl(f: Features) -> Tensor:
+    from inf_cl import cal_flash_loss
+
+    image_rows, text_rows = (cal_flash_loss(a, k, scale=f.scale) for a, k in ((f.image, f.text), (f.text, f.image)))
+    return (image_rows.mean() + text_rows.mean()) / 2  # type: ignore[no-any-return]
+
+
+def floor(f: Features) -> None:
+    """The products of `clip`: similarities twice, and the gradients of both towers; reads only this rank's rows."""
+    image, text = f.image.detach(), f.text.detach().repeat(f.world_size, 1)
+    d_image, d_text = torch.empty_like(image), torch.zeros_like(text)
+    panel = image.new_empty(min(1024, len(image)), len(text))
+    for first in range(0, len(image), len(panel)):
+        rows = image[first : first + len(panel)]
+        block = panel[: len(rows)]
+        for _ in range(2):
+            torch.mm(rows, text.T, out=block)
+        torch.mm(block, text, out=d_image[first : first + len(panel)])
+        d_text.addmm_(block.T, rows)
+
+
+@dataclass(frozen=True)
+class Method:
+    loss: Callable[[Features], Tensor | None]
+    family: str  # ratios are taken to the family's reference
+    ranks: tuple[int, ...] = (1, 2)
+    bytes_per_pair: int = 0  # of memory, for each of b B similarities
+    cuda_only: bool = False
+
+
+METHODS = {
+    "open_clip": Method(open_clip, "clip", bytes_per_pair=17),
+    "open_clip, compiled": Method(open_clip_compiled, "clip", (1,), bytes_per_pair=17, cuda_only=True),
+    "inf_cl": Method(inf_cl, "clip", (1,), cuda_only=True),
+    "floor": Method(floor, "clip"),
+    "clip": Method(clip(), "clip", (1,)),
+    "clip, cached": Method(clip_cached, "clip", bytes_per_pair=4),
+    "clip, reduce_scatter": Method(clip(distribution="reduce_scatter"), "clip", (2,)),
+    "clip, column_sums": Method(clip(distribution="column_sums"), "clip", (2,)),
+    "clip, two_blocks": Method(clip(distribution="two_blocks"), "clip", (2,)),
+    "clip, ring": Method(clip(gather="ring"), "clip", (2,)),
+    "open_clip siglip": Method(open_siglip, "siglip", bytes_per_pair=20),
+    "siglip": Method(siglip, "siglip"),
+    "fastclip, dense": Method(fastclip, "sogclr", (1,), bytes_per_pair=64),
+    "sogclr": Method(sogclr, "sogclr", (1,)),
+}
+REFERENCES = {"clip": "open_clip", "siglip": "open_clip siglip", "sogclr": "fastclip, dense"}
+
+
+def fitting(names: list[str], batch: int, ranks: int, device: torch.device) -> list[str]:
+    """The methods that this machine has room for."""
+    room = torch.cuda.mem_get_info()[0] if device.type == "cuda" else psutil.virtual_memory().available
+    methods = {name: METHODS[name] for name in names if ranks in METHODS[name].ranks}
+    return [
+        name
+        for name, method in methods.items()
+        if method.bytes_per_pair * batch * batch < 0.7 * room and (device.type == "cuda" or not method.cuda_only)
+    ]
+
+
+def seconds(step: Callable[[], float], device: torch.device) -> tuple[float, float]:
+    """Time of one step (CPU time on a CPU), and its loss."""
+    clock = time.perf_counter if device.type == "cuda" else time.process_time
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    start = clock()
+    value = step()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return clock() - start, value
+
+
+def peak_bytes(step: Callable[[], float], device: torch.device) -> float:
+    """Peak memory of one step beyond what was there before; nan where the system does not say."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        step()
+        return float(torch.cuda.max_memory_allocated() - before)
+    if sys.platform != "linux":
+        return math.nan
+
+    def kib(name: str) -> int:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith(name))
+
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")
+    resident = kib("VmRSS")
+    step()
+    return 1024.0 * (kib("VmHWM") - resident)
+
+
+@dataclass(frozen=True)
+class Job:
+    names: list[str]
+    batch: int
+    width: int
+    ranks: int
+    repeats: int
+    threads: int
+    memory: bool  # measure memory instead of time
+
+
+def work(rank: int, job: Job, folder: str) -> None:
+    """One rank of one job; rank's answer goes to a file."""
+    torch.set_num_threads(job.threads)
+    device = torch.device("cuda", rank) if torch.cuda.is_available() else torch.device("cpu")
+    if job.ranks > 1:
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, init_method=f"file://{folder}/store", rank=rank, world_size=job.ranks)
+    answer: dict[str, Any]
+    if job.memory:
+        (name,) = job.names
+        small = Features.draw(1024, job.width, rank, job.ranks, device)
+        small.step(METHODS[name].loss)  # what libraries allocate once
+        f = Features.draw(job.batch, job.width, rank, job.ranks, device)
+        answer = {name: peak_bytes(lambda: f.step(METHODS[name].loss), device)}
+    else:
+        f = Features.draw(job.batch, job.width, rank, job.ranks, device)
+        times: dict[str, list[float]] = {name: [] for name in job.names}
+        losses: dict[str, float] = {}
+        for repeat in range(job.repeats + 1):
+            for name in job.names:
+                if job.ranks > 1:
+                    dist.barrier()
+                loss = METHODS[name].loss
+                taken, losses[name] = seconds(lambda loss=loss: f.step(loss), device)  # type: ignore[misc]
+                if repeat:  # the first round warms up
+                    times[name].append(taken)
+        answer = {name: {"seconds": statistics.median(times[name]), "loss": losses[name]} for name in job.names}
+    Path(folder, f"rank{rank}.json").write_text(json.dumps(answer))
+    if job.ranks > 1:
+        dist.destroy_process_group()
+
+
+def run(job: Job) -> list[dict[str, Any]]:
+    """Every rank's answer."""
+    with tempfile.TemporaryDirectory() as folder:
+        spawn(work, (job, folder), job.ranks)  # type: ignore[no-untyped-call]
+        return [json.loads(Path(folder, f"rank{rank}.json").read_text()) for rank in range(job.ranks)]
+
+
+def measure(names: list[str], batch: int, ranks: int, args: argparse.Namespace) -> list[dict[str, Any]]:
+    """One row per method."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    names = fitting(names, batch, ranks, device)
+    answers = run(Job(names, batch, args.width, ranks, args.repeats, args.threads, memory=False))
+    taken = {name: statistics.mean(answer[name]["seconds"] for answer in answers) for name in names}
+    rows = []
+    for name in names:
+        peak = math.nan
+        if args.memory and name != "floor":
+            job = Job([name], batch, args.width, ranks, 1, args.threads, memory=True)
+            peak = max(answer[name] for answer in run(job))
+        reference = REFERENCES[METHODS[name].family]
+        rows.append(
+            {
+                "ranks": ranks,
+                "batch": batch,
+                "width": args.width,
+                "method": name,
+                "seconds": taken[name],
+                "of_reference": taken[name] / taken[reference] if reference in taken else None,
+                "units": 4 * taken[name] / taken["floor"] if "floor" in taken else None,
+                "peak_mib": None if math.isnan(peak) else peak / 2**20,
+                "loss": statistics.mean(answer[name]["loss"] for answer in answers) if name != "floor" else None,
+            }
+        )
+    return rows
+
+
+FORMATS = {"seconds": "{:.3f}", "of_reference": "{:.3f}", "units": "{:.2f}", "loss": "{:.5f}"}
+
+
+def table(rows: list[dict[str, Any]]) -> Table:
+    out = Table("method", *(f"{x}" for x in ("ranks", "batch", "seconds", "of reference", "units", "peak MiB", "loss")))
+    for row in rows:
+        number = {
+            key: "" if row[key] is None else form.format(row[key])
+            for key, form in (
+                ("seconds", "{:.3f}"),
+                ("of_reference", "{:.3f}"),
+                ("units", "{:.2f}"),
+                ("loss", "{:.5f}"),
+            )
+        }
+        peak = "" if row["peak_mib"] is None else f"{row['peak_mib']:,.0f}"
+        out.add_row(
+            row["method"], str(row["ranks"]), f"{row['batch']:,}", number["seconds"], number["of_reference"],
+            number["units"], peak, number["loss"],
+        )  # fmt: skip
+    return out
+
+
+def plot(rows: list[dict[str, Any]], file: Path) -> None:
+    """Time and peak memory against the batch, both axes logarithmic, one process."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
+    shown = ["open_clip", "clip", "clip, cached", "open_clip siglip", "siglip", "fastclip, dense", "sogclr", "floor"]
+    for axis, key, label in zip(
+        axes, ("seconds", "peak_mib"), ("seconds per step", "peak memory beyond features, MiB"), strict=True
+    ):
+        for number, name in enumerate(shown):
+            points = [(r["batch"], r[key]) for r in rows if r["method"] == name and r["ranks"] == 1 and r[key]]
+            dense = METHODS[name].bytes_per_pair > 4
+            style = ":" if name == "floor" else "--" if dense else "-"
+            if points:
+                axis.plot(*zip(*points, strict=True), style, marker="o", ms=4, color=f"C{number}", label=name)
+        axis.set(xscale="log", yscale="log", xlabel="global batch B", ylabel=label)
+        ticks = sorted({r["batch"] for r in rows})
+        axis.set_xticks(ticks, [f"{t:,}" for t in ticks])
+        axis.minorticks_off()
+        axis.grid(alpha=0.3)
+    axes[0].legend(fontsize=8)
+    figure.savefig(file, dpi=130)
+
+
+def machine(threads: int) -> dict[str, Any]:
+    cpu = platform.processor() or platform.machine()
+    if sys.platform == "linux":
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        cpu = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), cpu)
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {
+        "cpu": cpu,
+        "capability": torch.backends.cpu.get_cpu_capability(),
+        "cores": os.cpu_count(),
+        "gpu": gpu,
+        "threads": threads,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--batch", type=int, nargs="+", default=[1024, 2048, 4096, 8192], help="global batch sizes")
+    parser.add_argument("--width", type=int, default=512, help="embedding width D")
+    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2], choices=(1, 2))
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS), metavar="METHOD")
+    parser.add_argument("--repeats", type=int, default=5, help="rounds, after one to warm up")
+    parser.add_argument("--threads", type=int, default=1, help="threads per rank")
+    parser.add_argument("--no-memory", dest="memory", action="store_false", help="measure time only")
+    parser.add_argument("--json", type=Path, help="write the figures here")
+    parser.add_argument("--plot", type=Path, help="draw time and memory against B into this PNG")
+    args = parser.parse_args()
+
+    console = Console(width=110)
+    rows: list[dict[str, Any]] = []
+    console.print(machine(args.threads))
+    for ranks in args.ranks:
+        for batch in args.batch:
+            rows += measure(args.methods, batch, ranks, args)
+            console.print(table([row for row in rows if row["batch"] == batch and row["ranks"] == ranks]))
+            if args.json:  # after each size: a long run that is stopped has its figures
+                args.json.write_text(json.dumps({"machine": machine(args.threads), "rows": rows}, indent=1) + "\n")
+    if args.plot:
+        plot(rows, args.plot)
+
+
+if __name__ == "__main__":
+    main()
