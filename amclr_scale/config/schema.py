@@ -35,6 +35,24 @@ class ImageAugmentation(Section):
     """Strength of brightness, contrast and saturation jitter (hue: a quarter of it)."""
     grayscale: Fraction = 0.0
     """Probability of turning the image grey."""
+    amclr: Fraction = 0.0
+    """Probability of one of AmCLR's eight operations (blur, flip, noise, brightness, contrast, sharpness, central crop,
+    central crop with a border), drawn per sample, on 8-bit pixels, keeping the size."""
+    amclr_strength: PositiveNumber = 1.0
+    """Strength of these operations; 1: as published (noise 0.05, brightness and contrast 0.8 .. 1.2, crop 0.9)."""
+
+
+class TextAugmentation(Section):
+    """Word-level changes to further captions, each drawn per word."""
+
+    drop: Fraction = 0.0
+    """Probability of leaving a word out (one always stays)."""
+    swap: Fraction = 0.0
+    """Probability of exchanging a word with the next one."""
+    synonym: Fraction = 0.0
+    """Probability of replacing a word that the table has."""
+    synonyms: str | None = None
+    """The table: a JSON file {"word": ["other word", ...], ...}, words in lower case."""
 
 
 class Data(Section):
@@ -57,6 +75,7 @@ class Data(Section):
     image_std: tuple[PositiveNumber, PositiveNumber, PositiveNumber] = (0.26862954, 0.26130258, 0.27577711)
     """Channel standard deviations for normalisation."""
     augmentation: ImageAugmentation = ImageAugmentation()
+    """Of the base view of every image."""
     tokenizer: str = "emoji"
     """emoji (byte-pair encoding trained on the embedded corpus), clip (needs open_clip_torch), a tokenizer.json, or a local
     folder of a transformers tokenizer."""
@@ -66,10 +85,18 @@ class Data(Section):
     """Where a sample's caption is: txt, or json.FIELD (a string, or a list of which one is drawn per epoch)."""
     image_views: Annotated[int, Field(ge=0)] = 0
     """Further augmented views of every image (AmCLR's omega)."""
+    image_view: ImageAugmentation | None = None
+    """How further image views are made; null: like the base view, from other random numbers."""
+    image_view_from: Literal["image", "base"] = "image"
+    """What further image views are made of: the image itself, or its base view (AmCLR)."""
     text_views: Annotated[int, Field(ge=0)] = 0
     """Further captions of every sample, drawn from `text_view`."""
-    text_view: str = "json.captions"
-    """Where further captions come from: json.FIELD, a string or a list."""
+    text_view: str | list[str] = "json.captions"
+    """Where further captions come from: json.FIELD (a string or a list), `paraphrases`, or a list of such places."""
+    text_augmentation: TextAugmentation = TextAugmentation()
+    """Word-level changes to further captions."""
+    paraphrases: str | None = None
+    """Folder that tools/paraphrase.py wrote for these shards: makes `paraphrases` a place for text_view."""
     max_bad_fraction: Fraction = 0.01
     """Share of unreadable samples past which the run stops. Each is replaced by another sample, and logged."""
     max_image_pixels: Positive = 100_000_000

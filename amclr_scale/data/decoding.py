@@ -14,6 +14,8 @@ from PIL import Image, UnidentifiedImageError
 
 from amclr_scale.data.indexing import IMAGE_EXTENSIONS
 
+PARAPHRASES = "paraphrases"  # a member that lies beside the shard (data/paraphrases.py)
+
 Image.MAX_IMAGE_PIXELS = None  # our own limit is `data.max_image_pixels`, checked before any pixel is decoded
 
 
@@ -47,7 +49,7 @@ class Sample:
     def __init__(self, members: Mapping[str, bytes], max_image_pixels: int, max_caption_characters: int):
         self.members = members
         self.max_image_pixels, self.max_caption_characters = max_image_pixels, max_caption_characters
-        self._json: Any = None
+        self._parsed = dict[str, Any]()
 
     def image(self) -> Image.Image:
         """The image, opened but not decoded.
@@ -78,14 +80,14 @@ class Sample:
         """
         if field.member not in self.members:
             return None
-        if not field.path:
+        if not field.path and field.member not in ("json", PARAPHRASES):
             return self._text(field.member).strip()
-        if self._json is None:
+        if field.member not in self._parsed:
             try:
-                self._json = json.loads(self._text(field.member))
+                self._parsed[field.member] = json.loads(self._text(field.member))
             except (ValueError, RecursionError) as error:
                 raise BadSampleError("corrupt json", str(error)) from error
-        value = self._json
+        value = self._parsed[field.member]
         for name in field.path:
             value = value.get(name) if isinstance(value, dict) else None
         return value
@@ -98,8 +100,8 @@ class Sample:
         except UnicodeDecodeError as error:
             raise BadSampleError("text not UTF-8", f".{member}: {error.reason} at byte {error.start}") from error
 
-    def captions(self, field: Field) -> list[str]:
-        """The captions at a field: one, or as many as its list has.
+    def captions(self, field: Field, optional: bool = False) -> list[str]:
+        """The captions at a field: one, or as many as its list has; none only where they are `optional`.
 
         Raises:
             BadSampleError: there are none, or one is too long.
@@ -107,6 +109,8 @@ class Sample:
         value = self.value(field)
         listed = value if isinstance(value, list) else [value]
         captions = [caption.strip() for caption in listed if isinstance(caption, str) and caption.strip()]
+        if not captions and optional:
+            return []
         if not captions:
             raise BadSampleError("missing caption", str(field))
         if max(map(len, captions)) > self.max_caption_characters:

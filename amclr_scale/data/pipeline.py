@@ -5,19 +5,22 @@ count and every number of workers replaces it by the same sample, which then car
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from amclr_scale.config import schema
-from amclr_scale.data.decoding import BadSampleError, Field, Sample, decode
+from amclr_scale.data.decoding import PARAPHRASES, BadSampleError, Sample, decode
 from amclr_scale.data.image_views import augmented_view, reduction_for, to_tensor
 from amclr_scale.data.index import Index
 from amclr_scale.data.indexing import IMAGE_EXTENSIONS
 from amclr_scale.data.order import Visits
+from amclr_scale.data.paraphrases import ParaphraseReader
 from amclr_scale.data.randomness import Draws, Purpose
 from amclr_scale.data.tar import Flag
-from amclr_scale.data.text_views import draw_captions
+from amclr_scale.data.text_views import TextViews
 from amclr_scale.data.tokenizers import Tokenizer
 from amclr_scale.errors import UserError
 
@@ -54,10 +57,12 @@ class Pipeline:
 
     def __init__(self, index: Index, data: schema.Data, seed: int, tokenizer: Tokenizer):
         self.index, self.data, self.seed, self.tokenizer = index, data, seed, tokenizer
-        self._caption = Field.parse(data.caption)
-        self._further = Field.parse(data.text_view) if data.text_views else None
-        members = {self._caption.member} | ({self._further.member} if self._further else set())
-        self._wanted = frozenset(members | set(IMAGE_EXTENSIONS))
+        self._text = TextViews(data)
+        self._wanted = self._text.members | frozenset(IMAGE_EXTENSIONS)
+        self._recipes = [data.augmentation] + [data.image_view or data.augmentation] * data.image_views
+        self._paraphrases = dict[int, ParaphraseReader]()
+        if self._text.needs_paraphrases:
+            ParaphraseReader(Path(data.paraphrases or ""), index.shards[0]).close()  # a wrong folder is told at once
 
     def __call__(self, visits: Visits) -> Part:
         data, n = self.data, len(visits)
@@ -96,16 +101,15 @@ class Pipeline:
         )
 
     def _views(self, sample: int, number: int) -> tuple[list[Tensor], list[str]]:
-        data = self.data
+        size, from_base = self.data.image_size, self.data.image_view_from == "base"
         content = self._read(sample)
-        captions = draw_captions(content, self._caption, self._further, data.text_views, (self.seed, number, sample))
+        captions = self._text.draw(content, self.seed, number, sample)
         opened = content.image()
-        recipe = data.augmentation
-        picture = decode(opened, reduction_for(opened, data.image_size, [recipe]))
-        views = [
-            augmented_view(picture, data.image_size, recipe, Draws(self.seed, Purpose.IMAGE, number, sample, view))
-            for view in range(1 + data.image_views)
-        ]
+        picture = decode(opened, reduction_for(opened, size, self._recipes))
+        views = list[Image.Image]()
+        for view, recipe in enumerate(self._recipes):
+            source = views[0] if view and from_base else picture
+            views.append(augmented_view(source, size, recipe, Draws(self.seed, Purpose.IMAGE, number, sample, view)))
         return [to_tensor(view) for view in views], captions
 
     def _read(self, sample: int) -> Sample:
@@ -116,4 +120,16 @@ class Pipeline:
             raise BadSampleError("duplicate key")
         if flag == Flag.CUT:
             raise BadSampleError("truncated")
-        return Sample(reader.read(row, self._wanted), self.data.max_image_pixels, self.data.max_caption_characters)
+        members = reader.read(row, self._wanted)
+        if self._text.needs_paraphrases:
+            members[PARAPHRASES] = self._paraphrases_of(shard).read(row)
+        return Sample(members, self.data.max_image_pixels, self.data.max_caption_characters)
+
+    def _paraphrases_of(self, shard: int) -> ParaphraseReader:
+        reader = self._paraphrases.get(shard)
+        if reader is None:
+            reader = ParaphraseReader(Path(self.data.paraphrases or ""), self.index.shards[shard])
+            self._paraphrases[shard] = reader
+            if len(self._paraphrases) > self.index.open_shards:
+                self._paraphrases.pop(next(iter(self._paraphrases))).close()
+        return reader

@@ -26,7 +26,7 @@ class Purpose(enum.IntEnum):
     IMAGE = 3
     TEXT = 4
     REPLACEMENT = 5
-    IMAGE_PIXELS = 6
+    WORDS = 6
 
 
 def _finalise(z: int) -> int:
