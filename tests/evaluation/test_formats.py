@@ -1,0 +1,229 @@
+"""Formats of benchmarks, probes, geometry and composition through the evaluator; mistakes in files told in words."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from amclr_scale.config.schema import Config
+from amclr_scale.errors import UserError
+from amclr_scale.evaluation.composition import composition
+from amclr_scale.evaluation.run import Evaluator, gallery
+from amclr_scale.evaluation.shares import share
+from amclr_scale.similarity.collectives import rank, world_size
+from tests.evaluation.shards import COLOURS, picture, write_split, write_tar
+from tests.evaluation.test_run import model, recipe
+
+N = 9
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory) -> Path:
+    """One folder with every format in it."""
+    root = tmp_path_factory.mktemp("formats")
+    (root / "pictures").mkdir()
+    for i in range(N):
+        (root / "pictures" / f"{i}.png").write_bytes(picture(i))
+    listed = [
+        {
+            "image": f"pictures/{i}.png",
+            "caption": [f"picture {i}", f"the image {i}"],
+            "negatives": {"order": [f"{i} picture"], "attribute": [f"picture {i + 1}", f"picture {i + 2}"]},
+        }
+        for i in range(N)
+    ]
+    (root / "listed.json").write_text(json.dumps(listed))
+    pairs = [{"image": f"pictures/{i // 3}.png", "caption": f"picture {i}", "image_id": i // 3} for i in range(N)]
+    (root / "pairs.json").write_text(json.dumps(pairs))
+    karpathy = [
+        {
+            "filepath": "pictures",
+            "filename": f"{i}.png",
+            "imgid": i,
+            "split": "test" if i < 6 else "val",
+            "sentences": [{"raw": f"picture {i} "}, {"raw": "same"}],
+        }
+        for i in range(N)
+    ]
+    (root / "karpathy.json").write_text(json.dumps({"images": karpathy, "dataset": "coco"}))
+    for name in COLOURS[:3]:
+        for part in ("train", "test"):
+            (root / part / name).mkdir(parents=True)
+            for i in range(8):
+                (root / part / name / f"{i}.png").write_bytes(picture(100 * len(name) + i + 50 * (part == "test")))
+    (root / "wds" / "test").mkdir(parents=True)
+    write_tar(root / "wds" / "test" / "0.tar", [{"png": picture(i), "cls": str(i % 3)} for i in range(N)])
+    (root / "wds" / "classnames.txt").write_text("\n".join(COLOURS[:3]))
+    (root / "wds" / "zeroshot_classification_templates.txt").write_text("{c}!\na {c}\n")
+    (root / "templates.txt").write_text("this is {}\n")
+    (root / "names.txt").write_text("rouge\nvert\nbleu\n")
+    return root
+
+
+def opened(root: Path, name: str, **options) -> Evaluator:
+    return Evaluator(recipe(str(root / name), **options))
+
+
+def test_annotations_are_read_as_their_papers_wrote_them(root):
+    task = opened(root, "listed.json").tasks[0]
+    assert (task.retrieval, task.class_names, task.split.num_samples) == (True, [], N)
+    assert task.split.caption_lists[2] == ["picture 2", "the image 2"]
+    assert task.split.items[4].negatives["order"] == ["4 picture"]
+    texts, owners, _, keep = gallery(opened(root, "pairs.json").tasks[0].split)
+    assert texts == [f"picture {i}" for i in range(N)]
+    assert owners.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2]
+    assert keep.tolist() == [i % 3 == 0 for i in range(N)]
+    assert opened(root, "karpathy.json").tasks[0].split.num_samples == 6
+    val = opened(root, "karpathy.json#val").tasks[0].split
+    assert val.caption_lists == [[f"picture {i}", "same"] for i in (6, 7, 8)]
+    moved = root / "elsewhere.json"
+    moved.write_text(json.dumps([{"image": "0.png", "caption": "one"}]))
+    assert opened(root, "elsewhere.json", image_root=str(root / "pictures")).tasks[0].split.num_samples == 1
+
+
+def test_classes_and_prompts_come_from_the_data_set_unless_said_otherwise(root):
+    task = opened(root, "wds").tasks[0]
+    assert (task.retrieval, task.class_names, task.templates) == (False, ["red", "green", "blue"], ["{c}!", "a {c}"])
+    assert task.labels.tolist() == [i % 3 for i in range(N)]
+    folders = opened(root, "test").tasks[0]
+    assert (folders.class_names, folders.templates) == (["blue", "green", "red"], ["a photo of a {}."])
+    assert folders.labels.tolist() == [0] * 8 + [1] * 8 + [2] * 8
+    named = opened(root, "test", class_names=str(root / "names.txt"), templates=str(root / "templates.txt")).tasks[0]
+    assert (named.class_names, named.templates) == (["rouge", "vert", "bleu"], ["this is {}"])
+    assert named.labels.tolist() == folders.labels.tolist()
+
+
+def test_imagenet_has_its_names_and_prompts(root):
+    from amclr_scale.evaluation.splits import _class_names, _templates
+
+    names, templates = _class_names("imagenet", opened(root, "test").tasks[0].split), _templates("imagenet")
+    assert (len(names), len(templates)) == (1000, 80)
+    assert names[:2] == ["tench", "goldfish"]
+    assert all(template.count("{}") == 1 for template in templates)
+    with pytest.raises(UserError, match=r"^evaluation.class_names: .* has 3 classes, imagenet 1000"):
+        opened(root, "test", class_names="imagenet")
+
+
+def everything(root: Path) -> dict[str, float]:
+    names = ("listed.json", "pairs.json", "karpathy.json", "wds", "test")
+    probes = [{"train": str(root / "train"), "test": str(root / "test"), "validation": 0.3, "l2": [1e-1, 1.0]}]
+    config = recipe(*(str(root / name) for name in names), geometry=True, probes=probes)
+    return Evaluator(config, rank=rank(), world_size=world_size())(model(config))
+
+
+def test_all_of_it_on_any_number_of_ranks(ranks, root):
+    want = everything(root)
+    names = {name.removeprefix(str(root)) for name in want}
+    probe = f"/test from {root}/train, json.group/"
+    assert {
+        "/listed.json/composition_order",
+        "/listed.json/composition_attribute/low",
+        "/karpathy.json/cross_uniformity",
+        "/wds/zero_shot_top1/chance",
+        f"{probe}probe_top1",
+        f"{probe}knn_tower_top1/high",
+        f"{probe}probe_tower_l2",
+    } <= names
+    assert want[f"{root}/listed.json/composition_attribute/chance"] == pytest.approx(1 / 3)
+    assert want[f"{root}/pairs.json/images"] == 3
+    assert "/wds/image_to_text_R@1" not in names
+    for got in ranks(3, everything, root):
+        assert list(got) == list(want)
+        for name, value in want.items():
+            assert got[name] == pytest.approx(value, rel=1e-4, abs=1e-5), name
+
+
+def compositions():
+    g = torch.Generator().manual_seed(0)
+    image, caption = torch.randn(7, 4, generator=g), torch.randn(7, 4, generator=g)
+    samples = torch.tensor([0, 0, 1, 2, 2, 2, 3, 5, 6])
+    kind = torch.tensor([0, 1, 0, 1, 1, 0, 0, 0, 1])
+    wrong = torch.randn(9, 4, generator=g)
+    wrong[2] = caption[1]  # a tie
+    here, mine = (slice(s.start, s.stop) for s in (share(7), share(9)))
+    numbers = composition(
+        image[here], caption[here], wrong[mine],
+        sample_of_wrong=samples[mine], kind_of_wrong=kind[mine], kinds=["a", "b"],
+    )  # fmt: skip
+    want = {}
+    for place, name in enumerate("ab"):
+        has = [i for i in range(7) if any(samples[j] == i and kind[j] == place for j in range(9))]
+        rivals = [[j for j in range(9) if samples[j] == i and kind[j] == place] for i in has]
+        right = [all(image[i] @ wrong[j] < image[i] @ caption[i] for j in js if j != 2) and 2 not in js
+                 for i, js in zip(has, rivals, strict=True)]  # fmt: skip
+        want[name] = (sum(right) / len(has), sum(1 / (1 + len(js)) for js in rivals) / len(has))
+    return {name.removeprefix("composition_"): (one.value, one.chance) for name, one in numbers.items()}, want
+
+
+def test_composition_is_its_definition(ranks):
+    for got, want in [compositions(), *ranks(2, compositions)]:
+        for name in "ab":
+            assert got[name] == pytest.approx(want[name])
+
+
+def test_a_probe_learns_what_there_is_to_learn(tmp_path):
+    """Flat colours: any features tell them apart, so every method is right on every image."""
+    import io
+
+    from PIL import Image
+
+    for part, shade in (("train", 200), ("test", 230)):
+        for place, name in enumerate(("blue", "green", "red")):
+            (tmp_path / part / name).mkdir(parents=True)
+            for i in range(10):
+                colour = [20 + i] * 3
+                colour[2 - place] = shade + i
+                buffer = io.BytesIO()
+                Image.new("RGB", (16, 16), tuple(colour)).save(buffer, "PNG")
+                (tmp_path / part / name / f"{i}.png").write_bytes(buffer.getvalue())
+    probes = [
+        {"train": str(tmp_path / "train"), "test": str(tmp_path / "test"), "validation": 0.2, "neighbours": [1, 3]}
+    ]
+    config = recipe(probes=probes)
+    results = Evaluator(config)(model(config))
+    found = {name.rpartition("/")[2]: value for name, value in results.items() if name.endswith("top1")}
+    assert found == {"probe_top1": 1, "knn_top1": 1, "probe_tower_top1": 1, "knn_tower_top1": 1}
+
+
+def test_mistakes_in_files(root, tmp_path):
+    def refused(message: str, content, **options):
+        file = tmp_path / "wrong.json"
+        file.write_text(json.dumps(content))
+        with pytest.raises(UserError, match=message):
+            Evaluator(recipe(str(file), **options))
+
+    refused(r"^evaluation.splits: .*expected a list of \{image, caption\}", {"pictures": 3})
+    refused(r"^evaluation.splits: .*entry 0: expected image and caption", [{"caption": "x"}])
+    refused(r"^evaluation.splits: .*entry 0 \(a.png\) has no caption", [{"image": "a.png", "caption": []}])
+    refused(r"^evaluation.image_root: .*1 images of 1 that do not exist", [{"image": "a.png", "caption": "x"}])
+    refused(r"^evaluation.splits: .* is empty", [])
+    refused(r"^evaluation.splits: .*expected one of the splits train, got test", {"images": [{"split": "train"}]})
+    with pytest.raises(UserError, match=r"^evaluation.templates: expected a list, imagenet or a file"):
+        opened(root, "wds", templates="nowhere.txt")
+    with pytest.raises(UserError, match=r"^evaluation.class_names: expected imagenet or a file"):
+        opened(root, "wds", class_names="nowhere.txt")
+    (tmp_path / "classes" / "full").mkdir(parents=True)
+    (tmp_path / "classes" / "full" / "0.png").write_bytes(picture(0))
+    (tmp_path / "classes" / "void").mkdir()
+    with pytest.raises(UserError, match=r"^evaluation.splits: .*the class void has no images"):
+        Evaluator(recipe(str(tmp_path / "classes")))
+    (tmp_path / "wds" / "test").mkdir(parents=True)
+    write_tar(tmp_path / "wds" / "test" / "0.tar", [{"png": picture(0), "cls": "0"}])
+    with pytest.raises(UserError, match=r"^evaluation.splits: .*expected a classnames.txt"):
+        Evaluator(recipe(str(tmp_path / "wds")))
+    write_tar(tmp_path / "wds" / "test" / "0.tar", [{"png": picture(0), "cls": "7"}])
+    (tmp_path / "wds" / "classnames.txt").write_text("one\ntwo\n")
+    with pytest.raises(UserError, match=r"^evaluation.classes: .*sample 0 has the class 7, which is none of the 2"):
+        Evaluator(recipe(str(tmp_path / "wds")))
+    pairs = write_split(tmp_path / "pairs", 4)
+    probe = {"train": str(root / "train"), "test": str(pairs), "classes": "json.concept"}
+    with pytest.raises(UserError, match=r"^evaluation.probes.test: .* has other classes \(4\) than .* \(3\)"):
+        Evaluator(Config.model_validate({"data": {"image_size": 16}, "evaluation": {"probes": [probe]}}))
+    bad = tmp_path / "bad.json"
+    (tmp_path / "bad.png").write_bytes(b"no picture")
+    bad.write_text(json.dumps([{"image": "bad.png", "caption": "x"}]))
+    config = recipe(str(bad))
+    evaluator = Evaluator(config)
+    with pytest.raises(UserError, match=r"^evaluation.splits: .*bad.png cannot be used"):
+        evaluator(model(config))
