@@ -27,8 +27,12 @@ def arguments(argv: list[str]) -> argparse.Namespace:
         prog="train.py", description=__doc__, epilog=describe(), formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--config", help="YAML file; without it, the defaults")
-    parser.add_argument("--dry-run", action="store_true", help="check everything, print the configuration and the arithmetic, stop")
-    parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # deepspeed passes it; LOCAL_RANK says the same
+    parser.add_argument(
+        "--dry-run", action="store_true", help="check everything, print the configuration and the arithmetic, stop"
+    )
+    parser.add_argument(
+        "--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS
+    )  # deepspeed passes it; LOCAL_RANK says the same
     parser.add_argument("words", nargs="*", metavar="key=value", help="overrides, such as optimizer.lr=1e-3")
     return parser.parse_intermixed_args(argv)
 
@@ -67,7 +71,8 @@ def run(config: Config, source: str | None, place: Place, stopwatch: Stopwatch) 
 
     seed_everything(config.seed)
     model = build_model(
-        config.model, vocab_size=tokenizer.vocab_size, pad_id=tokenizer.pad_id, context_length=config.data.context_length,
+        config.model, vocab_size=tokenizer.vocab_size, pad_id=tokenizer.pad_id,
+        context_length=config.data.context_length,
         image_size=config.data.image_size, image_mean=config.data.image_mean, image_std=config.data.image_std,
     )  # fmt: skip
     prepare_towers(model, config.execution)
@@ -82,7 +87,9 @@ def run(config: Config, source: str | None, place: Place, stopwatch: Stopwatch) 
         chunk=similarity.chunk, gather=similarity.gather, backend=similarity.backend,
         distribution=similarity.distribution, cache_bytes=similarity.cache_mib * 2**20,
     )  # fmt: skip
-    engine, optimizer = build_engine(config, model, no_decay=model.no_weight_decay(), device=device, world_size=place.world_size)
+    engine, optimizer = build_engine(
+        config, model, no_decay=model.no_weight_decay(), device=device, world_size=place.world_size
+    )
     stopwatch.lap("engine")
 
     folder = broadcast_object(name_run(config, source))
@@ -97,7 +104,8 @@ def run(config: Config, source: str | None, place: Place, stopwatch: Stopwatch) 
 
     with RunLog(folder, config, speaks=place.rank == 0, total_steps=plan.total_steps) as log:
         log.say(f"run folder {folder}\n{plan}")
-        log.say(f"{sum(p.numel() for p in model.parameters()):,} parameters, objective {config.objective['name']}, {optimizer}, on {device}")
+        size = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
+        log.say(f"{size:,} parameters, objective {config.objective['name']}, {optimizer}, on {device}")
         for note in model.notes:
             log.say(f"note: {note}")
 

@@ -27,7 +27,8 @@ def main() -> int:
         score, chance = results[key], results[f"{key}/chance"]
         enough = score >= options.at_least * chance
         failed |= not enough
-        print(f"{key}: {score:.2%}, {score / chance:.0f} x chance{'' if enough else f', expected {options.at_least:.0f} x'}")
+        verdict = "" if enough else f", expected {options.at_least:.0f} x"
+        print(f"{key}: {score:.2%}, {score / chance:.0f} x chance{verdict}")
     return int(failed)
 
 

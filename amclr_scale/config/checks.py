@@ -13,7 +13,8 @@ def check(config: Config, world_size: int) -> list[str]:
 def _length(config: Config) -> list[str]:
     train = config.train
     if (train.samples is None) == (train.epochs is None):
-        return [f"train.samples: expected exactly one of train.samples and train.epochs, got {train.samples} and {train.epochs}"]
+        given = f"{train.samples} and {train.epochs}"
+        return [f"train.samples: expected exactly one of train.samples and train.epochs, got {given}"]
     if train.samples is not None and train.samples < train.global_batch_size:
         return [f"train.samples: expected at least one global batch ({train.global_batch_size}), got {train.samples}"]
     return []
@@ -26,10 +27,15 @@ def _shares(config: Config, world_size: int) -> list[str]:
         divisors = ", ".join(str(n) for n in range(1, lanes + 1) if lanes % n == 0)
         fits = [n for n in range(world_size, batch + 1, world_size) if batch % n == 0]
         hint = f" (or, as a change of the recipe, data.lanes={fits[0]})" if fits else ""
-        lines.append(f"data.lanes: expected a multiple of the number of ranks, got {lanes} lanes for {world_size} ranks; run on {divisors} ranks{hint}")
+        lines.append(
+            f"data.lanes: expected a multiple of the number of ranks, got {lanes} lanes for {world_size} ranks; "
+            f"run on {divisors} ranks{hint}"
+        )
     if batch % lanes:
         near = max(lanes, round(batch / lanes) * lanes)
-        lines.append(f"train.global_batch_size: expected a multiple of data.lanes = {lanes}, got {batch}; the nearest is {near}")
+        lines.append(
+            f"train.global_batch_size: expected a multiple of data.lanes = {lanes}, got {batch}; the nearest is {near}"
+        )
     return lines
 
 
@@ -48,13 +54,19 @@ def _execution(config: Config) -> list[str]:
     execution, lines = config.execution, []
     stage, offload = execution.zero_stage, execution.offload
     if execution.precision != "fp32" and stage == 0:
-        lines.append(f"execution.zero_stage: precision {execution.precision} keeps fp32 masters in ZeRO, expected 1 or more, got 0")
+        lines.append(
+            f"execution.zero_stage: expected 1 or more, where ZeRO keeps fp32 masters of {execution.precision} weights, "
+            "got 0"
+        )
     if offload == "optimizer" and stage == 0:
         lines.append("execution.offload: optimizer states move to the host at zero_stage 1, 2 or 3, got 0")
     if offload == "parameters" and stage != 3:
         lines.append(f"execution.offload: parameters move to the host at zero_stage 3 only, got {stage}")
     if offload != "none" and config.optimizer.name not in ("adamw", "adamp", "lamb", "lars", "sgd"):
-        lines.append(f"execution.offload: expected optimizer.name adamw, sgd, adamp, lamb or lars with it, got {config.optimizer.name}")
+        lines.append(
+            f"execution.offload: expected optimizer.name adamw, sgd, adamp, lamb or lars with it, "
+            f"got {config.optimizer.name}"
+        )
     if config.optimizer.schedule == "step" and not config.optimizer.step_samples:
         lines.append("optimizer.step_samples: schedule step needs the samples at which the rate falls, got none")
     return lines

@@ -8,7 +8,6 @@ from amclr_scale.config.objective_options import option_models
 from amclr_scale.config.schema import Config
 
 
-
 def _section(model: type[BaseModel], prefix: str) -> list[str]:
     lines: list[str] = []
     for name, field in model.model_fields.items():
@@ -28,6 +27,8 @@ def describe() -> str:
     lines += _section(Config, "")
     lines.append("objectives and their options:")
     for name, model in sorted(option_models().items()):
-        options = ", ".join(f"{key}={'needed' if f.is_required() else f.default}" for key, f in model.model_fields.items())
+        options = ", ".join(
+            f"{key}={'needed' if f.is_required() else f.default}" for key, f in model.model_fields.items()
+        )
         lines.append(f"  {name}: {options or 'no options'}")
     return "\n".join(lines)

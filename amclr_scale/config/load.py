@@ -10,7 +10,7 @@ import json
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -36,7 +36,9 @@ class _Loader(yaml.SafeLoader):
 
 
 _Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if tag not in ("tag:yaml.org,2002:float", "tag:yaml.org,2002:bool")]
+    first: [
+        (tag, pattern) for tag, pattern in resolvers if tag not in ("tag:yaml.org,2002:float", "tag:yaml.org,2002:bool")
+    ]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
 _Loader.add_implicit_resolver(
@@ -44,7 +46,9 @@ _Loader.add_implicit_resolver(
     re.compile(r"^[-+]?(\.\d+|\d+(\.\d*)?([eE][-+]?\d+)|\d+\.\d*|\.inf|\.nan)$"),
     list("-+.0123456789"),
 )
-_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:bool", re.compile(r"^(true|True|TRUE|false|False|FALSE)$"), list("tTfF")
+)
 
 
 def _parse(text: str, where: str) -> Any:
@@ -102,7 +106,7 @@ def _model_at(location: Sequence[Any]) -> type[BaseModel] | None:
         model = field.annotation if field else None
         if not (isinstance(model, type) and issubclass(model, BaseModel)):
             return None
-    return model
+    return cast(type[BaseModel], model)
 
 
 def all_keys(model: type[BaseModel] = Config, prefix: str = "") -> Iterator[str]:
@@ -128,7 +132,9 @@ def _nearest(name: str, names: Sequence[str], elsewhere: Sequence[str] = ()) -> 
 def _explain(error: ErrorDetails, prefix: str, model: type[BaseModel] | None) -> str:
     """One line for one mistake."""
     # pydantic adds the branch of a union ("int", "literal['auto']") to the location: that is no key of ours
-    location = [part for part in error["loc"] if not re.search(r"[\[\]()-]|^(int|float|str|bool|constrained-)", str(part))]
+    location = [
+        part for part in error["loc"] if not re.search(r"[\[\]()-]|^(int|float|str|bool|constrained-)", str(part))
+    ]
     key = prefix + ".".join(map(str, location))
     if error["type"] == "extra_forbidden":
         section = _model_at(location[:-1]) if model is None else model

@@ -51,7 +51,9 @@ def option_models() -> dict[str, type[BaseModel]]:
         for node in ast.parse(file.read_text()).body:
             if not isinstance(node, ast.ClassDef):
                 continue
-            name = next((k.value.value for k in node.keywords if k.arg == "name" and isinstance(k.value, ast.Constant)), None)
+            name = next(
+                (k.value.value for k in node.keywords if k.arg == "name" and isinstance(k.value, ast.Constant)), None
+            )
             if not isinstance(name, str):
                 continue
             config = next((n for n in node.body if isinstance(n, ast.ClassDef) and n.name == "Config"), None)

@@ -77,8 +77,8 @@ class Data(Section):
     augmentation: ImageAugmentation = ImageAugmentation()
     """Of the base view of every image."""
     tokenizer: str = "emoji"
-    """emoji (byte-pair encoding trained on the embedded corpus), clip (needs open_clip_torch), a tokenizer.json, or a local
-    folder of a transformers tokenizer."""
+    """emoji (byte-pair encoding trained on the embedded corpus), clip (needs open_clip_torch), a tokenizer.json, or a
+    local folder of a transformers tokenizer."""
     context_length: Annotated[int, Field(ge=4)] = 32
     """Tokens per caption; longer ones are cut, shorter ones padded."""
     caption: str = "txt"
@@ -269,7 +269,8 @@ class Evaluation(Section):
     """A file with one class name a line, or imagenet (1,000 names, needs open_clip_torch); null: the data set's own."""
     templates: list[str] | str | None = None
     """Prompts that a class name is put into, {} or {c} for the name; their normalised features are averaged. A list, a
-    file with one a line, or imagenet (80 prompts, needs open_clip_torch). null: the data set's own, or customary ones."""
+    file with one a line, or imagenet (80 prompts, needs open_clip_torch). null: the data set's own, or customary
+    ones."""
     batch_size: Positive = 256
     """Samples encoded at once per rank during evaluation; does not change results."""
     resamples: Annotated[int, Field(ge=0)] = 1000

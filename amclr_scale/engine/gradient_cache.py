@@ -98,7 +98,9 @@ def _embeddings(leaves: Mapping[str, Tensor], ids: Tensor, text_ids: Tensor | No
         return tuple(leaf for key, leaf in leaves.items() if key.startswith(f"{name}."))
 
     plain = {name: leaf for name, leaf in leaves.items() if "." not in name}
-    return Embeddings(**plain, image_views=views("image_views"), text_views=views("text_views"), ids=ids, text_ids=text_ids)
+    return Embeddings(
+        **plain, image_views=views("image_views"), text_views=views("text_views"), ids=ids, text_ids=text_ids
+    )
 
 
 def cached_backward(
@@ -145,7 +147,8 @@ def cached_backward(
 
     with phases("objective"):
         leaves = {
-            name: (found[0].clone() if name in SHARED else torch.cat(found)).requires_grad_() for name, found in parts.items()
+            name: (found[0].clone() if name in SHARED else torch.cat(found)).requires_grad_()
+            for name, found in parts.items()
         }
         ids = batch.ids.to(device, non_blocking=True)
         text_ids = None if batch.text_ids is None else batch.text_ids.to(device, non_blocking=True)
@@ -159,7 +162,10 @@ def cached_backward(
             backward(_surrogate(outputs, leaves, micro_batch.rows, len(micro_batches)), index == len(micro_batches) - 1)
         for index in range(first_kept, len(micro_batches)):
             outputs, graphs[index - first_kept] = graphs[index - first_kept], {}  # its backward frees its graph
-            backward(_surrogate(outputs, leaves, micro_batches[index].rows, len(micro_batches)), index == len(micro_batches) - 1)
+            backward(
+                _surrogate(outputs, leaves, micro_batches[index].rows, len(micro_batches)),
+                index == len(micro_batches) - 1,
+            )
     return CachedStep(loss, leaves)
 
 

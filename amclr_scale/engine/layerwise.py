@@ -1,6 +1,7 @@
 """Optimizers that look at whole layers or rows, made right on ZeRO's flat shards.
 
-LAMB   You et al., "Large Batch Optimization for Deep Learning: Training BERT in 76 minutes", ICLR 2020, arXiv:1904.00962.
+LAMB   You et al., "Large Batch Optimization for Deep Learning: Training BERT in 76 minutes", ICLR 2020,
+       arXiv:1904.00962.
 LARS   You et al., "Large Batch Training of Convolutional Networks", 2017, arXiv:1708.03888.
 AdamP  Heo et al., "AdamP: Slowing Down the Slowdown for Momentum Optimizers on Scale-invariant Weights", ICLR 2021,
        arXiv:2006.08217.
@@ -141,8 +142,11 @@ class RowSums:
         return out
 
 
-def _adam_moments(state: dict[str, Any], grad: Tensor, betas: tuple[float, float], eps: float) -> tuple[Tensor, Tensor]:
+def _adam_moments(
+    state: dict[str, Any], grad: Tensor | None, betas: tuple[float, float], eps: float
+) -> tuple[Tensor, Tensor]:
     """Adam's bias-corrected first moment and its denominator, after this gradient."""
+    assert grad is not None  # tensors without one are passed over in step()
     if not state:
         state.update(step=0, exp_avg=torch.zeros_like(grad), exp_avg_sq=torch.zeros_like(grad))
     state["step"] += 1
@@ -158,7 +162,7 @@ def _trust_ratio(weight: Tensor, update: Tensor) -> Tensor:
 
 
 class LAMB(LayerwiseOptimizer):
-    """Adam's update of each layer, rescaled to the norm of its weights. Layers without weight decay are not rescaled."""
+    """Adam's update of each layer, rescaled to the norm of its weights; not where there is no weight decay."""
 
     def __init__(self, params: Any, lr: float, betas: tuple[float, float], eps: float, weight_decay: float = 0.0):
         super().__init__(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
@@ -175,8 +179,12 @@ class LAMB(LayerwiseOptimizer):
 class LARS(LayerwiseOptimizer):
     """Momentum SGD, each layer's rate scaled by |w| / (|g| + wd |w|). Layers without weight decay are not rescaled."""
 
-    def __init__(self, params: Any, lr: float, momentum: float, weight_decay: float = 0.0, trust_coefficient: float = 1e-3):
-        super().__init__(params, lr=lr, momentum=momentum, weight_decay=weight_decay, trust_coefficient=trust_coefficient)
+    def __init__(
+        self, params: Any, lr: float, momentum: float, weight_decay: float = 0.0, trust_coefficient: float = 1e-3
+    ):
+        super().__init__(
+            params, lr=lr, momentum=momentum, weight_decay=weight_decay, trust_coefficient=trust_coefficient
+        )
 
     def update(self, p: Tensor, group: dict[str, Any], sums: Callable[..., RowSums]) -> None:
         decay, trust = group["weight_decay"], group["trust_coefficient"]
@@ -208,7 +216,14 @@ class AdamP(LayerwiseOptimizer):
         delta: float = 0.1, wd_ratio: float = 0.1, nesterov: bool = False,
     ):  # fmt: skip
         super().__init__(
-            params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, delta=delta, wd_ratio=wd_ratio, nesterov=nesterov
+            params,
+            lr=lr,
+            betas=betas,
+            eps=eps,
+            weight_decay=weight_decay,
+            delta=delta,
+            wd_ratio=wd_ratio,
+            nesterov=nesterov,
         )
 
     def rows(self, shape: torch.Size) -> int:
@@ -223,7 +238,8 @@ class AdamP(LayerwiseOptimizer):
 
         found = sums((p, p), (p.grad, p.grad), (p, p.grad), (p, change))
         decided = [
-            self._decide(s, math.prod(shape), group) for s, shape in zip(found.per_parameter(), found.layout.shard.shapes, strict=True)
+            self._decide(s, math.prod(shape), group)
+            for s, shape in zip(found.per_parameter(), found.layout.shard.shapes, strict=True)
         ]
         change -= p * found.spread([radial for radial, _ in decided], change, 0.0)
         if group["weight_decay"]:
@@ -245,7 +261,9 @@ class AdamP(LayerwiseOptimizer):
 
         by_row, row_radial = invariant(sums, numel / sums.shape[1])
         as_whole, whole_radial = invariant(sums.sum(1, keepdim=True), numel)
-        radial = torch.where(by_row, row_radial, torch.where(as_whole, whole_radial.expand_as(row_radial), torch.zeros_like(row_radial)))
+        radial = torch.where(
+            by_row, row_radial, torch.where(as_whole, whole_radial.expand_as(row_radial), torch.zeros_like(row_radial))
+        )
         return radial, torch.where(by_row | as_whole, group["wd_ratio"], 1.0).to(sums).view(1)
 
 

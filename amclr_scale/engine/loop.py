@@ -60,7 +60,8 @@ def train(
             place = {"step": done, "samples": samples, "epoch": samples / plan.num_samples, "lr": lr}
             log.step({**place, **record}, plan.total_steps)
             if record["data_wait_share"] > WAIT_WARNING and done > config.run.log_every_steps:
-                log.say(f"data: {record['data_wait_share']:.0%} of the time went into waiting for data; raise execution.workers")
+                share = f"{record['data_wait_share']:.0%}"
+                log.say(f"data: {share} of the time went into waiting for data; raise execution.workers")
             logged_at, logged_time = samples, time.perf_counter()
 
         every = config.evaluation.every_samples

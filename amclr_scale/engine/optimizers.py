@@ -12,6 +12,7 @@ from torch import nn
 
 from amclr_scale.config.schema import Optimizer
 from amclr_scale.engine.layerwise import LAMB, LARS, AdamP
+from amclr_scale.torchvision_ops import import_torchvision
 
 Groups = list[dict[str, Any]]
 
@@ -43,7 +44,8 @@ def parameter_groups(
         decay = 0.0 if name in no_decay else optimizer.weight_decay
         groups.setdefault((factor, decay), []).append(parameter)
     return [
-        {"params": parameters, "lr_factor": factor, "weight_decay": decay} for (factor, decay), parameters in groups.items()
+        {"params": parameters, "lr_factor": factor, "weight_decay": decay}
+        for (factor, decay), parameters in groups.items()
     ]
 
 
@@ -54,21 +56,23 @@ def set_learning_rate(groups: Groups, lr: float) -> None:
 
 
 def _apex_fused_adam() -> Any:
-    """NVIDIA apex's FusedAdam, or None: PyPI's `apex` is another package, and a broken build imports but does not work."""
+    """NVIDIA apex's FusedAdam, or None: PyPI's `apex` is another package, and a broken build may raise anything."""
     try:
         from apex.optimizers import FusedAdam
-    except Exception:  # noqa: BLE001 - whatever way it is broken, it is not there for us
+    except Exception:
         return None
     return FusedAdam
 
 
-def build_optimizer(o: Optimizer, groups: Groups, device: torch.device, *, offload: bool = False) -> tuple[torch.optim.Optimizer, str]:
+def build_optimizer(
+    o: Optimizer, groups: Groups, device: torch.device, *, offload: bool = False
+) -> tuple[torch.optim.Optimizer, str]:
     """The update rule that the recipe names, and who provides it (for the log).
 
     Args:
         offload: its states live on the CPU (ZeRO offload), where DeepSpeed's own Adam is the fast one.
     """
-    adam = {"lr": o.lr, "betas": o.betas, "eps": o.eps}
+    adam: dict[str, Any] = {"lr": o.lr, "betas": o.betas, "eps": o.eps}
     cuda = device.type == "cuda"
     match o.name:
         case "adamw" if offload and cuda:  # compiled at first use, which a run without a GPU need not wait for
@@ -88,6 +92,7 @@ def build_optimizer(o: Optimizer, groups: Groups, device: torch.device, *, offlo
         case "radam":
             return torch.optim.RAdam(groups, decoupled_weight_decay=True, **adam), "torch's RAdam"
         case "lion":
+            import_torchvision()  # timm imports it
             from timm.optim import Lion
 
             return Lion(groups, lr=o.lr, betas=o.betas), "timm's Lion"

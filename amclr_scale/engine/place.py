@@ -14,7 +14,7 @@ from amclr_scale.errors import UserError
 
 @dataclass(frozen=True)
 class Place:
-    """This process among the others."""
+    """One process among the others."""
 
     rank: int = 0
     local_rank: int = 0  # on this node
@@ -26,9 +26,13 @@ def _first_host(environment: Mapping[str, str]) -> str:
     """The node of rank 0 of a SLURM step."""
     nodes = environment.get("SLURM_STEP_NODELIST", environment.get("SLURM_NODELIST", ""))
     try:
-        names = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True).stdout
+        names = subprocess.run(
+            ["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True
+        ).stdout
     except (OSError, subprocess.CalledProcessError) as error:
-        raise UserError(f"MASTER_ADDR: expected the address of rank 0's node; scontrol does not tell it ({error}); set it") from error
+        raise UserError(
+            f"MASTER_ADDR: expected the address of rank 0's node; scontrol does not tell it ({error}); set it"
+        ) from error
     return names.split()[0]
 
 
@@ -52,7 +56,9 @@ def find_place(environment: Mapping[str, str] | None = None) -> Place:
             return Place(int(env["RANK"]), int(env.get("LOCAL_RANK", 0)), world, int(local_world))
         if "SLURM_STEP_NUM_TASKS" in env and "SLURM_PROCID" in env:  # srun; a batch script by itself sets no step
             tasks_here = env.get("SLURM_STEP_TASKS_PER_NODE", env["SLURM_STEP_NUM_TASKS"]).split("(")[0].split(",")[0]
-            return Place(int(env["SLURM_PROCID"]), int(env["SLURM_LOCALID"]), int(env["SLURM_STEP_NUM_TASKS"]), int(tasks_here))
+            return Place(
+                int(env["SLURM_PROCID"]), int(env["SLURM_LOCALID"]), int(env["SLURM_STEP_NUM_TASKS"]), int(tasks_here)
+            )
     except (KeyError, ValueError) as error:
         raise UserError(f"environment: the launcher's variables do not fit together: {error}") from error
     return Place()
@@ -67,5 +73,5 @@ def export(place: Place) -> None:
     if "MASTER_ADDR" not in os.environ:
         os.environ["MASTER_ADDR"] = "127.0.0.1" if place.world_size == 1 else _first_host(os.environ)
     if "MASTER_PORT" not in os.environ:
-        job = int(os.environ.get("SLURM_JOB_ID", 0))
+        job = int(os.environ.get("SLURM_JOB_ID", "0"))
         os.environ["MASTER_PORT"] = str(_free_port() if place.world_size == 1 else 20000 + job % 20000)

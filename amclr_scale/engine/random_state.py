@@ -27,5 +27,7 @@ class RandomState:
         self.outside = self._read()
         self._write(self.cpu, self.cuda)
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._write(*self.outside)

@@ -12,7 +12,7 @@ def peak_learning_rate(optimizer: Optimizer, global_batch_size: int) -> float:
 
 
 def learning_rate(optimizer: Optimizer, samples: float, total_samples: float, global_batch_size: int) -> float:
-    """The learning rate at `samples` of `total_samples`: linear warm-up from 0, then cosine to `min_lr`, steps, or flat.
+    """The learning rate at `samples` of `total_samples`: linear warm-up from 0, then cosine, steps, or flat.
 
     A step of B samples uses the value in its middle, `samples_seen + B / 2`: neither its first step nor its last one
     is lost to a rate of zero, and the sum over all samples does not depend on B to first order.

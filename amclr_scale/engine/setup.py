@@ -64,7 +64,9 @@ def prepare_towers(model: DualEncoder, execution: Execution) -> None:
         model.text_tower.compile()
 
 
-def build_engine(config: Config, model: nn.Module, *, no_decay: set[str], device: torch.device, world_size: int) -> tuple[Any, str]:
+def build_engine(
+    config: Config, model: nn.Module, *, no_decay: set[str], device: torch.device, world_size: int
+) -> tuple[Any, str]:
     """`deepspeed.initialize` around the model, and who provides the optimizer.
 
     Parameters are broadcast from rank 0, and live on `device`.
@@ -80,9 +82,7 @@ def build_engine(config: Config, model: nn.Module, *, no_decay: set[str], device
     # holds it whole. (`deepspeed.zero.Init` around the constructors would cut parameters up before the modules around
     # them have initialised them: they would silently train from other weights than at stages 0 to 2.)
     groups = parameter_groups(model.named_parameters(), no_decay, config.optimizer)
-    optimizer, provider = build_optimizer(
-        config.optimizer, groups, device, offload=config.execution.offload != "none"
-    )
+    optimizer, provider = build_optimizer(config.optimizer, groups, device, offload=config.execution.offload != "none")
     engine, *_ = deepspeed.initialize(
         model=model, optimizer=optimizer, config=deepspeed_config(config, world_size), dist_init_required=False
     )

@@ -126,7 +126,11 @@ class TrainStep:
             dist.all_gather_object(everyone, mine)
         lines = [
             f"  rank {rank}: loss {loss}; "
-            + (f"ids with non-finite features or gradients: {ids[:8]}{' ...' if len(ids) > 8 else ''}" if ids else "its features are finite")
+            + (
+                f"ids with non-finite features or gradients: {ids[:8]}{' ...' if len(ids) > 8 else ''}"
+                if ids
+                else "its features are finite"
+            )
             for rank, (loss, ids) in enumerate(everyone)
         ]
         raise NonFiniteError(

@@ -5,14 +5,16 @@ in-place change of the first is undone by the next step at stages 1 to 3, a chan
 module one step late: so both are set.
 """
 
+from typing import Any
+
 import torch
 from torch import nn
 
 
-def clamp_(parameter: nn.Parameter, low: float, high: float) -> None:
+def clamp_(parameter: Any, low: float, high: float) -> None:
     """Clamp a parameter that the engine trains, in the module and in the optimizer's master copy.
 
-    All ranks call it. Tested for each stage and precision (tests/engine/test_weights.py).
+    All ranks call it. `parameter` is one of the engine's module, with what DeepSpeed hangs on it.
     """
     from deepspeed.utils import safe_set_full_fp32_param
 
@@ -38,5 +40,5 @@ def full_fp32(parameter: nn.Parameter) -> torch.Tensor:
     """A parameter's whole fp32 value, wherever DeepSpeed keeps it. All ranks call it together."""
     from deepspeed.utils import safe_get_full_fp32_param
 
-    master = safe_get_full_fp32_param(parameter) if hasattr(parameter, "_hp_mapping") or hasattr(parameter, "ds_id") else None
+    master = safe_get_full_fp32_param(parameter)  # None at stage 0 in fp32: the weight is its own master
     return (parameter.detach() if master is None else master).float().clone()

@@ -30,7 +30,9 @@ def draw(folder: Path) -> Path:
     above.set_ylabel("training loss")
     for key in keys:
         known = [r for r in tests if r.get(key) is not None]
-        below.plot([r["samples"] for r in known], [100 * r[key] for r in known], marker="o", markersize=3, label=key[5:])
+        below.plot(
+            [r["samples"] for r in known], [100 * r[key] for r in known], marker="o", markersize=3, label=key[5:]
+        )
     below.set_ylabel("held-out score, %")
     below.set_xlabel("samples seen")
     if keys:

@@ -43,7 +43,13 @@ class RunLog:
                 config=config.model_dump(mode="json"),
             )  # fmt: skip
         if sys.stdout.isatty():
-            columns = (TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("steps"), TimeRemainingColumn())
+            columns = (
+                TextColumn("training"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("steps"),
+                TimeRemainingColumn(),
+            )
             self._progress = Progress(*columns, console=self.console)
             self._task = self._progress.add_task("training", total=total_steps)
             self._progress.start()
@@ -82,7 +88,9 @@ class RunLog:
     def __enter__(self) -> "RunLog":
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if not self.speaks:
             return
         if self._progress is not None:

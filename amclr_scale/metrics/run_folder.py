@@ -55,7 +55,13 @@ def _commit() -> str | None:
     """The commit of the code that runs, marked when the tree differs from it."""
     here = Path(__file__).parent
     try:
-        text = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=12"], cwd=here, capture_output=True, text=True)
+        text = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=12"],
+            cwd=here,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
     except OSError:
         return None
     return text.stdout.strip() or None

@@ -51,7 +51,9 @@ def test_a_key_in_the_wrong_section_is_found():
 
 @pytest.mark.parametrize("name", sorted(option_models()))
 def test_options_of_every_objective_are_checked_from_its_source(name):
-    assert "objective.nonsense: no such key" in refused("train.epochs=1", f"objective.name={name}", "objective.nonsense=1")
+    assert "objective.nonsense: no such key" in refused(
+        "train.epochs=1", f"objective.name={name}", "objective.nonsense=1"
+    )
     config = load(None, ["train.epochs=1", f"objective.name={name}", *views(name)])
     assert set(config.objective) == {"name", *option_models()[name].model_fields}
 
@@ -104,7 +106,9 @@ def test_a_missing_file_and_a_word_without_a_value():
 
 
 def test_ranks_lanes_and_batch_must_fit():
-    assert "data.lanes: expected a multiple of the number of ranks, got 8 lanes for 3 ranks" in refused("train.epochs=1", world_size=3)
+    assert "data.lanes: expected a multiple of the number of ranks, got 8 lanes for 3 ranks" in refused(
+        "train.epochs=1", world_size=3
+    )
     assert "the nearest is 104" in refused("train.epochs=1", "train.global_batch_size=101")
     assert "at least one global batch (128), got 100" in refused("train.samples=100")
 
@@ -153,5 +157,5 @@ def test_no_torch_is_needed_to_check_a_configuration():
 
 
 def test_building_from_a_tree_checks_it_too():
-    with pytest.raises(UserError, match="objective.name: this key is needed"):
+    with pytest.raises(UserError, match=r"objective\.name: this key is needed"):
         build({"objective": {}, "train": {"epochs": 1}})

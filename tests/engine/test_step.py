@@ -20,7 +20,9 @@ SIZE, STEPS = 16, 5
 CPU = torch.device("cpu")
 
 
-def engine_run(changes: dict[str, object], micro: int | tuple[int, int], kept: int, steps: int = STEPS) -> tuple[dict[str, Tensor], list[float]]:
+def engine_run(
+    changes: dict[str, object], micro: int | tuple[int, int], kept: int, steps: int = STEPS
+) -> tuple[dict[str, Tensor], list[float]]:
     settings = config(SIZE, **changes)
     model = towers()
     engine, _ = build_engine(settings, model, no_decay=model.no_weight_decay(), device=CPU, world_size=world_size())
@@ -29,14 +31,18 @@ def engine_run(changes: dict[str, object], micro: int | tuple[int, int], kept: i
     step = TrainStep(engine, objective, micro_batch_sizes=sizes, device=CPU, phases=Phases(CPU), kept=kept)
     losses = []
     for n in range(steps):
-        report = step(local_batch(n, SIZE, rank(), world_size()), learning_rate(settings.optimizer, (n + 0.5) * SIZE, 1000, SIZE))
+        report = step(
+            local_batch(n, SIZE, rank(), world_size()), learning_rate(settings.optimizer, (n + 0.5) * SIZE, 1000, SIZE)
+        )
         losses.append(report.loss.value.item())
     weights = {name: full_fp32(p) for name, p in model.named_parameters()}
     engine.destroy()
     return weights, losses
 
 
-def assert_same(got: list[tuple[dict[str, Tensor], list[float]]], want: tuple[dict[str, Tensor], list[float]], rtol: float) -> None:
+def assert_same(
+    got: list[tuple[dict[str, Tensor], list[float]]], want: tuple[dict[str, Tensor], list[float]], rtol: float
+) -> None:
     for weights, _ in got:
         for name, value in want[0].items():
             error = (weights[name] - value).norm() / value.norm()
@@ -92,7 +98,9 @@ def dropout_run(micro: int, kept: int) -> list[Tensor]:
     settings = config(SIZE)
     model = towers(dropout=0.3)
     engine, _ = build_engine(settings, model, no_decay=model.no_weight_decay(), device=CPU, world_size=world_size())
-    step = TrainStep(engine, objectives.create("clip"), micro_batch_sizes=(micro, micro), device=CPU, phases=Phases(CPU), kept=kept)
+    step = TrainStep(
+        engine, objectives.create("clip"), micro_batch_sizes=(micro, micro), device=CPU, phases=Phases(CPU), kept=kept
+    )
     torch.manual_seed(7)
     for n in range(3):
         step(local_batch(n, SIZE, rank(), world_size()), 0.01)
@@ -119,10 +127,17 @@ def test_every_optimizer_is_itself_at_every_stage(ranks, name, stage):
     assert_same(ranks(2, engine_run, changes, 3, 1), plain_run(config(SIZE, **changes), STEPS), 2e-6)
 
 
-@pytest.mark.parametrize(("stage", "offload"), [(1, "optimizer"), (2, "optimizer"), (3, "optimizer"), (3, "parameters")])
+@pytest.mark.parametrize(
+    ("stage", "offload"), [(1, "optimizer"), (2, "optimizer"), (3, "optimizer"), (3, "parameters")]
+)
 @pytest.mark.parametrize("name", ["adamw", "lamb"])
 def test_offload_changes_nothing(ranks, stage, offload, name):
-    changes = {"execution__zero_stage": stage, "execution__offload": offload, "optimizer__name": name, "optimizer__lr": 0.01}
+    changes = {
+        "execution__zero_stage": stage,
+        "execution__offload": offload,
+        "optimizer__name": name,
+        "optimizer__lr": 0.01,
+    }
     assert_same(ranks(2, engine_run, changes, 3, 1), plain_run(config(SIZE, **changes), STEPS), 2e-6)
 
 

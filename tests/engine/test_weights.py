@@ -32,7 +32,9 @@ def clamped_run(stage: int, precision: str, low: float, high: float) -> list[tup
     return seen
 
 
-@pytest.mark.parametrize(("stage", "precision"), [(0, "fp32"), (1, "fp32"), (2, "fp32"), (3, "fp32"), (1, "bf16"), (2, "bf16"), (3, "bf16")])
+@pytest.mark.parametrize(
+    ("stage", "precision"), [(0, "fp32"), (1, "fp32"), (2, "fp32"), (3, "fp32"), (1, "bf16"), (2, "bf16"), (3, "bf16")]
+)
 def test_a_clamp_is_not_undone_by_the_next_step(ranks, stage, precision):
     low, high = 2.0, 2.25  # the scale starts at 2.66: without the clamp it would stay above
     for seen in ranks(2, clamped_run, stage, precision, low, high):

@@ -1,12 +1,8 @@
 """A small dual encoder and a plain one-process trainer, to hold the engine against."""
 
 import math
+from typing import Any
 
-from amclr_scale.torchvision_ops import import_torchvision
-
-import_torchvision()
-
-import timm.optim
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -15,6 +11,7 @@ from amclr_scale.config.load import build
 from amclr_scale.config.schema import Config
 from amclr_scale.engine.optimizers import parameter_groups
 from amclr_scale.engine.schedules import learning_rate
+from amclr_scale.torchvision_ops import import_torchvision
 from amclr_scale.types import Batch
 
 PIXELS, WORDS, LENGTH, WIDTH = 6, 30, 5, 8
@@ -26,7 +23,11 @@ class TinyTowers(nn.Module):
     def __init__(self, dropout: float = 0.0):
         super().__init__()
         self.image = nn.Sequential(
-            nn.Flatten(), nn.Linear(3 * PIXELS * PIXELS, 16), nn.LayerNorm(16), nn.Dropout(dropout), nn.Linear(16, WIDTH)
+            nn.Flatten(),
+            nn.Linear(3 * PIXELS * PIXELS, 16),
+            nn.LayerNorm(16),
+            nn.Dropout(dropout),
+            nn.Linear(16, WIDTH),
         )
         self.words = nn.Embedding(WORDS, 16)
         self.text = nn.Sequential(nn.LayerNorm(16), nn.Dropout(dropout), nn.Linear(16, WIDTH))
@@ -84,14 +85,23 @@ REFERENCES = {
     "sgd": lambda g, o: torch.optim.SGD(g, lr=o.lr, momentum=o.momentum, nesterov=o.nesterov),
     "nadam": lambda g, o: torch.optim.NAdam(g, lr=o.lr, betas=o.betas, eps=o.eps, decoupled_weight_decay=True),
     "radam": lambda g, o: torch.optim.RAdam(g, lr=o.lr, betas=o.betas, eps=o.eps, decoupled_weight_decay=True),
-    "lion": lambda g, o: timm.optim.Lion(g, lr=o.lr, betas=o.betas),
-    "adamp": lambda g, o: timm.optim.AdamP(g, lr=o.lr, betas=o.betas, eps=o.eps, nesterov=o.nesterov),
-    "lamb": lambda g, o: timm.optim.Lamb(g, lr=o.lr, betas=o.betas, eps=o.eps, max_grad_norm=None),
-    "lars": lambda g, o: timm.optim.Lars(g, lr=o.lr, momentum=o.momentum, trust_coeff=1e-3),
+    "lion": lambda g, o: _timm("Lion", g, lr=o.lr, betas=o.betas),
+    "adamp": lambda g, o: _timm("AdamP", g, lr=o.lr, betas=o.betas, eps=o.eps, nesterov=o.nesterov),
+    "lamb": lambda g, o: _timm("Lamb", g, lr=o.lr, betas=o.betas, eps=o.eps, max_grad_norm=None),
+    "lars": lambda g, o: _timm("Lars", g, lr=o.lr, momentum=o.momentum, trust_coeff=1e-3),
 }
 
 
-def plain_run(settings: Config, steps: int, dtype: torch.dtype = torch.float32) -> tuple[dict[str, Tensor], list[float]]:
+def _timm(name: str, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+    import_torchvision()
+    import timm.optim
+
+    return getattr(timm.optim, name)(*args, **kwargs)
+
+
+def plain_run(
+    settings: Config, steps: int, dtype: torch.dtype = torch.float32
+) -> tuple[dict[str, Tensor], list[float]]:
     """What the engine must equal: one process, one big batch, torch and nothing else."""
     model = towers().to(dtype)
     size = settings.train.global_batch_size

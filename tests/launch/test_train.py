@@ -31,12 +31,20 @@ LAUNCHERS = {
 
 
 def train(*words, launcher="python", timeout=120):
-    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "0"}
+    environment = {
+        **os.environ,
+        "DS_ACCELERATOR": "cpu",
+        "CUDA_VISIBLE_DEVICES": "",
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "0",
+    }
     environment["PATH"] = f"{BIN}{os.pathsep}{environment['PATH']}"
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         environment.pop(name, None)
     command = [*LAUNCHERS[launcher](), "launch/train.py", *words]
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout, check=False)
+    return subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout, check=False
+    )
 
 
 def mistakes(tmp_path):
@@ -45,10 +53,16 @@ def mistakes(tmp_path):
     make_shard_without_captions(no_captions / "00000.tar")
     (tmp_path / "file").write_text("")
     return {
-        "unknown key": (["train.global_batchsize=8"], "train.global_batchsize: no such key; did you mean 'global_batch_size'?"),
+        "unknown key": (
+            ["train.global_batchsize=8"],
+            "train.global_batchsize: no such key; did you mean 'global_batch_size'?",
+        ),
         "wrong type": (["optimizer.lr=fast"], "optimizer.lr: expected a valid number"),
         "missing shard": ([f"data.train={tmp_path}/{{00000..00003}}.tar"], "data.train"),
-        "shard without captions": ([f"data.train={no_captions}/00000.tar"], "expected captions in .txt members, found 40 .png"),
+        "shard without captions": (
+            [f"data.train={no_captions}/00000.tar"],
+            "expected captions in .txt members, found 40 .png",
+        ),
         "output folder": ([f"run.folder={tmp_path}/file/runs"], "run.folder: expected a folder, got"),
         "hub name": (["model.text.name=transformers/distilbert-base-uncased"], "model.text.name"),
         "tokenizer": (["data.tokenizer=bert-base-uncased"], "data.tokenizer"),
@@ -70,7 +84,15 @@ def make_shard_without_captions(path):
             tar.addfile(member, io.BytesIO(image.getvalue()))
 
 
-KINDS = ("unknown key", "wrong type", "missing shard", "shard without captions", "output folder", "hub name", "tokenizer")
+KINDS = (
+    "unknown key",
+    "wrong type",
+    "missing shard",
+    "shard without captions",
+    "output folder",
+    "hub name",
+    "tokenizer",
+)
 
 
 @pytest.mark.parametrize("kind", KINDS)
