@@ -104,3 +104,14 @@ class TempGenerators(nn.Module):
     def forward(self, image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
         """(b, D) and (b, D) -> temperatures (b,) of the images and (b,) of the texts."""
         return self.image(image), self.text(text)
+
+    @torch.no_grad()
+    def start_from(self, image_features: Tensor, text_features: Tensor) -> None:
+        """Take the prototypes of each modality from the other one's embeddings, before normalisation.
+
+        Args:
+            image_features: (at least M, D), the same on all ranks.
+            text_features: likewise.
+        """
+        self.image.set_prototypes(text_features)
+        self.text.set_prototypes(image_features)

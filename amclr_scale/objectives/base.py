@@ -33,6 +33,7 @@ class Objective(nn.Module):
         needs_ids: reads `Embeddings.ids`, because it keeps state per sample.
         needs_views: how many further image views and text views it reads.
         needs_unit_rows: embeddings must have unit length; False for VICReg, which needs them as they are.
+        needs_temperatures: reads `Embeddings.image_temperature` and `text_temperature`, which the model generates.
         epoch: samples seen / samples in the data set, as of the last `set_epoch`.
     """
 
@@ -43,6 +44,7 @@ class Objective(nn.Module):
     needs_ids: bool = False
     needs_views: int = 0
     needs_unit_rows: bool = True
+    needs_temperatures: bool = False
     epoch: float = 0.0
 
     def __init_subclass__(cls, *, name: str | None = None, **kwargs: Any) -> None:

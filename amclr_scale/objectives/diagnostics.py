@@ -6,6 +6,7 @@
     estimator_error      how far a moving average u is from the mean over the whole data set that it estimates
     temperature_spread   temperatures of the samples visited so far
     gradient_norms       norm of the gradient that reaches each modality's embeddings
+    of_step              what of these a single step can answer
 
 Every function returns floats about the global batch, the same on every rank, and has to be called by all ranks.
 """
@@ -19,7 +20,8 @@ from amclr_scale.errors import UserError
 from amclr_scale.objectives.base import Objective, at_least_float32, numbers
 from amclr_scale.objectives.sample_state import SampleState
 from amclr_scale.objectives.uniformity import log_mean_potential
-from amclr_scale.similarity import all_sum, column_mean, contrast, world_size
+from amclr_scale.similarity import all_gather, all_sum, column_mean, contrast, world_size
+from amclr_scale.types import Embeddings
 
 KEYS_AT_ONCE = 8192
 
@@ -62,6 +64,7 @@ def gradient_norms(**gradients: Tensor | None) -> dict[str, float]:
     return numbers(**norms)
 
 
+@torch.no_grad()
 def temperature_spread(objective: Objective) -> dict[str, float]:
     """Mean, standard deviation, smallest and largest temperature of the samples visited so far, per modality.
 
@@ -72,17 +75,32 @@ def temperature_spread(objective: Objective) -> dict[str, float]:
         state = getattr(objective, f"{side}_state", None)
         if not isinstance(state, SampleState) or "temperature" not in state.columns:
             continue
-        t = state.column("temperature")[state.column("log_u").isfinite()]
-        if t.numel():
-            spread |= numbers(
-                **{
-                    f"temperature_{side}_mean": t.mean(),
-                    f"temperature_{side}_std": t.std(correction=0),
-                    f"temperature_{side}_min": t.min(),
-                    f"temperature_{side}_max": t.max(),
-                }
-            )
+        t = state.held("temperature")[state.held("log_u").isfinite()].double()  # this rank's
+        sums = torch.stack([t.new_tensor(float(t.numel())), t.sum(), t.square().sum()])
+        ends = torch.stack([-t, t]).amax(1) if t.numel() else t.new_full((2,), -torch.inf)
+        if state.shards[0] > 1:
+            sums, ends = all_sum(sums), all_gather(ends[None]).amax(0)
+        count, total, squares = sums.tolist()
+        if count:
+            mean = total / count
+            spread |= {
+                f"temperature_{side}_mean": mean,
+                f"temperature_{side}_std": math.sqrt(max(squares / count - mean**2, 0.0)),
+                f"temperature_{side}_min": -ends[0].item(),
+                f"temperature_{side}_max": ends[1].item(),
+            }
     return spread
+
+
+def of_step(objective: Objective, embeddings: Embeddings) -> dict[str, float]:
+    """All of the above that one step's embeddings, after backward, can answer: what the trainer logs now and then."""
+    image, text = embeddings.image.detach(), embeddings.text.detach()
+    found = gradient_norms(image=embeddings.image.grad, text=embeddings.text.grad) | temperature_spread(objective)
+    if objective.needs_unit_rows:
+        found |= geometry(image, text)
+        if embeddings.logit_scale is not None:
+            found |= npc_multiplier(image, text, 1 / at_least_float32(embeddings.logit_scale.detach()))
+    return found
 
 
 @torch.no_grad()

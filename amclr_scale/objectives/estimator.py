@@ -48,7 +48,8 @@ def centred(
     if margin is None:
         both = contrast(image, text, temperature=temperature, exclude_positive=True, centred=True)
         log_n = math.log(both.num_keys)
-        return tuple(Centred(side.log_sum - log_n, side.expected) for side in (both.image, both.text))  # type: ignore[return-value]
+        of_image = Centred(both.image.log_sum - log_n, both.image.expected)
+        return of_image, Centred(both.text.log_sum - log_n, both.text.expected)
     image_t, text_t = temperature if isinstance(temperature, tuple) else (temperature, temperature)
     return _hinged(image, text, image_t, margin), _hinged(text, image, text_t, margin)
 
@@ -117,5 +118,5 @@ def two_visits(embeddings: Embeddings, image: SampleState, text: SampleState) ->
     """The step's rows of both tables; texts go by `text_ids` where an image has several captions."""
     assert embeddings.ids is not None, "Objective.__call__ refuses this"
     text_ids = embeddings.ids if embeddings.text_ids is None else embeddings.text_ids
-    dtype = embeddings.image.dtype
-    return image.visit(embeddings.ids, dtype), text.visit(text_ids, dtype)
+    device, dtype = embeddings.image.device, embeddings.image.dtype
+    return image.visit(embeddings.ids.to(device), dtype), text.visit(text_ids.to(device), dtype)

@@ -19,6 +19,7 @@ from typing import Literal
 
 from torch import Tensor
 
+from amclr_scale.encoders.temperature import TempGenerator, TempGenerators
 from amclr_scale.objectives.base import Layout, Objective, at_least_float32, numbers, require
 from amclr_scale.objectives.estimator import (
     centred,
@@ -121,6 +122,7 @@ class ISogCLRNet(Objective, name="isogclr_net"):
     """iSogCLR whose temperatures come from a small network in the model (TempNet, "modified iSogCLR")."""
 
     needs_ids = True
+    needs_temperatures = True
 
     @dataclass(frozen=True, kw_only=True)
     class Config:
@@ -132,11 +134,17 @@ class ISogCLRNet(Objective, name="isogclr_net"):
         gamma_schedule: Literal["constant", "cosine"] = "constant"  # cosine: from 1 in epoch 0 to gamma
         gamma_epochs: float | None = None  # epochs the cosine takes
         rho: float = 8.0  # radius of the robust loss
+        num_prototypes: int = 256  # of each generator
+        temperature_min: float = 0.005  # bounds of the temperatures
+        temperature_max: float = 0.05
         diversity: float = 0.0  # weight of the mean over pairs of max(0, z_i . z_j)^2 inside a modality: our reading
 
         def __post_init__(self) -> None:
             check_gamma(self.gamma, self.gamma_schedule, self.gamma_epochs)
             require(self.diversity >= 0, "diversity", "a weight of at least 0", self.diversity)
+            low, high = self.temperature_min, self.temperature_max
+            require(0 < low < high, "temperature_min", "0 < temperature_min < temperature_max", low)
+            require(self.num_prototypes > 1, "num_prototypes", "at least 2", self.num_prototypes)
 
     def __init__(self, config: Config, sample_state: Layout = "auto") -> None:
         super().__init__()
@@ -144,6 +152,19 @@ class ISogCLRNet(Objective, name="isogclr_net"):
         self.image_state, self.text_state = two_states(
             config.num_samples, config.num_texts, {"log_u": -float("inf")}, sample_state
         )
+
+    def temperature_generators(self, width: int) -> TempGenerators:
+        """Fresh generators for embeddings of this width; they belong into the model, as `DualEncoder.temperatures`."""
+
+        def one() -> TempGenerator:
+            return TempGenerator(
+                width,
+                num_prototypes=self.config.num_prototypes,
+                temperature_min=self.config.temperature_min,
+                temperature_max=self.config.temperature_max,
+            )
+
+        return TempGenerators(one(), one())
 
     def forward(self, embeddings: Embeddings) -> Loss:
         """The value is mean_i t_i g_i / u_i + r_i t_i: features see t_i as constant, and t_i's gradient is r_i / B."""
@@ -188,7 +209,7 @@ def _generated(embeddings: Embeddings) -> tuple[Tensor, Tensor]:
             f"embeddings.{field}",
             f"one temperature per sample, {tuple(shape)}",
             None if t is None else tuple(t.shape),
-            fix="give the model a TempGenerator (amclr_scale/encoders/temperature.py)",
+            fix="give the model its temperature_generators()",
         )
         assert t is not None
         found.append(at_least_float32(t))

@@ -48,6 +48,7 @@ class SampleState(FullPrecision):
         if num_samples < 1:
             raise UserError(f"num_samples: expected the size of the data set, got {num_samples}")
         self.num_samples, self.columns = num_samples, dict(columns)
+        self._transport: torch.device | None = None  # where tensors can cross ranks, if the table lies elsewhere
         if layout == "auto":
             total = num_samples * len(columns) * max(width, 1) * 4
             layout = "sharded" if total > REPLICATED_BYTES else "replicated"
@@ -68,6 +69,7 @@ class SampleState(FullPrecision):
 
         Raises:
             UserError: (a ValueError) on every rank, where any rank has an id outside [0, N).
+            ValueError: on every rank, where ranks have different numbers of ids.
         """
         num_shards, shard = self.shards
         if num_shards > 1 and self.shards != (collectives.world_size(), collectives.rank()):
@@ -75,6 +77,8 @@ class SampleState(FullPrecision):
                 f"sample state: made as shard {shard} of {num_shards}, used on rank {collectives.rank()} of "
                 f"{collectives.world_size()}; create the objective after the process group"
             )
+        collectives.check_even(len(ids), 1, collectives.group())
+        self._transport = ids.device
         every = collectives.all_gather(ids)  # (B,)
         outside = (every < 0) | (every >= self.num_samples)
         if outside.any():
@@ -99,9 +103,15 @@ class SampleState(FullPrecision):
         num_shards, _ = self.shards
         if num_shards == 1:
             return local.detach().cpu()
-        shards = collectives.all_gather(local).cpu()
+        shards = collectives.all_gather(local.to(self._transport or local.device)).cpu()
         by_shard = shards.view(num_shards, -1, *local.shape[1:])  # row k of shard r is id k W + r
         return by_shard.transpose(0, 1).flatten(0, 1)[: self.num_samples].clone()
+
+    def held(self, name: str) -> Tensor:
+        """The rows of a column that this rank holds and that belong to samples: all N, or its share."""
+        num_shards, shard = self.shards
+        column: Tensor = getattr(self, name)
+        return column[: len(range(shard, self.num_samples, num_shards))]
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         if self.shards[0] == 1:

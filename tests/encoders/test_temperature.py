@@ -87,3 +87,12 @@ def test_a_pair_serves_both_modalities():
     assert torch.equal(got[0], image(rows()))
     assert torch.equal(got[1], text(-rows()))
     assert not torch.equal(got[0], got[1])
+
+
+def test_a_pair_starts_from_the_other_modality():
+    torch.manual_seed(0)
+    pair = TempGenerators(*(TempGenerator(WIDTH, num_prototypes=PROTOTYPES) for _ in range(2)))
+    images, texts = torch.randn(PROTOTYPES + 1, WIDTH), torch.randn(PROTOTYPES, WIDTH)
+    pair.start_from(images, texts)
+    assert torch.equal(pair.image.prototypes, texts)
+    assert torch.equal(pair.text.prototypes, images[:PROTOTYPES])

@@ -89,15 +89,38 @@ def test_the_estimator_error_says_what_it_cannot_do():
     assert diagnostics.estimator_error(make("fastclip"), image, text, torch.arange(4), 0.1) == {"estimator_probes": 0.0}
 
 
-def test_temperature_spread_counts_visited_samples_only():
-    objective = make("isogclr", temperature=0.02, eta=0.001, rho=2.0)
+def spread_of(layout):
+    objective = make("isogclr", temperature=0.02, eta=0.001, rho=2.0, sample_state=layout)
     assert diagnostics.temperature_spread(objective) == {}
+    objective(my_rows(global_batch(0)))
+    return diagnostics.temperature_spread(objective), objective.state_dict()
+
+
+def test_temperature_spread_counts_visited_samples_only(ranks):
     assert diagnostics.temperature_spread(make("clip")) == {}
+    for layout in ("replicated", "sharded"):
+        for found, state in (spread_of(layout), *ranks(4, spread_of, layout)):
+            want = {}
+            for side in ("image", "text"):
+                t = state[f"{side}_state.temperature"][global_batch(0).ids]
+                want |= {
+                    f"temperature_{side}_mean": t.mean().item(),
+                    f"temperature_{side}_std": t.std(correction=0).item(),
+                    f"temperature_{side}_min": t.min().item(),
+                    f"temperature_{side}_max": t.max().item(),
+                }
+            assert found == pytest.approx(want, rel=1e-5)
+            assert found["temperature_text_max"] > found["temperature_text_min"]
+
+
+def test_a_step_answers_what_it_can():
     e = my_rows(global_batch(0))
-    objective(e)
-    t = objective.image_state.temperature[e.ids]
-    found = diagnostics.temperature_spread(objective)
-    assert found["temperature_image_mean"] == pytest.approx(t.mean().item())
-    assert found["temperature_image_std"] == pytest.approx(t.std(correction=0).item())
-    assert found["temperature_text_min"] == objective.text_state.temperature[e.ids].min().item()
-    assert found["temperature_text_max"] > found["temperature_text_min"]
+    objective = make("isogclr", rho=2.0)
+    objective(e).value.backward()
+    found = diagnostics.of_step(objective, e)
+    assert found["gradient_norm_image"] == pytest.approx(e.image.grad.norm().item(), rel=1e-5)
+    assert found["npc_multiplier"] == diagnostics.npc_multiplier(e.image, e.text, 1 / 12.0)["npc_multiplier"]
+    assert {"alignment", "modality_gap", "temperature_image_std"} <= found.keys()
+    free = make("vicreg")
+    free(e).value.backward()
+    assert set(diagnostics.of_step(free, e)) == {"gradient_norm_image", "gradient_norm_text"}

@@ -10,6 +10,7 @@ from amclr_scale.types import Embeddings
 from tests.objectives.harness import (
     NUM_SAMPLES,
     STEPS,
+    D,
     assert_same,
     close,
     defined,
@@ -158,6 +159,23 @@ def test_generated_temperatures_match_their_definition(ranks, diversity):
     assert_same(run("isogclr_net", options, chunk=3), defined(define))
     for world_size in (2, 4):
         assert_same(joined(ranks(world_size, run, "isogclr_net", options, chunk=5)), defined(define))
+
+
+def test_the_generators_learn_from_the_objective():
+    """Their gradient is that of sum_i r_i t_i / B, which the definition above gives per sample."""
+    objective = make("isogclr_net", num_prototypes=4, temperature_min=0.02, temperature_max=0.3)
+    assert objective.needs_temperatures
+    torch.manual_seed(0)
+    generators = objective.temperature_generators(D).double().eval()
+    e = my_rows(global_batch(0))
+    image_t, text_t = generators(e.image, e.text)
+    given = replace(e, image_temperature=image_t.detach().requires_grad_(), text_temperature=text_t.detach())
+    make("isogclr_net")(given).value.backward()
+    want = torch.autograd.grad(image_t, generators.image.bias, given.image_temperature.grad, retain_graph=True)[0]
+    objective(replace(e, image_temperature=image_t, text_temperature=text_t)).value.backward()
+    close(generators.image.bias.grad, want, 1e-12, "bias of the image generator")
+    assert want.abs() > 1e-6
+    assert ((image_t > 0.02) & (image_t < 0.3)).all()
 
 
 def test_generated_temperatures_must_be_there():

@@ -82,6 +82,23 @@ def test_an_id_outside_the_data_set_is_named_on_every_rank(ranks):
     assert state.level.isneginf().all()
 
 
+def come_unevenly(name):
+    from dataclasses import replace
+
+    e = my_rows(global_batch(0, views=1))
+    if rank() == 1:
+        rows = {k: getattr(e, k)[:2] for k in ("image", "text", "ids")}
+        views = {k: tuple(v[:2] for v in getattr(e, k)) for k in ("image_views", "text_views")}
+        e = replace(e, **rows, **views)
+    with pytest.raises(ValueError, match="rank 1 has 2 rows"):
+        make(name)(e)
+
+
+def test_uneven_ranks_are_refused(ranks):
+    for name in ("sogclr", "isogclr", "amclr_dro"):
+        ranks(2, come_unevenly, name)
+
+
 def test_ids_must_fit_the_rows():
     e = my_rows(global_batch(0))
     from dataclasses import replace
