@@ -83,6 +83,9 @@ class Data(Section):
     """Tokens per caption; longer ones are cut, shorter ones padded."""
     caption: str = "txt"
     """Where a sample's caption is: txt, or json.FIELD (a string, or a list of which one is drawn per epoch)."""
+    image_id: str | None = None
+    """Where samples that share an image say which: json.FIELD, numbers 0, 1, ... per data set (tools/make_shards.py writes
+    image_id). Per-sample state of images then goes by image, that of texts by sample; null: one caption per image."""
     image_views: Annotated[int, Field(ge=0)] = 0
     """Further augmented views of every image (AmCLR's omega)."""
     image_view: ImageAugmentation | None = None
@@ -313,6 +316,9 @@ class Execution(Section):
     """Activation recomputation in the text tower."""
     compile: bool = False
     """torch.compile both towers."""
+    profile: Annotated[int, Field(ge=0)] = 0
+    """Steps to profile (after the first three): torch.profiler traces in the run folder, and DeepSpeed's summaries of
+    floating-point operations and of messages between ranks. 0: none."""
     zero_stage: Literal[0, 1, 2, 3] = 0
     """DeepSpeed ZeRO stage, what is partitioned over ranks: 0 nothing, 1 optimizer states, 2 also gradients, 3 also
     parameters."""

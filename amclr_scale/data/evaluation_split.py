@@ -128,9 +128,10 @@ def class_names(name: str, data: schema.Data, classes: str = "json.concept") -> 
             return lists[field.path[-1]]
         expected = ", ".join(f"json.{known}" for known in sorted(lists))
         raise UserError(f"evaluation.classes: expected one of {expected}, got {classes}")
-    file = (source.index or Path(source.urls[0])).parent / "classnames.txt"
-    if file.is_file():
-        return [line.strip() for line in file.read_text("utf-8").splitlines() if line.strip()]
+    folder = (source.index or Path(source.urls[0])).parent
+    for file in (folder / "classnames.txt", folder.parent / "classnames.txt"):
+        if file.is_file():
+            return [line.strip() for line in file.read_text("utf-8").splitlines() if line.strip()]
     labels = EvaluationSplit(name, data, classes=classes).labels or []
     if not all(isinstance(label, str) for label in labels):
         raise UserError(

@@ -77,6 +77,13 @@ class Index:
         shard = bisect_right(self._bounds, sample) - 1
         return shard, sample - self._bounds[shard]
 
+    def part_of(self, sample: int) -> tuple[int, int]:
+        """The first id of the data set that an id belongs to, and the first behind it."""
+        shards = np.concatenate([[0], np.cumsum(self.parts)])
+        bounds = self.first_id[shards].tolist()
+        part = bisect_right(bounds, sample) - 1
+        return bounds[part], bounds[part + 1]
+
     def reader(self, shard: int) -> ShardReader:
         """That shard, open; the least recently used of many is closed."""
         reader = self._readers.get(shard)

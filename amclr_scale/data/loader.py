@@ -153,8 +153,10 @@ class TrainLoader:
         self._step += 1
         parts = [self._next_part() for _ in range(self._parts.parts_per_step)]
         self._count([fault for part in parts for fault in part.faults])
+        text_ids = [part.text_ids for part in parts if part.text_ids is not None]
         return Batch(
             ids=_join([part.ids for part in parts]),
+            text_ids=_join(text_ids) if text_ids else None,
             images=tuple(_join(list(view)) for view in zip(*(part.images for part in parts), strict=True)),
             texts=tuple(_join(list(view)) for view in zip(*(part.texts for part in parts), strict=True)),
         )

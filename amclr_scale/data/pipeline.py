@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from amclr_scale.config import schema
-from amclr_scale.data.decoding import PARAPHRASES, BadSampleError, Sample, decode
+from amclr_scale.data.decoding import PARAPHRASES, BadSampleError, Field, Sample, decode
 from amclr_scale.data.image_views import augmented_view, reduction_for, to_tensor
 from amclr_scale.data.index import Index
 from amclr_scale.data.indexing import IMAGE_EXTENSIONS
@@ -47,6 +47,7 @@ class Part:
     """Some neighbouring samples of a batch."""
 
     ids: Tensor  # (n,) int64
+    text_ids: Tensor | None  # (n,) int64, where images have ids of their own
     images: tuple[Tensor, ...]  # 1 + V of (n, 3, H, W) uint8
     texts: tuple[Tensor, ...]  # 1 + V of (n, L) int64
     faults: list[Fault]
@@ -58,7 +59,9 @@ class Pipeline:
     def __init__(self, index: Index, data: schema.Data, seed: int, tokenizer: Tokenizer):
         self.index, self.data, self.seed, self.tokenizer = index, data, seed, tokenizer
         self._text = TextViews(data)
-        self._wanted = self._text.members | frozenset(IMAGE_EXTENSIONS)
+        self._image_id = Field.parse(data.image_id) if data.image_id else None
+        others = {self._image_id.member} if self._image_id else set()
+        self._wanted = self._text.members | frozenset(IMAGE_EXTENSIONS) | others
         self._recipes = [data.augmentation] + [data.image_view or data.augmentation] * data.image_views
         self._paraphrases = dict[int, ParaphraseReader]()
         if self._text.needs_paraphrases:
@@ -70,17 +73,21 @@ class Pipeline:
             torch.empty(n, 3, data.image_size, data.image_size, dtype=torch.uint8) for _ in range(1 + data.image_views)
         )
         captions = list[list[str]]()
-        ids, faults = list[int](), list[Fault]()
+        ids, image_ids, faults = list[int](), list[int](), list[Fault]()
         for i, (sample, number) in enumerate(zip(visits.ids.tolist(), visits.passes.tolist(), strict=True)):
-            used, pixels, words = self._good(sample, number, faults)
+            used, image_id, pixels, words = self._good(sample, number, faults)
             ids.append(used)
+            image_ids.append(image_id)
             captions.append(words)
             for view, tensor in zip(images, pixels, strict=True):
                 view[i] = tensor
         texts = tuple(self.tokenizer(list(view)) for view in zip(*captions, strict=True))
-        return Part(torch.tensor(ids, dtype=torch.int64), images, texts, faults)
+        samples = torch.tensor(ids, dtype=torch.int64)
+        if not self._image_id:
+            return Part(samples, None, images, texts, faults)
+        return Part(torch.tensor(image_ids, dtype=torch.int64), samples, images, texts, faults)
 
-    def _good(self, sample: int, number: int, faults: list[Fault]) -> tuple[int, list[Tensor], list[str]]:
+    def _good(self, sample: int, number: int, faults: list[Fault]) -> tuple[int, int, list[Tensor], list[str]]:
         """The sample, or the first of its replacements that can be used. Only the sample itself counts as a fault."""
         draws = Draws(self.seed, Purpose.REPLACEMENT, number, sample)
         used, fault = sample, None
@@ -100,7 +107,7 @@ class Pipeline:
             f"{_ATTEMPTS:,} others drawn in its place; is this the right data set?"
         )
 
-    def _views(self, sample: int, number: int) -> tuple[list[Tensor], list[str]]:
+    def _views(self, sample: int, number: int) -> tuple[int, list[Tensor], list[str]]:
         size, from_base = self.data.image_size, self.data.image_view_from == "base"
         content = self._read(sample)
         captions = self._text.draw(content, self.seed, number, sample)
@@ -110,7 +117,17 @@ class Pipeline:
         for view, recipe in enumerate(self._recipes):
             source = views[0] if view and from_base else picture
             views.append(augmented_view(source, size, recipe, Draws(self.seed, Purpose.IMAGE, number, sample, view)))
-        return [to_tensor(view) for view in views], captions
+        return self._image_of(content, sample), [to_tensor(view) for view in views], captions
+
+    def _image_of(self, content: Sample, sample: int) -> int:
+        """The id of the sample's image: unique over data sets, and below N."""
+        if self._image_id is None:
+            return sample
+        first, end = self.index.part_of(sample)
+        number = content.value(self._image_id)
+        if not isinstance(number, int) or not 0 <= number < end - first:
+            raise BadSampleError("bad image id", f"{self._image_id}: expected 0 .. {end - first - 1}, got {number!r}")
+        return first + number
 
     def _read(self, sample: int) -> Sample:
         shard, row = self.index.locate(sample)

@@ -1,5 +1,6 @@
 """What `data.train` and `evaluation.splits` may name: a split of the embedded corpus, an index, a folder, shards."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,7 +34,12 @@ def embedded_splits() -> list[str]:
 
 def shards_in(folder: Path) -> list[str]:
     """The shards of a folder, by name; whatever else lies there (parquet, statistics) is not looked at."""
-    return sorted(str(path) for path in folder.iterdir() if path.name.endswith(SHARD_SUFFIXES))
+
+    def numbers(name: str) -> list[str | int]:  # 2.tar before 10.tar
+        return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name)]
+
+    found = [path for path in folder.iterdir() if path.name.endswith(SHARD_SUFFIXES)]
+    return [str(path) for path in sorted(found, key=lambda path: numbers(path.name))]
 
 
 def resolve(name: str, key: str) -> Source:
@@ -77,6 +83,8 @@ def _folder(name: str, folder: Path, key: str) -> Source:
     if (folder / "index.json").is_file():
         return Source(name, folder / "index.json")
     urls = shards_in(folder)
+    if not urls and (folder / "test").is_dir():  # CLIP_benchmark's layout: test/0.tar, test/1.tar, ...
+        return _folder(name, folder / "test", key)
     if not urls:
         raise UserError(f"{key}: {name}: expected a folder with an index.json or with .tar shards, found neither in it")
     return Source(name, None, tuple(urls))

@@ -180,7 +180,7 @@ def test_large_jpegs_are_reduced_but_never_below_the_crop():
         assert reduction == expected
         width, height = decode(opened, reduction).size
         assert (width, height) == (1600 // reduction, 1200 // reduction)
-        assert (0.6 * width * height * 0.75) ** 0.5 >= size
+        assert reduction == 1 or (0.6 * width * height * 0.75) ** 0.5 >= size
 
 
 # Text

@@ -1,0 +1,288 @@
+"""Real conversions: the embedded corpus, written out in each format of the field, comes back as it was."""
+
+import csv
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from amclr_scale.config import schema
+from amclr_scale.data.decoding import Field, Sample
+from amclr_scale.data.evaluation_split import EvaluationSplit, class_names
+from amclr_scale.data.indexing import open_index
+from amclr_scale.data.ingestion import Annotations, clean_caption, pairs, read_records
+from amclr_scale.data.loader import TrainLoader
+from amclr_scale.errors import UserError
+from tests.data.shards import settings, write_tar
+
+TOOLS = Path(__file__).parents[2] / "tools"
+N = 60
+
+
+def run(tool, *arguments):
+    command = [sys.executable, str(TOOLS / tool), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+
+
+def contents(name, n=None):
+    """caption, captions and image bytes of a data set's samples, by image bytes."""
+    index = open_index(schema.Data(), str(name))
+    found = {}
+    for i in range(n or index.num_samples):
+        shard, row = index.locate(i)
+        members = index.reader(shard).read(row, frozenset({"txt", "json", "webp", "png", "jpg"}))
+        sample = Sample(members, 10**9, 10**9)
+        image = next(members[kind] for kind in ("webp", "png", "jpg") if kind in members)
+        found[image] = (sample.value(Field("txt")), sample.captions(Field("json", ("captions",))), sample)
+    return found
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    """60 samples of the embedded corpus as loose files, and their captions."""
+    folder = tmp_path_factory.mktemp("loose")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
+        real = contents("emoji/val_concept", N)
+    (folder / "images/sub").mkdir(parents=True)
+    rows = []
+    for i, (image, (_, captions, _)) in enumerate(real.items()):
+        name = f"{'sub/' if i % 2 else ''}{i:04d}.webp"
+        (folder / "images" / name).write_bytes(image)
+        rows.append((name, captions, image))
+    return folder, rows
+
+
+def write_annotations(file, rows):
+    file.write_text(
+        json.dumps(
+            [{"image": name, "caption": captions, "image_id": 7 * i} for i, (name, captions, _) in enumerate(rows)]
+        )
+    )
+
+
+def write_coco(file, rows):
+    images = [{"id": 1000 - i, "file_name": name} for i, (name, _, _) in enumerate(rows)]
+    captions = [{"image_id": 1000 - i, "id": 9, "caption": c} for i, (_, found, _) in enumerate(rows) for c in found]
+    file.write_text(json.dumps({"images": images, "annotations": captions}))
+
+
+def write_karpathy(file, rows):
+    images = [
+        {"filepath": "sub" if "/" in name else "", "filename": name.rsplit("/", 1)[-1], "cocoid": i,
+         "split": "val" if i < 10 else "train" if i % 2 else "restval", "sentences": [{"raw": c} for c in captions]}
+        for i, (name, captions, _) in enumerate(rows)
+    ]  # fmt: skip
+    file.write_text(json.dumps({"images": images}))
+
+
+def write_flickr30k(file, rows):
+    lines = ["image_name| comment_number| comment"]
+    lines += [f"{name}| {k}| {c}" for name, captions, _ in rows for k, c in enumerate(captions)]
+    file.write_text("\n".join(lines) + "\nbroken row\n")
+
+
+WRITERS = {
+    "annotations": write_annotations,
+    "coco": write_coco,
+    "karpathy": write_karpathy,
+    "flickr30k": write_flickr30k,
+}
+
+
+@pytest.mark.parametrize("form", WRITERS)
+def test_records_round_trip(corpus, tmp_path, form):
+    folder, rows = corpus
+    WRITERS[form](tmp_path / "file", rows)
+    records = read_records(form, Annotations(tmp_path / "file", folder / "images"))
+    assert [(r.image, list(r.captions)) for r in records] == [(name, captions) for name, captions, _ in rows]
+    assert len(pairs(records)) == sum(len(captions) for _, captions, _ in rows)
+
+
+def test_splits_are_chosen(corpus, tmp_path):
+    folder, rows = corpus
+    write_karpathy(tmp_path / "file", rows)
+    sizes = [
+        len(read_records("karpathy", Annotations(tmp_path / "file", folder / "images", s)))
+        for s in ("val", "train,restval")
+    ]
+    assert sizes == [10, N - 10]
+    with pytest.raises(UserError, match="expected records of split test, found none"):
+        read_records("karpathy", Annotations(tmp_path / "file", folder / "images", "test"))
+
+
+def test_tables_with_and_without_header_paths_and_urls(corpus, tmp_path):
+    folder, rows = corpus
+    images = folder / "images"
+    (tmp_path / "cc3m.tsv").write_text(
+        "".join(f"{c[0]}\thttp://host/x/{i}?size=big\n" for i, (_, c, _) in enumerate(rows))
+    )
+    (tmp_path / "names.tsv").write_text("".join(f"{c[0]}\thttps://host/{name[-9:]}\n" for name, c, _ in rows))
+    with (tmp_path / "paths.csv").open("w", newline="") as file:
+        table = csv.writer(file)
+        table.writerow(["Title", "split", "filepath"])
+        table.writerows((c[0], "train", name) for name, c, _ in rows)
+    for file in ("cc3m.tsv", "names.tsv", "paths.csv"):
+        records = read_records("table", Annotations(tmp_path / file, images))
+        assert [(r.image, *r.captions) for r in records] == [(name, c[0]) for name, c, _ in rows]
+
+
+def test_folders_of_text_and_of_classes(corpus, tmp_path):
+    _, rows = corpus
+    for i, (_, captions, image) in enumerate(rows[:10]):
+        (tmp_path / "text").mkdir(exist_ok=True)
+        (tmp_path / f"text/{i}.webp").write_bytes(image)
+        (tmp_path / f"text/{i}.txt").write_text("\n".join(captions))
+        (tmp_path / f"class/red_{i % 2}").mkdir(parents=True, exist_ok=True)
+        (tmp_path / f"class/red_{i % 2}/{i}.webp").write_bytes(image)
+    records = read_records("folder", Annotations(None, tmp_path / "text"))
+    assert [list(r.captions) for r in records] == [captions for _, captions, _ in rows[:10]]
+    records = read_records("folder", Annotations(None, tmp_path / "class"))
+    assert (
+        sorted((r.captions[0], r.fields["class"]) for r in records)
+        == [("red 0", "red_0")] * 5 + [("red 1", "red_1")] * 5
+    )
+
+
+@pytest.mark.slow
+def test_annotations_to_shards_and_back(corpus, tmp_path):
+    """The whole tool: images byte for byte, every caption, ids by image; then a second run finds nothing to do."""
+    folder, rows = corpus
+    write_annotations(tmp_path / "train.json", rows)
+    out = tmp_path / "out"
+    arguments = ["annotations", "--annotations", tmp_path / "train.json", "--images", folder / "images", "--out", out]
+    arguments += ["--per-shard", 25, "--workers", 2]
+    first = run("make_shards.py", *arguments)
+    assert first.returncode == 0, first.stderr
+    assert "60 samples in 3 shards; 0 rejected" in first.stdout
+    found = contents(out)
+    assert {image: captions for image, (_, captions, _) in found.items()} == {image: c for _, c, image in rows}
+    assert all(text == captions[0] for text, captions, _ in found.values())
+    times = [path.stat().st_mtime_ns for path in sorted(out.glob("*.tar"))]
+    (out / "00001.tar").unlink()  # as if it had been interrupted there
+    again = run("make_shards.py", *arguments)
+    assert again.returncode == 0, again.stderr
+    after = [path.stat().st_mtime_ns for path in sorted(out.glob("*.tar"))]
+    assert [a == b for a, b in zip(times, after, strict=True)] == [True, False, True]
+    assert contents(out).keys() == found.keys()
+    other = run("make_shards.py", *arguments, "--clean")
+    assert other.returncode == 2
+    assert "--out:" in other.stderr
+    assert "made with other arguments" in other.stderr
+    assert "Traceback" not in other.stderr
+
+
+@pytest.mark.slow
+def test_pairs_share_an_image_id_and_rejects_are_listed(corpus, tmp_path):
+    _, rows = corpus
+    images = tmp_path / "images"
+    images.mkdir()
+    entries = []
+    for i, (_, captions, data) in enumerate(rows[:20]):
+        (images / f"{i}.webp").write_bytes(data if i != 3 else data[:50])
+        entries.append({"image": f"{i}.webp" if i != 5 else "gone.webp", "caption": captions if i != 7 else ["", " "]})
+    (tmp_path / "train.json").write_text(json.dumps(entries))
+    out = tmp_path / "out"
+    result = run(
+        "make_shards.py", "annotations", "--annotations", tmp_path / "train.json", "--images", images, "--out", out,
+        "--layout", "pairs", "--resize", 32, "--encode", "png",
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    rejects = [json.loads(line) for line in (out / "rejects.jsonl").read_text().splitlines()]
+    kinds = {(reject["image"], reject["kind"]) for reject in rejects}
+    assert kinds == {("3.webp", "corrupt image"), ("gone.webp", "no such image"), ("7.webp", "missing caption")}
+    expected = sum(len(c) for i, (_, c, _) in enumerate(rows[:20]) if i not in (3, 5, 7))
+    data = settings(str(out), image_id="json.image_id", lanes=1, image_size=32)
+    loader = TrainLoader(data, seed=0, global_batch_size=expected)
+    assert loader.num_samples == expected
+    batch = next(loader)
+    assert sorted(batch.text_ids.tolist()) == list(range(expected))
+    assert set(batch.ids.tolist()) == set(range(20)) - {3, 5, 7}
+    assert Image.open(next(iter((tmp_path / "images").glob("1.webp")))).size == (64, 64)
+    split = EvaluationSplit(str(out), data)
+    assert len(split.image_ids.unique()) == 17
+
+
+def test_clip_benchmarks_layout_round_trips(corpus, tmp_path):
+    """wds_* folders: test/0.tar ..., one caption a line, classes beside; no conversion at all."""
+    _, rows = corpus
+    root = tmp_path / "wds_emoji"
+    for shard in range(12):
+        members = []
+        for i in range(shard * 5, shard * 5 + 5):
+            _, captions, image = rows[i]
+            members += [(f"s{i:07d}.webp", image), (f"s{i:07d}.txt", "\n".join(captions).encode())]
+            members += [(f"s{i:07d}.cls", str(i % 3).encode())]
+        write_tar(root / f"test/{shard}.tar", members)
+    (root / "test/nshards.txt").write_text("12")
+    (root / "classnames.txt").write_text("one\ntwo\nthree\n")
+    data = schema.Data(image_size=64)
+    split = EvaluationSplit(str(root), data, classes="cls")
+    assert split.caption_lists == [captions for _, captions, _ in rows]  # 2.tar before 10.tar
+    assert split.labels == [i % 3 for i in range(N)]
+    assert class_names(str(root), data, "cls") == ["one", "two", "three"]
+    ours = torch.cat([batch.images[0] for batch in split.batches(16)])
+    theirs = EvaluationSplit("emoji/val_concept", data)
+    torch.testing.assert_close(ours, next(theirs.batches(N)).images[0], rtol=0, atol=0)
+
+
+def test_two_data_sets_with_image_ids_do_not_collide(tmp_path):
+    from tests.data.shards import pair
+
+    for name in "ab":
+        write_tar(tmp_path / name / "0.tar", [m for i in range(6) for m in pair(i, image_id=i // 2)])
+    data = settings([str(tmp_path / "a"), str(tmp_path / "b")], image_id="json.image_id", lanes=1)
+    batch = next(TrainLoader(data, seed=0, global_batch_size=12))
+    assert sorted(batch.ids.tolist()) == [0, 0, 1, 1, 2, 2, 6, 6, 7, 7, 8, 8]
+    by_text = dict(zip(batch.text_ids.tolist(), batch.ids.tolist(), strict=True))
+    assert by_text == {i: (i // 6) * 6 + i % 6 // 2 for i in range(12)}
+    write_tar(tmp_path / "c/0.tar", [m for i in range(6) for m in pair(i, image_id=i if i < 5 else 77)])
+    loader = TrainLoader(
+        settings(str(tmp_path / "c"), image_id="json.image_id", lanes=1, max_bad_fraction=0.5),
+        seed=0,
+        global_batch_size=6,
+    )
+    next(loader)
+    assert loader.counts == {"bad image id": 1}
+
+
+def test_albefs_clean_up():
+    assert clean_caption("A <person>, in-the sun: it's (very) hot!") == "a person in the sun its very hot"
+    assert len(clean_caption("word " * 50).split()) == 30
+
+
+@pytest.mark.parametrize(
+    ("form", "content", "words"),
+    [
+        ("annotations", "[", "expected JSON"),
+        ("annotations", '[{"image": "a"}]', "entry 0: expected image and caption"),
+        ("annotations", "[]", "expected records, found none"),
+        ("coco", "{}", "expected COCO captions"),
+        ("karpathy", '{"images": [{}]}', "expected a Karpathy split"),
+        ("flickr30k", "a,b\n", "expected a header"),
+    ],
+)
+def test_a_file_of_another_format_is_told(tmp_path, form, content, words):
+    (tmp_path / "file").write_text(content)
+    with pytest.raises(UserError, match=f"^--annotations: .*{words}"):
+        read_records(form, Annotations(tmp_path / "file", tmp_path))
+
+
+@pytest.mark.slow
+def test_the_index_tool(tmp_path):
+    from tests.data.shards import write_shards
+
+    write_shards(tmp_path, [3, 4])
+    result = run("index_shards.py", tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "7 samples in 2 shards, fingerprint" in result.stdout
+    index = open_index(settings(str(tmp_path)))
+    assert index.shards[0].members.parent == tmp_path / "members"
+    assert index.fingerprint in result.stdout
+    result = run("index_shards.py", tmp_path / "nothing.tar")
+    assert result.returncode == 2
+    assert result.stderr.startswith("shards: no such shard")

@@ -1,0 +1,228 @@
+"""Turn images and annotation files into shards with an index.
+
+    python tools/make_shards.py annotations --annotations cc3m_train_subset.json --images cc3m/ --out shards/cc3m
+    python tools/make_shards.py karpathy --annotations dataset_coco.json --images coco/ --split train --out out/
+    python tools/make_shards.py folder --images photos/ --out shards/photos --resize 256 --workers 8
+
+Formats: folder, annotations (SogCLR, iSogCLR, AmCLR, ALBEF), coco, karpathy, flickr30k, table (CC3M, CC12M with
+downloaded images); amclr_scale/data/ingestion.py says what each looks like. img2dataset's output and CLIP_benchmark's
+wds_* folders are shards already: train on them as they stand, or index them with tools/index_shards.py.
+
+Samples are shuffled once, so that a shard is a fair sample. What cannot be used (no file, no caption, a broken image) is
+listed in rejects.jsonl with the reason. Each shard appears whole or not at all, and an interrupted run goes on.
+"""
+
+import argparse
+import hashlib
+import io
+import json
+import multiprocessing
+import os
+import tarfile
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from rich.console import Console
+from rich.progress import track
+
+from amclr_scale.config import schema
+from amclr_scale.data.command_line import run_command
+from amclr_scale.data.decoding import BadSampleError, Sample, decode
+from amclr_scale.data.index import write_index
+from amclr_scale.data.indexing import build
+from amclr_scale.data.ingestion import FORMATS, Annotations, Record, clean_caption, pairs, read_records
+from amclr_scale.data.randomness import permutation
+from amclr_scale.data.storage import make_storage
+from amclr_scale.errors import UserError
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """How pictures and captions are stored."""
+
+    resize: int | None  # pixels of the shorter side; larger pictures are reduced, smaller ones kept
+    form: str  # keep, jpg, webp, png
+    quality: int
+    clean: bool
+
+
+@dataclass(frozen=True)
+class Job:
+    """One shard to write."""
+
+    out: Path
+    number: int
+    records: list[tuple[int, Record]]  # (row in the annotation file, record)
+    images: Path
+    encoding: Encoding
+
+
+def encode(path: Path, encoding: Encoding) -> tuple[str, bytes, tuple[int, int]]:
+    """(extension, bytes, (width, height)) of a picture; decoded in any case, so that a broken one is found.
+
+    Raises:
+        BadSampleError: it cannot be read.
+    """
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise BadSampleError("no such image", str(error.strerror)) from error
+    extension = path.suffix[1:].lower()
+    opened = Sample({extension: data}, schema.Data().max_image_pixels, 1).image()
+    size, known = opened.size, {"JPEG": "jpg", "PNG": "png", "WEBP": "webp", "PPM": "ppm", "BMP": "bmp"}
+    extension = known.get(opened.format or "", extension)
+    picture = decode(opened)
+    shrink = encoding.resize is not None and min(size) > encoding.resize
+    if not shrink and encoding.form in ("keep", extension):
+        return extension, data, size
+    if shrink and encoding.resize is not None:
+        scale = encoding.resize / min(size)
+        size = (max(encoding.resize, round(size[0] * scale)), max(encoding.resize, round(size[1] * scale)))
+        picture = picture.resize(size, Image.Resampling.BICUBIC)
+    extension = extension if encoding.form == "keep" else encoding.form
+    out = io.BytesIO()
+    kinds = {"jpg": "JPEG", "webp": "WEBP", "png": "PNG", "ppm": "PPM", "bmp": "BMP"}
+    picture.save(out, kinds[extension], quality=encoding.quality)
+    return extension, out.getvalue(), size
+
+
+def write_shard(job: Job) -> tuple[int, int]:
+    """Write one shard and its rejects; (samples, rejects). Does nothing where it is there already."""
+    path = job.out / f"{job.number:05d}.tar"
+    rejects_path = job.out / "rejects" / f"{job.number:05d}.jsonl"
+    if path.is_file() and rejects_path.is_file():
+        rejected = len(rejects_path.read_text().splitlines())
+        return len(job.records) - rejected, rejected
+    partial = job.out / f".{path.name}.{os.getpid()}"
+    rejects, row = list[str](), 0
+    with tarfile.open(partial, "w", format=tarfile.PAX_FORMAT) as tar:
+        for source_row, record in job.records:
+            clean = clean_caption if job.encoding.clean else str.strip
+            captions = [caption for caption in map(clean, record.captions) if caption]
+            try:
+                if not captions:
+                    raise BadSampleError("missing caption")
+                extension, data, (width, height) = encode(job.images / record.image, job.encoding)
+            except BadSampleError as error:
+                words = {"row": source_row, "image": record.image, "kind": error.kind, "detail": error.detail}
+                rejects.append(json.dumps(words))
+                continue
+            key = f"{job.number:05d}{row:05d}"
+            content: dict[str, Any] = {"key": key, "captions": captions, "source": record.image, "row": source_row}
+            content |= {"width": width, "height": height, **record.fields}
+            content |= {} if record.image_id is None else {"image_id": record.image_id}
+            text = json.dumps(content, ensure_ascii=False)
+            for kind, member in ((extension, data), ("txt", captions[0].encode()), ("json", text.encode())):
+                info = tarfile.TarInfo(f"{key}.{kind}")
+                info.size = len(member)
+                tar.addfile(info, io.BytesIO(member))
+            row += 1
+    rejects_path.write_text("".join(line + "\n" for line in rejects))
+    partial.replace(path)
+    return row, len(rejects)
+
+
+def number_images(records: list[Record]) -> list[Record]:
+    """Give images dense numbers, in the order of their first appearance, where several records share one."""
+    names = [record.image if record.image_id is None else str(record.image_id) for record in records]
+    numbers: dict[str, int] = {}
+    dense = [numbers.setdefault(name, len(numbers)) for name in names]
+    if len(numbers) == len(records):
+        return [Record(r.image, r.captions, None, r.fields | _original(r)) for r in records]
+    return [Record(r.image, r.captions, n, r.fields | _original(r)) for r, n in zip(records, dense, strict=True)]
+
+
+def _original(record: Record) -> dict[str, Any]:
+    return {} if record.image_id is None else {"source_image_id": record.image_id}
+
+
+def check_plan(out: Path, plan: dict[str, Any]) -> None:
+    """A folder is only continued with the plan that it was begun with.
+
+    Raises:
+        UserError: it was begun with another.
+    """
+    file = out / "make_shards.json"
+    (out / "rejects").mkdir(parents=True, exist_ok=True)
+    if file.is_file() and json.loads(file.read_text()) != plan:
+        raise UserError(f"--out: {out} holds shards made with other arguments ({file}); choose an empty folder")
+    file.write_text(json.dumps(plan, indent=1) + "\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("format", choices=sorted(FORMATS))
+    parser.add_argument("--annotations", type=Path, help="annotation file")
+    parser.add_argument("--images", type=Path, required=True, help="folder that image paths start from")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the shards and their index")
+    parser.add_argument("--split", help="karpathy, flickr30k: which, such as train,restval")
+    parser.add_argument(
+        "--layout", choices=("images", "pairs"), default="images", help="a sample per image, or per caption"
+    )
+    parser.add_argument("--per-shard", type=int, default=10_000, help="samples per shard")
+    parser.add_argument("--shuffle-seed", type=int, default=0, help="-1: keep the order of the annotation file")
+    parser.add_argument("--resize", type=int, help="reduce larger pictures to this shorter side")
+    parser.add_argument(
+        "--encode", choices=("keep", "jpg", "webp", "png"), default="keep", help="store pictures like this"
+    )
+    parser.add_argument("--quality", type=int, default=95, help="of jpg and webp")
+    parser.add_argument(
+        "--clean", action="store_true", help="captions in lower case, few marks, at most 30 words (ALBEF)"
+    )
+    parser.add_argument("--workers", type=int, default=0, help="processes (default: this one)")
+    arguments = parser.parse_args()
+
+    source = Annotations(arguments.annotations, arguments.images, arguments.split)
+    records = read_records(arguments.format, source)
+    records = number_images(pairs(records) if arguments.layout == "pairs" else records)
+    seed = arguments.shuffle_seed
+    order = range(len(records)) if seed < 0 else permutation(len(records), seed).tolist()
+    encoding = Encoding(arguments.resize, arguments.encode, arguments.quality, arguments.clean)
+    digest = hashlib.sha256(repr([(r.image, r.captions) for r in records]).encode()).hexdigest()
+    settings = {"records": len(records), "digest": digest, "per_shard": arguments.per_shard, "shuffle_seed": seed}
+    check_plan(arguments.out, {**settings, **asdict(encoding)})
+
+    jobs = [
+        Job(
+            arguments.out,
+            number,
+            [(i, records[i]) for i in order[start : start + arguments.per_shard]],
+            arguments.images,
+            encoding,
+        )
+        for number, start in enumerate(range(0, len(records), arguments.per_shard))
+    ]
+    console = Console(stderr=True)
+    if arguments.workers:
+        with ProcessPoolExecutor(arguments.workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+            done = list(track(pool.map(write_shard, jobs), "Writing shards", total=len(jobs), console=console))
+    else:
+        done = [write_shard(job) for job in track(jobs, "Writing shards", console=console)]
+    images = 1 + max((record.image_id for record in records if isinstance(record.image_id, int)), default=-1)
+    finish(arguments.out, sum(n for n, _ in done), sum(n for _, n in done), images)
+
+
+def finish(out: Path, samples: int, rejected: int, images: int) -> None:
+    """Join the lists of rejects, index the shards, say what was done.
+
+    Raises:
+        UserError: so much was rejected that image numbers do not fit below the number of samples.
+    """
+    parts = sorted((out / "rejects").glob("*.jsonl"))
+    (out / "rejects.jsonl").write_text("".join(part.read_text() for part in parts))
+    if images > samples:
+        raise UserError(
+            f"--annotations: {rejected:,} records were rejected, which leaves {samples:,} samples for image numbers up "
+            f"to {images - 1:,}; take what {out / 'rejects.jsonl'} lists out of the file, and start in a new folder"
+        )
+    urls = [str(path.absolute()) for path in sorted(out.glob("*.tar"))]
+    tables = [out.absolute() / "members" / f"{Path(url).name}.npz" for url in urls]
+    write_index(out.absolute() / "index.json", out.name, build(urls, tables, make_storage(schema.Data())))
+    print(f"{out}: {samples:,} samples in {len(urls):,} shards; {rejected:,} rejected (rejects.jsonl)")
+
+
+if __name__ == "__main__":
+    run_command(main)
