@@ -81,7 +81,7 @@ def cyclic_sum(image: Tensor, text: Tensor, lambda_in: float, lambda_cross: floa
     with torch.autocast(image.device.type, enabled=False):
         with torch.no_grad():
             s, r = image + text, image - text
-            p, q = gram(s, s), gram(r, r)  # (D, D)
+            p, q = _symmetric(s), _symmetric(r)  # (D, D)
             value = both * (p * q).sum()
             to_s, to_r = s @ (2 * both * q), r @ (2 * both * p)  # (b, D), the gradient of value
             if apart:
@@ -92,3 +92,10 @@ def cyclic_sum(image: Tensor, text: Tensor, lambda_in: float, lambda_cross: floa
         # linear, with that gradient: autograd itself would spend two products on each symmetrical matrix
         linear = image.flatten().dot(to_image.flatten()) + text.flatten().dot(to_text.flatten())
         return value + all_sum(linear - linear.detach())
+
+
+def _symmetric(x: Tensor) -> Tensor:
+    """The product gram(x, x), of which the lower left quarter is the upper right one: three quarters of the work."""
+    half = x.shape[1] // 2
+    top, corner = gram(x[:, :half], x), gram(x[:, half:], x[:, half:])
+    return torch.cat([top, torch.cat([top[:, half:].T, corner], 1)])
