@@ -8,8 +8,8 @@ Formats: folder, annotations (SogCLR, iSogCLR, AmCLR, ALBEF), coco, karpathy, fl
 downloaded images); amclr_scale/data/ingestion.py says what each looks like. img2dataset's output and CLIP_benchmark's
 wds_* folders are shards already: train on them as they stand, or index them with tools/index_shards.py.
 
-Samples are shuffled once, so that a shard is a fair sample. What cannot be used (no file, no caption, a broken image) is
-listed in rejects.jsonl with the reason. Each shard appears whole or not at all, and an interrupted run goes on.
+Samples are shuffled once, so that a shard is a fair sample. What cannot be used (no file, no caption, a broken image)
+is listed in rejects.jsonl with the reason. Each shard appears whole or not at all, and an interrupted run goes on.
 """
 
 import argparse

@@ -1,0 +1,40 @@
+"""The benchmark measures what it says: the same samples through both loaders."""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from amclr_scale.config import schema
+from amclr_scale.data.indexing import open_index
+
+TOOL = Path(__file__).parents[2] / "tools/benchmark_loader.py"
+
+
+@pytest.fixture
+def tool():
+    specification = importlib.util.spec_from_file_location("benchmark_loader", TOOL)
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    return module
+
+
+def test_it_runs(tool, monkeypatch, capsys, tmp_path):
+    words = ["emoji/val_concept", "--samples", "256", "--rounds", "1", "--workers", "0", "--image-size", "16"]
+    monkeypatch.setattr(sys, "argv", ["benchmark_loader.py", *words, "--json", str(tmp_path / "out.json")])
+    tool.main()
+    figures = json.loads((tmp_path / "out.json").read_text())
+    assert set(figures) == {"reading by offset", "reading front to back", "ours 0 workers", "webdataset 0 workers"}
+    assert all(figure["samples_per_s"] > 0 for figure in figures.values())
+    assert figures["reading by offset"]["samples_per_cpu_s"] > figures["ours 0 workers"]["samples_per_cpu_s"]
+    assert "ours / webdataset" in capsys.readouterr().out
+
+
+def test_both_ways_of_reading_find_every_sample(tool, tmp_path):
+    name = tool.make_photos(tmp_path, 7, per_shard=3)
+    index = open_index(schema.Data(train=name))
+    assert tool.read_by_offset(index) == tool.read_front_to_back(index) == 7
+    data = schema.Data(train=name, lanes=1, image_size=32)
+    assert tool.ours(data, 4, 2, 0) == tool.plain_webdataset(index, data, 4, 2, 0) == 8

@@ -1,0 +1,200 @@
+"""Measure the loader: samples per second, against the raw reading rate and against plain webdataset.
+
+    python tools/benchmark_loader.py emoji/train --image-size 64 --workers 0 1 2
+    python tools/benchmark_loader.py --photos 2000 --image-size 224 --workers 0 1 2
+
+Three rates of the same shards:
+    reading       every image and caption, by offset, nothing decoded; and front to back, as webdataset reads
+    ours          TrainLoader: deterministic order, decoding, augmentation, tokens, batches
+    webdataset    its own shard and sample shuffle (buffer of 1,000), then the same decoding, augmentation and tokens
+
+Rounds of both loaders alternate, and medians are reported, so that a busy machine slows both. CPU seconds are those of the
+process and its workers together; on a machine with other work they say more than the wall time. --photos makes JPEG
+pictures (256 pixels on the shorter side, quality 90) out of coloured noise with the spectrum of photographs.
+"""
+
+import argparse
+import io
+import itertools
+import json
+import resource
+import statistics
+import tarfile
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from amclr_scale.config import schema
+from amclr_scale.data.command_line import run_command
+from amclr_scale.data.decoding import Field, Sample, decode
+from amclr_scale.data.image_views import augmented_view, reduction_for, to_tensor
+from amclr_scale.data.index import Index
+from amclr_scale.data.indexing import IMAGE_EXTENSIONS, open_index
+from amclr_scale.data.loader import TrainLoader
+from amclr_scale.data.randomness import Draws
+from amclr_scale.data.tokenizers import Tokenizer, load_tokenizer
+
+
+def make_photos(folder: Path, count: int, per_shard: int = 500) -> str:
+    """Shards of pictures with a 1/f spectrum."""
+    random = np.random.default_rng(0)
+    height, width = 256, 342
+    frequency = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.fftfreq(width)[None])
+    frequency[0, 0] = 1
+    for shard, start in enumerate(range(0, count, per_shard)):
+        with tarfile.open(folder / f"{shard:05d}.tar", "w") as tar:
+            for i in range(start, min(count, start + per_shard)):
+                noise = np.fft.fft2(random.standard_normal((3, height, width))) / frequency
+                picture = np.fft.ifft2(noise).real
+                picture = 128 + 60 * picture / picture.std((1, 2), keepdims=True)
+                out = io.BytesIO()
+                pixels = picture.clip(0, 255).astype(np.uint8).transpose(1, 2, 0)
+                Image.fromarray(pixels).save(out, "JPEG", quality=90)
+                text = f"a picture of noise number {i}".encode()
+                for extension, data in (("jpg", out.getvalue()), ("txt", text)):
+                    info = tarfile.TarInfo(f"{i:07d}.{extension}")
+                    info.size = len(data)
+                    tar.addfile(info, io.BytesIO(data))
+    return str(folder)
+
+
+def cpu_seconds() -> float:
+    """Of this process and the children that have ended."""
+    usages = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(usage.ru_utime + usage.ru_stime for usage in usages)
+
+
+def timed(run: Callable[[], int]) -> tuple[float, float]:
+    """(samples per second, samples per CPU second)."""
+    wall, cpu = time.perf_counter(), cpu_seconds()
+    samples = run()
+    return samples / (time.perf_counter() - wall), samples / (cpu_seconds() - cpu)
+
+
+def read_by_offset(index: Index) -> int:
+    wanted = frozenset({*IMAGE_EXTENSIONS, "txt"})
+    for shard, entry in enumerate(index.shards):
+        reader = index.reader(shard)
+        for row in range(entry.num_samples):
+            reader.read(row, wanted)
+    return index.num_samples
+
+
+def local_tars(index: Index) -> list[str]:
+    return [str(index.storage.local_path(shard.url, shard.sha256)) for shard in index.shards]
+
+
+def read_front_to_back(index: Index) -> int:
+    import webdataset
+
+    stages = [webdataset.SimpleShardList(local_tars(index)), webdataset.tarfile_to_samples()]
+    return sum(1 for _ in webdataset.DataPipeline(*stages))
+
+
+def ours(data: schema.Data, batch: int, steps: int, workers: int) -> int:
+    loader = TrainLoader(data, seed=0, global_batch_size=batch, workers=workers)
+    samples = sum(len(next(loader)) for _ in range(steps))
+    loader.close()
+    return samples
+
+
+class Decoder:
+    """What our pipeline does to one sample, as a webdataset stage."""
+
+    def __init__(self, data: schema.Data, tokenizer: Tokenizer):
+        self.data, self.tokenizer, self.made = data, tokenizer, 0
+
+    def __call__(self, members: dict[str, Any]) -> tuple[torch.Tensor, str]:
+        sample = Sample(members, self.data.max_image_pixels, self.data.max_caption_characters)
+        opened, recipe, size = sample.image(), self.data.augmentation, self.data.image_size
+        picture = decode(opened, reduction_for(opened, size, [recipe]))
+        self.made += 1
+        view = to_tensor(augmented_view(picture, size, recipe, Draws(0, self.made)))
+        return view, sample.captions(Field("txt"))[0]
+
+    def batch(self, pairs: list[tuple[torch.Tensor, str]]) -> tuple[torch.Tensor, torch.Tensor]:
+        return torch.stack([image for image, _ in pairs]), self.tokenizer([caption for _, caption in pairs])
+
+
+def chunks(size: int) -> Callable[[Iterator[Any]], Iterator[list[Any]]]:
+    def run(stream: Iterator[Any]) -> Iterator[list[Any]]:
+        while found := list(itertools.islice(stream, size)):
+            yield found
+
+    return run
+
+
+def plain_webdataset(index: Index, data: schema.Data, batch: int, steps: int, workers: int) -> int:
+    import webdataset
+
+    decoder = Decoder(data, load_tokenizer(data.tokenizer, data.context_length))
+    pipeline = webdataset.DataPipeline(
+        webdataset.ResampledShards(local_tars(index)),
+        webdataset.split_by_worker,
+        webdataset.tarfile_to_samples(),
+        webdataset.shuffle(1000),
+        webdataset.map(decoder),
+        chunks(batch),
+        webdataset.map(decoder.batch),
+    )
+    loader = torch.utils.data.DataLoader(pipeline, batch_size=None, num_workers=workers)
+    batches = iter(loader)
+    samples = sum(len(next(batches)[0]) for _ in range(steps))
+    del batches
+    return samples
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", nargs="?", help="shards, named as in data.train")
+    parser.add_argument("--photos", type=int, help="make so many pictures and use them instead")
+    parser.add_argument("--image-size", type=int, default=64)
+    parser.add_argument("--batch", type=int, default=128)
+    parser.add_argument("--samples", type=int, default=10_000, help="per round")
+    parser.add_argument("--workers", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--json", type=Path, help="file for the figures")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        name = make_photos(Path(folder), arguments.photos) if arguments.photos else arguments.data or "emoji/train"
+        data = schema.Data(train=name, image_size=arguments.image_size)
+        index = open_index(data)
+        steps = -(-arguments.samples // arguments.batch)
+        figures: dict[str, dict[str, float]] = {}
+
+        def measure(label: str, *runs: tuple[str, Callable[[], int]]) -> None:
+            rounds = [{key: timed(run) for key, run in runs} for _ in range(arguments.rounds)]
+            for key, _ in runs:
+                wall, cpu = (statistics.median(found[key][k] for found in rounds) for k in range(2))
+                figures[f"{key} {label}".strip()] = {"samples_per_s": wall, "samples_per_cpu_s": cpu}
+                print(f"{key:>22} {label:10} {wall:10,.0f} samples/s {cpu:10,.0f} samples/CPU-s", flush=True)
+
+        measure(
+            "",
+            ("reading by offset", lambda: read_by_offset(index)),
+            ("reading front to back", lambda: read_front_to_back(index)),
+        )
+        for workers in arguments.workers:
+            measure(
+                f"{workers} workers",
+                ("ours", lambda n=workers: ours(data, arguments.batch, steps, n)),  # type: ignore[misc]
+                ("webdataset", lambda n=workers: plain_webdataset(index, data, arguments.batch, steps, n)),  # type: ignore[misc]
+            )
+            first, second = (figures[f"{key} {workers} workers"] for key in ("ours", "webdataset"))
+            ratios = [first[key] / second[key] for key in ("samples_per_s", "samples_per_cpu_s")]
+            print(
+                f"{'ours / webdataset':>22} {workers} workers  {ratios[0]:10.2f} {'':9} {ratios[1]:10.2f}", flush=True
+            )
+    if arguments.json:
+        arguments.json.write_text(json.dumps(figures, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    run_command(main)

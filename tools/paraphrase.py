@@ -1,0 +1,209 @@
+"""Write K paraphrases of every caption once, with any seq2seq model of transformers, beside the shards.
+
+    python tools/paraphrase.py emoji/train --model /models/chatgpt_paraphraser_on_T5_base --out paraphrases/
+    python tools/paraphrase.py shards/cc3m --model PATH --filter /models/all-MiniLM-L6-v2 --rank 3 --ranks 8 --out ...
+
+    data: {text_view: paraphrases, paraphrases: paraphrases/, text_views: 1}       then in the configuration
+
+The sampling defaults are those of AmCLR's authors (prefix "paraphrase: ", top-k 120, top-p 0.95), whose training loop
+runs the model in every step; here it runs once. A candidate is kept when it differs from the caption and from those
+kept before it, and, with --filter, when the cosine of its sentence embedding with the caption's is between --min-cosine
+and --max-cosine. The share that was kept is printed and stored. Each shard appears whole or not at all; an interrupted run
+goes on, and several processes (--rank of --ranks, one per GPU) share the shards. The same seed gives the same
+paraphrases on the same hardware, whatever was interrupted.
+"""
+
+import argparse
+import json
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import track
+from torch import Tensor
+
+from amclr_scale.config import schema
+from amclr_scale.data.command_line import run_command
+from amclr_scale.data.decoding import BadSampleError, Field, Sample
+from amclr_scale.data.index import Index
+from amclr_scale.data.indexing import open_index
+from amclr_scale.data.paraphrases import ParaphraseReader, paraphrase_file, write_paraphrases
+from amclr_scale.errors import UserError
+from amclr_scale.torchvision_ops import import_torchvision
+
+Generate = Callable[[Sequence[str]], list[list[str]]]
+Similarity = Callable[[Sequence[str], Sequence[str]], Tensor]
+
+
+def load(path: str, kind: str, option: str, device: torch.device) -> tuple[Any, Any]:
+    """(tokenizer, model) of a local folder or a hub name.
+
+    Raises:
+        UserError: transformers cannot load it.
+    """
+    import_torchvision()  # transformers looks at torchvision while it is imported
+    import transformers
+
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(path)
+        kept = torch.bfloat16 if device.type == "cuda" else torch.float32
+        model = getattr(transformers, kind).from_pretrained(path, dtype=kept).to(device).eval()
+    except Exception as error:  # the library raises many kinds
+        raise UserError(
+            f"{option}: {path}: expected a folder (or hub name) that transformers loads as {kind}, got: "
+            f"{str(error).strip().splitlines()[0]}"
+        ) from error
+    return tokenizer, model
+
+
+def generator(path: str, arguments: argparse.Namespace, device: torch.device) -> Generate:
+    """Captions -> for each, several candidates (twice as many as wanted: some will not be kept)."""
+    tokenizer, model = load(path, "AutoModelForSeq2SeqLM", "--model", device)
+    candidates = 2 * arguments.count
+
+    @torch.no_grad()
+    def generate(captions: Sequence[str]) -> list[list[str]]:
+        prefixed = [arguments.prefix + caption for caption in captions]
+        inputs = tokenizer(
+            prefixed, return_tensors="pt", padding=True, truncation=True, max_length=arguments.max_tokens
+        )
+        inputs.pop("token_type_ids", None)
+        rows = model.generate(
+            **inputs.to(device), do_sample=True, top_k=arguments.top_k, top_p=arguments.top_p,
+            temperature=arguments.temperature, max_new_tokens=arguments.max_tokens, num_return_sequences=candidates,
+        )  # fmt: skip
+        words = [text.strip() for text in tokenizer.batch_decode(rows, skip_special_tokens=True)]
+        return [words[i * candidates : (i + 1) * candidates] for i in range(len(captions))]
+
+    return generate
+
+
+def similarity(path: str, device: torch.device) -> Similarity:
+    """(n texts, n texts) -> (n,) cosines of mean-pooled sentence embeddings."""
+    tokenizer, model = load(path, "AutoModel", "--filter", device)
+
+    @torch.no_grad()
+    def embed(texts: Sequence[str]) -> Tensor:
+        inputs = tokenizer(list(texts), return_tensors="pt", padding=True, truncation=True, max_length=128).to(device)
+        hidden = model(**inputs).last_hidden_state.float()  # (n, L, width)
+        mask = inputs["attention_mask"][..., None].float()
+        return torch.nn.functional.normalize((hidden * mask).sum(1) / mask.sum(1), dim=-1)
+
+    return lambda first, second: (embed(first) * embed(second)).sum(-1).cpu()
+
+
+def keep(
+    caption: str, candidates: Sequence[str], cosines: Sequence[float] | None, limits: tuple[float, float], count: int
+) -> list[str]:
+    """The first `count` candidates that are new and close enough in meaning."""
+    kept, seen = list[str](), {_bare(caption)}
+    for i, candidate in enumerate(candidates):
+        close = cosines is None or limits[0] <= cosines[i] <= limits[1]
+        if candidate and close and _bare(candidate) not in seen and len(kept) < count:
+            seen.add(_bare(candidate))
+            kept.append(candidate)
+    return kept
+
+
+def _bare(text: str) -> str:
+    return " ".join("".join(letter if letter.isalnum() else " " for letter in text.lower()).split())
+
+
+def captions_of(index: Index, shard: int, field: Field) -> Iterator[str | None]:
+    """The first caption of every row; None where there is none."""
+    limits = schema.Data()
+    reader = index.reader(shard)
+    for row in range(index.shards[shard].num_samples):
+        members = reader.read(row, frozenset({field.member}))
+        try:
+            yield Sample(members, limits.max_image_pixels, limits.max_caption_characters).captions(field)[0]
+        except BadSampleError:
+            yield None
+
+
+def paraphrase_shard(
+    captions: list[str | None], generate: Generate, alike: Similarity | None, arguments: argparse.Namespace
+) -> tuple[list[list[str]], int, int]:
+    """(paraphrases of every row, candidates, those kept)."""
+    rows: list[list[str]] = [[] for _ in captions]
+    asked, kept = 0, 0
+    known = [(row, caption) for row, caption in enumerate(captions) if caption]
+    for start in range(0, len(known), arguments.batch):
+        part = known[start : start + arguments.batch]
+        found = generate([caption for _, caption in part])
+        for (row, caption), candidates in zip(part, found, strict=True):
+            cosines = alike([caption] * len(candidates), candidates).tolist() if alike else None
+            limits = (arguments.min_cosine, arguments.max_cosine)
+            rows[row] = keep(caption, candidates, cosines, limits, arguments.count)
+            asked += len(candidates)
+            kept += len(rows[row])
+    return rows, asked, kept
+
+
+def finished(out: Path, index: Index, shard: int) -> bool:
+    """Whether a shard has its paraphrases already."""
+    if not paraphrase_file(out, index.shards[shard]).is_file():
+        return False
+    ParaphraseReader(out, index.shards[shard]).close()
+    return True
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", nargs="+", help="shards, named as in data.train")
+    parser.add_argument("--model", required=True, help="seq2seq model: a local folder or a hub name")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the paraphrases")
+    parser.add_argument("--caption", default="txt", help="where captions are: txt or json.FIELD")
+    parser.add_argument("--count", type=int, default=3, help="paraphrases per caption, at most")
+    parser.add_argument("--prefix", default="paraphrase: ", help="what the model wants before a caption")
+    parser.add_argument("--top-k", type=int, default=120, help="sampling: tokens considered")
+    parser.add_argument("--top-p", type=float, default=0.95, help="sampling: probability considered")
+    parser.add_argument("--temperature", type=float, default=1.0, help="sampling temperature")
+    parser.add_argument("--max-tokens", type=int, default=64, help="longest paraphrase")
+    parser.add_argument("--batch", type=int, default=64, help="captions at once")
+    parser.add_argument("--filter", help="sentence encoder for the filter of meaning: a local folder or a hub name")
+    parser.add_argument("--min-cosine", type=float, default=0.8, help="with --filter: least similarity to the caption")
+    parser.add_argument("--max-cosine", type=float, default=0.995, help="with --filter: largest (copies are above)")
+    parser.add_argument("--rank", type=int, default=0, help="of --ranks processes, each with its own shards")
+    parser.add_argument("--ranks", type=int, default=1, help="processes that share the work")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--seed", type=int, default=0, help="of the sampling")
+    arguments = parser.parse_args()
+    if not 0 <= arguments.rank < arguments.ranks:
+        raise UserError(f"--rank: expected 0 .. {arguments.ranks - 1}, got {arguments.rank}")
+
+    index = open_index(schema.Data(train=arguments.data, caption=arguments.caption))
+    names = [paraphrase_file(arguments.out, shard).name for shard in index.shards]
+    if len(set(names)) < len(names):
+        raise UserError(
+            "data: expected shards of different names (paraphrases are named after them); use one --out for each"
+        )
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    own = range(arguments.rank, len(index.shards), arguments.ranks)
+    todo = [shard for shard in own if not finished(arguments.out, index, shard)]
+    if todo:
+        device = torch.device(arguments.device)
+        generate = generator(arguments.model, arguments, device)
+        alike = similarity(arguments.filter, device) if arguments.filter else None
+        field = Field.parse(arguments.caption)
+        for shard in track(todo, "Paraphrasing", console=Console(stderr=True)):
+            torch.manual_seed(arguments.seed * 1_000_003 + shard)  # of the shard, not of the history
+            rows, asked, kept = paraphrase_shard(list(captions_of(index, shard, field)), generate, alike, arguments)
+            origin = {"model": str(arguments.model), "filter": arguments.filter, "candidates": asked, "kept": kept}
+            write_paraphrases(arguments.out, index.shards[shard], origin, rows)
+    report(arguments.out, index, own)
+
+
+def report(out: Path, index: Index, own: range) -> None:
+    """Say how much was kept, from what the files say."""
+    origins = [json.loads(paraphrase_file(out, index.shards[shard]).open().readline()) for shard in own]
+    asked, kept = (sum(origin[name] for origin in origins) for name in ("candidates", "kept"))
+    samples = sum(index.shards[shard].num_samples for shard in own)
+    share = f"{kept / max(asked, 1):.1%}"
+    print(f"{out}: {kept:,} paraphrases of {samples:,} samples kept, out of {asked:,} candidates ({share})")
+
+
+if __name__ == "__main__":
+    run_command(main)
