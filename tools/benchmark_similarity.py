@@ -6,7 +6,7 @@
 
 All methods of a size run in turn in one process (one per rank), several rounds, so that a machine that slows down
 slows all of them; figures are medians, and ratios are taken inside one run. On a CPU the time is CPU time, per rank.
-Memory is the peak beyond the features, of one step in a fresh process.
+Memory is the peak beyond the features, of one step in a fresh process (one process only).
 
 units    time in products of 2 b B D operations, at the speed of the floor
 floor    four such products per rank with torch.mm into preallocated memory, nothing else: what `clip` has to compute
@@ -27,7 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil  # type: ignore[import-untyped]
+import psutil
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -77,7 +77,7 @@ class Features:
         value = loss(self)
         if value is None:
             return math.nan
-        value.backward()  # type: ignore[no-untyped-call]
+        value.backward()
         return float(value.detach())
 
 
@@ -296,7 +296,7 @@ def work(rank: int, job: Job, folder: str) -> None:
 def run(job: Job) -> list[dict[str, Any]]:
     """Every rank's answer."""
     with tempfile.TemporaryDirectory() as folder:
-        spawn(work, (job, folder), job.ranks)  # type: ignore[no-untyped-call]
+        spawn(work, (job, folder), job.ranks)
         return [json.loads(Path(folder, f"rank{rank}.json").read_text()) for rank in range(job.ranks)]
 
 
@@ -309,9 +309,9 @@ def measure(names: list[str], batch: int, ranks: int, args: argparse.Namespace) 
     rows = []
     for name in names:
         peak = math.nan
-        if args.memory and name != "floor":
-            job = Job([name], batch, args.width, ranks, 1, args.threads, memory=True)
-            peak = max(answer[name] for answer in run(job))
+        if args.memory and ranks == 1 and name != "floor":
+            (answer,) = run(Job([name], batch, args.width, ranks, 1, args.threads, memory=True))
+            peak = answer[name]
         reference = REFERENCES[METHODS[name].family]
         rows.append(
             {

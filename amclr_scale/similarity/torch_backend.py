@@ -25,7 +25,7 @@ def tile_shape(settings: Settings, device: torch.device) -> tuple[int, int]:
         return settings.chunk, settings.chunk
     if device.type == "cuda":
         return 4096, 4096
-    return (512, 1024) if torch.get_num_threads() == 1 else (1024, 2048)  # threads wait for one another: fewer meetings
+    return (1024, 1024) if torch.get_num_threads() == 1 else (2048, 2048)  # threads wait for one another: meet less
 
 
 @dataclass(frozen=True)
