@@ -264,6 +264,8 @@ class Evaluation(Section):
     another split than test) or a list of {image, caption, [image_id], [negatives]} as ALBEF's and SogCLR's."""
     every_samples: Positive | None = None
     """Also evaluate each time that many samples have been seen; null: at the end only."""
+    caption: str | None = None
+    """Where a sample's captions are in shards, as data.caption; null: the same. All of a list or of several lines count."""
     image_root: str | None = None
     """Folder that the image paths of annotations begin in; null: the annotation file's own folder."""
     classes: str | None = "json.concept"
@@ -345,6 +347,9 @@ class Run(Section):
     """Name of this run's folder; null: configuration name, objective, batch size and time."""
     log_every_steps: Positive = 10
     """Steps between two lines on the console and in metrics.jsonl."""
+    diagnostics: bool = False
+    """Also log, at each logged step, alignment, uniformity, modality gap, gradient norm per modality, the spread of
+    per-sample temperatures, and what the batch size does to a pair's gradient (docs/objectives.md)."""
     wandb: Literal["off", "offline", "online"] = "off"
     """Also log to Weights & Biases; offline writes files to sync later."""
     wandb_project: str = "amclr_scale"

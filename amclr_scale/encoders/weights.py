@@ -11,13 +11,14 @@ CLASSIFIERS = ("fc.", "head.", "heads.", "classifier.")  # what a classification
 NESTED = ("state_dict", "model")  # where training scripts put the weights inside what they save
 
 
-def load_weights(tower: nn.Module, path: str, *, key: str, prefix: str) -> None:
-    """Copy a file's weights into a tower, all of them by name.
+def load_weights(tower: nn.Module, path: str, *, key: str, prefix: str, extra: tuple[str, ...] = CLASSIFIERS) -> None:
+    """Copy a file's weights into a tower (or a whole model), all of them by name.
 
     Args:
         path: .safetensors, or a file of torch.save that holds tensors only.
         key: the configuration key to name in errors.
         prefix: the tower's place in a checkpoint of ours, such as "image_tower."; used where the file has it.
+        extra: how names may begin that the file has and the tower has not.
 
     Raises:
         UserError: no such file, not weights, or not this tower's.
@@ -27,7 +28,7 @@ def load_weights(tower: nn.Module, path: str, *, key: str, prefix: str) -> None:
         state = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
     own = tower.state_dict()
     missing = [name for name in own if name not in state]
-    foreign = [name for name in state if name not in own and not name.startswith(CLASSIFIERS)]
+    foreign = [name for name in state if name not in own and not name.startswith(extra)]
     if missing or foreign:
         raise UserError(
             f"{key}: {path} does not hold this tower's weights: {len(missing)} of its {len(own)} tensors are missing"

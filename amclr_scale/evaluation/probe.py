@@ -74,7 +74,7 @@ def fit(
             flat.grad[: num_classes * D] += l2 * flat[: num_classes * D]
             return summed[-1] + l2 / 2 * flat[: num_classes * D].square().sum()
 
-    optimizer.step(closure)  # type: ignore[no-untyped-call]
+    optimizer.step(closure)
     solved = flat.detach()
     return LinearClassifier(solved[: num_classes * D].view(num_classes, D), solved[num_classes * D :], l2)
 

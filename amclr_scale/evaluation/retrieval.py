@@ -40,7 +40,7 @@ class Ranks:
     text_to_image: Tensor  # (M,) int64
     text_to_image_filtered: Tensor  # (M,) int64
     image_of_text: Tensor  # (M,) int64
-    copies: Tensor  # (M,) bool: another image has the same caption
+    copies: Tensor  # (M,) int64, how many other images have the same caption
     rivals_of_image: Tensor  # (N,) int64, texts that are wrong for it
 
     def numbers(self) -> dict[str, Number]:
@@ -58,10 +58,12 @@ class Ranks:
         numbers["text_to_image_R@mean"] = mean_of(*(numbers[f"text_to_image_R@{k}"] for k in KS))
         numbers["R@mean"] = mean_of(numbers["image_to_text_R@mean"], numbers["text_to_image_R@mean"])
         if self.copies.any():
+            left = (N - self.copies).double()
             for k in KS:
-                numbers[f"text_to_image_filtered_R@{k}"] = number(
-                    _hits(self.text_to_image_filtered, k), clusters=images
-                )
+                hits, chance = _hits(self.text_to_image_filtered, k), float((k / left).clamp(max=1).mean())
+                numbers[f"text_to_image_filtered_R@{k}"] = number(hits, clusters=images, chance=chance)
+            of_ks = [numbers[f"text_to_image_filtered_R@{k}"] for k in KS]
+            numbers["text_to_image_filtered_R@mean"] = mean_of(*of_ks)
         return numbers
 
     def plain(self) -> dict[str, float]:
@@ -71,7 +73,7 @@ class Ranks:
             "text_to_image_median_rank": float(self.text_to_image.double().quantile(0.5)),
             "images": len(self.image_to_text),
             "texts": len(self.text_to_image),
-            "shared_captions": int(self.copies.sum()),
+            "shared_captions": int((self.copies > 0).sum()),
         }
 
 
@@ -183,19 +185,15 @@ class _RightAnswers:
         _, self.groups = torch.unique(groups, return_inverse=True)
         self.texts_of_image, self.image_starts = _lists(owners, N)
         self.texts_of_group, self.group_starts = _lists(self.groups, int(self.groups.max()) + 1 if len(groups) else 0)
-        lowest, highest = (
-            torch.empty(len(self.group_starts) - 1, dtype=torch.int64, device=owners.device)
-            .fill_(fill)
-            .scatter_reduce(0, self.groups, owners, how)
-            for fill, how in ((N, "amin"), (-1, "amax"))
-        )
-        self.copies = (lowest < highest)[self.groups]  # (M,): some other image has this caption too
+        pairs = torch.unique(torch.stack([self.groups, owners]), dim=1)  # a caption, and an image that has it
+        images = torch.bincount(pairs[0], minlength=len(self.group_starts) - 1)
+        self.copies = images[self.groups] - 1  # (M,) other images with this caption
 
     def of_images(self, start: int, stop: int) -> _Pairs:
         """The right pairs of images start ... stop - 1, each once; rows count from `start`."""
         own = self.texts_of_image[int(self.image_starts[start]) : int(self.image_starts[stop])]
         rows = self.owners[own] - start
-        if not self.copies[own].any():
+        if not bool(self.copies[own].any()):
             return _Pairs(rows, own, torch.ones_like(own, dtype=torch.bool))
         group = self.groups[own]
         sizes = self.group_starts[group + 1] - self.group_starts[group]

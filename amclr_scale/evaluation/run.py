@@ -47,7 +47,8 @@ class Evaluator:
 
     def __init__(self, config: Config, *, rank: int = 0, world_size: int = 1):
         self.options = options = config.evaluation
-        opened = partial(open_task, data=config.data, options=options, rank=rank, world_size=world_size)
+        data = config.data.model_copy(update={"caption": options.caption or config.data.caption})
+        opened = partial(open_task, data=data, options=options, rank=rank, world_size=world_size)
         self.tasks = [opened(name) for name in options.splits]
         self.probes = [(one, *_probe_tasks(one, opened)) for one in options.probes]
         self.numbers: dict[str, dict[str, Number]] = {}

@@ -1,0 +1,151 @@
+"""Evaluate trained models: retrieval, zero-shot, probes, geometry, with intervals, beside one another.
+
+    python launch/evaluate.py runs/NAME
+    python launch/evaluate.py runs/A runs/B --suite configs/evaluation/emoji.yaml
+    torchrun --nproc-per-node 8 launch/evaluate.py open_clip/ViT-B-32:FILE --suite configs/evaluation/retrieval.yaml
+
+A suite is a YAML file with a section `evaluation` (and `data`, where captions are elsewhere); without one, what the
+run itself measured is measured again. Several models are compared item by item with the first.
+"""
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from amclr_scale.config.load import _from_words, _read_file, build, merge
+from amclr_scale.config.schema import Config
+from amclr_scale.engine.place import Place, find_place
+from amclr_scale.errors import UserError
+
+
+def arguments(argv: list[str]) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="evaluate.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("checkpoints", nargs="+", help="run folders, open_clip/ARCHITECTURE:FILE, transformers/FOLDER")
+    parser.add_argument("--suite", action="append", default=[], metavar="FILE", help="what to measure; may be repeated")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="such as evaluation.batch_size=512"
+    )
+    parser.add_argument("--output", metavar="FOLDER", help="results go here (a run: evaluation/ in its folder)")
+    parser.add_argument(
+        "--sheet", type=int, default=0, metavar="N", help="draw N captions found and N missed per split"
+    )
+    parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
+    return parser.parse_args(argv)
+
+
+def laid_over(config: Config, suites: list[str], words: list[str]) -> Config:
+    """A model's configuration with the suites' and the command line's keys over it."""
+    tree: dict[str, Any] = config.model_dump(mode="json")
+    for suite in suites:
+        above = _read_file(Path(suite))
+        foreign = set(above) - {"evaluation", "data"}
+        if foreign:
+            raise UserError(
+                f"{suite}: expected the sections evaluation and data only, got {', '.join(sorted(foreign))}"
+            )
+        tree = merge(tree, above)
+    return build(merge(tree, _from_words(words)))
+
+
+class Watched:
+    """A model that says how much it has encoded."""
+
+    def __init__(self, model: Callable[..., Any], name: str, say: Callable[[str], None]):
+        self.model, self.name, self.say, self.count = model, name, say, 0
+
+    def __call__(self, **inputs: Any) -> Any:
+        self.count += sum(len(inputs[kind][0]) for kind in ("images", "texts") if inputs.get(kind))
+        self.say(f"{self.name}: {self.count:,} images and captions encoded")
+        return self.model(**inputs)
+
+
+def run(options: argparse.Namespace, place: Place) -> None:
+    """The flow: models -> splits -> numbers -> table, files, sheets."""
+    import torch
+    from rich.console import Console
+
+    from amclr_scale.evaluation.models import load_model
+    from amclr_scale.evaluation.report import comparison_lines, comparisons, write
+    from amclr_scale.evaluation.run import Evaluator
+    from amclr_scale.evaluation.sheet import text_to_image_sheet
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if place.world_size > 1:
+        from amclr_scale.engine.distributed import start
+
+        device = start(place)
+    speaks = place.rank == 0
+    results: dict[str, dict[str, float]] = {}
+    measured: dict[str, Any] = {}
+    compared: dict[str, Any] = {}
+    folder: Path | None = Path(options.output) if options.output else None
+    console = Console(stderr=True)
+    resamples = 0
+    for checkpoint in options.checkpoints:
+        loaded = load_model(checkpoint)
+        config = laid_over(loaded.config, options.suite, options.set)
+        if not config.evaluation.splits and not config.evaluation.probes:
+            raise UserError("--suite: expected something to measure; give a suite, or --set evaluation.splits=[...]")
+        folder = folder or (loaded.folder / "evaluation" if loaded.folder else Path("runs") / "evaluation")
+        evaluator = Evaluator(config, rank=place.rank, world_size=place.world_size)
+        model = loaded.model.to(device)
+        begin = time.perf_counter()
+        with console.status(f"{checkpoint} ...") as status:
+            encode = Watched(model, checkpoint, status.update)
+            name = checkpoint if loaded.name in results else loaded.name
+            results[name], measured[name] = evaluator.measure(encode), evaluator.numbers
+            for number, task in enumerate(evaluator.tasks if options.sheet else []):
+                if task.retrieval:
+                    sheet = text_to_image_sheet(encode, task, config.evaluation.batch_size, options.sheet)
+                    if speaks:
+                        folder.mkdir(parents=True, exist_ok=True)
+                        sheet.save(folder / f"sheet_{len(results)}_{number}.png")
+        if speaks:
+            print(
+                f"{checkpoint}, {time.perf_counter() - begin:.1f} s\n\n{evaluator.table(results[name])}\n", flush=True
+            )
+        resamples = config.evaluation.resamples
+    first = next(iter(results))
+    for name in list(results)[1:]:
+        pair = f"{name} against {first}"
+        compared[pair] = comparisons(measured[first], measured[name], resamples=resamples or 1000)
+        if speaks:
+            print(
+                f"{pair}: percentage points, paired, 95 % interval\n  " + "\n  ".join(comparison_lines(compared[pair]))
+            )
+    if speaks and folder is not None:
+        write(folder, results, compared)
+        print(f"results.json and results.md in {folder}")
+    if place.world_size > 1:
+        from amclr_scale.engine.distributed import stop
+
+        stop()
+
+
+def main(argv: list[str]) -> int:
+    """Run, and say a user's mistake in one line."""
+    place = Place()
+    options = arguments(argv)
+    try:
+        place = find_place()
+        run(options, place)
+    except UserError as error:
+        if place.local_rank:
+            time.sleep(5)
+        print(f"\n{error}", file=sys.stderr, flush=True)
+        if place.world_size > 1:
+            sys.stdout.flush()
+            os._exit(2)  # others may be waiting in a collective
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
