@@ -47,10 +47,12 @@ def run(config: Config, source: str | None, place: Place, stopwatch: Stopwatch) 
     from amclr_scale.engine.distributed import broadcast_object, seed_everything, start, stop
     from amclr_scale.engine.loop import train
     from amclr_scale.engine.plan import make_plan
-    from amclr_scale.engine.setup import build_engine, prepare_towers
+    from amclr_scale.engine.profiling import StepProfiler
+    from amclr_scale.engine.setup import adapt_to_objective, build_engine, prepare_towers, sample_views, throughput
     from amclr_scale.engine.step import TrainStep
     from amclr_scale.evaluation.run import Evaluator
     from amclr_scale.metrics.curve import draw_if_possible
+    from amclr_scale.metrics.flops import count
     from amclr_scale.metrics.log import RunLog
     from amclr_scale.metrics.phases import Phases
     from amclr_scale.similarity import configure
@@ -75,13 +77,15 @@ def run(config: Config, source: str | None, place: Place, stopwatch: Stopwatch) 
         context_length=config.data.context_length,
         image_size=config.data.image_size, image_mean=config.data.image_mean, image_std=config.data.image_std,
     )  # fmt: skip
-    prepare_towers(model, config.execution)
-    stopwatch.lap("model")
-
     options = {key: value for key, value in config.objective.items() if key != "name"}
     objective = objectives.create(
         config.objective["name"], num_samples=loader.num_samples, sample_state=config.execution.sample_state, **options
     ).to(device)
+    adapt_to_objective(model, objective, config.model.embedding_width)
+    prepare_towers(model, config.execution)
+    flops = count(model, *sample_views(config))
+    stopwatch.lap("model")
+
     similarity = config.execution.similarity
     configure(
         chunk=similarity.chunk, gather=similarity.gather, backend=similarity.backend,
@@ -102,7 +106,10 @@ def run(config: Config, source: str | None, place: Place, stopwatch: Stopwatch) 
         kept=config.execution.kept_micro_batches, device=device, phases=phases,
     )  # fmt: skip
 
-    with RunLog(folder, config, speaks=place.rank == 0, total_steps=plan.total_steps) as log:
+    with (
+        RunLog(folder, config, speaks=place.rank == 0, total_steps=plan.total_steps) as log,
+        StepProfiler(folder, config.execution.profile, place.rank) as profiler,
+    ):
         log.say(f"run folder {folder}\n{plan}")
         size = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
         log.say(f"{size:,} parameters, objective {config.objective['name']}, {optimizer}, on {device}")
@@ -115,6 +122,7 @@ def run(config: Config, source: str | None, place: Place, stopwatch: Stopwatch) 
 
         results = train(
             config, plan, step=step, objective=objective, batches=iter(loader), log=log, phases=phases, device=device,
+            throughput=throughput(config, plan, model, flops, device), profiler=profiler,
             evaluate=(lambda: evaluator(engine)) if evaluator else None, on_first_step=first_step_done,
         )  # fmt: skip
         save_weights(folder, model, objective, speaks=place.rank == 0)

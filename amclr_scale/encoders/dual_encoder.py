@@ -68,6 +68,7 @@ class DualEncoder(nn.Module):
         logit_scale: (1,), the LOGARITHM of the scale; outputs carry the scale itself.
         temperatures: gives per-sample temperatures from detached features, when an objective wants them:
             `temperatures(image, text) -> ((b,), (b,))`; None otherwise.
+        unit_rows: bring embeddings to unit length; False while training an objective that needs their length (VICReg).
     """
 
     def __init__(
@@ -90,6 +91,7 @@ class DualEncoder(nn.Module):
         self.logit_scale = nn.Parameter(torch.tensor([-math.log(temperature)]))  # (1,): DeepSpeed refuses ()
         self.logit_bias = nn.Parameter(torch.tensor([logit_bias]))
         self.temperatures: nn.Module | None = None
+        self.unit_rows = True
         self.notes = notes
 
     def forward(
@@ -114,7 +116,8 @@ class DualEncoder(nn.Module):
                 continue
             stacked = torch.cat([view.to(device, non_blocking=True) for view in views])
             raw, embedded = encode(stacked, dtype)
-            out[name], *further = torch.split(_unit(embedded), [len(view) for view in views])
+            rows = _unit(embedded) if self.unit_rows or not self.training else _at_least_float32(embedded)
+            out[name], *further = torch.split(rows, [len(view) for view in views])
             out[f"{name}_views"] = tuple(further)
             if features:
                 out[f"{name}_features"] = raw[: len(views[0])]

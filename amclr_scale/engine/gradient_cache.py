@@ -41,6 +41,7 @@ class CachedStep:
 
     loss: Loss
     leaves: Mapping[str, Tensor]
+    embeddings: Embeddings  # the same leaves, as the objective saw them
 
 
 @dataclass(frozen=True)
@@ -152,7 +153,8 @@ def cached_backward(
         }
         ids = batch.ids.to(device, non_blocking=True)
         text_ids = None if batch.text_ids is None else batch.text_ids.to(device, non_blocking=True)
-        loss = objective(_embeddings(leaves, ids, text_ids))
+        embeddings = _embeddings(leaves, ids, text_ids)
+        loss = objective(embeddings)
         loss.value.backward()
 
     with phases("pass_2"), one_reduction or nullcontext():
@@ -166,7 +168,7 @@ def cached_backward(
                 _surrogate(outputs, leaves, micro_batches[index].rows, len(micro_batches)),
                 index == len(micro_batches) - 1,
             )
-    return CachedStep(loss, leaves)
+    return CachedStep(loss, leaves, embeddings)
 
 
 def _surrogate(outputs: dict[str, Tensor], leaves: Mapping[str, Tensor], rows: slice, num_micro_batches: int) -> Tensor:

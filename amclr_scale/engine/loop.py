@@ -8,10 +8,13 @@ import torch
 
 from amclr_scale.config.schema import Config
 from amclr_scale.engine.plan import Plan
+from amclr_scale.engine.profiling import StepProfiler
 from amclr_scale.engine.schedules import learning_rate
 from amclr_scale.engine.step import StepReport, TrainStep
 from amclr_scale.metrics.log import RunLog
 from amclr_scale.metrics.phases import Phases
+from amclr_scale.metrics.throughput import Throughput
+from amclr_scale.objectives import diagnostics
 from amclr_scale.objectives.base import Objective
 from amclr_scale.similarity.collectives import all_sum, world_size
 from amclr_scale.types import Batch
@@ -36,6 +39,8 @@ def train(
     evaluate: Callable[[], dict[str, float]] | None,
     log: RunLog,
     phases: Phases,
+    throughput: Throughput,
+    profiler: StepProfiler,
     device: torch.device,
     on_first_step: Callable[[], None] = lambda: None,
 ) -> dict[str, float]:
@@ -51,12 +56,17 @@ def train(
         report = step(batch, lr)
         samples += plan.global_batch_size
         log.advance(done)
+        profiler.step()
         if done == 1:
             on_first_step()
 
         if done % config.run.log_every_steps == 0 or done in (1, plan.total_steps):
             seconds = time.perf_counter() - logged_time
-            record = _record(report, phases, seconds, (samples - logged_at) / seconds, device)
+            rates = throughput.record((samples - logged_at) / seconds)
+            record = {**_record(report, phases, seconds, device), **rates}
+            if config.run.diagnostics:
+                found = diagnostics.of_step(objective, report.embeddings)
+                record |= {f"diagnostics/{name}": value for name, value in found.items()}
             place = {"step": done, "samples": samples, "epoch": samples / plan.num_samples, "lr": lr}
             log.step({**place, **record}, plan.total_steps)
             if record["data_wait_share"] > WAIT_WARNING and done > config.run.log_every_steps:
@@ -76,7 +86,7 @@ def train(
     return results
 
 
-def _record(report: StepReport, phases: Phases, seconds: float, rate: float, device: torch.device) -> dict[str, float]:
+def _record(report: StepReport, phases: Phases, seconds: float, device: torch.device) -> dict[str, float]:
     """What a logged step says. Loss and metrics are averaged over ranks: then they are those of the global batch."""
     spent = phases.seconds()
     own = {"loss": float(report.loss.value.detach()), **{f"objective/{k}": v for k, v in report.loss.metrics.items()}}
@@ -85,7 +95,6 @@ def _record(report: StepReport, phases: Phases, seconds: float, rate: float, dev
         **dict(zip(own, means, strict=True)),
         "grad_norm": report.grad_norm,
         "logit_scale": report.logit_scale,
-        "samples_per_second": rate,
         "data_wait_share": min(1.0, spent.get("data", 0.0) / seconds),
         "peak_memory_gib": peak_memory_gib(device),
         **{f"seconds/{name}": value for name, value in spent.items()},

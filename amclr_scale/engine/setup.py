@@ -9,10 +9,15 @@ from torch import nn
 from amclr_scale.config.load import merge
 from amclr_scale.config.schema import Config, Execution
 from amclr_scale.encoders.dual_encoder import DualEncoder
-from amclr_scale.encoders.recomputation import set_recomputation
+from amclr_scale.encoders.recomputation import Recomputation, blocks, set_recomputation
 from amclr_scale.engine.layerwise import attach
 from amclr_scale.engine.optimizers import build_optimizer, parameter_groups
+from amclr_scale.engine.plan import Plan
 from amclr_scale.errors import UserError
+from amclr_scale.metrics.flops import ModelFlops, device_peak
+from amclr_scale.metrics.throughput import Throughput
+from amclr_scale.objectives.base import Objective
+from amclr_scale.objectives.isogclr import ISogCLRNet
 
 
 def deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:
@@ -38,6 +43,8 @@ def deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:
         "fp16": {"enabled": execution.precision == "fp16"},
         "steps_per_print": 10**9,
     }
+    if execution.profile:
+        generated["comms_logger"] = {"enabled": True, "verbose": False}
     if execution.precision != "fp32":
         generated["communication_data_type"] = "fp32"  # the mean over ranks is taken in fp32, whatever is sent
     return merge(generated, config.deepspeed)
@@ -46,6 +53,13 @@ def deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:
 def quieten() -> None:
     """Warnings and errors of DeepSpeed only: our own lines say what a user needs to know."""
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+
+
+def adapt_to_objective(model: DualEncoder, objective: Objective, embedding_width: int) -> None:
+    """Let the model give what the objective reads: generated temperatures, embeddings of their own length."""
+    model.unit_rows = objective.needs_unit_rows
+    if isinstance(objective, ISogCLRNet):
+        model.temperatures = objective.temperature_generators(embedding_width)
 
 
 def prepare_towers(model: DualEncoder, execution: Execution) -> None:
@@ -88,3 +102,32 @@ def build_engine(
     )
     attach(optimizer, engine.optimizer, config.execution.zero_stage, device)
     return engine, provider
+
+
+def sample_views(config: Config) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
+    """One sample of the shapes that the recipe trains on, to count operations with."""
+    data = config.data
+    image = torch.zeros(1, 3, data.image_size, data.image_size, dtype=torch.uint8)
+    text = torch.ones(1, data.context_length, dtype=torch.int64)
+    return (image,) * (1 + data.image_views), (text,) * (1 + data.text_views)
+
+
+def throughput(config: Config, plan: Plan, model: DualEncoder, flops: ModelFlops, device: torch.device) -> Throughput:
+    """How a rate of samples becomes rates of operations on this device."""
+    kept = min(config.execution.kept_micro_batches, plan.micro_batches)
+
+    def recomputed(tower: torch.nn.Module, recomputation: Recomputation) -> float:
+        total = len(blocks(tower))
+        every = (
+            {"none": total + 1, "full": 1}.get(recomputation, 1) if isinstance(recomputation, str) else recomputation
+        )
+        return total // every / total if total else 0.0
+
+    return Throughput(
+        world_size=plan.world_size,
+        flops=flops,
+        second_forwards=(plan.micro_batches - kept) / plan.micro_batches,
+        recomputed_image=recomputed(model.image_tower, config.execution.recompute_image),
+        recomputed_text=recomputed(model.text_tower, config.execution.recompute_text),
+        peak=device_peak(device, config.execution.precision),
+    )

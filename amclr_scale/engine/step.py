@@ -22,11 +22,21 @@ class NonFiniteError(RuntimeError):
     """A loss or gradient that is not a number. The message names step, rank and sample ids; no weight was updated."""
 
 
+class OutOfMemoryError(RuntimeError):
+    """A step did not fit. The message names the key that shrinks what was being computed."""
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether an error means that; the CPU allocator has no class of its own for it."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
 @dataclass(frozen=True)
 class StepReport:
     """What one step left behind, as it is on the device."""
 
     loss: Loss
+    embeddings: Embeddings  # what the objective saw, with gradients
     grad_norm: float  # L2, of the whole gradient, before clipping
     logit_scale: float  # 1 / temperature, as it was in this step
 
@@ -73,8 +83,17 @@ class TrainStep:
 
         Raises:
             NonFiniteError: before any weight is touched.
+            OutOfMemoryError: says which key to turn down, and to what.
         """
         set_learning_rate(self.engine.optimizer.param_groups, lr)
+        try:
+            return self._step(batch)
+        except (MemoryError, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and not _is_out_of_memory(error):
+                raise
+            raise OutOfMemoryError(self._advice(len(batch), error)) from error
+
+    def _step(self, batch: Batch) -> StepReport:
         done = cached_backward(
             self._encode,
             self.objective,
@@ -99,7 +118,25 @@ class TrainStep:
                     self._fail(done, batch)
             clamp_(self.engine.module.logit_scale, *LOG_SCALE_BOUNDS)
         self.steps += 1
-        return StepReport(done.loss, grad_norm, float(done.leaves["logit_scale"].detach()))
+        return StepReport(done.loss, done.embeddings, grad_norm, float(done.leaves["logit_scale"].detach()))
+
+    def _advice(self, local_batch: int, error: BaseException) -> str:
+        largest = max(self.micro_batch_sizes)
+        encoding = (
+            f"execution.micro_batch_size: {max(1, largest // 2)} instead of {largest} halves the activations (the "
+            "gradient cache keeps the result the same); execution.recompute_image=full and "
+            "execution.recompute_text=full shrink them further"
+        )
+        advice = {
+            "objective": "execution.similarity.chunk: a smaller one (512, say) shrinks the similarity blocks; "
+            "execution.similarity.gather=ring keeps one rank's features at a time; execution.similarity.cache_mib=0",
+            "optimizer": "execution.zero_stage: each higher stage divides more of the model's state by the number of "
+            "ranks; execution.offload=optimizer moves it to the host",
+        }.get(self.phases.current, encoding)
+        if self.kept > 1:
+            advice += f"; execution.kept_micro_batches={self.kept - 1} keeps fewer graphs"
+        place = f"step {self.steps}, phase {self.phases.current}, {local_batch} samples on this rank"
+        return f"out of memory ({place}): {str(error).splitlines()[0]}\n{advice}"
 
     def _may_skip(self) -> bool:
         """fp16: a scaled loss that overflows is skipped and scaled down, until the scale has nothing left to give."""

@@ -9,16 +9,22 @@ import torch
 
 
 class Phases:
-    """Named stretches of time. `with phases("objective"): ...`, then `seconds()` once in a while."""
+    """Named stretches of time. `with phases("objective"): ...`, then `seconds()` once in a while.
+
+    Attributes:
+        current: the name of the stretch that began last, for error messages.
+    """
 
     def __init__(self, device: torch.device):
         self.cuda = device.type == "cuda"
+        self.current = ""
         self._seconds: dict[str, float] = defaultdict(float)
         self._events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
 
     @contextmanager
     def __call__(self, name: str, *, host: bool = False) -> Iterator[None]:
         """Time a block. `host`: by the host's clock even on CUDA (waiting for data is the host's time)."""
+        self.current = name
         if not self.cuda or host:
             begin = time.perf_counter()
             yield

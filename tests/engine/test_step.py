@@ -9,7 +9,7 @@ from torch import Tensor
 from amclr_scale import objectives
 from amclr_scale.engine.schedules import learning_rate
 from amclr_scale.engine.setup import build_engine
-from amclr_scale.engine.step import NonFiniteError, TrainStep
+from amclr_scale.engine.step import NonFiniteError, OutOfMemoryError, TrainStep
 from amclr_scale.engine.weights import full_fp32
 from amclr_scale.metrics.phases import Phases
 from amclr_scale.similarity.collectives import rank, world_size
@@ -149,3 +149,29 @@ def test_bf16_follows_fp32(ranks, stage):
         for name, value in want[0].items():
             assert (weights[name] - value).norm() < 0.03 * value.norm() + 0.01, name
         del losses
+
+
+def test_out_of_memory_says_which_key_to_turn(ranks):
+    encoding, objective = ranks(1, starved_run, "encoding")[0], ranks(1, starved_run, "objective")[0]
+    assert "execution.micro_batch_size: 2 instead of 4" in encoding
+    assert "execution.similarity.chunk" in objective
+    assert "step 0, phase objective, 16 samples" in objective
+
+
+def starved_run(where: str) -> str:
+    model = towers()
+    engine, _ = build_engine(config(SIZE), model, no_decay=model.no_weight_decay(), device=CPU, world_size=world_size())
+
+    def objective(embeddings: Embeddings) -> Loss:
+        torch.empty(2**50)
+        raise AssertionError("a pebibyte was there")
+
+    if where == "encoding":
+        model.image.register_forward_hook(lambda *_: torch.empty(2**50))
+    step = TrainStep(engine, objective, micro_batch_sizes=(4, 4), device=CPU, phases=Phases(CPU))
+    try:
+        step(local_batch(0, SIZE, rank(), world_size()), 0.01)
+    except OutOfMemoryError as error:
+        engine.destroy()
+        return str(error)
+    raise AssertionError("the step went through")

@@ -1,0 +1,47 @@
+"""A torch.profiler trace of a few steps, and DeepSpeed's own summaries of operations and messages."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile, schedule
+
+SKIPPED = 3  # first steps: allocation, compilation, the loader's start
+
+
+class StepProfiler:
+    """`with StepProfiler(folder, steps, rank) as profiler`, then `profiler.step()` after each step; 0 steps: nothing.
+
+    Writes `profile/rank0.json` (open it in chrome://tracing or Perfetto) into the run folder, one file per rank, and
+    on rank 0 the messages between ranks by collective, size and time.
+    """
+
+    def __init__(self, folder: Path, steps: int, rank: int):
+        self.folder, self.steps, self.rank, self.done = folder / "profile", steps, rank, 0
+        self._profiler: Any = None
+        if steps:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])]
+            self._profiler = profile(
+                activities=activities,
+                schedule=schedule(wait=SKIPPED - 1, warmup=1, active=steps, repeat=1),
+                on_trace_ready=lambda p: p.export_chrome_trace(str(self.folder / f"rank{rank}.json")),
+                profile_memory=True,
+            )
+
+    def step(self) -> None:
+        """Tell that a step is done."""
+        if self._profiler is not None:
+            self._profiler.step()
+
+    def __enter__(self) -> "StepProfiler":
+        if self._profiler is not None:
+            self._profiler.__enter__()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._profiler is not None:
+            self._profiler.__exit__(*error)
+            if self.rank == 0:
+                table = self._profiler.key_averages().table(sort_by="self_cpu_time_total", row_limit=30)
+                (self.folder / "operators.txt").write_text(table)

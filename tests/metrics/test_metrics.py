@@ -1,0 +1,106 @@
+"""What a run reports about itself."""
+
+import json
+import math
+import time
+
+import pytest
+import torch
+from torch import nn
+
+from amclr_scale.config.load import load
+from amclr_scale.errors import UserError
+from amclr_scale.metrics import run_folder
+from amclr_scale.metrics.curve import draw, read
+from amclr_scale.metrics.flops import ModelFlops, count
+from amclr_scale.metrics.log import RunLog
+from amclr_scale.metrics.phases import Phases
+
+
+class Linears(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.image, self.text = nn.Linear(10, 20), nn.Linear(6, 4)
+
+    def forward(self, images, texts):
+        return [self.image(x) for x in images] + [self.text(x) for x in texts]
+
+
+def test_operations_are_counted_per_sample_and_view():
+    flops = count(Linears(), (torch.zeros(3, 10), torch.zeros(3, 10)), (torch.zeros(3, 6),))
+    assert flops == ModelFlops(image=2 * 2 * 10 * 20, text=2 * 6 * 4)
+    assert flops.useful() == 3 * (800 + 48)
+    assert flops.hardware(second_forwards=0.5, recomputed_image=1.0, recomputed_text=0.0) == 3 * 848 + 424 + 800
+
+
+def test_phases_add_up_and_start_again():
+    phases = Phases(torch.device("cpu"))
+    for _ in range(2):
+        with phases("a"):
+            assert phases.current == "a"
+            time.sleep(0.02)
+    with phases("b", host=True):
+        pass
+    seconds = phases.seconds()
+    assert seconds["a"] >= 0.04
+    assert seconds["b"] < seconds["a"]
+    assert phases.seconds() == {}
+
+
+@pytest.fixture
+def log(tmp_path):
+    config = load(None, ["train.epochs=1"])
+    with RunLog(tmp_path, config, speaks=True, total_steps=4) as log:
+        yield log
+
+
+def step(n, loss):
+    keys = ("epoch", "lr", "grad_norm", "logit_scale", "samples_per_second", "data_wait_share", "peak_memory_gib")
+    return {"step": n, "samples": n * 8, "loss": loss, "objective/objective": loss, **dict.fromkeys(keys, 0.5)}
+
+
+def test_records_are_one_json_object_each_and_know_no_nan(log, tmp_path, capsys):
+    log.step(step(1, 2.5), 4)
+    log.step(step(2, math.nan), 4)
+    first, second = read(tmp_path)
+    assert (first["loss"], second["loss"]) == (2.5, None)
+    assert first["time"] == pytest.approx(time.time(), abs=60)
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2
+    assert lines[0].startswith("step      1/4")
+
+
+def test_the_learning_curve_is_a_picture(log, tmp_path):
+    log.step(step(1, 2.5), 4)
+    log.step(step(2, 2.0), 4)
+    log.write({"step": 2, "samples": 16, "eval/emoji/val_style/image_to_text_R@1": 0.25})
+    assert draw(tmp_path).read_bytes().startswith(b"\x89PNG")
+
+
+def test_another_rank_is_silent(tmp_path, capsys):
+    with RunLog(tmp_path, load(None, ["train.epochs=1"]), speaks=False, total_steps=4) as log:
+        log.step(step(1, 2.5), 4)
+        log.say("hello")
+    assert capsys.readouterr().out == ""
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_run_folder_holds_what_is_needed_to_repeat_it(tmp_path):
+    config = load(None, ["train.epochs=1", f"run.folder={tmp_path}", "run.name=a"])
+    run_folder.create(tmp_path / "a", config, "cpu", 2)
+    assert load(tmp_path / "a" / "config.yaml") == config
+    environment = json.loads((tmp_path / "a" / "environment.json").read_text())
+    assert environment["ranks"] == 2
+    assert environment["packages"]["torch"].startswith(torch.__version__.split("+")[0])
+    (tmp_path / "a" / "metrics.jsonl").write_text("")
+    with pytest.raises(UserError, match=r"run\.name: .* holds a run already"):
+        run_folder.check_writable(config)
+
+
+def test_wandb_offline_writes_files_to_sync_later(tmp_path, monkeypatch):
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    config = load(None, ["train.epochs=1", "run.wandb=offline"])
+    with RunLog(tmp_path, config, speaks=True, total_steps=1) as log:
+        log.step(step(1, 2.5), 1)
+    assert list((tmp_path / "wandb").glob("offline-run-*/*.wandb"))
