@@ -20,7 +20,11 @@ def save_weights(folder: Path, model: nn.Module, objective: nn.Module, *, speaks
     """
     weights = {name: full_fp32(parameter).cpu() for name, parameter in model.named_parameters()}
     weights |= {name: buffer.cpu() for name, buffer in model.named_buffers()}
-    state = {name: value.cpu().contiguous() for name, value in objective.state_dict().items() if isinstance(value, torch.Tensor)}
+    state = {
+        name: value.cpu().contiguous()
+        for name, value in objective.state_dict().items()
+        if isinstance(value, torch.Tensor)
+    }
     if not speaks:
         return
     save_file({name: value.contiguous() for name, value in weights.items()}, folder / "weights.safetensors")
