@@ -121,7 +121,7 @@ def gather_numbers(numbers: list[int], ranks: Group) -> list[list[int]]:
     """Every rank's numbers, in rank order; all have equally many."""
     if ranks.size == 1:
         return [numbers]
-    device = "cuda" if dist.get_backend(ranks.process_group) == "nccl" else "cpu"
+    device = "cuda" if "nccl" in dist.get_backend(ranks.process_group) else "cpu"
     return cast(list[list[int]], all_gather(torch.tensor([numbers], device=device), ranks).tolist())
 
 
@@ -154,7 +154,7 @@ def reduce_scatter(x: Tensor, ranks: Group | None = None) -> Tensor:
     x = x.detach().contiguous()
     if ranks.size == 1:
         return x
-    if dist.get_backend(ranks.process_group) == "gloo":  # gloo's own reduces everything everywhere
+    if x.device.type == "cpu":  # gloo's own sends the whole of x to everybody
         return exchange(x.view(ranks.size, -1, *x.shape[1:]), ranks).sum(0)
     out = x.new_empty((x.shape[0] // ranks.size, *x.shape[1:]))
     _reduce_scatter_single(out, x, group=ranks.process_group)

@@ -17,7 +17,7 @@ import os
 
 import torch
 
-from amclr_scale.similarity.collectives import Group
+from amclr_scale.similarity.collectives import Group, world_size
 from amclr_scale.similarity.settings import Distribution
 
 CPU_OPERATIONS, CPU_LINK = 1e11, 1e9  # one core; 10 Gbit/s
@@ -32,7 +32,8 @@ def choose(distribution: Distribution, ranks: Group, local_rows: int, device: to
     if distribution != "auto":
         return distribution
     if device.type == "cuda":
-        one_node = ranks.size <= int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        # All ranks have to choose alike: this says the same on every node, also where nodes differ.
+        one_node = os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE")) == str(world_size())
         rows = 2 * CUDA_OPERATIONS / (CUDA_NODE_LINK if one_node else CUDA_CLUSTER_LINK)
     else:
         rows = 2 * CPU_OPERATIONS / CPU_LINK

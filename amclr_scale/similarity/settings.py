@@ -22,7 +22,7 @@ class Settings:
     """The `execution.similarity` part of a configuration."""
 
     chunk: Literal["auto"] | int = "auto"
-    """Rows (and columns) of the block of similarities alive at once."""
+    """Rows of similarities alive at once; `contrast`, `pairwise` and `top_k` use tiles of chunk x chunk."""
 
     gather: Gather = "all"
     """`all`: every rank holds all keys, memory O(B D). `ring`: keys travel from rank to rank, memory O(b D)."""
@@ -48,13 +48,16 @@ class Settings:
             raise ValueError(f"cache_bytes: expected a number of bytes, 0 or more, got {self.cache_bytes!r}")
 
 
-_process = Settings()
+class _Process:
+    settings = Settings()
+
+
 _block: ContextVar[Settings | None] = ContextVar("amclr_scale_similarity_settings", default=None)
 
 
 def current() -> Settings:
     """The settings in force here."""
-    return _block.get() or _process
+    return _block.get() or _Process.settings
 
 
 def configure(**changes: Any) -> Settings:
@@ -63,9 +66,8 @@ def configure(**changes: Any) -> Settings:
     Raises:
         ValueError: no such setting, or a value it cannot have.
     """
-    global _process  # noqa: PLW0603 - the one process-wide value of this package
-    _process = _changed(_process, changes)
-    return _process
+    _Process.settings = _changed(_Process.settings, changes)
+    return _Process.settings
 
 
 @contextmanager

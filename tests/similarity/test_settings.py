@@ -5,7 +5,7 @@ import threading
 import pytest
 import torch
 
-from amclr_scale.similarity import configure, current, using
+from amclr_scale.similarity import configure, current, distribution, using
 from amclr_scale.similarity.collectives import Group
 from amclr_scale.similarity.distribution import choose
 
@@ -56,6 +56,7 @@ def test_the_automatic_distribution_follows_its_rule(monkeypatch):
     assert choose("auto", Group(0, 1, 0), 8, cpu) == "reduce_scatter"
     assert choose("auto", ranks, 100, cpu) == "column_sums"
     assert choose("auto", ranks, 4096, cpu) == "reduce_scatter"
+    monkeypatch.setattr(distribution, "world_size", lambda: 8)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
     assert choose("auto", ranks, 4096, cuda) == "reduce_scatter"
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
