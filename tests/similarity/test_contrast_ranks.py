@@ -6,7 +6,7 @@ import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from amclr_scale.similarity import all_sum, contrast, rank, using, world_size
+from amclr_scale.similarity import all_sum, collectives, contrast, rank, using, world_size
 from tests.similarity.definition import both_sides, draw, relative_error
 
 DISTRIBUTIONS = ["reduce_scatter", "column_sums", "two_blocks"]
@@ -198,6 +198,34 @@ def test_backward_holds_features_and_numbers_per_anchor(ranks, chunk):
         for held in ranks(W, held_bytes, b, D, {"chunk": chunk, "gather": gather}):
             assert held <= rows * features + b * numbers
             assert held < b * B * 4 / 8  # far from a block of similarities
+
+
+def largest_gather(b, D, how):
+    """Bytes of the largest tensor gathered from all ranks, forward and backward."""
+    sizes = [0]
+    original = collectives._all_gather_single
+
+    def run(out, x, **kwargs):
+        sizes.append(out.nbytes)
+        return original(out, x, **kwargs)
+
+    try:
+        collectives._all_gather_single = run
+        image, text = torch.randn(2, b, D).requires_grad_()
+        with using(**how):
+            c = contrast(image, text, temperature=0.5)
+        (c.image.log_sum + c.text.log_sum).mean().backward()
+    finally:
+        collectives._all_gather_single = original
+    return max(sizes)
+
+
+def test_a_ring_gathers_numbers_per_sample_only(ranks):
+    b, D, W = 16, 24, 4
+    for distribution in DISTRIBUTIONS:
+        how = {"distribution": distribution}
+        assert ranks(W, largest_gather, b, D, how | {"gather": "ring"}) == [3 * 4 * b * W] * W
+        assert ranks(W, largest_gather, b, D, how | {"gather": "all"}) == [D * 4 * b * W] * W
 
 
 def uneven():
