@@ -26,7 +26,9 @@ def draw(folder: Path) -> Path:
     tests = [r for r in records if any(key.startswith("eval/") for key in r)]
     keys = sorted({key for r in tests for key in r if key.startswith("eval/") and key.endswith(("_R@1", "_top1"))})
     figure, (above, below) = plt.subplots(2, 1, figsize=(8, 7), sharex=True, height_ratios=(2, 3))
-    above.plot([r["samples"] for r in training], [r["objective/objective"] for r in training], color="black", linewidth=1)
+    above.plot(
+        [r["samples"] for r in training], [r["objective/objective"] for r in training], color="black", linewidth=1
+    )
     above.set_ylabel("training objective")
     for key in keys:
         known = [r for r in tests if r.get(key) is not None]
