@@ -47,6 +47,7 @@ def train(
     """Run the recipe to its end on every rank; returns the last evaluation."""
     samples, logged_at, logged_time = 0, 0, time.perf_counter()
     results: dict[str, float] = {}
+    warned = False
     for done in range(1, plan.total_steps + 1):
         objective.set_epoch(samples / plan.num_samples)
         middle = samples + plan.global_batch_size / 2
@@ -69,7 +70,8 @@ def train(
                 record |= {f"diagnostics/{name}": value for name, value in found.items()}
             place = {"step": done, "samples": samples, "epoch": samples / plan.num_samples, "lr": lr}
             log.step({**place, **record}, plan.total_steps)
-            if record["data_wait_share"] > WAIT_WARNING and done > config.run.log_every_steps:
+            if record["data_wait_share"] > WAIT_WARNING and done > config.run.log_every_steps and not warned:
+                warned = True
                 share = f"{record['data_wait_share']:.0%}"
                 log.say(f"data: {share} of the time went into waiting for data; raise execution.workers")
             logged_at, logged_time = samples, time.perf_counter()

@@ -39,6 +39,11 @@ class Plan:
             f"{', through the gradient cache' if self.micro_batches > 1 else ''})\n"
             f"{self.total_steps} steps = {self.total_samples} samples = "
             f"{self.total_samples / self.num_samples:.2f} epochs of {self.num_samples}"
+            + (
+                f"\na global batch holds {self.global_batch_size / self.num_samples:.1f} epochs: samples meet themselves in it"
+                if self.global_batch_size > self.num_samples
+                else ""
+            )
         )
 
 
