@@ -8,9 +8,14 @@ Three rates of the same shards:
     ours          TrainLoader: deterministic order, decoding, augmentation, tokens, batches
     webdataset    its own shard and sample shuffle (buffer of 1,000), then the same decoding, augmentation and tokens
 
-Rounds of both loaders alternate, and medians are reported, so that a busy machine slows both. CPU seconds are those of the
-process and its workers together; on a machine with other work they say more than the wall time. --photos makes JPEG
+Rounds of both loaders alternate, and medians are reported, so that a busy machine slows both. CPU seconds are those of
+the process and its workers together; on a machine with other work they say more than the wall time. --photos makes JPEG
 pictures (256 pixels on the shorter side, quality 90) out of coloured noise with the spectrum of photographs.
+
+    python tools/benchmark_loader.py --shuffle 331x10000 --lanes 8 --window 4 --batch 4096
+
+measures the order alone, for a data set of 331 shards of 10,000 samples: how often two samples of one shard meet in a
+batch, and how often two that met in one epoch meet again in the next, both relative to a uniform shuffle.
 """
 
 import argparse
@@ -37,6 +42,7 @@ from amclr_scale.data.image_views import augmented_view, reduction_for, to_tenso
 from amclr_scale.data.index import Index
 from amclr_scale.data.indexing import IMAGE_EXTENSIONS, open_index
 from amclr_scale.data.loader import TrainLoader
+from amclr_scale.data.order import Order
 from amclr_scale.data.randomness import Draws
 from amclr_scale.data.tokenizers import Tokenizer, load_tokenizer
 
@@ -150,6 +156,27 @@ def plain_webdataset(index: Index, data: schema.Data, batch: int, steps: int, wo
     return samples
 
 
+def shuffle_quality(shards: int, per_shard: int, lanes: int, window: int, batch: int) -> tuple[float, float]:
+    """(same-shard pairs, pairs that meet again), relative to a uniform shuffle; over two epochs."""
+    n = shards * per_shard
+    order = Order(np.arange(0, n + 1, per_shard), seed=0, lanes=lanes, window=window)
+    steps = n // batch
+    where = np.full((2, n), -1)  # (epoch, id) -> step
+    same = 0
+    for epoch in range(2):
+        for step in range(steps):
+            ids = order.batch(epoch * steps + step, batch).ids
+            where[epoch, ids] = step
+            counts = np.bincount(ids // per_shard)
+            same += int((counts * (counts - 1)).sum())
+    expected_same = 2 * steps * batch * (batch - 1) * (per_shard - 1) / (n - 1)
+    both = (where >= 0).all(0)
+    meetings = np.unique(where[0, both] * steps + where[1, both], return_counts=True)[1]
+    again = int((meetings * (meetings - 1)).sum())
+    expected_again = steps * batch * (batch - 1) * (batch - 1) / (n - 1)
+    return same / expected_same, again / expected_again
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", nargs="?", help="shards, named as in data.train")
@@ -159,9 +186,17 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=10_000, help="per round")
     parser.add_argument("--workers", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--shuffle", metavar="SHARDSxSAMPLES", help="measure the order of such a data set instead")
+    parser.add_argument("--lanes", type=int, default=8, help="with --shuffle")
+    parser.add_argument("--window", type=int, default=4, help="with --shuffle")
     parser.add_argument("--json", type=Path, help="file for the figures")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
+    if arguments.shuffle:
+        shards, _, samples = arguments.shuffle.partition("x")
+        quality = shuffle_quality(int(shards), int(samples), arguments.lanes, arguments.window, arguments.batch)
+        print("relative to a uniform shuffle: same-shard pairs {:.3f}, pairs that meet again {:.3f}".format(*quality))
+        return
     with tempfile.TemporaryDirectory() as folder:
         name = make_photos(Path(folder), arguments.photos) if arguments.photos else arguments.data or "emoji/train"
         data = schema.Data(train=name, image_size=arguments.image_size)

@@ -7,10 +7,10 @@
 
 The sampling defaults are those of AmCLR's authors (prefix "paraphrase: ", top-k 120, top-p 0.95), whose training loop
 runs the model in every step; here it runs once. A candidate is kept when it differs from the caption and from those
-kept before it, and, with --filter, when the cosine of its sentence embedding with the caption's is between --min-cosine
-and --max-cosine. The share that was kept is printed and stored. Each shard appears whole or not at all; an interrupted run
-goes on, and several processes (--rank of --ranks, one per GPU) share the shards. The same seed gives the same
-paraphrases on the same hardware, whatever was interrupted.
+kept before it, and, with --filter, when the cosine of its sentence embedding with the caption's is between --min-
+cosine and --max-cosine. The share that was kept is printed and stored. Each shard appears whole or not at all; an
+interrupted run goes on, and several processes (--rank of --ranks, one per GPU) share the shards. The same seed gives
+the same paraphrases on the same hardware, whatever was interrupted.
 """
 
 import argparse

@@ -66,8 +66,9 @@ class Data(Section):
     weights: list[PositiveNumber] | None = None
     """How often an epoch passes over each name of a list in `train`, such as [1, 2, 0.5]; null: once. Fractional passes
     go on in the next epoch."""
-    shuffle_window: Positive = 4
-    """Shards whose samples are mixed with one another inside a lane."""
+    shuffle_window: Positive = 16
+    """Shards whose samples are mixed with one another inside a lane. Costs 16 bytes per sample and worker; of remote
+    shards, the cache must hold two windows of every lane."""
     image_size: Positive = 224
     """Side of the square image that the image tower sees, in pixels."""
     image_mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)

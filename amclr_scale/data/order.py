@@ -120,7 +120,7 @@ class Order:
     def _remember(self) -> None:
         self._epoch_pieces = lru_cache(maxsize=4)(self._make_epoch_pieces)
         self._windows = lru_cache(maxsize=2 * self.lanes)(self._make_windows)
-        self._window_visits = lru_cache(maxsize=2 * self.lanes)(self._make_window_visits)
+        self._window_visits = lru_cache(maxsize=self.lanes + 1)(self._make_window_visits)
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if not hasattr(value, "cache_clear")}

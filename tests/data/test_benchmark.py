@@ -32,6 +32,16 @@ def test_it_runs(tool, monkeypatch, capsys, tmp_path):
     assert "ours / webdataset" in capsys.readouterr().out
 
 
+def test_the_order_of_one_window_is_a_uniform_shuffle(tool):
+    """One lane, one window over all shards: nothing is left of the shards."""
+    same, again = tool.shuffle_quality(20, 200, lanes=1, window=20, batch=100)
+    assert 0.95 < same < 1.05
+    assert 0.9 < again < 1.1
+    same, again = tool.shuffle_quality(20, 200, lanes=1, window=1, batch=100)
+    assert same > 15  # a shard at a time
+    assert again > 5
+
+
 def test_both_ways_of_reading_find_every_sample(tool, tmp_path):
     name = tool.make_photos(tmp_path, 7, per_shard=3)
     index = open_index(schema.Data(train=name))

@@ -277,7 +277,7 @@ def test_the_index_tool(tmp_path):
     from tests.data.shards import write_shards
 
     write_shards(tmp_path, [3, 4])
-    result = run("index_shards.py", tmp_path)
+    result = run("index_shards.py", tmp_path, "--workers", 2)
     assert result.returncode == 0, result.stderr
     assert "7 samples in 2 shards, fingerprint" in result.stdout
     index = open_index(settings(str(tmp_path)))
