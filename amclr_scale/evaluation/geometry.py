@@ -36,7 +36,7 @@ def geometry(image: Tensor, text: Tensor, labels: Tensor | None = None) -> dict[
     Args:
         image: (n_r, D), unit length: this rank's.
         text: (n_r, D): the caption of each.
-        labels: (n_r,) int64 classes, for tolerance; None leaves it out.
+        labels: (n_r,) int64 classes, for tolerance; without them, or without two samples of one class, it is left out.
 
     Raises:
         ValueError: fewer than two pairs.
@@ -57,8 +57,8 @@ def geometry(image: Tensor, text: Tensor, labels: Tensor | None = None) -> dict[
         "image_effective_rank": _effective_rank(x),
         "text_effective_rank": _effective_rank(y),
     }
-    if labels is not None:
-        found["image_tolerance"] = _tolerance(x, labels)
+    if labels is not None and (tolerance := _tolerance(x, labels)) is not None:
+        found["image_tolerance"] = tolerance
     return found
 
 
@@ -78,14 +78,15 @@ def _diversity(x: Tensor, N: int) -> float:
     return 1 - float(sum_over_ranks(x.sum(0)).square().sum() - squared) / (N * (N - 1))
 
 
-def _tolerance(x: Tensor, labels: Tensor) -> float:
-    """Pairs of one class: |sum of its features|^2 minus the pairs of samples with themselves. 0 / 0 is nan."""
+def _tolerance(x: Tensor, labels: Tensor) -> float | None:
+    """Pairs of one class: |sum of its features|^2 minus the pairs of samples with themselves; None: no such pairs."""
     K = int(gather_rows(labels).max()) + 1
     labels = labels.to(x.device)
     sums = sum_over_ranks(x.new_zeros(K, x.shape[1]).index_add_(0, labels, x))
     squares = sum_over_ranks(x.new_zeros(K).index_add_(0, labels, x.square().sum(1)))
     counts = sum_over_ranks(x.new_zeros(K).index_add_(0, labels, torch.ones_like(x[:, 0])))
-    return float((sums.square().sum(1) - squares).sum() / (counts * (counts - 1)).sum())
+    pairs = float((counts * (counts - 1)).sum())
+    return float((sums.square().sum(1) - squares).sum()) / pairs if pairs else None
 
 
 def _effective_rank(x: Tensor) -> float:

@@ -93,7 +93,7 @@ def _grid(
 def _plain(found: Mapping[str, float], name: str) -> str:
     value = found[name]
     if f"{name}/stderr" not in found:
-        return f"{value:,.0f}" if value == int(value) else f"{value:,.4g}"
+        return f"{value:,.0f}" if value.is_integer() else f"{value:,.4g}"
     if f"{name}/low" not in found:
         return f"{100 * value:.1f} +- {100 * found[f'{name}/stderr']:.1f}"
     return f"{100 * value:.1f} [{100 * found[f'{name}/low']:.1f}, {100 * found[f'{name}/high']:.1f}]"

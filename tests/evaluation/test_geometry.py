@@ -67,6 +67,7 @@ def test_known_shapes():
     assert got["image_diversity"] == pytest.approx(1)
     assert got["image_effective_rank"] == pytest.approx(4)
     assert got["image_uniformity"] == pytest.approx(-4)
+    assert "image_tolerance" not in geometry(corners, corners, torch.arange(4))
     with pytest.raises(ValueError, match=r"^image: expected at least two pairs"):
         geometry(corners[:1], corners[:1])
 
