@@ -168,7 +168,7 @@ def main() -> None:
     parser.add_argument("--max-cosine", type=float, default=0.995, help="with --filter: largest (copies are above)")
     parser.add_argument("--rank", type=int, default=0, help="of --ranks processes, each with its own shards")
     parser.add_argument("--ranks", type=int, default=1, help="processes that share the work")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", help="default: a GPU by --rank, or the CPU where there is none")
     parser.add_argument("--seed", type=int, default=0, help="of the sampling")
     arguments = parser.parse_args()
     if not 0 <= arguments.rank < arguments.ranks:
@@ -184,7 +184,8 @@ def main() -> None:
     own = range(arguments.rank, len(index.shards), arguments.ranks)
     todo = [shard for shard in own if not finished(arguments.out, index, shard)]
     if todo:
-        device = torch.device(arguments.device)
+        gpus = torch.cuda.device_count()
+        device = torch.device(arguments.device or (f"cuda:{arguments.rank % gpus}" if gpus else "cpu"))
         generate = generator(arguments.model, arguments, device)
         alike = similarity(arguments.filter, device) if arguments.filter else None
         field = Field.parse(arguments.caption)

@@ -61,7 +61,12 @@ def locked(path: Path) -> Iterator[None]:
     lock = path.with_name(f".{path.name}.lock")
     lock.parent.mkdir(parents=True, exist_ok=True)
     with lock.open("wb") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError as error:  # some network file systems
+            raise UserError(
+                f"data.cache: {lock.parent} has no file locks ({error.strerror}); set data.cache to a local disk"
+            ) from error
         yield
 
 
