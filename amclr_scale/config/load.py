@@ -22,6 +22,8 @@ from amclr_scale.config.schema import Config
 from amclr_scale.errors import UserError
 
 RECIPE = ("seed", "data", "model", "objective", "optimizer", "train", "evaluation")
+# Keys that live in the recipe's sections and do not change results.
+MACHINERY = {"data": ("cache", "cache_gib", "allow_pipe"), "evaluation": ("batch_size",)}
 
 
 class _Loader(yaml.SafeLoader):
@@ -210,4 +212,6 @@ def recipe_hash(config: Config) -> str:
     """12 hex digits that change whenever a key of the recipe does, and never with `execution` or `run`."""
     tree = config.model_dump(mode="json")
     recipe = {section: tree[section] for section in RECIPE}
+    for section, keys in MACHINERY.items():
+        recipe[section] = {key: value for key, value in recipe[section].items() if key not in keys}
     return hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:12]

@@ -33,18 +33,17 @@ class Plan:
     def __str__(self) -> str:
         images, texts = self.micro_batch_sizes
         at_once = f"{images}" if images == texts else f"{images} images or {texts} texts"
-        return (
+        lines = [
             f"global batch {self.global_batch_size} = {self.world_size} ranks x {self.local_batch_size}, "
             f"encoded {at_once} at once ({self.micro_batches} per step and rank"
-            f"{', through the gradient cache' if self.micro_batches > 1 else ''})\n"
+            f"{', through the gradient cache' if self.micro_batches > 1 else ''})",
             f"{self.total_steps} steps = {self.total_samples} samples = "
-            f"{self.total_samples / self.num_samples:.2f} epochs of {self.num_samples}"
-            + (
-                f"\na global batch holds {self.global_batch_size / self.num_samples:.1f} epochs: samples meet themselves in it"
-                if self.global_batch_size > self.num_samples
-                else ""
-            )
-        )
+            f"{self.total_samples / self.num_samples:.2f} epochs of {self.num_samples}",
+        ]
+        if self.global_batch_size > self.num_samples:
+            epochs = self.global_batch_size / self.num_samples
+            lines.append(f"a global batch holds {epochs:.1f} epochs: samples meet themselves in it")
+        return "\n".join(lines)
 
 
 def make_plan(config: Config, num_samples: int, world_size: int) -> Plan:

@@ -75,7 +75,8 @@ class RunLog:
         if self.speaks:
             self.console.print(
                 f"step {record['step']:>6}/{total_steps}  epoch {record['epoch']:6.2f}  "
-                f"objective {record['objective/objective']:8.4f}  lr {record['lr']:.2e}  grad {record['grad_norm']:8.3f}  scale {record['logit_scale']:6.2f}  "
+                f"objective {record['objective/objective']:8.4f}  lr {record['lr']:.2e}  "
+                f"grad {record['grad_norm']:8.3f}  scale {record['logit_scale']:6.2f}  "
                 f"{record['samples_per_second']:8.1f} samples/s  data wait {record['data_wait_share']:4.0%}  "
                 f"{record['peak_memory_gib']:.2f} GiB"
             )

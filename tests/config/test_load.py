@@ -129,7 +129,9 @@ def test_a_dump_reads_back_to_the_same_configuration(tmp_path):
 
 def test_the_recipe_hash_changes_with_what_and_not_with_how():
     config = load(None, ["train.epochs=1"])
-    assert recipe_hash(load(None, ["train.epochs=1", "execution.zero_stage=1", "run.name=x"])) == recipe_hash(config)
+    assert recipe_hash(
+        load(None, ["train.epochs=1", "execution.zero_stage=1", "run.name=x", "data.cache=/y"])
+    ) == recipe_hash(config)
     assert recipe_hash(load(None, ["train.epochs=1", "optimizer.lr=0.5"])) != recipe_hash(config)
     assert recipe_hash(load(None, ["train.epochs=1", "objective.name=dcl"])) != recipe_hash(config)
 
