@@ -21,12 +21,18 @@ RETRIEVAL = (
 )
 ACCURACY = (
     "classification",
-    {"zero_shot": "zero-shot", "probe": "linear probe", "knn": "nearest neighbours"},
+    {
+        "zero_shot": "zero-shot",
+        "probe": "linear",
+        "knn": "kNN",
+        "probe_tower": "linear, before head",
+        "knn_tower": "kNN, before head",
+    },
     {"top1": "top 1", "top3": "top 3", "top5": "top 5", "top10": "top 10", "mean_per_class": "mean per class"},
 )
 
 
-def table(results: Mapping[str, float], *, width: int = 120) -> str:
+def table(results: Mapping[str, float], *, width: int = 130) -> str:
     """Flat results (`split/name`, `split/name/low`, ...) as text, split by split.
 
     Shares are in percent with their 95 % interval; ranks, counts and geometry stand as they are.
