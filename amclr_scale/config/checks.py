@@ -7,7 +7,13 @@ from amclr_scale.config.schema import Config
 
 def check(config: Config, world_size: int) -> list[str]:
     """One line per mistake, the key to change first; empty when all is well."""
-    return [*_length(config), *_shares(config, world_size), *_views(config), *_execution(config), *_deepspeed(config)]
+    return [
+        *_length(config),
+        *_shares(config, world_size),
+        *_views(config),
+        *_execution(config, world_size),
+        *_deepspeed(config),
+    ]
 
 
 def _length(config: Config) -> list[str]:
@@ -50,13 +56,13 @@ def _views(config: Config) -> list[str]:
     ]
 
 
-def _execution(config: Config) -> list[str]:
+def _execution(config: Config, world_size: int) -> list[str]:
     execution, lines = config.execution, []
     stage, offload = execution.zero_stage, execution.offload
     if execution.precision != "fp32" and stage == 0:
         lines.append(
-            f"execution.zero_stage: expected 1 or more, where ZeRO keeps fp32 masters of {execution.precision} weights, "
-            "got 0"
+            f"execution.zero_stage: expected 1 or more, where ZeRO keeps fp32 masters of {execution.precision} "
+            "weights, got 0"
         )
     if offload == "optimizer" and stage == 0:
         lines.append("execution.offload: optimizer states move to the host at zero_stage 1, 2 or 3, got 0")
@@ -66,6 +72,12 @@ def _execution(config: Config) -> list[str]:
         lines.append(
             f"execution.offload: expected optimizer.name adamw, sgd, adamp, lamb or lars with it, "
             f"got {config.optimizer.name}"
+        )
+    local = config.train.global_batch_size // world_size
+    if config.model.image.norm == "sync" and (execution.micro_batch_size or local) < local:
+        lines.append(
+            f"execution.micro_batch_size: model.image.norm=sync takes statistics over what is encoded at once, "
+            f"expected this rank's whole share of {local}, got {execution.micro_batch_size}; choose norm group, frozen or batch"
         )
     if config.optimizer.schedule == "step" and not config.optimizer.step_samples:
         lines.append("optimizer.step_samples: schedule step needs the samples at which the rate falls, got none")

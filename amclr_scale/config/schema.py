@@ -85,8 +85,8 @@ class Data(Section):
     caption: str = "txt"
     """Where a sample's caption is: txt, or json.FIELD (a string, or a list of which one is drawn per epoch)."""
     image_id: str | None = None
-    """Where samples that share an image say which: json.FIELD, numbers 0, 1, ... per data set (tools/make_shards.py writes
-    image_id). Per-sample state of images then goes by image, that of texts by sample; null: one caption per image."""
+    """Where samples that share an image say which: json.FIELD, numbers 0, 1, ... per data set (tools/make_shards.py
+    writes image_id). Per-sample state of images then goes by image, that of texts by sample; null: one caption per image."""
     image_views: Annotated[int, Field(ge=0)] = 0
     """Further augmented views of every image (AmCLR's omega)."""
     image_view: ImageAugmentation | None = None
@@ -266,7 +266,8 @@ class Evaluation(Section):
     every_samples: Positive | None = None
     """Also evaluate each time that many samples have been seen; null: at the end only."""
     caption: str | None = None
-    """Where a sample's captions are in shards, as data.caption; null: the same. All of a list or of several lines count."""
+    """Where a sample's captions are in shards, as data.caption; null: the same. All of a list, or of several lines,
+    count."""
     image_root: str | None = None
     """Folder that the image paths of annotations begin in; null: the annotation file's own folder."""
     classes: str | None = "json.concept"

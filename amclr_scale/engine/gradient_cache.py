@@ -114,6 +114,7 @@ def cached_backward(
     kept: int = 1,
     backward: Callable[[Tensor, bool], None] = lambda surrogate, last: surrogate.backward(),
     one_reduction: AbstractContextManager[None] | None = None,
+    again: Callable[[], AbstractContextManager[None]] = nullcontext,
     phases: Phases | None = None,
 ) -> CachedStep:
     """Leave in every parameter the gradient of `objective` over the whole batch.
@@ -127,6 +128,7 @@ def cached_backward(
         kept: micro-batches whose graph stays alive between the passes, at least 0.
         backward: `backward(surrogate, last)`: the engine's, so that ZeRO sees each one.
         one_reduction: the engine's `coalesce_grad_reduction()`; gradients meet across ranks once, at its exit.
+        again: entered around each second forward: what a forward leaves behind (BatchNorm's statistics) is left once.
         phases: where seconds go.
     """
     phases = phases or Phases(device)
@@ -159,7 +161,7 @@ def cached_backward(
 
     with phases("pass_2"), one_reduction or nullcontext():
         for index, micro_batch in enumerate(_on_device(micro_batches[:first_kept], device)):
-            with states[index]:
+            with states[index], again():
                 outputs = _flat(encode(micro_batch.images, micro_batch.texts))
             backward(_surrogate(outputs, leaves, micro_batch.rows, len(micro_batches)), index == len(micro_batches) - 1)
         for index in range(first_kept, len(micro_batches)):

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from amclr_scale.encoders.dual_encoder import LOG_SCALE_BOUNDS
+from amclr_scale.encoders.norms import keep_statistics
 from amclr_scale.engine.gradient_cache import CachedStep, cached_backward
 from amclr_scale.engine.optimizers import set_learning_rate
 from amclr_scale.engine.weights import clamp_
@@ -103,6 +104,7 @@ class TrainStep:
             kept=self.kept,
             backward=self._backward,
             one_reduction=self._one_reduction(),
+            again=lambda: keep_statistics(self.engine.module),
             phases=self.phases,
         )
         with self.phases("optimizer"):
