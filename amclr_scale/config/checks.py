@@ -77,7 +77,8 @@ def _execution(config: Config, world_size: int) -> list[str]:
     if config.model.image.norm == "sync" and (execution.micro_batch_size or local) < local:
         lines.append(
             f"execution.micro_batch_size: model.image.norm=sync takes statistics over what is encoded at once, "
-            f"expected this rank's whole share of {local}, got {execution.micro_batch_size}; choose norm group, frozen or batch"
+            f"expected this rank's whole share of {local}, got {execution.micro_batch_size}; choose norm group, frozen "
+            "or batch"
         )
     if config.optimizer.schedule == "step" and not config.optimizer.step_samples:
         lines.append("optimizer.step_samples: schedule step needs the samples at which the rate falls, got none")

@@ -7,11 +7,13 @@ numbers beyond rounding. The global batch size is the only batch size in the rec
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[int, Field(gt=0)]
 PositiveNumber = Annotated[float, Field(gt=0)]
+# a list, or its words with commas between them, as a command line has them
+Words = Annotated[list[str], BeforeValidator(lambda v: [w.strip() for w in v.split(",")] if isinstance(v, str) else v)]
 
 
 class Section(BaseModel):
@@ -82,11 +84,13 @@ class Data(Section):
     local folder of a transformers tokenizer."""
     context_length: Annotated[int, Field(ge=4)] = 32
     """Tokens per caption; longer ones are cut, shorter ones padded."""
-    caption: str = "txt"
-    """Where a sample's caption is: txt, or json.FIELD (a string, or a list of which one is drawn per epoch)."""
+    caption: str | Annotated[list[str], Field(min_length=1)] = "txt"
+    """Where a sample's caption is: txt, or json.FIELD (a string, or a list of which one is drawn per epoch). A list of
+    such places: every epoch draws the place too; evaluation uses the first, which every sample must have."""
     image_id: str | None = None
     """Where samples that share an image say which: json.FIELD, numbers 0, 1, ... per data set (tools/make_shards.py
-    writes image_id). Per-sample state of images then goes by image, that of texts by sample; null: one caption per image."""
+    writes image_id). Per-sample state of images then goes by image, that of texts by sample; null: one caption per
+    image."""
     image_views: Annotated[int, Field(ge=0)] = 0
     """Further augmented views of every image (AmCLR's omega)."""
     image_view: ImageAugmentation | None = None
@@ -231,6 +235,9 @@ class Train(Section):
     """Length of the run in samples seen. Give this or `epochs`."""
     epochs: PositiveNumber | None = None
     """Length of the run in passes over the data. Give this or `samples`."""
+    max_hours: PositiveNumber | None = None
+    """Hours after which this process saves and ends with exit code 75, to be resumed; null: none. Does not change
+    results."""
 
 
 class Probe(Section):
@@ -340,6 +347,23 @@ class Execution(Section):
     similarity: Similarity = Similarity()
 
 
+class Checkpoint(Section):
+    """When the whole state of a run is saved. One is saved at the end and before a signal ends the run, always."""
+
+    every_samples: Positive | None = None
+    """Save whenever so many samples more have been seen; null: by time alone."""
+    every_minutes: PositiveNumber | None = 30.0
+    """Save when the last save is so long ago; null: by samples alone."""
+    keep: Positive = 2
+    """Checkpoints that are kept: the newest ones."""
+    keep_every: Positive | None = None
+    """Every k-th checkpoint is kept for ever; null: none."""
+    asynchronous: bool = True
+    """Write beside training, from a copy in host memory; false: training waits for the disk."""
+    on_failure: Literal["continue", "stop"] = "continue"
+    """When one cannot be written (a full disk): say so and train on, or end the run. Earlier ones stay in any case."""
+
+
 class Run(Section):
     """Where results go, and what is said meanwhile."""
 
@@ -371,6 +395,12 @@ class Config(Section):
     train: Train = Train()
     evaluation: Evaluation = Evaluation()
     execution: Execution = Execution()
+    checkpoint: Checkpoint = Checkpoint()
+    resume: str = "never"
+    """never; auto: go on from the newest valid checkpoint of this recipe, in run.name if that is given, or begin where
+    there is none; or a path: a run folder or one of its checkpoints (docs/checkpoints.md)."""
+    resume_changed: Words = []
+    """Keys of the recipe that may differ from the checkpoint's, such as resume_changed=optimizer.lr,train.epochs."""
     run: Run = Run()
     deepspeed: dict[str, Any] = {}
     """Further keys for DeepSpeed's own configuration; may not contradict what the keys above generate."""

@@ -13,6 +13,7 @@ from amclr_scale.data.decoding import BadSampleError, Field, Sample, decode
 from amclr_scale.data.image_views import evaluation_view, to_tensor
 from amclr_scale.data.indexing import IMAGE_EXTENSIONS, open_index
 from amclr_scale.data.sources import CORPORA, resolve
+from amclr_scale.data.text_views import parse_places
 from amclr_scale.data.tokenizers import load_tokenizer
 from amclr_scale.errors import UserError
 from amclr_scale.types import Batch
@@ -48,7 +49,7 @@ class EvaluationSplit:
         self.num_samples = n = self.index.num_samples
         self.share = (rank * n // world_size, (rank + 1) * n // world_size)
         self.ids = torch.arange(n)
-        self._caption = Field.parse(data.caption)
+        self._caption = parse_places(data.caption)[0]
         self._class = Field.parse(classes) if classes else None
         self.caption_lists, self.labels, self.image_ids = self._metadata()
         self.captions = [captions[0] for captions in self.caption_lists]

@@ -41,7 +41,7 @@ def open_index(data: schema.Data, names: str | Sequence[str] | None = None, key:
     shards, parts = list[Shard](), list[int]()
     for source in sources:
         found = _indexed(source, storage, key)
-        check_content(found, data.caption, key)
+        check_content(found, data.caption if isinstance(data.caption, str) else data.caption[0], key)
         shards += found
         parts.append(len(found))
     index = Index(shards, storage, parts)

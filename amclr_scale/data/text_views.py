@@ -50,6 +50,11 @@ def change_words(caption: str, recipe: schema.TextAugmentation, synonyms: Synony
     return " ".join(kept or words[draws.below(len(words)) :][:1])
 
 
+def parse_places(places: str | Sequence[str]) -> list[Field]:
+    """The fields that a key of the recipe names: one, or a list."""
+    return [Field.parse(place) for place in ([places] if isinstance(places, str) else places)]
+
+
 class TextViews:
     """The base caption and further ones, for a recipe.
 
@@ -58,9 +63,8 @@ class TextViews:
     """
 
     def __init__(self, data: schema.Data):
-        places = [data.text_view] if isinstance(data.text_view, str) else data.text_view
-        self.base = Field.parse(data.caption)
-        self.further = [Field.parse(place) for place in places] if data.text_views else []
+        self.base = parse_places(data.caption)
+        self.further = parse_places(data.text_view) if data.text_views else []
         self.views, self.recipe = data.text_views, data.text_augmentation
         self.synonyms = load_synonyms(self.recipe) if data.text_views else {}
         self.needs_paraphrases = any(field.member == "paraphrases" for field in self.further)
@@ -70,7 +74,7 @@ class TextViews:
     @property
     def members(self) -> frozenset[str]:
         """The members of a sample that captions come from."""
-        return frozenset(field.member for field in [self.base, *self.further])
+        return frozenset(field.member for field in [*self.base, *self.further])
 
     def draw(self, sample: Sample, seed: int, number: int, name: int) -> list[str]:
         """The base caption, then one per further view: different from all before it as long as there are such.
@@ -78,8 +82,11 @@ class TextViews:
         Raises:
             BadSampleError: the sample has no caption at one of the places.
         """
-        captions = sample.captions(self.base)
-        chosen = [captions[Draws(seed, Purpose.TEXT, number, name, 0).below(len(captions))]]
+        draws = Draws(seed, Purpose.TEXT, number, name, 0)
+        places = [sample.captions(self.base[0])]
+        places += [found for field in self.base[1:] if (found := sample.captions(field, optional=True))]
+        captions = places[draws.below(len(places)) if len(places) > 1 else 0]  # each place as often as any other
+        chosen = [captions[draws.below(len(captions))]]
         every = [caption for field in self.further for caption in sample.captions(field, optional=True)] or captions
         for view in range(1, self.views + 1):
             draws = Draws(seed, Purpose.TEXT, number, name, view)

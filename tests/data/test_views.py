@@ -215,6 +215,13 @@ def test_a_list_of_captions_is_drawn_from_evenly(tmp_path):
     assert all(0.25 < firsts.count(word) / len(firsts) < 0.42 for word in ("sample", "number", "the"))
 
 
+def test_several_places_for_the_caption_are_drawn_from_evenly(tmp_path):
+    members = [m for i in range(8) for m in pair(i, paraphrase=f"another {i}")]
+    found = words_of(tmp_path, members, caption=["json.paraphrase", "json.captions", "json.nowhere"], steps=75)
+    others = [base for (base,) in found if base.startswith("another")]
+    assert 0.42 < len(others) / len(found) < 0.58  # by place, though the other one holds three captions
+
+
 def test_several_places_for_further_captions(tmp_path):
     members = [m for i in range(8) for m in pair(i, paraphrase=f"another {i}", captions=[])]
     found = words_of(tmp_path, members, text_views=1, text_view=["json.captions", "json.paraphrase"])
