@@ -3,7 +3,8 @@
     deepspeed launch/train.py --config configs/quickstart.yaml train.global_batch_size=1024 objective.name=sogclr
 
 The same file runs under torchrun, srun, or plain python (one rank). Exit codes: 0 done, 1 failed, 2 a mistake in the
-configuration, the data or the command, told in words.
+configuration, the data or the command, told in words, 75 ended early by SIGTERM, SIGUSR1 or train.max_hours with all
+its state saved: the same command with resume=auto goes on.
 """
 
 import argparse
@@ -12,6 +13,7 @@ import os
 import sys
 import time
 
+from amclr_scale.checkpoint.signals import EXIT_RESUMABLE, Signals, StoppedError
 from amclr_scale.config.help import describe
 from amclr_scale.config.load import dump, load
 from amclr_scale.config.schema import Config
@@ -37,14 +39,17 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     return parser.parse_intermixed_args(argv)
 
 
-def run(config: Config, source: str | None, place: Place, stopwatch: Stopwatch) -> None:
+def run(config: Config, source: str | None, place: Place, stopwatch: Stopwatch, signals: Signals) -> None:
     """The flow: data -> encoders -> engine -> objective -> loop -> results."""
     from amclr_scale import objectives
+    from amclr_scale.checkpoint.keeper import Keeper
+    from amclr_scale.checkpoint.start import agree_on_start
+    from amclr_scale.checkpoint.state import put_back
     from amclr_scale.checkpoint.weights import save_weights
     from amclr_scale.data.loader import TrainLoader
     from amclr_scale.data.tokenizers import load_tokenizer
     from amclr_scale.encoders.build import build_model
-    from amclr_scale.engine.distributed import broadcast_object, seed_everything, start, stop
+    from amclr_scale.engine.distributed import seed_everything, start, stop
     from amclr_scale.engine.loop import train
     from amclr_scale.engine.plan import make_plan
     from amclr_scale.engine.profiling import StepProfiler
@@ -69,6 +74,9 @@ def run(config: Config, source: str | None, place: Place, stopwatch: Stopwatch) 
     evaluator = Evaluator(config, rank=place.rank, world_size=place.world_size) if config.evaluation.splits else None
     stopwatch.lap("data")
     device = start(place, config.execution.threads)
+    found, folder = agree_on_start(config, name_run(config, source), loader.fingerprint, place.rank)
+    begin = found.step(config) if found else 0
+    loader.seek(begin)
     stopwatch.lap("process group")
 
     seed_everything(config.seed)
@@ -96,24 +104,32 @@ def run(config: Config, source: str | None, place: Place, stopwatch: Stopwatch) 
     )
     stopwatch.lap("engine")
 
-    folder = broadcast_object(name_run(config, source))
     if place.rank == 0:
-        create(folder, config, str(device), place.world_size)
+        create(folder, config, str(device), place.world_size, resumed_at=begin if found else None)
     seed_everything(config.seed, place.rank + 1)  # dropout differs between ranks
+    if found:
+        put_back(found.checkpoint, engine, objective, device)
+        stopwatch.lap("checkpoint")
     phases = Phases(device)
     step = TrainStep(
         engine, objective, micro_batch_sizes=plan.micro_batch_sizes,
         kept=config.execution.kept_micro_batches, device=device, phases=phases,
     )  # fmt: skip
 
+    step.steps = begin
+
     with (
         RunLog(folder, config, speaks=place.rank == 0, total_steps=plan.total_steps) as log,
         StepProfiler(folder, config.execution.profile, place.rank) as profiler,
-    ):
+        Keeper(
+            folder, config, plan, engine=engine, objective=objective, fingerprint=loader.fingerprint, log=log,
+            signals=signals, device=device, found=found,
+        ) as keeper,
+    ):  # fmt: skip
         log.say(f"run folder {folder}\n{plan}")
         size = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
         log.say(f"{size:,} parameters, objective {config.objective['name']}, {optimizer}, on {device}")
-        for note in model.notes:
+        for note in (*model.notes, *(found.notes() if found else ())):
             log.say(f"note: {note}")
 
         def first_step_done() -> None:
@@ -124,6 +140,7 @@ def run(config: Config, source: str | None, place: Place, stopwatch: Stopwatch) 
             config, plan, step=step, objective=objective, batches=iter(loader), log=log, phases=phases, device=device,
             throughput=throughput(config, plan, model, flops, device), profiler=profiler,
             evaluate=(lambda: evaluator(engine)) if evaluator else None, on_first_step=first_step_done,
+            after_step=keeper, begin=begin,
         )  # fmt: skip
         save_weights(folder, model, objective, speaks=place.rank == 0)
         if place.rank == 0:
@@ -150,7 +167,15 @@ def main(argv: list[str]) -> int:
                 print(dump(config))
                 print(preview(config, place))
             return 0
-        run(config, options.config, place, stopwatch)
+        with Signals() as signals:
+            run(config, options.config, place, stopwatch, signals)
+    except StoppedError as stopped:
+        from amclr_scale.engine.distributed import stop
+
+        if place.rank == 0:
+            print(f"\n{stopped}", file=sys.stderr, flush=True)
+        stop()  # together: a launcher ends the others as soon as one has left
+        return EXIT_RESUMABLE
     except UserError as error:
         # Every rank meets the same mistake, as a rule, and one voice per node is enough: the others give it time to
         # speak and the launcher time to end them. One that is alive after that has met a mistake of its own.

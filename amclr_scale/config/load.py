@@ -22,6 +22,8 @@ from amclr_scale.config.schema import Config
 from amclr_scale.errors import UserError
 
 RECIPE = ("seed", "data", "model", "objective", "optimizer", "train", "evaluation")
+# Keys in those sections that say how fast or how long at a time, and change no result.
+NEUTRAL = ("data.cache", "data.cache_gib", "evaluation.batch_size", "train.max_hours")
 # Keys that live in the recipe's sections and do not change results.
 MACHINERY = {"data": ("cache", "cache_gib", "allow_pipe"), "evaluation": ("batch_size",)}
 
@@ -208,10 +210,21 @@ def dump(config: Config) -> str:
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, width=110, allow_unicode=True)
 
 
+def recipe(config: Config) -> dict[str, Any]:
+    """The keys that decide what is computed, dotted, with their values."""
+
+    def leaves(tree: dict[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+        for name, value in tree.items():
+            if isinstance(value, dict):
+                yield from leaves(value, f"{prefix}{name}.")
+            else:
+                yield f"{prefix}{name}", value
+
+    tree = config.model_dump(mode="json")
+    chosen = leaves({section: tree[section] for section in RECIPE}, "")
+    return {key: value for key, value in chosen if key not in NEUTRAL}
+
+
 def recipe_hash(config: Config) -> str:
     """12 hex digits that change whenever a key of the recipe does, and never with `execution` or `run`."""
-    tree = config.model_dump(mode="json")
-    recipe = {section: tree[section] for section in RECIPE}
-    for section, keys in MACHINERY.items():
-        recipe[section] = {key: value for key, value in recipe[section].items() if key not in keys}
-    return hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:12]
+    return hashlib.sha256(json.dumps(recipe(config), sort_keys=True).encode()).hexdigest()[:12]

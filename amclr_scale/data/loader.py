@@ -142,6 +142,11 @@ class TrainLoader:
             self._prefetcher = Prefetcher(self.index, self.order, own, global_batch_size // data.lanes)
         self._source: Iterator[Part | str] | None = None
 
+    def seek(self, step: int) -> None:
+        """Begin at another step than `start_step`. Only before the first batch."""
+        assert self._source is None
+        self.start_step = self._step = step
+
     def __iter__(self) -> "TrainLoader":
         return self
 

@@ -43,12 +43,21 @@ def train(
     profiler: StepProfiler,
     device: torch.device,
     on_first_step: Callable[[], None] = lambda: None,
+    after_step: Callable[[int], None] = lambda _: None,
+    begin: int = 0,
 ) -> dict[str, float]:
-    """Run the recipe to its end on every rank; returns the last evaluation."""
-    samples, logged_at, logged_time = 0, 0, time.perf_counter()
+    """Run the recipe to its end on every rank; returns the last evaluation.
+
+    Args:
+        on_first_step: called once, after the first step that is run here.
+        after_step: called after every step and its evaluation, with the number of steps done; may raise to end the run.
+        begin: steps that are done already; `batches` begin with the next one.
+    """
+    samples = begin * plan.global_batch_size
+    logged_at, logged_time = samples, time.perf_counter()
     results: dict[str, float] = {}
     warned = False
-    for done in range(1, plan.total_steps + 1):
+    for done in range(begin + 1, plan.total_steps + 1):
         objective.set_epoch(samples / plan.num_samples)
         middle = samples + plan.global_batch_size / 2
         lr = learning_rate(config.optimizer, middle, plan.total_samples, plan.global_batch_size)
@@ -58,7 +67,7 @@ def train(
         samples += plan.global_batch_size
         log.advance(done)
         profiler.step()
-        if done == 1:
+        if done == begin + 1:
             on_first_step()
 
         if done % config.run.log_every_steps == 0 or done in (1, plan.total_steps):
@@ -79,12 +88,20 @@ def train(
         every = config.evaluation.every_samples
         crossed = every is not None and samples // every > (samples - plan.global_batch_size) // every
         if evaluate is not None and (crossed or done == plan.total_steps):
-            begin = time.perf_counter()
-            results = evaluate()
-            scores = {f"eval/{key}": value for key, value in results.items()}
-            log.write({"step": done, "samples": samples, **scores, "eval_seconds": time.perf_counter() - begin})
+            results = _evaluate(evaluate, log, done, samples)
             phases.seconds()
             logged_at, logged_time = samples, time.perf_counter()
+        after_step(done)
+    if evaluate is not None and begin >= plan.total_steps:  # resumed after its last step
+        results = evaluate()
+    return results
+
+
+def _evaluate(evaluate: Callable[[], dict[str, float]], log: RunLog, done: int, samples: int) -> dict[str, float]:
+    began = time.perf_counter()
+    results = evaluate()
+    scores = {f"eval/{key}": value for key, value in results.items()}
+    log.write({"step": done, "samples": samples, **scores, "eval_seconds": time.perf_counter() - began})
     return results
 
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import sys
 import time
 from collections.abc import Mapping
@@ -68,6 +69,11 @@ class RunLog:
         self._file.flush()
         if self._wandb is not None:
             self._wandb.log({k: v for k, v in clean.items() if isinstance(v, int | float)}, step=int(record["step"]))
+
+    def sync(self) -> None:
+        """Have all records on the disk, so that no checkpoint is newer than they are."""
+        if self.speaks:
+            os.fsync(self._file.fileno())
 
     def step(self, record: Mapping[str, Any], total_steps: int) -> None:
         """Write a training record, and say it in one line."""

@@ -19,17 +19,22 @@ from amclr_scale.config.schema import Config
 from amclr_scale.errors import UserError
 
 PACKAGES = ("amclr_scale", "torch", "torchvision", "deepspeed", "transformers", "timm", "webdataset", "numpy", "triton")
+METRICS = "metrics.jsonl"
+DROPPED = "metrics_dropped.jsonl"
 
 
 def check_writable(config: Config) -> None:
-    """Refuse a folder that cannot be made or written, or that holds a run already.
+    """Refuse a folder that cannot be made or written, or that holds a run already which is not to be resumed.
 
     Raises:
         UserError: naming run.folder.
     """
     folder = Path(config.run.folder).absolute()
-    if config.run.name and (folder / config.run.name / "metrics.jsonl").exists():
-        raise UserError(f"run.name: {folder / config.run.name} holds a run already; choose another name or remove it")
+    if config.resume == "never" and config.run.name and (folder / config.run.name / METRICS).exists():
+        raise UserError(
+            f"run.name: {folder / config.run.name} holds a run already; go on with it (resume=auto), choose another "
+            "name or remove it"
+        )
     existing = next(path for path in (folder, *folder.parents) if path.exists())
     if not existing.is_dir():
         raise UserError(f"run.folder: expected a folder, got {existing}, which is a file")
@@ -49,6 +54,11 @@ def _installed(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:
         return None
+
+
+def installed_packages() -> dict[str, str]:
+    """Versions of what a run's numbers may depend on."""
+    return {name: found for name in PACKAGES if (found := _installed(name))}
 
 
 def _commit() -> str | None:
@@ -72,7 +82,7 @@ def environment(device: str, world_size: int) -> dict[str, Any]:
     return {
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "python": platform.python_version(),
-        "packages": {name: found for name in PACKAGES if (found := _installed(name))},
+        "packages": installed_packages(),
         "commit": _commit(),
         "host": platform.node(),
         "system": platform.platform(),
@@ -92,8 +102,14 @@ def _cpu_model() -> str:
         return platform.processor()
 
 
-def create(folder: Path, config: Config, device: str, world_size: int) -> None:
+def create(folder: Path, config: Config, device: str, world_size: int, resumed_at: int | None = None) -> None:
     """Make the folder and write what is known before the first step. Rank 0 calls it.
+
+    A resumed run adds its surroundings to `resumed` in environment.json, and takes the records of steps that are run
+    again out of metrics.jsonl.
+
+    Args:
+        resumed_at: the step that the run goes on from.
 
     Raises:
         UserError: the folder cannot be written.
@@ -101,6 +117,36 @@ def create(folder: Path, config: Config, device: str, world_size: int) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.yaml").write_text(f"# recipe {recipe_hash(config)}\n{dump(config)}")
-        (folder / "environment.json").write_text(json.dumps(environment(device, world_size), indent=1) + "\n")
+        file, now = folder / "environment.json", environment(device, world_size)
+        if resumed_at is not None:
+            first = json.loads(file.read_text("utf-8")) if file.exists() else {}
+            now = {**first, "resumed": [*first.get("resumed", []), {"step": resumed_at, **now}]}
+            drop_records_after(folder, resumed_at)
+        file.write_text(json.dumps(now, indent=1) + "\n")
     except OSError as error:
         raise UserError(f"run.folder: {folder} cannot be written: {error}") from error
+
+
+def drop_records_after(folder: Path, step: int) -> None:
+    """Move the records of later steps, and a line that was cut off, from metrics.jsonl to metrics_dropped.jsonl.
+
+    So metrics.jsonl holds every step once, as if nothing had interrupted the run.
+    """
+    file = folder / METRICS
+    if not file.exists():
+        return
+    kept: list[str] = []
+    dropped: list[str] = []
+    for line in file.read_text("utf-8", errors="replace").splitlines():
+        try:
+            record = json.loads(line)
+            later = not isinstance(record, dict) or record.get("step", 0) > step
+        except ValueError:
+            later = True
+        (dropped if later else kept).append(line + "\n")
+    if dropped:
+        with (folder / DROPPED).open("a") as aside:
+            aside.writelines(dropped)
+        new = folder / f".{METRICS}.new"
+        new.write_text("".join(kept))
+        new.replace(file)

@@ -1,0 +1,175 @@
+"""Folders that are either whole or not there: how a checkpoint gets to the disk, and which ones may be read.
+
+    checkpoints/step_00000200/manifest.json     every file's size and SHA-256, and its own
+    checkpoints/latest                          the name of the newest one, moved last
+
+All files are written into a hidden folder, flushed to the disk and hashed; then the manifest is written, the folder
+renamed, and `latest` replaced. Whenever a process or the machine stops, what is there is an old checkpoint or a new
+one. A folder whose files are not what its manifest says is never read. Imports no torch.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+MANIFEST = "manifest.json"
+LATEST = "latest"
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Written:
+    """One file of a checkpoint."""
+
+    name: str
+    size: int  # bytes
+    sha256: str
+
+
+def name_of(step: int) -> str:
+    """A checkpoint's folder."""
+    return f"step_{step:08d}"
+
+
+def staging(folder: Path, step: int) -> Path:
+    """Where it is written before it is whole."""
+    return folder / f".writing_{name_of(step)}"
+
+
+def sync(path: Path) -> None:
+    """Have a file's content, or a folder's list of names, on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def describe(path: Path) -> Written:
+    """Size and hash of a file, flushed to the disk."""
+    sync(path)
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return Written(path.name, path.stat().st_size, digest)
+
+
+def write_json(path: Path, content: dict[str, Any]) -> Written:
+    """Write a JSON file to the disk."""
+    path.write_text(json.dumps(content, indent=1) + "\n")
+    return describe(path)
+
+
+def replace_text(path: Path, text: str) -> None:
+    """A small file's new content, or its old one; nothing between."""
+    new = path.with_name(f".{path.name}.new")
+    new.write_text(text)
+    sync(new)
+    new.replace(path)
+    sync(path.parent)
+
+
+def _own_hash(manifest: dict[str, Any]) -> str:
+    content = {key: value for key, value in manifest.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def commit(folder: Path, step: int, files: list[Written]) -> Path:
+    """Turn the staging folder into a checkpoint, and point `latest` at it.
+
+    Raises:
+        OSError: the disk does not take it; earlier checkpoints are as they were.
+    """
+    here, there = staging(folder, step), folder / name_of(step)
+    manifest: dict[str, Any] = {"format": FORMAT, "step": step, "files": [vars(file) for file in files]}
+    write_json(here / MANIFEST, {**manifest, "sha256": _own_hash(manifest)})
+    sync(here)
+    if there.exists():
+        remove(there)
+    here.rename(there)
+    sync(folder)
+    replace_text(folder / LATEST, there.name + "\n")
+    return there
+
+
+def remove(checkpoint: Path) -> None:
+    """Delete a checkpoint, so that half of it is never taken for one."""
+    doomed = checkpoint.with_name(f".deleting_{checkpoint.name}")
+    shutil.rmtree(doomed, ignore_errors=True)
+    checkpoint.rename(doomed)
+    shutil.rmtree(doomed)
+
+
+def clean(folder: Path) -> None:
+    """Remove what an interrupted run was writing or deleting."""
+    for path in (*folder.glob(".writing_*"), *folder.glob(".deleting_*")):
+        shutil.rmtree(path)
+
+
+def steps(folder: Path) -> list[int]:
+    """Steps of the checkpoints in a folder, whole or not, newest first."""
+    found = (path.name.removeprefix("step_") for path in folder.glob("step_*"))
+    return sorted((int(number) for number in found if number.isdigit()), reverse=True)
+
+
+def fault(checkpoint: Path) -> str | None:
+    """Why a checkpoint may not be read, in words; None: every byte is as it was written."""
+    try:
+        manifest = json.loads((checkpoint / MANIFEST).read_text("utf-8"))
+        if not isinstance(manifest, dict) or manifest.get("sha256") != _own_hash(manifest):
+            return f"{MANIFEST} is damaged"
+        if manifest["format"] != FORMAT:
+            return f"its format is {manifest['format']}; this version reads {FORMAT}"
+        for file in manifest["files"]:
+            path = checkpoint / file["name"]
+            if not path.is_file():
+                return f"{path.name} is missing"
+            if path.stat().st_size != file["size"]:
+                return f"{path.name} has {path.stat().st_size:,} bytes instead of {file['size']:,}"
+        for file in manifest["files"]:
+            if describe(checkpoint / file["name"]).sha256 != file["sha256"]:
+                return f"{file['name']} is damaged: its bytes are not those that were written"
+    except FileNotFoundError as error:
+        return f"{Path(str(error.filename)).name} is missing"
+    except (OSError, ValueError) as error:
+        return f"it cannot be read: {error}"
+    return None
+
+
+def newest_valid(folder: Path) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint that is whole, and what was passed over on the way to it, in words."""
+    complaints = []
+    pointed = folder / LATEST
+    if pointed.is_file():
+        name = pointed.read_bytes()[:200].decode(errors="replace").strip()
+        if not (folder / name).is_dir() or not name:
+            complaints.append(f"{pointed} points to {name or 'nothing'}, which is not there")
+    for step in steps(folder):
+        checkpoint = folder / name_of(step)
+        wrong = fault(checkpoint)
+        if wrong is None:
+            return checkpoint, complaints
+        complaints.append(f"{checkpoint} is not used: {wrong}")
+    return None, complaints
+
+
+def set_aside_after(folder: Path, step: int) -> None:
+    """Take what is newer than the step that a run goes on from out of the way of what it will write."""
+    for later in steps(folder):
+        if later > step:
+            source = folder / name_of(later)
+            target = source.with_name(f"set_aside_{source.name}")
+            shutil.rmtree(target, ignore_errors=True)
+            source.rename(target)
+
+
+def thin_out(folder: Path, keep: int, keep_every: int | None) -> None:
+    """Delete all but the newest `keep` and every `keep_every`-th checkpoint."""
+    for step in steps(folder)[keep:]:
+        checkpoint = folder / name_of(step)
+        number = json.loads((checkpoint / "state.json").read_text("utf-8"))["number"]
+        if keep_every is None or number % keep_every:
+            remove(checkpoint)

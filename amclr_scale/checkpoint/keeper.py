@@ -1,0 +1,213 @@
+"""When a run is saved, and how: every rank at the same step, written beside training, made valid once all have written.
+
+After every step the ranks agree in one small all-reduce: has any of them been sent a signal, is the time up, is a save
+due, has every one of them finished writing the last one. So a signal to a single rank ends all of them at one step,
+and no background thread ever talks to another rank.
+"""
+
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError
+from torch import nn
+
+from amclr_scale.checkpoint import files, state
+from amclr_scale.checkpoint.files import Written
+from amclr_scale.checkpoint.resume import CHECKPOINTS, Found
+from amclr_scale.checkpoint.signals import Signals, StoppedError
+from amclr_scale.config.load import recipe_hash
+from amclr_scale.config.schema import Config
+from amclr_scale.engine.plan import Plan
+from amclr_scale.metrics.log import RunLog
+from amclr_scale.metrics.run_folder import installed_packages
+from amclr_scale.similarity import all_sum
+
+
+class _Writing:
+    """A snapshot on its way to the disk."""
+
+    def __init__(self, snapshot: state.Snapshot, folder: Path, step: int, taken: float):
+        self.step, self.bytes, self.taken, self.seconds = step, snapshot.bytes, taken, 0.0
+        self.files: list[Written] = []
+        self.error = ""
+
+        def write() -> None:
+            began = time.perf_counter()
+            try:
+                self.files = snapshot.write(folder)
+            except (OSError, SafetensorError) as error:
+                self.error = str(error)
+            self.seconds = time.perf_counter() - began
+
+        self._thread = threading.Thread(target=write, name="checkpoint writer")
+        self._thread.start()
+
+    @property
+    def done(self) -> bool:
+        return not self._thread.is_alive()
+
+    def wait(self) -> None:
+        self._thread.join()
+
+
+class Keeper:
+    """Call it after every step; leave it (`with`) when the run ends.
+
+    Args:
+        folder: the run's.
+        fingerprint: of the data.
+        found: what the run goes on from.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        config: Config,
+        plan: Plan,
+        *,
+        engine: Any,
+        objective: nn.Module,
+        fingerprint: str,
+        log: RunLog,
+        signals: Signals,
+        device: torch.device,
+        found: Found | None = None,
+    ):
+        self.folder, self.config, self.plan = folder / CHECKPOINTS, config, plan
+        self.engine, self.objective, self.fingerprint = engine, objective, fingerprint
+        self.log, self.signals, self.device = log, signals, device
+        self.number = found.number if found else 0
+        self.rank = int(engine.global_rank)
+        self._writing: _Writing | None = None
+        self._saved_at = time.monotonic()
+        self._step = found.step(config) if found else 0
+
+    def __call__(self, done: int) -> None:
+        """Save if it is time to, after `done` steps.
+
+        Raises:
+            StoppedError: a signal or train.max_hours; everything is saved.
+            RuntimeError: a checkpoint could not be written, and checkpoint.on_failure is stop.
+        """
+        self._step = done
+        settings, batch = self.config.checkpoint, self.plan.global_batch_size
+        limit, minutes = self.config.train.max_hours, settings.every_minutes
+        signalled, late, due, writing = self._agree(
+            bool(self.signals.received),
+            limit is not None and self.signals.hours() >= limit,
+            minutes is not None and (time.monotonic() - self._saved_at) / 60 >= minutes,
+            self._writing is not None and not self._writing.done,
+        )
+        if self._writing is not None and not writing:
+            self._finish()
+        every = settings.every_samples
+        crossed = every is not None and done * batch // every > (done - 1) * batch // every
+        last = done == self.plan.total_steps
+        if not (signalled or late or due or crossed or last):
+            return
+        self._save(done)
+        if last:
+            self._finish()
+        elif signalled or late:
+            if not self._finish():
+                raise RuntimeError(f"checkpoint: step {done} could not be saved, and the run was asked to end")
+            why = f"train.max_hours: {limit} hours are over" if late else f"{self.signals.received or 'a signal'} came"
+            raise StoppedError(f"{why}; saved after step {done} in {self.folder.parent}; go on with resume=auto")
+
+    def _agree(self, *mine: bool) -> list[bool]:
+        """Whether any rank says so, one by one."""
+        return [bool(n) for n in all_sum(torch.tensor(mine, dtype=torch.float32, device=self.device)).tolist()]
+
+    def _save(self, done: int) -> None:
+        self._finish()
+        began = time.perf_counter()
+        here = files.staging(self.folder, done)
+        problem = ""
+        if self.rank == 0:
+            try:
+                self.log.sync()
+                here.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                problem = str(error)
+        if self._agree(bool(problem))[0]:
+            self._failed(done, problem or "rank 0 cannot make the folder")
+            return
+        self.number += 1
+        snapshot = state.take(self.engine, self.objective, self._state(done), self.device)
+        self._writing = _Writing(snapshot, here, done, time.perf_counter() - began)
+        self._saved_at = time.monotonic()
+        if not self.config.checkpoint.asynchronous:
+            self._finish()
+
+    def _state(self, done: int) -> dict[str, Any]:
+        return {
+            "step": done,
+            "samples": done * self.plan.global_batch_size,
+            "total_steps": self.plan.total_steps,
+            "number": self.number,
+            "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            "recipe": recipe_hash(self.config),
+            "config": self.config.model_dump(mode="json"),
+            "data_fingerprint": self.fingerprint,
+            "num_samples": self.plan.num_samples,
+            "packages": installed_packages(),
+        }
+
+    def _finish(self) -> bool:
+        """Wait until all ranks have written, and make the checkpoint valid. Returns whether it is."""
+        writing, self._writing = self._writing, None
+        if writing is None:
+            return True
+        began = time.perf_counter()
+        writing.wait()
+        mine = (writing.files, writing.error, writing.bytes)
+        everyone = [mine]
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            everyone = [mine] * dist.get_world_size()
+            dist.all_gather_object(everyone, mine)
+        errors = [f"rank {rank}: {error}" for rank, (_, error, _) in enumerate(everyone) if error]
+        problem = "; ".join(errors)
+        if self.rank == 0 and not problem:
+            try:
+                files.commit(self.folder, writing.step, [file for written, _, _ in everyone for file in written])
+                files.thin_out(self.folder, self.config.checkpoint.keep, self.config.checkpoint.keep_every)
+            except OSError as error:
+                problem = f"rank 0: {error}"
+        if self._agree(bool(problem))[0]:
+            self._failed(writing.step, problem or "rank 0 cannot complete it")
+            return False
+        size, waited = sum(size for _, _, size in everyone), time.perf_counter() - began
+        self.log.say(
+            f"checkpoint {files.name_of(writing.step)}: {size / 2**20:.1f} MiB, copied in {writing.taken:.2f} s, "
+            f"written in {writing.seconds:.2f} s, training waited {writing.taken + waited:.2f} s"
+        )
+        seconds = {"seconds": writing.taken + waited, "copy_seconds": writing.taken, "write_seconds": writing.seconds}
+        record = {"of_step": writing.step, "bytes": size, **seconds}
+        place = {"step": self._step, "samples": self._step * self.plan.global_batch_size}
+        self.log.write({**place, **{f"checkpoint/{key}": value for key, value in record.items()}})
+        return True
+
+    def _failed(self, step: int, problem: str) -> None:
+        if self.rank == 0:
+            files.clean(self.folder)
+        words = f"checkpoint: step {step} could not be written ({problem}); earlier checkpoints are untouched"
+        if self.config.checkpoint.on_failure == "stop":
+            raise RuntimeError(words)
+        self._saved_at = time.monotonic()
+        self.log.say(f"{words}; training goes on")
+
+    def __enter__(self) -> "Keeper":
+        """Clear away what an interrupted run left half-done, and what is newer than the step this one goes on from."""
+        if self.rank == 0:
+            files.clean(self.folder)
+            files.set_aside_after(self.folder, self._step)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Let the writer come to its end; a checkpoint that others may not have finished stays invisible."""
+        if self._writing is not None:
+            self._writing.wait()

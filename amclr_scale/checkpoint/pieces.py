@@ -1,0 +1,275 @@
+"""What an engine holds, as named pieces in one portable form: every ZeRO stage and number of ranks reads it.
+
+ZeRO lays parameters end to end in flat tensors and cuts those over ranks. A *piece* is a range of one flattened
+parameter, or of an optimizer state of it, under a name that says so:
+
+    parameter/text_tower.token.weight@4096      fp32 master values from element 4096 on
+    exp_avg/text_tower.token.weight@4096        Adam's first moment of the same elements
+
+Each rank writes the pieces that it holds (what all ranks hold alike, they share out), so saving moves nothing between
+ranks and no rank ever holds the whole. Loading reads whatever ranges the new layout asks for. The values are copies,
+bit for bit: restored in the layout that they were saved in, training goes on as if nothing had happened.
+"""
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from amclr_scale.engine.layerwise import shards_of
+
+MASTER = "parameter"
+COUNTERS = ("global_steps", "global_samples", "micro_steps", "skipped_steps")
+
+
+@dataclass(frozen=True)
+class Part:
+    """A piece, and where it begins in a flat tensor."""
+
+    name: str  # of the parameter
+    offset: int  # in the flattened parameter
+    start: int  # in the flat tensor
+    numel: int
+
+
+@dataclass(frozen=True)
+class Flat:
+    """A tensor that the optimizer steps: a whole parameter (stage 0) or this rank's flat share of a group."""
+
+    tensor: Tensor
+    parts: tuple[Part, ...]
+    everywhere: bool  # all ranks hold the same
+
+
+def flats(engine: Any) -> Iterator[Flat]:
+    """What this rank's optimizer steps."""
+    stage = int(engine.zero_optimization_stage())
+    names = {id(parameter): name for name, parameter in engine.module.named_parameters()}
+    if stage == 0:
+        for group in engine.optimizer.param_groups:
+            for p in group["params"]:
+                yield Flat(p, (Part(names[id(p)], 0, 0, p.numel()),), everywhere=True)
+        return
+    for tensor, parameters, shard in shards_of(engine.optimizer, stage):
+        parts = (Part(names[id(parameters[p.parameter])], p.offset, p.start, p.numel) for p in shard.pieces)
+        yield Flat(tensor, tuple(parts), everywhere=False)
+
+
+def _base_optimizer(engine: Any) -> torch.optim.Optimizer:
+    """The optimizer that was given to DeepSpeed, inside whatever wraps it."""
+    optimizer: torch.optim.Optimizer = engine.optimizer
+    return optimizer if int(engine.zero_optimization_stage()) == 0 else engine.optimizer.optimizer
+
+
+def collect(engine: Any, rank: int, world_size: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Copies of this rank's pieces on the CPU, and what is no tensor, for JSON. All ranks call it together."""
+    optimizer, stage = _base_optimizer(engine), int(engine.zero_optimization_stage())
+    pieces: dict[str, Tensor] = {}
+    scalars: dict[str, dict[str, Any]] = {}
+    trained: set[str] = set()
+    for index, flat in enumerate(flats(engine)):
+        columns: dict[str, Tensor] = {MASTER: flat.tensor}
+        counters: dict[str, Any] = {}
+        for key, value in optimizer.state.get(flat.tensor, {}).items():
+            if isinstance(value, Tensor) and value.shape == flat.tensor.shape:
+                columns[key] = value
+            elif value is not None:
+                counters[key] = _to_json(key, value)
+        for part in flat.parts:
+            trained.add(part.name)
+            if counters:
+                scalars[part.name] = counters
+            if flat.everywhere and index % world_size != rank:
+                continue
+            for kind, column in columns.items():
+                piece = column.detach().reshape(-1)[part.start : part.start + part.numel]
+                pieces[f"{kind}/{part.name}@{part.offset}"] = piece.to("cpu", copy=True)
+    parameters = dict(engine.module.named_parameters())
+    for index, (name, parameter) in enumerate(parameters.items()):
+        if not parameter.requires_grad:
+            value = _whole(parameter)
+            if index % world_size == rank:
+                pieces[f"{MASTER}/{name}@0"] = value.reshape(-1).to("cpu", copy=True)
+    for name, buffer in engine.module.named_buffers():
+        pieces[f"buffer/{name}"] = buffer.detach().to("cpu", copy=True).contiguous()
+    notes = {
+        "shapes": {name: list(getattr(p, "ds_shape", p.shape)) for name, p in parameters.items()},
+        "scalars": scalars,
+        "group_steps": [group.get("step") for group in optimizer.param_groups],
+        "counters": {name: int(getattr(engine, name)) for name in COUNTERS},
+        "loss_scale": _numbers(engine.optimizer.loss_scaler) if stage and engine.fp16_enabled() else {},
+    }
+    return pieces, notes
+
+
+def _whole(parameter: Any) -> Tensor:
+    if not hasattr(parameter, "ds_id"):
+        return parameter.detach()  # type: ignore[no-any-return]
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters([parameter]):
+        return parameter.detach().clone()  # type: ignore[no-any-return]
+
+
+def _numbers(scaler: Any) -> dict[str, float]:
+    return {key: value for key, value in vars(scaler).items() if isinstance(value, int | float)}
+
+
+def _to_json(key: str, value: Any) -> dict[str, Any]:
+    """A step counter: a number, or a tensor of one."""
+    if isinstance(value, Tensor) and value.numel() == 1:
+        return {"value": value.item(), "dtype": str(value.dtype).removeprefix("torch."), "shape": list(value.shape)}
+    if isinstance(value, int | float):
+        return {"value": value}
+    raise TypeError(f"optimizer state {key}: expected a number or a tensor like the parameter, got {type(value)}")
+
+
+def _from_json(saved: dict[str, Any], device: torch.device) -> Any:
+    if "dtype" not in saved:
+        return saved["value"]
+    # torch keeps step counters on the CPU unless the optimizer is fused or capturable: load as load_state_dict does
+    return torch.full(tuple(saved["shape"]), saved["value"], dtype=getattr(torch, saved["dtype"]), device=device)
+
+
+class PieceReader:
+    """The pieces of a checkpoint, whoever wrote them; reads only what is asked for."""
+
+    def __init__(self, files: Sequence[Path]):
+        self._files: list[Any] = [safe_open(file, "pt") for file in files]
+        self.notes: list[dict[str, Any]] = [json.loads(file.metadata()["notes"]) for file in self._files]
+        self._keys: list[set[str]] = [set(file.keys()) for file in self._files]
+        self._pieces: dict[str, list[tuple[int, int, Any, str]]] = {}
+        for file, keys in zip(self._files, self._keys, strict=True):
+            for key in keys:
+                name, at, offset = key.rpartition("@")
+                if at:
+                    (numel,) = file.get_slice(key).get_shape()
+                    self._pieces.setdefault(name, []).append((int(offset), numel, file, key))
+        for found in self._pieces.values():
+            found.sort(key=lambda piece: piece[0])
+        self.shapes: dict[str, list[int]] = self.notes[0]["shapes"]
+        self.kinds = sorted({name.partition("/")[0] for name in self._pieces} - {MASTER})
+        self.scalars = {name: saved for notes in self.notes for name, saved in notes["scalars"].items()}
+
+    def has(self, kind: str, name: str) -> bool:
+        """Whether a parameter has such a state."""
+        return f"{kind}/{name}" in self._pieces
+
+    def read(self, kind: str, name: str, offset: int, numel: int) -> Tensor | None:
+        """Elements [offset, offset + numel) of a flattened parameter or state, (numel,); None: it has no such state.
+
+        Raises:
+            ValueError: the files do not hold all of them.
+        """
+        pieces = self._pieces.get(f"{kind}/{name}")
+        if pieces is None:
+            return None
+        found, at = [], offset
+        for begin, length, file, key in pieces:
+            stop = min(begin + length, offset + numel)
+            if begin <= at < stop:
+                found.append(file.get_slice(key)[at - begin : stop - begin])
+                at = stop
+        if at != offset + numel:
+            raise ValueError(f"checkpoint: {kind}/{name} ends at element {at}, expected {offset + numel}")
+        return found[0] if len(found) == 1 else torch.cat(found)
+
+    def whole(self, name: str, kind: str = MASTER) -> Tensor:
+        """A parameter (or a state of it) in its own shape, fp32."""
+        shape = torch.Size(self.shapes[name])
+        found = self.read(kind, name, 0, shape.numel())
+        if found is None:
+            raise ValueError(f"checkpoint: it holds no {kind} of {name}")
+        return found.view(shape)
+
+    def tensor(self, key: str, rank: int) -> Tensor | None:
+        """A tensor that each rank wrote for itself; None where the checkpoint had no such rank."""
+        if rank >= len(self._files) or key not in self._keys[rank]:
+            return None
+        tensor: Tensor = self._files[rank].get_tensor(key)
+        return tensor
+
+    def buffers(self, rank: int) -> dict[str, Tensor]:
+        """The model's buffers, as this rank had them; rank 0's where the checkpoint had no such rank."""
+        writer = rank if rank < len(self._files) else 0
+        keys = (key for key in self._keys[writer] if key.startswith("buffer/"))
+        return {key.removeprefix("buffer/"): self._files[writer].get_tensor(key) for key in keys}
+
+
+@torch.no_grad()
+def restore(engine: Any, reader: PieceReader, rank: int) -> None:
+    """Put masters, optimizer states, weights and buffers where this engine wants them. All ranks call it together.
+
+    Raises:
+        ValueError: the checkpoint is of another model.
+    """
+    parameters = dict(engine.module.named_parameters())
+    shapes = {name: list(getattr(p, "ds_shape", p.shape)) for name, p in parameters.items()}
+    if shapes != reader.shapes:
+        wrong = sorted(n for n in {*shapes, *reader.shapes} if shapes.get(n) != reader.shapes.get(n))
+        raise ValueError(f"checkpoint: it holds another model; {wrong[0]} and {len(wrong) - 1} more differ")
+    optimizer = _base_optimizer(engine)
+    optimizer.state.clear()
+    for flat in flats(engine):
+        _restore_flat(flat, optimizer, reader)
+    for group, step in zip(optimizer.param_groups, reader.notes[0]["group_steps"], strict=False):
+        if step is not None:
+            group["step"] = step
+    for name, parameter in parameters.items():
+        _set(parameter, reader, name, rank)
+    buffers = reader.buffers(rank)
+    for name, buffer in engine.module.named_buffers():
+        buffer.copy_(buffers[name])
+    notes = reader.notes[0]
+    for name, value in notes["counters"].items():
+        setattr(engine, name, value)
+    if engine.fp16_enabled():
+        for name, value in notes["loss_scale"].items():
+            setattr(engine.optimizer.loss_scaler, name, value)
+
+
+def _restore_flat(flat: Flat, optimizer: torch.optim.Optimizer, reader: PieceReader) -> None:
+    """The masters in a flat tensor and the optimizer's state of it."""
+    _fill(flat, flat.tensor, MASTER, reader)
+    names = [part.name for part in flat.parts] or list(reader.scalars)[:1]  # no parts: padding alone
+    counters = [reader.scalars[name] for name in names if name in reader.scalars]
+    for kind in reader.kinds:
+        if flat.everywhere and not reader.has(kind, names[0]):
+            continue
+        column = torch.zeros_like(flat.tensor)
+        _fill(flat, column, kind, reader)
+        optimizer.state[flat.tensor][kind] = column
+    fused = bool(optimizer.defaults.get("fused") or optimizer.defaults.get("capturable"))
+    device = flat.tensor.device if fused else torch.device("cpu")
+    furthest = max(counters, key=lambda saved: max(v["value"] for v in saved.values()), default={})
+    for key, saved in furthest.items():
+        optimizer.state[flat.tensor][key] = _from_json(saved, device)
+
+
+def _fill(flat: Flat, column: Tensor, kind: str, reader: PieceReader) -> None:
+    """Copy a kind's pieces into a tensor shaped like the flat one; what was never saved stays."""
+    for part in flat.parts:
+        found = reader.read(kind, part.name, part.offset, part.numel)
+        if found is None:
+            continue
+        if flat.everywhere:
+            column.copy_(found.view(column.shape))
+        else:
+            column.view(-1)[part.start : part.start + part.numel].copy_(found)
+
+
+def _set(parameter: nn.Parameter | Any, reader: PieceReader, name: str, rank: int) -> None:
+    """The weight that the module computes with."""
+    if not hasattr(parameter, "ds_id"):
+        parameter.copy_(reader.whole(name))
+        return
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
+        if rank == 0:  # the others are sent it
+            parameter.copy_(reader.whole(name))

@@ -1,0 +1,153 @@
+"""Which checkpoint a run goes on from, and whether it may.
+
+Nothing here talks to other ranks: rank 0 looks, reads every byte of the candidate once to check it, and tells the
+others. A recipe that differs is refused, key by key; how it is executed may differ as it likes. Imports no torch.
+"""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from amclr_scale.checkpoint import files
+from amclr_scale.config.load import build, recipe, recipe_hash
+from amclr_scale.config.schema import Config
+from amclr_scale.errors import UserError
+
+CHECKPOINTS = "checkpoints"
+
+
+@dataclass(frozen=True)
+class Found:
+    """A checkpoint to go on from."""
+
+    checkpoint: Path
+    run: Path  # the run folder that it lies in
+    samples: int  # seen when it was saved
+    number: int  # of checkpoints that its run had made
+    fingerprint: str  # of the data
+    changed: tuple[str, ...]  # keys of the recipe that differ, as resume_changed allows
+    complaints: tuple[str, ...]  # newer checkpoints that cannot be used, and why
+
+    def notes(self) -> list[str]:
+        """What the user should know about it, in words."""
+        changed = [f"resumed with a changed recipe: {words}" for words in self.changed]
+        return [*self.complaints, f"resumed from {self.checkpoint}", *changed]
+
+    def step(self, config: Config) -> int:
+        """Steps of this configuration's batch size that the samples seen make up.
+
+        Raises:
+            UserError: they make up no whole number of them.
+        """
+        step, rest = divmod(self.samples, config.train.global_batch_size)
+        if rest:
+            raise UserError(
+                f"train.global_batch_size: expected a divisor of the {self.samples:,} samples that {self.checkpoint} "
+                f"has seen, got {config.train.global_batch_size}; choose one, or go on from another checkpoint"
+            )
+        return step
+
+    def check_data(self, config: Config, fingerprint: str) -> None:
+        """Raise `UserError` if the data set's content is not what the position in it was counted on."""
+        if fingerprint != self.fingerprint and not _allowed("data.train", config.resume_changed):
+            raise UserError(
+                f"data.train: the shards are not those that {self.checkpoint} was trained on: fingerprint "
+                f"{fingerprint}, expected {self.fingerprint}; bring them back, or accept it with "
+                "resume_changed=data.train"
+            )
+
+
+def find(config: Config) -> Found | None:
+    """The checkpoint that `resume` means; None: begin at the beginning.
+
+    Raises:
+        UserError: there is none at the path, it is damaged, or it was made by another recipe.
+    """
+    if config.resume == "never":
+        return None
+    if config.resume != "auto":
+        return _at(Path(config.resume).expanduser(), config)
+    home = Path(config.run.folder)
+    if config.run.name:
+        checkpoint, complaints = files.newest_valid(home / config.run.name / CHECKPOINTS)
+        if checkpoint is None and complaints:
+            raise UserError("resume: no checkpoint of this run can be used\n" + "\n".join(complaints))
+        return None if checkpoint is None else _found(checkpoint, complaints, config)
+    for folder in _of_same_recipe(home, config):
+        checkpoint, complaints = files.newest_valid(folder)
+        if checkpoint is not None and not _finished(checkpoint):
+            return _found(checkpoint, complaints, config)
+    return None
+
+
+def _of_same_recipe(home: Path, config: Config) -> Iterator[Path]:
+    """Folders of checkpoints whose newest is of this recipe, the newest first."""
+    wanted, found = recipe_hash(config), []
+    for pointer in home.glob(f"*/{CHECKPOINTS}/{files.LATEST}"):
+        states = (pointer.parent / files.name_of(step) / "state.json" for step in files.steps(pointer.parent))
+        for state in states:
+            try:
+                same = json.loads(state.read_text("utf-8"))["recipe"] == wanted
+            except (OSError, ValueError, KeyError):
+                continue  # damaged: the next one tells
+            if same:
+                found.append((pointer.stat().st_mtime, pointer.parent))
+            break
+    return iter([folder for _, folder in sorted(found, reverse=True)])
+
+
+def _finished(checkpoint: Path) -> bool:
+    state = json.loads((checkpoint / "state.json").read_text("utf-8"))
+    return bool(state["step"] >= state["total_steps"])
+
+
+def _at(path: Path, config: Config) -> Found:
+    if (path / CHECKPOINTS).is_dir():
+        path = path / CHECKPOINTS
+    if path.name.startswith("step_"):
+        wrong = files.fault(path) if path.is_dir() else "it does not exist"
+        if wrong:
+            raise UserError(f"resume: {path} cannot be used: {wrong}")
+        return _found(path, [], config)
+    checkpoint, complaints = files.newest_valid(path)
+    if checkpoint is None:
+        raise UserError(
+            f"resume: expected never, auto, or a folder with a checkpoint, got {path}\n" + "\n".join(complaints)
+        )
+    return _found(checkpoint, complaints, config)
+
+
+def _found(checkpoint: Path, complaints: list[str], config: Config) -> Found:
+    state = json.loads((checkpoint / "state.json").read_text("utf-8"))
+    changed = differences(state["config"], config)
+    refused = [words for key, words in changed.items() if not _allowed(key, config.resume_changed)]
+    if refused:
+        keys = ",".join(key for key in changed if not _allowed(key, config.resume_changed))
+        raise UserError(
+            f"resume: {checkpoint} was made by another recipe; go back to it, or accept the changes with "
+            f"resume_changed={keys}\n" + "\n".join(refused)
+        )
+    return Found(
+        checkpoint, checkpoint.parent.parent, state["samples"], state["number"], state["data_fingerprint"],
+        tuple(changed.values()), tuple(complaints),
+    )  # fmt: skip
+
+
+def differences(saved: dict[str, Any], config: Config) -> dict[str, str]:
+    """Keys of the recipe that differ between a saved configuration and this one, each with words for both values."""
+    try:
+        before, now = recipe(build(saved)), recipe(config)
+    except UserError as error:
+        raise UserError(f"resume: the checkpoint's configuration is not one of this version's\n{error}") from error
+    return {
+        key: f"{key}: {before.get(key, 'nothing')!r} in the checkpoint, {now.get(key, 'nothing')!r} now"
+        for key in {**before, **now}
+        if before.get(key) != now.get(key)
+    }
+
+
+def _allowed(key: str, changed: list[str]) -> bool:
+    """Whether a key, or a section around it, was named."""
+    return any(key == name or key.startswith(f"{name}.") for name in changed)

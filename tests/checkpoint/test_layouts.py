@@ -1,0 +1,61 @@
+"""A run that was interrupted is the run that was not: bit for bit in the same layout, to rounding in any other."""
+
+import pytest
+import torch
+
+from tests.checkpoint.trainer import OPTIONS, run
+
+
+def assert_equal(got, want):
+    for name, value in want.items():
+        assert torch.equal(got[name], value), name
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize(("objective", "optimizer"), [("isogclr", "adamw"), ("amclr", "nadam")])
+def test_the_same_layout_goes_on_bit_for_bit(ranks, tmp_path, stage, objective, optimizer):
+    how = {"objective": objective, "optimizer": optimizer, "zero_stage": stage, "dropout": 0.2, "layout": "sharded"}
+    whole = ranks(2, run, str(tmp_path), 0, 6, 3, **how)
+    again = ranks(2, run, str(tmp_path), 3, 6, **how)
+    for (losses, everything), (later, resumed) in zip(whole, again, strict=True):
+        assert later == losses[3:]
+        assert_equal(resumed, everything)
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "lion", "radam", "adamp", "lamb", "lars"])
+def test_every_optimizer_goes_on_bit_for_bit(ranks, tmp_path, optimizer):
+    for stage in (0, 2):
+        how = {"objective": "clip", "optimizer": optimizer, "zero_stage": stage}
+        folder = str(tmp_path / str(stage))
+        (losses, everything), _ = ranks(2, run, folder, 0, 4, 2, **how)
+        (later, resumed), _ = ranks(2, run, folder, 2, 4, **how)
+        assert later == losses[2:]
+        assert_equal(resumed, everything)
+
+
+@pytest.mark.parametrize("objective", OPTIONS)
+def test_two_one_four_ranks_and_stages_zero_two_three(ranks, tmp_path, objective):
+    how = {"objective": objective}
+    (losses, _), _ = ranks(2, run, str(tmp_path / "whole"), 0, 8, **how)
+    trace, begin = [], 0
+    for world, stage, end, layout in (
+        (2, 0, 2, "sharded"),
+        (1, 2, 4, "replicated"),
+        (4, 3, 6, "sharded"),
+        (2, 1, 8, "auto"),
+    ):
+        part, _ = ranks(
+            world, run, str(tmp_path / "parts"), begin, end, end, zero_stage=stage, layout=layout, **how
+        )[0]
+        trace, begin = trace + part, end
+    assert trace == pytest.approx(losses, rel=1e-5)
+
+
+def test_bf16_keeps_its_masters(ranks, tmp_path):
+    for stage in (1, 3):
+        how = {"objective": "sogclr", "zero_stage": stage, "precision": "bf16"}
+        folder = str(tmp_path / str(stage))
+        (losses, everything), _ = ranks(2, run, folder, 0, 6, 3, **how)
+        (later, resumed), _ = ranks(2, run, folder, 3, 6, **how)
+        assert later == losses[3:]
+        assert_equal(resumed, everything)
