@@ -118,7 +118,10 @@ def steps(folder: Path) -> list[int]:
 def fault(checkpoint: Path) -> str | None:
     """Why a checkpoint may not be read, in words; None: every byte is as it was written."""
     try:
-        manifest = json.loads((checkpoint / MANIFEST).read_text("utf-8"))
+        try:
+            manifest = json.loads((checkpoint / MANIFEST).read_text("utf-8"))
+        except ValueError:
+            manifest = None
         if not isinstance(manifest, dict) or manifest.get("sha256") != _own_hash(manifest):
             return f"{MANIFEST} is damaged"
         if manifest["format"] != FORMAT:
@@ -134,7 +137,7 @@ def fault(checkpoint: Path) -> str | None:
                 return f"{file['name']} is damaged: its bytes are not those that were written"
     except FileNotFoundError as error:
         return f"{Path(str(error.filename)).name} is missing"
-    except (OSError, ValueError) as error:
+    except OSError as error:
         return f"it cannot be read: {error}"
     return None
 

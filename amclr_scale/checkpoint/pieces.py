@@ -246,7 +246,7 @@ def _restore_flat(flat: Flat, optimizer: torch.optim.Optimizer, reader: PieceRea
         optimizer.state[flat.tensor][kind] = column
     fused = bool(optimizer.defaults.get("fused") or optimizer.defaults.get("capturable"))
     device = flat.tensor.device if fused else torch.device("cpu")
-    furthest = max(counters, key=lambda saved: max(v["value"] for v in saved.values()), default={})
+    furthest: dict[str, Any] = max(counters, key=lambda saved: max(v["value"] for v in saved.values()), default={})
     for key, saved in furthest.items():
         optimizer.state[flat.tensor][key] = _from_json(saved, device)
 

@@ -44,9 +44,7 @@ def test_two_one_four_ranks_and_stages_zero_two_three(ranks, tmp_path, objective
         (4, 3, 6, "sharded"),
         (2, 1, 8, "auto"),
     ):
-        part, _ = ranks(
-            world, run, str(tmp_path / "parts"), begin, end, end, zero_stage=stage, layout=layout, **how
-        )[0]
+        part, _ = ranks(world, run, str(tmp_path / "parts"), begin, end, end, zero_stage=stage, layout=layout, **how)[0]
         trace, begin = trace + part, end
     assert trace == pytest.approx(losses, rel=1e-5)
 
