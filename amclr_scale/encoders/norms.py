@@ -37,6 +37,40 @@ def group_norm(channels: int) -> nn.GroupNorm:
     return nn.GroupNorm(channels // CHANNELS_PER_GROUP if channels % CHANNELS_PER_GROUP == 0 else 1, channels)
 
 
+HALF = (torch.bfloat16, torch.float16)
+
+
+class BatchNorm(_BatchNorm):
+    """BatchNorm of one rank's micro-batch, in float32 where the tower computes in half precision.
+
+    DeepSpeed leaves stored statistics in float32 beside half-precision weights, which torch's own refuses.
+    """
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        if input.dim() < 2:
+            raise ValueError(f"input: expected at least (b, C), got {tuple(input.shape)}")
+
+    def forward(self, input: Tensor) -> Tensor:
+        return _in_half(self, input) if input.dtype in HALF else super().forward(input)
+
+
+def _in_half(norm: _BatchNorm, x: Tensor) -> Tensor:
+    momentum = 0.0 if norm.momentum is None else norm.momentum
+    if norm.training and norm.num_batches_tracked is not None:
+        norm.num_batches_tracked.add_(1)
+        if norm.momentum is None:
+            momentum = 1 / float(norm.num_batches_tracked)
+    own = norm.training or norm.running_mean is None
+    return _in_float32(norm, x, norm.running_mean, norm.running_var, own, momentum)
+
+
+def _in_float32(
+    norm: _BatchNorm, x: Tensor, mean: Tensor | None, variance: Tensor | None, own: bool, momentum: float
+) -> Tensor:
+    weight, bias = (p if p is None else p.float() for p in (norm.weight, norm.bias))
+    return F.batch_norm(x.float(), mean, variance, weight, bias, own, momentum, norm.eps).to(x.dtype)
+
+
 class FrozenBatchNorm(_BatchNorm):
     """BatchNorm that always uses its stored statistics; weight and bias are trained."""
 
@@ -45,20 +79,24 @@ class FrozenBatchNorm(_BatchNorm):
             raise ValueError(f"input: expected at least (b, C), got {tuple(input.shape)}")
 
     def forward(self, input: Tensor) -> Tensor:
+        if input.dtype in HALF:
+            return _in_float32(self, input, self.running_mean, self.running_var, False, 0.0)
         return F.batch_norm(input, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps)
 
 
 class SyncBatchNorm(nn.SyncBatchNorm):
-    """BatchNorm over the samples of all ranks, on CPU too (torch's own works on CUDA only).
+    """BatchNorm over the samples of all ranks, on CPU and in half precision too (torch's own: CUDA, float32).
 
     Ranks may bring different numbers of samples. The backward is that of the sum over ranks of the losses.
     """
 
     def forward(self, input: Tensor) -> Tensor:
         together = self.training and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-        if input.is_cuda or not together:
+        if not together and input.dtype in HALF:
+            return _in_half(self, input)
+        if not together or (input.is_cuda and input.dtype not in HALF):
             return super().forward(input)
-        x = input.float() if input.dtype in (torch.bfloat16, torch.float16) else input
+        x = input.float() if input.dtype in HALF else input
         dims = [0, *range(2, x.dim())]
         shape = [1, -1, *[1] * (x.dim() - 2)]
         local = torch.cat([x.sum(dims), x.new_tensor([x.numel() / x.shape[1]])])
@@ -108,26 +146,26 @@ def convert_batch_norm(tower: nn.Module, norm: Norm, *, pretrained: bool = False
     """Replace every BatchNorm of a tower; weights, biases and stored statistics are carried over.
 
     Args:
-        norm: what to put in its place. "batch" leaves the tower as it is.
+        norm: what to put in its place.
         pretrained: whether the tower's stored statistics mean anything.
 
     Raises:
         UserError: frozen statistics of a tower with random weights, or a kind of BatchNorm that is unknown here.
     """
-    if norm == "batch":
-        return tower
     if norm == "frozen" and not pretrained:
         raise UserError(
             "model.image.norm: frozen statistics need trained ones, and model.image.weights is null; "
             "name a file with weights, or choose group, sync or batch"
         )
-    return _convert(tower, {"group": _to_group, "sync": _to_sync, "frozen": _to_frozen}[norm])
+    return _convert(tower, {"group": _to_group, "sync": _to_sync, "frozen": _to_frozen, "batch": _to_batch}[norm])
 
 
 def _convert(module: nn.Module, replace: Callable[[_BatchNorm], nn.Module]) -> nn.Module:
     if isinstance(module, _BatchNorm):
-        if type(module) in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d):
+        if type(module) in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, BatchNorm):
             return replace(module)
+        if replace is _to_batch:
+            return module  # a library's own kind: kept as it is
         if type(module).__name__ == "BatchNormAct2d":  # timm's, with an activation inside
             return nn.Sequential(replace(module), cast(nn.Module, module.drop), cast(nn.Module, module.act))
         raise UserError(
@@ -146,6 +184,10 @@ def _to_group(norm: _BatchNorm) -> nn.Module:
 
 def _to_sync(norm: _BatchNorm) -> nn.Module:
     return _carry_over(norm, SyncBatchNorm(norm.num_features, norm.eps, norm.momentum or 0.1))
+
+
+def _to_batch(norm: _BatchNorm) -> nn.Module:
+    return _carry_over(norm, BatchNorm(norm.num_features, norm.eps, norm.momentum))
 
 
 def _to_frozen(norm: _BatchNorm) -> nn.Module:

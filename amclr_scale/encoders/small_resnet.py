@@ -7,14 +7,14 @@ width w, 2w, 4w, 8w, without the large stem that takes a 32-pixel picture apart 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from amclr_scale.encoders.norms import group_norm
+from amclr_scale.encoders.norms import BatchNorm, group_norm
 
 BLOCKS_PER_STAGE = {10: 1, 18: 2}
 LARGEST_FIRST_MAP = 48  # pixels; larger pictures are halved in the stem until the first stage sees no more
 
 
 def _norm(channels: int, batch_norm: bool) -> nn.Module:
-    return nn.BatchNorm2d(channels) if batch_norm else group_norm(channels)
+    return BatchNorm(channels) if batch_norm else group_norm(channels)
 
 
 class BasicBlock(nn.Module):

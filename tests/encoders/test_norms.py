@@ -5,7 +5,15 @@ import torch
 from torch import nn
 
 from amclr_scale.config.schema import ImageTower
-from amclr_scale.encoders.norms import SyncBatchNorm, convert_batch_norm, group_norm, has_batch_norm, keep_statistics
+from amclr_scale.encoders.norms import (
+    BatchNorm,
+    FrozenBatchNorm,
+    SyncBatchNorm,
+    convert_batch_norm,
+    group_norm,
+    has_batch_norm,
+    keep_statistics,
+)
 from amclr_scale.errors import UserError
 from tests.encoders.test_dual_encoder import images, model
 
@@ -122,3 +130,25 @@ def test_a_second_forward_can_leave_the_statistics_alone():
     assert all(torch.equal(before[name], b) for name, b in net.named_buffers())
     torch.testing.assert_close(again, net(data()[:4]))
     assert net[1].num_batches_tracked == 2
+
+
+@pytest.mark.parametrize("norm", [BatchNorm, FrozenBatchNorm, SyncBatchNorm])
+def test_half_precision_weights_beside_float32_statistics(norm):
+    """As DeepSpeed leaves them; torch's own BatchNorm raises on this pair."""
+    wide, half = norm(8), norm(8)
+    for module in (wide, half):
+        with torch.no_grad():
+            module.weight.copy_(torch.arange(1, 9) / 4)
+    x = data().bfloat16()
+    half.weight.data, half.bias.data = half.weight.data.bfloat16(), half.bias.data.bfloat16()
+    with pytest.raises(RuntimeError):
+        torch.nn.functional.batch_norm(x, half.running_mean, half.running_var, half.weight, half.bias, True)
+    for _ in range(2):
+        want, got = wide(x.float()), half(x)
+    got.float().square().sum().backward()
+    want.square().sum().backward()
+    assert got.dtype == torch.bfloat16
+    torch.testing.assert_close(got.float(), want, rtol=1e-2, atol=1e-2)
+    torch.testing.assert_close(half.weight.grad.float(), wide.weight.grad, rtol=2e-2, atol=1e-1)
+    for (name, a), b in zip(half.named_buffers(), wide.buffers(), strict=True):
+        assert torch.equal(a, b), name
