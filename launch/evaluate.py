@@ -16,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from amclr_scale.config.load import _from_words, _read_file, build, merge
+from amclr_scale.config.load import build, from_words, merge, read_file
 from amclr_scale.config.schema import Config
 from amclr_scale.engine.place import Place, find_place
 from amclr_scale.errors import UserError
@@ -44,14 +44,14 @@ def laid_over(config: Config, suites: list[str], words: list[str]) -> Config:
     """A model's configuration with the suites' and the command line's keys over it."""
     tree: dict[str, Any] = config.model_dump(mode="json")
     for suite in suites:
-        above = _read_file(Path(suite))
+        above = read_file(Path(suite))
         foreign = set(above) - {"evaluation", "data"}
         if foreign:
             raise UserError(
                 f"{suite}: expected the sections evaluation and data only, got {', '.join(sorted(foreign))}"
             )
         tree = merge(tree, above)
-    return build(merge(tree, _from_words(words)))
+    return build(merge(tree, from_words(words)))
 
 
 class Watched:

@@ -70,8 +70,9 @@ def run(config: Config, source: str | None, place: Place, stopwatch: Stopwatch, 
         rank=place.rank, world_size=place.world_size, workers=config.execution.workers,
     )  # fmt: skip
     tokenizer = load_tokenizer(config.data.tokenizer, config.data.context_length)
-    plan = make_plan(config, loader.num_samples, place.world_size)
-    evaluator = Evaluator(config, rank=place.rank, world_size=place.world_size) if config.evaluation.splits else None
+    plan = make_plan(config, loader.samples_per_epoch, place.world_size)
+    measured = config.evaluation.splits or config.evaluation.probes
+    evaluator = Evaluator(config, rank=place.rank, world_size=place.world_size) if measured else None
     stopwatch.lap("data")
     device = start(place, config.execution.threads)
     found, folder = agree_on_start(config, name_run(config, source), loader.fingerprint, place.rank)
@@ -82,7 +83,7 @@ def run(config: Config, source: str | None, place: Place, stopwatch: Stopwatch, 
     seed_everything(config.seed)
     model = build_model(
         config.model, vocab_size=tokenizer.vocab_size, pad_id=tokenizer.pad_id,
-        context_length=config.data.context_length,
+        end_id=tokenizer.end_id, context_length=config.data.context_length,
         image_size=config.data.image_size, image_mean=config.data.image_mean, image_std=config.data.image_std,
     )  # fmt: skip
     options = {key: value for key, value in config.objective.items() if key != "name"}
@@ -140,7 +141,7 @@ def run(config: Config, source: str | None, place: Place, stopwatch: Stopwatch, 
             config, plan, step=step, objective=objective, batches=iter(loader), log=log, phases=phases, device=device,
             throughput=throughput(config, plan, model, flops, device), profiler=profiler,
             evaluate=(lambda: evaluator(engine)) if evaluator else None, on_first_step=first_step_done,
-            after_step=keeper, begin=begin,
+            after_step=keeper, begin=begin, bad_samples=loader.counts.total,
         )  # fmt: skip
         save_weights(folder, model, objective, speaks=place.rank == 0)
         if place.rank == 0:
@@ -189,11 +190,12 @@ def main(argv: list[str]) -> int:
 
 
 def preview(config: Config, place: Place) -> str:
-    """The arithmetic of a run, from the index of the data alone."""
-    from amclr_scale.data.indexing import open_index
+    """The arithmetic of a run, from the index of its data."""
+    from amclr_scale.data.loader import TrainLoader
     from amclr_scale.engine.plan import make_plan
 
-    return str(make_plan(config, open_index(config.data).num_samples, place.world_size))
+    loader = TrainLoader(config.data, seed=config.seed, global_batch_size=config.train.global_batch_size)
+    return str(make_plan(config, loader.samples_per_epoch, place.world_size))
 
 
 if __name__ == "__main__":

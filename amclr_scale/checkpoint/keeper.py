@@ -153,7 +153,7 @@ class Keeper:
             "recipe": recipe_hash(self.config),
             "config": self.config.model_dump(mode="json"),
             "data_fingerprint": self.fingerprint,
-            "num_samples": self.plan.num_samples,
+            "num_samples": self.plan.samples_per_epoch,
             "packages": installed_packages(),
         }
 

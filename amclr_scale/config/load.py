@@ -23,9 +23,7 @@ from amclr_scale.errors import UserError
 
 RECIPE = ("seed", "data", "model", "objective", "optimizer", "train", "evaluation")
 # Keys in those sections that say how fast or how long at a time, and change no result.
-NEUTRAL = ("data.cache", "data.cache_gib", "evaluation.batch_size", "train.max_hours")
-# Keys that live in the recipe's sections and do not change results.
-MACHINERY = {"data": ("cache", "cache_gib", "allow_pipe"), "evaluation": ("batch_size",)}
+NEUTRAL = ("data.cache", "data.cache_gib", "data.allow_pipe", "evaluation.batch_size", "train.max_hours")
 
 
 class _Loader(yaml.SafeLoader):
@@ -77,7 +75,12 @@ def merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def _read_file(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
+def read_file(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """The sections of a YAML file, laid over those of its `base`. `seen`: files that led here.
+
+    Raises:
+        UserError: no such file, not readable, or a circle of bases.
+    """
     if not path.is_file():
         raise UserError(f"--config: expected a YAML file, got {path}, which does not exist")
     if path.resolve() in seen:
@@ -86,10 +89,15 @@ def _read_file(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     if not isinstance(tree, dict):
         raise UserError(f"{path}: expected sections with keys, got {type(tree).__name__}")
     base = tree.pop("base", None)
-    return merge(_read_file(path.parent / base, (*seen, path.resolve())), tree) if base else tree
+    return merge(read_file(path.parent / base, (*seen, path.resolve())), tree) if base else tree
 
 
-def _from_words(words: Sequence[str]) -> dict[str, Any]:
+def from_words(words: Sequence[str]) -> dict[str, Any]:
+    """Sections from `section.key=value` words; a later word wins.
+
+    Raises:
+        UserError: a word is no such pair, or its value is not readable.
+    """
     tree: dict[str, Any] = {}
     for word in words:
         key, equals, value = word.partition("=")
@@ -202,7 +210,7 @@ def load(path: str | Path | None, words: Sequence[str] = (), world_size: int = 1
     Raises:
         UserError: one line per mistake, all of them, the key first.
     """
-    return build(merge(_read_file(Path(path)) if path else {}, _from_words(words)), world_size)
+    return build(merge(read_file(Path(path)) if path else {}, from_words(words)), world_size)
 
 
 def dump(config: Config) -> str:

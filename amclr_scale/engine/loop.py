@@ -45,6 +45,7 @@ def train(
     on_first_step: Callable[[], None] = lambda: None,
     after_step: Callable[[int], None] = lambda _: None,
     begin: int = 0,
+    bad_samples: Callable[[], int] = lambda: 0,
 ) -> dict[str, float]:
     """Run the recipe to its end on every rank; returns the last evaluation.
 
@@ -52,13 +53,14 @@ def train(
         on_first_step: called once, after the first step that is run here.
         after_step: called after every step and its evaluation, with the number of steps done; may raise to end the run.
         begin: steps that are done already; `batches` begin with the next one.
+        bad_samples: unusable samples that this rank has met so far.
     """
     samples = begin * plan.global_batch_size
     logged_at, logged_time = samples, time.perf_counter()
     results: dict[str, float] = {}
     warned = False
     for done in range(begin + 1, plan.total_steps + 1):
-        objective.set_epoch(samples / plan.num_samples)
+        objective.set_epoch(samples / plan.samples_per_epoch)
         middle = samples + plan.global_batch_size / 2
         lr = learning_rate(config.optimizer, middle, plan.total_samples, plan.global_batch_size)
         with phases("data", host=True):
@@ -73,11 +75,11 @@ def train(
         if done % config.run.log_every_steps == 0 or done in (1, plan.total_steps):
             seconds = time.perf_counter() - logged_time
             rates = throughput.record((samples - logged_at) / seconds)
-            record = {**_record(report, phases, seconds, device), **rates}
+            record = {**_record(report, phases, seconds, bad_samples(), device), **rates}
             if config.run.diagnostics:
                 found = diagnostics.of_step(objective, report.embeddings)
                 record |= {f"diagnostics/{name}": value for name, value in found.items()}
-            place = {"step": done, "samples": samples, "epoch": samples / plan.num_samples, "lr": lr}
+            place = {"step": done, "samples": samples, "epoch": samples / plan.samples_per_epoch, "lr": lr}
             log.step({**place, **record}, plan.total_steps)
             if record["data_wait_share"] > WAIT_WARNING and done > config.run.log_every_steps and not warned:
                 warned = True
@@ -105,10 +107,13 @@ def _evaluate(evaluate: Callable[[], dict[str, float]], log: RunLog, done: int, 
     return results
 
 
-def _record(report: StepReport, phases: Phases, seconds: float, device: torch.device) -> dict[str, float]:
+def _record(
+    report: StepReport, phases: Phases, seconds: float, bad_samples: int, device: torch.device
+) -> dict[str, float]:
     """What a logged step says. Loss and metrics are averaged over ranks: then they are those of the global batch."""
     spent = phases.seconds()
     own = {"loss": float(report.loss.value.detach()), **{f"objective/{k}": v for k, v in report.loss.metrics.items()}}
+    own["bad_samples"] = bad_samples * world_size()  # of all ranks: their sum, not their mean
     means = (all_sum(torch.tensor(list(own.values()), dtype=torch.float64, device=device)) / world_size()).tolist()
     return {
         **dict(zip(own, means, strict=True)),

@@ -9,7 +9,7 @@ from amclr_scale.config.schema import Config
 class Plan:
     """The arithmetic of a run."""
 
-    num_samples: int  # N, in the data set
+    samples_per_epoch: float  # N, but for a mixture with weights
     total_steps: int
     global_batch_size: int
     world_size: int
@@ -38,19 +38,19 @@ class Plan:
             f"encoded {at_once} at once ({self.micro_batches} per step and rank"
             f"{', through the gradient cache' if self.micro_batches > 1 else ''})",
             f"{self.total_steps} steps = {self.total_samples} samples = "
-            f"{self.total_samples / self.num_samples:.2f} epochs of {self.num_samples}",
+            f"{self.total_samples / self.samples_per_epoch:.2f} epochs of {self.samples_per_epoch:g}",
         ]
-        if self.global_batch_size > self.num_samples:
-            epochs = self.global_batch_size / self.num_samples
+        if self.global_batch_size > self.samples_per_epoch:
+            epochs = self.global_batch_size / self.samples_per_epoch
             lines.append(f"a global batch holds {epochs:.1f} epochs: samples meet themselves in it")
         return "\n".join(lines)
 
 
-def make_plan(config: Config, num_samples: int, world_size: int) -> Plan:
+def make_plan(config: Config, samples_per_epoch: float, world_size: int) -> Plan:
     """Steps from samples or epochs: the nearest whole number of global batches, at least one."""
     batch = config.train.global_batch_size
-    samples = config.train.samples or (config.train.epochs or 0) * num_samples
+    samples = config.train.samples or (config.train.epochs or 0) * samples_per_epoch
     local = batch // world_size
     wanted = config.execution.micro_batch_size or local
     sizes = (min(wanted, local), min(config.execution.text_micro_batch_size or wanted, local))
-    return Plan(num_samples, max(1, round(samples / batch)), batch, world_size, sizes)
+    return Plan(samples_per_epoch, max(1, round(samples / batch)), batch, world_size, sizes)

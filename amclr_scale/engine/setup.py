@@ -51,8 +51,11 @@ def deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:
 
 
 def quieten() -> None:
-    """Warnings and errors of DeepSpeed only: our own lines say what a user needs to know."""
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    """Warnings and errors of DeepSpeed only, but for one: optimizers that are untested there are tested here."""
+    logger = logging.getLogger("DeepSpeed")
+    logger.setLevel(logging.WARNING)
+    if not logger.filters:
+        logger.addFilter(lambda record: "untested optimizer" not in record.getMessage())
 
 
 def adapt_to_objective(model: DualEncoder, objective: Objective, embedding_width: int) -> None:
