@@ -146,7 +146,7 @@ def kill_once(folder: Path, args: argparse.Namespace, number: int, tally: Tally)
     tally.seconds_to_end.append(round(time.monotonic() - killed_at, 2))
     if launcher.poll() is None:
         launcher.wait(PATIENCE)
-    if launcher.returncode == 0:
+    if (run / "evaluation.json").exists():  # (not the exit code: deepspeed's is 0 when its launcher is killed)
         return False
     tally.victims.append(victim)
     tally.in_save += inside

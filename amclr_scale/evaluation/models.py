@@ -97,7 +97,7 @@ def _ours(name: str) -> Loaded:
             f"checkpoint: expected a run folder with config.yaml and weights.safetensors, open_clip/ARCHITECTURE:FILE "
             f"or transformers/FOLDER, got {name}: {missing[0]} does not exist"
         )
-    config = load(folder / "config.yaml")
+    config = _with_own_files(load(folder / "config.yaml"), folder)
     data = config.data
     tokenizer = load_tokenizer(data.tokenizer, data.context_length)
     changes: dict[str, Any] = {"weights": None}  # the run's file has them all, whatever it began from
@@ -115,6 +115,18 @@ def _ours(name: str) -> Loaded:
     )
     load_weights(model, str(weights), key="checkpoint", prefix="", extra=("temperatures.",))
     return Loaded(folder.name, model, config, folder)
+
+
+def _with_own_files(config: Config, folder: Path) -> Config:
+    """Exported folders bring their tokenizer and their text tower's architecture along, wherever they are moved to."""
+    changes: dict[str, Any] = {}
+    if (folder / "tokenizer").is_dir():
+        changes["data"] = config.data.model_copy(update={"tokenizer": str(folder / "tokenizer")})
+    if (folder / "text_tower").is_dir():
+        moved = {"name": f"transformers/{folder / 'text_tower'}", "pretrained": False}
+        text = config.model.text.model_copy(update=moved)
+        changes["model"] = config.model.model_copy(update={"text": text})
+    return config.model_copy(update=changes)
 
 
 def _pair(rest: str) -> tuple[str, str]:

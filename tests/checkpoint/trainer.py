@@ -22,6 +22,7 @@ from tests.engine.towers import LENGTH, PIXELS, WORDS, TinyTowers
 
 SIZE, SAMPLES = 16, 40
 CPU = torch.device("cpu")
+ROOT = Path(__file__).parents[2]
 OPTIONS: dict[str, dict[str, Any]] = {
     "clip": {},
     "sogclr": {"gamma": 0.6},

@@ -1,0 +1,107 @@
+"""From a checkpoint to plain files: weights by name, configuration, tokenizer and a card. No DeepSpeed, no GPU.
+
+    weights.safetensors   every weight, fp32        config.yaml   the resolved recipe
+    tokenizer/            as it was trained with    text_tower/   a transformers tower's architecture, where it has one
+    README.md             what it is and how it was made
+
+`amclr_scale.load(FOLDER)` reads such a folder, wherever it is moved to, and so does launch/evaluate.py.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from amclr_scale.checkpoint import files
+from amclr_scale.checkpoint.resume import CHECKPOINTS
+from amclr_scale.checkpoint.state import open_pieces, read_state
+from amclr_scale.config.load import build, dump
+from amclr_scale.config.schema import Config
+from amclr_scale.data.tokenizers import load_tokenizer
+from amclr_scale.errors import UserError
+
+
+def locate(path: Path) -> Path:
+    """The checkpoint that a path means: one itself, or the newest valid one of a run folder.
+
+    Raises:
+        UserError: there is none, or it is damaged.
+    """
+    if (path / CHECKPOINTS).is_dir():
+        path = path / CHECKPOINTS
+    if path.name.startswith("step_"):
+        wrong = files.fault(path) if path.is_dir() else "it does not exist"
+        if wrong:
+            raise UserError(f"checkpoint: {path} cannot be used: {wrong}")
+        return path
+    found, complaints = files.newest_valid(path)
+    if found is None:
+        raise UserError("\n".join([f"checkpoint: expected a checkpoint or a run folder, got {path}", *complaints]))
+    return found
+
+
+def weights_of(checkpoint: Path) -> dict[str, Tensor]:
+    """Every weight and buffer by name: parameters fp32, whoever held which part of them."""
+    reader = open_pieces(checkpoint)
+    weights = {name: reader.whole(name).contiguous() for name in reader.shapes}
+    return {**weights, **reader.buffers(rank=0)}
+
+
+def export(path: Path, out: Path) -> Path:
+    """Write the folder described above; returns the checkpoint that was used.
+
+    Raises:
+        UserError: no valid checkpoint at the path, or `out` holds something already.
+    """
+    checkpoint = locate(path)
+    if out.exists() and any(out.iterdir()):
+        raise UserError(f"--out: expected a new or an empty folder, got {out}")
+    out.mkdir(parents=True, exist_ok=True)
+    state = read_state(checkpoint)
+    config = build(state["config"])
+    save_file(weights_of(checkpoint), out / "weights.safetensors", metadata={"format": "pt"})
+    (out / "config.yaml").write_text(dump(config))
+    load_tokenizer(config.data.tokenizer, config.data.context_length).save(out / "tokenizer")
+    library, _, name = config.model.text.name.partition("/")
+    if library == "transformers" and Path(name).is_dir():
+        (out / "text_tower").mkdir()
+        (out / "text_tower" / "config.json").write_text((Path(name) / "config.json").read_text("utf-8"))
+    (out / "README.md").write_text(card(state, config, _results(checkpoint.parent.parent)))
+    return checkpoint
+
+
+def _results(run: Path) -> dict[str, Any]:
+    file = run / "evaluation.json"
+    found: dict[str, Any] = json.loads(file.read_text("utf-8")) if file.is_file() else {}
+    return found
+
+
+def card(state: dict[str, Any], config: Config, results: dict[str, Any]) -> str:
+    """What a reader of the folder needs to know."""
+    shards = config.data.train if isinstance(config.data.train, str) else ", ".join(config.data.train)
+    rows = [f"| {name} | {value:.4f} |" for name, value in results.items() if isinstance(value, int | float)]
+    measured = ["", "## Results", "", "| measure | value |", "|---|---|", *rows] if rows else []
+    return "\n".join(
+        [
+            "# A dual encoder of images and texts",
+            "",
+            f"Trained with amclr_scale {state['packages'].get('amclr_scale', '')}: "
+            f"objective {config.objective['name']}, global batch {config.train.global_batch_size}, "
+            f"{state['samples']:,} samples seen ({state['samples'] / state['num_samples']:.2f} epochs of {state['num_samples']:,}), "
+            f"step {state['step']} of {state['total_steps']}.",
+            "",
+            f"- data: {shards} (fingerprint {state['data_fingerprint']})",
+            f"- image tower: {config.model.image.name}, {config.data.image_size} x {config.data.image_size} pixels",
+            f"- text tower: {config.model.text.name}, {config.data.context_length} tokens",
+            f"- embeddings: {config.model.embedding_width} wide, unit length",
+            f"- recipe {state['recipe']}, saved {state['time']}; all keys are in config.yaml",
+            "",
+            "    import amclr_scale",
+            "    model = amclr_scale.load('THIS FOLDER')",
+            "    similarity = model.encode_image(['picture.png']) @ model.encode_text(['a caption']).T",
+            *measured,
+            "",
+        ]
+    )

@@ -1,0 +1,138 @@
+"""What is exported gives the embeddings of the model that was trained, wherever the folder is moved to."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+import amclr_scale
+from amclr_scale.checkpoint import files, state
+from amclr_scale.checkpoint.export import export
+from amclr_scale.config.load import build, dump, recipe_hash
+from amclr_scale.data.tokenizers import load_tokenizer
+from amclr_scale.encoders.build import build_model
+from amclr_scale.engine.setup import build_engine
+from amclr_scale.errors import UserError
+from tests.checkpoint.trainer import ROOT
+
+TEXTS = ["a red apple", "two dogs on a sofa", ""]
+CPU = torch.device("cpu")
+TREE = {
+    "data": {"image_size": 32, "context_length": 12},
+    "train": {"global_batch_size": 8, "samples": 80},
+    "model": {"embedding_width": 16, "text": {"width": 16}},
+    "execution": {"zero_stage": 2},
+}
+
+
+def make_run(folder):
+    """On each rank: a model at stage 2, saved as the keeper does. Returns its embeddings."""
+    import torch.distributed as dist
+
+    config = build(TREE)
+    torch.manual_seed(1)
+    words = load_tokenizer("emoji", 12)
+    model = build_model(
+        config.model, vocab_size=words.vocab_size, pad_id=words.pad_id, context_length=12, image_size=32,
+        image_mean=config.data.image_mean, image_std=config.data.image_std,
+    )  # fmt: skip
+    engine, _ = build_engine(config, model, no_decay=set(), device=CPU, world_size=2)
+    with torch.no_grad():
+        out = model.eval()(images=(pixels(),), texts=(words(TEXTS),))
+    checkpoints = folder / "checkpoints"
+    here = files.staging(checkpoints, 10)
+    here.mkdir(parents=True, exist_ok=True)
+    described = {
+        "step": 10, "samples": 80, "total_steps": 10, "number": 1, "recipe": recipe_hash(config), "time": "now",
+        "config": config.model_dump(mode="json"), "data_fingerprint": "f", "num_samples": 40, "packages": {},
+    }  # fmt: skip
+    written = state.take(engine, torch.nn.Module(), described, CPU).write(here)
+    every = [None, None]
+    dist.all_gather_object(every, written)
+    if dist.get_rank() == 0:
+        files.commit(checkpoints, 10, [file for part in every for file in part])
+        (folder / "evaluation.json").write_text('{"emoji/R@1": 0.5}')
+        (folder / "config.yaml").write_text(dump(config))
+    dist.barrier()
+    engine.destroy()
+    return out["image"], out["text"]
+
+
+def pixels():
+    return torch.randint(0, 256, (5, 3, 32, 32), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+
+
+@pytest.fixture(scope="module")
+def run(ranks, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    return folder, *ranks(2, make_run, folder)[0]
+
+
+def check(model, run):
+    torch.testing.assert_close(model.encode_image(pixels()), run[1], rtol=0, atol=1e-6)
+    torch.testing.assert_close(model.encode_text(TEXTS, batch_size=2), run[2], rtol=0, atol=1e-6)
+
+
+def test_three_lines_of_python(run):
+    for path in (run[0], run[0] / "checkpoints" / files.name_of(10)):
+        check(amclr_scale.load(path), run)
+
+
+def test_an_exported_folder_can_be_moved(run, tmp_path):
+    export(run[0], tmp_path / "there")
+    (tmp_path / "there").rename(tmp_path / "elsewhere")
+    check(amclr_scale.load(tmp_path / "elsewhere"), run)
+    card = (tmp_path / "elsewhere" / "README.md").read_text()
+    assert "80 samples seen (2.00 epochs of 40)" in card
+    assert "| emoji/R@1 | 0.5000 |" in card
+    with pytest.raises(UserError, match="--out: expected a new or an empty folder"):
+        export(run[0], tmp_path / "elsewhere")
+
+
+def test_transformers_reads_it(run, tmp_path):
+    from amclr_scale.checkpoint.as_transformers import DualEncoderModel, write
+
+    export(run[0], tmp_path / "out")
+    write(tmp_path / "out")
+    from transformers import AutoModel
+
+    model = AutoModel.from_pretrained(str(tmp_path / "out")).eval()
+    assert isinstance(model, DualEncoderModel)
+    words = load_tokenizer(str(tmp_path / "out" / "tokenizer"), 12)
+    with torch.no_grad():
+        torch.testing.assert_close(model.get_image_features(pixels()), run[1], rtol=0, atol=1e-6)
+        torch.testing.assert_close(model.get_text_features(words(TEXTS)), run[2], rtol=0, atol=1e-6)
+
+
+def test_a_damaged_checkpoint_is_not_exported(run, tmp_path):
+    import shutil
+
+    shutil.copytree(run[0], tmp_path / "run")
+    file = next((tmp_path / "run" / "checkpoints").glob("step_*/rank_00001.safetensors"))
+    file.write_bytes(file.read_bytes()[:-1] + b"x")
+    with pytest.raises(UserError, match=r"rank_00001\.safetensors is damaged"):
+        export(tmp_path / "run", tmp_path / "out")
+
+
+def test_embedding_a_folder_of_pictures(run, tmp_path):
+    (tmp_path / "pictures").mkdir()
+    for number in range(3):
+        noise = np.random.default_rng(number).integers(0, 255, (40, 50, 3), dtype=np.uint8)
+        Image.fromarray(noise).save(tmp_path / "pictures" / f"{number}.png")
+    export(run[0], tmp_path / "out")
+    command = [sys.executable, "tools/embed.py", str(tmp_path / "out"), "--images", str(tmp_path / "pictures")]
+    subprocess.run([*command, "--out", str(tmp_path / "rows.npy")], cwd=ROOT, check=True)
+    rows = np.load(tmp_path / "rows.npy")
+    names = (tmp_path / "rows.txt").read_text().splitlines()
+    want = amclr_scale.load(run[0]).encode_image(names)
+    np.testing.assert_allclose(rows, want.numpy(), atol=1e-6)
+    np.testing.assert_allclose(np.linalg.norm(rows, axis=1), 1, atol=1e-6)
+
+
+def test_every_weight_is_there(run, tmp_path):
+    export(run[0], tmp_path / "out")
+    assert "image_tower" in " ".join(load_file(tmp_path / "out" / "weights.safetensors"))

@@ -1,0 +1,40 @@
+"""Turn a checkpoint, or the newest one of a run, into a folder that others can use.
+
+    python tools/export.py runs/quickstart --out my_model
+    python tools/export.py runs/quickstart/checkpoints/step_00001000 --to transformers --out my_model
+
+--to safetensors: plain weights with config.yaml, tokenizer and a card; read by `amclr_scale.load(FOLDER)`.
+--to transformers: the same, and what `transformers.AutoModel.from_pretrained(FOLDER)` reads once `amclr_scale` is
+imported. Neither holds pickles or code. docs/checkpoints.md says which other libraries read what.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from amclr_scale.checkpoint.export import export
+from amclr_scale.errors import UserError
+
+
+def main(argv: list[str]) -> int:
+    """Exit codes: 0 done, 2 a mistake, told in words."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", type=Path, help="a run folder, or one of its checkpoints")
+    parser.add_argument("--to", choices=["safetensors", "transformers"], default="safetensors")
+    parser.add_argument("--out", type=Path, required=True, help="a new folder")
+    args = parser.parse_args(argv)
+    try:
+        used = export(args.checkpoint, args.out)
+        if args.to == "transformers":
+            from amclr_scale.checkpoint.as_transformers import write
+
+            write(args.out)
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return 2
+    print(f"{used} -> {args.out}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
