@@ -89,8 +89,8 @@ def card(state: dict[str, Any], config: Config, results: dict[str, Any]) -> str:
             "",
             f"Trained with amclr_scale {state['packages'].get('amclr_scale', '')}: "
             f"objective {config.objective['name']}, global batch {config.train.global_batch_size}, "
-            f"{state['samples']:,} samples seen ({state['samples'] / state['num_samples']:.2f} epochs of {state['num_samples']:,}), "
-            f"step {state['step']} of {state['total_steps']}.",
+            f"step {state['step']} of {state['total_steps']}, {state['samples']:,} samples seen "
+            f"({state['samples'] / state['num_samples']:.2f} epochs of {state['num_samples']:,}).",
             "",
             f"- data: {shards} (fingerprint {state['data_fingerprint']})",
             f"- image tower: {config.model.image.name}, {config.data.image_size} x {config.data.image_size} pixels",

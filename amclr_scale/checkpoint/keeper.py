@@ -107,6 +107,7 @@ class Keeper:
         every = settings.every_samples
         crossed = every is not None and done * batch // every > (done - 1) * batch // every
         last = done == self.plan.total_steps
+        due = due and not writing  # one that only the clock asks for can wait for the writer
         if not (signalled or late or due or crossed or last):
             return
         self._save(done)

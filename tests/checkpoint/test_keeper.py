@@ -1,0 +1,157 @@
+"""When and how a run is saved: all ranks at one step, also where a disk is full or one rank alone is sent a signal."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+
+import pytest
+import torch.distributed as dist
+
+from amclr_scale.checkpoint import files, state
+from amclr_scale.checkpoint.keeper import Keeper
+from amclr_scale.checkpoint.signals import Signals, StoppedError
+from amclr_scale.engine.plan import make_plan
+from amclr_scale.metrics.log import RunLog
+from tests.checkpoint.trainer import CPU, ROOT, SAMPLES, SIZE, Trainer
+
+
+def kept(folder, steps, act=lambda done, signals: None, max_hours=None, **settings):
+    """On each rank: train and keep. Returns the checkpoints there are, the log's words, and how it ended."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    trainer = Trainer("sogclr", zero_stage=2)
+    checkpoint = trainer.config.checkpoint.model_copy(update={"every_minutes": None, **settings})
+    train = trainer.config.train.model_copy(update={"samples": steps * SIZE, "max_hours": max_hours})
+    config = trainer.config.model_copy(update={"checkpoint": checkpoint, "train": train})
+    plan = make_plan(config, SAMPLES, world)
+    folder.mkdir(parents=True, exist_ok=True)
+    words, end, reached = [], "", 0
+    with RunLog(folder, config, speaks=rank == 0, total_steps=steps) as log, Signals() as signals:
+        log.say = words.append
+        saver = Keeper(
+            folder, config, plan, engine=trainer.engine, objective=trainer.objective, fingerprint="f", log=log,
+            signals=signals, device=CPU,
+        )  # fmt: skip
+        try:
+            with saver:
+                for done in range(1, steps + 1):
+                    trainer.train(done - 1, done)
+                    reached = done
+                    act(done, signals)
+                    saver(done)
+        except (StoppedError, RuntimeError) as error:
+            end = f"{type(error).__name__}: {error}"
+    dist.barrier()
+    trainer.close()
+    return files.steps(folder / "checkpoints"), words, end, reached
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_saved_every_so_many_samples_and_at_the_end(ranks, tmp_path, asynchronous):
+    how = {"every_samples": 2 * SIZE, "keep": 2, "keep_every": 1, "asynchronous": asynchronous}
+    for steps, _, end, _ in ranks(2, kept, tmp_path, 5, **how):
+        assert steps == [5, 4, 2]
+        assert end == ""
+    for step in (5, 4, 2):
+        checkpoint = tmp_path / "checkpoints" / files.name_of(step)
+        assert files.fault(checkpoint) is None
+        assert state.read_state(checkpoint)["samples"] == step * SIZE
+    records = (tmp_path / "metrics.jsonl").read_text()
+    assert records.count("checkpoint/write_seconds") == 3
+
+
+def signal_to_rank_one(done, signals):
+    if done == 3 and dist.get_rank() == 1:
+        os.kill(os.getpid(), signal.SIGUSR1)
+
+
+def test_a_signal_to_one_rank_saves_on_all(ranks, tmp_path):
+    for steps, _, end, reached in ranks(2, kept, tmp_path, 6, signal_to_rank_one):
+        assert steps == [3]
+        assert reached == 3
+        assert end.startswith("StoppedError: ")
+        assert "saved after step 3" in end
+    assert files.fault(tmp_path / "checkpoints" / files.name_of(3)) is None
+
+
+def test_a_time_limit_does_the_same(ranks, tmp_path):
+    for steps, _, end, _ in ranks(2, kept, tmp_path, 6, max_hours=1e-9):
+        assert steps == [1]
+        assert "train.max_hours: 1e-09 hours are over; saved after step 1" in end
+
+
+def slow_write(release, original):
+    def write(self, folder):
+        release.wait(20)
+        return original(self, folder)
+
+    return write
+
+
+def training_goes_on_while_it_writes(folder):
+    release, original = threading.Event(), state.Snapshot.write
+    seen = []
+
+    def act(done, _):
+        seen.append((done, files.steps(folder / "checkpoints")))
+        if done == 4:
+            release.set()
+
+    state.Snapshot.write = slow_write(release, original)
+    try:
+        return kept(folder, 6, act, every_minutes=1e-9, asynchronous=True), seen
+    finally:
+        state.Snapshot.write = original
+
+
+def test_writing_does_not_hold_up_training(ranks, tmp_path):
+    # By the clock a save is due at every step, and the first one is not let to the disk before step 4 is trained.
+    (result, seen), _ = ranks(2, training_goes_on_while_it_writes, tmp_path)
+    assert [steps for done, steps in seen if done <= 4] == [[]] * 4
+    assert result[0][0] == 6
+
+
+def full_disk(folder, on_failure):
+    return kept(folder, 4, every_samples=SIZE, on_failure=on_failure, asynchronous=False)
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system that one checkpoint fits in, and two do not."""
+    tmp_path.joinpath("disk").mkdir()
+    disk = tmp_path / "disk"
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=128k", "none", str(disk)], capture_output=True, check=False
+    )
+    if mounted.returncode:
+        pytest.skip(f"no small file system can be mounted: {mounted.stderr.decode().strip()}")
+    yield disk
+    subprocess.run(["umount", "-l", str(disk)], check=True)
+
+
+@pytest.mark.parametrize("on_failure", ["continue", "stop"])
+def test_a_full_disk_loses_nothing(ranks, small_disk, on_failure):
+    (steps, words, end, reached), other = ranks(2, full_disk, small_disk / "run", on_failure)
+    assert steps == [1]
+    assert files.fault(small_disk / "run" / "checkpoints" / files.name_of(1)) is None
+    assert not list((small_disk / "run" / "checkpoints").glob(".writing*"))
+    if on_failure == "stop":
+        assert "step 2 could not be written" in end
+        assert "No space left on device" in end
+        assert other[2].startswith("RuntimeError: checkpoint: step 2 could not be written")
+        assert reached == 2
+    else:
+        assert end == ""
+        assert reached == 4
+        assert next(w for w in words if "training goes on" in w).startswith("checkpoint: step 2 could not be written")
+
+
+def test_a_second_signal_ends_at_once():
+    code = (
+        "import os, signal, time\nfrom amclr_scale.checkpoint.signals import Signals\n"
+        "with Signals() as s:\n"
+        "    os.kill(os.getpid(), signal.SIGTERM)\n    assert s.received == 'SIGTERM'\n"
+        "    os.kill(os.getpid(), signal.SIGTERM)\n    time.sleep(5)\n"
+    )
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 128 + signal.SIGTERM
