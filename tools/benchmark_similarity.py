@@ -140,9 +140,11 @@ def fastclip(f: Features) -> Tensor:
     """FastCLIP (arXiv:2407.01445) by its definition, dense, at its first visit (u = g), one process.
 
     Anchors of this rank against all keys without gradient, and all anchors without gradient against this rank's keys.
+    As in the published loss the positives are masked by integers of 64 bits, kept beside their inverse.
     """
     own = (f.image * f.text).sum(1).detach()
-    keep = 1 - torch.eye(len(own), device=own.device)
+    positives = torch.eye(len(own), dtype=torch.int64, device=own.device)
+    keep = 1 - positives
     n = len(own) - 1
     total = f.image.new_zeros(())
     log_u: list[Tensor] = []
