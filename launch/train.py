@@ -55,6 +55,7 @@ def run(config: Config, source: str | None, place: Place, stopwatch: Stopwatch, 
     from amclr_scale.engine.profiling import StepProfiler
     from amclr_scale.engine.setup import adapt_to_objective, build_engine, prepare_towers, sample_views, throughput
     from amclr_scale.engine.step import TrainStep
+    from amclr_scale.engine.watch import Watch
     from amclr_scale.evaluation.run import Evaluator
     from amclr_scale.metrics.curve import draw_if_possible
     from amclr_scale.metrics.flops import count
@@ -75,6 +76,7 @@ def run(config: Config, source: str | None, place: Place, stopwatch: Stopwatch, 
     evaluator = Evaluator(config, rank=place.rank, world_size=place.world_size) if measured else None
     stopwatch.lap("data")
     device = start(place, config.execution.threads)
+    watch = Watch(place)
     found, folder = agree_on_start(config, name_run(config, source), loader.fingerprint, place.rank)
     begin = found.step(config) if found else 0
     loader.seek(begin)
@@ -151,6 +153,7 @@ def run(config: Config, source: str | None, place: Place, stopwatch: Stopwatch, 
             log.say(draw_if_possible(folder))
             log.say(f"run folder {folder}")
     loader.close()
+    watch.leave()
     stop()
 
 

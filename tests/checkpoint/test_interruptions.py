@@ -1,0 +1,68 @@
+"""The command as a user's scheduler treats it: killed, sent signals, run out of time, started again."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import psutil
+
+from amclr_scale.checkpoint import files
+from tests.checkpoint.trainer import ROOT
+from tests.launch.test_train import LAUNCHERS, SMALL
+
+
+def launch(folder, *words, launcher="deepspeed"):
+    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    words = [*SMALL, f"run.folder={folder}", "run.name=a", "resume=auto", *words]
+    return subprocess.Popen(
+        [*LAUNCHERS[launcher](), "launch/train.py", *words], cwd=ROOT, env=environment,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+
+
+def steps(folder):
+    lines = map(json.loads, (folder / "a" / "metrics.jsonl").read_text().splitlines())
+    return [line["step"] for line in lines if "loss" in line]
+
+
+def test_kills_leave_no_trace(tmp_path):
+    command = [sys.executable, "tools/kill_test.py", "--kills", "2", "--steps", "40", "--folder", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=600)
+    assert done.returncode == 0, done.stdout + done.stderr
+    told = json.loads(done.stdout)
+    assert told["kills"] == 2
+    assert told["in_save"] >= 1
+    assert told["different"] == []
+
+
+def test_a_signal_to_one_rank_and_a_time_limit_save_and_end_with_75(tmp_path):
+    run = launch(tmp_path, "train.samples=32000")
+    for line in run.stdout:
+        if line.startswith("step "):
+            break
+    ranks = [p for p in psutil.Process(run.pid).children(recursive=True) if "--local_rank=1" in p.cmdline()]
+    ranks[-1].send_signal(signal.SIGUSR1)
+    said, _ = run.communicate(timeout=60)
+    assert run.returncode == 75, said
+    checkpoints = tmp_path / "a" / "checkpoints"
+    (saved,) = files.steps(checkpoints)
+    assert f"SIGUSR1 came; saved after step {saved}" in said or f"a signal came; saved after step {saved}" in said
+    assert steps(tmp_path) == list(range(1, saved + 1))
+
+    # the same recipe on one rank and at another stage, with no time at all: one step, saved
+    again = launch(tmp_path, "train.samples=32000", "train.max_hours=1e-9", "execution.zero_stage=2", launcher="python")
+    said, _ = again.communicate(timeout=60)
+    assert again.returncode == 75, said
+    assert f"resumed from {checkpoints / files.name_of(saved)}" in said.replace("\n", "")
+    assert files.steps(checkpoints)[0] == saved + 1
+    assert steps(tmp_path) == list(range(1, saved + 2))
+
+    # a changed recipe is refused in words, before anything is trained
+    refused = launch(tmp_path, "train.samples=32000", "optimizer.lr=0.5", launcher="python")
+    said, _ = refused.communicate(timeout=60)
+    assert refused.returncode == 2
+    assert "resume_changed=optimizer.lr" in said
+    assert "optimizer.lr: 0.002 in the checkpoint, 0.5 now" in said
+    assert "Traceback" not in said
