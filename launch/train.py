@@ -103,7 +103,7 @@ def run(config: Config, source: str | None, place: Place, stopwatch: Stopwatch, 
         distribution=similarity.distribution, cache_bytes=similarity.cache_mib * 2**20,
     )  # fmt: skip
     engine, optimizer = build_engine(
-        config, model, no_decay=model.no_weight_decay(), device=device, world_size=place.world_size
+        config, model, no_decay=model.no_weight_decay(), device=device, world_size=place.world_size, folder=folder
     )
     stopwatch.lap("engine")
 
@@ -122,6 +122,7 @@ def run(config: Config, source: str | None, place: Place, stopwatch: Stopwatch, 
     step.steps = begin
 
     with (
+        signals,  # from here on; a signal before the first step has nothing to save, and ends the process at once
         RunLog(folder, config, speaks=place.rank == 0, total_steps=plan.total_steps) as log,
         StepProfiler(folder, config.execution.profile, place.rank) as profiler,
         Keeper(
@@ -139,12 +140,16 @@ def run(config: Config, source: str | None, place: Place, stopwatch: Stopwatch, 
             stopwatch.lap("first step")
             log.say(str(stopwatch))
 
-        results = train(
-            config, plan, step=step, objective=objective, batches=iter(loader), log=log, phases=phases, device=device,
-            throughput=throughput(config, plan, model, flops, device), profiler=profiler,
-            evaluate=(lambda: evaluator(engine)) if evaluator else None, on_first_step=first_step_done,
-            after_step=keeper, begin=begin, bad_samples=loader.counts.total,
-        )  # fmt: skip
+        try:
+            results = train(
+                config, plan, step=step, objective=objective, batches=iter(loader), log=log, phases=phases,
+                device=device, throughput=throughput(config, plan, model, flops, device), profiler=profiler,
+                evaluate=(lambda: evaluator(engine)) if evaluator else None, on_first_step=first_step_done,
+                after_step=keeper, begin=begin, bad_samples=loader.counts.total,
+            )  # fmt: skip
+        except StoppedError:
+            watch.leave()  # all ranks stop at one step: none of them is missing
+            raise
         save_weights(folder, model, objective, speaks=place.rank == 0)
         if place.rank == 0:
             (folder / "evaluation.json").write_text(json.dumps(results, indent=1) + "\n")
@@ -159,7 +164,7 @@ def run(config: Config, source: str | None, place: Place, stopwatch: Stopwatch, 
 
 def main(argv: list[str]) -> int:
     """Check everything that can be checked without torch, then run."""
-    stopwatch = Stopwatch()
+    stopwatch, signals = Stopwatch(), Signals()
     options = arguments(argv)
     place = Place()
     try:
@@ -171,8 +176,7 @@ def main(argv: list[str]) -> int:
                 print(dump(config))
                 print(preview(config, place))
             return 0
-        with Signals() as signals:
-            run(config, options.config, place, stopwatch, signals)
+        run(config, options.config, place, stopwatch, signals)
     except StoppedError as stopped:
         from amclr_scale.engine.distributed import stop
 

@@ -128,19 +128,19 @@ def kill_once(folder: Path, args: argparse.Namespace, number: int, tally: Tally)
             tally.seconds_to_resume.append(round(time.monotonic() - began, 2))
         time.sleep(random.uniform(0, 1.5))
         during = number % 2 == 0
-        if during and not wait_until(lambda: any(run.glob("checkpoints/.writing_*")), launcher, "a save", 0.0005):
-            return False
-    everyone = list(processes(launcher).values())
-    target = processes(launcher).get(victim)
-    if target is None:
-        victim, target = "launcher", psutil.Process(launcher.pid)
+    everyone = processes(launcher)
+    if during and not wait_until(lambda: any(run.glob("checkpoints/.writing_*")), launcher, "a save", 0.0005):
+        return False
+    if victim not in everyone:  # so early that there is nobody but the command itself
+        victim, everyone["deepspeed"] = "deepspeed", psutil.Process(launcher.pid)
+    target = everyone[victim]
     try:
         target.send_signal(signal.SIGKILL)
     except psutil.NoSuchProcess:
         return False
     killed_at = time.monotonic()
     inside = during and any(run.glob("checkpoints/.writing_*"))
-    _, alive = psutil.wait_procs(everyone, timeout=PATIENCE)
+    _, alive = psutil.wait_procs(list(everyone.values()), timeout=PATIENCE)
     if alive:
         raise RuntimeError(f"{len(alive)} processes are still there {PATIENCE} s after {victim} was killed")
     tally.seconds_to_end.append(round(time.monotonic() - killed_at, 2))

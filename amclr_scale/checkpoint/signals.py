@@ -38,7 +38,7 @@ class Signals:
         self.received = signal.Signals(number).name
 
     def hours(self) -> float:
-        """Since this object was made."""
+        """Since this object was made, which may be before it is entered."""
         return (time.monotonic() - self._began) / 3600
 
     def __enter__(self) -> "Signals":

@@ -1,0 +1,87 @@
+"""A command is started again until it is done, and not for ever."""
+
+import signal
+import subprocess
+import sys
+import time
+
+from amclr_scale.checkpoint import files
+from tests.checkpoint.trainer import ROOT
+
+# Makes a checkpoint at each start; ends well at the third, and with the code it is told before.
+COMMAND = """
+import sys
+from pathlib import Path
+run, what = Path(sys.argv[1]), sys.argv[2]
+run.mkdir(exist_ok=True)
+starts = len(list(run.glob("start*"))) + 1
+(run / f"start{starts}").touch()
+if what == "progress":
+    (run / "checkpoints" / f"step_{starts:08d}").mkdir(parents=True)
+    if starts == 3:
+        (run / "evaluation.json").write_text("{}")
+        sys.exit(0)
+if what == "sleep":
+    print("up", flush=True)
+    import time
+    time.sleep(60)
+sys.exit(2 if what == "mistake" else 1)
+"""
+
+
+def start(tmp_path, what, *options, **keys):
+    words = [str(tmp_path / "a"), what, f"run.folder={tmp_path}", "run.name=a", "resume=auto"]
+    command = [
+        sys.executable,
+        "tools/supervise.py",
+        "--pause",
+        "0",
+        *options,
+        "--",
+        sys.executable,
+        "-c",
+        COMMAND,
+        *words,
+    ]
+    return subprocess.Popen(command, cwd=ROOT, text=True, stderr=subprocess.PIPE, **keys)
+
+
+def starts(tmp_path):
+    return len(list((tmp_path / "a").glob("start*")))
+
+
+def test_restarts_until_done(tmp_path):
+    run = start(tmp_path, "progress")
+    assert run.wait(60) == 0, run.stderr.read()
+    assert starts(tmp_path) == 3
+    assert files.steps(tmp_path / "a" / "checkpoints")[0] == 3
+
+
+def test_a_mistake_is_not_tried_again(tmp_path):
+    assert start(tmp_path, "mistake").wait(60) == 2
+    assert starts(tmp_path) == 1
+
+
+def test_gives_up_without_progress_and_without_restarts(tmp_path):
+    assert start(tmp_path, "nothing").wait(60) == 1
+    assert starts(tmp_path) == 3
+    (tmp_path / "b").mkdir()
+    assert start(tmp_path / "b", "progress", "--restarts", "1").wait(60) == 1
+    assert starts(tmp_path / "b") == 2
+
+
+def test_a_signal_is_passed_on_and_ends_it(tmp_path):
+    run = start(tmp_path, "sleep", stdout=subprocess.PIPE)
+    assert run.stdout.readline() == "up\n"
+    began = time.monotonic()
+    run.send_signal(signal.SIGTERM)
+    assert run.wait(30) == 75
+    assert time.monotonic() - began < 20
+    assert starts(tmp_path) == 1
+
+
+def test_the_command_must_be_resumable():
+    command = [sys.executable, "tools/supervise.py", "--", "true", "run.name=a"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "resume=auto" in done.stderr

@@ -1,0 +1,102 @@
+"""Run a training command until it is done: after a crash, a dead rank or a preemption, start it again.
+
+    python tools/supervise.py --restarts 10 -- deepspeed launch/train.py --config x.yaml run.name=x resume=auto
+
+The command must say resume=auto, and run.name so that it goes on with its own run. Exit code 2 (a mistake that words
+can mend) is not tried again, nor is a run that made no step in three starts one after another. Success is judged by
+evaluation.json in the run folder, because launchers do not all pass exit codes on. Signals sent to this process are
+passed on to the command, and end the restarts. Exit codes: 0 done, 2 a mistake, 75 ended by a signal, 1 given up.
+"""
+
+import argparse
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import FrameType
+
+from amclr_scale.checkpoint import files
+from amclr_scale.checkpoint.resume import CHECKPOINTS
+from amclr_scale.checkpoint.signals import ENDING, EXIT_RESUMABLE
+
+FRUITLESS = 3  # starts without a new checkpoint after which there is no point in another
+
+
+def word(command: list[str], key: str, otherwise: str) -> str:
+    """The value of a key=value word of the command; the last one counts."""
+    return next((w.partition("=")[2] for w in reversed(command) if w.startswith(f"{key}=")), otherwise)
+
+
+def newest(run: Path) -> int:
+    """The step of the newest checkpoint."""
+    return max(files.steps(run / CHECKPOINTS), default=0)
+
+
+def supervise(command: list[str], restarts: int, pause: float) -> int:
+    """Run, look, run again. Returns the exit code."""
+    if word(command, "resume", "") != "auto" or not word(command, "run.name", ""):
+        print("command: expected the words resume=auto and run.name=NAME in it", file=sys.stderr)
+        return 2
+    run = Path(word(command, "run.folder", "runs")) / word(command, "run.name", "")
+    result = run / "evaluation.json"
+    received: list[int] = []
+    child: subprocess.Popen[bytes] | None = None
+
+    def pass_on(number: int, _: FrameType | None) -> None:
+        received.append(number)
+        if child is not None and child.poll() is None:
+            os.killpg(child.pid, number)
+
+    for number in (*ENDING, signal.SIGINT):
+        signal.signal(number, pass_on)
+    fruitless = 0
+    for start in range(restarts + 1):
+        before, began = newest(run), time.time()
+        child = subprocess.Popen(command, start_new_session=True)
+        code = child.wait()
+        if result.exists() and result.stat().st_mtime >= began:
+            return 0
+        if code == 2:
+            return 2
+        if received:
+            return EXIT_RESUMABLE
+        fruitless = 0 if newest(run) > before else fruitless + 1
+        print(
+            f"\nsupervise: start {start + 1} ended with {code}, newest checkpoint: step {newest(run)}", file=sys.stderr
+        )
+        if fruitless == FRUITLESS:
+            print(f"supervise: {FRUITLESS} starts in a row made no checkpoint; giving up", file=sys.stderr)
+            return 1
+        end_group(child.pid)
+        time.sleep(pause)
+    print(f"supervise: {restarts} restarts are used up", file=sys.stderr)
+    return 1
+
+
+def end_group(group: int, patience: float = 60.0) -> None:
+    """End what a dead launcher left behind, so that no two copies write one run folder."""
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        until = time.monotonic() + patience
+        try:
+            os.killpg(group, number)
+            while time.monotonic() < until:
+                os.killpg(group, 0)
+                time.sleep(0.2)
+        except ProcessLookupError:
+            return
+
+
+def main(argv: list[str]) -> int:
+    """Read the command line and supervise."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--restarts", type=int, default=10)
+    parser.add_argument("--pause", type=float, default=5.0, help="seconds before a restart")
+    parser.add_argument("command", nargs="+", help="after --")
+    args = parser.parse_args(argv)
+    return supervise(args.command, args.restarts, args.pause)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
