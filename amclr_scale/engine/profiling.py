@@ -1,8 +1,11 @@
 """A torch.profiler trace of a few steps, and DeepSpeed's own summaries of operations and messages."""
 
+import contextlib
+import io
 from pathlib import Path
 from typing import Any
 
+import deepspeed
 import torch
 from torch.profiler import ProfilerActivity, profile, schedule
 
@@ -12,8 +15,9 @@ SKIPPED = 3  # first steps: allocation, compilation, the loader's start
 class StepProfiler:
     """`with StepProfiler(folder, steps, rank) as profiler`, then `profiler.step()` after each step; 0 steps: nothing.
 
-    Writes `profile/rank0.json` (open it in chrome://tracing or Perfetto) into the run folder, one file per rank, and
-    on rank 0 the messages between ranks by collective, size and time.
+    Writes into `profile/` of the run folder: `rank0.json`, one per rank, for chrome://tracing or Perfetto;
+    `operators.txt`, the most expensive operators; `messages.txt`, DeepSpeed's messages between ranks by collective,
+    size and time; `flops.txt`, its floating-point operations by module. All ranks leave it together.
     """
 
     def __init__(self, folder: Path, steps: int, rank: int):
@@ -40,8 +44,15 @@ class StepProfiler:
         return self
 
     def __exit__(self, *error: object) -> None:
-        if self._profiler is not None:
-            self._profiler.__exit__(*error)
-            if self.rank == 0:
-                table = self._profiler.key_averages().table(sort_by="self_cpu_time_total", row_limit=30)
-                (self.folder / "operators.txt").write_text(table)
+        if self._profiler is None:
+            return
+        self._profiler.__exit__(*error)
+        if any(error):
+            return  # other ranks may be gone, and the summary below waits for them
+        summary = io.StringIO()
+        with contextlib.redirect_stdout(summary):
+            deepspeed.comm.log_summary()
+        if self.rank == 0:
+            table = self._profiler.key_averages().table(sort_by="self_cpu_time_total", row_limit=30)
+            (self.folder / "operators.txt").write_text(table)
+            (self.folder / "messages.txt").write_text(summary.getvalue())

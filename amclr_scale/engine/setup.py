@@ -1,6 +1,7 @@
 """DeepSpeed's configuration from ours, and an engine around the model."""
 
 import logging
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from amclr_scale.encoders.recomputation import Recomputation, blocks, set_recomp
 from amclr_scale.engine.layerwise import attach
 from amclr_scale.engine.optimizers import build_optimizer, parameter_groups
 from amclr_scale.engine.plan import Plan
+from amclr_scale.engine.profiling import SKIPPED
 from amclr_scale.errors import UserError
 from amclr_scale.metrics.flops import ModelFlops, device_peak
 from amclr_scale.metrics.throughput import Throughput
@@ -20,7 +22,7 @@ from amclr_scale.objectives.base import Objective
 from amclr_scale.objectives.isogclr import ISogCLRNet
 
 
-def deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:
+def deepspeed_config(config: Config, world_size: int, folder: Path = Path()) -> dict[str, Any]:
     """What DeepSpeed needs to know. The gradient cache drives the micro-batches, so for DeepSpeed a step is one batch.
 
     Keys of `config.deepspeed` are laid over it; those that would contradict it were refused when it was loaded.
@@ -45,6 +47,8 @@ def deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:
     }
     if execution.profile:
         generated["comms_logger"] = {"enabled": True, "verbose": False}
+        flops = str(folder / "profile" / "flops.txt")
+        generated["flops_profiler"] = {"enabled": True, "profile_step": SKIPPED, "output_file": flops}
     if execution.precision != "fp32":
         generated["communication_data_type"] = "fp32"  # the mean over ranks is taken in fp32, whatever is sent
     return merge(generated, config.deepspeed)
@@ -82,11 +86,17 @@ def prepare_towers(model: DualEncoder, execution: Execution) -> None:
 
 
 def build_engine(
-    config: Config, model: nn.Module, *, no_decay: set[str], device: torch.device, world_size: int
+    config: Config,
+    model: nn.Module,
+    *,
+    no_decay: set[str],
+    device: torch.device,
+    world_size: int,
+    folder: Path = Path(),
 ) -> tuple[Any, str]:
     """`deepspeed.initialize` around the model, and who provides the optimizer.
 
-    Parameters are broadcast from rank 0, and live on `device`.
+    Parameters are broadcast from rank 0, and live on `device`. `folder` is the run's, for profiles.
     """
     quieten()
     import deepspeed
@@ -101,7 +111,7 @@ def build_engine(
     groups = parameter_groups(model.named_parameters(), no_decay, config.optimizer)
     optimizer, provider = build_optimizer(config.optimizer, groups, device, offload=config.execution.offload != "none")
     engine, *_ = deepspeed.initialize(
-        model=model, optimizer=optimizer, config=deepspeed_config(config, world_size), dist_init_required=False
+        model=model, optimizer=optimizer, config=deepspeed_config(config, world_size, folder), dist_init_required=False
     )
     attach(optimizer, engine.optimizer, config.execution.zero_stage, device)
     return engine, provider

@@ -7,13 +7,15 @@ import torch
 from torch import Tensor
 
 from amclr_scale import objectives
+from amclr_scale.config.schema import ImageTower, Model, TextTower
+from amclr_scale.encoders.build import build_model
 from amclr_scale.engine.schedules import learning_rate
 from amclr_scale.engine.setup import build_engine
 from amclr_scale.engine.step import NonFiniteError, OutOfMemoryError, TrainStep
 from amclr_scale.engine.weights import full_fp32
 from amclr_scale.metrics.phases import Phases
 from amclr_scale.similarity.collectives import rank, world_size
-from amclr_scale.types import Embeddings, Loss
+from amclr_scale.types import Batch, Embeddings, Loss
 from tests.engine.towers import config, local_batch, plain_run, towers
 
 SIZE, STEPS = 16, 5
@@ -55,7 +57,7 @@ def assert_same(
 @pytest.mark.parametrize(("micro", "kept"), [(8, 1), (3, 0), (2, 2), ((2, 8), 0), ((3, 4), 1)])
 def test_two_ranks_are_one_plain_big_batch(ranks, stage, micro, kept):
     changes = {"execution__zero_stage": stage}
-    assert_same(ranks(2, engine_run, changes, micro, kept), plain_run(config(SIZE, **changes), STEPS), 2e-6)
+    assert_same(ranks(2, engine_run, changes, micro, kept), plain_run(config(SIZE, **changes), STEPS), 1e-6)
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
@@ -124,7 +126,7 @@ def test_every_optimizer_is_itself_at_every_stage(ranks, name, stage):
         "optimizer__lr": 0.5 if name == "lars" else 0.01,
         "optimizer__lr_factors": {"image_tower": 0.5, "temperature": 0.3},
     }
-    assert_same(ranks(2, engine_run, changes, 3, 1), plain_run(config(SIZE, **changes), STEPS), 2e-6)
+    assert_same(ranks(2, engine_run, changes, 3, 1), plain_run(config(SIZE, **changes), STEPS), 1e-6)
 
 
 @pytest.mark.parametrize(
@@ -138,7 +140,7 @@ def test_offload_changes_nothing(ranks, stage, offload, name):
         "optimizer__name": name,
         "optimizer__lr": 0.01,
     }
-    assert_same(ranks(2, engine_run, changes, 3, 1), plain_run(config(SIZE, **changes), STEPS), 2e-6)
+    assert_same(ranks(2, engine_run, changes, 3, 1), plain_run(config(SIZE, **changes), STEPS), 1e-6)
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
@@ -175,3 +177,48 @@ def starved_run(where: str) -> str:
         engine.destroy()
         return str(error)
     raise AssertionError("the step went through")
+
+
+def recomputed_run(stage: int, recomputation: str | int, dropout: float) -> list[Tensor]:
+    # SGD: a key's bias has no gradient but rounding, which Adam would blow up to whole steps.
+    settings = config(SIZE, execution__zero_stage=stage, optimizer__name="sgd")
+    torch.manual_seed(0)
+    tower = {"width": 16, "layers": 2, "heads": 2, "dropout": dropout}
+    sections = Model(image=ImageTower(width=8, dropout=dropout), text=TextTower(**tower), embedding_width=8)
+    ones = (1.0, 1.0, 1.0)
+    model = build_model(
+        sections, vocab_size=30, pad_id=0, context_length=5, image_size=16, image_mean=ones, image_std=ones
+    )
+    model.set_recomputation(image=recomputation, text=recomputation)
+    no_decay = model.no_weight_decay()
+    engine, _ = build_engine(settings, model, no_decay=no_decay, device=CPU, world_size=world_size())
+    step = TrainStep(
+        engine, objectives.create("clip"), micro_batch_sizes=(3, 3), device=CPU, phases=Phases(CPU), kept=1
+    )
+    torch.manual_seed(rank())
+    for n in range(3):
+        g = torch.Generator().manual_seed(n * 10 + rank())
+        images = torch.randint(0, 256, (8, 3, 16, 16), generator=g, dtype=torch.uint8)
+        step(Batch(torch.arange(8), (images,), (torch.randint(1, 30, (8, 5), generator=g),)), 0.01)
+    weights = [full_fp32(p) for p in model.parameters()]
+    engine.destroy()
+    return weights
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_recomputation_under_the_cache_changes_nothing(ranks, stage):
+    plain, full, every_second = (ranks(2, recomputed_run, stage, choice, 0.2) for choice in ("none", "full", 2))
+    for want, a, b in zip(plain, full, every_second, strict=True):
+        for x, y, z in zip(want, a, b, strict=True):
+            assert torch.equal(x, y)
+            assert torch.equal(x, z)
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_stages_agree_on_real_towers(ranks, stage):
+    """Built on the host and cut up at stage 3: the same weights to begin with."""
+    for want, got in zip(
+        ranks(2, recomputed_run, 0, "none", 0.0), ranks(2, recomputed_run, stage, 2, 0.0), strict=True
+    ):
+        for x, y in zip(want, got, strict=True):
+            assert (x - y).norm() <= 1e-6 * x.norm() + 1e-7
