@@ -4,8 +4,10 @@
     python tools/export.py runs/quickstart/checkpoints/step_00001000 --to transformers --out my_model
 
 --to safetensors: plain weights with config.yaml, tokenizer and a card; read by `amclr_scale.load(FOLDER)`.
---to transformers: the same, and what `transformers.AutoModel.from_pretrained(FOLDER)` reads once `amclr_scale` is
-imported. Neither holds pickles or code. docs/checkpoints.md says which other libraries read what.
+--to transformers: also what `transformers.AutoModel.from_pretrained(FOLDER)` reads, once
+`amclr_scale.checkpoint.as_transformers` is imported. --to open_clip: also what
+`open_clip.create_model_and_transforms("local-dir:FOLDER")` reads, for timm towers beside BERT-like ones. No pickles, no
+code in any of them.
 """
 
 import argparse
@@ -20,15 +22,19 @@ def main(argv: list[str]) -> int:
     """Exit codes: 0 done, 2 a mistake, told in words."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", type=Path, help="a run folder, or one of its checkpoints")
-    parser.add_argument("--to", choices=["safetensors", "transformers"], default="safetensors")
+    parser.add_argument("--to", choices=["safetensors", "transformers", "open_clip"], default="safetensors")
     parser.add_argument("--out", type=Path, required=True, help="a new folder")
     args = parser.parse_args(argv)
     try:
         used = export(args.checkpoint, args.out)
         if args.to == "transformers":
-            from amclr_scale.checkpoint.as_transformers import write
+            from amclr_scale.checkpoint import as_transformers
 
-            write(args.out)
+            as_transformers.write(args.out)
+        elif args.to == "open_clip":
+            from amclr_scale.checkpoint import as_open_clip
+
+            as_open_clip.write(args.out)
     except UserError as error:
         print(error, file=sys.stderr)
         return 2

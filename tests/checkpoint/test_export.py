@@ -136,3 +136,46 @@ def test_embedding_a_folder_of_pictures(run, tmp_path):
 def test_every_weight_is_there(run, tmp_path):
     export(run[0], tmp_path / "out")
     assert "image_tower" in " ".join(load_file(tmp_path / "out" / "weights.safetensors"))
+
+
+def test_open_clip_reads_it(tmp_path):
+    import json
+
+    from safetensors.torch import save_file
+
+    from amclr_scale.checkpoint import as_open_clip
+
+    bert = {"model_type": "bert", "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    (tmp_path / "text_tower").mkdir()
+    (tmp_path / "text_tower" / "config.json").write_text(json.dumps({**bert, "intermediate_size": 16}))
+    towers = {"image": {"name": "timm/vit_tiny_patch16_224"}, "text": {"name": f"transformers/{tmp_path}/text_tower"}}
+    config = build({**TREE, "data": {"context_length": 12}, "model": {"embedding_width": 16, **towers}})
+    words = load_tokenizer("emoji", 12)
+    model = build_model(
+        config.model, vocab_size=words.vocab_size, pad_id=words.pad_id, context_length=12, image_size=224,
+        image_mean=config.data.image_mean, image_std=config.data.image_std,
+    ).eval()  # fmt: skip
+    save_file(
+        {name: value.contiguous() for name, value in model.state_dict().items()}, tmp_path / "weights.safetensors"
+    )
+    (tmp_path / "config.yaml").write_text(dump(config))
+    words.save(tmp_path / "tokenizer")
+    as_open_clip.write(tmp_path)
+    import open_clip
+
+    theirs, _, _ = open_clip.create_model_and_transforms(f"local-dir:{tmp_path}")
+    images = torch.rand(2, 3, 224, 224, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        ours = model(images=(images,), texts=(words(TEXTS),))
+        got = theirs.eval().encode_image(model.normalise(images, torch.float32), normalize=True)
+        torch.testing.assert_close(got, ours["image"], rtol=0, atol=1e-6)
+        torch.testing.assert_close(theirs.encode_text(words(TEXTS), normalize=True), ours["text"], rtol=0, atol=1e-6)
+    torch.testing.assert_close(amclr_scale.load(tmp_path).encode_text(TEXTS), ours["text"], rtol=0, atol=1e-6)
+
+
+def test_open_clip_has_no_small_towers(run, tmp_path):
+    from amclr_scale.checkpoint import as_open_clip
+
+    export(run[0], tmp_path / "out")
+    with pytest.raises(UserError, match=r"model\.image\.name: expected timm/NAME"):
+        as_open_clip.write(tmp_path / "out")

@@ -1,0 +1,104 @@
+"""Our model as one of open_clip's, where it has the same parts: a timm image tower and a BERT-like text tower.
+
+    model, _, preprocess = open_clip.create_model_and_transforms("local-dir:FOLDER")
+    model.encode_image(pixels, normalize=True), model.encode_text(ids, normalize=True)
+
+Both heads must be linear. open_clip reads the text tower's architecture from the absolute path of FOLDER/text_tower, so
+the folder must stay where it was written; texts are ids of the tokenizer in FOLDER/tokenizer.
+"""
+
+import json
+from pathlib import Path
+from typing import Any, cast
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from amclr_scale.config.schema import Config
+from amclr_scale.encoders.dual_encoder import DualEncoder
+from amclr_scale.errors import UserError
+from amclr_scale.evaluation.models import load_model
+
+KINDS = ("bert", "roberta", "xlm-roberta", "electra", "camembert")
+POOLERS = {"first": "cls_last_hidden_state_pooler", "mean": "mean_pooler"}
+NAMES = {
+    "image_tower.": "visual.trunk.",
+    "image_head.1.": "visual.head.proj.",
+    "text_tower.tokens.model.": "text.transformer.",
+    "text_head.1.": "text.proj.",
+}
+
+
+def write(folder: Path) -> None:
+    """Add open_clip's files to an exported folder, and check that open_clip's model takes all the weights.
+
+    Raises:
+        UserError: open_clip has no such towers or heads.
+    """
+    from amclr_scale.torchvision_ops import import_torchvision
+
+    import_torchvision()
+    import open_clip
+
+    loaded = load_model(str(folder))
+    config, model = loaded.config, cast(DualEncoder, loaded.model)
+    tower: Any = model.text_tower
+    inner: Any = getattr(tower.tokens, "model", None)
+    _check(config, inner, str(tower.pooling))
+    inner.config.save_pretrained(folder / "text_tower")
+    data = config.data
+    described = {
+        "model_cfg": {
+            "embed_dim": config.model.embedding_width,
+            "vision_cfg": {
+                "timm_model_name": config.model.image.name.removeprefix("timm/"),
+                "timm_model_pretrained": False,
+                "timm_pool": "",
+                "timm_proj": "linear",
+                "image_size": data.image_size,
+            },
+            "text_cfg": {
+                "hf_model_name": str((folder / "text_tower").absolute()),
+                "hf_tokenizer_name": str((folder / "tokenizer").absolute()),
+                "hf_model_pretrained": False,
+                "hf_pooler_type": POOLERS[tower.pooling],
+                "hf_proj_type": "linear",
+                "context_length": data.context_length,
+            },
+        },
+        "preprocess_cfg": {"mean": list(data.image_mean), "std": list(data.image_std), "size": data.image_size},
+    }
+    (folder / "open_clip_config.json").write_text(json.dumps(described, indent=1) + "\n")
+    weights = {"logit_scale": model.logit_scale.detach().reshape(())}
+    for name, value in model.state_dict().items():
+        for ours, theirs in NAMES.items():
+            if name.startswith(ours):
+                weights[theirs + name.removeprefix(ours)] = value.contiguous()
+    save_file(weights, folder / "open_clip_model.safetensors", metadata={"format": "pt"})
+    try:
+        _compare(open_clip.create_model(f"local-dir:{folder}", load_weights=True).state_dict(), weights)
+    except (RuntimeError, KeyError) as error:
+        raise UserError(f"--to open_clip: open_clip does not take these weights: {error}") from error
+
+
+def _check(config: Config, inner: Any, pooling: str) -> None:
+    image, text = config.model.image, config.model.text
+    kind = inner.config.model_type if inner is not None else text.name
+    wrong = {
+        "model.image.name: expected timm/NAME": not image.name.startswith("timm/"),
+        "model.image.norm: expected another than group": image.norm == "group",
+        f"model.text.name: expected a model of transformers of type {', '.join(KINDS)}": kind not in KINDS,
+        "model.text.pooling: expected first or mean": pooling not in POOLERS,
+        "model.image.projection, model.text.projection: expected linear": {image.projection, text.projection}
+        != {"linear"},
+    }
+    lines = [words for words, is_wrong in wrong.items() if is_wrong]
+    if lines:
+        raise UserError("--to open_clip: it has not all parts of this model\n" + "\n".join(lines))
+
+
+def _compare(theirs: dict[str, Tensor], ours: dict[str, Tensor]) -> None:
+    different = [name for name, value in ours.items() if name not in theirs or not theirs[name].equal(value)]
+    different += [name for name in theirs if name not in ours and not name.endswith("position_ids")]
+    if different:
+        raise RuntimeError(f"{len(different)} tensors differ, the first is {different[0]}")
