@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from amclr_scale import objectives
-from amclr_scale.config.schema import ImageTower, Model, TextTower
+from amclr_scale.config.schema import Execution, ImageTower, Model, TextTower
 from amclr_scale.encoders.build import build_model
 from amclr_scale.engine.schedules import learning_rate
-from amclr_scale.engine.setup import build_engine
+from amclr_scale.engine.setup import build_engine, prepare_towers
 from amclr_scale.engine.step import NonFiniteError, OutOfMemoryError, TrainStep
 from amclr_scale.engine.weights import full_fp32
 from amclr_scale.metrics.phases import Phases
@@ -179,7 +179,7 @@ def starved_run(where: str) -> str:
     raise AssertionError("the step went through")
 
 
-def recomputed_run(stage: int, recomputation: str | int, dropout: float) -> list[Tensor]:
+def recomputed_run(stage: int, recomputation: str | int, dropout: float, compiled: bool = False) -> list[Tensor]:
     # SGD: a key's bias has no gradient but rounding, which Adam would blow up to whole steps.
     settings = config(SIZE, execution__zero_stage=stage, optimizer__name="sgd")
     torch.manual_seed(0)
@@ -189,7 +189,7 @@ def recomputed_run(stage: int, recomputation: str | int, dropout: float) -> list
     model = build_model(
         sections, vocab_size=30, pad_id=0, context_length=5, image_size=16, image_mean=ones, image_std=ones
     )
-    model.set_recomputation(image=recomputation, text=recomputation)
+    prepare_towers(model, Execution(recompute_image=recomputation, recompute_text=recomputation))
     no_decay = model.no_weight_decay()
     engine, _ = build_engine(settings, model, no_decay=no_decay, device=CPU, world_size=world_size())
     step = TrainStep(
