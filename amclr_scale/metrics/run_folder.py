@@ -121,7 +121,7 @@ def create(folder: Path, config: Config, device: str, world_size: int, resumed_a
         if resumed_at is not None:
             first = json.loads(file.read_text("utf-8")) if file.exists() else {}
             now = {**first, "resumed": [*first.get("resumed", []), {"step": resumed_at, **now}]}
-            drop_records_after(folder, resumed_at)
+        drop_records_after(folder, resumed_at or 0)  # a run that was killed before its first checkpoint leaves some too
         file.write_text(json.dumps(now, indent=1) + "\n")
     except OSError as error:
         raise UserError(f"run.folder: {folder} cannot be written: {error}") from error

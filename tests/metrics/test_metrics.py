@@ -104,3 +104,11 @@ def test_wandb_offline_writes_files_to_sync_later(tmp_path, monkeypatch):
     with RunLog(tmp_path, config, speaks=True, total_steps=1) as log:
         log.step(step(1, 2.5), 1)
     assert list((tmp_path / "wandb").glob("offline-run-*/*.wandb"))
+
+
+def test_a_run_killed_before_its_first_checkpoint_begins_its_records_again(log, tmp_path):
+    log.step(step(1, 2.5), 4)
+    log.step(step(2, 2.0), 4)
+    run_folder.create(tmp_path, load(None, ["train.epochs=1"]), "cpu", 1, resumed_at=None)
+    assert read(tmp_path) == []
+    assert [json.loads(line)["step"] for line in (tmp_path / run_folder.DROPPED).read_text().splitlines()] == [1, 2]
