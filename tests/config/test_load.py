@@ -161,3 +161,19 @@ def test_no_torch_is_needed_to_check_a_configuration():
 def test_building_from_a_tree_checks_it_too():
     with pytest.raises(UserError, match=r"objective\.name: this key is needed"):
         build({"objective": {}, "train": {"epochs": 1}})
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["execution.precision=bf16"], "execution.zero_stage: expected 1 or more"),
+        (["execution.offload=optimizer"], "execution.offload: optimizer states move to the host at zero_stage 1"),
+        (["execution.offload=parameters", "execution.zero_stage=2"], "at zero_stage 3 only, got 2"),
+        (["execution.offload=optimizer", "execution.zero_stage=1", "optimizer.name=lion"], "got lion"),
+        (["model.image.norm=sync", "execution.micro_batch_size=8"], "expected this rank's whole share of 128, got 8"),
+        (["optimizer.schedule=step"], "optimizer.step_samples: schedule step needs"),
+        (["objective.name=amclr"], "data.image_views: objective amclr with omega = 1 needs 1, got 0"),
+    ],
+)
+def test_what_would_train_wrongly_is_refused(words, said):
+    assert said in refused("train.epochs=1", *words)

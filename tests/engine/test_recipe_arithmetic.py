@@ -1,0 +1,89 @@
+"""What the engine's own tests take from the code on both sides, held against numbers worked out by hand."""
+
+import math
+
+import pytest
+
+from amclr_scale.config.load import load
+from amclr_scale.config.schema import LearningRateFactors, Optimizer
+from amclr_scale.engine.optimizers import parameter_groups, set_learning_rate
+from amclr_scale.engine.place import Place, find_place
+from amclr_scale.engine.plan import make_plan
+from amclr_scale.engine.schedules import learning_rate
+from amclr_scale.errors import UserError
+from amclr_scale.metrics.flops import ModelFlops
+from amclr_scale.metrics.throughput import Throughput
+from tests.engine.towers import towers
+
+
+def test_warm_up_and_cosine():
+    o = Optimizer(lr=2.0, min_lr=0.5, warmup_samples=100)
+    at = [learning_rate(o, samples, 1100, 64) for samples in (0, 50, 100, 600, 1100, 2000)]
+    assert at == pytest.approx([0.0, 1.0, 2.0, 1.25, 0.5, 0.5])
+    assert learning_rate(o, 350, 1100, 64) == pytest.approx(0.5 + 1.5 * (1 + math.cos(math.pi / 4)) / 2)
+
+
+def test_constant_and_steps():
+    constant = Optimizer(lr=2.0, schedule="constant", warmup_samples=10)
+    assert [learning_rate(constant, s, 100, 1) for s in (5, 10, 100)] == [1.0, 2.0, 2.0]
+    steps = Optimizer(lr=2.0, schedule="step", step_samples=(30, 60), step_factor=0.5)
+    assert [learning_rate(steps, s, 100, 1) for s in (0, 29, 30, 59, 60, 99)] == [2, 2, 1, 1, 0.5, 0.5]
+
+
+@pytest.mark.parametrize(("rule", "factor"), [("none", 1), ("sqrt", 4), ("linear", 16)])
+def test_the_learning_rate_grows_with_the_batch_as_the_rule_says(rule, factor):
+    o = Optimizer(lr=0.5, lr_rule=rule, lr_reference_batch=64, schedule="constant")
+    assert learning_rate(o, 0, 1, 1024) == pytest.approx(0.5 * factor)
+
+
+def test_no_weight_decay_on_biases_norms_scale_and_bias_and_a_rate_for_each_part():
+    model = towers()
+    o = Optimizer(weight_decay=0.3, lr_factors=LearningRateFactors(temperature=0.1))
+    names = {id(p): name for name, p in model.named_parameters()}
+    groups = parameter_groups(model.named_parameters(), model.no_weight_decay(), o)
+    set_learning_rate(groups, 2.0)
+    found = {names[id(p)]: (g["weight_decay"], g["lr"]) for g in groups for p in g["params"]}
+    assert found.keys() == {name for name, _ in model.named_parameters()}
+    for name, (decay, lr) in found.items():
+        matrix = name in ("image.1.weight", "image.4.weight", "words.weight", "text.2.weight")
+        assert decay == (0.3 if matrix else 0.0), name
+        assert lr == pytest.approx(0.2 if name in ("logit_scale", "logit_bias") else 2.0), name
+
+
+def test_the_plan():
+    config = load(None, ["train.epochs=2.5", "train.global_batch_size=64", "execution.micro_batch_size=10"])
+    plan = make_plan(config, 100, 2)
+    assert (plan.total_steps, plan.total_samples, plan.local_batch_size) == (4, 256, 32)
+    assert (plan.micro_batch_sizes, plan.micro_batches) == ((10, 10), 4)
+    other = load(None, ["train.samples=64", "train.global_batch_size=64", "execution.text_micro_batch_size=100"])
+    plan = make_plan(other, 16, 1)
+    assert (plan.total_steps, plan.micro_batch_sizes, plan.micro_batches) == (1, (64, 64), 1)
+    assert "a global batch holds 4.0 epochs" in str(plan)
+    each = load(None, ["train.samples=64", "train.global_batch_size=64", "execution.micro_batch_size=16",
+                       "execution.text_micro_batch_size=32"])  # fmt: skip
+    assert make_plan(each, 16, 1).micro_batches == 4 + 2
+
+
+def test_operations_per_second():
+    rates = Throughput(2, ModelFlops(100, 50), 0.5, 1.0, 0.0, peak=10_000.0).record(20.0)
+    assert rates["samples_per_second_per_rank"] == 10
+    assert rates["mfu"] == pytest.approx(10 * 3 * 150 / 10_000)
+    assert rates["hfu"] == pytest.approx(10 * (3 * 150 + 75 + 100) / 10_000)
+    assert "mfu" not in Throughput(1, ModelFlops(1, 1), 0, 0, 0, peak=None).record(1.0)
+
+
+def test_every_launcher_is_recognised():
+    assert find_place({}) == Place(0, 0, 1, 1)
+    torchrun = {"RANK": "5", "LOCAL_RANK": "1", "WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "4"}
+    assert find_place(torchrun) == Place(5, 1, 8, 4)
+    srun = {
+        "SLURM_STEP_NUM_TASKS": "8",
+        "SLURM_PROCID": "5",
+        "SLURM_LOCALID": "1",
+        "SLURM_STEP_TASKS_PER_NODE": "4(x2)",
+    }
+    assert find_place(srun) == Place(5, 1, 8, 4)
+    batch_script = {"SLURM_NTASKS": "8", "SLURM_PROCID": "0"}  # no step: plain python in a batch script is one rank
+    assert find_place(batch_script) == Place(0, 0, 1, 1)
+    with pytest.raises(UserError, match="environment: the launcher's variables do not fit together"):
+        find_place({"RANK": "x", "WORLD_SIZE": "8"})
