@@ -219,9 +219,9 @@ def fitting(names: list[str], batch: int, ranks: int, device: torch.device) -> l
     ]
 
 
-def seconds(step: Callable[[], float], device: torch.device) -> tuple[float, float]:
-    """Time of one step (CPU time on a CPU), and its loss."""
-    clock = time.perf_counter if device.type == "cuda" else time.process_time
+def seconds(step: Callable[[], float], device: torch.device, *, wall: bool) -> tuple[float, float]:
+    """Time of one step (CPU time on a CPU, unless `wall`), and its loss."""
+    clock = time.perf_counter if wall or device.type == "cuda" else time.process_time
     if device.type == "cuda":
         torch.cuda.synchronize()
     start = clock()
@@ -260,6 +260,7 @@ class Job:
     ranks: int
     repeats: int
     threads: int
+    wall: bool
     memory: bool  # measure memory instead of time
 
 
@@ -286,7 +287,7 @@ def work(rank: int, job: Job, folder: str) -> None:
                 if job.ranks > 1:
                     dist.barrier()
                 loss = METHODS[name].loss
-                taken, losses[name] = seconds(lambda loss=loss: f.step(loss), device)  # type: ignore[misc]
+                taken, losses[name] = seconds(lambda loss=loss: f.step(loss), device, wall=job.wall)  # type: ignore[misc]
                 if repeat:  # the first round warms up
                     times[name].append(taken)
         answer = {name: {"seconds": statistics.median(times[name]), "loss": losses[name]} for name in job.names}
@@ -306,13 +307,13 @@ def measure(names: list[str], batch: int, ranks: int, args: argparse.Namespace) 
     """One row per method."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     names = fitting(names, batch, ranks, device)
-    answers = run(Job(names, batch, args.width, ranks, args.repeats, args.threads, memory=False))
+    answers = run(Job(names, batch, args.width, ranks, args.repeats, args.threads, args.wall, memory=False))
     taken = {name: statistics.mean(answer[name]["seconds"] for answer in answers) for name in names}
     rows = []
     for name in names:
         peak = math.nan
         if args.memory and ranks == 1 and name != "floor":
-            (answer,) = run(Job([name], batch, args.width, ranks, 1, args.threads, memory=True))
+            (answer,) = run(Job([name], batch, args.width, ranks, 1, args.threads, args.wall, memory=True))
             peak = answer[name]
         reference = REFERENCES[METHODS[name].family]
         rows.append(
@@ -406,6 +407,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS), metavar="METHOD")
     parser.add_argument("--repeats", type=int, default=5, help="rounds, after one to warm up")
     parser.add_argument("--threads", type=int, default=1, help="threads per rank")
+    parser.add_argument("--wall", action="store_true", help="wall time instead of CPU time; for an idle machine")
     parser.add_argument("--no-memory", dest="memory", action="store_false", help="measure time only")
     parser.add_argument("--json", type=Path, help="write the figures here")
     parser.add_argument("--plot", type=Path, help="draw time and memory against B into this PNG")
