@@ -11,6 +11,7 @@ def check(config: Config, world_size: int) -> list[str]:
         *_length(config),
         *_shares(config, world_size),
         *_views(config),
+        *_groups(config, world_size),
         *_execution(config, world_size),
         *_deepspeed(config),
     ]
@@ -53,6 +54,17 @@ def _views(config: Config) -> list[str]:
         f"data.{key}: objective {config.objective['name']} with omega = {omega} needs {omega}, got {value}"
         for key, value in (("image_views", config.data.image_views), ("text_views", config.data.text_views))
         if value != omega
+    ]
+
+
+def _groups(config: Config, world_size: int) -> list[str]:
+    size, batch = config.objective.get("group_size"), config.train.global_batch_size
+    local = batch // world_size
+    if size is None or size < 1 or (batch % size == 0 and (local % size == 0 or size % local == 0)):
+        return []
+    return [
+        f"objective.group_size: expected a divisor of train.global_batch_size = {batch} that divides a rank's share of "
+        f"{local} or is a multiple of it, got {size}"
     ]
 
 

@@ -1,4 +1,4 @@
-"""CLIP: the softmax contrastive loss of each pair against all other pairs of the batch, in both directions.
+"""CLIP: the softmax contrastive loss of each pair against the other pairs of the batch, in both directions.
 
 Radford et al., "Learning Transferable Visual Models From Natural Language Supervision", ICML 2021, arXiv:2103.00020.
 
@@ -7,19 +7,35 @@ With logits l_ij = s_ij / t over the keys j of all ranks (the positive j = i amo
     L_i   = log sum_j exp(l_ij) - (1 - e) l_ii - e mean_j l_ij
     value = (1/2) mean_i (L_i + L'_i)                               L' has texts for anchors
 
+Two controls of the batch-size study are the same loss over other sets:
+
+    omega         further views of every image and text (AmCLR's): value is the mean over all (1 + omega)^2 pairings
+                  of an image view with a text view, each contrasted by itself. So what AmCLR's views do without its
+                  moving averages can be told.
+    group_size    g consecutive pairs of the global batch share negatives: value is the mean over the B / g groups.
+                  With g pairs encoded at once, this is what gradient accumulation without a gradient cache computes;
+                  with g = B / W, what contrasting inside each rank does; in between, the grouped aggregation of
+                  M2-Encoder (Guo et al., 2024, arXiv:2401.15896). g counts pairs, not ranks: the recipe alone decides.
+
 Numerics: log-sum-exp in float32 over blocks of similarities; mean_j l_ij needs only the mean key.
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from itertools import product
 
 from torch import Tensor
 
-from amclr_scale.objectives.base import Objective, at_least_float32, learned_temperature, numbers, require
+from amclr_scale.objectives.base import (
+    Objective,
+    at_least_float32,
+    global_batch_size,
+    learned_temperature,
+    numbers,
+    require,
+)
 from amclr_scale.similarity import Contrast, column_mean, contrast
+from amclr_scale.similarity.collectives import Negatives
 from amclr_scale.types import Embeddings, Loss
-
-Negatives = Literal["all", "local"] | int
 
 
 class CLIP(Objective, name="clip"):
@@ -31,40 +47,71 @@ class CLIP(Objective, name="clip"):
 
         temperature: float | None = None  # fixed; null: learned, 1 / logit_scale
         label_smoothing: float = 0.0  # share of the target spread evenly over all keys
-        negatives: Literal["all", "local", "grouped"] = "all"  # whose samples are negatives: all ranks', this rank's
-        group_size: int | None = None  # grouped: that many consecutive ranks share negatives
+        omega: int = 0  # further views per modality, all pairings of which are contrasted
+        group_size: int | None = None  # pairs, consecutive in the global batch, that share negatives; null: all
 
         def __post_init__(self) -> None:
             check_temperature(self.temperature)
             require(0 <= self.label_smoothing < 1, "label_smoothing", "a share in [0, 1)", self.label_smoothing)
-            grouped = self.negatives == "grouped"
-            require(
-                grouped == (self.group_size is not None) and (self.group_size or 1) > 0,
-                "group_size",
-                "a number of ranks with negatives = 'grouped', and null otherwise",
-                self.group_size,
-            )
+            require(0 <= self.omega <= 8, "omega", "0 to 8 further views per modality", self.omega)
+            enough = self.group_size is None or self.group_size > 1
+            require(enough, "group_size", "at least 2 pairs, or null for the whole batch", self.group_size)
 
     def __init__(self, config: Config) -> None:
         super().__init__()
-        self.config = config
-        self.negatives: Negatives = "local" if config.negatives == "local" else config.group_size or "all"
+        self.config, self.needs_views = config, config.omega
 
     def forward(self, embeddings: Embeddings) -> Loss:
         t = learned_temperature(embeddings, self.config.temperature)
-        both = contrast(embeddings.image, embeddings.text, temperature=t, negatives=self.negatives)
-        image_target, text_target = both.image.positive, both.text.positive
-        smoothing = self.config.label_smoothing
-        if smoothing:
-            image, text = at_least_float32(embeddings.image), at_least_float32(embeddings.text)
-            mean_image = (image * column_mean(text, negatives=self.negatives)).sum(1)  # (b,), over all keys
-            mean_text = (text * column_mean(image, negatives=self.negatives)).sum(1)
-            image_target = (1 - smoothing) * image_target + smoothing * mean_image
-            text_target = (1 - smoothing) * text_target + smoothing * mean_text
-        image_loss = both.image.log_sum - image_target / t
-        text_loss = both.text.log_sum - text_target / t
-        loss = (image_loss + text_loss).mean() / 2
+        images = (embeddings.image, *embeddings.image_views[: self.config.omega])
+        texts = (embeddings.text, *embeddings.text_views[: self.config.omega])
+        rows, negatives = groups(embeddings.image, self.config.group_size)
+        losses = [
+            self._pairing(image[here], text[here], t, negatives)
+            for image, text in product(images, texts)
+            for here in rows
+        ]
+        loss = sum(losses[1:], losses[0]) / len(losses)
         return Loss(loss, numbers(objective=loss, temperature=t))
+
+    def _pairing(self, image: Tensor, text: Tensor, t: Tensor | float, negatives: Negatives) -> Tensor:
+        both = contrast(image, text, temperature=t, negatives=negatives)
+        smoothing = self.config.label_smoothing
+        if not smoothing:
+            return softmax_loss(both, t)
+        x, y = at_least_float32(image), at_least_float32(text)
+        mean_image = (x * column_mean(y, negatives=negatives)).sum(1)  # (b,), over all keys
+        mean_text = (y * column_mean(x, negatives=negatives)).sum(1)
+        image_loss = both.image.log_sum - ((1 - smoothing) * both.image.positive + smoothing * mean_image) / t
+        text_loss = both.text.log_sum - ((1 - smoothing) * both.text.positive + smoothing * mean_text) / t
+        return (image_loss + text_loss).mean() / 2
+
+
+def groups(rows: Tensor, size: int | None) -> tuple[list[slice], Negatives]:
+    """How groups of `size` consecutive pairs of the global batch lie on the ranks.
+
+    Args:
+        rows: (b, ...), of this rank.
+
+    Returns:
+        The slices of this rank's rows that are contrasted one after another, and with which ranks.
+
+    Raises:
+        UserError: a group neither divides what a rank holds nor consists of whole ranks, or does not divide B.
+    """
+    b, B = len(rows), global_batch_size(rows)
+    if size is None or size == B:
+        return [slice(None)], "all"
+    fits = B % size == 0 and (b % size == 0 or size % b == 0)
+    require(
+        fits,
+        "group_size",
+        f"a divisor of the global batch {B} that divides, or is a multiple of, the {b} of a rank",
+        size,
+    )
+    if size <= b:
+        return [slice(start, start + size) for start in range(0, b, size)], "local"
+    return [slice(None)], size // b
 
 
 def softmax_loss(both: Contrast, temperature: Tensor | float) -> Tensor:

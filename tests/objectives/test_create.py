@@ -75,7 +75,7 @@ def test_every_objective_takes_num_samples_and_gives_finite_gradients(name):
         (lambda: objectives.create("sogclr"), "num_samples: sogclr needs it, got nothing"),
         (lambda: make("sogclr", temperature="hot"), "temperature: expected float, got 'hot'"),
         (lambda: make("clip", temperature="hot"), "temperature: expected float or None, got 'hot'"),
-        (lambda: make("clip", negatives="some"), "negatives: expected 'all' or 'local' or 'grouped', got 'some'"),
+        (lambda: make("amclr", reduce="some"), "reduce: expected 'mean' or 'sum', got 'some'"),
         (lambda: make("amclr", omega=1.5), r"omega: expected int, got 1\.5"),
         (lambda: make("cyclip", inmodal=1), "inmodal: expected bool, got 1"),
         (lambda: make("sogclr", sample_state="both"), "sample_state: expected 'auto', 'replicated' or 'sharded'"),
