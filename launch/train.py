@@ -56,6 +56,8 @@ def run(config: Config, source: str | None, place: Place, stopwatch: Stopwatch, 
     from amclr_scale.engine.setup import adapt_to_objective, build_engine, prepare_towers, sample_views, throughput
     from amclr_scale.engine.step import TrainStep
     from amclr_scale.engine.watch import Watch
+    from amclr_scale.evaluation.items import FILE as ITEMS
+    from amclr_scale.evaluation.items import save_items
     from amclr_scale.evaluation.run import Evaluator
     from amclr_scale.metrics.curve import draw_if_possible
     from amclr_scale.metrics.flops import count
@@ -154,6 +156,7 @@ def run(config: Config, source: str | None, place: Place, stopwatch: Stopwatch, 
         if place.rank == 0:
             (folder / "evaluation.json").write_text(json.dumps(results, indent=1) + "\n")
             if evaluator:
+                save_items(folder / ITEMS, evaluator.numbers)
                 log.say(evaluator.table(results))
             log.say(draw_if_possible(folder))
             log.say(f"run folder {folder}")
