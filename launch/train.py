@@ -41,39 +41,29 @@ def arguments(argv: list[str]) -> argparse.Namespace:
 
 def run(config: Config, source: str | None, place: Place, stopwatch: Stopwatch, signals: Signals) -> None:
     """The flow: data -> encoders -> engine -> objective -> loop -> results."""
-    from amclr_scale import objectives
     from amclr_scale.checkpoint.keeper import Keeper
     from amclr_scale.checkpoint.start import agree_on_start
     from amclr_scale.checkpoint.state import put_back
     from amclr_scale.checkpoint.weights import save_weights
-    from amclr_scale.data.loader import TrainLoader
-    from amclr_scale.data.tokenizers import load_tokenizer
-    from amclr_scale.encoders.build import build_model
+    from amclr_scale.engine.assembly import build_trainer, open_data
     from amclr_scale.engine.distributed import seed_everything, start, stop
     from amclr_scale.engine.loop import train
-    from amclr_scale.engine.plan import make_plan
     from amclr_scale.engine.profiling import StepProfiler
-    from amclr_scale.engine.setup import adapt_to_objective, build_engine, prepare_towers, sample_views, throughput
+    from amclr_scale.engine.setup import throughput
     from amclr_scale.engine.step import TrainStep
     from amclr_scale.engine.watch import Watch
     from amclr_scale.evaluation.items import FILE as ITEMS
     from amclr_scale.evaluation.items import save_items
     from amclr_scale.evaluation.run import Evaluator
     from amclr_scale.metrics.curve import draw_if_possible
-    from amclr_scale.metrics.flops import count
     from amclr_scale.metrics.log import RunLog
     from amclr_scale.metrics.phases import Phases
-    from amclr_scale.similarity import configure
 
     stopwatch.lap("imports")
 
     # Data first: mistakes in it are found before any process waits for another.
-    loader = TrainLoader(
-        config.data, seed=config.seed, global_batch_size=config.train.global_batch_size,
-        rank=place.rank, world_size=place.world_size, workers=config.execution.workers,
-    )  # fmt: skip
-    tokenizer = load_tokenizer(config.data.tokenizer, config.data.context_length)
-    plan = make_plan(config, loader.samples_per_epoch, place.world_size)
+    inputs = open_data(config, place)
+    loader, plan = inputs.loader, inputs.plan
     measured = config.evaluation.splits or config.evaluation.probes
     evaluator = Evaluator(config, rank=place.rank, world_size=place.world_size) if measured else None
     stopwatch.lap("data")
@@ -84,31 +74,10 @@ def run(config: Config, source: str | None, place: Place, stopwatch: Stopwatch, 
     loader.seek(begin)
     stopwatch.lap("process group")
 
-    seed_everything(config.seed)
-    model = build_model(
-        config.model, vocab_size=tokenizer.vocab_size, pad_id=tokenizer.pad_id,
-        end_id=tokenizer.end_id, context_length=config.data.context_length,
-        image_size=config.data.image_size, image_mean=config.data.image_mean, image_std=config.data.image_std,
-    )  # fmt: skip
-    options = {key: value for key, value in config.objective.items() if key != "name"}
-    objective = objectives.create(
-        config.objective["name"], num_samples=loader.num_samples, sample_state=config.execution.sample_state, **options
-    ).to(device)
-    adapt_to_objective(model, objective, config.model.embedding_width)
-    prepare_towers(model, config.execution)
-    flops = count(model, *sample_views(config))
-    stopwatch.lap("model")
-
-    similarity = config.execution.similarity
-    configure(
-        chunk=similarity.chunk, gather=similarity.gather, backend=similarity.backend,
-        distribution=similarity.distribution, cache_bytes=similarity.cache_mib * 2**20,
-    )  # fmt: skip
-    engine, optimizer = build_engine(
-        config, model, no_decay=model.no_weight_decay(), device=device, world_size=place.world_size, folder=folder
+    trainer = build_trainer(
+        config, inputs, device=device, world_size=place.world_size, folder=folder, stopwatch=stopwatch
     )
-    stopwatch.lap("engine")
-
+    engine, objective = trainer.engine, trainer.objective
     if place.rank == 0:
         create(folder, config, str(device), place.world_size, resumed_at=begin if found else None)
     seed_everything(config.seed, place.rank + 1)  # dropout differs between ranks
@@ -120,7 +89,6 @@ def run(config: Config, source: str | None, place: Place, stopwatch: Stopwatch, 
         engine, objective, micro_batch_sizes=plan.micro_batch_sizes,
         kept=config.execution.kept_micro_batches, device=device, phases=phases,
     )  # fmt: skip
-
     step.steps = begin
 
     with (
@@ -133,9 +101,10 @@ def run(config: Config, source: str | None, place: Place, stopwatch: Stopwatch, 
         ) as keeper,
     ):  # fmt: skip
         log.say(f"run folder {folder}\n{plan}")
-        size = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
-        log.say(f"{size:,} parameters, objective {config.objective['name']}, {optimizer}, on {device}")
-        for note in (*model.notes, *(found.notes() if found else ())):
+        log.say(
+            f"{trainer.parameters:,} parameters, objective {config.objective['name']}, {trainer.optimizer}, on {device}"
+        )
+        for note in (*trainer.model.notes, *(found.notes() if found else ())):
             log.say(f"note: {note}")
 
         def first_step_done() -> None:
@@ -145,19 +114,19 @@ def run(config: Config, source: str | None, place: Place, stopwatch: Stopwatch, 
         try:
             results = train(
                 config, plan, step=step, objective=objective, batches=iter(loader), log=log, phases=phases,
-                device=device, throughput=throughput(config, plan, model, flops, device), profiler=profiler,
-                evaluate=(lambda: evaluator(engine)) if evaluator else None, on_first_step=first_step_done,
-                after_step=keeper, begin=begin, bad_samples=loader.counts.total,
+                device=device, throughput=throughput(config, plan, trainer.model, trainer.flops, device),
+                profiler=profiler, evaluate=(lambda: evaluator(engine)) if evaluator else None,
+                on_first_step=first_step_done, after_step=keeper, begin=begin, bad_samples=loader.counts.total,
             )  # fmt: skip
         except StoppedError:
             watch.leave()  # all ranks stop at one step: none of them is missing
             raise
-        save_weights(folder, model, objective, speaks=place.rank == 0)
+        save_weights(folder, trainer.model, objective, speaks=place.rank == 0)
         if place.rank == 0:
-            (folder / "evaluation.json").write_text(json.dumps(results, indent=1) + "\n")
             if evaluator:
                 save_items(folder / ITEMS, evaluator.numbers)
                 log.say(evaluator.table(results))
+            (folder / "evaluation.json").write_text(json.dumps(results, indent=1) + "\n")  # the sign of a finished run
             log.say(draw_if_possible(folder))
             log.say(f"run folder {folder}")
     loader.close()
@@ -201,11 +170,9 @@ def main(argv: list[str]) -> int:
 
 def preview(config: Config, place: Place) -> str:
     """The arithmetic of a run, from the index of its data."""
-    from amclr_scale.data.loader import TrainLoader
-    from amclr_scale.engine.plan import make_plan
+    from amclr_scale.engine.assembly import open_data
 
-    loader = TrainLoader(config.data, seed=config.seed, global_batch_size=config.train.global_batch_size)
-    return str(make_plan(config, loader.samples_per_epoch, place.world_size))
+    return str(open_data(config, place).plan)
 
 
 if __name__ == "__main__":
