@@ -1,0 +1,84 @@
+"""fp16 under the gradient cache: the loss is scaled, a step that overflows is skipped, and what is learned is fp32's.
+
+torch computes half precision on a CPU too, in software; only DeepSpeed's question about the hardware is answered for it.
+"""
+
+from typing import Any
+from unittest import mock
+
+import deepspeed
+import pytest
+import torch
+from torch import Tensor
+
+from amclr_scale import objectives
+from amclr_scale.engine.setup import build_engine
+from amclr_scale.engine.step import NonFiniteError, TrainStep
+from amclr_scale.engine.weights import full_fp32
+from amclr_scale.metrics.phases import Phases
+from amclr_scale.similarity.collectives import rank, world_size
+from amclr_scale.types import Embeddings, Loss
+from tests.engine.towers import config, local_batch, plain_run, towers
+
+SIZE = 16
+CPU = torch.device("cpu")
+
+
+def half_run(
+    stage: int, scale_power: int, steps: int, poison: int | None = None
+) -> tuple[dict[str, Tensor], list[Any]]:
+    """Train; returns the fp32 weights, and per step (was it applied, the loss scale, a weight) or what was raised."""
+    tree = config(SIZE, execution__zero_stage=stage, execution__precision="fp16", optimizer__lr=0.002)
+    settings = tree.model_copy(update={"deepspeed": {"fp16": {"initial_scale_power": scale_power, "hysteresis": 1}}})
+    model = towers()
+    accelerator = type(deepspeed.accelerator.get_accelerator())
+    with mock.patch.object(accelerator, "is_fp16_supported", lambda self: True):
+        engine, _ = build_engine(settings, model, no_decay=model.no_weight_decay(), device=CPU, world_size=world_size())
+    clip = objectives.create("clip")
+
+    def objective(embeddings: Embeddings) -> Loss:
+        loss = clip(embeddings)
+        return Loss(loss.value * float("nan"), loss.metrics) if len(told) == poison and rank() == 0 else loss
+
+    step = TrainStep(engine, objective, micro_batch_sizes=(3, 3), device=CPU, phases=Phases(CPU), kept=1)
+    told: list[Any] = []
+    for n in range(steps):
+        try:
+            step(local_batch(n, SIZE, rank(), world_size()), 0.002)
+        except NonFiniteError as error:
+            told.append(str(error))
+            break
+        told.append((engine.was_step_applied(), float(engine.optimizer.cur_scale), full_fp32(model.words.weight)))
+    weights = {name: full_fp32(p) for name, p in model.named_parameters()}
+    engine.destroy()
+    return weights, told
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_follows_fp32(ranks, stage):
+    want, _ = plain_run(config(SIZE, optimizer__lr=0.002), 5)
+    for weights, told in ranks(2, half_run, stage, 8, 5):
+        assert all(applied for applied, *_ in told)
+        for name, value in want.items():
+            assert (weights[name] - value).norm() < 0.02 * value.norm() + 0.01, name
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_an_overflow_is_skipped_on_every_rank_and_the_scale_falls(ranks, stage):
+    for _, told in ranks(2, half_run, stage, 24, 16):
+        applied = [one for one, *_ in told]
+        assert not applied[0], "a scale of 2**24 overflows in half precision"
+        assert applied[-1], "and training goes on with a smaller one"
+        scales = [scale for _, scale, _ in told]
+        assert scales[-1] < scales[0]
+        first = applied.index(True)
+        for (_, _, before), (_, _, after) in zip(told[: first - 1], told[1:first], strict=True):
+            assert torch.equal(before, after)
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_a_loss_that_no_scale_mends_ends_the_run(ranks, stage):
+    for weights, told in ranks(2, half_run, stage, 1, 4, 0):
+        del weights
+        assert isinstance(told[-1], str)
+        assert "the gradient is not finite" in told[-1]
