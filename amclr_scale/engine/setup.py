@@ -16,7 +16,8 @@ from amclr_scale.engine.optimizers import build_optimizer, parameter_groups
 from amclr_scale.engine.plan import Plan
 from amclr_scale.engine.profiling import SKIPPED
 from amclr_scale.errors import UserError
-from amclr_scale.metrics.flops import ModelFlops, device_peak
+from amclr_scale.metrics.devices import device_peak
+from amclr_scale.metrics.flops import ModelFlops
 from amclr_scale.metrics.throughput import Throughput
 from amclr_scale.objectives.base import Objective
 from amclr_scale.objectives.isogclr import ISogCLRNet

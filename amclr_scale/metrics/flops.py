@@ -2,7 +2,7 @@
 
 Useful operations count each sample once: a forward, and a backward of twice that. Hardware operations also count what
 is done again to save memory: the second forward of the gradient cache, and recomputed activations. Utilisation is
-operations per second over the device's peak for dense matrix products in the precision used.
+operations per second over the device's peak for dense matrix products in the precision used (devices.py).
 """
 
 from dataclasses import dataclass
@@ -10,27 +10,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
-
-# Dense peak in FLOP/s, from the vendor's data sheets: (bf16 or fp16 with fp32 accumulation, fp32 or tf32).
-PEAKS = {
-    "B200": (2.25e15, 1.1e15),
-    "H200": (989e12, 494e12),
-    "H100 PCIe": (756e12, 378e12),
-    "H100": (989e12, 494e12),
-    "A100": (312e12, 156e12),
-    "A800": (312e12, 156e12),
-    "L40S": (362e12, 183e12),
-    "RTX 4090": (165e12, 82.6e12),
-    "V100": (125e12, 15.7e12),
-}
-
-
-def device_peak(device: torch.device, precision: str) -> float | None:
-    """FLOP/s of one device, None where no data sheet says (CPUs: it depends on clock and cores)."""
-    if device.type != "cuda":
-        return None
-    name = torch.cuda.get_device_name(device)
-    return next((low if precision != "fp32" else full for key, (low, full) in PEAKS.items() if key in name), None)
 
 
 @dataclass(frozen=True)
