@@ -82,7 +82,8 @@ def mean_of(*numbers: Number) -> Number:
     return Number(tuple(part for n in numbers for part in n.parts), chance)
 
 
-def _resamples(clusters: int, resamples: int, seed: int) -> Iterator[Tensor]:
+def cluster_counts(clusters: int, resamples: int, seed: int) -> Iterator[Tensor]:
+    """How often each cluster is in each resample, (r, C) at a time."""
     generator = torch.Generator().manual_seed(seed)
     rows = max(1, CHUNK // clusters)
     for start in range(0, resamples, rows):
@@ -103,7 +104,7 @@ def intervals(
     found: dict[str, tuple[float, float]] = {}
     for clusters, names in by_size.items():
         drawn: dict[str, list[Tensor]] = {name: [] for name in names}
-        for counts in _resamples(clusters, resamples, seed):
+        for counts in cluster_counts(clusters, resamples, seed):
             for name in names:
                 drawn[name].append(numbers[name].resampled(counts))
         for name in names:
@@ -136,7 +137,7 @@ def compare(first: Number, second: Number, *, resamples: int = 1000, seed: int =
             f"second: a paired comparison needs the same items for both, got {sizes[0]} and {sizes[1]} clusters; "
             "evaluate both models on the same split"
         )
-    draws = [second.resampled(counts) - first.resampled(counts) for counts in _resamples(sizes[0], resamples, seed)]
+    draws = [second.resampled(counts) - first.resampled(counts) for counts in cluster_counts(sizes[0], resamples, seed)]
     drawn = torch.cat(draws)
     tails = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64)
     low, high = torch.quantile(drawn, tails).tolist()

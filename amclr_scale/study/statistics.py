@@ -1,0 +1,296 @@
+"""Differences between arms that share their seeds: intervals, equivalence, and how many seeds a decision needs.
+
+With n differences d_1 ... d_n, one per seed (same initial weights and data order in both arms), mean m, standard
+deviation s, and t_q(f) the q-quantile of Student's t with f degrees of freedom:
+
+    interval              m -+ t_(1 - (1 - level) / 2)(n - 1) s / sqrt(n)
+    difference            H0: true mean = 0, two-sided paired t
+    equivalence (TOST)    H0: |true mean| >= margin; p = the larger of the two one-sided p-values (Schuirmann, "A
+                          Comparison of the Two One-Sided Tests Procedure", J. Pharmacokinetics Biopharmaceutics, 1987)
+    non-inferiority       H0: true mean <= -margin, the first of these two tests alone
+    Holm                  p-values of a family, sorted: p_(k) (K + 1 - k), made monotone, at most 1 (Holm, "A Simple
+                          Sequentially Rejective Multiple Test Procedure", Scandinavian Journal of Statistics, 1979)
+
+Seeds alone say what holds on THIS test set. Another sample of test items moves all seeds together, which no number of
+seeds shows. `with_items` adds that: the variances s^2 / n and v (of the mean over seeds, under resampling of items)
+are added, and degrees of freedom combined as Welch and Satterthwaite do:
+
+    f = (s^2 / n + v)^2 / ((s^2 / n)^2 / (n - 1) + v^2 / (C - 1)),    C clusters of items
+
+The part of the variance that is neither the seed's nor the item's alone, e / (n C), is in both terms, counted twice.
+In simulated studies these intervals of 95 % hold the truth in 93.3 % (3 seeds), 95.1 % (5), 94.8 % (10 and 20). A
+bootstrap over 3 seeds has ten different resamples and holds it in 74 % (tests/study/test_statistics_resampling.py
+measures both): none is used for seeds here.
+
+Sample sizes are exact for normal differences: the noncentral t for a difference; for TOST the integral over s of the
+probability that both tests reject (Owen's Q in other words). Everything is float64.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
+
+import numpy as np
+
+from amclr_scale.errors import UserError
+
+try:
+    from scipy import special, stats
+except ImportError as error:
+    raise UserError(
+        "scipy: expected for a study's statistics, got none installed; pip install 'amclr_scale[report]'"
+    ) from error
+
+MOST_SEEDS = 100_000
+NODES, WEIGHTS = np.polynomial.legendre.leggauss(200)
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean or a mean difference, with what is needed to test it.
+
+    Attributes:
+        value: in the metric's unit.
+        standard_error: of the value; nan where one seed says nothing about it.
+        degrees_of_freedom: of the standard error.
+        n: seeds.
+    """
+
+    value: float
+    standard_error: float
+    degrees_of_freedom: float
+    n: int
+
+    @property
+    def deviation(self) -> float:
+        """The standard deviation over seeds that this standard error means."""
+        return self.standard_error * math.sqrt(self.n)
+
+    def interval(self, level: float = 0.95) -> tuple[float, float]:
+        """Both ends; nan with one seed."""
+        if math.isnan(self.standard_error):
+            return math.nan, math.nan
+        half = float(special.stdtrit(self.degrees_of_freedom, (1 + level) / 2)) * self.standard_error
+        return self.value - half, self.value + half
+
+    def p_above(self, bound: float) -> float:
+        """One-sided p-value of H0: true value <= bound."""
+        if math.isnan(self.standard_error):
+            return math.nan
+        if self.standard_error == 0:  # all seeds agree to the last digit
+            return 0.0 if self.value > bound else 1.0
+        return float(special.stdtr(self.degrees_of_freedom, (bound - self.value) / self.standard_error))
+
+    def p_below(self, bound: float) -> float:
+        """One-sided p-value of H0: true value >= bound."""
+        return Estimate(-self.value, self.standard_error, self.degrees_of_freedom, self.n).p_above(-bound)
+
+    def p_different(self) -> float:
+        """Two-sided p-value of H0: true value = 0."""
+        if self.standard_error == 0 == self.value:
+            return 1.0
+        return min(1.0, 2 * min(self.p_above(0.0), self.p_below(0.0)))
+
+    def p_equivalent(self, margin: float) -> float:
+        """p-value of H0: the true value is at least `margin` away from zero."""
+        return max(self.p_above(-_positive(margin, "margin")), self.p_below(margin))
+
+    def p_not_worse(self, margin: float) -> float:
+        """p-value of H0: the true value is at or below -margin."""
+        return self.p_above(-_positive(margin, "margin"))
+
+
+def _positive(value: float, name: str) -> float:
+    if not value > 0:
+        raise ValueError(f"{name}: expected a number above 0, got {value}; declare it before the study is run")
+    return value
+
+
+def estimate(values: Sequence[float]) -> Estimate:
+    """The mean of one value per seed.
+
+    Raises:
+        ValueError: no value.
+    """
+    n = len(values)
+    if not n:
+        raise ValueError("values: expected one value per seed, got none")
+    spread = float(np.std(values, ddof=1)) / math.sqrt(n) if n > 1 else math.nan
+    return Estimate(float(np.mean(values)), spread, n - 1, n)
+
+
+def paired(first: Sequence[float], second: Sequence[float]) -> Estimate:
+    """Mean of second - first, seed by seed.
+
+    Args:
+        first, second: one value per seed, the same seeds in the same order.
+
+    Raises:
+        ValueError: not as many of one as of the other.
+    """
+    if len(first) != len(second):
+        raise ValueError(f"second: expected the seeds of first ({len(first)}), got {len(second)} values")
+    return estimate(list(np.asarray(second, float) - np.asarray(first, float)))
+
+
+def with_items(seeds: Estimate, item_error: float, clusters: int) -> Estimate:
+    """An estimate that another sample of test items could move, too.
+
+    Args:
+        seeds: from `estimate` or `paired`.
+        item_error: standard error of the same mean under resampling of clusters of items, seeds kept.
+        clusters: number of clusters.
+    """
+    if math.isnan(seeds.standard_error):
+        return seeds
+    a, b = seeds.standard_error**2, item_error**2
+    if a + b == 0:
+        return seeds
+    freedom = (a + b) ** 2 / (a**2 / seeds.degrees_of_freedom + b**2 / max(clusters - 1, 1))
+    return Estimate(seeds.value, math.sqrt(a + b), freedom, seeds.n)
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Adjusted p-values in the given order; nan stays nan, and counts as a member of the family."""
+    p = np.asarray(p_values, float)
+    order = np.argsort(np.where(np.isnan(p), np.inf, p), kind="stable")
+    adjusted = np.minimum(1.0, np.maximum.accumulate(np.where(np.isnan(p), 1.0, p)[order] * np.arange(len(p), 0, -1)))
+    found = np.empty_like(p)
+    found[order] = adjusted
+    return [math.nan if math.isnan(raw) else float(value) for raw, value in zip(p, found, strict=True)]
+
+
+class Verdict(StrEnum):
+    """What a comparison has shown at the declared margin."""
+
+    MATCHES = "matches"
+    BETTER = "better"
+    WORSE = "worse"
+    UNDECIDED = "undecided"
+
+
+@dataclass(frozen=True)
+class Decision:
+    """One comparison of a family, with p-values adjusted by Holm within each kind of test.
+
+    Attributes:
+        p_not_worse: not adjusted into a verdict of its own; for readers who only ask for non-inferiority.
+    """
+
+    verdict: Verdict
+    p_different: float
+    p_equivalent: float
+    p_not_worse: float
+
+
+def decide(family: Sequence[Estimate], margin: float, alpha: float = 0.05) -> list[Decision]:
+    """A verdict for every comparison of a family.
+
+    matches: equivalence shown, even if a difference smaller than the margin is shown as well. better, worse: a
+    difference shown, equivalence not. undecided: neither, which is not evidence for equality.
+    """
+    different = holm([one.p_different() for one in family])
+    equivalent = holm([one.p_equivalent(margin) for one in family])
+    not_worse = holm([one.p_not_worse(margin) for one in family])
+    found = []
+    for one, p_d, p_e, p_n in zip(family, different, equivalent, not_worse, strict=True):
+        if p_e < alpha:
+            verdict = Verdict.MATCHES
+        elif p_d < alpha:
+            verdict = Verdict.BETTER if one.value > 0 else Verdict.WORSE
+        else:
+            verdict = Verdict.UNDECIDED  # also where p is nan
+        found.append(Decision(verdict, p_d, p_e, p_n))
+    return found
+
+
+def power_of_difference(sigma: float, delta: float, n: int, *, alpha: float = 0.05, paired: bool = True) -> float:
+    """Probability that the two-sided t test finds a true difference of delta.
+
+    Args:
+        sigma: standard deviation of the differences (paired), or of one arm (not paired).
+        n: seeds per arm.
+    """
+    freedom, share = (n - 1, 1) if paired else (2 * n - 2, 2)
+    shift = abs(delta) / (sigma * math.sqrt(share / n))
+    critical = float(special.stdtrit(freedom, 1 - alpha / 2))
+    return float(stats.nct.sf(critical, freedom, shift) + stats.nct.cdf(-critical, freedom, shift))
+
+
+def power_of_equivalence(
+    sigma: float, margin: float, n: int, *, difference: float = 0.0, alpha: float = 0.05, paired: bool = True
+) -> float:
+    """Probability that TOST shows equivalence when the true difference is `difference`.
+
+    P = E[Phi((margin - difference) / e - t r) - Phi(t r - (margin + difference) / e)]+ with e the standard error, t the
+    one-sided critical value and r = sqrt(chi^2_f / f) the estimated over the true deviation.
+    """
+    freedom, share = (n - 1, 1) if paired else (2 * n - 2, 2)
+    error = sigma * math.sqrt(share / n)
+    critical = float(special.stdtrit(freedom, 1 - alpha))
+    largest = margin / error / critical  # r beyond which the tests cannot both reject
+    reach = float(special.gammainc(freedom / 2, freedom / 2 * largest**2))
+    u = reach * (NODES + 1) / 2
+    r = np.sqrt(special.gammaincinv(freedom / 2, u) * 2 / freedom)
+    high = special.ndtr((margin - difference) / error - critical * r)
+    low = special.ndtr(critical * r - (margin + difference) / error)
+    return float(reach / 2 * np.sum(WEIGHTS * np.maximum(high - low, 0)))
+
+
+def seeds_needed(
+    sigma: float, delta: float, *, power: float = 0.8, alpha: float = 0.05, paired: bool = True
+) -> int | None:
+    """Seeds per arm to find a difference of delta; the normal approximation, not paired, is 15.7 sigma^2 / delta^2.
+
+    Args:
+        sigma: standard deviation of the differences (paired), or of one arm (not paired).
+        delta: the true difference, in the unit of sigma.
+
+    Returns:
+        The smallest number, at least 2; None above 100,000.
+
+    Raises:
+        ValueError: delta is not above 0, or sigma is negative.
+    """
+    _positive(delta, "delta")
+    return _smallest(sigma, power, lambda n: power_of_difference(sigma, delta, n, alpha=alpha, paired=paired))
+
+
+def seeds_needed_for_equivalence(
+    sigma: float,
+    margin: float,
+    *,
+    difference: float = 0.0,
+    power: float = 0.8,
+    alpha: float = 0.05,
+    paired: bool = True,
+) -> int | None:
+    """Seeds per arm to show equivalence within `margin` when the true difference is `difference`.
+
+    Returns:
+        The smallest number, at least 2; None above 100,000, or where the true difference is not inside the margin.
+    """
+    if abs(difference) >= _positive(margin, "margin"):
+        return None
+    asked: dict[str, Any] = {"difference": difference, "alpha": alpha, "paired": paired}
+    return _smallest(sigma, power, lambda n: power_of_equivalence(sigma, margin, n, **asked))
+
+
+def _smallest(sigma: float, power: float, reached: Any) -> int | None:
+    """The smallest n with enough power, which grows with n: doubling, then halving."""
+    if not sigma >= 0:
+        raise ValueError(f"sigma: expected a standard deviation, got {sigma}")
+    if sigma == 0:
+        return 2
+    high = 2
+    while reached(high) < power:
+        if high >= MOST_SEEDS:
+            return None
+        high = min(2 * high, MOST_SEEDS)
+    low = 1
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if middle > 1 and reached(middle) >= power else (middle, high)
+    return high
