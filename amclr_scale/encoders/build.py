@@ -17,6 +17,7 @@ def build_model(
     image_mean: tuple[float, float, float],
     image_std: tuple[float, float, float],
     end_id: int | None = None,
+    weights: bool = True,
 ) -> DualEncoder:
     """Two towers and their heads. Initial weights follow torch's global generator: seed it before.
 
@@ -25,13 +26,19 @@ def build_model(
         context_length: L, tokens per caption.
         image_size: side of the images in pixels.
         image_mean, image_std: per channel, of images in [0, 1].
+        weights: load those that the configuration names; False: leave every weight random, to look at sizes alone.
 
     Raises:
         UserError: names the key to change; nothing was downloaded.
     """
-    image_tower, image_width, notes = build_image_tower(model.image, image_size)
+    image_tower, image_width, notes = build_image_tower(model.image, image_size, weights=weights)
     text_tower, text_width = build_text_tower(
-        model.text, vocab_size=vocab_size, pad_id=pad_id, end_id=end_id, context_length=context_length
+        model.text,
+        vocab_size=vocab_size,
+        pad_id=pad_id,
+        end_id=end_id,
+        context_length=context_length,
+        weights=weights,
     )
     return DualEncoder(
         image_tower,

@@ -16,7 +16,9 @@ from amclr_scale.torchvision_ops import import_torchvision
 CLASSIFIERS = ("fc", "heads", "classifier", "head")  # torchvision's names for what follows the features
 
 
-def build_image_tower(tower: ImageTower, image_size: int) -> tuple[nn.Module, int, tuple[str, ...]]:
+def build_image_tower(
+    tower: ImageTower, image_size: int, *, weights: bool = True
+) -> tuple[nn.Module, int, tuple[str, ...]]:
     """(b, 3, H, W) -> (b, width): the tower, its width, and what to tell the user about its normalisation.
 
     Raises:
@@ -33,7 +35,7 @@ def build_image_tower(tower: ImageTower, image_size: int) -> tuple[nn.Module, in
         module, width = _timm(name, image_size)
     else:
         raise UserError(f"model.image.name: expected small_resnet, torchvision/NAME or timm/NAME, got {tower.name}")
-    if tower.weights is not None:
+    if tower.weights is not None and weights:
         load_weights(module, tower.weights, key="model.image.weights", prefix="image_tower.")
     return _normalised(module, tower), width, (NOTES[tower.norm],) if tower.norm in NOTES else ()
 

@@ -64,7 +64,7 @@ def pool(features: Tensor, visible: Tensor, pooling: Pooling) -> Tensor:
 
 
 def build_text_tower(
-    tower: TextTower, *, vocab_size: int, pad_id: int, end_id: int | None, context_length: int
+    tower: TextTower, *, vocab_size: int, pad_id: int, end_id: int | None, context_length: int, weights: bool = True
 ) -> tuple[nn.Module, int]:
     """(b, L) -> (b, width): the tower, and its width.
 
@@ -89,7 +89,7 @@ def build_text_tower(
         )
     config = _config(name)
     _fit(config, tower, vocab_size=vocab_size, pad_id=pad_id, context_length=context_length)
-    model = _pretrained(config, name) if tower.pretrained else _random(config)
+    model = _pretrained(config, name) if tower.pretrained and weights else _random(config)
     if getattr(model, "pooler", None) is not None:
         model.pooler = None  # a head for next-sentence prediction, which would never get a gradient
     pooling = _pooling(tower, config.model_type)
