@@ -18,7 +18,7 @@ from typing import Any
 
 from amclr_scale.config.load import build, from_words, merge, read_file
 from amclr_scale.config.schema import Config
-from amclr_scale.engine.place import Place, find_place
+from amclr_scale.engine.place import Place, end_with_launcher, find_place
 from amclr_scale.errors import UserError
 
 
@@ -135,6 +135,8 @@ def main(argv: list[str]) -> int:
     options = arguments(argv)
     try:
         place = find_place()
+        if place.world_size > 1:
+            end_with_launcher()  # before the seconds that imports take
         run(options, place)
     except UserError as error:
         if place.local_rank:

@@ -17,7 +17,7 @@ from amclr_scale.checkpoint.signals import EXIT_RESUMABLE, Signals, StoppedError
 from amclr_scale.config.help import describe
 from amclr_scale.config.load import dump, load
 from amclr_scale.config.schema import Config
-from amclr_scale.engine.place import Place, find_place
+from amclr_scale.engine.place import Place, end_with_launcher, find_place
 from amclr_scale.errors import UserError
 from amclr_scale.metrics.run_folder import check_writable, create, name_run
 from amclr_scale.metrics.stopwatch import Stopwatch
@@ -63,13 +63,13 @@ def run(config: Config, source: str | None, place: Place, stopwatch: Stopwatch, 
 
     # Data first: mistakes in it are found before any process waits for another.
     inputs = open_data(config, place)
-    loader, plan = inputs.loader, inputs.plan
+    loader, tokenizer, plan = inputs.loader, inputs.tokenizer, inputs.plan
     measured = config.evaluation.splits or config.evaluation.probes
     evaluator = Evaluator(config, rank=place.rank, world_size=place.world_size) if measured else None
     stopwatch.lap("data")
     device = start(place, config.execution.threads)
     watch = Watch(place)
-    found, folder = agree_on_start(config, name_run(config, source), loader.fingerprint, place.rank)
+    found, folder, lock = agree_on_start(config, name_run(config, source), loader.fingerprint, tokenizer, place.rank)
     begin = found.step(config) if found else 0
     loader.seek(begin)
     stopwatch.lap("process group")
@@ -80,6 +80,7 @@ def run(config: Config, source: str | None, place: Place, stopwatch: Stopwatch, 
     engine, objective = trainer.engine, trainer.objective
     if place.rank == 0:
         create(folder, config, str(device), place.world_size, resumed_at=begin if found else None)
+        tokenizer.save(folder / "tokenizer")
     seed_everything(config.seed, place.rank + 1)  # dropout differs between ranks
     if found:
         put_back(found.checkpoint, engine, objective, device)
@@ -92,12 +93,13 @@ def run(config: Config, source: str | None, place: Place, stopwatch: Stopwatch, 
     step.steps = begin
 
     with (
+        lock,
         signals,  # from here on; a signal before the first step has nothing to save, and ends the process at once
         RunLog(folder, config, speaks=place.rank == 0, total_steps=plan.total_steps) as log,
         StepProfiler(folder, config.execution.profile, place.rank) as profiler,
         Keeper(
-            folder, config, plan, engine=engine, objective=objective, fingerprint=loader.fingerprint, log=log,
-            signals=signals, device=device, found=found,
+            folder, config, plan, engine=engine, objective=objective, fingerprint=loader.fingerprint,
+            tokenizer=tokenizer, log=log, signals=signals, device=device, found=found,
         ) as keeper,
     ):  # fmt: skip
         log.say(f"run folder {folder}\n{plan}")
@@ -141,6 +143,8 @@ def main(argv: list[str]) -> int:
     place = Place()
     try:
         place = find_place()
+        if place.world_size > 1:
+            end_with_launcher()  # before the seconds that imports take
         config = load(options.config, options.words, place.world_size)
         check_writable(config)
         if options.dry_run:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from amclr_scale.checkpoint import files
 from amclr_scale.checkpoint.resume import CHECKPOINTS
-from amclr_scale.checkpoint.state import open_pieces, read_state
+from amclr_scale.checkpoint.state import TOKENIZER, open_pieces, read_state
 from amclr_scale.config.load import build, dump
 from amclr_scale.config.schema import Config
 from amclr_scale.data.tokenizers import load_tokenizer
@@ -63,7 +63,10 @@ def export(path: Path, out: Path) -> Path:
     config = build(state["config"])
     save_file(weights_of(checkpoint), out / "weights.safetensors", metadata={"format": "pt"})
     (out / "config.yaml").write_text(dump(config))
-    load_tokenizer(config.data.tokenizer, config.data.context_length).save(out / "tokenizer")
+    own = checkpoint / TOKENIZER
+    tokenizer = load_tokenizer(str(own) if own.is_dir() else config.data.tokenizer, config.data.context_length)
+    tokenizer.check_saved(own)
+    tokenizer.save(out / "tokenizer")
     library, _, name = config.model.text.name.partition("/")
     if library == "transformers" and Path(name).is_dir():
         (out / "text_tower").mkdir()

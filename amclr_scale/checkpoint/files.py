@@ -49,12 +49,12 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
-def describe(path: Path) -> Written:
-    """Size and hash of a file, flushed to the disk."""
+def describe(path: Path, folder: Path | None = None) -> Written:
+    """Size and hash of a file, flushed to the disk; its name within the checkpoint's folder, if that is not its own."""
     sync(path)
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return Written(path.name, path.stat().st_size, digest)
+    return Written(str(path.relative_to(folder or path.parent)), path.stat().st_size, digest)
 
 
 def write_json(path: Path, content: dict[str, Any]) -> Written:
@@ -86,7 +86,8 @@ def commit(folder: Path, step: int, files: list[Written]) -> Path:
     here, there = staging(folder, step), folder / name_of(step)
     manifest: dict[str, Any] = {"format": FORMAT, "step": step, "files": [vars(file) for file in files]}
     write_json(here / MANIFEST, {**manifest, "sha256": _own_hash(manifest)})
-    sync(here)
+    for inner in (*here.rglob("*/"), here):
+        sync(inner)
     if there.exists():
         remove(there)
     here.rename(there)
@@ -109,6 +110,11 @@ def clean(folder: Path) -> None:
         shutil.rmtree(path)
 
 
+def step_of(checkpoint: Path) -> int:
+    """The step in a checkpoint's name."""
+    return int(checkpoint.name.removeprefix("step_"))
+
+
 def steps(folder: Path) -> list[int]:
     """Steps of the checkpoints in a folder, whole or not, newest first."""
     found = (path.name.removeprefix("step_") for path in folder.glob("step_*"))
@@ -129,9 +135,9 @@ def fault(checkpoint: Path) -> str | None:
         for file in manifest["files"]:
             path = checkpoint / file["name"]
             if not path.is_file():
-                return f"{path.name} is missing"
+                return f"{file['name']} is missing"
             if path.stat().st_size != file["size"]:
-                return f"{path.name} has {path.stat().st_size:,} bytes instead of {file['size']:,}"
+                return f"{file['name']} has {path.stat().st_size:,} bytes instead of {file['size']:,}"
         for file in manifest["files"]:
             if describe(checkpoint / file["name"]).sha256 != file["sha256"]:
                 return f"{file['name']} is damaged: its bytes are not those that were written"

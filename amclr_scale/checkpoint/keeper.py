@@ -21,6 +21,7 @@ from amclr_scale.checkpoint.resume import CHECKPOINTS, Found
 from amclr_scale.checkpoint.signals import Signals, StoppedError
 from amclr_scale.config.load import recipe_hash
 from amclr_scale.config.schema import Config
+from amclr_scale.data.tokenizers import Tokenizer
 from amclr_scale.engine.plan import Plan
 from amclr_scale.metrics.log import RunLog
 from amclr_scale.metrics.run_folder import installed_packages
@@ -60,6 +61,7 @@ class Keeper:
     Args:
         folder: the run's.
         fingerprint: of the data.
+        tokenizer: that captions go through; saved with every checkpoint.
         found: what the run goes on from.
     """
 
@@ -72,6 +74,7 @@ class Keeper:
         engine: Any,
         objective: nn.Module,
         fingerprint: str,
+        tokenizer: Tokenizer,
         log: RunLog,
         signals: Signals,
         device: torch.device,
@@ -82,6 +85,7 @@ class Keeper:
         self.log, self.signals, self.device = log, signals, device
         self.number = found.number if found else 0
         self.rank = int(engine.global_rank)
+        self.tokenizer, self._tokenizer_files = tokenizer.fingerprint(), tokenizer.files()
         self._writing: _Writing | None = None
         self._saved_at = time.monotonic()
         self._step = found.step(config) if found else 0
@@ -138,7 +142,7 @@ class Keeper:
             self._failed(done, problem or "rank 0 cannot make the folder")
             return
         self.number += 1
-        snapshot = state.take(self.engine, self.objective, self._state(done), self.device)
+        snapshot = state.take(self.engine, self.objective, self._state(done), self.device, self._tokenizer_files)
         self._writing = _Writing(snapshot, here, done, time.perf_counter() - began)
         self._saved_at = time.monotonic()
         if not self.config.checkpoint.asynchronous:
@@ -154,6 +158,7 @@ class Keeper:
             "recipe": recipe_hash(self.config),
             "config": self.config.model_dump(mode="json"),
             "data_fingerprint": self.fingerprint,
+            "tokenizer_fingerprint": self.tokenizer,
             "num_samples": self.plan.samples_per_epoch,
             "packages": installed_packages(),
         }

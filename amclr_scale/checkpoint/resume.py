@@ -27,13 +27,15 @@ class Found:
     samples: int  # seen when it was saved
     number: int  # of checkpoints that its run had made
     fingerprint: str  # of the data
+    tokenizer: str | None  # its fingerprint; None: saved by a version that did not write one
     changed: tuple[str, ...]  # keys of the recipe that differ, as resume_changed allows
     complaints: tuple[str, ...]  # newer checkpoints that cannot be used, and why
 
     def notes(self) -> list[str]:
         """What the user should know about it, in words."""
         changed = [f"resumed with a changed recipe: {words}" for words in self.changed]
-        return [*self.complaints, f"resumed from {self.checkpoint}", *changed]
+        unknown = [] if self.tokenizer else [f"{self.checkpoint} does not say what its tokenizer was: not checked"]
+        return [*self.complaints, f"resumed from {self.checkpoint}", *unknown, *changed]
 
     def step(self, config: Config) -> int:
         """Steps of this configuration's batch size that the samples seen make up.
@@ -56,6 +58,16 @@ class Found:
                 f"data.train: the shards are not those that {self.checkpoint} was trained on: fingerprint "
                 f"{fingerprint}, expected {self.fingerprint}; bring them back, or accept it with "
                 "resume_changed=data.train"
+            )
+
+    def check_tokenizer(self, config: Config, fingerprint: str) -> None:
+        """Raise `UserError` if captions would become other numbers than those that the model has learned."""
+        if self.tokenizer and fingerprint != self.tokenizer and not _allowed("data.tokenizer", config.resume_changed):
+            raise UserError(
+                f"data.tokenizer: {config.data.tokenizer} is not what it was when {self.checkpoint} was trained: "
+                f"fingerprint {fingerprint}, expected {self.tokenizer}; set data.tokenizer={self.checkpoint}/tokenizer "
+                "with resume_changed=data.tokenizer, bring the old file back, or accept the new one with "
+                "resume_changed=data.tokenizer alone"
             )
 
 
@@ -131,7 +143,7 @@ def _found(checkpoint: Path, complaints: list[str], config: Config) -> Found:
         )
     return Found(
         checkpoint, checkpoint.parent.parent, state["samples"], state["number"], state["data_fingerprint"],
-        tuple(changed.values()), tuple(complaints),
+        state.get("tokenizer_fingerprint"), tuple(changed.values()), tuple(complaints),
     )  # fmt: skip
 
 

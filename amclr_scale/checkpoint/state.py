@@ -3,6 +3,7 @@
     state.json                  step, samples, resolved configuration, fingerprint of the data, versions, layout
     objective.safetensors       per-sample estimators and temperatures, all N rows whatever the number of ranks
     rank_00000.safetensors ...  that rank's pieces of parameters and optimizer states, buffers, random generators
+    tokenizer/                  the files of the tokenizer, from which it can be made again
 
 No file holds code: everything is JSON or safetensors. The position in the data is the step, and schedules are
 functions of it, so neither has a state of its own.
@@ -10,7 +11,8 @@ functions of it, so neither has a state of its own.
 
 import json
 import random
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,7 @@ from amclr_scale.errors import UserError
 
 STATE = "state.json"
 OBJECTIVE = "objective.safetensors"
+TOKENIZER = "tokenizer"
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,7 @@ class Snapshot:
     notes: dict[str, Any]
     objective: dict[str, Tensor]
     rank: int
+    tokenizer: Mapping[str, bytes] = field(default_factory=dict)  # its files by name
 
     @property
     def bytes(self) -> int:
@@ -55,6 +59,11 @@ class Snapshot:
             if self.objective:
                 save_file(self.objective, folder / OBJECTIVE)
                 written.append(describe(folder / OBJECTIVE))
+            for name, content in self.tokenizer.items():
+                path = folder / TOKENIZER / name
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_bytes(content)
+                written.append(describe(path, folder))
             written.append(write_json(folder / STATE, self.state))
         return written
 
@@ -64,11 +73,18 @@ def file_of(rank: int) -> str:
     return f"rank_{rank:05d}.safetensors"
 
 
-def take(engine: Any, objective: nn.Module, state: dict[str, Any], device: torch.device) -> Snapshot:
+def take(
+    engine: Any,
+    objective: nn.Module,
+    state: dict[str, Any],
+    device: torch.device,
+    tokenizer: Mapping[str, bytes] | None = None,
+) -> Snapshot:
     """Copy everything that training changes. All ranks call it together, between two steps.
 
     Args:
         state: what goes into state.json.
+        tokenizer: its files, which rank 0 writes.
     """
     rank, world_size = int(engine.global_rank), int(engine.world_size)
     tensors, notes = pieces.collect(engine, rank, world_size)
@@ -82,7 +98,7 @@ def take(engine: Any, objective: nn.Module, state: dict[str, Any], device: torch
         tensors["random/cuda"] = torch.cuda.get_rng_state(device)
     legacy: Any = np.random.get_state(legacy=True)
     notes["random"] = {"python": random.getstate(), "numpy": [legacy[0], legacy[1].tolist(), *legacy[2:]]}
-    return Snapshot({**state, "ranks": world_size}, tensors, notes, own, rank)
+    return Snapshot({**state, "ranks": world_size}, tensors, notes, own, rank, tokenizer or {})
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:

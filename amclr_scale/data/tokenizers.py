@@ -9,9 +9,12 @@ Every row is [start] tokens [end] padding: the last token that is not padding is
 was cut to L.
 """
 
+import hashlib
 import json
 import os
-from collections.abc import Callable, Sequence
+import re
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -21,9 +24,18 @@ from amclr_scale.errors import UserError
 
 EMOJI = Path(__file__).parent / "corpora" / "emoji" / "tokenizer.json"
 _NAMED = "amclr_scale_tokenizer.json"  # in a saved folder: the name of a tokenizer that comes with a package
+_FINGERPRINT = "fingerprint.txt"  # in a saved folder: what `Tokenizer.fingerprint` said
 _START = ("[CLS]", "<s>", "<|startoftext|>", "<start_of_text>", "<bos>")
 _END = ("[SEP]", "</s>", "<|endoftext|>", "<end_of_text>", "<eos>")
 _PAD = ("[PAD]", "<pad>", "<|pad|>")
+
+# Captions that vocabularies treat differently: case, accents, numbers, marks, other scripts, white space, none at all.
+_PROBES = (
+    "A photo of 2 cats, don't you think?", "CAF\u00c9 na\u00efve \u00dcber stra\u00dfe", "3.14159e-10 #1 $5 50%", "",
+    "\u4e2d\u6587 \u65e5\u672c\u8a9e \ud55c\uad6d\uc5b4", "\U0001f600\U0001f1e9\U0001f1ea", "a\tb  c\nd", "x" * 100,
+)  # fmt: skip
+_MARKS = re.compile("\u0120|\u2581|##|</w>")  # how vocabularies write where a word begins, goes on or ends
+_ENTRIES = 4000  # of the vocabulary that a fingerprint looks up
 
 Encode = Callable[[list[str]], list[list[int]]]
 
@@ -43,6 +55,7 @@ class Tokenizer:
         spec: str,
         encode: Encode,
         write: Callable[[Path], object],
+        vocabulary: Callable[[], Mapping[str, int]],
         *,
         vocab_size: int,
         pad_id: int,
@@ -52,7 +65,7 @@ class Tokenizer:
     ):
         self.spec, self.vocab_size, self.context_length = spec, vocab_size, length
         self.pad_id, self.start_id, self.end_id = pad_id, start_id, end_id
-        self._encode, self._write = encode, write
+        self._encode, self._write, self._vocabulary = encode, write, vocabulary
 
     def __call__(self, captions: Sequence[str]) -> Tensor:
         rows = torch.full((len(captions), self.context_length), self.pad_id, dtype=torch.int64)
@@ -65,6 +78,36 @@ class Tokenizer:
         """Write what `load_tokenizer(folder)` needs to make the same rows, for a checkpoint."""
         folder.mkdir(parents=True, exist_ok=True)
         self._write(folder)
+        (folder / _FINGERPRINT).write_text(self.fingerprint() + "\n")
+
+    def check_saved(self, folder: Path) -> None:
+        """Raise `UserError` if this, loaded from the folder, is not what was saved there."""
+        file = folder / _FINGERPRINT
+        if file.is_file() and (expected := file.read_text().strip()) != (found := self.fingerprint()):
+            raise UserError(
+                f"data.tokenizer: {folder} does not give the token ids that the model was trained with: fingerprint "
+                f"{found}, expected {expected}; its files were changed, or the library that reads them was"
+            )
+
+    def files(self) -> dict[str, bytes]:
+        """The content of those files, by name."""
+        with tempfile.TemporaryDirectory() as folder:
+            self.save(Path(folder))
+            found = sorted(path for path in Path(folder).rglob("*") if path.is_file())
+            return {str(path.relative_to(folder)): path.read_bytes() for path in found}
+
+    def fingerprint(self) -> str:
+        """Of what it does to captions, whatever file it came from; 32 hex digits.
+
+        It covers the special tokens, every entry of the vocabulary with its number, and the rows of some thousand
+        entries and of captions with all kinds of characters. Takes up to some tenths of a second.
+        """
+        known = sorted(self._vocabulary().items())
+        some = [_MARKS.sub("", entry) for entry, _ in known[:: max(1, len(known) // _ENTRIES)]]
+        texts = [*_PROBES, *some, *(f"x{entry}" for entry in some)]  # where a word begins, and inside of one
+        special = [self.vocab_size, self.pad_id, self.start_id, self.end_id]
+        words = json.dumps([special, known, self._encode(texts)])
+        return hashlib.sha256(words.encode()).hexdigest()[:32]
 
 
 def load_tokenizer(spec: str, context_length: int) -> Tokenizer:
@@ -86,7 +129,7 @@ def load_tokenizer(spec: str, context_length: int) -> Tokenizer:
     if (path / _NAMED).is_file():
         return load_tokenizer(str(json.loads((path / _NAMED).read_text())["tokenizer"]), context_length)
     if path.is_dir():
-        if [file.name for file in path.iterdir()] == ["tokenizer.json"]:
+        if {file.name for file in path.iterdir()} - {_FINGERPRINT} == {"tokenizer.json"}:
             return _from_json(spec, path / "tokenizer.json", context_length)
         return _from_folder(spec, path, context_length)
     raise UserError(
@@ -123,6 +166,7 @@ def _from_json(spec: str, path: Path, context_length: int) -> Tokenizer:
         spec,
         encode,
         lambda folder: vocabulary.save(str(folder / "tokenizer.json")),
+        vocabulary.get_vocab,
         vocab_size=vocabulary.get_vocab_size(),
         pad_id=pads[0] if pads else end,
         start_id=start,
@@ -146,6 +190,7 @@ def _clip(context_length: int) -> Tokenizer:
         "clip",
         lambda captions: [vocabulary.encode(caption) for caption in captions],
         lambda folder: (folder / _NAMED).write_text(json.dumps({"tokenizer": "clip"})),
+        lambda: vocabulary.encoder,
         vocab_size=int(vocabulary.vocab_size),
         pad_id=0,
         start_id=int(vocabulary.sot_token_id),
@@ -180,6 +225,7 @@ def _from_folder(spec: str, folder: Path, context_length: int) -> Tokenizer:
         spec,
         encode,
         lambda place: vocabulary.save_pretrained(str(place)),
+        vocabulary.get_vocab,
         vocab_size=len(vocabulary),
         pad_id=end if pad is None else pad,
         start_id=start,

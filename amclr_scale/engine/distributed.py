@@ -1,17 +1,14 @@
 """The process group, the device, and the seeds of one rank."""
 
-import ctypes
 import os
 import random
-import signal
-import sys
 from typing import TypeVar
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
-from amclr_scale.engine.place import Place, export
+from amclr_scale.engine.place import Place, end_with_launcher, export
 
 T = TypeVar("T")
 
@@ -25,7 +22,7 @@ def start(place: Place, threads: int | None = None) -> torch.device:
     """
     export(place)
     if place.world_size > 1:
-        _end_with_launcher()
+        end_with_launcher()
     cuda = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if cuda else "cpu")
     torch.set_num_threads(threads or max(1, len(os.sched_getaffinity(0)) // place.local_world_size))
@@ -42,13 +39,6 @@ def start(place: Place, threads: int | None = None) -> torch.device:
     if not dist.is_initialized():
         deepspeed.init_distributed(dist_backend="nccl" if cuda else "gloo", auto_mpi_discovery=False, verbose=False)
     return device
-
-
-def _end_with_launcher() -> None:
-    """Be sent SIGTERM (Linux) when the launcher dies: without it nobody would end this rank, or see how it ends."""
-    if sys.platform == "linux":
-        set_parent_death_signal = 1
-        ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGTERM)
 
 
 def stop() -> None:

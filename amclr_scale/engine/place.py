@@ -3,9 +3,12 @@
 Imports no torch: the configuration is checked against the number of ranks before anything heavy is loaded.
 """
 
+import ctypes
 import os
+import signal
 import socket
 import subprocess
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -62,6 +65,18 @@ def find_place(environment: Mapping[str, str] | None = None) -> Place:
     except (KeyError, ValueError) as error:
         raise UserError(f"environment: the launcher's variables do not fit together: {error}") from error
     return Place()
+
+
+def end_with_launcher() -> None:
+    """Be sent SIGTERM (Linux) when the launcher dies: without it nobody would end this rank, or see how it ends.
+
+    To be called early: a launcher that is gone already sends nothing.
+    """
+    if sys.platform == "linux":
+        parent, set_parent_death_signal = os.getppid(), 1
+        ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGTERM)
+        if os.getppid() != parent:  # between the two lines above
+            os.kill(os.getpid(), signal.SIGTERM)
 
 
 def export(place: Place) -> None:

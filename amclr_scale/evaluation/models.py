@@ -100,6 +100,7 @@ def _ours(name: str) -> Loaded:
     config = _with_own_files(load(folder / "config.yaml"), folder)
     data = config.data
     tokenizer = load_tokenizer(data.tokenizer, data.context_length)
+    tokenizer.check_saved(Path(data.tokenizer))
     changes: dict[str, Any] = {"weights": None}  # the run's file has them all, whatever it began from
     if config.model.image.norm == "frozen":
         changes["norm"] = "sync"  # in evaluation the same: stored statistics
@@ -118,7 +119,7 @@ def _ours(name: str) -> Loaded:
 
 
 def _with_own_files(config: Config, folder: Path) -> Config:
-    """Exported folders bring their tokenizer and their text tower's architecture along, wherever they are moved to."""
+    """Runs and exported folders have their tokenizer in them, exported ones their text tower's architecture too."""
     changes: dict[str, Any] = {}
     if (folder / "tokenizer").is_dir():
         changes["data"] = config.data.model_copy(update={"tokenizer": str(folder / "tokenizer")})

@@ -118,6 +118,30 @@ def test_a_damaged_checkpoint_is_not_exported(run, tmp_path):
         export(tmp_path / "run", tmp_path / "out")
 
 
+def test_the_tokenizer_goes_with_the_checkpoint(run, tmp_path):
+    import json
+    import shutil
+
+    shutil.copytree(run[0], tmp_path / "run")
+    checkpoint = tmp_path / "run" / "checkpoints" / files.name_of(10)
+    checkpoint.rename(files.staging(checkpoint.parent, 10))
+    here = files.staging(checkpoint.parent, 10)
+    described = json.loads((here / "state.json").read_text())
+    described["config"]["data"]["tokenizer"] = str(tmp_path / "gone.json")  # where it was, and is no more
+    load_tokenizer("emoji", 12).save(here / "tokenizer")
+    (here / "state.json").write_text(json.dumps(described))
+    names = [path for path in here.rglob("*") if path.is_file() and path.name != "manifest.json"]
+    files.commit(checkpoint.parent, 10, [files.describe(path, here) for path in names])
+    check(amclr_scale.load(checkpoint), run)
+    export(checkpoint, tmp_path / "out")
+    file = tmp_path / "out" / "tokenizer" / "tokenizer.json"
+    content = json.loads(file.read_text())
+    content["normalizer"] = None
+    file.write_text(json.dumps(content))
+    with pytest.raises(UserError, match=r"data\.tokenizer: .*does not give the token ids"):
+        amclr_scale.load(tmp_path / "out")
+
+
 def test_embedding_a_folder_of_pictures(run, tmp_path):
     (tmp_path / "pictures").mkdir()
     for number in range(3):

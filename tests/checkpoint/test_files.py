@@ -10,7 +10,10 @@ from amclr_scale.checkpoint.resume import find
 from amclr_scale.config.load import build, recipe_hash
 from amclr_scale.errors import UserError
 
-NAMES = ("manifest.json", "state.json", "objective.safetensors", "rank_00000.safetensors", "rank_00001.safetensors")
+NAMES = (
+    "manifest.json", "state.json", "objective.safetensors", "rank_00000.safetensors", "rank_00001.safetensors",
+    "tokenizer/tokenizer.json",
+)  # fmt: skip
 
 
 def configuration(folder, **keys):
@@ -30,12 +33,13 @@ def write(home, step, config, number=1):
     here.mkdir(parents=True)
     state = {
         "step": step, "samples": step * 64, "total_steps": 100, "number": number, "recipe": recipe_hash(config),
-        "config": config.model_dump(mode="json"), "data_fingerprint": "f", "ranks": 2,
+        "config": config.model_dump(mode="json"), "data_fingerprint": "f", "tokenizer_fingerprint": "t", "ranks": 2,
     }  # fmt: skip
     (here / "state.json").write_text(json.dumps(state))
     for name in NAMES[2:]:
+        (here / name).parent.mkdir(exist_ok=True)
         (here / name).write_bytes(name.encode() * 20 + bytes([step]))
-    written = [files.describe(here / name) for name in NAMES[1:]]
+    written = [files.describe(here / name, here) for name in NAMES[1:]]
     return files.commit(folder, step, written)
 
 
@@ -181,6 +185,27 @@ def test_other_data_is_refused(two):
     found.check_data(config, "f")
     with pytest.raises(UserError, match=r"data\.train: the shards are not those"):
         found.check_data(config, "g")
+
+
+def test_another_tokenizer_is_refused(two):
+    config, _, new = two
+    found = find(config)
+    found.check_tokenizer(config, "t")
+    with pytest.raises(UserError) as refused:
+        found.check_tokenizer(config, "u")
+    assert str(refused.value).startswith(f"data.tokenizer: emoji is not what it was when {new} was trained")
+    assert f"data.tokenizer={new}/tokenizer" in str(refused.value)
+    accepted = config.model_copy(update={"resume_changed": ["data.tokenizer"]})
+    found.check_tokenizer(accepted, "u")
+    (new / "state.json").write_text((new / "state.json").read_text().replace("tokenizer_fingerprint", "before"))
+    manifest = json.loads((new / "manifest.json").read_text())
+    listed = [files.Written(**file) for file in manifest["files"] if file["name"] != "state.json"]
+    new.rename(files.staging(new.parent, 20))
+    staged = files.staging(new.parent, 20)
+    files.commit(new.parent, 20, [*listed, files.describe(staged / "state.json")])
+    older = find(config)  # of a version that did not say: told, not refused
+    older.check_tokenizer(config, "u")
+    assert any("does not say what its tokenizer was" in note for note in older.notes())
 
 
 def test_auto_without_a_name_finds_the_newest_unfinished_run_of_the_recipe(tmp_path):

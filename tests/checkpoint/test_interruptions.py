@@ -42,6 +42,11 @@ def test_a_signal_to_one_rank_and_a_time_limit_save_and_end_with_75(tmp_path):
     for line in run.stdout:
         if line.startswith("step "):
             break
+    beside = launch(tmp_path, "train.samples=32000", launcher="python")  # a second job on the same folder
+    said, _ = beside.communicate(timeout=60)
+    assert beside.returncode == 2
+    assert f"run.name: {tmp_path}/a is being written by another job" in said
+    assert "Traceback" not in said
     ranks = [p for p in psutil.Process(run.pid).children(recursive=True) if "--local_rank=1" in p.cmdline()]
     ranks[-1].send_signal(signal.SIGUSR1)
     said, _ = run.communicate(timeout=60)

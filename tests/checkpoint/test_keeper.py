@@ -12,6 +12,7 @@ import torch.distributed as dist
 from amclr_scale.checkpoint import files, state
 from amclr_scale.checkpoint.keeper import Keeper
 from amclr_scale.checkpoint.signals import Signals, StoppedError
+from amclr_scale.data.tokenizers import load_tokenizer
 from amclr_scale.engine.plan import make_plan
 from amclr_scale.metrics.log import RunLog
 from tests.checkpoint.trainer import CPU, ROOT, SAMPLES, SIZE, Trainer
@@ -30,8 +31,8 @@ def kept(folder, steps, act=lambda done, signals: None, max_hours=None, **settin
     with RunLog(folder, config, speaks=rank == 0, total_steps=steps) as log, Signals() as signals:
         log.say = words.append
         saver = Keeper(
-            folder, config, plan, engine=trainer.engine, objective=trainer.objective, fingerprint="f", log=log,
-            signals=signals, device=CPU,
+            folder, config, plan, engine=trainer.engine, objective=trainer.objective, fingerprint="f",
+            tokenizer=load_tokenizer("emoji", 8), log=log, signals=signals, device=CPU,
         )  # fmt: skip
         try:
             with saver:
@@ -57,6 +58,8 @@ def test_saved_every_so_many_samples_and_at_the_end(ranks, tmp_path, asynchronou
         checkpoint = tmp_path / "checkpoints" / files.name_of(step)
         assert files.fault(checkpoint) is None
         assert state.read_state(checkpoint)["samples"] == step * SIZE
+        saved = load_tokenizer(str(checkpoint / "tokenizer"), 8)
+        assert saved.fingerprint() == state.read_state(checkpoint)["tokenizer_fingerprint"]
     records = (tmp_path / "metrics.jsonl").read_text()
     assert records.count("checkpoint/write_seconds") == 3
 
@@ -122,7 +125,7 @@ def small_disk(tmp_path):
     tmp_path.joinpath("disk").mkdir()
     disk = tmp_path / "disk"
     mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=128k", "none", str(disk)], capture_output=True, check=False
+        ["mount", "-t", "tmpfs", "-o", "size=640k", "none", str(disk)], capture_output=True, check=False
     )
     if mounted.returncode:
         pytest.skip(f"no small file system can be mounted: {mounted.stderr.decode().strip()}")

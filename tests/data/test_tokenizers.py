@@ -73,6 +73,36 @@ def test_its_files_are_saved_and_loaded_again(tmp_path, bert):
         again = load_tokenizer(str(kept), 12)
         torch.testing.assert_close(again(CAPTIONS), first(CAPTIONS))
         assert (again.vocab_size, again.pad_id, again.end_id) == (first.vocab_size, first.pad_id, first.end_id)
+        assert again.fingerprint() == first.fingerprint()
+        again.check_saved(kept)
+        assert {name: (kept / name).read_bytes() for name in first.files()} == first.files()
+
+
+def changed_vocabulary(content):
+    vocabulary = content["model"]["vocab"]
+    a, b = sorted(vocabulary)[-2:]
+    vocabulary[a], vocabulary[b] = vocabulary[b], vocabulary[a]
+
+
+def changed_merges(content):
+    content["model"]["merges"] = content["model"]["merges"][:-1]
+
+
+def changed_case(content):
+    content["normalizer"] = None
+
+
+@pytest.mark.parametrize("change", [changed_vocabulary, changed_merges, changed_case])
+def test_a_changed_file_is_noticed(tmp_path, change):
+    load_tokenizer("emoji", 12).save(tmp_path)
+    file = tmp_path / "tokenizer.json"
+    content = json.loads(file.read_text())
+    file.write_text(json.dumps(content))  # other white space: the same tokenizer
+    load_tokenizer(str(tmp_path), 12).check_saved(tmp_path)
+    change(content)
+    file.write_text(json.dumps(content))
+    with pytest.raises(UserError, match="does not give the token ids that the model was trained with"):
+        load_tokenizer(str(tmp_path), 12).check_saved(tmp_path)
 
 
 @pytest.mark.parametrize("spec", ["bert-base-uncased", "openai/clip-vit-base-patch32", "nothing.json"])
