@@ -18,7 +18,7 @@ those of one tower.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -159,17 +159,23 @@ def cached_backward(
         loss = objective(embeddings)
         loss.value.backward()
 
-    with phases("pass_2"), one_reduction or nullcontext():
-        for index, micro_batch in enumerate(_on_device(micro_batches[:first_kept], device)):
-            with states[index], again():
-                outputs = _flat(encode(micro_batch.images, micro_batch.texts))
-            backward(_surrogate(outputs, leaves, micro_batch.rows, len(micro_batches)), index == len(micro_batches) - 1)
-        for index in range(first_kept, len(micro_batches)):
-            outputs, graphs[index - first_kept] = graphs[index - first_kept], {}  # its backward frees its graph
-            backward(
-                _surrogate(outputs, leaves, micro_batches[index].rows, len(micro_batches)),
-                index == len(micro_batches) - 1,
-            )
+    with ExitStack() as reduction:
+        reduction.enter_context(one_reduction or nullcontext())
+        with phases("pass_2"):
+            for index, micro_batch in enumerate(_on_device(micro_batches[:first_kept], device)):
+                with states[index], again():
+                    outputs = _flat(encode(micro_batch.images, micro_batch.texts))
+                backward(
+                    _surrogate(outputs, leaves, micro_batch.rows, len(micro_batches)), index == len(micro_batches) - 1
+                )
+            for index in range(first_kept, len(micro_batches)):
+                outputs, graphs[index - first_kept] = graphs[index - first_kept], {}  # its backward frees its graph
+                backward(
+                    _surrogate(outputs, leaves, micro_batches[index].rows, len(micro_batches)),
+                    index == len(micro_batches) - 1,
+                )
+        with phases("reduce"):
+            reduction.close()
     return CachedStep(loss, leaves, embeddings)
 
 
