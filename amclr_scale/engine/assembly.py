@@ -16,14 +16,15 @@ from amclr_scale.data.loader import TrainLoader
 from amclr_scale.data.tokenizers import Tokenizer, load_tokenizer
 from amclr_scale.encoders.build import build_model
 from amclr_scale.encoders.dual_encoder import DualEncoder
-from amclr_scale.engine.distributed import seed_everything
+from amclr_scale.engine.distributed import broadcast_object, seed_everything
+from amclr_scale.engine.partitioned import shape_only
 from amclr_scale.engine.place import Place
 from amclr_scale.engine.plan import Plan, make_plan
 from amclr_scale.engine.setup import adapt_to_objective, build_engine, prepare_towers, sample_views
 from amclr_scale.metrics.flops import ModelFlops, count
 from amclr_scale.metrics.stopwatch import Stopwatch
 from amclr_scale.objectives.base import Objective
-from amclr_scale.similarity import configure
+from amclr_scale.similarity import configure, rank
 
 
 @dataclass(frozen=True)
@@ -77,11 +78,14 @@ def build_trainer(
         UserError: a key of model, objective, optimizer or execution is not usable here.
     """
     seed_everything(config.seed)
-    model = build_model(
-        config.model, vocab_size=inputs.tokenizer.vocab_size, pad_id=inputs.tokenizer.pad_id,
-        end_id=inputs.tokenizer.end_id, context_length=config.data.context_length,
-        image_size=config.data.image_size, image_mean=config.data.image_mean, image_std=config.data.image_std,
-    )  # fmt: skip
+    stage, first = config.execution.zero_stage, rank() == 0
+    with shape_only(stage, rank()):
+        model = build_model(
+            config.model, vocab_size=inputs.tokenizer.vocab_size, pad_id=inputs.tokenizer.pad_id,
+            end_id=inputs.tokenizer.end_id, context_length=config.data.context_length,
+            image_size=config.data.image_size, image_mean=config.data.image_mean, image_std=config.data.image_std,
+            weights=first or stage < 3,
+        )  # fmt: skip
     options = {key: value for key, value in config.objective.items() if key != "name"}
     objective = objectives.create(
         config.objective["name"], num_samples=inputs.loader.num_samples,
@@ -89,7 +93,7 @@ def build_trainer(
     ).to(device)  # fmt: skip
     adapt_to_objective(model, objective, config.model.embedding_width)
     prepare_towers(model, config.execution)
-    flops = count(model, *sample_views(config))
+    flops = broadcast_object(count(model, *sample_views(config)) if first else None)
     stopwatch.lap("model")
 
     similarity = config.execution.similarity

@@ -13,6 +13,7 @@ from amclr_scale.encoders.dual_encoder import DualEncoder
 from amclr_scale.encoders.recomputation import Recomputation, blocks, set_recomputation
 from amclr_scale.engine.layerwise import attach
 from amclr_scale.engine.optimizers import build_optimizer, parameter_groups
+from amclr_scale.engine.partitioned import partition
 from amclr_scale.engine.plan import Plan
 from amclr_scale.engine.profiling import SKIPPED
 from amclr_scale.errors import UserError
@@ -21,6 +22,8 @@ from amclr_scale.metrics.flops import ModelFlops
 from amclr_scale.metrics.throughput import Throughput
 from amclr_scale.objectives.base import Objective
 from amclr_scale.objectives.isogclr import ISogCLRNet
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def deepspeed_config(config: Config, world_size: int, folder: Path = Path()) -> dict[str, Any]:
@@ -97,23 +100,22 @@ def build_engine(
 ) -> tuple[Any, str]:
     """`deepspeed.initialize` around the model, and who provides the optimizer.
 
-    Parameters are broadcast from rank 0, and live on `device`. `folder` is the run's, for profiles.
+    Parameters are broadcast from rank 0, and live on `device`. At stage 3 the model was built under `shape_only` or
+    whole, and other ranks than 0 get new Parameter objects. `folder` is the run's, for profiles.
     """
     quieten()
     import deepspeed
 
     if config.execution.precision == "fp16" and not deepspeed.accelerator.get_accelerator().is_fp16_supported():
         raise UserError(f"execution.precision: fp16 is not supported on {device}; choose bf16 or fp32")
+    generated = deepspeed_config(config, world_size, folder)
     if config.execution.zero_stage < 3:
         model.to(device)
-    # At stage 3 the model stays on the host and DeepSpeed cuts it up parameter by parameter, so that no device ever
-    # holds it whole. (`deepspeed.zero.Init` around the constructors would cut parameters up before the modules around
-    # them have initialised them: they would silently train from other weights than at stages 0 to 2.)
+    else:
+        partition(model, generated, DTYPES[config.execution.precision], device)
     groups = parameter_groups(model.named_parameters(), no_decay, config.optimizer)
     optimizer, provider = build_optimizer(config.optimizer, groups, device, offload=config.execution.offload != "none")
-    engine, *_ = deepspeed.initialize(
-        model=model, optimizer=optimizer, config=deepspeed_config(config, world_size, folder), dist_init_required=False
-    )
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=generated, dist_init_required=False)
     attach(optimizer, engine.optimizer, config.execution.zero_stage, device)
     return engine, provider
 
