@@ -33,9 +33,10 @@ from amclr_scale.data.command_line import run_command
 from amclr_scale.data.decoding import BadSampleError, Sample, decode
 from amclr_scale.data.index import write_index
 from amclr_scale.data.indexing import build
-from amclr_scale.data.ingestion import FORMATS, Annotations, Record, clean_caption, pairs, read_records
+from amclr_scale.data.ingestion import FORMATS, Annotations, Record, pairs, read_records
 from amclr_scale.data.randomness import permutation
 from amclr_scale.data.storage import make_storage
+from amclr_scale.data.text_views import clean_caption
 from amclr_scale.errors import UserError
 
 

@@ -275,6 +275,12 @@ class Evaluation(Section):
     caption: str | None = None
     """Where a sample's captions are in shards, as data.caption; null: the same. All of a list, or of several lines,
     count."""
+    resize: Literal["crop", "squash"] = "crop"
+    """How an image becomes a square. crop: shorter side resized, centre cut out (CLIP, CLIP_benchmark); squash: both
+    sides resized, nothing cut off, proportions lost (ALBEF, SogCLR, iSogCLR, AmCLR)."""
+    clean_captions: bool = False
+    """Retrieval and composition with captions as ALBEF, SogCLR, iSogCLR and AmCLR clean them: lower case, without
+    , . ' ! ? " ( ) * # : ; ~, hyphens and slashes as spaces, at most 30 words. false: as they stand."""
     image_root: str | None = None
     """Folder that the image paths of annotations begin in; null: the annotation file's own folder."""
     classes: str | None = "json.concept"

@@ -13,7 +13,7 @@ from amclr_scale.data.decoding import BadSampleError, Field, Sample, decode
 from amclr_scale.data.image_views import evaluation_view, to_tensor
 from amclr_scale.data.indexing import IMAGE_EXTENSIONS, open_index
 from amclr_scale.data.sources import CORPORA, resolve
-from amclr_scale.data.text_views import parse_places
+from amclr_scale.data.text_views import clean_caption, parse_places
 from amclr_scale.data.tokenizers import load_tokenizer
 from amclr_scale.errors import UserError
 from amclr_scale.types import Batch
@@ -28,6 +28,8 @@ class EvaluationSplit:
         name: as in `data.train`: a split of the embedded corpus, an index, a folder, shards.
         data: the recipe's section: image size, tokenizer, limits.
         classes: where a sample's class is (json.FIELD or a member such as cls); None: no classes.
+        squash: resize both sides of an image to the square, instead of cutting out its centre.
+        clean: clean captions as ALBEF does (`clean_caption`).
 
     Attributes:
         num_samples: n.
@@ -42,8 +44,18 @@ class EvaluationSplit:
         UserError: the split is missing, or one of its samples cannot be used: a benchmark is whole or it is none.
     """
 
-    def __init__(self, name: str, data: schema.Data, *, rank: int = 0, world_size: int = 1, classes: str | None = None):
-        self.name, self.data = name, data
+    def __init__(
+        self,
+        name: str,
+        data: schema.Data,
+        *,
+        rank: int = 0,
+        world_size: int = 1,
+        classes: str | None = None,
+        squash: bool = False,
+        clean: bool = False,
+    ):
+        self.name, self.data, self.squash, self.clean = name, data, squash, clean
         self.index = open_index(data, name, _KEY)
         self.tokenizer = load_tokenizer(data.tokenizer, data.context_length)
         self.num_samples = n = self.index.num_samples
@@ -81,7 +93,7 @@ class EvaluationSplit:
     def _image(self, sample: int) -> Tensor:
         try:
             opened = self._sample(sample, frozenset(IMAGE_EXTENSIONS)).image()
-            return to_tensor(evaluation_view(decode(opened), self.data.image_size))
+            return to_tensor(evaluation_view(decode(opened), self.data.image_size, squash=self.squash))
         except BadSampleError as error:
             raise self._refuse(sample, error) from error
 
@@ -94,7 +106,8 @@ class EvaluationSplit:
             sample = self._sample(i, frozenset(wanted))
             try:
                 found = sample.captions(self._caption)
-                captions.append([line.strip() for text in found for line in text.splitlines() if line.strip()])
+                lines = (line.strip() for text in found for line in text.splitlines())
+                captions.append([clean_caption(line) if self.clean else line for line in lines if line])
                 if self._class:
                     labels.append(self._label(sample, self._class))
                 image = sample.value(image_field)

@@ -64,9 +64,9 @@ def _resized(picture: Picture, box: Box, size: int) -> Picture:
     return picture.resize((size, size), Image.Resampling.BICUBIC, box)  # antialiased; the crop costs nothing
 
 
-def evaluation_view(picture: Picture, size: int) -> Picture:
-    """The whole shorter side: the centred square, resized to size x size."""
-    return _resized(picture, _centred_square(picture), size)
+def evaluation_view(picture: Picture, size: int, *, squash: bool = False) -> Picture:
+    """The whole shorter side: the centred square, resized to size x size; `squash`: all of it, proportions lost."""
+    return _resized(picture, (0, 0, *picture.size) if squash else _centred_square(picture), size)
 
 
 def augmented_view(picture: Picture, size: int, recipe: schema.ImageAugmentation, draws: Draws) -> Picture:

@@ -207,9 +207,3 @@ def read_records(kind: str, source: Annotations) -> list[Record]:
 def pairs(records: list[Record]) -> list[Record]:
     """One record per caption, instead of one per image."""
     return [Record(r.image, (caption,), r.image_id, r.fields) for r in records for caption in r.captions]
-
-
-def clean_caption(caption: str, max_words: int = 30) -> str:
-    """ALBEF's clean-up, as in the annotation files' own training code: lower case, few marks, at most 30 words."""
-    caption = caption.lower().translate(str.maketrans("-/", "  ", ",.'!?\"()*#:;~"))
-    return " ".join(caption.replace("<person>", "person").split()[:max_words])

@@ -99,3 +99,13 @@ class TextViews:
             else caption
             for view, caption in enumerate(chosen[1:], 1)
         ]
+
+
+def clean_caption(caption: str, max_words: int = 30) -> str:
+    """Clean a caption as ALBEF (Li et al., NeurIPS 2021, arXiv:2107.07651) and the SogCLR repositories do.
+
+    Lower case; , . ' ! ? " ( ) * # : ; ~ left out; - and / become spaces; runs of white space become one space; at
+    most `max_words` words.
+    """
+    caption = caption.lower().translate(str.maketrans("-/", "  ", ",.'!?\"()*#:;~"))
+    return " ".join(caption.replace("<person>", "person").split()[:max_words])

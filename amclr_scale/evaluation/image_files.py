@@ -6,12 +6,12 @@
                         flickr30k_test.json and the like
     folders             CLASS/*.jpg, classes in the order of the folders' names, as torchvision's ImageFolder
 
-Images are seen as those of shards are: shorter side resized, centre cropped.
+Images are seen as those of shards are.
 """
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from amclr_scale.config.schema import Data
 from amclr_scale.data.decoding import BadSampleError, Sample, decode
 from amclr_scale.data.image_views import evaluation_view, to_tensor
 from amclr_scale.data.indexing import IMAGE_EXTENSIONS
+from amclr_scale.data.text_views import clean_caption
 from amclr_scale.data.tokenizers import load_tokenizer
 from amclr_scale.errors import UserError
 from amclr_scale.evaluation.shares import share
@@ -40,11 +41,16 @@ class Item:
     image_id: Any = None  # images with the same one are the same image; None: this one is alone
     negatives: dict[str, list[str]] = field(default_factory=dict)  # wrong captions by what is wrong with them
 
+    def cleaned(self) -> "Item":
+        """With captions as ALBEF cleans them."""
+        negatives = {kind: [clean_caption(text) for text in texts] for kind, texts in self.negatives.items()}
+        return replace(self, captions=[clean_caption(text) for text in self.captions], negatives=negatives)
+
 
 class ImageFiles:
     """A split made of image files, with the interface of `EvaluationSplit`."""
 
-    def __init__(self, name: str, data: Data, items: list[Item]):
+    def __init__(self, name: str, data: Data, items: list[Item], *, squash: bool = False):
         if not items:
             raise UserError(f"{_KEY}: {name} is empty")
         missing = [item.path for item in items if not item.path.is_file()]
@@ -53,7 +59,7 @@ class ImageFiles:
                 f"evaluation.image_root: {name} names {len(missing)} images of {len(items)} that do not exist, the "
                 f"first is {missing[0]}; set it to the folder that the paths begin in"
             )
-        self.name, self.data, self.items = name, data, items
+        self.name, self.data, self.items, self.squash = name, data, items, squash
         self.tokenizer = load_tokenizer(data.tokenizer, data.context_length)
         self.num_samples = len(items)
         self.caption_lists = [item.captions for item in items]
@@ -74,7 +80,7 @@ class ImageFiles:
     def _image(self, path: Path) -> Tensor:
         sample = Sample({"jpg": path.read_bytes()}, self.data.max_image_pixels, self.data.max_caption_characters)
         try:
-            return to_tensor(evaluation_view(decode(sample.image()), self.data.image_size))
+            return to_tensor(evaluation_view(decode(sample.image()), self.data.image_size, squash=self.squash))
         except BadSampleError as error:
             raise UserError(f"{_KEY}: {self.name}: {path} cannot be used: {error}") from error
 

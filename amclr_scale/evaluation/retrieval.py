@@ -32,6 +32,11 @@ KS = (1, 5, 10)
 TILE = {"cpu": (512, 1024), "cuda": (4096, 16384)}  # on CPU it stays in the cache between product and counting
 
 
+def tie(dtype: torch.dtype) -> float:
+    """Scores that are no further apart count as equal."""
+    return 1e-12 if dtype == torch.float64 else 1e-6
+
+
 @dataclass(frozen=True)
 class Ranks:
     """Where the right answers are, 1 = first; the same on every rank."""
@@ -118,7 +123,7 @@ def retrieval(
     _check(owners, N)
     right = _RightAnswers(owners, groups, N)
 
-    tolerance = 1e-12 if image.dtype == torch.float64 else 1e-6
+    tolerance = tie(image.dtype)
     mine = (owners >= first) & (owners < first + len(image))
     own = torch.zeros(len(texts), dtype=image.dtype, device=image.device)
     own[mine] = (image[owners[mine] - first] * texts[mine]).sum(1)

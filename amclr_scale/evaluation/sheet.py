@@ -8,6 +8,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from amclr_scale.evaluation.encode import Encode, encode_images, encode_texts
+from amclr_scale.evaluation.retrieval import tie
 from amclr_scale.evaluation.run import gallery
 from amclr_scale.evaluation.shares import gather_rows, share
 from amclr_scale.evaluation.splits import Task
@@ -37,10 +38,11 @@ def text_to_image_sheet(encode: Encode, task: Task, batch_size: int, rows: int =
     here = share(task.split.num_samples)
     text = encode_texts(encode, task.split.tokenizer, texts, batch_size)
     images = int(keep.sum())
-    _, found = top_k(text, image[keep[here.start : here.stop].to(image.device)], min(SHOWN, images))
-    found = gather_rows(found).cpu()
+    scores, found = top_k(text, image[keep[here.start : here.stop].to(image.device)], min(SHOWN, images))
+    ahead = scores[:, 0] - scores[:, 1] > tie(scores.dtype) if images > 1 else torch.ones_like(scores[:, 0]) > 0
+    found, ahead = gather_rows(found).cpu(), gather_rows(ahead).cpu()
     order = torch.randperm(len(texts), generator=torch.Generator().manual_seed(seed)).tolist()
-    first = [bool(found[i, 0] == owners[i]) for i in range(len(texts))]
+    first = [bool(ahead[i] and found[i, 0] == owners[i]) for i in range(len(texts))]  # a tie is no find, as in R@1
     parts = [[i for i in order if first[i]][:rows], [i for i in order if not first[i]][:rows]]
     listed = [[Row(texts[i], found[i].tolist(), int(owners[i])) for i in part] for part in parts]
     wanted = sorted({number for part in listed for row in part for number in (*row.found, row.right)})

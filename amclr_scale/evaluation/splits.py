@@ -1,8 +1,9 @@
 """What `evaluation.splits` may name, opened: images with captions, labels or both, and the names of their classes."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -66,19 +67,22 @@ def open_task(
     path = Path(file).expanduser()
     names: list[str] | None = None
     templates: list[str] = EMOJI_TEMPLATES if name in embedded_splits() else PHOTO_TEMPLATES
+    squash, clean = options.resize == "squash", options.clean_captions
+    sharded = partial(EvaluationSplit, rank=rank, world_size=world_size, squash=squash, clean=clean)
     split: Split
     if path.suffix == ".json" and path.is_file() and not _is_index(path):
         root = Path(options.image_root).expanduser() if options.image_root else path.parent
-        split = ImageFiles(name, data, annotations(name, json.loads(path.read_text("utf-8")), root, part or "test"))
+        items = annotations(name, json.loads(path.read_text("utf-8")), root, part or "test")
+        split = ImageFiles(name, data, [item.cleaned() for item in items] if clean else items, squash=squash)
         retrieval = True
     elif path.is_dir() and (path / "test").is_dir() and list((path / "test").glob("*.tar")):
-        retrieval, split, names, own = _clip_benchmark(name, path, data, rank, world_size)
+        retrieval, split, names, own = _clip_benchmark(name, path, data, sharded)
         templates = own or templates
     elif path.is_dir() and is_class_folders(path):
-        split = ImageFiles(name, data, class_folders(path))
+        split = ImageFiles(name, data, class_folders(path), squash=squash)
         retrieval, names = False, sorted({str(label) for label in split.labels or []})
     else:
-        split = EvaluationSplit(name, data, rank=rank, world_size=world_size, classes=classes)
+        split = sharded(name, data, classes=classes)
         retrieval = True
         if classes is not None and options.class_names is None:
             names = class_names(name, data, classes)
@@ -100,18 +104,14 @@ def _is_index(path: Path) -> bool:
 
 
 def _clip_benchmark(
-    name: str, root: Path, data: Data, rank: int, world_size: int
+    name: str, root: Path, data: Data, sharded: Callable[..., EvaluationSplit]
 ) -> tuple[bool, Split, list[str] | None, list[str]]:
     """Open root/test/*.tar with .cls or .txt; beside test: classnames.txt, templates, dataset_type.txt."""
     kind = root / "dataset_type.txt"
     retrieval = kind.is_file() and kind.read_text().strip() == "retrieval"
     member = "txt" if retrieval else "cls"  # without captions the class number stands in for one; it is never encoded
-    split = EvaluationSplit(
-        str(root / "test"),
-        data.model_copy(update={"caption": member}),
-        rank=rank,
-        world_size=world_size,
-        classes=None if retrieval else "cls",
+    split = sharded(
+        str(root / "test"), data.model_copy(update={"caption": member}), classes=None if retrieval else "cls"
     )
     lines = {file: _lines(root / file) for file in ("classnames.txt", "zeroshot_classification_templates.txt")}
     if not retrieval and not lines["classnames.txt"]:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from amclr_scale.errors import UserError
 from amclr_scale.evaluation.numbers import Number, number
+from amclr_scale.evaluation.retrieval import tie
 from amclr_scale.evaluation.shares import gather_rows
 
 KS = (1, 3, 5, 10)
@@ -52,7 +53,7 @@ def class_ranks(image: Tensor, classes: Tensor, labels: Tensor) -> Tensor:
         labels: (n_r,) int64.
     """
     places = [torch.empty(0, dtype=torch.int64, device=image.device)]
-    tolerance = 1e-12 if image.dtype == torch.float64 else 1e-6
+    tolerance = tie(image.dtype)
     for block, label in zip(torch.split(image, ROWS), torch.split(labels.to(image.device), ROWS), strict=True):
         scores = block @ classes.T  # (c, K)
         own = scores.gather(1, label[:, None])

@@ -14,8 +14,9 @@ from amclr_scale.config import schema
 from amclr_scale.data.decoding import Field, Sample
 from amclr_scale.data.evaluation_split import EvaluationSplit, class_names
 from amclr_scale.data.indexing import open_index
-from amclr_scale.data.ingestion import Annotations, clean_caption, pairs, read_records
+from amclr_scale.data.ingestion import Annotations, pairs, read_records
 from amclr_scale.data.loader import TrainLoader
+from amclr_scale.data.text_views import clean_caption
 from amclr_scale.errors import UserError
 from tests.data.shards import settings, write_tar
 
@@ -252,6 +253,7 @@ def test_two_data_sets_with_image_ids_do_not_collide(tmp_path):
 
 def test_albefs_clean_up():
     assert clean_caption("A <person>, in-the sun: it's (very) hot!") == "a person in the sun its very hot"
+    assert clean_caption("Half-time\t at 5/6; #1 `quoted` & 50% [x]\n") == "half time at 5 6 1 `quoted` & 50% [x]"
     assert len(clean_caption("word " * 50).split()) == 30
 
 

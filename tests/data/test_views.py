@@ -41,6 +41,15 @@ def test_a_recipe_without_operations_is_the_centred_square(photo):
     np.testing.assert_array_equal(array(evaluation_view(photo, 40)), array(view))
 
 
+def test_the_squashed_view_is_torchvisions(photo):
+    transforms = import_torchvision().transforms
+
+    squashed = transforms.Resize((40, 40), transforms.InterpolationMode.BICUBIC)(photo)
+    np.testing.assert_array_equal(array(evaluation_view(photo, 40, squash=True)), array(squashed))
+    assert photo.width != photo.height
+    assert (array(evaluation_view(photo, 40)) != array(squashed)).any()
+
+
 def test_flips_happen_as_often_as_they_should(photo):
     recipe = PLAIN.model_copy(update={"flip": 0.3})
     mirrored = array(augmented_view(photo, 40, PLAIN, Draws(0)))[:, ::-1]

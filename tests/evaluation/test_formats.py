@@ -1,10 +1,13 @@
 """Formats of benchmarks, probes, geometry and composition through the evaluator; mistakes in files told in words."""
 
+import io
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from amclr_scale.config.schema import Config
 from amclr_scale.errors import UserError
@@ -103,6 +106,38 @@ def test_imagenet_has_its_names_and_prompts(root):
     assert all(template.count("{}") == 1 for template in templates)
     with pytest.raises(UserError, match=r"^evaluation.class_names: .* has 3 classes, imagenet 1000"):
         opened(root, "test", class_names="imagenet")
+
+
+WIDE = ["A half-red/half-blue picture, isn't it?", "word " * 40]
+
+
+def test_conventions_of_albef_in_every_format(tmp_path):
+    """Squashed pictures and cleaned captions, beside the defaults: centre crops, captions as they stand."""
+    wide = np.zeros((16, 48, 3), dtype=np.uint8)
+    wide[:, :24, 0] = wide[:, 24:, 2] = 255
+    buffer = io.BytesIO()
+    Image.fromarray(wide).save(buffer, "PNG")
+    (tmp_path / "wide.png").write_bytes(buffer.getvalue())
+    listed = [{"image": "wide.png", "caption": WIDE, "negatives": {"order": ["Blue; red!"]}}]
+    (tmp_path / "listed.json").write_text(json.dumps(listed))
+    write_tar(tmp_path / "00000.tar", [{"png": buffer.getvalue(), "txt": "\n".join(WIDE), "json": {}}])
+    (tmp_path / "wds" / "test").mkdir(parents=True)
+    write_tar(tmp_path / "wds" / "test" / "0.tar", [{"png": buffer.getvalue(), "txt": "\n".join(WIDE)}])
+    (tmp_path / "wds" / "dataset_type.txt").write_text("retrieval\n")
+    cleaned = ["a half red half blue picture isnt it", "word " * 29 + "word"]
+    for name in ("listed.json", "00000.tar", "wds"):
+        plain = opened(tmp_path, name, classes=None).tasks[0].split
+        theirs = opened(tmp_path, name, classes=None, resize="squash", clean_captions=True).tasks[0].split
+        assert plain.caption_lists == [[WIDE[0], WIDE[1].strip()]]
+        assert theirs.caption_lists == [cleaned]
+        cut, squashed = (next(split.batches(1)).images[0][0] for split in (plain, theirs))
+        assert cut.shape == squashed.shape == (3, 16, 16)
+        want = np.asarray(Image.fromarray(wide).resize((16, 16), Image.Resampling.BICUBIC))
+        np.testing.assert_array_equal(squashed.permute(1, 2, 0).numpy(), want)
+        np.testing.assert_array_equal(cut.permute(1, 2, 0).numpy(), wide[:, 16:32])
+    assert opened(tmp_path, "listed.json", clean_captions=True).tasks[0].split.items[0].negatives == {
+        "order": ["blue red"]
+    }
 
 
 def everything(root: Path) -> dict[str, float]:

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 from amclr_scale.evaluation.retrieval import Ranks, retrieval
 from amclr_scale.similarity.collectives import rank, world_size
+from amclr_scale.torchvision_ops import import_torchvision
 
 N, D = 11, 4
 
@@ -156,3 +157,18 @@ def test_agrees_with_scikit_learn():
     for k in (1, 5, 10):
         want = top_k_accuracy_score(owners.numpy(), (text @ image.T).numpy(), k=k, labels=range(N))
         assert numbers[f"text_to_image_R@{k}"].value == pytest.approx(want, abs=1e-12)
+
+
+def test_agrees_with_torchmetrics():
+    """R@k is its hit rate: each text asks all images, each image asks all texts, any of its captions will do."""
+    import_torchvision()  # which torchmetrics imports
+    from torchmetrics.retrieval import RetrievalHitRate
+
+    image, text, owners, _ = gallery("several")
+    numbers = measured("several", None).numbers()
+    scores, right = image @ text.T, owners[None] == torch.arange(N)[:, None]  # (N, M)
+    for k in (1, 5, 10):
+        for way, asked, answers in (("image_to_text", scores, right), ("text_to_image", scores.T, right.T)):
+            of_query = torch.arange(len(asked))[:, None].expand_as(asked)
+            want = RetrievalHitRate(top_k=k)(asked.reshape(-1), answers.reshape(-1), of_query.reshape(-1))
+            assert numbers[f"{way}_R@{k}"].value == pytest.approx(float(want), abs=1e-6)

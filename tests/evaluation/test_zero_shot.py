@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from amclr_scale.errors import UserError
 from amclr_scale.evaluation.shares import share
 from amclr_scale.evaluation.zero_shot import accuracies, class_ranks, ensemble, prompts
+from amclr_scale.torchvision_ops import import_torchvision
 
 N, K, T, D = 53, 7, 3, 5
 
@@ -56,6 +57,21 @@ def test_agrees_with_scikit_learn_on_any_number_of_ranks(ranks):
         assert numbers[f"zero_shot_top{k}"].chance == k / K
     want = balanced_accuracy_score(labels.numpy(), scores.argmax(1))
     assert numbers["zero_shot_mean_per_class"].value == pytest.approx(want, abs=1e-12)
+
+
+def test_agrees_with_torchmetrics():
+    import_torchvision()  # which torchmetrics imports
+    from torchmetrics.functional.classification import multiclass_accuracy
+
+    encoded, image, labels = problem()
+    scores = image @ ensemble(encoded, T).T
+    numbers = accuracies(places(), labels, K)
+    for k in (1, 3, 5):
+        want = multiclass_accuracy(scores, labels, num_classes=K, average="micro", top_k=k)
+        assert numbers[f"zero_shot_top{k}"].value == pytest.approx(float(want), abs=1e-6)
+    of_class = multiclass_accuracy(scores, labels, num_classes=K, average="none")
+    want = of_class[labels.unique()].mean()  # a class without images has no accuracy
+    assert numbers["zero_shot_mean_per_class"].value == pytest.approx(float(want), abs=1e-6)
 
 
 def test_a_class_that_is_listed_twice_ties():
