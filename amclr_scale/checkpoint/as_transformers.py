@@ -32,7 +32,7 @@ class DualEncoderConfig(PretrainedConfig):  # type: ignore[misc]
 
     model_type = TYPE
 
-    def __init__(self, recipe: dict[str, Any] | None = None, vocabulary: dict[str, int] | None = None, **keys: Any):
+    def __init__(self, recipe: dict[str, Any] | None = None, vocabulary: dict[str, Any] | None = None, **keys: Any):
         self.recipe, self.vocabulary = recipe or {}, vocabulary or {}
         super().__init__(**keys)
 
