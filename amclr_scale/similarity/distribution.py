@@ -25,15 +25,22 @@ CUDA_OPERATIONS = 4e14  # bfloat16 with the element-wise work between the produc
 CUDA_NODE_LINK, CUDA_CLUSTER_LINK = 3e11, 4e10  # NVLink; 400 Gbit/s
 
 
-def choose(distribution: Distribution, ranks: Group, local_rows: int, device: torch.device) -> Distribution:
-    """The distribution to use: the one asked for, or for `auto` the faster one by the rule above."""
+def choose(
+    distribution: Distribution, ranks: Group, local_rows: int, device: torch.device, *, one_node: bool | None = None
+) -> Distribution:
+    """The distribution to use: the one asked for, or for `auto` the faster one by the rule above.
+
+    Args:
+        one_node: whether all ranks share one; None: as the launcher's variables say.
+    """
     if ranks.size == 1:
         return "reduce_scatter"  # nothing to send: 4 units
     if distribution != "auto":
         return distribution
     if device.type == "cuda":
         # All ranks have to choose alike: this says the same on every node, also where nodes differ.
-        one_node = os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE")) == str(world_size())
+        if one_node is None:
+            one_node = os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE")) == str(world_size())
         rows = 2 * CUDA_OPERATIONS / (CUDA_NODE_LINK if one_node else CUDA_CLUSTER_LINK)
     else:
         rows = 2 * CPU_OPERATIONS / CPU_LINK
