@@ -268,8 +268,9 @@ class Evaluation(Section):
 
     splits: list[str] = []
     """Held-out pairs and labelled images for retrieval and zero-shot: emoji/val_style, an index, shards, a folder of
-    CLIP_benchmark, a folder with one folder of images per class, or annotations (.json): Karpathy's (FILE.json#val for
-    another split than test) or a list of {image, caption, [image_id], [negatives]} as ALBEF's and SogCLR's."""
+    CLIP_benchmark, a folder with one folder of images per class, CIFAR's binary files (FOLDER#train for that part), or
+    annotations (.json): Karpathy's (FILE.json#val for another split than test) or a list of {image, caption,
+    [image_id], [negatives]} as ALBEF's and SogCLR's."""
     every_samples: Positive | None = None
     """Also evaluate each time that many samples have been seen; null: at the end only."""
     caption: str | None = None
@@ -386,6 +387,8 @@ class Run(Section):
     """Also log to Weights & Biases; offline writes files to sync later."""
     wandb_project: str = "amclr_scale"
     """Project name there."""
+    wandb_group: str | None = None
+    """Runs of one group are shown together there; null: none."""
 
 
 class Config(Section):

@@ -15,6 +15,7 @@ from amclr_scale.data.evaluation_split import EvaluationSplit, class_names
 from amclr_scale.data.sources import embedded_splits
 from amclr_scale.data.tokenizers import Tokenizer
 from amclr_scale.errors import UserError
+from amclr_scale.evaluation.cifar import CifarFiles, find_cifar
 from amclr_scale.evaluation.image_files import ImageFiles, annotations, class_folders, is_class_folders
 from amclr_scale.evaluation.zero_shot import prompts
 from amclr_scale.types import Batch
@@ -78,6 +79,9 @@ def open_task(
     elif path.is_dir() and (path / "test").is_dir() and list((path / "test").glob("*.tar")):
         retrieval, split, names, own = _clip_benchmark(name, path, data, sharded)
         templates = own or templates
+    elif path.is_dir() and (folder := find_cifar(path)):
+        split = found = CifarFiles(name, folder, data, part or "test")
+        retrieval, names = False, found.class_names
     elif path.is_dir() and is_class_folders(path):
         split = ImageFiles(name, data, class_folders(path), squash=squash)
         retrieval, names = False, sorted({str(label) for label in split.labels or []})

@@ -2,6 +2,7 @@
 
 import io
 import json
+import pickle
 from pathlib import Path
 
 import numpy as np
@@ -106,6 +107,61 @@ def test_imagenet_has_its_names_and_prompts(root):
     assert all(template.count("{}") == 1 for template in templates)
     with pytest.raises(UserError, match=r"^evaluation.class_names: .* has 3 classes, imagenet 1000"):
         opened(root, "test", class_names="imagenet")
+
+
+def write_cifar(folder: Path, n: int = 4, hundred: bool = False) -> np.ndarray:
+    """The binary version with n records a file; returns the test images (n, 32, 32, 3)."""
+    folder.mkdir(parents=True)
+    parts = ["train", "test"] if hundred else [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]
+    for number, part in enumerate(parts):
+        pixels = np.random.default_rng(number).integers(0, 256, (n, 3, 32, 32), dtype=np.uint8)
+        labels = np.arange(n, dtype=np.uint8)[:, None] % 3
+        coarse = np.full((n, 1), 9, dtype=np.uint8)
+        rows = [*([coarse] if hundred else []), labels, pixels.reshape(n, -1)]
+        np.concatenate(rows, axis=1).tofile(folder / f"{part}.bin")
+    (folder / ("fine_label_names.txt" if hundred else "batches.meta.txt")).write_text("plane\ncar\nbird\n\n")
+    return pixels.transpose(0, 2, 3, 1)
+
+
+@pytest.mark.parametrize("hundred", [False, True])
+def test_cifars_binary_files(tmp_path, hundred):
+    folder = tmp_path / ("cifar-100-binary" if hundred else "cifar-10-batches-bin")
+    pixels = write_cifar(folder, hundred=hundred)
+    task = opened(tmp_path, folder.name).tasks[0]
+    assert (task.retrieval, task.class_names, task.labels.tolist()) == (False, ["plane", "car", "bird"], [0, 1, 2, 0])
+    shown = np.concatenate([batch.images[0].numpy() for batch in task.split.batches(3)])
+    want = [np.asarray(Image.fromarray(one).resize((16, 16), Image.Resampling.BICUBIC)) for one in pixels]
+    np.testing.assert_array_equal(shown.transpose(0, 2, 3, 1), want)
+    assert opened(tmp_path, f"{folder.name}#train").tasks[0].split.num_samples == (4 if hundred else 20)
+    assert opened(tmp_path.parent, tmp_path.name).tasks[0].split.num_samples == 4  # the folder around it
+    probes = [{"train": f"{folder}#train", "test": str(folder), "validation": 0.5, "l2": [0.1], "neighbours": [1]}]
+    config = recipe(str(folder), probes=probes)
+    results = Evaluator(config)(model(config))
+    assert {f"{folder}/zero_shot_top1", f"{folder} from {folder}#train, json.group/knn_top1"} <= set(results)
+    with pytest.raises(UserError, match=r"expected one of the splits train, test, got val"):
+        opened(tmp_path, f"{folder.name}#val")
+    file = folder / ("test.bin" if hundred else "test_batch.bin")
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(UserError, match=r"expected records of 3,07[34] bytes, got .* is the file complete"):
+        opened(tmp_path, folder.name)
+    file.unlink()
+    with pytest.raises(UserError, match="cannot be read: No such file"):
+        opened(tmp_path, folder.name)
+
+
+class Bomb:
+    def __reduce__(self):
+        return exec, ("raise SystemExit('unpickled')",)
+
+
+@pytest.mark.parametrize(("names", "archive"), [(("batches.meta", "test_batch"), "10"), (("meta", "test"), "100")])
+def test_cifars_pickles_are_not_opened(tmp_path, names, archive):
+    for name in names:
+        (tmp_path / name).write_bytes(pickle.dumps(Bomb()))
+    with pytest.raises(UserError) as refused:
+        opened(tmp_path.parent, tmp_path.name)
+    assert "files are pickles" in str(refused.value)
+    assert f"Take the binary version (cifar-{archive}-binary.tar.gz" in str(refused.value)
 
 
 WIDE = ["A half-red/half-blue picture, isn't it?", "word " * 40]
