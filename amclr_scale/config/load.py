@@ -10,7 +10,7 @@ import json
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -75,21 +75,26 @@ def merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def read_file(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """The sections of a YAML file, laid over those of its `base`. `seen`: files that led here.
+def read_file(path: Path, seen: tuple[Path, ...] = (), argument: str = "--config") -> dict[str, Any]:
+    """The sections of a YAML file, laid over those of its `base`.
+
+    Args:
+        path: the file.
+        seen: files that led here.
+        argument: what the user gave it as.
 
     Raises:
         UserError: no such file, not readable, or a circle of bases.
     """
     if not path.is_file():
-        raise UserError(f"--config: expected a YAML file, got {path}, which does not exist")
+        raise UserError(f"{argument}: expected a YAML file, got {path}, which does not exist")
     if path.resolve() in seen:
         raise UserError(f"base: {path} names itself through {seen[-1]}")
     tree = _parse(path.read_text(), str(path)) or {}
     if not isinstance(tree, dict):
         raise UserError(f"{path}: expected sections with keys, got {type(tree).__name__}")
     base = tree.pop("base", None)
-    return merge(read_file(path.parent / base, (*seen, path.resolve())), tree) if base else tree
+    return merge(read_file(path.parent / base, (*seen, path.resolve()), "base"), tree) if base else tree
 
 
 def from_words(words: Sequence[str]) -> dict[str, Any]:
@@ -110,15 +115,17 @@ def from_words(words: Sequence[str]) -> dict[str, Any]:
     return tree
 
 
-def _model_at(location: Sequence[Any]) -> type[BaseModel] | None:
-    """The section that a location such as ("model", "image") leads to."""
-    model: Any = Config
+def _model_at(location: Sequence[Any], root: type[BaseModel]) -> type[BaseModel] | None:
+    """The section that a location such as ("model", "image") or ("probes", 0) leads to."""
+    found: Any = root
     for part in location:
-        field = model.model_fields.get(part) if isinstance(part, str) else None
-        model = field.annotation if field else None
-        if not (isinstance(model, type) and issubclass(model, BaseModel)):
-            return None
-    return cast(type[BaseModel], model)
+        if isinstance(part, int):
+            inside = [one for one in get_args(found) if isinstance(one, type) and issubclass(one, BaseModel)]
+            found = inside[0] if inside else None
+        elif isinstance(found, type) and issubclass(found, BaseModel):
+            field = found.model_fields.get(part)
+            found = field.annotation if field else None
+    return found if isinstance(found, type) and issubclass(found, BaseModel) else None
 
 
 def all_keys(model: type[BaseModel] = Config, prefix: str = "") -> Iterator[str]:
@@ -141,7 +148,7 @@ def _nearest(name: str, names: Sequence[str], elsewhere: Sequence[str] = ()) -> 
     return f"; known: {', '.join(names)}" if names and len(names) <= 20 else ""
 
 
-def _explain(error: ErrorDetails, prefix: str, model: type[BaseModel] | None) -> str:
+def _explain(error: ErrorDetails, prefix: str, root: type[BaseModel]) -> str:
     """One line for one mistake."""
     # pydantic adds the branch of a union ("int", "literal['auto']") to the location: that is no key of ours
     location = [
@@ -149,9 +156,9 @@ def _explain(error: ErrorDetails, prefix: str, model: type[BaseModel] | None) ->
     ]
     key = prefix + ".".join(map(str, location))
     if error["type"] == "extra_forbidden":
-        section = _model_at(location[:-1]) if model is None else model
+        section = _model_at(location[:-1], root)
         names = list(section.model_fields) if section else []
-        return f"{key}: no such key{_nearest(str(location[-1]), names, list(all_keys()) if model is None else ())}"
+        return f"{key}: no such key{_nearest(str(location[-1]), names, list(all_keys(root)) if not prefix else ())}"
     if error["type"] == "missing":
         return f"{key}: this key is needed, and there is none"
     message = error["msg"].replace("Input should be", "expected").replace("Value error, ", "")
@@ -159,10 +166,17 @@ def _explain(error: ErrorDetails, prefix: str, model: type[BaseModel] | None) ->
     return f"{key}: {message}, got {got!r}"
 
 
-def _mistakes(error: ValidationError, prefix: str = "", model: type[BaseModel] | None = None) -> list[str]:
+def mistakes(error: ValidationError, prefix: str = "", root: type[BaseModel] = Config) -> list[str]:
+    """One line per key that is wrong.
+
+    Args:
+        error: what pydantic found.
+        prefix: of the keys, such as "objective.".
+        root: the model that was validated.
+    """
     lines: dict[str, str] = {}
     for detail in error.errors():
-        line = _explain(detail, prefix, model)
+        line = _explain(detail, prefix, root)
         key = line.partition(":")[0]
         lines[key] = f"{lines[key].rpartition(', got ')[0]}, or {line.partition(': ')[2]}" if key in lines else line
     return list(lines.values())
@@ -179,7 +193,7 @@ def _check_objective(objective: Any) -> tuple[dict[str, Any], list[str]]:
     try:
         return {"name": name, **models[name](**options).model_dump()}, []
     except ValidationError as error:
-        return {}, _mistakes(error, "objective.", models[name])
+        return {}, mistakes(error, "objective.", models[name])
 
 
 def build(tree: dict[str, Any], world_size: int = 1) -> Config:
@@ -192,7 +206,7 @@ def build(tree: dict[str, Any], world_size: int = 1) -> Config:
     try:
         config = Config.model_validate({**tree, "objective": objective})
     except ValidationError as error:
-        raise UserError("\n".join(_mistakes(error) + lines)) from error
+        raise UserError("\n".join(mistakes(error) + lines)) from error
     lines += check(config, world_size)
     if lines:
         raise UserError("\n".join(lines))

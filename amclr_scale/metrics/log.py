@@ -40,8 +40,8 @@ class RunLog:
             import wandb
 
             self._wandb = wandb.init(
-                project=config.run.wandb_project, name=folder.name, dir=str(folder), mode=config.run.wandb,
-                config=config.model_dump(mode="json"),
+                project=config.run.wandb_project, group=config.run.wandb_group, name=folder.name, dir=str(folder),
+                mode=config.run.wandb, config=config.model_dump(mode="json"),
             )  # fmt: skip
         if sys.stdout.isatty():
             columns = (

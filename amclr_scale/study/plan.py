@@ -1,0 +1,242 @@
+"""The plan of a study: which arms, at which batch sizes, with which seeds, and what is held equal. Imports no torch.
+
+A plan is a YAML file. It may name another plan in `base:` and then holds differences only.
+"""
+
+import difflib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import Field, ValidationError
+
+from amclr_scale.config.load import from_words, merge, mistakes, read_file
+from amclr_scale.config.schema import Fraction, Positive, PositiveNumber, Section
+from amclr_scale.errors import UserError
+from amclr_scale.study.controls import ABSENT, CONTROLS
+
+Axis = Annotated[list[Any], Field(min_length=1)]
+
+
+class ArmPlan(Section):
+    """One arm: a known one by its name alone, or with words of its own."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_]+$")]
+    """How cells and tables call it; unique in the plan."""
+    like: str | None = None
+    """The known arm it begins as; null: the one with this name."""
+    label: str | None = None
+    """As tables and plots have it; null: the known arm's."""
+    words: tuple[str, ...] = ()
+    """Further overrides of the configuration, section.key=value; B, B/k and smallest stand for batch sizes."""
+    batch_sizes: list[Positive] | None = None
+    """Global batch sizes of this arm; null: the plan's."""
+    axes: dict[str, Axis] = Field(default_factory=dict)
+    """Configuration keys and their values, for this arm only."""
+
+
+class Budget(Section):
+    """How much training a cell gets; which key counts is said by `held_equal`."""
+
+    samples: Positive | None = None
+    """held_equal samples, memory, grid: samples seen."""
+    epochs: PositiveNumber | None = None
+    """The same in passes over the data."""
+    steps: Positive | None = None
+    """held_equal steps: optimizer steps."""
+    flops: PositiveNumber | None = None
+    """held_equal compute: useful FLOPs of both towers and the similarities, forward and backward."""
+    hours: PositiveNumber | None = None
+    """held_equal wall_clock: hours of training on this machine."""
+    gib: PositiveNumber | None = None
+    """held_equal memory: peak GiB per rank."""
+
+
+class LearningRate(Section):
+    """The learning rate over batch sizes."""
+
+    base: PositiveNumber | None = None
+    """At the reference batch; null: the configuration's optimizer.lr."""
+    rule: Literal["none", "sqrt", "linear"] = "none"
+    """How it grows with the global batch size: not at all, by sqrt(B / reference), or by B / reference."""
+    reference_batch: Positive = 256
+    """The batch size that `base` is meant for."""
+
+
+class Metric(Section):
+    """An outcome: the mean of one or more results of evaluation.json."""
+
+    name: str
+    """As tables have it."""
+    keys: Annotated[list[str], Field(min_length=1)]
+    """Names in evaluation.json, such as emoji/val_style/image_to_text_R@1."""
+
+
+class Reference(Section):
+    """What every other cell is compared with."""
+
+    arm: str = "clip"
+    """An arm of the plan."""
+    global_batch_size: Positive | None = None
+    """One of its batch sizes; null: the largest."""
+
+
+class Execution(Section):
+    """How cells are run. Changes no result."""
+
+    launcher: Literal["python", "deepspeed", "torchrun"] = "python"
+    """python: one rank per cell."""
+    ranks: Positive = 1
+    """Ranks of every cell on this machine."""
+    jobs: Positive = 1
+    """Cells that run at once on this machine."""
+    threads: Positive | None = None
+    """CPU threads per rank; null: the machine's cores over all ranks that run at once."""
+    words: tuple[str, ...] = ()
+    """Overrides of `execution`, `checkpoint`, `run` and `deepspeed` for every cell."""
+    words_by_batch: dict[int, tuple[str, ...]] = Field(default_factory=dict)
+    """Further ones by global batch size, such as {32768: [execution.micro_batch_size=512]}."""
+    retries: Annotated[int, Field(ge=0)] = 1
+    """Further attempts at a cell that fails, unless its message is about the configuration (exit code 2)."""
+    grace_seconds: PositiveNumber = 120.0
+    """How long cells may take to save their state when the study is asked to end."""
+
+
+class StudyPlan(Section):
+    """One study."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$")]
+    """Of the study; its folder is studies/NAME."""
+    question: str = ""
+    """What it is to answer, in a sentence: printed, and the head of the report."""
+    config: str
+    """The configuration that all arms share: a YAML file, relative to the plan's folder."""
+    words: tuple[str, ...] = ()
+    """Overrides of the configuration for all arms."""
+    arms: Annotated[list[ArmPlan], Field(min_length=1)]
+    """Names of known arms, or mappings with a name and words."""
+    batch_sizes: Annotated[list[Positive], Field(min_length=1)]
+    """Global batch sizes."""
+    seeds: Annotated[list[int], Field(min_length=1)]
+    """Seeds: initial weights, data order, augmentation. The same for every arm, so that arms are compared in pairs."""
+    axes: dict[str, Axis] = Field(default_factory=dict)
+    """Further configuration keys and their values, such as objective.gamma: [0.2, 0.8]. An option of the objective
+    is varied in the arms that have it."""
+    held_equal: Literal["samples", "steps", "compute", "wall_clock", "memory", "grid"]
+    """What every cell gets the same amount of. There is no default: it decides what the study can say."""
+    budget: Budget
+    temperature: PositiveNumber | None = None
+    """One fixed temperature for every arm that has one for all samples; null: as the configuration and arms say."""
+    lr: LearningRate = LearningRate()
+    warmup_samples: Annotated[int, Field(ge=0)] | None = None
+    """Warm-up in samples; null: warmup_share, else the configuration's."""
+    warmup_share: Fraction | None = None
+    """Warm-up as a share of each cell's samples."""
+    num_samples: Positive | None = None
+    """Pairs in the training data, N, where the data is not on this machine yet; null: read from its index."""
+    metrics: Annotated[list[Metric], Field(min_length=1)]
+    """The outcomes. Verdicts are about the first one."""
+    margin: PositiveNumber
+    """Two arms match when their difference lies within +- this, in the metric's own unit (0.005: half a point).
+    Declared before the first cell runs."""
+    reference: Reference = Reference()
+    skip: tuple[str, ...] = ()
+    """Cells to leave out, by name or pattern, such as xamclr-B4096-*."""
+    execution: Execution = Execution()
+    folder: str | None = None
+    """Of results; null: studies/NAME."""
+    needs: str = ""
+    """The data a full-size plan needs, and how to make it."""
+    hours: str = ""
+    """Expected duration, with the arithmetic behind it."""
+    wandb_group: str | None = None
+    """Group of the cells' runs in Weights & Biases, where run.wandb is on; null: the study's name."""
+
+    @property
+    def place(self) -> Path:
+        """The study's folder."""
+        return Path(self.folder or f"studies/{self.name}")
+
+
+def load_plan(path: Path, words: Sequence[str] = ()) -> StudyPlan:
+    """Read a plan, put `key=value` words over it, check what can be checked without the configuration.
+
+    Raises:
+        UserError: one line per mistake, all of them, the key first.
+    """
+    tree = merge(read_file(path, argument="PLAN"), from_words(words))
+    tree.setdefault("name", path.stem)
+    if isinstance(tree.get("arms"), list):
+        tree["arms"] = [{"name": arm} if isinstance(arm, str) else arm for arm in tree["arms"]]
+    if isinstance(tree.get("config"), str):
+        tree["config"] = str((path.parent / tree["config"]).resolve())
+    try:
+        plan = StudyPlan.model_validate(tree)
+    except ValidationError as error:
+        raise UserError("\n".join(mistakes(error, root=StudyPlan))) from error
+    lines = list(_check(plan))
+    if lines:
+        raise UserError("\n".join(lines))
+    return plan
+
+
+_BUDGET = {
+    "samples": ("samples", "epochs"),
+    "steps": ("steps",),
+    "compute": ("flops",),
+    "wall_clock": ("hours",),
+    "memory": ("samples", "epochs"),
+    "grid": ("samples", "epochs"),
+}
+
+
+def _check(plan: StudyPlan) -> Iterator[str]:
+    """Mistakes that no single key shows."""
+    yield from _check_arms(plan)
+    yield from _check_budget(plan)
+    for key, values in (("batch_sizes", plan.batch_sizes), ("seeds", plan.seeds)):
+        if len(set(values)) < len(values):
+            yield f"{key}: expected different values, got {values}"
+    if plan.warmup_samples is not None and plan.warmup_share is not None:
+        yield "warmup_share: give this or warmup_samples, not both"
+    if plan.execution.launcher == "python" and plan.execution.ranks > 1:
+        yield f"execution.launcher: python starts one rank, got execution.ranks {plan.execution.ranks}; choose torchrun"
+
+
+def _check_arms(plan: StudyPlan) -> Iterator[str]:
+    names = [arm.name for arm in plan.arms]
+    for name in sorted({name for name in names if names.count(name) > 1}):
+        yield f"arms: {name} is there {names.count(name)} times; give one of them another name, and like: {name}"
+    for arm in plan.arms:
+        known = arm.like or arm.name
+        if known in CONTROLS:
+            continue
+        if known in ABSENT:
+            yield f"arms: {known}: {ABSENT[known]} yet; the arms there are: {', '.join(CONTROLS)}"
+        else:
+            near = difflib.get_close_matches(known, CONTROLS, n=1, cutoff=0.6)
+            hint = f"did you mean '{near[0]}'?" if near else "an arm of your own needs like: and words:"
+            yield f"arms: no such arm '{known}'; {hint} The arms there are: {', '.join(CONTROLS)}"
+    if plan.reference.arm not in names:
+        yield f"reference.arm: expected one of the arms ({', '.join(names)}), got {plan.reference.arm}"
+
+
+def _check_budget(plan: StudyPlan) -> Iterator[str]:
+    wanted = _BUDGET[plan.held_equal]
+    given = [key for key in Budget.model_fields if getattr(plan.budget, key) is not None]
+    length = [key for key in given if key in wanted]
+    allowed = (*wanted, "gib") if plan.held_equal == "memory" else wanted
+    if len(length) != 1:
+        choice = " or ".join(f"budget.{key}" for key in wanted)
+        yield f"budget: held_equal {plan.held_equal} needs exactly one of {choice}, got {', '.join(given) or 'none'}"
+    for key in given:
+        if key not in allowed:
+            yield f"budget.{key}: has no meaning when held_equal is {plan.held_equal}; remove it"
+    if plan.held_equal == "memory" and plan.budget.gib is None:
+        yield "budget.gib: held_equal memory needs the peak GiB per rank, got none"
+
+
+def dump_plan(plan: StudyPlan) -> str:
+    """The plan with all defaults written out."""
+    return yaml.safe_dump(plan.model_dump(mode="json"), sort_keys=False, width=110, allow_unicode=True)

@@ -1,0 +1,80 @@
+"""Run a study: arms x batch sizes x seeds from one plan, with what is held equal, and a report at the end.
+
+    .venv/bin/python launch/study.py configs/studies/mini_amclr.yaml
+
+Finished cells are skipped, broken ones go on, failing ones are recorded. Exit codes: 0 all cells are finished, 1 some
+failed, 2 a mistake in the plan, told in words, 75 asked to end: the same command goes on.
+"""
+
+import argparse
+import fnmatch
+import sys
+from pathlib import Path
+
+from amclr_scale.errors import UserError
+
+
+def arguments(argv: list[str]) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="study.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("plan", metavar="PLAN", help="YAML file, such as configs/studies/mini_amclr.yaml")
+    parser.add_argument("words", nargs="*", metavar="key=value", help="overrides of the plan, such as budget.epochs=4")
+    parser.add_argument("--dry-run", action="store_true", help="check everything, print the cells, stop")
+    parser.add_argument("--report", action="store_true", help="only write the report of what is there")
+    parser.add_argument("--cells", metavar="PATTERN", default="*", help="only cells with such names, as 'sogclr-*-s0'")
+    return parser.parse_intermixed_args(argv)
+
+
+def main(argv: list[str]) -> int:
+    """Plan, print, run, report."""
+    options = arguments(argv)
+    try:
+        return study(options)
+    except UserError as error:
+        print(f"\n{error}", file=sys.stderr, flush=True)
+        return 2
+
+
+def study(options: argparse.Namespace) -> int:
+    """The flow: plan -> cells -> run -> report."""
+    from amclr_scale.study.cells import base_tree, make_cells, samples_per_epoch
+    from amclr_scale.study.folder import StudyFolder
+    from amclr_scale.study.plan import load_plan
+    from amclr_scale.study.preview import preview
+    from amclr_scale.study.run import Runner
+
+    plan = load_plan(Path(options.plan), options.words)
+    folder = StudyFolder(plan.place)
+    if options.report:
+        return report(folder.path)
+    tree = base_tree(plan)
+    epoch = samples_per_epoch(plan, tree)
+    cells = make_cells(plan, tree, epoch)
+    chosen = [cell for cell in cells if fnmatch.fnmatchcase(cell.name, options.cells)]
+    if not chosen:
+        raise UserError(f"--cells: no cell is called {options.cells}; names are such as {cells[0].name}")
+    folder.check(plan, cells)
+    print(preview(plan, folder, cells, epoch), flush=True)
+    if options.dry_run:
+        return 0
+    folder.write(plan, tree, cells)
+    outcome = Runner(plan, folder, chosen, say=lambda line: print(line, flush=True)).run()
+    print(f"{outcome.done} of {len(chosen)} cells are finished{'; failed: ' if outcome.failed else ''}"
+          f"{', '.join(outcome.failed)}", flush=True)  # fmt: skip
+    if outcome.done and not outcome.interrupted:
+        report(folder.path)
+    return outcome.exit_code
+
+
+def report(folder: Path) -> int:
+    """Write the report and say where it is."""
+    from amclr_scale.study.report import write_report
+
+    print(f"report: {write_report(folder)}", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
