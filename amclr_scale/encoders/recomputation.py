@@ -51,6 +51,13 @@ def blocks(tower: nn.Module) -> list[nn.Module]:
     return found
 
 
+def recomputed_share(tower: nn.Module, recomputation: Recomputation) -> float:
+    """The share of a tower's blocks that backward runs again."""
+    total = len(blocks(tower))
+    every = {"none": total + 1, "full": 1}[recomputation] if isinstance(recomputation, str) else recomputation
+    return total // every / total if total else 0.0
+
+
 def set_recomputation(tower: nn.Module, recomputation: Recomputation) -> int:
     """Recompute none, all, or every k-th block of a tower. Returns how many are.
 

@@ -10,7 +10,7 @@ from torch import nn
 from amclr_scale.config.load import merge
 from amclr_scale.config.schema import Config, Execution
 from amclr_scale.encoders.dual_encoder import DualEncoder
-from amclr_scale.encoders.recomputation import Recomputation, blocks, set_recomputation
+from amclr_scale.encoders.recomputation import recomputed_share, set_recomputation
 from amclr_scale.engine.layerwise import attach
 from amclr_scale.engine.optimizers import build_optimizer, parameter_groups
 from amclr_scale.engine.partitioned import partition
@@ -131,19 +131,11 @@ def sample_views(config: Config) -> tuple[tuple[torch.Tensor, ...], tuple[torch.
 def throughput(config: Config, plan: Plan, model: DualEncoder, flops: ModelFlops, device: torch.device) -> Throughput:
     """How a rate of samples becomes rates of operations on this device."""
     kept = min(config.execution.kept_micro_batches, plan.micro_batches)
-
-    def recomputed(tower: torch.nn.Module, recomputation: Recomputation) -> float:
-        total = len(blocks(tower))
-        every = (
-            {"none": total + 1, "full": 1}.get(recomputation, 1) if isinstance(recomputation, str) else recomputation
-        )
-        return total // every / total if total else 0.0
-
     return Throughput(
         world_size=plan.world_size,
         flops=flops,
         second_forwards=(plan.micro_batches - kept) / plan.micro_batches,
-        recomputed_image=recomputed(model.image_tower, config.execution.recompute_image),
-        recomputed_text=recomputed(model.text_tower, config.execution.recompute_text),
+        recomputed_image=recomputed_share(model.image_tower, config.execution.recompute_image),
+        recomputed_text=recomputed_share(model.text_tower, config.execution.recompute_text),
         peak=device_peak(device, config.execution.precision),
     )

@@ -19,8 +19,8 @@ is exact. DeepSpeed's part (0.19), as payloads of collectives:
 
 e is 2 for bf16 and fp16. Large tensors have more than stage3_param_persistence_threshold elements (default 100,000);
 recomputed activations fetch nothing more. Held against measurement in tests: stages 0 to 2, and 3 with k = 0 or n = 1,
-within 1 %; the irregular orders of stage 3 within 35 %. What is left out: norms, overflow flags and losses (a few numbers
-each), sums of layerwise optimizers (two per layer), BatchNorm's of norm=sync.
+within 1 %; the irregular orders of stage 3 within 35 %. Left out: norms, overflow flags, losses (some numbers each),
+sums of layerwise optimizers (two per layer), BatchNorm's of norm=sync.
 
 Offload, to and from the host, beside that: gradients down and parameters up per step, and at stage 3 with
 offload=parameters a rank's share of every fetch.

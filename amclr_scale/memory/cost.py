@@ -1,0 +1,214 @@
+"""How long a step will take: a small model, good enough to put execution settings in order.
+
+    estimate(config, profile, world_size=8, num_samples=2_900_000).seconds
+
+A step is the sum of these, per rank; nothing is taken to overlap but stage 3's parameters with the towers on CUDA:
+
+    towers       for each call the largest of operations / (peak u), bytes / memory bandwidth, launches x their time;
+                 backward: twice the operations, and what recomputation runs again. Operations and bytes are traced
+                 (towers.py); u is the utilisation that matrix products reach
+    objective    operations of its float32 products / (peak u) + bytes / memory bandwidth, traced (objective_trace.py)
+    messages     bytes on the wire (wire.py) / link + calls x their latency. A ring passes a node's border once, so
+                 gathering and reducing run at the smaller of the link inside and all network cards of a node together;
+                 what goes to everybody (all_to_all) or the neighbour (send) has one card
+    optimizer    every state read and written once / memory bandwidth; offloaded states at the speed of the host's link
+    host         offloaded gradients and parameters / the host's link
+
+Waiting for data and evaluation are not in it. `Rates` holds what no data sheet says; `--utilisation` of tools/fit.py or
+the hfu that a run logged replaces its first guess. Orders are more reliable than times.
+"""
+
+from dataclasses import dataclass, fields
+from functools import lru_cache
+
+import torch
+
+from amclr_scale.config.schema import Config
+from amclr_scale.encoders.recomputation import recomputed_share
+from amclr_scale.engine.plan import make_plan
+from amclr_scale.memory.messages import Messages
+from amclr_scale.memory.towers import Modality, Timeline, Tower, skeleton, trace
+from amclr_scale.memory.wire import BYTES, host_traffic, objective_trace, sizes_of, zero_messages
+from amclr_scale.metrics.devices import DeviceProfile
+from amclr_scale.metrics.flops import ModelFlops
+
+# Numbers that the optimizer keeps per parameter, beside the parameter itself.
+MOMENTS = {"sgd": 1, "lion": 1, "lars": 1}
+DIRECT = ("all_to_all", "send")  # through one network card, not round a ring that uses all of a node's
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What a job reaches of a device's peak; guesses unless measured."""
+
+    utilisation: float = 0.5  # of the peak of matrix products
+    launch: float = 5e-6  # seconds to start one operation
+    message: float = 3e-5  # seconds before a collective's first byte
+
+
+CPU_RATES = Rates(utilisation=0.7, launch=2e-6, message=2e-4)  # of a peak that was measured, not stated
+
+
+def default_rates(profile: DeviceProfile) -> Rates:
+    """For a GPU or for this machine's CPU."""
+    return CPU_RATES if profile.type == "cpu" else Rates()
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Seconds of one step on one rank, by what they are spent on, and bytes that one rank sends."""
+
+    towers: float
+    objective: float
+    messages: float
+    optimizer: float
+    host: float
+    wire_bytes: float
+    global_batch_size: int
+    flops: float  # useful operations per sample
+
+    @property
+    def seconds(self) -> float:
+        return self.towers + self.objective + self.messages + self.optimizer + self.host
+
+    @property
+    def samples_per_second(self) -> float:
+        """Over all ranks."""
+        return self.global_batch_size / self.seconds
+
+    @property
+    def shares(self) -> dict[str, float]:
+        """Part of the step -> seconds, the largest first."""
+        parts = {f.name: getattr(self, f.name) for f in fields(self)[:5]}
+        return dict(sorted(parts.items(), key=lambda item: -item[1]))
+
+
+def estimate(
+    config: Config,
+    profile: DeviceProfile,
+    *,
+    world_size: int,
+    num_samples: int,
+    ranks_per_node: int | None = None,
+    rates: Rates | None = None,
+) -> Cost:
+    """The cost of one step.
+
+    Args:
+        config: its kept_micro_batches is a number.
+        world_size: W.
+        num_samples: N, the size of the data set.
+        ranks_per_node: None: all ranks share one.
+        rates: None: `default_rates`.
+    """
+    rates = rates or default_rates(profile)
+    plan = make_plan(config, num_samples, world_size)
+    b, execution = plan.local_batch_size, config.execution
+    calls = tuple(-(-b // m) for m in plan.micro_batch_sizes)
+    kept = _kept_by_tower(execution.kept_micro_batches, *calls)
+    towers = 0.0
+    peak = profile.peak(execution.precision) * rates.utilisation
+    modalities: tuple[Modality, Modality] = ("image", "text")
+    for modality, m, n, k in zip(modalities, plan.micro_batch_sizes, calls, kept, strict=True):
+        passes = _passes(config, modality)
+        first, again, back = (
+            max(p.flops * m / peak, p.bytes(m) / profile.memory_bandwidth, p.launches * rates.launch) for p in passes
+        )
+        towers += b / (n * m) * ((n - k) * (first + again) + k * again + n * back)
+
+    trace = objective_trace(config, world_size, num_samples, profile.type, ranks_per_node)
+    objective = trace.flops(b) / (profile.peak("fp32") * rates.utilisation) + trace.bytes(b) / profile.memory_bandwidth
+    if execution.similarity.cache_mib:  # kept tiles save the first of backward's products, about 1 in 4
+        tiles = min(1.0, execution.similarity.cache_mib * 2**20 / (b * b * world_size * 4))
+        objective *= 1 - tiles / 4
+
+    sizes = sizes_of(config)
+    messages = gathers = 0.0
+    wire = 0.0
+    if world_size > 1:
+        own, zero = trace.messages(b), zero_messages(config, sizes, world_size, calls)
+        fetched = Messages(tuple(m for m in zero if m.purpose == "parameters" and execution.zero_stage == 3))
+        others = Messages(tuple(m for m in zero if m not in fetched.found))
+        messages = _seconds(own + others, profile, rates, world_size, ranks_per_node)
+        gathers = _seconds(fetched, profile, rates, world_size, ranks_per_node)
+        wire = (own + zero).wire_bytes
+    exposed = max(0.0, gathers - towers) if profile.type == "cuda" else gathers
+
+    share = sizes.all / (world_size if execution.zero_stage else 1)
+    states = 1 + MOMENTS.get(config.optimizer.name, 2)
+    touched = share * 4 * (2 * states + 1) + sizes.all * (BYTES[execution.precision] + 4)
+    offloaded = execution.offload != "none" and profile.type == "cuda"
+    to_host, from_host = host_traffic(config, sizes, world_size, calls) if offloaded else (0, 0)
+    return Cost(
+        towers=towers,
+        objective=objective,
+        messages=messages + exposed,
+        optimizer=touched / (profile.host_link if offloaded else profile.memory_bandwidth),
+        host=(to_host + from_host) / profile.host_link,
+        wire_bytes=wire,
+        global_batch_size=plan.global_batch_size,
+        flops=ModelFlops(round(trace_of(config, "image").flops), round(trace_of(config, "text").flops)).useful(),
+    )
+
+
+def trace_of(config: Config, modality: Modality) -> Tower:
+    """The tower's trace (cached there)."""
+    return trace(config, modality)
+
+
+def _kept_by_tower(kept: int, images: int, texts: int) -> tuple[int, int]:
+    """Kept micro-batches of each tower: the last ones, and with sizes of their own texts come last."""
+    if images == texts:
+        return min(kept, images), min(kept, texts)
+    return min(images, max(0, kept - texts)), min(kept, texts)
+
+
+@dataclass(frozen=True)
+class _Pass:
+    """One call of a tower."""
+
+    flops: float  # per sample
+    slope: float  # bytes moved: slope m + constant
+    constant: float
+    launches: int
+
+    def bytes(self, m: int) -> float:
+        return self.slope * m + self.constant
+
+
+def _passes(config: Config, modality: Modality) -> tuple[_Pass, _Pass, _Pass]:
+    """The forward without a graph, the forward with one, and the backward."""
+    recomputation = config.execution.recompute_image if modality == "image" else config.execution.recompute_text
+    tower = trace_of(config, modality)
+    share = recomputed_share(getattr(skeleton(config), f"{modality}_tower"), recomputation)
+    weights = sum(p.numel() for name, p in skeleton(config).named_parameters() if name.startswith(modality))
+    return _passes_of(tower, share, weights * BYTES[config.execution.precision])
+
+
+@lru_cache(maxsize=64)
+def _passes_of(tower: Tower, share: float, weights: int) -> tuple[_Pass, _Pass, _Pass]:
+    def moved(timeline: Timeline, begin: int, end: int) -> tuple[float, float, int]:
+        """Bytes of what is made there, which is written once and read about twice; and how many things are made."""
+        slope, constant = (
+            torch.diff(x.double(), prepend=x.new_zeros(1).double())[begin:end].clamp(min=0)
+            for x in (timeline.slope, timeline.constant)
+        )
+        return 3 * float(slope.sum()), 3 * float(constant.sum()) + weights, int(((slope > 0) | (constant > 0)).sum())
+
+    end, last = tower.with_graph.forward_end, len(tower.with_graph.slope)
+    first = _Pass(tower.flops, *moved(tower.without_graph, 0, len(tower.without_graph.slope)))
+    again = _Pass(tower.flops, *moved(tower.with_graph, 0, end))
+    return first, again, _Pass((2 + share) * tower.flops, *moved(tower.with_graph, end, last))
+
+
+def _seconds(
+    messages: Messages, profile: DeviceProfile, rates: Rates, world_size: int, ranks_per_node: int | None
+) -> float:
+    here = min(ranks_per_node or world_size, world_size)
+    total = 0.0
+    for message in messages:
+        link = profile.link
+        if here < world_size:
+            link = profile.node_link if message.collective in DIRECT else min(link, profile.node_link * here)
+        total += message.wire_bytes / link + message.calls * rates.message
+    return total
