@@ -12,7 +12,6 @@ import argparse
 import os
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,11 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="evaluate.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("checkpoints", nargs="+", help="run folders, open_clip/ARCHITECTURE:FILE, transformers/FOLDER")
+    parser.add_argument(
+        "checkpoints",
+        nargs="+",
+        help="run folders, their checkpoints, exported folders, open_clip/ARCHITECTURE:FILE, transformers/FOLDER",
+    )
     parser.add_argument("--suite", action="append", default=[], metavar="FILE", help="what to measure; may be repeated")
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="such as evaluation.batch_size=512"
@@ -54,27 +57,17 @@ def laid_over(config: Config, suites: list[str], words: list[str]) -> Config:
     return build(merge(tree, from_words(words)))
 
 
-class Watched:
-    """A model that says how much it has encoded."""
-
-    def __init__(self, model: Callable[..., Any], name: str, say: Callable[[str], None]):
-        self.model, self.name, self.say, self.count = model, name, say, 0
-
-    def __call__(self, **inputs: Any) -> Any:
-        self.count += sum(len(inputs[kind][0]) for kind in ("images", "texts") if inputs.get(kind))
-        self.say(f"{self.name}: {self.count:,} images and captions encoded")
-        return self.model(**inputs)
-
-
 def run(options: argparse.Namespace, place: Place) -> None:
     """The flow: models -> splits -> numbers -> table, files, sheets."""
     import torch
-    from rich.console import Console
 
-    from amclr_scale.evaluation.models import load_model
-    from amclr_scale.evaluation.report import comparison_lines, comparisons, write
+    from amclr_scale.checkpoint.model import open_model
+    from amclr_scale.evaluation.models import use_statistics
+    from amclr_scale.evaluation.progress import EvaluationProgress
+    from amclr_scale.evaluation.report import comparison_lines, comparisons, histogram_lines, write
     from amclr_scale.evaluation.run import Evaluator
     from amclr_scale.evaluation.sheet import text_to_image_sheet
+    from amclr_scale.evaluation.temperatures import Histogram, read_temperatures
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if place.world_size > 1:
@@ -85,24 +78,26 @@ def run(options: argparse.Namespace, place: Place) -> None:
     results: dict[str, dict[str, float]] = {}
     measured: dict[str, Any] = {}
     compared: dict[str, Any] = {}
+    learned: dict[str, dict[str, Histogram]] = {}
     folder: Path | None = Path(options.output) if options.output else None
-    console = Console(stderr=True)
     resamples = 0
     for checkpoint in options.checkpoints:
-        loaded = load_model(checkpoint)
+        loaded = open_model(checkpoint)
         config = laid_over(loaded.config, options.suite, options.set)
         if not config.evaluation.splits and not config.evaluation.probes:
             raise UserError("--suite: expected something to measure; give a suite, or --set evaluation.splits=[...]")
-        folder = folder or (loaded.folder / "evaluation" if loaded.folder else Path("runs") / "evaluation")
+        folder = folder or (loaded.folder or Path("runs")) / "evaluation" / loaded.step
         evaluator = Evaluator(config, rank=place.rank, world_size=place.world_size)
+        use_statistics(loaded, config.data)
         model = loaded.model.to(device)
         begin = time.perf_counter()
-        with console.status(f"{checkpoint} ...") as status:
-            encode = Watched(model, checkpoint, status.update)
-            name = checkpoint if loaded.name in results else loaded.name
+        name = checkpoint if loaded.name in results else loaded.name
+        with EvaluationProgress(checkpoint, evaluator.items(), speaks=speaks) as progress:
+            encode = progress.watch(model)
             results[name], measured[name] = evaluator.measure(encode), evaluator.numbers
             for number, task in enumerate(evaluator.tasks if options.sheet else []):
                 if task.retrieval:
+                    progress.more(task.pairs_here())
                     sheet = text_to_image_sheet(encode, task, config.evaluation.batch_size, options.sheet)
                     if speaks:
                         folder.mkdir(parents=True, exist_ok=True)
@@ -111,6 +106,9 @@ def run(options: argparse.Namespace, place: Place) -> None:
             print(
                 f"{checkpoint}, {time.perf_counter() - begin:.1f} s\n\n{evaluator.table(results[name])}\n", flush=True
             )
+            if sides := read_temperatures(loaded.state):
+                learned[name] = sides
+                print("\n".join(histogram_lines(sides)), end="\n\n", flush=True)
         resamples = config.evaluation.resamples
     first = next(iter(results))
     for name in list(results)[1:]:
@@ -121,7 +119,7 @@ def run(options: argparse.Namespace, place: Place) -> None:
                 f"{pair}: percentage points, paired, 95 % interval\n  " + "\n  ".join(comparison_lines(compared[pair]))
             )
     if speaks and folder is not None:
-        write(folder, results, compared)
+        write(folder, results, compared, learned)
         print(f"results.json and results.md in {folder}")
     if place.world_size > 1:
         from amclr_scale.engine.distributed import stop

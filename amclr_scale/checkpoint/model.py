@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from amclr_scale.checkpoint.export import export
+from amclr_scale.checkpoint.resume import CHECKPOINTS
+from amclr_scale.checkpoint.state import OBJECTIVE, TOKENIZER, read_state
 from amclr_scale.data.decoding import BadSampleError, Sample, decode
 from amclr_scale.data.image_views import evaluation_view, to_tensor
 from amclr_scale.data.tokenizers import load_tokenizer
@@ -70,15 +72,33 @@ class Model:
             raise UserError(f"images: {image} cannot be used: {error}") from error
 
 
+def open_model(name: str) -> Loaded:
+    """What `load_model` opens; and a checkpoint, or the newest one of a run that has not come to its end.
+
+    Raises:
+        UserError: there is no such model, or it is damaged.
+    """
+    path = Path(name).expanduser()
+    ended = (path / "weights.safetensors").is_file()
+    if ended or not (path.name.startswith("step_") or (path / CHECKPOINTS).is_dir() or path.name == CHECKPOINTS):
+        return load_model(name)
+    with tempfile.TemporaryDirectory() as folder:
+        checkpoint = export(path, Path(folder))
+        loaded = load_model(folder)
+    run, config = checkpoint.parent.parent, loaded.config
+    if (checkpoint / TOKENIZER).is_dir():
+        spec = str(checkpoint / TOKENIZER)
+    else:
+        spec = str(read_state(checkpoint)["config"]["data"]["tokenizer"])
+    config = config.model_copy(update={"data": config.data.model_copy(update={"tokenizer": spec})})
+    name = f"{run.name}/{checkpoint.name}"
+    return Loaded(name, loaded.model, config, run, checkpoint.name, checkpoint / OBJECTIVE)
+
+
 def load(path: str | Path, device: str | torch.device = "cpu") -> Model:
     """A model from a run folder, one of its checkpoints, or a folder that tools/export.py wrote.
 
     Raises:
         UserError: there is no such model, or it is damaged.
     """
-    path = Path(path).expanduser()
-    if (path / "weights.safetensors").is_file() or path.suffix == ".safetensors":
-        return Model(load_model(str(path)), torch.device(device))
-    with tempfile.TemporaryDirectory() as folder:
-        export(path, Path(folder))
-        return Model(load_model(folder), torch.device(device))
+    return Model(open_model(str(path)), torch.device(device))

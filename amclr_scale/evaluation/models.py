@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from amclr_scale.config.load import load
-from amclr_scale.config.schema import Config
+from amclr_scale.config.schema import Config, Data
 from amclr_scale.data.tokenizers import load_tokenizer
 from amclr_scale.encoders.build import build_model
 from amclr_scale.encoders.dual_encoder import Normalise
@@ -36,6 +36,8 @@ class Loaded:
     model: nn.Module
     config: Config  # of a run of ours all of it; of others the section `data` only says something
     folder: Path | None  # the run's
+    step: str = ""  # the checkpoint's name, of a model that is one
+    state: Path | None = None  # the file of the objective's per-sample state, where there is one
 
 
 class Foreign(nn.Module):
@@ -115,7 +117,7 @@ def _ours(name: str) -> Loaded:
         image_std=data.image_std,
     )
     load_weights(model, str(weights), key="checkpoint", prefix="", extra=("temperatures.",))
-    return Loaded(folder.name, model, config, folder)
+    return Loaded(folder.name, model, config, folder, state=folder / "objective.safetensors")
 
 
 def _with_own_files(config: Config, folder: Path) -> Config:
@@ -128,6 +130,12 @@ def _with_own_files(config: Config, folder: Path) -> Config:
         text = config.model.text.model_copy(update=moved)
         changes["model"] = config.model.model_copy(update={"text": text})
     return config.model_copy(update=changes)
+
+
+def use_statistics(loaded: Loaded, data: Data) -> None:
+    """Have the model normalise images by another mean and standard deviation than it was trained with."""
+    if (data.image_mean, data.image_std) != (loaded.config.data.image_mean, loaded.config.data.image_std):
+        loaded.model.normalise = Normalise(data.image_mean, data.image_std)
 
 
 def _pair(rest: str) -> tuple[str, str]:

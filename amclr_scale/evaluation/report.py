@@ -6,6 +6,7 @@ from pathlib import Path
 
 from amclr_scale.evaluation.numbers import Comparison, Number, compare
 from amclr_scale.evaluation.table import DETAILS
+from amclr_scale.evaluation.temperatures import Histogram
 
 Measured = Mapping[str, Mapping[str, Number]]  # by split, by name
 
@@ -61,11 +62,33 @@ def _cell(found: Mapping[str, float], name: str) -> str:
 
 
 def write(
-    folder: Path, results: Mapping[str, Mapping[str, float]], compared: Mapping[str, Mapping[str, Comparison]]
+    folder: Path,
+    results: Mapping[str, Mapping[str, float]],
+    compared: Mapping[str, Mapping[str, Comparison]],
+    temperatures: Mapping[str, Mapping[str, Histogram]] | None = None,
 ) -> None:
-    """results.json and results.md in a folder."""
+    """results.json and results.md in a folder.
+
+    Args:
+        temperatures: of every sample, by model and side.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     listed = {pair: {name: vars(one) for name, one in found.items()} for pair, found in compared.items()}
-    content = {"results": results, "comparisons": listed}
+    learned = temperatures or {}
+    spread = {name: {side: vars(one) for side, one in sides.items()} for name, sides in learned.items()}
+    content = {"results": results, "comparisons": listed, "temperatures": spread}
     (folder / "results.json").write_text(json.dumps(content, indent=1) + "\n", "utf-8")
-    (folder / "results.md").write_text(markdown(results, compared), "utf-8")
+    (folder / "results.md").write_text(markdown(results, compared) + temperature_sections(learned), "utf-8")
+
+
+def temperature_sections(temperatures: Mapping[str, Mapping[str, Histogram]]) -> str:
+    """Histograms as Markdown, one section per model."""
+    return "".join(
+        "\n".join(["", f"## {name}: temperatures", "", "```", *histogram_lines(sides), "```", ""])
+        for name, sides in temperatures.items()
+    )
+
+
+def histogram_lines(sides: Mapping[str, Histogram]) -> list[str]:
+    """Histograms as text, one after the other."""
+    return [line for side, one in sides.items() for line in one.lines(side)]

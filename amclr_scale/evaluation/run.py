@@ -75,6 +75,17 @@ class Evaluator:
             results |= self._flat(f"{options.test} from {options.train}, {options.classes}", numbers, plain)
         return results
 
+    def items(self) -> int:
+        """Images and texts that this rank encodes in one measurement."""
+        total = 0
+        classifiers: set[tuple[str, ...]] = set()
+        for task in self.tasks:
+            total += task.pairs_here()
+            if task.class_names and (key := (*task.class_names, *task.templates)) not in classifiers:
+                classifiers.add(key)
+                total += len(share(len(task.class_names) * len(task.templates)))
+        return total + sum(len(share(task.split.num_samples)) for _, *pair in self.probes for task in pair)
+
     def table(self, results: Mapping[str, float]) -> str:
         """Results as text."""
         return table(results)

@@ -17,6 +17,7 @@ from amclr_scale.data.tokenizers import Tokenizer
 from amclr_scale.errors import UserError
 from amclr_scale.evaluation.cifar import CifarFiles, find_cifar
 from amclr_scale.evaluation.image_files import ImageFiles, annotations, class_folders, is_class_folders
+from amclr_scale.evaluation.shares import share
 from amclr_scale.evaluation.zero_shot import prompts
 from amclr_scale.types import Batch
 
@@ -50,6 +51,11 @@ class Task:
     class_names: list[str]  # empty: no classification
     labels: Tensor  # (n,) int64, positions in class_names; empty without them
     templates: list[str]
+
+    def pairs_here(self) -> int:
+        """Images, and captions if there is retrieval, that this rank encodes."""
+        captions = sum(map(len, self.split.caption_lists)) if self.retrieval else 0
+        return len(share(self.split.num_samples)) + len(share(captions))
 
 
 def open_task(

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 import amclr_scale
 from amclr_scale.checkpoint import files, state
 from amclr_scale.checkpoint.export import export
+from amclr_scale.checkpoint.model import open_model
 from amclr_scale.config.load import build, dump, recipe_hash
 from amclr_scale.data.tokenizers import load_tokenizer
 from amclr_scale.encoders.build import build_model
@@ -80,6 +81,19 @@ def check(model, run):
 def test_three_lines_of_python(run):
     for path in (run[0], run[0] / "checkpoints" / files.name_of(10)):
         check(amclr_scale.load(path), run)
+
+
+def test_a_checkpoint_is_opened_for_evaluation(run, tmp_path):
+    for name in (run[0], run[0] / "checkpoints", run[0] / "checkpoints" / files.name_of(10)):
+        loaded = open_model(str(name))
+        assert (loaded.name, loaded.folder, loaded.step) == (f"{run[0].name}/step_00000010", run[0], "step_00000010")
+        words = load_tokenizer(loaded.config.data.tokenizer, 12)
+        with torch.no_grad():
+            out = loaded.model(images=(pixels(),), texts=(words(TEXTS),))
+        torch.testing.assert_close(out["image"], run[1], rtol=0, atol=1e-6)
+        torch.testing.assert_close(out["text"], run[2], rtol=0, atol=1e-6)
+    with pytest.raises(UserError, match="checkpoint: expected a run folder"):
+        open_model(str(tmp_path))
 
 
 def test_an_exported_folder_can_be_moved(run, tmp_path):

@@ -1,26 +1,38 @@
 """launch/evaluate.py: from files to a table, results and a sheet; a second model is compared item by item."""
 
 import importlib.util
+import io
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
+from rich.console import Console
+from safetensors.torch import save_file
 
+from amclr_scale.encoders.dual_encoder import Normalise
+from amclr_scale.evaluation.models import load_model
+from amclr_scale.evaluation.progress import EvaluationProgress
 from amclr_scale.evaluation.run import Evaluator
 from amclr_scale.evaluation.sheet import text_to_image_sheet
+from amclr_scale.evaluation.table import DETAILS
 from amclr_scale.similarity.collectives import rank, world_size
 from tests.evaluation.shards import write_split
 from tests.evaluation.test_models import write_run
 from tests.evaluation.test_run import model, recipe
 
 N = 20
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
 def main():
-    path = Path(__file__).parents[2] / "launch" / "evaluate.py"
+    path = ROOT / "launch" / "evaluate.py"
     spec = importlib.util.spec_from_file_location("launch_evaluate", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -72,6 +84,109 @@ def test_results_of_a_run_go_into_its_folder(main, runs):
     results = json.loads((runs / "first" / "evaluation" / "results.json").read_text())
     want = Evaluator(recipe(f"{runs}/split/00000.tar"))(model(recipe()))
     assert results["results"]["first"] == pytest.approx(want, abs=1e-9)
+
+
+def test_two_ranks_of_a_launcher_give_the_numbers_of_one(main, runs, tmp_path):
+    """The tool itself under torchrun: every number, interval, comparison and picture."""
+    words = [str(runs / "first"), str(runs / "second"), "--sheet", "2", "--set", "evaluation.geometry=true"]
+    words += ["--set", "evaluation.batch_size=3", "--output"]
+    assert main([*words, str(tmp_path / "one")]) == 0
+    torchrun = [str(Path(sys.executable).parent / "torchrun"), "--standalone", "--nproc-per-node", "2"]
+    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*torchrun, "launch/evaluate.py", *words, str(tmp_path / "two")],
+        cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("results.json and results.md in") == 1
+    one, two = (json.loads((tmp_path / name / "results.json").read_text()) for name in ("one", "two"))
+    assert one["results"].keys() == two["results"].keys() == {"first", "second"}
+    for name, found in one["results"].items():
+        other = two["results"][name]
+        assert found.keys() == other.keys()
+        counted = {key for key in found if key.rpartition("/")[2] in DETAILS or f"{key}/chance" in found}
+        assert len(counted) > 40
+        assert {key: found[key] for key in counted} == {key: other[key] for key in counted}
+        assert found == pytest.approx(other, abs=1e-6)  # geometry: features are float32, and batches differ in size
+    assert one["comparisons"] == two["comparisons"]
+    for sheet in ("sheet_1_0.png", "sheet_2_0.png"):
+        assert (tmp_path / "one" / sheet).read_bytes() == (tmp_path / "two" / sheet).read_bytes()
+
+
+def test_temperatures_of_every_sample(main, runs, tmp_path, capsys):
+    log_u = torch.zeros(30)
+    log_u[20:] = -torch.inf  # not met yet
+    state = {"text_state.temperature": torch.full((30, 2), 0.03), "text_state.log_u": torch.zeros(30, 2)}
+    state |= {"image_state.temperature": torch.linspace(0.01, 0.0293, 30), "image_state.log_u": log_u}
+    save_file(state, runs / "first" / "objective.safetensors")
+    try:
+        words = [str(runs / "first"), str(runs / "second"), "--output", str(tmp_path)]
+        assert main([*words, "--set", "evaluation.resamples=0"]) == 0
+    finally:
+        (runs / "first" / "objective.safetensors").unlink()
+    said = capsys.readouterr().out
+    found = json.loads((tmp_path / "results.json").read_text())["temperatures"]
+    assert found.keys() == {"first"}
+    image, text = found["first"]["image"], found["first"]["text"]
+    seen = state["image_state.temperature"][:20].double()
+    counts, edges = np.histogram(seen.numpy(), bins=20)
+    assert image["counts"] == counts.tolist()
+    assert image["edges"] == pytest.approx(edges.tolist(), abs=1e-9)
+    assert image["mean"] == pytest.approx(float(seen.mean()))
+    assert image["not_met"] == 10
+    assert (text["counts"], text["not_met"]) == ([60], 0)
+    assert "temperatures of 20 images: mean 0.0163" in said
+    assert "10 not met yet" in said
+    assert "## first: temperatures" in (tmp_path / "results.md").read_text()
+
+
+def test_other_statistics_of_pixels(main, runs, tmp_path):
+    words = [str(runs / "second"), "--set", "evaluation.resamples=0", "--set", "data.image_mean=[0.1,0.9,0.5]"]
+    assert main([*words, "--set", "data.image_std=[0.5,0.1,0.3]", "--output", str(tmp_path)]) == 0
+    got = json.loads((tmp_path / "results.json").read_text())["results"]["second"]
+    encoder = load_model(str(runs / "second")).model
+    encoder.normalise = Normalise((0.1, 0.9, 0.5), (0.5, 0.1, 0.3))
+    config = recipe(f"{runs}/split/00000.tar", resamples=0)
+    assert got == pytest.approx(Evaluator(config).measure(encoder), abs=1e-9)
+    assert got != pytest.approx(Evaluator(config).measure(load_model(str(runs / "second")).model), abs=1e-3)
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_progress_is_a_bar_on_a_terminal_and_lines_elsewhere(monkeypatch, terminal):
+    monkeypatch.setattr("amclr_scale.evaluation.progress.EVERY", 0.0)
+    out = io.StringIO()
+    console = Console(file=out, force_terminal=terminal, width=100)
+    with EvaluationProgress("my model", 10, console=console) as progress:
+        encode = progress.watch(lambda **inputs: inputs)
+        encode(images=(torch.zeros(4, 1),), features=True)
+        if not terminal:
+            assert out.getvalue() == "my model: 4 of 10 encoded (40%) in 0 s\n"
+        progress.more(5)
+        encode(texts=(torch.zeros(11, 1),))
+    assert progress.done == progress.total == 15
+    assert ("15/15" in out.getvalue()) == terminal
+    assert ("\x1b" in out.getvalue()) == terminal
+    quiet = io.StringIO()
+    with EvaluationProgress(
+        "another rank", 10, speaks=False, console=Console(file=quiet, force_terminal=True)
+    ) as other:
+        other.watch(lambda **inputs: inputs)(images=(torch.zeros(4, 1),))
+    assert quiet.getvalue() == ""
+
+
+def test_what_will_be_encoded_is_known(runs):
+    evaluator = Evaluator(recipe(f"{runs}/split/00000.tar", "emoji/val_concept"))
+    calls = []
+
+    def encode(**inputs):
+        calls.append(sum(len(inputs[kind][0]) for kind in ("images", "texts") if inputs.get(kind)))
+        return model(recipe()).eval()(**inputs)
+
+    small = Evaluator(recipe(f"{runs}/split/00000.tar"))
+    with torch.no_grad():
+        small.measure(encode)
+    assert sum(calls) == small.items()
+    assert evaluator.items() > small.items()
 
 
 def test_mistakes_are_one_line_and_code_2(main, runs, tmp_path, capsys):
