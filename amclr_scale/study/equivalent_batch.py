@@ -114,10 +114,10 @@ def equivalent_batch(
         of_items = np.zeros_like(of_seeds)
         if reference_draws is not None and arm_draws is not None:
             of_items = (arm_draws[:, None] - reference_draws @ weights.T).var(0, ddof=1)
-        total = of_seeds + of_items
-        parts = of_seeds**2 / (n - 1) + of_items**2 / max(clusters - 1, 1)
-        freedom = np.where(parts > 0, total**2 / np.where(parts > 0, parts, 1), n - 1)
-        half = special.stdtrit(freedom, (1 + level) / 2) * np.sqrt(total)
+        tail = (1 + level) / 2
+        squares = special.stdtrit(n - 1, tail) ** 2 * of_seeds
+        squares += special.stdtrit(max(clusters - 1, 1), tail) ** 2 * of_items
+        half = np.sqrt(squares)
         inside = np.abs(differences.mean(1)) <= half
     found = at[inside]
     crossings = _crossings(x, curve, score)

@@ -160,9 +160,22 @@ def test_items_widen_an_interval_and_change_nothing_without_spread():
     seeds = estimate([0.01, 0.02, 0.03])
     both = with_items(seeds, 0.01, 500)
     assert both.value == seeds.value
-    assert both.standard_error == pytest.approx(math.hypot(seeds.standard_error, 0.01))
-    assert seeds.degrees_of_freedom < both.degrees_of_freedom < 502
-    assert with_items(seeds, 0.0, 500) == seeds
+    halves = [one.interval()[1] - one.value for one in (seeds, both)]
+    assert halves[1] == pytest.approx(math.hypot(halves[0], stats.t.ppf(0.975, 499) * 0.01))
+    nothing = with_items(seeds, 0.0, 500)
+    assert (nothing.interval(), nothing.p_equivalent(0.05)) == (seeds.interval(), seeds.p_equivalent(0.05))
+
+
+def test_p_values_and_intervals_say_the_same_with_items():
+    both = with_items(estimate([0.01, 0.02, 0.03, 0.015]), 0.004, 300)
+    for level in (0.5, 0.9, 0.99):
+        low, high = both.interval(level)
+        assert both.p_above(low) == pytest.approx((1 - level) / 2, rel=1e-6)
+        assert both.p_below(high) == pytest.approx((1 - level) / 2, rel=1e-6)
+        assert both.p_above(high) == pytest.approx((1 + level) / 2, rel=1e-6)
+    seeds = estimate([0.01, 0.02, 0.03, 0.015])
+    assert both.p_different() > seeds.p_different()  # no claim is easier about new items
+    assert with_items(estimate([0.5, 0.5]), 1e-6, 300).p_different() < 1e-9
 
 
 @pytest.mark.parametrize(

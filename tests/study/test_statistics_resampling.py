@@ -44,11 +44,11 @@ def coverages(n: int, studies: int = STUDIES) -> dict[str, float]:
 
 def test_seeds_and_items_together_are_covered_at_few_seeds_where_the_bootstrap_is_not():
     few = coverages(3, 600)
-    assert 0.92 <= few["with_items"] <= 0.97  # 93.3 % of 1,500 studies; 95.1 % at 5 seeds, 94.8 % at 10 and at 20
+    assert 0.94 <= few["with_items"] <= 0.985  # 96.5 % of 1,500 studies; 97.3 % at 5 seeds, 95.7 % at 10, 95.3 % at 20
     assert few["bootstrap"] < 0.91  # 87.7 % of 1,500; why no bootstrap over seeds decides
     many = coverages(20, 250)
     assert 0.92 <= many["bootstrap"] <= 0.99
-    assert 0.92 <= many["with_items"] <= 0.985
+    assert 0.93 <= many["with_items"] <= 0.98
     assert many["seeds"] < 0.8  # says nothing about other test items, and does not claim to
 
 

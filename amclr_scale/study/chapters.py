@@ -1,0 +1,173 @@
+"""The chapters of a study's report that hold its tables and figures, as Markdown."""
+
+from collections.abc import Sequence
+
+from amclr_scale.study import curves, plots, tables
+from amclr_scale.study.analysis import Analysed
+from amclr_scale.study.claims import Speaker, claims_table, numbers_table, scale_of, sources_list
+from amclr_scale.study.comparability import differences, surroundings
+from amclr_scale.study.comparison import Group
+from amclr_scale.study.document import Document
+from amclr_scale.study.plots import Looks
+from amclr_scale.study.results import Study
+
+
+def scores(report: Document, study: Study, analysed: Sequence[Analysed], looks: Looks) -> None:
+    report.say(
+        "## Runs",
+        "A row per method and batch size: means over seeds. Hours are the wall clock of all attempts, start and "
+        "evaluation included. TFLOP are the useful operations of the whole run, forward and backward once: the plan's "
+        "account with the similarities where it has one, else those of both towers. Encoder passes are per sample, "
+        "relative to plain CLIP.",
+    )
+    first = analysed[0]
+    report.table(tables.run_table(first.outcome, first.unit))
+    report.say("## Scores by method and batch size", "Mean over seeds with its 95 % t interval over seeds.")
+    for one in analysed:
+        report.say(f"### {one.outcome.metric.name}")
+        report.table(tables.matrix(one.outcome, one.unit, f"scores_{one.slug}"))
+        if one is not first:
+            report.figure(
+                plots.score_by_batch(one.outcome, one.unit, looks, f"by_batch_{one.slug}", one.reference, study.margin)
+            )
+    sweep = tables.learning_rate_table(first.outcome, first.unit)
+    if sweep.rows:
+        report.say(
+            "### Learning rates",
+            "Each seed is scored at the learning rate that the other seeds chose. The score of the best rate, chosen "
+            "and measured on the same runs, is biased upwards.",
+        )
+        report.table(sweep)
+
+
+def verdicts(report: Document, study: Study, analysed: Sequence[Analysed], looks: Looks) -> None:
+    margin = analysed[0].unit.margin(study.margin)
+    report.say(
+        "## Verdicts",
+        "Differences are paired by seed. *matches*: two one-sided t tests (TOST) show that the difference lies within "
+        f"{margin} either way. *better*, *worse*: a difference is shown, and a match is not. *undecided*: neither is, "
+        "which is not evidence for equality. p-values (of no difference, of a match, of not being worse by the margin "
+        "or more) are adjusted by Holm within each table and kind of test, at level 5 %; intervals are not adjusted. "
+        "The verdict holds for this test set; *with new items* also lets the test items vary. *Seeds needed*: to "
+        "show a match with 80 % power if there is no difference at all, at the spread measured here and at both ends of "
+        "that spread's own 95 % interval.",
+    )
+    for place, one in enumerate(analysed):
+        name = one.outcome.metric.name
+        if place:
+            name += " (exploratory)"
+        for kind, compared, words in (
+            ("reference", one.against_reference, f"against {one.reference.name}" if one.reference else ""),
+            ("same_batch", one.same_batch, "against the reference's arm at the same batch size"),
+        ):
+            if not compared:
+                continue
+            report.say(f"### {name}, {words}")
+            report.table(tables.verdict_table(compared, one.unit, study.margin, f"verdicts_{kind}_{one.slug}"))
+            caption = f"{one.outcome.metric.name}, {words}: thick over seeds, thin over seeds and items, 95 %."
+            figure = plots.differences(
+                compared, one.unit, looks, f"differences_{kind}_{one.slug}", caption, study.margin
+            )
+            report.figure(figure)
+
+
+def equivalent(report: Document, first: Analysed, groups: Sequence[Group]) -> None:
+    if first.reference is None:
+        return
+    curve = [g for g in groups if g.arm == first.reference.arm and g.variant == first.reference.variant]
+    table = tables.equivalent_batch_table(first.outcome, curve)
+    if not table.rows:
+        return
+    report.say(
+        "## Equivalent batch size",
+        f"The batch size at which {first.reference.title} scores what another method scores at B, on straight lines in "
+        "log2 B between the batch sizes that were run. A curve that is not monotone can have several answers. The "
+        "interval holds all batch sizes within the range at which a paired t test (seeds and items) does not tell the "
+        "two apart. Outside the range nothing was measured; a number for it is called extrapolated.",
+    )
+    report.table(table)
+
+
+def costs(report: Document, first: Analysed, groups: Sequence[Group], looks: Looks) -> None:
+    made = [
+        plots.score_by_cost(
+            first.outcome, first.unit, looks, "tflop", "TFLOP", "by_flops",
+            "Score against the useful floating-point operations of a run.",
+        ),
+        plots.score_by_cost(
+            first.outcome, first.unit, looks, "hours", "hours", "by_hours", "Score against wall clock."
+        ),
+        plots.by_batch(
+            groups, looks, "peak_gib", "peak memory per rank, GiB", "memory", "Peak memory per rank against batch size."
+        ),
+        plots.by_batch(
+            groups, looks, "samples_per_second", "samples/s", "throughput", "Throughput against batch size."
+        ),
+        plots.heat_map(first.outcome, first.unit, "gradient_batch_and_negatives"),
+    ]  # fmt: skip
+    if any(made):
+        report.say("## Costs")
+        for figure in made:
+            report.figure(figure)
+
+
+def training(report: Document, first: Analysed, groups: Sequence[Group], looks: Looks) -> None:
+    curve = curves.score_by_samples(first.outcome, first.unit, looks, f"by_samples_{first.slug}")
+    objective = curves.objective_by_samples(groups, looks, "objective_by_samples")
+    logged = curves.diagnostics(groups, looks)
+    if curve or objective or logged:
+        report.say("## During training")
+        if curve is None:
+            report.say("The metric was measured at the end only; what follows is the training objective.")
+        for figure in (curve, objective, *logged):
+            report.figure(figure)
+
+
+def checks(report: Document, study: Study, first: Analysed) -> None:
+    agreement = tables.agreement_table(first.outcome, first.unit)
+    report.say("## Checks")
+    if agreement.rows:
+        report.say(
+            "### Cells that must agree",
+            "The same mathematics under two names. Rounding differs, and training multiplies it; a difference that is "
+            "large beside the spread over seeds would be a fault.",
+        )
+        report.table(agreement)
+    found = differences(study.runs)
+    warned = [one for one in found if one.warn]
+    report.say(
+        "### What differs between the runs",
+        "From the configurations of the finished runs, not from the plan. All other keys of the recipe are equal.",
+    )
+    if warned:
+        report.say(
+            "Arms differ in keys that a comparison of objectives would hold equal: "
+            + ", ".join(f"`{one.key}`" for one in warned)
+            + ". Unless that difference is the arm, it is an alternative explanation of the results."
+        )
+    report.table(tables.difference_table(found))
+    around = surroundings(study.runs)
+    lines = [f"- {key}: {' / '.join(values)}" for key, values in around.items() if values]
+    mixed = [key for key in ("device", "cpu", "host", "ranks") if len(around[key]) > 1]
+    report.say("### Where it ran", "\n".join(lines))
+    if mixed:
+        report.say(f"Not all on one machine ({', '.join(mixed)} differ): hours and samples/s do not compare.")
+
+
+def claims(report: Document, study: Study, first: Analysed, groups: Sequence[Group]) -> None:
+    speaker = Speaker(study, first.outcome, first.unit, first.against_reference, first.reference)
+    unit = "points, " if first.unit.share else ""
+    report.say(
+        "## Claims",
+        f"What others have claimed, and what this study says about it ({unit}{first.outcome.metric.name}, 95 % over "
+        f"seeds; each claim's comparisons are a family of their own). This study's scale: {scale_of(study)}. Anything "
+        "measured at that scale speaks to the direction of a claim, not to its size.",
+    )
+    report.say(sources_list())
+    report.table(claims_table(speaker))
+    report.say(
+        "### Published numbers",
+        "Scores of other data, towers and lengths do not compare in size. They stand side by side so that nobody "
+        "has to look them up, and so that a study at their scale can be held against them.",
+    )
+    report.table(numbers_table(study, groups))

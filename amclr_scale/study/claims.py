@@ -1,0 +1,223 @@
+"""Published claims and numbers (claims.yaml) beside what a study measured; where it measured nothing, that is said.
+
+A study speaks to a claim when its finished cells hold what the claim's `measure` names; nothing else is inferred. What
+it says is in the study's first metric, at this study's scale, and the table says how that scale differs.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from importlib.resources import files
+from typing import Any
+
+import yaml
+
+from amclr_scale.study.comparison import Comparison, Group, Outcome, compare, find
+from amclr_scale.study.document import Table
+from amclr_scale.study.results import Metric, Study
+from amclr_scale.study.tables import DASH, mean_of
+from amclr_scale.study.units import Unit
+
+NOT_MEASURED = "not measured here"
+SCORES = {
+    "image_to_text_R@1": "R@1 image to text",
+    "text_to_image_R@1": "R@1 text to image",
+    "R@mean": "Recall@Mean",
+    "zero_shot_top1": "zero-shot top 1",
+}
+
+
+def load_claims() -> dict[str, Any]:
+    """The table of claims, numbers and sources."""
+    found: dict[str, Any] = yaml.safe_load(files("amclr_scale.study").joinpath("claims.yaml").read_text("utf-8"))
+    return found
+
+
+class Speaker:
+    """What one study says about claims.
+
+    Args:
+        against_reference: the decided comparisons with the study's reference.
+    """
+
+    def __init__(
+        self,
+        study: Study,
+        outcome: Outcome,
+        unit: Unit,
+        against_reference: Sequence[Comparison],
+        reference: Group | None,
+    ):
+        self.study, self.outcome, self.unit = study, outcome, unit
+        self.against_reference, self.reference = against_reference, reference
+
+    def says(self, claim: Mapping[str, Any]) -> str:
+        """One line per thing measured; empty where the study is silent."""
+        measure = claim.get("measure") or {}
+        if measure.get("held_equal", self.study.held_equal) != self.study.held_equal:
+            return ""
+        kinds: dict[str, Callable[[Mapping[str, Any]], list[str]]] = {
+            "difference": self._differences,
+            "reference": self._reference,
+            "axis": self._axis,
+            "cost": self._cost,
+            "speed": self._speed,
+            "weights": self._weights,
+        }
+        return "\n".join(kinds[measure["kind"]](measure)) if measure else ""
+
+    def _pairs(self, measure: Mapping[str, Any]) -> list[tuple[Group, Group]]:
+        return [
+            (group, base)
+            for first, second in measure["pairs"]
+            for group in self.outcome.groups
+            if group.arm == first
+            and (base := find(self.outcome.groups, second, group.global_batch_size, group.variant))
+        ]
+
+    def _differences(self, measure: Mapping[str, Any]) -> list[str]:
+        compared = compare(self.outcome, self._pairs(measure), self.study.margin)  # one family: this claim's
+        lines: dict[tuple[str, str], list[str]] = {}
+        for one in compared:
+            words = (
+                f"{self.unit.change(one.difference.seeds)} at {one.group.global_batch_size:,} ({one.decision.verdict})"
+            )
+            lines.setdefault((one.group.title, one.base.title), []).append(words)
+        return [f"{first} - {second}: " + "; ".join(words) for (first, second), words in lines.items()]
+
+    def _reference(self, measure: Mapping[str, Any]) -> list[str]:
+        lines: dict[str, list[str]] = {}
+        for one in self.against_reference:
+            if one.group.arm in measure["arms"] and one.group.global_batch_size < one.base.global_batch_size:
+                words = f"{one.group.global_batch_size:,}: {one.decision.verdict}"
+                lines.setdefault(one.group.title, []).append(f"{words} ({self.unit.change(one.difference.seeds)})")
+        name = self.reference.name if self.reference else "the reference"
+        return [f"{title} against {name}, at B = " + "; ".join(words) for title, words in lines.items()]
+
+    def _axis(self, measure: Mapping[str, Any]) -> list[str]:
+        axis, lines = measure["axis"], []
+        for arm in measure["arms"]:
+            members = [g for g in self.outcome.groups if g.arm == arm and axis in dict(g.variant)]
+            if len({dict(g.variant)[axis] for g in members}) < 2:
+                continue
+            for batch in sorted({g.global_batch_size for g in members}):
+                means = [(g, self.outcome.mean(g)) for g in members if g.global_batch_size == batch]
+                scores = [f"{dict(g.variant)[axis]}: {self.unit.estimate(m.seeds)}" for g, m in means if m]
+                lines.append(f"{members[0].arm} at B = {batch:,}, by {axis}: " + "; ".join(scores))
+        return lines
+
+    def _cost(self, measure: Mapping[str, Any]) -> list[str]:
+        lines = []
+        for arm in measure["arms"]:
+            group = find(self.outcome.groups, arm)
+            if group is None or group.runs[0].cell.comparisons is None:
+                continue
+            cell = group.runs[0].cell
+            negatives = "" if cell.negatives is None else f"{cell.negatives:,.0f} negatives per term, "
+            passes = "" if cell.encoder_cost is None else f", {cell.encoder_cost:g} encoder passes"
+            lines.append(f"{group.name}: {negatives}{cell.comparisons:,.0f} comparisons per anchor{passes}")
+        return lines if len(lines) > 1 else []
+
+    def _speed(self, measure: Mapping[str, Any]) -> list[str]:
+        lines = []
+        for group, base in self._pairs(measure):
+            first, second = mean_of(group.runs, "samples_per_second"), mean_of(base.runs, "samples_per_second")
+            if first and second:
+                lines.append(f"{group.name}: {first / second:.2f} times the samples/s of {base.title}")
+        return lines
+
+    def _weights(self, _: Mapping[str, Any]) -> list[str]:
+        found = {describe_towers(run.config)[1] for run in self.study.runs}
+        return [f"towers here: {', '.join(sorted(found))}"] if found else []
+
+
+def sources_list() -> str:
+    """Where the claims come from, as Markdown."""
+    return "\n".join(f"- {name}: {words}" for name, words in load_claims()["sources"].items())
+
+
+def describe_towers(config: Mapping[str, Any]) -> tuple[str, str]:
+    """The towers' names, and what they were initialised with."""
+    names = f"{config.get('model.image.name')} and {config.get('model.text.name')}"
+    weights = [
+        "image tower from a file" if config.get("model.image.weights") else "",
+        "text tower pretrained" if config.get("model.text.pretrained") else "",
+    ]
+    return names, ", ".join(word for word in weights if word) or "random weights"
+
+
+def scale_of(study: Study) -> str:
+    """This study's scale, in one line."""
+    if not study.runs:
+        return "no finished cell"
+    run = study.runs[0]
+    names, weights = describe_towers(run.config)
+    samples = sorted({one.cell.samples for one in study.runs})
+    batches = sorted({one.cell.global_batch_size for one in study.runs})
+    length = f"{samples[0]:,}" if len(samples) == 1 else f"{samples[0]:,} to {samples[-1]:,}"
+    sizes = ", ".join(f"{batch:,}" for batch in batches)
+    seeds = len({one.cell.seed for one in study.runs})
+    return (
+        f"{run.config.get('data.train')}, {names} ({weights}), {length} samples, B = {sizes}, "
+        f"{seeds} {'seed' if seeds == 1 else 'seeds'}"
+    )
+
+
+def claims_table(speaker: Speaker) -> Table:
+    """Every claim: what was claimed, what this study says, and why that is comparable or not."""
+    found = load_claims()
+    rows, raw = [], []
+    for claim in found["claims"]:
+        says = speaker.says(claim)
+        elsewhere = str(claim.get("elsewhere", ""))
+        here = says or NOT_MEASURED + (f": {elsewhere}" if elsewhere else "")
+        comparable = str(claim.get("comparable", "its direction, not its size: another scale")) if says else DASH
+        rows.append([
+            claim["id"], claim["claim"] + (f"\nclaimed: {claim['claimed']}" if "claimed" in claim else ""),
+            f"{claim['source']}: {claim['scale']}", claim["doubt"], here, comparable,
+        ])  # fmt: skip
+        raw.append({
+            "id": claim["id"], "claim": claim["claim"], "claimed": claim.get("claimed"),
+            "source": claim["source"], "scale": claim["scale"], "doubt": claim["doubt"],
+            "measured_here": says or None, "elsewhere": elsewhere or None,
+        })  # fmt: skip
+    header = ["", "claim", "source and scale", "why it needs a test", "measured here", "comparable"]
+    return Table("claims", header, rows, raw, left=6)
+
+
+def numbers_table(study: Study, groups: Sequence[Group]) -> Table:
+    """Published scores beside the same arm's here, at its smallest batch size."""
+    found = load_claims()
+    split = study.metrics[0].keys[0].rpartition("/")[0]
+    rows, raw = [], []
+    for number in found["numbers"]:
+        group = _counterpart(number, groups)
+        claimed, here, record = [], [], {"published": number["name"], "source": number["source"]}
+        for key, value in number["scores"].items():
+            claimed.append(f"{SCORES[key]} {value:.2f}")
+            measured = _measured(Metric(key, (f"{split}/{key}",)), group) if group else None
+            record |= {f"claimed_{key}": value, f"here_{key}": None if measured is None else 100 * measured}
+            if measured is not None:
+                here.append(f"{SCORES[key]} {100 * measured:.2f}")
+        where = f"{group.name}, {split}\n" if group and here else ""
+        rows.append([number["name"], "\n".join(claimed), f"{number['source']}: {number['scale']}",
+                     where + "\n".join(here) if here else NOT_MEASURED])  # fmt: skip
+        raw.append({**record, "scale": number["scale"], "group_here": group.name if group and here else None})
+    return Table("published_numbers", ["arm", "claimed, %", "source and scale", "here, %"], rows, raw, left=4)
+
+
+def _counterpart(number: Mapping[str, Any], groups: Sequence[Group]) -> Group | None:
+    fitting = [
+        group
+        for group in groups
+        if group.arm == number["arm"] and group.runs[0].config.get("optimizer.name") == number["optimizer"]
+    ]
+    plain = [group for group in fitting if not group.variant] or fitting
+    return min(plain, key=lambda group: group.global_batch_size, default=None)
+
+
+def _measured(metric: Metric, group: Group) -> float | None:
+    """The mean over seeds (at the swept rate that is best in this metric)."""
+    if any(key not in run.results for run in group.runs for key in metric.keys):
+        return None
+    runs, _ = group.chosen(metric)
+    scores = [metric.score(run.results) for run in runs.values()]
+    return sum(scores) / len(scores) if scores else None

@@ -1,0 +1,131 @@
+"""The figures of a report that show training: scores, objectives and diagnostics against samples seen."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from amclr_scale.study.comparison import Group, Outcome
+from amclr_scale.study.document import Figure
+from amclr_scale.study.plots import WIDTH, Looks, finish, pyplot
+from amclr_scale.study.units import Unit
+
+MOST_DIAGNOSTICS = 6
+
+
+def score_by_samples(outcome: Outcome, unit: Unit, looks: Looks, name: str) -> Figure | None:
+    """The metric during training, a panel per batch size; None where it was measured at the end only."""
+    metric = outcome.metric
+    rows: list[dict[str, Any]] = []
+    for group in outcome.groups:
+        at: dict[float, list[float]] = {}
+        for run in group.runs:
+            for record in run.records:
+                if all(f"eval/{key}" in record for key in metric.keys):
+                    scores = {key: record[f"eval/{key}"] for key in metric.keys}
+                    at.setdefault(record["samples"], []).append(metric.score(scores))
+        rows += [
+            {"title": group.title, "global_batch_size": group.global_batch_size, "samples": samples,
+             "score": float(np.mean(scores)), "runs": len(scores)}
+            for samples, scores in sorted(at.items())
+        ]  # fmt: skip
+    if len({row["samples"] for row in rows}) < 3:
+        return None
+    label = f"{metric.name}{', %' if unit.share else ''}"
+    caption = f"{metric.name} during training, mean over seeds, against samples seen."
+    scaled = [{**row, "y": unit.factor * row["score"]} for row in rows]
+    return _panels(name, caption, scaled, rows, panel="global_batch_size", line="title", label=label, looks=looks)
+
+
+def objective_by_samples(groups: Sequence[Group], looks: Looks, name: str) -> Figure | None:
+    """The training objective, a panel per method: their values are not comparable with one another."""
+    rows = _logged(groups, "objective/objective") or _logged(groups, "loss")
+    caption = "Training objective against samples seen, mean over seeds. Values of different methods do not compare."
+    scaled = [{**row, "y": row["value"]} for row in rows]
+    return _panels(name, caption, scaled, rows, panel="title", line="global_batch_size", label="objective", looks=looks)
+
+
+def diagnostics(groups: Sequence[Group], looks: Looks) -> list[Figure]:
+    """What the runs logged about their estimators and gradients, one figure each; the estimators' error first."""
+    logged = {key for group in groups for run in group.runs for record in run.steps for key in record}
+    keys = sorted(
+        (key for key in logged if key.startswith("diagnostics/")), key=lambda key: ("estimator" not in key, key)
+    )
+    found = []
+    for key in keys[:MOST_DIAGNOSTICS]:
+        rows = _logged(groups, key)
+        words = key.partition("/")[2].replace("_", " ")
+        figure = _panels(
+            f"diagnostics_{key.partition('/')[2]}", f"{words} against samples seen, mean over seeds.",
+            [{**row, "y": row["value"]} for row in rows], rows,
+            panel="global_batch_size", line="title", label=words, looks=looks,
+        )  # fmt: skip
+        if figure:
+            found.append(figure)
+    return found
+
+
+def _logged(groups: Sequence[Group], key: str) -> list[dict[str, Any]]:
+    """A logged quantity by group and samples, mean over seeds."""
+    rows: list[dict[str, Any]] = []
+    for group in groups:
+        at: dict[float, list[float]] = {}
+        for run in group.runs:
+            for record in run.steps:
+                if record.get(key) is not None:
+                    at.setdefault(record["samples"], []).append(record[key])
+        rows += [
+            {"title": group.title, "global_batch_size": group.global_batch_size, "samples": samples,
+             "value": float(np.mean(values)), "runs": len(values)}
+            for samples, values in sorted(at.items())
+        ]  # fmt: skip
+    return rows
+
+
+def _panels(
+    name: str, caption: str, rows: Sequence[dict[str, Any]], raw: Sequence[dict[str, Any]], *,
+    panel: str, line: str, label: str, looks: Looks,
+) -> Figure | None:  # fmt: skip
+    """Curves against samples in small panels, up to three in a row."""
+    if not rows:
+        return None
+    plt = pyplot()
+    panels = list(dict.fromkeys(row[panel] for row in rows))
+    panels = sorted(panels) if panel == "global_batch_size" else panels
+    lines = list(dict.fromkeys(row[line] for row in rows))
+    across = min(3, len(panels))
+    down = -(-len(panels) // across)
+    shared = panel == "global_batch_size"
+    figure, grid = plt.subplots(
+        down, across, figsize=(WIDTH, 0.5 + 2.3 * down), squeeze=False, sharex=True, sharey=shared, layout="constrained"
+    )
+    shades = plt.get_cmap("viridis")(np.linspace(0.85, 0.1, len(lines)))
+    for place, value in enumerate(panels):
+        axes = grid[place // across][place % across]
+        for at, which in enumerate(sorted(lines) if line == "global_batch_size" else lines):
+            mine = [row for row in rows if row[panel] == value and row[line] == which]
+            look = (
+                {**looks(which), "marker": None}
+                if line == "title"
+                else {"color": shades[at], "label": f"B = {which:,}"}
+            )
+            if mine:
+                axes.plot([row["samples"] for row in mine], [row["y"] for row in mine], **look)
+        axes.set_title(f"B = {value:,}" if panel == "global_batch_size" else value)
+        axes.xaxis.set_major_locator(plt.MaxNLocator(4))
+        axes.xaxis.set_major_formatter(_thousands)
+    for place in range(len(panels), down * across):
+        grid[place // across][place % across].set_visible(False)
+    figure.supxlabel("samples seen, thousands", fontsize=9)
+    figure.supylabel(label, fontsize=9)
+    handles: dict[str, Any] = {}
+    for axes in grid.flat:
+        handles |= dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
+    figure.legend(
+        handles.values(), handles.keys(), loc="upper center", bbox_to_anchor=(0.5, 0.0), ncols=min(4, len(handles))
+    )
+    return finish(name, caption, figure, raw)
+
+
+def _thousands(value: float, _: int) -> str:
+    return f"{value / 1000:g}"

@@ -1,0 +1,259 @@
+"""The tables of a report: runs, scores by batch size, verdicts, equivalent batch sizes, agreement, what is missing.
+
+Scores that are shares are shown in percent, their differences in points (hundredths); others as they are. Every number
+that is shown is in the table's CSV with all its digits, in the metric's own unit.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from scipy import special
+
+from amclr_scale.study.comparability import Difference
+from amclr_scale.study.comparison import Both, Comparison, Group, Outcome, find
+from amclr_scale.study.document import Table
+from amclr_scale.study.results import Missing, Run
+from amclr_scale.study.statistics import Estimate, seeds_needed_for_equivalence
+from amclr_scale.study.units import Unit
+
+DASH = "-"
+# Arms that are the same mathematics (up to a factor of the gradient that Adam's division takes away), and why.
+AGREEING = (("sogclr_gamma1", "dcl", "at gamma = 1 SogCLR's gradient is DCL's times the temperature"),)
+
+
+def raw_estimate(name: str, both: Both | None) -> dict[str, Any]:
+    """An estimate's columns of a CSV."""
+    if both is None:
+        return {name: None}
+    low, high = both.seeds.interval()
+    wide_low, wide_high = both.items.interval() if both.items else (None, None)
+    return {
+        name: both.seeds.value, f"{name}_low": low, f"{name}_high": high, "seeds": both.seeds.n,
+        f"{name}_low_with_items": wide_low, f"{name}_high_with_items": wide_high,
+    }  # fmt: skip
+
+
+def mean_of(runs: Sequence[Run], quantity: str) -> float | None:
+    """The mean of a quantity of the runs that have it."""
+    values = [value for run in runs if (value := getattr(run, quantity)) is not None]
+    return sum(values) / len(values) if values else None
+
+
+def flops_of(group: Group) -> float | None:
+    """The plan's figure where all have one, else the towers' counted one."""
+    planned = [run.cell.flops for run in group.runs]
+    known = [value for value in planned if value is not None]
+    return sum(known) / len(known) if len(known) == len(planned) else mean_of(group.runs, "useful_flops")
+
+
+def _number(value: float | None, digits: int = 3) -> str:
+    if value is None:
+        return DASH
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.{digits}g}"
+
+
+def run_table(outcome: Outcome, unit: Unit) -> Table:
+    """A row per group."""
+    header = [
+        "arm", "B", "seeds", f"score, {unit.name or 'value'} [95 %, seeds]", "[95 %, seeds and items]", "learning rate",
+        "samples", "steps", "epochs", "encoder passes", "comparisons per anchor", "TFLOP", "hours", "samples/s",
+        "peak GiB",
+    ]  # fmt: skip
+    rows, raw = [], []
+    for group in outcome.groups:
+        mean, cell = outcome.mean(group), group.runs[0].cell
+        flops, hours = flops_of(group), mean_of(group.runs, "hours")
+        speed, peak = mean_of(group.runs, "samples_per_second"), mean_of(group.runs, "peak_gib")
+        rates = " or ".join(f"{rate:.3g}" for rate in group.rates)
+        low, high = mean.items.interval() if mean and mean.items else (math.nan, math.nan)
+        rows.append([
+            group.title, f"{group.global_batch_size:,}", str(mean.seeds.n if mean else 0),
+            unit.estimate(mean.seeds) if mean else DASH,
+            DASH if math.isnan(low) else f"[{unit.score(low)}, {unit.score(high)}]",
+            rates, f"{cell.samples:,}", f"{cell.steps:,}", f"{cell.epochs:.3g}", _number(cell.encoder_cost),
+            _number(cell.comparisons, 4), _number(None if flops is None else flops / 1e12), _number(hours),
+            _number(speed), _number(peak),
+        ])  # fmt: skip
+        raw.append({
+            "arm": group.arm, "title": group.title, "global_batch_size": group.global_batch_size,
+            **raw_estimate("score", mean), "learning_rates": rates, "samples": cell.samples, "steps": cell.steps,
+            "epochs": cell.epochs, "encoder_cost": cell.encoder_cost, "negatives": cell.negatives,
+            "comparisons": cell.comparisons, "flops": flops, "hours": hours, "samples_per_second": speed,
+            "peak_gib": peak,
+        })  # fmt: skip
+    return Table("runs", header, rows, raw)
+
+
+def matrix(outcome: Outcome, unit: Unit, name: str) -> Table:
+    """Methods down, batch sizes across."""
+    batches = sorted({group.global_batch_size for group in outcome.groups})
+    methods = dict.fromkeys((group.arm, group.variant, group.title) for group in outcome.groups)
+    at = {(group.arm, group.variant, group.global_batch_size): group for group in outcome.groups}
+    rows, raw = [], []
+    for arm, variant, title in methods:
+        line = [title]
+        for batch in batches:
+            group = at.get((arm, variant, batch))
+            mean = outcome.mean(group) if group else None
+            line.append(unit.estimate(mean.seeds) if mean else DASH)
+            if mean:
+                raw.append({"metric": outcome.metric.name, "arm": arm, "title": title, "global_batch_size": batch,
+                            **raw_estimate("score", mean)})  # fmt: skip
+        rows.append(line)
+    return Table(name, ["arm", *(f"B = {batch:,}" for batch in batches)], rows, raw)
+
+
+def verdict_table(compared: Sequence[Comparison], unit: Unit, margin: float, name: str) -> Table:
+    """What each comparison has shown."""
+    header = [
+        "arm", "against", "seeds", f"difference{', points' if unit.share else ''} [95 %, seeds]",
+        "[95 %, seeds and items]", "verdict", "p equal", "p match", "p not worse", "verdict with new items",
+        "seeds needed",
+    ]  # fmt: skip
+    rows, raw = [], []
+    for one in compared:
+        seeds, wide, decision = one.difference.seeds, one.difference.items, one.decision
+        low, high = wide.interval() if wide else (math.nan, math.nan)
+        needed = needed_seeds(seeds, margin)
+        rows.append([
+            one.group.name, one.base.name, str(seeds.n), unit.change(seeds),
+            DASH if math.isnan(low) else f"[{unit.difference(low)}, {unit.difference(high)}]",
+            decision.verdict, _p(decision.p_different), _p(decision.p_equivalent), _p(decision.p_not_worse),
+            one.with_items.verdict if one.with_items else DASH, needed_words(needed),
+        ])  # fmt: skip
+        raw.append({
+            "arm": one.group.name, "against": one.base.name, **raw_estimate("difference", one.difference),
+            "margin": margin, "verdict": decision.verdict, "p_different_holm": decision.p_different,
+            "p_equivalent_holm": decision.p_equivalent, "p_not_worse_holm": decision.p_not_worse,
+            "verdict_with_items": one.with_items.verdict if one.with_items else None,
+            "deviation_of_differences": seeds.deviation,
+            **dict(zip(("seeds_needed", "seeds_needed_least", "seeds_needed_most"), needed or (), strict=False)),
+        })  # fmt: skip
+    return Table(name, header, rows, raw, left=2, words=(5, 9))
+
+
+def needed_seeds(seeds: Estimate, margin: float) -> tuple[int | None, int | None, int | None] | None:
+    """Seeds to show equivalence with 80 % power if there is no difference; None where the spread is unknown.
+
+    Returns:
+        At the measured spread over seeds, and at both ends of that spread's 95 % interval.
+    """
+    if math.isnan(seeds.standard_error):
+        return None
+    freedom = seeds.degrees_of_freedom
+    ends = [seeds.deviation * math.sqrt(freedom / float(special.chdtri(freedom, p))) for p in (0.025, 0.975)]
+    least, most = (seeds_needed_for_equivalence(end, margin) for end in ends)
+    return seeds_needed_for_equivalence(seeds.deviation, margin), least, most
+
+
+def needed_words(needed: tuple[int | None, int | None, int | None] | None) -> str:
+    if needed is None:
+        return "unknown"
+    middle, least, most = (">100,000" if one is None else f"{one:,}" for one in needed)
+    return middle if least == most else f"{middle} ({least} to {most})"
+
+
+def _p(value: float) -> str:
+    if math.isnan(value):
+        return DASH
+    return "<0.001" if value < 0.001 else f"{value:.3f}"
+
+
+def equivalent_batch_table(outcome: Outcome, curve: Sequence[Group]) -> Table:
+    """At which batch size the reference arm scores what each other group scores."""
+    rows, raw = [], []
+    for group in outcome.groups:
+        found = None if group in curve else outcome.equivalent_batch(group, curve)
+        if found is None:
+            continue
+        rows.append([group.title, f"{group.global_batch_size:,}", found.number(), found.interval()])
+        raw.append({
+            "arm": group.arm, "title": group.title, "global_batch_size": group.global_batch_size,
+            "crossings": " ".join(f"{value:.6g}" for value in found.crossings), "low": found.low, "high": found.high,
+            "low_open": found.low_open, "high_open": found.high_open, "higher_than_all": found.above,
+            "lower_than_all": found.below,
+            "extrapolated_not_measured": " ".join(f"{value:.6g}" for value in found.extrapolated),
+        })  # fmt: skip
+    label = curve[0].title if curve else "reference"
+    return Table("equivalent_batch", ["arm", "B", f"equivalent batch size of {label}", "95 %"], rows, raw, words=(2, 3))
+
+
+def agreement_table(outcome: Outcome, unit: Unit) -> Table:
+    """Cells that must agree: the same mathematics under two names, or one recipe run in two ways."""
+    pairs = [
+        (group, other, why)
+        for first, second, why in AGREEING
+        for group in outcome.groups
+        if group.arm == first and (other := find(outcome.groups, second, group.global_batch_size))
+    ]
+    pairs += [
+        (group, other, AGREEING[0][2])
+        for group in outcome.groups
+        if group.arm == "sogclr" and dict(group.variant).get("objective.gamma") in (1, 1.0)
+        if (other := find(outcome.groups, "dcl", group.global_batch_size))
+    ]
+    recipes = [({run.cell.recipe_hash for run in group.runs}, group) for group in outcome.groups]
+    pairs += [
+        (group, other, "one recipe, run in two ways")
+        for place, (hashes, group) in enumerate(recipes)
+        for others, other in recipes[:place]
+        if hashes & others
+    ]
+    rows, raw = [], []
+    for group, other, why in pairs:
+        seeds = outcome.seeds(group, other)
+        if not seeds:
+            continue
+        apart = abs(outcome.values(group, seeds) - outcome.values(other, seeds))
+        usual = outcome.values(other, seeds).std(ddof=1) if len(seeds) > 1 else math.nan
+        rows.append([
+            group.name, other.name, why, str(len(seeds)), unit.difference(float(apart.max())).lstrip("+"),
+            DASH if math.isnan(usual) else unit.difference(float(usual)).lstrip("+"),
+        ])  # fmt: skip
+        raw.append({"first": group.name, "second": other.name, "why": why, "seeds": len(seeds),
+                    "largest_difference": float(apart.max()), "deviation_over_seeds": float(usual)})  # fmt: skip
+    header = ["cells", "must agree with", "because", "seeds", "largest difference of a seed", "deviation over seeds"]
+    return Table("agreement", header, rows, raw, left=3)
+
+
+def learning_rate_table(outcome: Outcome, unit: Unit) -> Table:
+    """Swept learning rates: what was chosen, and what choosing on the same data would have claimed."""
+    rows, raw = [], []
+    for group in outcome.groups:
+        found = outcome.selection(group)
+        if found is None:
+            continue
+        fair = sum(found.scores) / len(found.scores)
+        best = group.rates[found.best]
+        note = "at the edge of the sweep: widen it" if found.at_edge else ""
+        note += ("; " if note else "") + "one seed: biased upwards" if found.biased else ""
+        rows.append([group.name, ", ".join(f"{rate:.3g}" for rate in group.rates), f"{best:.3g}",
+                     unit.score(fair), unit.score(found.naive), note])  # fmt: skip
+        raw.append({"group": group.name, "rates": " ".join(map(str, group.rates)), "best": best, "score": fair,
+                    "naive": found.naive, "at_edge": found.at_edge, "biased": found.biased})  # fmt: skip
+    header = ["cells", "tried", "best", "score, chosen by the other seeds", "score of the best (biased)", "note"]
+    return Table("learning_rates", header, rows, raw, left=2, words=(5,))
+
+
+def difference_table(found: Sequence[Difference]) -> Table:
+    """What is not the same in all runs."""
+    rows = [[one.key, one.by, "\n".join(map(_valued, one.values[:6]))] for one in found]
+    raw = [
+        {"key": one.key, "by": one.by, "value": value, "where": where, "should_be_equal": one.warn}
+        for one in found
+        for where, value in one.values
+    ]
+    return Table("differences", ["key", "differs by", "values"], rows, raw, left=3)
+
+
+def _valued(one: tuple[str, str]) -> str:
+    where, value = one
+    return f"{value if len(value) <= 60 else value[:57] + '...'} ({where})"
+
+
+def missing_table(missing: Sequence[Missing]) -> Table:
+    """Cells without a result, with the reason."""
+    rows = [[one.cell.cell, one.status, one.message.strip()[-400:] or DASH] for one in missing]
+    raw = [{"cell": one.cell.cell, "status": one.status, "message": one.message} for one in missing]
+    return Table("not_finished", ["cell", "status", "message"], rows, raw, left=3)

@@ -1,0 +1,47 @@
+"""How a metric's numbers are written: shares in percent and their differences in points, others as they are."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from amclr_scale.study.results import Metric, Run
+from amclr_scale.study.statistics import Estimate
+
+
+@dataclass(frozen=True)
+class Unit:
+    """How a metric's numbers are written."""
+
+    share: bool
+
+    @property
+    def factor(self) -> float:
+        return 100 if self.share else 1
+
+    @property
+    def name(self) -> str:
+        return "%" if self.share else ""
+
+    def score(self, value: float) -> str:
+        return f"{100 * value:.1f}" if self.share else f"{value:.4g}"
+
+    def difference(self, value: float) -> str:
+        return f"{100 * value:+.2f}" if self.share else f"{value:+.4g}"
+
+    def estimate(self, one: Estimate) -> str:
+        return self.score(one.value) + self._ends(one, self.score)
+
+    def change(self, one: Estimate) -> str:
+        return self.difference(one.value) + self._ends(one, self.difference)
+
+    def margin(self, value: float) -> str:
+        return f"{100 * value:g} points" if self.share else f"{value:g}"
+
+    def _ends(self, one: Estimate, write: Callable[[float], str]) -> str:
+        low, high = one.interval()
+        return "" if math.isnan(low) else f" [{write(low)}, {write(high)}]"
+
+
+def unit_of(metric: Metric, runs: Sequence[Run]) -> Unit:
+    """A result with a standard error beside it is a share (see docs/evaluation.md)."""
+    return Unit(any(f"{metric.keys[0]}/stderr" in run.results for run in runs))

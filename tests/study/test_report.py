@@ -1,0 +1,198 @@
+"""The report of a synthetic study: complete, self-contained, and never saying what was not measured."""
+
+import csv
+import json
+import re
+from html.parser import HTMLParser
+
+import pytest
+
+from amclr_scale.errors import UserError
+from amclr_scale.study import plots
+from amclr_scale.study.claims import NOT_MEASURED, load_claims
+from amclr_scale.study.comparison import Outcome, groups_of
+from amclr_scale.study.document import csv_text, escape, page
+from amclr_scale.study.report import write_report
+from amclr_scale.study.results import read_study
+from amclr_scale.study.sections import compose
+from amclr_scale.study.units import unit_of
+from tests.study.synthetic import KEYS, make_study
+
+
+class Links(HTMLParser):
+    """Every address that a page asks for, and every anchor."""
+
+    def __init__(self):
+        super().__init__()
+        self.sources, self.links, self.ids, self.open = [], [], set(), []
+
+    def handle_starttag(self, tag, attrs):
+        found = dict(attrs)
+        self.ids.add(found.get("id"))
+        if "src" in found:
+            self.sources.append(found["src"])
+        if "href" in found:
+            self.links.append((tag, found["href"]))
+        if tag not in {"meta", "img", "br", "hr", "link"}:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.handle_starttag(tag, attrs)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag, f"</{tag}> closes another"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = make_study(
+        tmp_path_factory.mktemp("studies") / "one", arms=("clip", "dcl", "sogclr_gamma1", "amclr"), batches=(128, 256),
+        failed=["dcl-B128-s0"], curves=True,
+    )  # fmt: skip
+    (folder / "report").mkdir()
+    (folder / "report" / "discussion.md").write_text("# What I think\n\nIt is *small*.\n\n```\n# not a heading\n```\n")
+    write_report(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def markdown(folder):
+    return (folder / "report" / "report.md").read_text()
+
+
+def test_the_page_is_self_contained_and_well_formed(folder):
+    text = (folder / "report" / "index.html").read_text()
+    parser = Links()
+    parser.feed(text)
+    assert not parser.open
+    assert len(parser.sources) >= 8
+    assert all(source.startswith("data:image/svg+xml;base64,") for source in parser.sources)
+    assert not [link for tag, link in parser.links if tag == "link"]
+    anchors = [link[1:] for tag, link in parser.links if link.startswith("#")]
+    assert len(anchors) > 8
+    assert set(anchors) <= parser.ids
+    assert "@media print" in text
+    assert "<script" not in text
+
+
+def test_every_table_and_figure_has_its_csv_and_every_link_its_file(folder, markdown):
+    linked = re.findall(r"\]\(([^)#]+)\)", markdown)
+    assert len(linked) > 20
+    for name in linked:
+        assert (folder / "report" / name).is_file(), name
+    for file in (folder / "report").glob("*.csv"):
+        rows = list(csv.DictReader(file.open()))
+        assert rows, file
+        assert file.name in markdown
+
+
+def test_chapters(markdown):
+    found = re.findall(r"^## (.*)$", markdown, re.MULTILINE)
+    assert found == [
+        "Question and design", "What was found", "Discussion", "Runs", "Scores by method and batch size", "Verdicts",
+        "Equivalent batch size", "Costs", "During training", "Checks", "Claims", "Cells without a result", "Limits",
+    ]  # fmt: skip
+    assert "Does it add up?" in markdown
+    assert "### What I think" in markdown  # below the report's own headings
+    assert "\n# not a heading" in markdown
+
+
+def test_numbers_of_the_report_are_those_of_the_runs(folder, markdown):
+    study = read_study(folder)
+    scores = [
+        run.results[KEYS[0]] for run in study.runs if (run.cell.arm, run.cell.global_batch_size) == ("amclr", 128)
+    ]
+    mean = sum(scores) / 3
+    rows = list(csv.DictReader((folder / "report" / "runs.csv").open()))
+    row = next(row for row in rows if (row["arm"], row["global_batch_size"]) == ("amclr", "128"))
+    assert float(row["score"]) == pytest.approx(mean)
+    assert f"| AmCLR | 128 | 3 | {100 * mean:.1f} " in markdown
+    assert float(row["hours"]) == pytest.approx(0.02)
+    assert int(row["comparisons"]) == 4 * 127
+
+
+def test_failures_and_checks_are_shown(markdown):
+    assert "| dcl-B128-s0 | failed | step 3: loss is &lt;nan&gt; &#124; &#96;x&#96; |" in markdown
+    assert "SogCLR's gradient is DCL's times the temperature" in markdown
+    assert "With 3 seeds an interval has 2 degrees of freedom: it reaches 4.30 standard errors" in markdown
+    assert "Few optimizer steps" in markdown
+    assert "`objective.temperature`" in markdown  # CLIP learns it, AmCLR's default is another
+
+
+def test_claims_that_nothing_was_measured_for_are_listed_as_such(folder, markdown):
+    rows = {row["id"]: row for row in csv.DictReader((folder / "report" / "claims.csv").open())}
+    assert list(rows) == [f"C{i}" for i in range(1, 20)]
+    spoken = {name for name, row in rows.items() if row["measured_here"]}
+    assert spoken == {"C1", "C3", "C5", "C6"}  # C2 needs SogCLR or CLIP with views
+    assert "AmCLR" in rows["C1"]["measured_here"]
+    assert "SogCLR - DCL" not in rows["C6"]["measured_here"]  # no such arm in this study
+    assert markdown.count(NOT_MEASURED) >= 14
+
+
+def test_claims_file_is_complete():
+    found = load_claims()
+    kinds = {"difference", "reference", "axis", "cost", "speed", "weights"}
+    for claim in found["claims"]:
+        assert {"id", "claim", "source", "scale", "doubt"} <= set(claim), claim["id"]
+        assert claim["source"] in found["sources"]
+        assert claim.get("measure") or claim.get("elsewhere"), claim["id"]
+        assert not claim.get("measure") or claim["measure"]["kind"] in kinds
+    assert {number["source"] for number in found["numbers"]} <= set(found["sources"])
+
+
+def test_an_axis_and_a_grid_speak(tmp_path):
+    folder = make_study(
+        tmp_path / "s", arms=("sogclr",), batches=(128,), seeds=(0, 1), axes={"objective.gamma": [0.2, 0.8]}
+    )
+    text = compose(read_study(folder)).markdown
+    assert "sogclr at B = 128, by objective.gamma: 0.2: " in text
+    grid = make_study(
+        tmp_path / "g", arms=("clip",), batches=(128, 256), seeds=(0, 1), held_equal="grid",
+        axes={"objective.group_size": [64, 128]}, items=False,
+    )  # fmt: skip
+    cells = json.loads((grid / "cells.json").read_text())
+    for cell in cells["cells"]:
+        cell["negatives"] = cell["axes"]["objective.group_size"] - 1
+    (grid / "cells.json").write_text(json.dumps(cells))
+    study = read_study(grid)
+    found = Outcome(study.metrics[0], groups_of(study))
+    figure = plots.heat_map(found, unit_of(study.metrics[0], study.runs), "grid")
+    assert {(row["global_batch_size"], row["negatives"]) for row in figure.raw} == {
+        (batch, size - 1) for batch in (128, 256) for size in (64, 128)
+    }
+
+
+def test_a_study_without_a_finished_cell_has_a_report(tmp_path):
+    folder = make_study(
+        tmp_path / "s", arms=("clip",), batches=(128, 256), seeds=(0,), unfinished=["clip-B128-s0", "clip-B256-s0"]
+    )
+    index = write_report(folder)
+    assert "0 of 2 finished" in index.read_text()
+    assert "nan" not in (folder / "report" / "report.md").read_text()
+
+
+def test_one_seed_decides_nothing(tmp_path):
+    folder = make_study(tmp_path / "s", arms=("clip", "amclr"), batches=(128,), seeds=(0,))
+    text = compose(read_study(folder)).markdown
+    assert "One seed: there is no interval, and nothing can be decided." in text
+    assert "**better**" not in text
+    assert not re.search(r"\bnan\b", text)
+
+
+def test_a_missing_package_names_the_extra(tmp_path, monkeypatch):
+    monkeypatch.setattr("amclr_scale.study.report.NEEDED", {"no_such_module": "no-such-package"})
+    with pytest.raises(UserError, match=r"no-such-package: expected .* pip install 'amclr_scale\[report\]'"):
+        write_report(tmp_path)
+
+
+def test_text_of_others_cannot_break_the_page():
+    assert escape("a|b <script> `x` *y*\nz") == "a&#124;b &lt;script&gt; &#96;x&#96; \\*y\\*<br>z"
+    assert csv_text([{"a": 1.5, "b": None}, {"a": float("nan"), "c": 'x,"y"'}]) == 'a,b,c\n1.5,,\n,,"x,""y"""\n'
+
+
+def test_pictures_of_a_discussion_travel_with_the_page(tmp_path):
+    (tmp_path / "mine.png").write_bytes(b"\x89PNG")
+    text = page("# A\n\n## B\n\n![mine](mine.png)\n\n![gone](gone.png)\n", {}, tmp_path)
+    assert "data:image/png;base64,iVBORw==" in text
+    assert 'src="gone.png"' in text
+    assert "<title>A</title>" in text

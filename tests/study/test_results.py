@@ -1,0 +1,200 @@
+"""Reading a study's folder, grouping, fair comparison: against what was put into synthetic folders."""
+
+import json
+
+import numpy as np
+import pytest
+
+from amclr_scale.errors import UserError
+from amclr_scale.study.comparability import differences, surroundings
+from amclr_scale.study.comparison import Outcome, baseline_of, compare, find, groups_of, reference_of
+from amclr_scale.study.results import Metric, read_study
+from amclr_scale.study.statistics import Verdict, paired
+from amclr_scale.study.tables import needed_seeds
+from tests.study.synthetic import ITEMS, KEYS, SAMPLES, make_study
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return make_study(
+        tmp_path_factory.mktemp("studies") / "one", arms=("clip", "dcl", "sogclr_gamma1", "amclr"), batches=(128, 256),
+        failed=["dcl-B128-s0"], unfinished=["amclr-B256-s2"],
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def study(folder):
+    return read_study(folder)
+
+
+def outcome(study, **options):
+    return Outcome(study.metrics[0], groups_of(study), resamples=400, **options)
+
+
+def test_every_cell_is_finished_or_missing_with_its_reason(study):
+    assert len(study.runs) == 22
+    assert {one.cell.cell: one.status for one in study.missing} == {
+        "dcl-B128-s0": "failed",
+        "amclr-B256-s2": "not run",
+    }
+    assert "step 3" in study.missing[0].message
+
+
+def test_a_run_says_what_it_cost(study):
+    run = next(run for run in study.runs if run.cell.cell == "amclr-B128-s1")
+    assert run.samples_per_second == pytest.approx(200)
+    assert run.training_seconds == pytest.approx(SAMPLES / 200)
+    assert run.hours == pytest.approx(72 / 3600)  # the attempt, not the training alone
+    assert run.peak_gib == pytest.approx(0.625)
+    assert run.useful_flops == pytest.approx(0.02e12 / 200 * SAMPLES)
+
+
+def test_a_run_of_another_recipe_is_stale_and_one_without_the_metric_unmeasured(tmp_path):
+    folder = make_study(tmp_path / "s", arms=("clip",), batches=(128,), seeds=(0, 1))
+    config = folder / "runs/clip-B128-s0/config.yaml"
+    config.write_text(config.read_text().replace("# recipe ", "# recipe f00"))
+    results = folder / "runs/clip-B128-s1/evaluation.json"
+    results.write_text(json.dumps({KEYS[0]: 0.3}))
+    found = read_study(folder)
+    assert not found.runs
+    assert [one.status for one in found.missing] == ["stale", "unmeasured"]
+    assert "f00" in found.missing[0].message
+    assert KEYS[1] in found.missing[1].message
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda folder: (folder / "cells.json").unlink(), "cells.json: expected a file that launch/study.py wrote"),
+        (lambda folder: (folder / "cells.json").write_text("{}"), "cells.json: expected the cells of a study"),
+        (lambda folder: (folder / "study.yaml").unlink(), "study.yaml: expected the plan"),
+    ],
+)
+def test_a_folder_that_is_no_study_is_refused_in_words(tmp_path, damage, message):
+    folder = make_study(tmp_path / "s", arms=("clip",), batches=(128,), seeds=(0,))
+    damage(folder)
+    with pytest.raises(UserError, match=message):
+        read_study(folder)
+
+
+def test_groups_hold_the_seeds_in_the_plans_order(study):
+    found = outcome(study)
+    groups = found.groups
+    assert [(g.arm, g.global_batch_size) for g in groups] == [
+        (arm, batch) for arm in ("clip", "dcl", "sogclr_gamma1", "amclr") for batch in (128, 256)
+    ]
+    assert found.seeds(*groups[:2]) == [0, 1, 2]
+    assert found.seeds(find(groups, "dcl", 128), groups[0]) == [1, 2]  # the failed seed has no partner
+    assert reference_of(study, groups) is find(groups, "clip", 256)
+    assert baseline_of(study, groups, find(groups, "amclr", 128)) is find(groups, "clip", 128)
+
+
+def test_a_metric_is_the_mean_of_its_keys(study):
+    metric, run = study.metrics[0], study.runs[0]
+    assert metric.score(run.results) == pytest.approx((run.results[KEYS[0]] + run.results[KEYS[1]]) / 2)
+    assert metric.number(run.items).value == pytest.approx(metric.score(run.results))
+    assert metric.chance(run.results) == pytest.approx(1 / ITEMS)
+
+
+def test_differences_are_paired_by_seed_and_widened_by_items(study):
+    found = outcome(study)
+    groups = found.groups
+    first, second = find(groups, "clip", 128), find(groups, "amclr", 256)
+    both = found.difference(second, first)
+    scores = [[run.results[KEYS[0]] for run in group.runs if run.cell.seed < 2] for group in (first, second)]
+    assert both.seeds == paired(*scores)
+    low, high = both.items.interval()
+    assert low < both.seeds.interval()[0]
+    assert high > both.seeds.interval()[1]
+    assert (found.clusters, both.items.n) == (ITEMS, 2)
+
+
+def test_a_large_true_difference_is_found_and_identical_cells_match(study):
+    found = outcome(study)
+    groups = found.groups
+    pairs = [
+        (find(groups, "amclr", 128), find(groups, "clip", 128)),
+        (find(groups, "sogclr_gamma1", 256), find(groups, "dcl", 256)),
+        (find(groups, "clip", 128), find(groups, "clip", 256)),
+    ]
+    verdicts = [one.decision.verdict for one in compare(found, pairs, study.margin)]
+    assert verdicts[:2] == [Verdict.BETTER, Verdict.MATCHES]
+    assert verdicts[2] in {Verdict.WORSE, Verdict.UNDECIDED}
+
+
+def test_without_items_there_are_seeds_alone(tmp_path):
+    study = read_study(make_study(tmp_path / "s", arms=("clip",), batches=(128, 256), items=False))
+    found = outcome(study)
+    groups = found.groups
+    assert found.difference(*groups).items is None
+    assert found.clusters == 0
+
+
+def test_runs_measured_on_other_items_are_refused(tmp_path, monkeypatch):
+    folder = make_study(tmp_path / "s", arms=("clip",), batches=(128,), seeds=(0,))
+    monkeypatch.setattr("tests.study.synthetic.ITEMS", 200)
+    other = read_study(make_study(tmp_path / "t", arms=("clip",), batches=(256,), seeds=(0,)))
+    groups = groups_of(read_study(folder)) + groups_of(other)
+    with pytest.raises(UserError, match="R@1, both ways: numbers"):
+        Outcome(other.metrics[0], groups, resamples=10)
+
+
+def test_a_swept_learning_rate_is_chosen_by_the_other_seeds(tmp_path):
+    rates = [0.0005, 0.001, 0.002]
+    study = read_study(
+        make_study(
+            tmp_path / "s", arms=("clip",), batches=(128,), seeds=(0, 1, 2), axes={"optimizer.lr": rates},
+            shift={("optimizer.lr", 0.001): 0.2},
+        )
+    )  # fmt: skip
+    found = outcome(study)
+    (group,) = found.groups
+    assert group.rates == rates
+    assert found.selection(group).best == 1
+    best = group.at_rate(0.001)
+    assert found.scores[group] == {seed: run.results[KEYS[0]] for seed, run in best.items()}
+
+
+def test_other_axes_make_groups_of_their_own(tmp_path):
+    study = read_study(
+        make_study(tmp_path / "s", arms=("sogclr",), batches=(128,), axes={"objective.gamma": [0.2, 0.8]})
+    )
+    assert [group.title for group in groups_of(study)] == ["SogCLR, gamma 0.2", "SogCLR, gamma 0.8"]
+
+
+def test_what_differs_is_explained_and_unfair_differences_are_pointed_out(tmp_path):
+    folder = make_study(
+        tmp_path / "s", arms=("clip", "dcl"), batches=(128, 256), seeds=(0, 1),
+        words={"dcl": ["model.image.width=8", "optimizer.weight_decay=0.2"]},
+    )  # fmt: skip
+    found = {one.key: one for one in differences(read_study(folder).runs)}
+    assert (found["seed"].by, found["train.global_batch_size"].by) == ("seed", "batch size")
+    assert found["objective.name"].by == "arm"
+    assert not found["objective.name"].warn
+    assert found["model.image.width"].warn
+    assert found["model.image.width"].values == (("clip", "16"), ("dcl", "8"))
+    assert found["optimizer.weight_decay"].warn
+    assert "objective.label_smoothing" not in found  # DCL has no such option
+    assert "data.train" not in found
+
+
+def test_surroundings_of_resumed_runs_count(tmp_path):
+    folder = make_study(tmp_path / "s", arms=("clip",), batches=(128,), seeds=(0, 1))
+    file = folder / "runs/clip-B128-s0/environment.json"
+    content = json.loads(file.read_text())
+    file.write_text(json.dumps({**content, "resumed": [{**content, "host": "there"}]}))
+    assert surroundings(read_study(folder).runs)["host"] == ["here", "there"]
+
+
+def test_seeds_needed_carries_the_uncertainty_of_the_spread():
+    from amclr_scale.study.statistics import estimate
+
+    middle, least, most = needed_seeds(estimate([0.0, 0.01, 0.02]), 0.01)
+    assert least < middle < most
+    assert needed_seeds(estimate([0.1]), 0.01) is None
+    assert needed_seeds(estimate([0.1, 0.1]), 0.01) == (2, 2, 2)
+
+
+def test_a_metric_is_a_name_or_a_mean():
+    assert Metric("a", ("a", "b")).score({"a": 1.0, "b": 2.0}) == 1.5
+    assert np.isnan(Metric("a", ("a",)).score({"a": float("nan")}))
