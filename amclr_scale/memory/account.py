@@ -7,24 +7,40 @@
 Everything is per rank. A step goes through the phases of `PHASES`; a component counts in each phase with the bytes that
 it has at the moment when that phase as a whole is largest, so the components of a phase add up to its peak.
 
-Activations come from running the towers on tensors without memory (`towers.py`), everything else from the sizes of
-what the engine, DeepSpeed and the objective allocate. Calls are cheap: a tower is traced once per recomputation and
-precision, and every micro-batch size follows from that trace.
+Nothing is guessed where it can be run: the towers are traced on tensors without memory (`towers.py`), the objective on
+a few rows among pretended ranks (`objective_memory.py`), the optimizer on one small parameter; what DeepSpeed allocates
+follows its code (`state.py`). Each is done once per recipe, so that hundreds of execution settings take a second.
 """
 
-from collections.abc import Mapping
+import math
+import os
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from functools import lru_cache
+from typing import Protocol
 
+import torch
+
+from amclr_scale import objectives
 from amclr_scale.config.schema import Config
-from amclr_scale.engine.plan import make_plan
-from amclr_scale.memory.state import state_of
-from amclr_scale.memory.towers import skeleton, trace
+from amclr_scale.engine.optimizers import parameter_groups
+from amclr_scale.engine.plan import Plan, make_plan
+from amclr_scale.memory.components import PHASES, Component, Phase, always
+from amclr_scale.memory.objective_memory import objective_memory, sample_state_bytes
+from amclr_scale.memory.passes import Passes
+from amclr_scale.memory.state import Groups, state_components
+from amclr_scale.memory.towers import skeleton
 from amclr_scale.memory.units import in_words
+from amclr_scale.objectives.isogclr import ISogCLRNet
+from amclr_scale.similarity import Group, Settings
+from amclr_scale.similarity.distribution import choose
+from amclr_scale.similarity.settings import Distribution
+from amclr_scale.similarity.torch_backend import tile_shape
 
-Phase = Literal["data", "pass_1", "objective", "pass_2", "reduce", "optimizer"]
-PHASES: tuple[Phase, ...] = ("data", "pass_1", "objective", "pass_2", "reduce", "optimizer")
-Kind = Literal["state", "gradients", "activations", "features", "similarity", "input", "slack"]
+PART = 64  # samples that a worker makes at a time (data/loader.py)
+
+# On CUDA, beside tensors: cuBLAS's workspace (PyTorch's default of 4096 KiB x 8 on Hopper; 8 MiB before it), and what
+# the caching allocator cannot hand out: blocks are rounded to 512 bytes, and what is split off them stays unused.
+CUBLAS_WORKSPACE, FRAGMENTATION = 32 * 2**20, 0.05
 
 
 class Device(Protocol):
@@ -33,35 +49,6 @@ class Device(Protocol):
     @property
     def type(self) -> str:
         """`cpu` or `cuda`."""
-
-
-@dataclass(frozen=True)
-class Component:
-    """One kind of memory.
-
-    Attributes:
-        name: in words.
-        by_phase: bytes at the peak of each phase in which it is alive.
-        knob: the key of the configuration that shrinks it, and what to do with that.
-        kind: which row of a summary it belongs to.
-        place: the device's memory, or the host's. On a CPU both are one, and all of it counts as the device's.
-    """
-
-    name: str
-    by_phase: Mapping[Phase, int]
-    knob: str
-    kind: Kind
-    place: Literal["device", "host"] = "device"
-
-    @property
-    def bytes(self) -> int:
-        """At its largest."""
-        return max(self.by_phase.values(), default=0)
-
-    @property
-    def phases(self) -> tuple[Phase, ...]:
-        """Those in which it is alive."""
-        return tuple(phase for phase in PHASES if self.by_phase.get(phase, 0))
 
 
 @dataclass(frozen=True)
@@ -96,8 +83,13 @@ class Account:
 
     @property
     def host_bytes(self) -> int:
-        """In the host's memory, beside a GPU; 0 on a CPU."""
+        """In the host's memory, beside the device's."""
         return max(self.in_phase(phase, "host") for phase in PHASES)
+
+    def of_kind(self, *kinds: str, phase: Phase | None = None) -> int:
+        """Bytes of some kinds of components on the device at the peak of a phase, by default of the largest one."""
+        at = phase or self.peak_phase
+        return sum(c.by_phase.get(at, 0) for c in self.components if c.kind in kinds and c.place == "device")
 
     def largest(self, phase: Phase | None = None) -> Component:
         """The component that takes most at the peak of a phase, by default of the largest phase."""
@@ -121,20 +113,23 @@ class Account:
 
     def table(self) -> str:
         """Text: components down, phases across."""
-        wide = max(len(c.name) for c in self.components)
-        head = f"{'':{wide}}" + "".join(f"{phase:>12}" for phase in PHASES)
-        rows = [
-            f"{c.name:{wide}}"
-            + "".join(f"{in_words(size) if (size := c.by_phase.get(p, 0)) else '':>12}" for p in PHASES)
-            for c in self.components
-            if c.bytes
-        ]
-        total = f"{'total':{wide}}" + "".join(f"{in_words(self.in_phase(p)):>12}" for p in PHASES)
-        return "\n".join([head, *rows, total])
+        shown = [c for c in self.components if c.bytes]
+        names = [c.name if c.place == "device" else f"{c.name} (host)" for c in shown]
+        wide = max(map(len, (*names, "total")))
+
+        def row(name: str, sizes: list[int]) -> str:
+            return f"{name:{wide}}" + "".join(f"{in_words(size) if size else '':>12}" for size in sizes)
+
+        lines = [f"{'':{wide}}" + "".join(f"{phase:>12}" for phase in PHASES)]
+        lines += [row(n, [c.by_phase.get(p, 0) for p in PHASES]) for n, c in zip(names, shown, strict=True)]
+        lines.append(row("total", list(self.by_phase.values())))
+        if self.host_bytes:
+            lines.append(row("total (host)", [self.in_phase(p, "host") for p in PHASES]))
+        return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
 
 
 def account(config: Config, *, world_size: int, num_samples: int, device: str | Device = "cuda") -> Account:
-    """What one rank of a run will hold.
+    """What one rank of a run will hold. Only before torch.distributed is initialised: ranks are pretended.
 
     Args:
         config: of the run.
@@ -147,30 +142,127 @@ def account(config: Config, *, world_size: int, num_samples: int, device: str | 
     """
     kind = device if isinstance(device, str) else device.type
     plan = make_plan(config, num_samples, world_size)
-    model = skeleton(config)
-    numels = [p.numel() for p in model.parameters() if p.requires_grad]
-    held = state_of(config, numels, sum(b.nbytes for b in model.buffers()), world_size)
-    always = dict.fromkeys(PHASES, 1)
-
-    def everywhere(size: int) -> dict[Phase, int]:
-        return {phase: size * on for phase, on in always.items()}
-
+    groups, buffers = _sizes(config.model_dump_json(include={"model", "data", "objective", "optimizer"}))
+    # Stage 0 exchanges gradients at the end of the last backward, as one flat copy.
+    copies = 4 * sum(map(sum, groups)) if config.execution.zero_stage == 0 else 0
+    passes = Passes(config, plan, copies=copies)
     components = [
-        Component("parameters", everywhere(held.parameters + held.buffers), "execution.zero_stage: 3", "state"),
-        Component("fp32 masters", everywhere(held.masters), "execution.offload: optimizer", "state"),
-        Component("optimizer moments", everywhere(held.moments), "execution.zero_stage: 1 or more", "state"),
-        Component("gradients", {"pass_2": held.gradients}, "execution.precision: bf16", "gradients"),
+        *state_components(
+            config, groups, buffers, world_size, kind, gradients_in_pass_2=passes.peaks["pass_2"].gradients
+        ),
+        *passes.components(),
+        *_objective_components(config, plan, num_samples, kind, passes),
+        *_input_components(config, plan, kind),
     ]
-    images, texts = plan.micro_batch_sizes
-    for modality, m in (("image", images), ("text", texts)):
-        tower = trace(config, modality)  # type: ignore[arg-type]
-        alive, _ = tower.with_graph.backward_peak(m, first=False)
+    notes = (
+        ["execution.compile: compiled towers may need less or more than accounted"] if config.execution.compile else []
+    )
+    if kind == "cuda":
+        peaks = {p: sum(c.by_phase.get(p, 0) for c in components if c.place == "device") for p in PHASES}
+        slack = {p: CUBLAS_WORKSPACE + round(FRAGMENTATION * size) for p, size in peaks.items()}
         components.append(
-            Component(
-                f"{modality} activations",
-                {"pass_1": tower.without_graph.forward_peak(m), "pass_2": max(alive, tower.with_graph.forward_peak(m))},
-                f"execution.micro_batch_size below {m}, or execution.recompute_{modality}: full",
-                "activations",
-            )
+            Component("workspace and fragmentation", slack, "PYTORCH_ALLOC_CONF=expandable_segments:True", "slack")
         )
-    return Account(tuple(components), kind, world_size, plan.local_batch_size, plan.micro_batch_sizes)
+    return Account(tuple(components), kind, world_size, plan.local_batch_size, plan.micro_batch_sizes, tuple(notes))
+
+
+def _notes(config: Config, device: str) -> list[str]:
+    """What the numbers leave out or bound."""
+    notes = []
+    if config.execution.compile:
+        notes.append("execution.compile: compiled towers may need less or more than accounted")
+    if config.execution.kept_micro_batches == "auto":
+        notes.append("execution.kept_micro_batches: auto is counted as 1")
+    if device == "cuda":
+        notes.append("beside this, the CUDA context of a process takes some 0.5 GiB, and NCCL's buffers as much")
+    else:
+        notes.append("on a CPU texts are cut to the longest caption of a micro-batch: this bounds them from above")
+    return notes
+
+
+@lru_cache(maxsize=64)
+def _sizes(recipe: str) -> tuple[Groups, int]:
+    """Elements of each trained parameter by optimizer group, and bytes of buffers."""
+    config = Config.model_validate_json(recipe)
+    model = skeleton(config)
+    options = {key: value for key, value in config.objective.items() if key != "name"}
+    if objectives.Objective.registry[config.objective["name"]].needs_temperatures:
+        with torch.device("meta"):
+            made = objectives.create(config.objective["name"], num_samples=1, **options)
+            assert isinstance(made, ISogCLRNet)
+            model.temperatures = made.temperature_generators(config.model.embedding_width)
+    groups = parameter_groups(model.named_parameters(), model.no_weight_decay(), config.optimizer)
+    elements = tuple(tuple(p.numel() for p in group["params"]) for group in groups)
+    return elements, sum(buffer.nbytes for buffer in model.buffers())
+
+
+def _objective_components(config: Config, plan: Plan, num_samples: int, device: str, passes: Passes) -> list[Component]:
+    """State per sample, and what the objective's forward and backward need at their worst moment."""
+    execution, b, W = config.execution, plan.local_batch_size, plan.world_size
+    similarity = execution.similarity
+    state, layout = sample_state_bytes(config.objective, num_samples, W, execution.sample_state)
+    group = config.objective.get("group_size")
+    memory = objective_memory(
+        config.objective, width=config.model.embedding_width, world_size=W, gather=similarity.gather,
+        distribution=_distribution(config, W, b, device), layout=layout,
+        group_share=None if group is None else group / b,
+    )  # fmt: skip
+    settings = Settings(chunk=similarity.chunk)
+    cores = execution.threads or max(1, (os.cpu_count() or 1) // W)
+    chunk = _side(settings, device, cores)
+    rows_at_once = max(1, 2**21 // (b * W)) if similarity.chunk == "auto" else similarity.chunk
+    blocks, rest = memory.peak(b, chunk=chunk, rows_at_once=rows_at_once, cache_bytes=similarity.cache_mib * 2**20)
+    gradients = passes.leaf_bytes  # counted there
+    return [
+        Component(
+            "sample state", always(state), "execution.sample_state: sharded divides it by the ranks", "state",
+        ),
+        Component(
+            "similarity blocks", {"objective": blocks},
+            "execution.similarity.chunk: a smaller one, and execution.similarity.cache_mib: 0", "similarity",
+        ),
+        Component(
+            "gathered features and sums", {"objective": max(0, rest - gradients)},
+            "execution.similarity.gather: ring keeps one rank's features at a time", "similarity",
+        ),
+    ]  # fmt: skip
+
+
+def _distribution(config: Config, world_size: int, rows: int, device: str) -> Distribution:
+    """What `auto` will choose once there are so many ranks."""
+    one_node = os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE")) == str(world_size)
+    wanted = config.execution.similarity.distribution
+    return choose(wanted, Group(0, world_size, 0), rows, torch.device(device), one_node=one_node)
+
+
+def _side(settings: Settings, device: str, threads: int) -> int:
+    """Rows of a tile, as `torch_backend.tile_shape` chooses them with so many threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        return tile_shape(settings, torch.device(device))[0]
+    finally:
+        torch.set_num_threads(before)
+
+
+def _input_components(config: Config, plan: Plan, device: str) -> list[Component]:
+    """Batches: the one in use and, while the next is made, that one too; parts that workers make ahead."""
+    data, workers, b = config.data, config.execution.workers, plan.local_batch_size
+    image = (1 + data.image_views) * 3 * data.image_size**2
+    text = (1 + data.text_views) * data.context_length * 8
+    ids = 8 * (2 if data.image_id else 1)
+    batch = b * (image + text + ids)
+    place = "host" if device == "cuda" else "device"
+    knob = "train.global_batch_size over more ranks"
+    found = [Component("batch", {**always(batch), "data": 2 * batch}, knob, "input", place)]  # type: ignore[arg-type]
+    if workers:
+        per_worker = math.ceil(math.ceil(b / PART) / workers)
+        parts = max(2, per_worker) * workers
+        ahead = always(parts * min(PART, b) * (image + text + ids))
+        found.append(Component("parts made ahead", ahead, "execution.workers: fewer", "input", "host"))
+    if device == "cuda":
+        images, texts = plan.micro_batch_sizes
+        two = 2 if plan.micro_batches > 1 else 1  # the next one is on its way
+        inputs: dict[Phase, int] = dict.fromkeys(("pass_1", "pass_2"), two * (images * image + texts * text))
+        found.append(Component("micro-batches on the device", inputs, "execution.micro_batch_size", "input"))
+    return found

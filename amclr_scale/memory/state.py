@@ -1,40 +1,230 @@
-"""What lives between steps: parameters, gradients, optimizer states, as DeepSpeed's stages allocate them per rank.
+"""Parameters, gradients and optimizer states of one rank, as DeepSpeed's stages and the optimizers allocate them.
 
-P  parameters    W  ranks
+P  elements of trained parameters    W  ranks    K  elements of DeepSpeed's reduction bucket    e  bytes of an element
+
+Between steps, beside e P of parameters (stage 3: e P / W, and the small ones whole):
+
+    stage 0       moments 4 P each; weights are their own masters (fp32 only)
+    stages 1, 2   fp32 masters 4 P / W, moments 4 P / W each; each group of parameters is padded to 2 W elements
+    stage 3       the same, each parameter padded to W elements; and for ever: a bucket e K, gradient shares e P / W
+
+Gradients are whole on every rank during the second pass at EVERY stage: the gradient cache needs one reduction per step
+(`coalesce_grad_reduction`), so each backward leaves its gradients with the parameters. What a stage saves of them, it
+saves after the reduction. How the reduction and the step then allocate is followed below bucket by bucket and group by
+group, in DeepSpeed's order.
 """
 
+import itertools
 from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
 
-from amclr_scale.config.schema import Config
+import torch
+
+from amclr_scale.config.schema import Config, Optimizer
+from amclr_scale.engine.optimizers import build_optimizer
+from amclr_scale.memory.components import PHASES, Component, Phase, Place, always
 from amclr_scale.memory.towers import PRECISIONS
+from amclr_scale.memory.tracker import Tracker
 
-MOMENTS = {"adamw": 2, "adamp": 2, "lamb": 2, "nadam": 2, "radam": 2, "lion": 1, "lars": 1, "sgd": 1}
+# DeepSpeed's defaults, in elements.
+BUCKET, PERSISTENT, LIVE = 500_000_000, 100_000, 1_000_000_000
+
+Groups = tuple[tuple[int, ...], ...]  # elements of each parameter, by optimizer group
 
 
 @dataclass(frozen=True)
-class State:
-    """Bytes per rank."""
+class Sizes:
+    """What the formulas need."""
 
-    parameters: int
-    masters: int
-    moments: int
-    gradients: int  # as the backward leaves them, before they are reduced
-    buffers: int
+    groups: Groups
+    world_size: int
+    stage: int
+    item: int  # bytes of a parameter's element
+    bucket: int  # K
+    gloo: bool  # collectives on a CPU make copies of their own
+    parts: tuple[int, ...]  # elements of each group that this rank steps
+    temporaries: int  # bytes per element while the optimizer steps
+    together: bool  # it steps all parameters at once
+
+    @property
+    def numels(self) -> list[int]:
+        return list(itertools.chain.from_iterable(self.groups))
+
+    @property
+    def total(self) -> int:
+        return sum(self.numels)
 
 
-def state_of(config: Config, numels: list[int], buffers: int, world_size: int) -> State:
-    """From the numbers of elements of the trained parameters.
+def state_components(
+    config: Config, groups: Groups, buffers: int, world_size: int, device: str, *, gradients_in_pass_2: int
+) -> list[Component]:
+    """Parameters, what the optimizer keeps, and gradients.
 
     Args:
+        groups: elements of each trained parameter, in the optimizer's groups.
         buffers: bytes of the model's buffers.
+        gradients_in_pass_2: bytes of gradients at the worst moment of that phase.
+        device: cpu or cuda.
     """
-    total, stage = sum(numels), config.execution.zero_stage
-    item = PRECISIONS[config.execution.precision].itemsize
-    part = -(-total // world_size)
-    return State(
-        parameters=item * (part if stage == 3 else total),
-        masters=4 * part if stage else 0,
-        moments=4 * MOMENTS[config.optimizer.name] * (part if stage else total),
-        gradients=item * total,
-        buffers=buffers,
-    )
+    zero = config.deepspeed.get("zero_optimization", {})
+    execution, cuda = config.execution, device == "cuda"
+    step = _step_costs(config.optimizer.model_dump_json(), cuda)
+    item, stage = PRECISIONS[execution.precision].itemsize, execution.zero_stage
+    parts = tuple(_part(group, world_size, stage) for group in groups)
+    sizes = Sizes(
+        groups, world_size, stage, item, int(zero.get("reduce_bucket_size", BUCKET)), not cuda, parts,
+        step.temporaries, step.together,
+    )  # fmt: skip
+    small = sum(n for n in sizes.numels if n <= zero.get("stage3_param_persistence_threshold", PERSISTENT))
+    aside: Place = "host" if cuda and execution.offload != "none" else "device"  # where the optimizer works
+    part = sum(parts)
+    padded = part * world_size if stage in (1, 2) else sizes.total
+    more = "execution.zero_stage: a higher one divides it by the ranks" if world_size > 1 else "a smaller model"
+    parameters_at: Place = "host" if cuda and execution.offload == "parameters" else "device"
+
+    found = [
+        Component(
+            "parameters", always(item * (part if stage == 3 else padded)),
+            "execution.zero_stage: 3, or execution.precision: bf16", "state", parameters_at,
+        ),
+        Component("buffers of the model", always(buffers), "a smaller model", "state"),
+        Component(
+            "fp32 masters", always(4 * part if stage else 0), f"execution.offload: optimizer, or {more}", "state", aside
+        ),
+        Component(
+            "optimizer states", always(step.states * (part if stage else sizes.total)),
+            f"{more}, or execution.offload: optimizer", "state", aside,
+        ),
+    ]  # fmt: skip
+    if stage == 3:
+        live = min(sizes.total, zero.get("stage3_max_live_parameters", LIVE))
+        whole = {} if world_size == 1 else {p: item * (live if p in _COMPUTING else small) for p in PHASES}
+        found += [
+            Component(
+                "gathered parameters", whole,
+                "deepspeed.zero_optimization.stage3_max_live_parameters: fewer stay whole between their uses", "state",
+            ),
+            Component(
+                "reduction bucket", always(item * sizes.bucket),
+                "deepspeed.zero_optimization.reduce_bucket_size: a smaller one, in elements", "gradients",
+            ),
+            Component("gradient shares", always(item * part), "execution.offload: optimizer", "gradients", aside),
+        ]  # fmt: skip
+    knob = "execution.precision: bf16 halves them; execution.zero_stage does not, before they are reduced"
+    reduction = _reduce_peak(sizes) if stage else item * sizes.total
+    found.append(Component("gradients", {"pass_2": gradients_in_pass_2, "reduce": reduction}, knob, "gradients"))
+    found.append(
+        Component(
+            "optimizer step", {"optimizer": _step_peak(sizes)},
+            "execution.zero_stage: 1 or more steps a rank's part alone" if stage == 0 else more, "gradients", aside,
+        )
+    )  # fmt: skip
+    return found
+
+
+_COMPUTING: tuple[Phase, ...] = ("pass_1", "objective", "pass_2")
+
+
+def _part(group: tuple[int, ...], world_size: int, stage: int) -> int:
+    """Elements of a group that one rank steps, with padding."""
+    if stage == 3:
+        return sum(-(-numel // world_size) for numel in group)
+    unit = 2 * world_size
+    return -(-sum(group) // unit) * unit // (world_size if stage else 1)
+
+
+def _reduce_peak(s: Sizes) -> int:
+    """Most bytes while gradients are reduced: those still with the parameters, the bucket, its copies, the result.
+
+    The bucket of stage 3 is not counted: it is always there.
+    """
+    bucket = 0 if s.stage == 3 else s.item * s.bucket
+    waiting, inside, result, peak = s.item * s.total, 0, 0, 0
+    owned = _owned(s)
+
+    def flush() -> int:
+        """Bytes of the copies that a reduction of `inside` elements makes."""
+        wide = 4 * inside if s.item != 4 else 0  # communication is in fp32
+        if s.stage == 3:
+            joined = 4 * inside
+            return wide + joined + (joined if s.gloo else 0)
+        return (s.item * inside if s.world_size > 1 else 0) + wide
+
+    for numel in s.numels:
+        if inside + numel > s.bucket and inside:
+            peak = max(peak, waiting + bucket + result + flush())
+            result, inside = owned, 0
+        peak = max(peak, waiting + bucket + result)
+        if numel <= s.bucket:
+            waiting -= s.item * numel
+        inside += numel
+    return max(peak, waiting + bucket + result + flush(), bucket + owned)
+
+
+def _owned(s: Sizes) -> int:
+    """Bytes of the whole gradients of which a part is this rank's (stages 1 and 2): of the rank that has most."""
+    if s.stage == 3:
+        return 0
+    most = 0
+    for rank in range(s.world_size):
+        held = 0
+        for group, part in zip(s.groups, s.parts, strict=True):
+            begin, end, at = rank * part, (rank + 1) * part, 0
+            for numel in group:
+                if at < end and at + numel > begin:
+                    held += numel
+                at += numel
+        most = max(most, held)
+    return s.item * most
+
+
+def _step_peak(s: Sizes) -> int:
+    """Most bytes while the optimizer steps, with what is left of the gradients."""
+    largest = max(s.numels)
+    if s.stage == 0:
+        at_once = s.total if s.together else largest
+        return s.item * s.total + s.temporaries * at_once
+    owned, peak = _owned(s), 0
+    norm = 8 * (largest if s.world_size == 1 else min(largest, max(s.parts)))  # taken in float64, one by one
+    peak = owned + norm
+    last = len(s.parts) - 1
+    for index, part in enumerate(s.parts):
+        flat = 4 * part + (s.item * part if s.item != 4 else 0)
+        peak = max(peak, owned + flat)
+        left = owned if index < last else 0
+        peak = max(peak, left + (4 + s.temporaries) * part)
+    return peak
+
+
+@dataclass(frozen=True)
+class StepCosts:
+    """Of an update rule, in bytes per element."""
+
+    states: int
+    temporaries: int
+    together: bool  # temporaries of all parameters at once, rather than of one after another
+
+
+@lru_cache(maxsize=32)
+def _step_costs(optimizer: str, cuda: bool) -> StepCosts:
+    """Found by stepping a small parameter twice. On CUDA, AdamW is fused: one kernel, no temporaries."""
+    options = Optimizer.model_validate_json(optimizer)
+    weight = torch.nn.Parameter(torch.ones(128, 128))
+    group: dict[str, Any] = {"params": [weight], "lr_factor": 1.0, "weight_decay": options.weight_decay}
+    made, _ = build_optimizer(options, [group], torch.device("cpu"))
+    together = cuda and options.name in ("sgd", "nadam", "radam")  # torch's own: foreach is its choice on CUDA
+    if together:
+        made.param_groups[0]["foreach"] = True
+    weight.grad = torch.ones_like(weight)
+    made.step()
+    states = [v for state in made.state.values() for v in state.values() if isinstance(v, torch.Tensor)]
+    size = sum(v.nbytes for v in states) // weight.numel()
+    if cuda and options.name == "adamw":
+        return StepCosts(size, 0, together=False)
+    tracker = Tracker("cpu")
+    tracker.add([weight, weight.grad, *states], "before")
+    before = tracker.total
+    with tracker:
+        made.step()
+    return StepCosts(size, (tracker.peak - before) // weight.numel(), together)

@@ -30,6 +30,7 @@ from amclr_scale.encoders.recomputation import Recomputation, set_recomputation
 from amclr_scale.memory.tracker import Tracker
 
 Modality = Literal["image", "text"]
+MODALITIES: tuple[Modality, ...] = ("image", "text")
 PRIMES = (10_007, 10_009, 10_037, 10_039)
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 

@@ -1,0 +1,234 @@
+"""What an objective allocates, found by running it on a few rows in a group of ranks that pretends.
+
+torch.distributed's `fake` process group has any number of ranks, of which this process is one, and sends nothing. The
+objective runs in it unchanged under a `Tracker`, so a new objective needs no line here. With b rows of a rank, B of all
+ranks, blocks of c rows and width D, every storage is one of
+
+    a tile of similarities   min(c, b) x min(c, B)    `contrast`, `pairwise`
+    a block of rows          min(c, b) x B            `map_rows`
+    a matrix of moments      D x D                    `gram`
+    anything else            affine in b              features, their gradients, numbers per anchor
+
+which its size tells, since c is prime. At each moment so many of the first three are alive; for every such combination
+two runs give the rest as a function of b, and the peak is that of the worst combination. At the job's own width and
+number of ranks this is exact, whatever the rows.
+"""
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+from amclr_scale import objectives
+from amclr_scale.memory.tracker import Tracker
+from amclr_scale.objectives.base import Layout, Objective
+from amclr_scale.similarity import settings
+from amclr_scale.similarity.settings import Distribution, Gather
+from amclr_scale.types import Embeddings
+
+PRIMES = (13, 11)  # c; the first that does not divide D
+ITEMSIZES = ((4,), (1, 4, 8), (4,))  # of what tiles, blocks (masks and indices, too) and moments hold
+FEW = (2, 4)  # ranks from which larger groups follow: everything is affine in their number
+Alive = tuple[int, int, int]  # bytes per element of what is alive of tiles, blocks and moments
+
+
+@dataclass(frozen=True)
+class ObjectiveMemory:
+    """Bytes beyond the embeddings themselves; gradients of the embeddings are counted.
+
+    Attributes:
+        moments: what is alive -> constant and slope of the rest, bytes and bytes per row.
+        contrasts: how many matrices of b x B may be kept from forward to backward.
+    """
+
+    moments: dict[Alive, tuple[float, float]]
+    contrasts: int
+    width: int
+    world_size: int
+
+    def peak(self, rows: int, *, chunk: int, rows_at_once: int, cache_bytes: int = 0) -> tuple[int, int]:
+        """Bytes of similarities, and of everything else, at the worst moment of forward and backward.
+
+        Args:
+            rows: b.
+            chunk: side of a tile.
+            rows_at_once: of `map_rows`.
+            cache_bytes: what may be kept of each matrix.
+        """
+        keys = rows * self.world_size
+        tile, block = min(chunk, rows) * min(chunk, keys), min(rows_at_once, rows) * keys
+        kept = self.contrasts * min(cache_bytes, 4 * rows * keys)
+        found = [
+            (tiles * tile + blocks * block, round(constant + slope * rows) + grams * self.width**2)
+            for (tiles, blocks, grams), (constant, slope) in self.moments.items()
+        ]
+        worst = max(found, key=sum)
+        return worst[0] + kept, worst[1]
+
+
+def objective_memory(
+    objective: dict[str, Any], *, width: int, world_size: int, gather: Gather, distribution: Distribution,
+    layout: Layout, group_share: float | None = None,
+) -> ObjectiveMemory:  # fmt: skip
+    """Run an objective on random rows. Cached; only outside of a real process group.
+
+    Args:
+        objective: name and options, as in a configuration.
+        width: D.
+        distribution, layout: what the job will use, not auto.
+        group_share: where the objective has groups of pairs: their size over a rank's rows.
+
+    Raises:
+        RuntimeError: a process group exists already and this combination is not known yet.
+    """
+    return _fit(_key(objective), width, world_size, gather, distribution, layout, group_share)
+
+
+def sample_state_bytes(
+    objective: dict[str, Any], num_samples: int, world_size: int, layout: Layout
+) -> tuple[int, Layout]:
+    """Bytes of an objective's buffers on one rank, and where its state will be: replicated or sharded."""
+    sizes = {where: _state(_key(objective), num_samples, world_size, where) for where in ("auto", "replicated")}
+    if layout != "auto":
+        return _state(_key(objective), num_samples, world_size, layout), layout
+    return sizes["auto"], "replicated" if sizes["auto"] == sizes["replicated"] else "sharded"
+
+
+def _key(objective: dict[str, Any]) -> str:
+    return json.dumps({k: v for k, v in objective.items() if k != "num_samples"}, sort_keys=True)
+
+
+@lru_cache(maxsize=256)
+def _state(key: str, num_samples: int, world_size: int, layout: Layout) -> int:
+    with _pretended(world_size), torch.device("meta"):
+        made = _create(key, num_samples, layout, None)
+    return sum(buffer.nbytes for buffer in made.buffers())
+
+
+def _create(key: str, num_samples: int, layout: Layout, group_size: int | None) -> Objective:
+    options = json.loads(key)
+    name = options.pop("name")
+    if group_size is not None:
+        options["group_size"] = group_size
+    return objectives.create(name, num_samples=num_samples, sample_state=layout, **options)
+
+
+@lru_cache(maxsize=256)
+def _fit(
+    key: str, width: int, world_size: int, gather: Gather, distribution: Distribution, layout: Layout,
+    group_share: float | None,
+) -> ObjectiveMemory:  # fmt: skip
+    if world_size > FEW[1]:
+        low, high = (_fit(key, width, ranks, gather, distribution, layout, group_share) for ranks in FEW)
+        return _extrapolated(low, high, world_size)
+    chunk = next(prime for prime in PRIMES if width % prime)
+
+    def run(rows: int, cache_bytes: int = 0) -> dict[Alive, int]:
+        group_size = None if group_share is None else max(1, round(group_share * rows))
+        with (
+            _pretended(world_size),
+            settings.using(gather=gather, distribution=distribution, chunk=chunk, cache_bytes=cache_bytes),
+        ):
+            made = _create(key, rows * world_size, layout, group_size)
+            areas = (chunk * chunk, chunk * rows * world_size, width * width)
+            return _moments(made, _embeddings(made, rows, width, world_size), areas)
+
+    few, more = 2 * chunk, 3 * chunk
+    one, two, cached = run(few), run(more), run(few, 2**40)
+    moments = {}
+    for alive in one.keys() & two.keys():
+        slope = (two[alive] - one[alive]) / (more - few)
+        moments[alive] = (one[alive] - slope * few, slope)
+    kept = max(tiles for tiles, _, _ in cached) - max(tiles for tiles, _, _ in one)
+    contrasts = round(kept * chunk * chunk / (4 * few * few * world_size))
+    return ObjectiveMemory(moments, contrasts, width, world_size)
+
+
+def _extrapolated(low: ObjectiveMemory, high: ObjectiveMemory, world_size: int) -> ObjectiveMemory:
+    share = (world_size - low.world_size) / (high.world_size - low.world_size)
+
+    def between(a: float, b: float) -> float:
+        return a + share * (b - a)
+
+    moments = {
+        alive: (between(c, high.moments[alive][0]), between(s, high.moments[alive][1]))
+        for alive, (c, s) in low.moments.items()
+        if alive in high.moments
+    }
+    return ObjectiveMemory(moments, low.contrasts, low.width, world_size)
+
+
+@contextmanager
+def _pretended(world_size: int) -> Iterator[None]:
+    """A process group of so many ranks that sends nothing. Leaves random numbers as they were."""
+    import torch.testing._internal.distributed.fake_pg  # registers the backend called "fake"
+
+    if dist.is_initialized():
+        raise RuntimeError("account: ask before the process group starts; it pretends to be one")
+    random_state, hook = torch.get_rng_state(), sys.excepthook
+    dist.init_process_group("fake", rank=0, world_size=world_size, store=torch._C._distributed_c10d.HashStore())
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+        torch.set_rng_state(random_state)
+        sys.excepthook = hook  # which a process group replaces by one that names its rank
+
+
+def _moments(objective: Objective, embeddings: Embeddings, areas: tuple[int, int, int]) -> dict[Alive, int]:
+    """For every combination of tiles, blocks and moments that is ever alive, the most bytes of the rest beside it."""
+    kinds = {areas[kind] * item: (kind, item) for kind in (2, 1, 0) for item in ITEMSIZES[kind]}
+    alive, rest, most = [0, 0, 0], 0, dict[Alive, int]()
+
+    def note(size: int, _: int) -> None:
+        nonlocal rest
+        kind, item = kinds.get(abs(size), (None, 0))
+        if kind is None:
+            rest += size
+        else:
+            alive[kind] += item if size > 0 else -item
+        now = (alive[0], alive[1], alive[2])
+        most[now] = max(most.get(now, 0), rest)
+
+    tracker = Tracker("cpu")
+    tracker.add([*objective.buffers(), *_tensors(embeddings)], "before")
+    tracker.on_change = note
+    with tracker:
+        objective(embeddings).value.backward()
+    return most
+
+
+def _tensors(embeddings: Embeddings) -> list[Tensor]:
+    single = (embeddings.image, embeddings.text, embeddings.ids, embeddings.logit_scale, embeddings.logit_bias)
+    temperatures = (embeddings.image_temperature, embeddings.text_temperature)
+    return [x for x in (*single, *temperatures, *embeddings.image_views, *embeddings.text_views) if x is not None]
+
+
+def _embeddings(objective: Objective, rows: int, width: int, world_size: int) -> Embeddings:
+    torch.manual_seed(0)
+
+    def one() -> Tensor:
+        return F.normalize(torch.randn(rows, width), dim=1).requires_grad_()
+
+    def per_sample() -> Tensor | None:
+        return torch.full((rows,), 0.02).requires_grad_() if objective.needs_temperatures else None
+
+    return Embeddings(
+        image=one(),
+        text=one(),
+        ids=torch.arange(rows) * world_size,  # of samples whose state this rank holds: nobody else answers
+        logit_scale=torch.full((1,), 10.0).requires_grad_(),
+        logit_bias=torch.full((1,), -10.0).requires_grad_(),
+        image_views=tuple(one() for _ in range(objective.needs_views)),
+        text_views=tuple(one() for _ in range(objective.needs_views)),
+        image_temperature=per_sample(),
+        text_temperature=per_sample(),
+    )

@@ -1,0 +1,167 @@
+"""Activations, features and gradients over the two passes of the gradient cache (engine/gradient_cache.py).
+
+n  micro-batches    k  of them whose graphs are kept, the last ones    b  local batch    D  embedding width
+
+    pass_1      n - k forwards without graph, of which the outputs stay; then k with, of which the graphs stay
+    objective   outputs, one per micro-batch, and leaves, their concatenation; leaves get gradients
+    pass_2      n - k forwards and backwards one after another, beside the k kept graphs; then backwards of those
+
+Within one call the image tower goes first, and backward the text tower does. Gradients of parameters begin to exist in
+a tower's first backward; later ones are added to them one by one. Leaves and their gradients live until the next step
+is done, in the report of this one.
+"""
+
+from collections.abc import Generator, Iterable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+
+from amclr_scale.config.schema import Config
+from amclr_scale.engine.plan import Plan
+from amclr_scale.memory.components import Component, Phase
+from amclr_scale.memory.towers import MODALITIES, Modality, Tower, trace
+
+Rows = tuple[tuple[Modality, int], ...]  # what one call of the model encodes, in its order
+
+
+@dataclass(frozen=True)
+class Moment:
+    """Bytes alive at one moment: activations of each tower, features, gradients of parameters."""
+
+    image: int = 0
+    text: int = 0
+    features: int = 0
+    gradients: int = 0
+
+    @property
+    def total(self) -> int:
+        return self.image + self.text + self.features + self.gradients
+
+    def and_also(
+        self, modality: Modality | None = None, size: int = 0, *, features: int = 0, gradients: int = 0
+    ) -> "Moment":
+        """This moment with more alive."""
+        return Moment(
+            self.image + (size if modality == "image" else 0),
+            self.text + (size if modality == "text" else 0),
+            self.features + features,
+            self.gradients + gradients,
+        )
+
+
+class Passes:
+    """One step of one rank.
+
+    Args:
+        copies: bytes of the copy of all gradients that stage 0 makes to exchange them.
+
+    Attributes:
+        leaf_bytes: of all embeddings of a rank, as the objective gets them.
+    """
+
+    def __init__(self, config: Config, plan: Plan, *, copies: int = 0):
+        self.plan, self.copies = plan, copies
+        self.towers: dict[Modality, Tower] = {modality: trace(config, modality) for modality in MODALITIES}
+        views = {"image": 1 + config.data.image_views, "text": 1 + config.data.text_views}
+        self._row = {m: 4 * config.model.embedding_width * views[m] for m in MODALITIES}  # bytes of a sample's outputs
+        self.calls = list(_calls(plan))
+        kept = config.execution.kept_micro_batches
+        self.kept = min(1 if kept == "auto" else kept, len(self.calls))
+        self.leaf_bytes = plan.local_batch_size * sum(self._row.values())
+
+    @cached_property
+    def peaks(self) -> dict[Phase, Moment]:
+        """The worst moment of each phase."""
+        before = Moment(features=2 * self.leaf_bytes)  # the report of the step before
+        without, kept = self.calls[: len(self.calls) - self.kept], self.calls[len(self.calls) - self.kept :]
+        found: dict[Phase, Moment] = {"data": before}
+        found["pass_1"] = _worst(self._first_pass(before, without, kept))
+        graphs = self._with_graphs(before.and_also(features=self._outputs(without)), kept)
+        with_leaves = graphs.and_also(features=2 * self.leaf_bytes)
+        found["objective"] = with_leaves
+        found["pass_2"] = _worst(self._second_pass(with_leaves, without, kept))
+        found["reduce"] = Moment(features=5 * self.leaf_bytes)
+        found["optimizer"] = Moment(features=4 * self.leaf_bytes)
+        return found
+
+    def components(self) -> list[Component]:
+        """Activations of each tower, features, and gradients during the second pass."""
+        images, texts = self.plan.micro_batch_sizes
+        keeping = (
+            f"execution.kept_micro_batches: {max(0, self.kept - 1)}, " if self.kept and len(self.calls) > 1 else ""
+        )
+        found = [
+            Component(
+                f"{modality} activations",
+                {phase: getattr(moment, modality) for phase, moment in self.peaks.items()},
+                f"{keeping}execution.micro_batch_size below {m}, or execution.recompute_{modality}: full",
+                "activations",
+            )
+            for modality, m in (("image", images), ("text", texts))
+        ]
+        features = {phase: moment.features for phase, moment in self.peaks.items()}
+        found.append(
+            Component("features and their gradients", features, "train.global_batch_size over more ranks", "features")
+        )
+        return found
+
+    def _first_pass(self, moment: Moment, without: list[Rows], kept: list[Rows]) -> Iterator[Moment]:
+        for call in without:
+            now = moment
+            for modality, m in call:
+                yield now.and_also(modality, self.towers[modality].without_graph.forward_peak(m))
+                now = now.and_also(features=self._row[modality] * m)
+            moment = now
+        for call in kept:
+            for modality, m in call:
+                yield moment.and_also(modality, self.towers[modality].with_graph.forward_peak(m))
+                moment = moment.and_also(modality, self.towers[modality].with_graph.kept(m))
+
+    def _with_graphs(self, moment: Moment, calls: list[Rows]) -> Moment:
+        for modality, m in (part for call in calls for part in call):
+            moment = moment.and_also(modality, self.towers[modality].with_graph.kept(m))
+        return moment
+
+    def _second_pass(self, moment: Moment, without: list[Rows], kept: list[Rows]) -> Iterator[Moment]:
+        done: set[Modality] = set()
+        for call in without:
+            now = moment.and_also(features=0 if call is without[0] else self._outputs([call]))  # of the call before
+            for modality, m in call:
+                yield now.and_also(modality, self.towers[modality].with_graph.forward_peak(m))
+                now = now.and_also(modality, self.towers[modality].with_graph.kept(m))
+            moment = yield from self._backward(now, call, done)
+        for call in kept:
+            moment = yield from self._backward(moment, call, done)
+            moment = moment.and_also(features=self._outputs([call]))  # which its graph had held
+        yield moment.and_also(gradients=self.copies)
+
+    def _backward(self, moment: Moment, call: Rows, done: set[Modality]) -> Generator[Moment, None, Moment]:
+        for modality, m in reversed(call):
+            timeline = self.towers[modality].with_graph
+            moment = moment.and_also(modality, -timeline.kept(m))
+            alive, gradients = timeline.backward_peak(m, first=modality not in done)
+            yield moment.and_also(modality, alive, gradients=gradients)
+            if modality not in done:
+                moment = moment.and_also(gradients=int(timeline.gradients[-1]))
+            done.add(modality)
+        return moment
+
+    def _outputs(self, calls: Iterable[Rows]) -> int:
+        return sum(self._row[modality] * m for call in calls for modality, m in call)
+
+
+def _worst(moments: Iterable[Moment]) -> Moment:
+    return max(moments, key=lambda moment: moment.total, default=Moment())
+
+
+def _calls(plan: Plan) -> Iterator[Rows]:
+    """What each call encodes, as `gradient_cache.split` cuts the batch."""
+    images, texts = plan.micro_batch_sizes
+
+    def sizes(at_once: int) -> Iterator[int]:
+        return (min(at_once, plan.local_batch_size - start) for start in range(0, plan.local_batch_size, at_once))
+
+    if images == texts:
+        yield from ((("image", m), ("text", m)) for m in sizes(images))
+    else:
+        yield from ((("image", m),) for m in sizes(images))
+        yield from ((("text", m),) for m in sizes(texts))
