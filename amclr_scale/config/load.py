@@ -23,7 +23,9 @@ from amclr_scale.errors import UserError
 
 RECIPE = ("seed", "data", "model", "objective", "optimizer", "train", "evaluation")
 # Keys in those sections that say how fast or how long at a time, and change no result.
-NEUTRAL = ("data.cache", "data.cache_gib", "data.allow_pipe", "evaluation.batch_size", "train.max_hours")
+NEUTRAL = (
+    "data.cache", "data.cache_gib", "data.stream", "data.allow_pipe", "evaluation.batch_size", "train.max_hours",
+)  # fmt: skip
 
 
 class _Loader(yaml.SafeLoader):

@@ -116,6 +116,9 @@ class Data(Section):
     $XDG_CACHE_HOME or ~/.cache. Does not change results."""
     cache_gib: PositiveNumber = 50.0
     """Bound on the fetched remote shards in the cache, per machine, in GiB. Does not change results."""
+    stream: bool = False
+    """Remote shards go through shared memory instead of the cache: read front to back, two windows per lane held
+    at once, fetched again in every epoch. Does not change results."""
     allow_pipe: bool = False
     """Whether shards named pipe:COMMAND may run that shell command."""
 

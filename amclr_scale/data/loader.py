@@ -172,6 +172,8 @@ class TrainLoader:
         if self._prefetcher:
             self._prefetcher.close()
         self.index.close()
+        if self.index.storage.stream:
+            self.index.storage.stream.close()
 
     def _start(self) -> Iterator[Part | str]:
         numbers = _Numbers(self.start_step * self._parts.parts_per_step)

@@ -27,7 +27,11 @@ class Prefetcher:
         self._threads = ThreadPoolExecutor(_AT_ONCE, thread_name_prefix="fetch")
         sizes = sorted((shard.file_size or 0 for shard in index.shards if is_remote(shard.url)), reverse=True)
         at_once = len(lanes) * order.window * 2
-        needed, bound = sum(sizes[:at_once]), index.storage.fetched_bytes
+        needed, stream = sum(sizes[:at_once]), index.storage.stream
+        if stream:
+            stream.check_room(needed)
+            index.storage.fetched_bytes = needed
+        bound = index.storage.fetched_bytes
         if needed > bound:
             raise UserError(
                 f"data.cache_gib: expected room for the {min(at_once, len(sizes))} shards that a rank's lanes read "

@@ -2,7 +2,8 @@
 
 * An uncompressed tar on a file system is read where it lies.
 * A .tar.gz is unpacked once into the cache folder.
-* A remote shard is fetched once into the cache folder (`data/remote.py`), which is kept below a bound.
+* A remote shard is fetched once into the cache folder (`data/remote.py`), which is kept below a bound; or, with
+  `data.stream`, into memory (`data/streaming.py`).
 
 Everything then is the same: one `pread` per member, at the offset that the member table gives. Each read covers the
 member's header too, and its crc32 must be the one that was there when the shard was indexed: so a shard that was
@@ -22,6 +23,7 @@ from pathlib import Path
 from amclr_scale.config import schema
 from amclr_scale.data.remote import fetch, make_room
 from amclr_scale.data.sources import is_remote
+from amclr_scale.data.streaming import Stream
 from amclr_scale.data.tar import BLOCK, Members, split_name
 from amclr_scale.errors import UserError
 
@@ -149,10 +151,11 @@ class Storage:
         cache: folder for what is unpacked or fetched.
         fetched_bytes: bound on the fetched shards in it.
         allow_pipe: whether `pipe:` urls may run their shell commands.
+        stream: memory for fetched shards, instead of the cache folder.
     """
 
-    def __init__(self, cache: Path, fetched_bytes: int = 0, allow_pipe: bool = False):
-        self.cache, self.fetched_bytes, self.allow_pipe = cache, fetched_bytes, allow_pipe
+    def __init__(self, cache: Path, fetched_bytes: int = 0, allow_pipe: bool = False, stream: Stream | None = None):
+        self.cache, self.fetched_bytes, self.allow_pipe, self.stream = cache, fetched_bytes, allow_pipe, stream
 
     def local_path(self, url: str, sha256: str | None = None) -> Path:
         """A local, uncompressed tar with the shard's content; unpacks or fetches it first if need be.
@@ -193,7 +196,8 @@ class Storage:
             raise UserError(
                 f"data.allow_pipe: {url} would run a shell command; set data.allow_pipe=true if you trust its author"
             )
-        target = self.cache / "fetched" / f"{address_key(url)}.tar"
+        folder = self.stream.folder() if self.stream else self.cache / "fetched"
+        target = folder / f"{address_key(url)}.tar"
         try:
             os.utime(target)  # used now: the last to be removed
         except FileNotFoundError:
@@ -210,4 +214,6 @@ def make_storage(data: schema.Data) -> Storage:
     Raises:
         UserError: the cache folder cannot be written.
     """
+    if data.stream:  # one shard at a time, until a loader knows how many it needs at once
+        return Storage(cache_folder(data.cache), 0, data.allow_pipe, Stream())
     return Storage(cache_folder(data.cache), int(data.cache_gib * 2**30), data.allow_pipe)
