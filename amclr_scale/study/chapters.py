@@ -95,6 +95,10 @@ def costs(report: Document, first: Analysed, groups: Sequence[Group], looks: Loo
             "Score against the useful floating-point operations of a run.",
         ),
         plots.score_by_cost(
+            first.outcome, first.unit, looks, "optimizer_steps", "optimizer steps", "by_steps",
+            "Score against optimizer steps.",
+        ),
+        plots.score_by_cost(
             first.outcome, first.unit, looks, "hours", "hours", "by_hours", "Score against wall clock."
         ),
         plots.by_batch(

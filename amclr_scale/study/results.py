@@ -130,6 +130,10 @@ class Run:
         return found
 
     @property
+    def optimizer_steps(self) -> float:
+        return self.cell.steps
+
+    @property
     def hours(self) -> float | None:
         """Wall clock of all attempts, start and evaluation included; else of the logged steps."""
         seconds = self.attempted_seconds or self.training_seconds

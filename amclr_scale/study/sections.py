@@ -27,6 +27,8 @@ HELD_EQUAL = {
 }
 FEW_STEPS = 500
 LEVEL = 0.05
+NEAR_CHANCE = 3.0  # times what guessing scores
+FAR_BELOW_BEST = 0.1  # of the best score of the study
 
 
 def compose(study: Study, discussion: str | None = None) -> Document:
@@ -120,8 +122,31 @@ def _answer(report: Document, study: Study, first: Analysed, looks: Looks) -> No
         plots.score_by_batch(first.outcome, first.unit, looks, f"by_batch_{first.slug}", first.reference, study.margin)
     )
     chance = [value for run in study.runs if (value := first.outcome.metric.chance(run.results)) is not None]
-    if chance and first.unit.share:
-        report.say(f"Guessing scores {100 * sum(chance) / len(chance):.2g} %.")
+    guessing = sum(chance) / len(chance) if chance and first.unit.share else None
+    if guessing is not None:
+        report.say(f"Guessing scores {100 * guessing:.2g} %.")
+    report.say(_hardly_learned(first, guessing))
+
+
+def _hardly_learned(first: Analysed, guessing: float | None) -> str:
+    """Groups that a comparison can say little about, because their training did not get anywhere."""
+    means = [(group, mean.seeds.value) for group in first.outcome.groups if (mean := first.outcome.mean(group))]
+    if guessing is None or not means:
+        return ""
+    least = max(NEAR_CHANCE * guessing, max(value for _, value in means) * FAR_BELOW_BEST)
+    found = [(group, value) for group, value in means if value < least]
+    if not found:
+        return ""
+    words = [
+        f"{group.name} ({first.unit.score(value)} % after {group.runs[0].cell.steps:,} steps)" for group, value in found
+    ]
+    text = f"**Hardly trained**: {'; '.join(words)}. What is compared with these says little about methods."
+    if first.reference is not None and first.reference in [group for group, _ in found]:
+        text += (
+            " **The reference is among them**: to match it, or to be better, is no evidence about large batches, "
+            "only about too few steps or a learning rate that does not fit them."
+        )
+    return text
 
 
 def _few_seeds(n: int) -> str:

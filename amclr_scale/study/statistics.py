@@ -111,7 +111,7 @@ class Estimate:
         """Two-sided p-value of H0: true value = 0."""
         if self.standard_error == 0 == self.item_error == self.value:
             return 1.0
-        return min(1.0, 2 * min(self.p_above(0.0), self.p_below(0.0)))
+        return 2 * min(self.p_above(0.0), self.p_below(0.0))  # nan where the spread is unknown
 
     def p_equivalent(self, margin: float) -> float:
         """p-value of H0: the true value is at least `margin` away from zero."""

@@ -35,7 +35,7 @@ class Unit:
         return self.difference(one.value) + self._ends(one, self.difference)
 
     def margin(self, value: float) -> str:
-        return f"{100 * value:g} points" if self.share else f"{value:g}"
+        return f"{100 * value:g} point{'' if value == 0.01 else 's'}" if self.share else f"{value:g}"
 
     def _ends(self, one: Estimate, write: Callable[[float], str]) -> str:
         low, high = one.interval()

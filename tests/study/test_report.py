@@ -16,6 +16,7 @@ from amclr_scale.study.report import write_report
 from amclr_scale.study.results import read_study
 from amclr_scale.study.sections import compose
 from amclr_scale.study.units import unit_of
+from tests.study import synthetic
 from tests.study.synthetic import KEYS, make_study
 
 
@@ -116,6 +117,7 @@ def test_failures_and_checks_are_shown(markdown):
     assert "SogCLR's gradient is DCL's times the temperature" in markdown
     assert "With 3 seeds an interval has 2 degrees of freedom: it reaches 4.30 standard errors" in markdown
     assert "Few optimizer steps" in markdown
+    assert "Hardly trained" not in markdown
     assert "`objective.temperature`" in markdown  # CLIP learns it, AmCLR's default is another
 
 
@@ -177,6 +179,14 @@ def test_one_seed_decides_nothing(tmp_path):
     assert "One seed: there is no interval, and nothing can be decided." in text
     assert "**better**" not in text
     assert not re.search(r"\bnan\b", text)
+
+
+def test_a_reference_that_has_hardly_learned_is_pointed_out(tmp_path, monkeypatch):
+    monkeypatch.setitem(synthetic.ARMS, "clip", (0.008, 0.0, ("objective.name=clip",), "CLIP", 1.0))
+    folder = make_study(tmp_path / "s", arms=("clip", "amclr"), batches=(128,), noise=0.0)
+    text = compose(read_study(folder)).markdown
+    assert "**Hardly trained**: CLIP, B = 128 (0.7 % after 64 steps)" in text
+    assert "**The reference is among them**" in text
 
 
 def test_a_missing_package_names_the_extra(tmp_path, monkeypatch):

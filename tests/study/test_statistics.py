@@ -150,6 +150,7 @@ def test_one_seed_decides_nothing_and_identical_seeds_decide_all():
     alone = estimate([0.4])
     assert all(math.isnan(end) for end in alone.interval())
     assert math.isnan(alone.p_equivalent(0.1))
+    assert math.isnan(alone.p_different())
     same = paired([0.1, 0.2, 0.3], [0.1, 0.2, 0.3])
     assert (same.p_equivalent(0.005), same.p_different(), same.interval()) == (0.0, 1.0, (0.0, 0.0))
     shifted = estimate([0.25, 0.25])
