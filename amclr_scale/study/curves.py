@@ -116,6 +116,7 @@ def _panels(
         axes.xaxis.set_major_formatter(_thousands)
     for place in range(len(panels), down * across):
         grid[place // across][place % across].set_visible(False)
+        grid[place // across - 1][place % across].tick_params(labelbottom=True)
     figure.supxlabel("samples seen, thousands", fontsize=9)
     figure.supylabel(label, fontsize=9)
     handles: dict[str, Any] = {}

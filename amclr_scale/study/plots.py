@@ -202,10 +202,12 @@ def score_by_cost(
     figure, axes = plt.subplots(figsize=(WIDTH, 3.8), layout="constrained")
     sizes = sorted({row["global_batch_size"] for row in rows})
     large = {batch: 4 + 2.2 * place for place, batch in enumerate(sizes)}
-    costs = [row[quantity] for row in rows]
+    minutes = quantity == "hours" and max(row["hours"] for row in rows) < 1
+    factor, label = (60, "minutes") if minutes else (1, label)
+    costs = [factor * row[quantity] for row in rows]
     for title in dict.fromkeys(row["title"] for row in rows):
         mine = sorted((row for row in rows if row["title"] == title), key=lambda row: row["global_batch_size"])
-        x, y = [row[quantity] for row in mine], [unit.factor * row["score"] for row in mine]
+        x, y = [factor * row[quantity] for row in mine], [unit.factor * row["score"] for row in mine]
         look = looks(str(title))
         axes.plot(x, y, color=look["color"], linestyle=look["linestyle"], linewidth=0.8, alpha=0.6)
         for row, cost, score in zip(mine, x, y, strict=True):

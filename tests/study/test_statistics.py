@@ -1,6 +1,7 @@
 """Intervals, equivalence and sample sizes: against scipy's tests, and on simulated studies whose truth is known."""
 
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -99,6 +100,14 @@ def test_seeds_needed_approaches_the_normal_approximation():
     approximate = 15.7 * sigma**2 / delta**2
     assert seeds_needed(sigma, delta, paired=False) == pytest.approx(approximate, rel=0.01)
     assert seeds_needed(sigma, delta) == pytest.approx(approximate / 2, rel=0.01)  # sigma: of the differences
+
+
+@pytest.mark.parametrize(("sigma", "match", "difference"), [(0.25, 4, 5), (0.5, 11, 10), (1, 36, 34), (2, 139, 128)])
+def test_seeds_needed_of_the_documentation(sigma, match, difference):
+    assert seeds_needed_for_equivalence(sigma, 0.5) == match
+    assert seeds_needed(sigma, 0.5) == difference
+    row = f"| {sigma:g} point{'' if sigma == 1 else 's'} | {match} | {difference} |"
+    assert row in Path("docs/studies.md").read_text()
 
 
 def test_seeds_needed_at_the_ends():
