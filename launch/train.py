@@ -12,6 +12,7 @@ import json
 import os
 import sys
 import time
+from dataclasses import replace
 
 from amclr_scale.checkpoint.signals import EXIT_RESUMABLE, Signals, StoppedError
 from amclr_scale.config.help import describe
@@ -48,6 +49,7 @@ def run(config: Config, source: str | None, place: Place, stopwatch: Stopwatch, 
     from amclr_scale.engine.assembly import build_trainer, open_data
     from amclr_scale.engine.distributed import seed_everything, start, stop
     from amclr_scale.engine.loop import train
+    from amclr_scale.engine.plan import make_plan
     from amclr_scale.engine.profiling import StepProfiler
     from amclr_scale.engine.setup import throughput
     from amclr_scale.engine.step import TrainStep
@@ -63,12 +65,20 @@ def run(config: Config, source: str | None, place: Place, stopwatch: Stopwatch, 
 
     # Data first: mistakes in it are found before any process waits for another.
     inputs = open_data(config, place)
-    loader, tokenizer, plan = inputs.loader, inputs.tokenizer, inputs.plan
+    loader, tokenizer = inputs.loader, inputs.tokenizer
     measured = config.evaluation.splits or config.evaluation.probes
     evaluator = Evaluator(config, rank=place.rank, world_size=place.world_size) if measured else None
+    unsettled = None
+    if config.execution.auto or config.execution.kept_micro_batches == "auto":
+        from amclr_scale.memory.settle import Unsettled  # takes seconds, which other runs need not spend
+
+        unsettled = Unsettled(config, place, loader.num_samples)
     stopwatch.lap("data")
     device = start(place, config.execution.threads)
     watch = Watch(place)
+    config, settled = unsettled.settle(device) if unsettled else (config, [])
+    plan = make_plan(config, loader.samples_per_epoch, place.world_size)
+    inputs = replace(inputs, plan=plan)
     found, folder, lock = agree_on_start(config, name_run(config, source), loader.fingerprint, tokenizer, place.rank)
     begin = found.step(config) if found else 0
     loader.seek(begin)
@@ -88,7 +98,7 @@ def run(config: Config, source: str | None, place: Place, stopwatch: Stopwatch, 
     phases = Phases(device)
     step = TrainStep(
         engine, objective, micro_batch_sizes=plan.micro_batch_sizes,
-        kept=config.execution.kept_micro_batches, device=device, phases=phases,
+        kept=plan.kept, device=device, phases=phases,
     )  # fmt: skip
     step.steps = begin
 
@@ -102,7 +112,7 @@ def run(config: Config, source: str | None, place: Place, stopwatch: Stopwatch, 
             tokenizer=tokenizer, log=log, signals=signals, device=device, found=found,
         ) as keeper,
     ):  # fmt: skip
-        log.say(f"run folder {folder}\n{plan}")
+        log.say("\n".join([f"run folder {folder}", str(plan), *settled]))
         log.say(
             f"{trainer.parameters:,} parameters, objective {config.objective['name']}, {trainer.optimizer}, on {device}"
         )

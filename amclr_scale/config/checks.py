@@ -71,14 +71,15 @@ def _groups(config: Config, world_size: int) -> list[str]:
 def _execution(config: Config, world_size: int) -> list[str]:
     execution, lines = config.execution, []
     stage, offload = execution.zero_stage, execution.offload
-    if execution.precision != "fp32" and stage == 0:
+    chosen_later = execution.auto and "zero_stage" not in execution.model_fields_set
+    if execution.precision != "fp32" and stage == 0 and not chosen_later:
         lines.append(
             f"execution.zero_stage: expected 1 or more, where ZeRO keeps fp32 masters of {execution.precision} "
             "weights, got 0"
         )
-    if offload == "optimizer" and stage == 0:
+    if offload == "optimizer" and stage == 0 and not chosen_later:
         lines.append("execution.offload: optimizer states move to the host at zero_stage 1, 2 or 3, got 0")
-    if offload == "parameters" and stage != 3:
+    if offload == "parameters" and stage != 3 and not chosen_later:
         lines.append(f"execution.offload: parameters move to the host at zero_stage 3 only, got {stage}")
     if offload != "none" and config.optimizer.name not in ("adamw", "adamp", "lamb", "lars", "sgd"):
         lines.append(

@@ -77,6 +77,11 @@ def merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
+def _spelt_out(tree: dict[str, Any]) -> dict[str, Any]:
+    """`execution: auto` in full, so that other keys of the section can stand beside it."""
+    return {**tree, "execution": {"auto": True}} if tree.get("execution") == "auto" else tree
+
+
 def read_file(path: Path, seen: tuple[Path, ...] = (), argument: str = "--config") -> dict[str, Any]:
     """The sections of a YAML file, laid over those of its `base`.
 
@@ -96,7 +101,11 @@ def read_file(path: Path, seen: tuple[Path, ...] = (), argument: str = "--config
     if not isinstance(tree, dict):
         raise UserError(f"{path}: expected sections with keys, got {type(tree).__name__}")
     base = tree.pop("base", None)
-    return merge(read_file(path.parent / base, (*seen, path.resolve()), "base"), tree) if base else tree
+    return (
+        merge(read_file(path.parent / base, (*seen, path.resolve()), "base"), _spelt_out(tree))
+        if base
+        else _spelt_out(tree)
+    )
 
 
 def from_words(words: Sequence[str]) -> dict[str, Any]:
@@ -113,7 +122,7 @@ def from_words(words: Sequence[str]) -> dict[str, Any]:
         above: Any = _parse(value, key)
         for part in reversed(key.split(".")):
             above = {part: above}
-        tree = merge(tree, above)
+        tree = merge(tree, _spelt_out(above))
     return tree
 
 

@@ -323,14 +323,19 @@ class Similarity(Section):
 class Execution(Section):
     """How the recipe is run. Nothing here changes the numbers beyond rounding."""
 
+    auto: bool = False
+    """`execution: auto`, or execution=auto as a word, sets it: at the start, choose the fastest zero_stage, offload,
+    recomputation, micro_batch_size, kept_micro_batches, similarity.gather and similarity.chunk that the devices' free
+    memory holds. What is given, in a file or as a word, stays as given."""
     micro_batch_size: Positive | None = None
     """Samples one rank encodes at once; null: its whole share of the global batch. When it is smaller, the gradient
     cache makes the step the same as with the whole share, at 4/3 of the cost."""
     text_micro_batch_size: Positive | None = None
     """Texts encoded at once, when not as many as images; null: micro_batch_size."""
-    kept_micro_batches: Annotated[int, Field(ge=0)] = 1
+    kept_micro_batches: Annotated[int, Field(ge=0)] | Literal["auto"] = 1
     """Micro-batches whose activations are kept between the two passes of the gradient cache: memory for less
-    recomputation. With n micro-batches, k kept ones save k/n of the second forward."""
+    recomputation. With n micro-batches, k kept ones save k/n of the second forward. auto: as many as free memory holds
+    by the memory account, the same number on every rank."""
     recompute_image: Literal["none", "full"] | Positive = "none"
     """Activation recomputation in the image tower: none, full (every block), or k: every k-th block."""
     recompute_text: Literal["none", "full"] | Positive = "none"

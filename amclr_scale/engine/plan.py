@@ -1,6 +1,7 @@
 """The arithmetic of a run: shares, micro-batches, steps, epochs. Imports no torch."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 from amclr_scale.config.schema import Config
 
@@ -14,6 +15,13 @@ class Plan:
     global_batch_size: int
     world_size: int
     micro_batch_sizes: tuple[int, int]  # images, texts
+    kept_micro_batches: int | Literal["auto"] = 1
+
+    @property
+    def kept(self) -> int:
+        """Micro-batches whose graphs are kept, once that is settled (memory/settle.py)."""
+        assert self.kept_micro_batches != "auto", "kept_micro_batches is not settled yet"
+        return min(self.kept_micro_batches, self.micro_batches)
 
     @property
     def micro_batches(self) -> int:
@@ -53,4 +61,5 @@ def make_plan(config: Config, samples_per_epoch: float, world_size: int) -> Plan
     local = batch // world_size
     wanted = config.execution.micro_batch_size or local
     sizes = (min(wanted, local), min(config.execution.text_micro_batch_size or wanted, local))
-    return Plan(samples_per_epoch, max(1, round(samples / batch)), batch, world_size, sizes)
+    kept = config.execution.kept_micro_batches
+    return Plan(samples_per_epoch, max(1, round(samples / batch)), batch, world_size, sizes, kept)

@@ -130,11 +130,10 @@ def sample_views(config: Config) -> tuple[tuple[torch.Tensor, ...], tuple[torch.
 
 def throughput(config: Config, plan: Plan, model: DualEncoder, flops: ModelFlops, device: torch.device) -> Throughput:
     """How a rate of samples becomes rates of operations on this device."""
-    kept = min(config.execution.kept_micro_batches, plan.micro_batches)
     return Throughput(
         world_size=plan.world_size,
         flops=flops,
-        second_forwards=(plan.micro_batches - kept) / plan.micro_batches,
+        second_forwards=(plan.micro_batches - plan.kept) / plan.micro_batches,
         recomputed_image=recomputed_share(model.image_tower, config.execution.recompute_image),
         recomputed_text=recomputed_share(model.text_tower, config.execution.recompute_text),
         peak=device_peak(device, config.execution.precision),

@@ -24,11 +24,12 @@ from functools import lru_cache
 import torch
 
 from amclr_scale.config.schema import Config
-from amclr_scale.encoders.recomputation import recomputed_share
+from amclr_scale.encoders.dual_encoder import DualEncoder
+from amclr_scale.encoders.recomputation import Recomputation, recomputed_share
 from amclr_scale.engine.plan import make_plan
 from amclr_scale.memory.messages import Messages
 from amclr_scale.memory.towers import Modality, Timeline, Tower, skeleton, trace
-from amclr_scale.memory.wire import BYTES, host_traffic, objective_trace, sizes_of, zero_messages
+from amclr_scale.memory.wire import BYTES, host_traffic, kept_of, objective_trace, sizes_of, zero_messages
 from amclr_scale.metrics.devices import DeviceProfile
 from amclr_scale.metrics.flops import ModelFlops
 
@@ -66,6 +67,7 @@ class Cost:
     wire_bytes: float
     global_batch_size: int
     flops: float  # useful operations per sample
+    bound: float  # seconds of the towers where every forward is run twice and nothing but operations costs time
 
     @property
     def seconds(self) -> float:
@@ -105,7 +107,7 @@ def estimate(
     plan = make_plan(config, num_samples, world_size)
     b, execution = plan.local_batch_size, config.execution
     calls = tuple(-(-b // m) for m in plan.micro_batch_sizes)
-    kept = _kept_by_tower(execution.kept_micro_batches, *calls)
+    kept = _kept_by_tower(kept_of(config), *calls)
     towers = 0.0
     peak = profile.peak(execution.precision) * rates.utilisation
     modalities: tuple[Modality, Modality] = ("image", "text")
@@ -116,8 +118,9 @@ def estimate(
         )
         towers += b / (n * m) * ((n - k) * (first + again) + k * again + n * back)
 
-    trace = objective_trace(config, world_size, num_samples, profile.type, ranks_per_node)
-    objective = trace.flops(b) / (profile.peak("fp32") * rates.utilisation) + trace.bytes(b) / profile.memory_bandwidth
+    useful = ModelFlops(*(round(trace(config, modality).flops) for modality in modalities)).useful()
+    work = objective_trace(config, world_size, num_samples, profile.type, ranks_per_node)
+    objective = work.flops(b) / (profile.peak("fp32") * rates.utilisation) + work.bytes(b) / profile.memory_bandwidth
     if execution.similarity.cache_mib:  # kept tiles save the first of backward's products, about 1 in 4
         tiles = min(1.0, execution.similarity.cache_mib * 2**20 / (b * b * world_size * 4))
         objective *= 1 - tiles / 4
@@ -126,7 +129,7 @@ def estimate(
     messages = gathers = 0.0
     wire = 0.0
     if world_size > 1:
-        own, zero = trace.messages(b), zero_messages(config, sizes, world_size, calls)
+        own, zero = work.messages(b), zero_messages(config, sizes, world_size, calls)
         fetched = Messages(tuple(m for m in zero if m.purpose == "parameters" and execution.zero_stage == 3))
         others = Messages(tuple(m for m in zero if m not in fetched.found))
         messages = _seconds(own + others, profile, rates, world_size, ranks_per_node)
@@ -147,13 +150,9 @@ def estimate(
         host=(to_host + from_host) / profile.host_link,
         wire_bytes=wire,
         global_batch_size=plan.global_batch_size,
-        flops=ModelFlops(round(trace_of(config, "image").flops), round(trace_of(config, "text").flops)).useful(),
+        flops=useful,
+        bound=4 / 3 * useful * b / peak,
     )
-
-
-def trace_of(config: Config, modality: Modality) -> Tower:
-    """The tower's trace (cached there)."""
-    return trace(config, modality)
 
 
 def _kept_by_tower(kept: int, images: int, texts: int) -> tuple[int, int]:
@@ -179,10 +178,19 @@ class _Pass:
 def _passes(config: Config, modality: Modality) -> tuple[_Pass, _Pass, _Pass]:
     """The forward without a graph, the forward with one, and the backward."""
     recomputation = config.execution.recompute_image if modality == "image" else config.execution.recompute_text
-    tower = trace_of(config, modality)
-    share = recomputed_share(getattr(skeleton(config), f"{modality}_tower"), recomputation)
-    weights = sum(p.numel() for name, p in skeleton(config).named_parameters() if name.startswith(modality))
-    return _passes_of(tower, share, weights * BYTES[config.execution.precision])
+    model = skeleton(config)
+    share, parameters = _share(model, modality, recomputation), _parameters(model, modality)
+    return _passes_of(trace(config, modality), share, parameters * BYTES[config.execution.precision])
+
+
+@lru_cache(maxsize=64)
+def _share(model: DualEncoder, modality: Modality, recomputation: Recomputation) -> float:
+    return recomputed_share(getattr(model, f"{modality}_tower"), recomputation)
+
+
+@lru_cache(maxsize=64)
+def _parameters(model: DualEncoder, modality: Modality) -> int:
+    return sum(p.numel() for name, p in model.named_parameters() if name.startswith(modality))
 
 
 @lru_cache(maxsize=64)

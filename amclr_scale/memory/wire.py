@@ -167,9 +167,16 @@ def state_layout(config: Config, num_samples: int) -> Layout:
     return "sharded" if largest > REPLICATED_BYTES else "replicated"
 
 
+def kept_of(config: Config) -> int:
+    """Kept micro-batches, as a number: predictions come after it is settled."""
+    kept = config.execution.kept_micro_batches
+    assert kept != "auto", "kept_micro_batches is not settled yet"
+    return kept
+
+
 def _fetches(config: Config, sizes: Sizes, calls: tuple[int, ...]) -> list[int]:
     """Parameters that stage 3 gathers in a step: elements of each gathering."""
-    kept = config.execution.kept_micro_batches
+    kept = kept_of(config)
     reuse = config.deepspeed.get("zero_optimization", {}).get("stage3_max_reuse_distance", MAX_REUSE_DISTANCE)
     images, texts = calls
     same = images == texts
