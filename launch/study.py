@@ -16,22 +16,25 @@ from amclr_scale.errors import UserError
 
 def arguments(argv: list[str]) -> argparse.Namespace:
     """The command line."""
+    from amclr_scale.study.help import describe
+
     parser = argparse.ArgumentParser(
-        prog="study.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="study.py", description=__doc__, epilog=describe(), formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("plan", metavar="PLAN", help="YAML file, such as configs/studies/mini_amclr.yaml")
     parser.add_argument("words", nargs="*", metavar="key=value", help="overrides of the plan, such as budget.epochs=4")
     parser.add_argument("--dry-run", action="store_true", help="check everything, print the cells, stop")
     parser.add_argument("--report", action="store_true", help="only write the report of what is there")
+    parser.add_argument("--pilot", action="store_true", help="only measure the rates that held_equal wall_clock needs")
+    parser.add_argument("--slurm", metavar="DIR", help="write a job array into DIR instead of running; submits nothing")
     parser.add_argument("--cells", metavar="PATTERN", default="*", help="only cells with such names, as 'sogclr-*-s0'")
     return parser.parse_intermixed_args(argv)
 
 
 def main(argv: list[str]) -> int:
-    """Plan, print, run, report."""
-    options = arguments(argv)
+    """Everything, with a mistake of the user told in words."""
     try:
-        return study(options)
+        return study(arguments(argv))
     except UserError as error:
         print(f"\n{error}", file=sys.stderr, flush=True)
         return 2
@@ -41,9 +44,11 @@ def study(options: argparse.Namespace) -> int:
     """The flow: plan -> cells -> run -> report."""
     from amclr_scale.study.cells import base_tree, make_cells, samples_per_epoch
     from amclr_scale.study.folder import StudyFolder
+    from amclr_scale.study.pilot import run_pilot
     from amclr_scale.study.plan import load_plan
     from amclr_scale.study.preview import preview
     from amclr_scale.study.run import Runner
+    from amclr_scale.study.slurm import write_jobs
 
     plan = load_plan(Path(options.plan), options.words)
     folder = StudyFolder(plan.place)
@@ -51,18 +56,26 @@ def study(options: argparse.Namespace) -> int:
         return report(folder.path)
     tree = base_tree(plan)
     epoch = samples_per_epoch(plan, tree)
-    cells = make_cells(plan, tree, epoch)
+    if options.pilot or (plan.held_equal == "wall_clock" and not options.dry_run):
+        piloted = run_pilot(plan, tree, epoch, folder, say)
+        if options.pilot or (piloted and piloted.interrupted):
+            return piloted.exit_code if piloted else 0
+    cells = make_cells(plan, tree, epoch, rates=folder.rates)
     chosen = [cell for cell in cells if fnmatch.fnmatchcase(cell.name, options.cells)]
     if not chosen:
         raise UserError(f"--cells: no cell is called {options.cells}; names are such as {cells[0].name}")
     folder.check(plan, cells)
-    print(preview(plan, folder, cells, epoch), flush=True)
+    say(preview(plan, folder, cells, epoch))
     if options.dry_run:
         return 0
+
     folder.write(plan, tree, cells)
-    outcome = Runner(plan, folder, chosen, say=lambda line: print(line, flush=True)).run()
-    print(f"{outcome.done} of {len(chosen)} cells are finished{'; failed: ' if outcome.failed else ''}"
-          f"{', '.join(outcome.failed)}", flush=True)  # fmt: skip
+    if options.slurm:
+        say(f"sbatch {write_jobs(plan, folder, chosen, Path(options.slurm))}")
+        return 0
+    outcome = Runner(plan, folder, chosen, say).run()
+    failed = f"; failed: {', '.join(outcome.failed)}" if outcome.failed else ""
+    say(f"{outcome.done} of {len(chosen)} cells are finished{failed}")
     if outcome.done and not outcome.interrupted:
         report(folder.path)
     return outcome.exit_code
@@ -72,8 +85,13 @@ def report(folder: Path) -> int:
     """Write the report and say where it is."""
     from amclr_scale.study.report import write_report
 
-    print(f"report: {write_report(folder)}", flush=True)
+    say(f"report: {write_report(folder)}")
     return 0
+
+
+def say(line: str) -> None:
+    """A line on the console, at once."""
+    print(line, flush=True)
 
 
 if __name__ == "__main__":

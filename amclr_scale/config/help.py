@@ -8,14 +8,15 @@ from amclr_scale.config.objective_options import option_models
 from amclr_scale.config.schema import Config
 
 
-def _section(model: type[BaseModel], prefix: str) -> list[str]:
+def section(model: type[BaseModel], prefix: str) -> list[str]:
+    """The keys of a section and those inside it."""
     lines: list[str] = []
     for name, field in model.model_fields.items():
         inner = field.annotation
         if isinstance(inner, type) and issubclass(inner, BaseModel):
-            lines += _section(inner, f"{prefix}{name}.")
+            lines += section(inner, f"{prefix}{name}.")
             continue
-        default = "needed" if field.is_required() else repr(field.default)
+        default = "needed" if field.is_required() else repr(field.get_default(call_default_factory=True))
         lines.append(f"  {prefix}{name} = {default}")
         lines += textwrap.wrap(field.description or "", 104, initial_indent="      ", subsequent_indent="      ")
     return lines
@@ -24,7 +25,7 @@ def _section(model: type[BaseModel], prefix: str) -> list[str]:
 def describe() -> str:
     """The keys of a configuration, one paragraph each."""
     lines = ["keys (give them in the file or as words; docs/objectives.md explains each objective's options):"]
-    lines += _section(Config, "")
+    lines += section(Config, "")
     lines.append("objectives and their options:")
     for name, model in sorted(option_models().items()):
         options = ", ".join(

@@ -1,18 +1,17 @@
 """The cells of a study: from a plan to one configuration per arm, batch size, axis value and seed.
 
-What a cell gets is derived from what the plan holds equal; everything else follows from the configuration that all
-arms share. Every cell's configuration is checked before the first one runs.
+What a cell gets is derived from what the plan holds equal (lengths.py); everything else follows from the configuration
+that all arms share. Every cell's configuration is checked before the first one runs.
 """
 
 import fnmatch
 import itertools
+import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-
-import yaml
 
 from amclr_scale.config.load import build, from_words, merge, read_file, recipe_hash
 from amclr_scale.config.objective_options import option_models
@@ -21,7 +20,11 @@ from amclr_scale.engine.plan import make_plan
 from amclr_scale.engine.schedules import peak_learning_rate
 from amclr_scale.errors import UserError
 from amclr_scale.study.controls import CONTROLS
+from amclr_scale.study.cost import encoder_cost, encoder_flops, matrices, pairwise_flops, peak_gib
+from amclr_scale.study.lengths import Rates, samples_of
 from amclr_scale.study.plan import ArmPlan, StudyPlan
+
+GROUPS = "objective.group_size"
 
 
 @dataclass(frozen=True)
@@ -30,21 +33,23 @@ class Planned:
 
     Attributes:
         name: unique; also its run folder's.
+        variant: the name without the seed.
         words: overrides of the study's configuration, all of them part of the recipe.
+        config: with its `execution`, which is no part of the recipe.
         encoder_cost: forward passes of both towers per sample, relative to plain CLIP.
         negatives: per anchor and term.
         comparisons: per anchor over all terms.
-        flops: of the whole cell, useful ones; None where they are not known.
     """
 
     name: str
+    variant: str
     arm: str
     label: str
     global_batch_size: int
     seed: int
     axes: Mapping[str, Any]
     words: tuple[str, ...]
-    config: Config
+    config: Config = field(repr=False)
     samples: int
     steps: int
     epochs: float
@@ -52,11 +57,15 @@ class Planned:
     encoder_cost: float
     negatives: int
     comparisons: int
-    flops: float | None = None
 
     @property
     def recipe_hash(self) -> str:
         return recipe_hash(self.config)
+
+    @property
+    def flops(self) -> tuple[float, float]:
+        """Useful operations of the whole cell: both towers, and the similarities."""
+        return encoder_flops(self.config) * self.samples, pairwise_flops(self.config) * self.samples
 
     def entry(self) -> dict[str, Any]:
         """Its line in cells.json."""
@@ -65,12 +74,16 @@ class Planned:
             "seed": self.seed, "axes": dict(self.axes), "recipe_hash": self.recipe_hash, "words": list(self.words),
             "samples": self.samples, "steps": self.steps, "epochs": round(self.epochs, 4), "lr": self.lr,
             "encoder_cost": self.encoder_cost, "negatives": self.negatives, "comparisons": self.comparisons,
-            "flops": self.flops,
+            "flops": sum(self.flops),
         }  # fmt: skip
 
 
 def base_tree(plan: StudyPlan) -> dict[str, Any]:
-    """The configuration that all arms share, before their words."""
+    """The configuration that all arms share, before their words.
+
+    Raises:
+        UserError: the file or a word is not readable.
+    """
     return merge(read_file(Path(plan.config), argument="config"), from_words(plan.words))
 
 
@@ -94,13 +107,17 @@ def samples_per_epoch(plan: StudyPlan, tree: Mapping[str, Any]) -> float:
     return float(order.samples_per_epoch)
 
 
-def make_cells(plan: StudyPlan, tree: Mapping[str, Any], epoch: float) -> list[Planned]:
+def make_cells(
+    plan: StudyPlan, tree: Mapping[str, Any], epoch: float, *, rates: Rates | None = None, steps: int | None = None
+) -> list[Planned]:
     """Every cell of a plan, checked; those that the plan leaves out are left out.
 
     Args:
         plan: the plan.
         tree: `base_tree(plan)`.
         epoch: samples per epoch.
+        rates: samples per second by variant, as measured here.
+        steps: of a pilot, instead of the plan's budget.
 
     Raises:
         UserError: one line per mistake, each with the cells it was found in.
@@ -108,17 +125,21 @@ def make_cells(plan: StudyPlan, tree: Mapping[str, Any], epoch: float) -> list[P
     cells: list[Planned] = []
     mistakes: dict[str, list[str]] = {}
     for arm in plan.arms:
-        for batch in arm.batch_sizes or plan.batch_sizes:
-            for axes in _combinations(plan, arm, tree):
-                for seed in plan.seeds:
-                    name = cell_name(arm.name, batch, axes, seed)
-                    if any(fnmatch.fnmatchcase(name, pattern) for pattern in plan.skip):
-                        continue
-                    try:
-                        cells.append(_cell(plan, tree, arm, name, batch, axes, seed, epoch))
-                    except UserError as error:
-                        for line in str(error).splitlines():
-                            mistakes.setdefault(line, []).append(name)
+        found: list[Planned] = []
+        for batch, axes, seed in _combinations(plan, arm, tree):
+            variant = variant_name(arm.name, batch, axes)
+            name = f"{variant}-s{seed}"
+            if any(fnmatch.fnmatchcase(name, pattern) for pattern in plan.skip):
+                continue
+            try:
+                found.append(_cell(plan, tree, arm, variant, batch, axes, seed, epoch, rates or {}, steps))
+            except UserError as error:
+                for line in str(error).splitlines():
+                    mistakes.setdefault(line, []).append(name)
+        try:
+            cells += _that_fit(plan, arm, found, epoch) if plan.held_equal == "memory" else found
+        except UserError as error:
+            mistakes.setdefault(str(error), []).append(arm.name)
     lines = [f"{line} (in {where[0]}{_more(where)})" for line, where in mistakes.items()]
     if not mistakes:
         lines += list(_check(plan, cells))
@@ -127,10 +148,17 @@ def make_cells(plan: StudyPlan, tree: Mapping[str, Any], epoch: float) -> list[P
     return cells
 
 
-def cell_name(arm: str, batch: int, axes: Mapping[str, Any], seed: int) -> str:
-    """Such as sogclr-B128-gamma0.6-s0."""
+def variant_name(arm: str, batch: int, axes: Mapping[str, Any]) -> str:
+    """Such as sogclr-B128-gamma0.6."""
     parts = [f"{key.rpartition('.')[2]}{_plain(value)}" for key, value in axes.items()]
-    return "-".join([arm, f"B{batch}", *parts, f"s{seed}"])
+    return "-".join([arm, f"B{batch}", *parts])
+
+
+def reference_of(plan: StudyPlan, cells: Sequence[Planned]) -> tuple[str, int]:
+    """The arm and batch size that everything is compared with."""
+    arm = plan.reference.arm
+    batches = [cell.global_batch_size for cell in cells if cell.arm == arm]
+    return arm, plan.reference.global_batch_size or max(batches, default=0)
 
 
 def _plain(value: Any) -> str:
@@ -139,13 +167,30 @@ def _plain(value: Any) -> str:
 
 
 def _more(where: Sequence[str]) -> str:
-    return f" and {len(where) - 1} more cells" if len(where) > 1 else ""
+    return f" and {len(where) - 1} more" if len(where) > 1 else ""
 
 
-def _words(plan: StudyPlan, arm: ArmPlan, batch: int) -> list[str]:
+def _combinations(plan: StudyPlan, arm: ArmPlan, tree: Mapping[str, Any]) -> Iterator[tuple[int, dict[str, Any], int]]:
+    """All batch sizes, axis values and seeds; options that the arm's objective does not have are left out."""
+    objective = merge(dict(tree), from_words(_words(plan, arm, 0, check=False)))["objective"]["name"]
+    options = option_models()[objective].model_fields
+
+    def applies(key: str) -> bool:
+        return not key.startswith("objective.") or key.removeprefix("objective.") in options
+
+    axes = {key: values for key, values in plan.axes.items() if applies(key)} | arm.axes
+    for batch in arm.batch_sizes or plan.batch_sizes:
+        sizes = [size for size in plan.group_sizes if size <= batch] if applies(GROUPS) else []
+        grid = {GROUPS: sizes} if plan.held_equal == "grid" and sizes and GROUPS not in axes else {}
+        for values in itertools.product(*axes.values(), *grid.values()):
+            for seed in plan.seeds:
+                yield batch, dict(zip([*axes, *grid], values, strict=True)), seed
+
+
+def _words(plan: StudyPlan, arm: ArmPlan, batch: int, *, check: bool = True) -> list[str]:
     """The arm's words, with batch sizes put in."""
-    known = CONTROLS[arm.like or arm.name]
-    return [_batch_sizes(word, batch, min(plan.batch_sizes)) for word in (*known.words, *arm.words)]
+    words = (*CONTROLS[arm.like or arm.name].words, *arm.words)
+    return [_batch_sizes(word, batch, min(plan.batch_sizes)) for word in words] if check else list(words)
 
 
 def _batch_sizes(word: str, batch: int, smallest: int) -> str:
@@ -157,100 +202,107 @@ def _batch_sizes(word: str, batch: int, smallest: int) -> str:
     key, _, value = word.partition("=")
     if value == "smallest":
         return f"{key}={smallest}"
-    found = re.fullmatch(r"B(?:/(\d+))?", value)
+    found = re.fullmatch(r"B(?:/([1-9]\d*))?", value)
     if not found:
         return word
     divisor = int(found[1] or 1)
-    if divisor < 1 or batch % divisor:
-        raise UserError(f"batch_sizes: expected multiples of {divisor} ({word}), got {batch}")
+    if batch % divisor:
+        raise UserError(f"batch_sizes: expected multiples of {divisor}, for {word}, got {batch}")
     return f"{key}={batch // divisor}"
 
 
-def _combinations(plan: StudyPlan, arm: ArmPlan, tree: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """All combinations of axis values; options that the arm's objective does not have are left out."""
-    objective = merge(dict(tree), from_words(_words(plan, arm, 0)))["objective"]["name"]
-    options = option_models()[objective].model_fields
-    axes = {
-        key: values
-        for key, values in plan.axes.items()
-        if not key.startswith("objective.") or key.removeprefix("objective.") in options
-    } | arm.axes
-    for values in itertools.product(*axes.values()):
-        yield dict(zip(axes, values, strict=True))
-
-
 def _cell(
-    plan: StudyPlan, tree: Mapping[str, Any], arm: ArmPlan, name: str, batch: int, axes: Mapping[str, Any], seed: int,
-    epoch: float,
+    plan: StudyPlan, tree: Mapping[str, Any], arm: ArmPlan, variant: str, batch: int, axes: Mapping[str, Any],
+    seed: int, epoch: float, rates: Rates, steps: int | None,
 ) -> Planned:  # fmt: skip
-    """One cell: words in the order arm, axes, batch size, budget, learning rate, seed."""
-    control = CONTROLS[arm.like or arm.name]
+    """One cell: words in the order arm, temperature, axes, batch size, learning rate, length, warm-up, seed."""
+    ranks = plan.execution.ranks
     words = _words(plan, arm, batch)
-    objective = merge(dict(tree), from_words(words))["objective"]
-    options = option_models()[objective["name"]].model_fields
     named = {word.partition("=")[0] for word in words}
-    if plan.temperature is not None and "temperature" in options and "objective.temperature" not in named:
+    objective = merge(dict(tree), from_words(words))["objective"]["name"]
+    has_temperature = "temperature" in option_models()[objective].model_fields
+    if plan.temperature is not None and has_temperature and "objective.temperature" not in named:
         words.append(f"objective.temperature={plan.temperature!r}")
-    words += [f"{key}={yaml.safe_dump(value, default_flow_style=True).removesuffix('...').strip()}"
-              if not isinstance(value, str) else f"{key}={value}" for key, value in axes.items()]  # fmt: skip
+    words += [f"{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in axes.items()]
     if "objective.omega" in axes:
         words += [f"data.{key}={axes['objective.omega']}" for key in ("image_views", "text_views")]
     words.append(f"train.global_batch_size={batch}")
-    samples = _samples(plan, batch, epoch)
-    words.append(f"train.samples={samples}")
     words += [f"optimizer.lr_rule={plan.lr.rule}", f"optimizer.lr_reference_batch={plan.lr.reference_batch}"]
     if plan.lr.base is not None and "optimizer.lr" not in axes:
         words.append(f"optimizer.lr={plan.lr.base!r}")
+
+    draft = build(merge(dict(tree), from_words([*words, f"train.samples={batch}"])), ranks)
+    samples = steps * batch if steps else samples_of(plan, draft, variant, epoch, rates)
+    words.append(f"train.samples={samples}")
     if plan.warmup_samples is not None:
         words.append(f"optimizer.warmup_samples={plan.warmup_samples}")
     if plan.warmup_share is not None:
         words.append(f"optimizer.warmup_samples={round(plan.warmup_share * samples)}")
     words.append(f"seed={seed}")
 
-    config = build(merge(dict(tree), from_words(words)), plan.execution.ranks)
-    run = make_plan(config, epoch, plan.execution.ranks)
+    execution = [*plan.execution.words, *plan.execution.words_by_batch.get(batch, [])]
+    config = build(merge(dict(tree), from_words([*words, *execution])), ranks)
+    run = make_plan(config, epoch, ranks)
     group = config.objective.get("group_size") or batch
-    omega = config.objective.get("omega") or 0
-    # an image's views against every view of the other texts, and in xAmCLR its base view against each further one
-    pairings = (1 + omega) ** 2 + (2 * omega if config.objective["name"].startswith("xamclr") else 0)
     return Planned(
-        name=name, arm=arm.name, label=arm.label or control.label, global_batch_size=batch, seed=seed, axes=axes,
+        name=f"{variant}-s{seed}", variant=variant, arm=arm.name,
+        label=arm.label or CONTROLS[arm.like or arm.name].label, global_batch_size=batch, seed=seed, axes=axes,
         words=tuple(words), config=config, samples=run.total_samples, steps=run.total_steps,
         epochs=run.total_samples / epoch, lr=peak_learning_rate(config.optimizer, batch),
-        encoder_cost=(2 + config.data.image_views + config.data.text_views) / 2,
-        negatives=group - 1, comparisons=pairings * (group - 1),
+        encoder_cost=encoder_cost(config), negatives=group - 1, comparisons=matrices(config) * (group - 1),
     )  # fmt: skip
 
 
-def _samples(plan: StudyPlan, batch: int, epoch: float) -> int:
-    """Length of a cell in samples, a whole number of steps."""
-    budget = plan.budget
-    if plan.held_equal == "steps":
-        return batch * (budget.steps or 1)
-    wanted = budget.samples or (budget.epochs or 0) * epoch
-    return max(1, round(wanted / batch)) * batch
+def _that_fit(plan: StudyPlan, arm: ArmPlan, cells: Sequence[Planned], epoch: float) -> list[Planned]:
+    """Of every combination of axis values, the cells at the largest batch size that fits into `budget.gib`.
+
+    Raises:
+        UserError: not even the smallest one fits.
+    """
+    limit, chosen = plan.budget.gib or 0.0, list[Planned]()
+    key = {cell.name: json.dumps([dict(cell.axes), cell.seed]) for cell in cells}
+    for axes in dict.fromkeys(key.values()):
+        same = sorted((one for one in cells if key[one.name] == axes), key=lambda one: -one.global_batch_size)
+        fitting = next((one for one in same if predicted_gib(plan, one, epoch) <= limit), None)
+        if fitting is None:
+            least = predicted_gib(plan, same[-1], epoch)
+            raise UserError(
+                f"budget.gib: {arm.name} needs {least:.2f} GiB at its smallest batch of {same[-1].global_batch_size}, "
+                f"got {limit:g}; give a smaller batch size or execution.micro_batch_size"
+            )
+        chosen.append(fitting)
+    return chosen
+
+
+def predicted_gib(plan: StudyPlan, cell: Planned, epoch: float) -> float:
+    """Peak memory per rank, predicted."""
+    return peak_gib(cell.config, ranks=plan.execution.ranks, num_samples=round(epoch), device=plan.execution.device)
 
 
 def _check(plan: StudyPlan, cells: Sequence[Planned]) -> Iterator[str]:
     """What only all cells together show."""
     if not cells:
         yield "skip: leaves no cell to run"
-    twice = {cell.name for cell in cells if sum(other.name == cell.name for other in cells) > 1}
-    for name in sorted(twice):
+        return
+    for name in sorted({cell.name for cell in cells if sum(other.name == cell.name for other in cells) > 1}):
         yield f"axes: two cells are called {name}; the values differ too little to be told apart in a name"
-    arm, batch = reference_of(plan)
+    for key in plan.axes:
+        if not any(key in cell.axes for cell in cells):
+            yield f"axes.{key}: no arm's objective has this option"
+    arm, batch = reference_of(plan, cells)
     if not any(cell.arm == arm and cell.global_batch_size == batch for cell in cells):
-        yield f"reference: expected one of the cells, got arm {arm} at a global batch of {batch}"
-    if cells:
-        evaluation = cells[0].config.evaluation
-        for metric in plan.metrics:
-            for key in metric.keys:
-                if not any(key.startswith(f"{split}/") for split in evaluation.splits) and not evaluation.probes:
-                    splits = ", ".join(evaluation.splits) or "none"
-                    yield f"metrics: {key}: the configuration measures no such split; evaluation.splits is {splits}"
+        there = sorted({f"{cell.arm} at {cell.global_batch_size}" for cell in cells if cell.arm == arm})
+        yield f"reference: expected one of the cells ({', '.join(there) or 'none of this arm'}), got {arm} at {batch}"
+    yield from _check_metrics(plan, cells[0].config)
 
 
-def reference_of(plan: StudyPlan) -> tuple[str, int]:
-    """The arm and batch size that everything is compared with."""
-    arm = next(one for one in plan.arms if one.name == plan.reference.arm)
-    return arm.name, plan.reference.global_batch_size or max(arm.batch_sizes or plan.batch_sizes)
+def _check_metrics(plan: StudyPlan, config: Config) -> Iterator[str]:
+    """Outcomes that no evaluation of the configuration can have."""
+    evaluation = config.evaluation
+    if evaluation.probes:
+        return  # their names hold those of data sets, which only reading these tells
+    for metric in plan.metrics:
+        for key in metric.keys:
+            if not any(key.startswith(f"{split}/") for split in evaluation.splits):
+                splits = ", ".join(evaluation.splits) or "empty"
+                yield f"metrics: {key}: the configuration measures no such split; evaluation.splits is {splits}"

@@ -4,6 +4,8 @@
     config.yaml      the configuration that all arms share, as it was when the study began
     cells.json       metrics, margin, reference, and every cell with its recipe hash
     attempts.jsonl   one line per attempt at a cell
+    running.json     the cells that run now and since when; what a killed study left there is an attempt too
+    rates.json       samples per second by variant, from a pilot (held_equal wall_clock)
     logs/CELL.log    its console
     runs/CELL/       its run folder
 
@@ -13,7 +15,6 @@ no torch.
 
 import contextlib
 import json
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from amclr_scale.study.cells import Planned, reference_of
 from amclr_scale.study.plan import StudyPlan, dump_plan
 
 CELLS, PLAN, CONFIG, ATTEMPTS = "cells.json", "study.yaml", "config.yaml", "attempts.jsonl"
+RUNNING, RATES = "running.json", "rates.json"
 
 
 class StudyFolder:
@@ -102,7 +104,7 @@ class StudyFolder:
         Raises:
             UserError: the folder cannot be written.
         """
-        arm, batch = reference_of(plan)
+        arm, batch = reference_of(plan, cells)
         listed = {
             "plan": plan.name,
             "held_equal": plan.held_equal,
@@ -134,19 +136,45 @@ class StudyFolder:
                     found.append(json.loads(line))
         return found
 
-    def samples_seen(self, cell: str) -> int:
-        """By the last line of a run's records; 0 while there is none."""
+    def running(self, cells: Mapping[str, float]) -> None:
+        """Say which cells run now, and since when."""
+        _replace(self.path / RUNNING, json.dumps(dict(cells)) + "\n")
+
+    def record_killed(self) -> None:
+        """Record the attempts that were running when an earlier study was killed: until their last word in the log."""
         try:
-            with (self.runs / cell / "metrics.jsonl").open("rb") as file:
-                file.seek(0, os.SEEK_END)
-                file.seek(max(0, file.tell() - 65536))
-                lines = file.read().decode(errors="replace").splitlines()
+            left = json.loads((self.path / RUNNING).read_text("utf-8"))
+        except (OSError, ValueError):
+            return
+        for cell, started in left.items():
+            log = self.logs / f"{cell}.log"
+            seconds = max(0.0, log.stat().st_mtime - started) if log.exists() else 0.0
+            self.record({
+                "cell": cell, "started": started, "seconds": round(seconds, 3), "exit_code": None,
+                "status": "interrupted", "message": "the study was killed",
+            })  # fmt: skip
+        self.running({})
+
+    @property
+    def rates(self) -> dict[str, float]:
+        """What a pilot measured; empty before it."""
+        try:
+            return {key: float(value) for key, value in json.loads((self.path / RATES).read_text("utf-8")).items()}
         except FileNotFoundError:
-            return 0
-        for line in reversed(lines):
-            with contextlib.suppress(ValueError, KeyError, TypeError):
-                return int(json.loads(line)["samples"])
-        return 0
+            return {}
+
+    def write_rates(self, rates: Mapping[str, float]) -> None:
+        """Keep them: cells planned from them stay the same in a second start."""
+        _replace(self.path / RATES, json.dumps(dict(rates), indent=1) + "\n")
+
+    def records(self, cell: str) -> list[dict[str, Any]]:
+        """The logged steps of a cell's run."""
+        found: list[dict[str, Any]] = []
+        with contextlib.suppress(FileNotFoundError):
+            for line in (self.runs / cell / "metrics.jsonl").read_text("utf-8", errors="replace").splitlines():
+                with contextlib.suppress(ValueError):
+                    found.append(json.loads(line))
+        return [record for record in found if "samples_per_second" in record]
 
 
 def _replace(path: Path, text: str) -> None:

@@ -40,17 +40,19 @@ class Budget(Section):
     """How much training a cell gets; which key counts is said by `held_equal`."""
 
     samples: Positive | None = None
-    """held_equal samples, memory, grid: samples seen."""
+    """held_equal samples, memory, grid: samples seen; compute: those of an arm with one view per modality."""
     epochs: PositiveNumber | None = None
     """The same in passes over the data."""
     steps: Positive | None = None
     """held_equal steps: optimizer steps."""
     flops: PositiveNumber | None = None
-    """held_equal compute: useful FLOPs of both towers and the similarities, forward and backward."""
+    """held_equal compute: useful FLOPs of both towers, forward and backward, of every cell."""
     hours: PositiveNumber | None = None
-    """held_equal wall_clock: hours of training on this machine."""
+    """held_equal wall_clock: hours of training on this machine, from the rate that a pilot measures."""
+    pilot_steps: Annotated[int, Field(ge=5)] = 30
+    """held_equal wall_clock: steps of the pilot of every arm and batch size; the first three are not counted."""
     gib: PositiveNumber | None = None
-    """held_equal memory: peak GiB per rank."""
+    """held_equal memory: peak GiB per rank; each arm gets the largest of its batch sizes that fits."""
 
 
 class LearningRate(Section):
@@ -88,7 +90,11 @@ class Execution(Section):
     launcher: Literal["python", "deepspeed", "torchrun"] = "python"
     """python: one rank per cell."""
     ranks: Positive = 1
-    """Ranks of every cell on this machine."""
+    """Ranks of every cell."""
+    ranks_per_node: Positive = 8
+    """Of a SLURM job."""
+    device: Literal["cpu", "cuda"] = "cuda"
+    """Where cells run, for the prediction of memory; the runs themselves take what they find."""
     jobs: Positive = 1
     """Cells that run at once on this machine."""
     threads: Positive | None = None
@@ -118,6 +124,9 @@ class StudyPlan(Section):
     """Names of known arms, or mappings with a name and words."""
     batch_sizes: Annotated[list[Positive], Field(min_length=1)]
     """Global batch sizes."""
+    group_sizes: tuple[Positive, ...] = ()
+    """held_equal grid: pairs that share negatives, beside every batch size at least as large: gradients over B pairs,
+    negatives from a group. Arms whose objective has no objective.group_size use the whole batch."""
     seeds: Annotated[list[int], Field(min_length=1)]
     """Seeds: initial weights, data order, augmentation. The same for every arm, so that arms are compared in pairs."""
     axes: dict[str, Axis] = Field(default_factory=dict)
@@ -137,6 +146,9 @@ class StudyPlan(Section):
     """Pairs in the training data, N, where the data is not on this machine yet; null: read from its index."""
     metrics: Annotated[list[Metric], Field(min_length=1)]
     """The outcomes. Verdicts are about the first one."""
+    sigma: PositiveNumber | None = None
+    """Standard deviation of the paired differences over seeds, from an earlier study; with it the plan says whether
+    its seeds suffice for the margin."""
     margin: PositiveNumber
     """Two arms match when their difference lies within +- this, in the metric's own unit (0.005: half a point).
     Declared before the first cell runs."""
@@ -184,7 +196,7 @@ def load_plan(path: Path, words: Sequence[str] = ()) -> StudyPlan:
 _BUDGET = {
     "samples": ("samples", "epochs"),
     "steps": ("steps",),
-    "compute": ("flops",),
+    "compute": ("flops", "samples", "epochs"),
     "wall_clock": ("hours",),
     "memory": ("samples", "epochs"),
     "grid": ("samples", "epochs"),
@@ -224,7 +236,7 @@ def _check_arms(plan: StudyPlan) -> Iterator[str]:
 
 def _check_budget(plan: StudyPlan) -> Iterator[str]:
     wanted = _BUDGET[plan.held_equal]
-    given = [key for key in Budget.model_fields if getattr(plan.budget, key) is not None]
+    given = [key for key in Budget.model_fields if key != "pilot_steps" and getattr(plan.budget, key) is not None]
     length = [key for key in given if key in wanted]
     allowed = (*wanted, "gib") if plan.held_equal == "memory" else wanted
     if len(length) != 1:
@@ -233,6 +245,10 @@ def _check_budget(plan: StudyPlan) -> Iterator[str]:
     for key in given:
         if key not in allowed:
             yield f"budget.{key}: has no meaning when held_equal is {plan.held_equal}; remove it"
+    if plan.held_equal == "grid" and not plan.group_sizes:
+        yield "group_sizes: held_equal grid needs them: how many pairs share negatives, such as [128, 512]"
+    if plan.held_equal != "grid" and plan.group_sizes:
+        yield f"group_sizes: has no meaning when held_equal is {plan.held_equal}; use held_equal: grid"
     if plan.held_equal == "memory" and plan.budget.gib is None:
         yield "budget.gib: held_equal memory needs the peak GiB per rank, got none"
 

@@ -2,8 +2,7 @@
 
 from collections.abc import Sequence
 
-from amclr_scale.config.load import recipe
-from amclr_scale.study.cells import Planned, reference_of
+from amclr_scale.study.cells import Planned, predicted_gib, reference_of
 from amclr_scale.study.folder import StudyFolder
 from amclr_scale.study.plan import StudyPlan
 from amclr_scale.study.progress import Rates, duration
@@ -17,13 +16,13 @@ def preview(plan: StudyPlan, folder: StudyFolder, cells: Sequence[Planned], epoc
         plan, folder, cells: the study.
         epoch: samples per epoch.
     """
-    arm, batch = reference_of(plan)
+    arm, batch = reference_of(plan, cells)
     parts = [
         f"study {plan.name} in {folder.path}" + (f": {plan.question}" if plan.question else ""),
         f"{len(cells)} cells, {len(plan.seeds)} seeds; reference {arm} at a global batch of {batch}; "
         f"outcome {plan.metrics[0].name}, equal within +- {plan.margin:g}",
         held(plan, cells, epoch),
-        table(cells),
+        table(plan, cells, epoch),
         hours(plan, folder, cells),
     ]
     parts += [f"warning: {line}" for line in warnings(plan, cells, epoch)]
@@ -42,33 +41,39 @@ def held(plan: StudyPlan, cells: Sequence[Planned], epoch: float) -> str:
         f"held equal: {plan.held_equal}; {span} samples = {lengths[0] / epoch:.2f} epochs of {epoch:,.0f}, in "
         f"{steps[0]:,} to {steps[-1]:,} steps"
     ]
-    recipes = [recipe(cell.config) for cell in cells]
-    keys = sorted({key for one in recipes for key in one})
-    different = [key for key in keys if len({repr(one.get(key)) for one in recipes}) > 1]
-    lines.append(f"differs between cells: {', '.join(different)}; every other key of the recipe is shared")
-    temperatures = sorted({str(one.get("objective.temperature", "none")) for one in recipes})
-    lines.append(f"objective.temperature: {', '.join(temperatures)}" + (" (shared)" if len(temperatures) == 1 else ""))
+    said = [dict(word.split("=", 1) for word in cell.words) for cell in cells]
+    keys = sorted({key for words in said for key in words})
+    different = [key for key in keys if len({words.get(key) for words in said}) > 1]
+    lines.append(f"differs between cells: {', '.join(different)}; the rest of the recipe is shared")
+    temperatures = {str(cell.config.objective.get("temperature")) for cell in cells} - {"None"}
+    learned = sorted({cell.arm for cell in cells if cell.config.objective.get("temperature") is None})
+    shared = ", ".join([*sorted(temperatures), *([f"learned by {', '.join(learned)}"] if learned else [])])
+    lines.append(f"temperature: {shared}")
     return "\n".join(lines)
 
 
-def table(cells: Sequence[Planned]) -> str:
+def table(plan: StudyPlan, cells: Sequence[Planned], epoch: float) -> str:
     """One line per arm, batch size and axes; seeds together."""
-    head = ("arm", "batch", "axes", "seeds", "samples", "steps", "epochs", "lr", "encoder cost", "negatives", "FLOPs")
-    groups: dict[tuple[str, int, str], list[Planned]] = {}
+    head = (
+        "arm", "batch", "axes", "seeds", "samples", "steps", "epochs", "lr", "encoder cost", "negatives",
+        "encoder FLOPs", "similarity FLOPs", "GiB per rank",
+    )  # fmt: skip
+    variants: dict[str, list[Planned]] = {}
     for cell in cells:
-        axes = ", ".join(f"{key}={value}" for key, value in cell.axes.items())
-        groups.setdefault((cell.arm, cell.global_batch_size, axes), []).append(cell)
+        variants.setdefault(cell.variant, []).append(cell)
     rows = [head]
-    for (arm, batch, axes), group in groups.items():
-        one = group[0]
+    for seeds in variants.values():
+        one = seeds[0]
+        encoders, similarities = one.flops
         rows.append((
-            arm, f"{batch}", axes or "-", f"{len(group)}", f"{one.samples:,}", f"{one.steps:,}", f"{one.epochs:.2f}",
-            f"{one.lr:.3g}", f"{one.encoder_cost:g}", f"{one.negatives:,}",
-            "unknown" if one.flops is None else f"{one.flops:.3g}",
+            one.arm, f"{one.global_batch_size}", ", ".join(f"{key}={value}" for key, value in one.axes.items()) or "-",
+            f"{len(seeds)}", f"{one.samples:,}", f"{one.steps:,}", f"{one.epochs:.2f}", f"{one.lr:.3g}",
+            f"{one.encoder_cost:g}", f"{one.negatives:,}", f"{encoders:.3g}", f"{similarities:.3g}",
+            f"{predicted_gib(plan, one, epoch):.2f}",
         ))  # fmt: skip
     widths = [max(len(row[column]) for row in rows) for column in range(len(head))]
-    return "\n".join("  " + "  ".join(word.ljust(width) for word, width in zip(row, widths, strict=True)).rstrip()
-                     for row in rows)  # fmt: skip
+    lines = ("  ".join(word.ljust(width) for word, width in zip(row, widths, strict=True)) for row in rows)
+    return "\n".join(f"  {line}".rstrip() for line in lines)
 
 
 def hours(plan: StudyPlan, folder: StudyFolder, cells: Sequence[Planned]) -> str:

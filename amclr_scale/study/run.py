@@ -5,8 +5,12 @@ When the study ends, however it does, its cells end too: SIGTERM and Ctrl-C ask 
 kernel tells them (Linux). The same command then goes on where it stopped.
 """
 
+import base64
+import json
 import os
+import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -57,19 +61,25 @@ class Outcome:
 
 
 def command(plan: StudyPlan, folder: StudyFolder, cell: Planned) -> list[str]:
-    """The command line of a cell."""
+    """The command line of a cell on this machine."""
+    return [*_launcher(plan.execution), *cell_words(plan, folder, cell)]
+
+
+def cell_words(plan: StudyPlan, folder: StudyFolder, cell: Planned) -> list[str]:
+    """What launch/train.py is given for a cell."""
     execution = plan.execution
-    words = [
+    return [
+        "--config",
+        str(folder.config.absolute()),
         *cell.words,
         *(f"execution.threads={threads}" for threads in [_threads(execution)] if threads),
         *execution.words,
         *execution.words_by_batch.get(cell.global_batch_size, []),
-        f"run.folder={folder.runs}",
+        f"run.folder={folder.runs.absolute()}",
         f"run.name={cell.name}",
         f"run.wandb_group={plan.wandb_group or plan.name}",
         "resume=auto",
     ]
-    return [*_launcher(execution), "--config", str(folder.config), *words]
 
 
 def _threads(execution: Execution) -> int | None:
@@ -79,8 +89,10 @@ def _threads(execution: Execution) -> int | None:
 
 
 def _launcher(execution: Execution) -> list[str]:
+    """Up to the script. DeepSpeed's is the process that its `deepspeed` command starts on a node: that one hands
+    signals on to its ranks, and `deepspeed` itself does not.
+    """
     script = str(ROOT / "launch" / "train.py")
-    beside = Path(sys.executable).parent
     match execution.launcher:
         case "python":
             return [sys.executable, script]
@@ -88,8 +100,17 @@ def _launcher(execution: Execution) -> list[str]:
             ranks = f"--nproc-per-node={execution.ranks}"
             return [sys.executable, "-m", "torch.distributed.run", "--standalone", ranks, script]
         case "deepspeed":
-            port = 20000 + os.getpid() % 20000
-            return [str(beside / "deepspeed"), f"--num_gpus={execution.ranks}", f"--master_port={port}", script]
+            world = base64.urlsafe_b64encode(json.dumps({"localhost": list(range(execution.ranks))}).encode()).decode()
+            return [
+                sys.executable, "-u", "-m", "deepspeed.launcher.launch", f"--world_info={world}",
+                "--master_addr=127.0.0.1", f"--master_port={_free_port()}", script,
+            ]  # fmt: skip
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 class Runner:
@@ -113,7 +134,9 @@ class Runner:
     ):
         self.plan, self.folder, self.cells = plan, folder, list(cells)
         self._say, self._command = say, make_command
-        self._waiting = deque(cell for cell in cells if not folder.is_finished(cell))
+        # all arms of one seed before the next seed: a study that is stopped early still compares all arms
+        ordered = sorted(cells, key=lambda cell: plan.seeds.index(cell.seed))
+        self._waiting = deque(cell for cell in ordered if not folder.is_finished(cell))
         self._running: list[_Running] = []
         self._failures: dict[str, int] = {}
         self._resumes: dict[str, int] = {}
@@ -135,6 +158,7 @@ class Runner:
         before = {number: signal.signal(number, self._asked) for number in (signal.SIGTERM, signal.SIGINT)}
         try:
             with lock, self._progress:
+                self.folder.record_killed()
                 while (self._waiting or self._running) and not self._signal:
                     while self._waiting and len(self._running) < self.plan.execution.jobs:
                         self._start(self._waiting.popleft())
@@ -169,6 +193,10 @@ class Runner:
             [*FOLLOW, *words], stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
         )  # fmt: skip
         self._running.append(_Running(cell, process, log, time.time()))
+        self._announce()
+
+    def _announce(self) -> None:
+        self.folder.running({one.cell.name: round(one.started, 3) for one in self._running})
 
     def _collect(self) -> None:
         """Record cells that ended, and decide what becomes of them."""
@@ -197,19 +225,24 @@ class Runner:
 
     def _record(self, one: _Running, code: int) -> str:
         one.log.close()
+        message = self._last_lines(one.cell)
         if code == 0 and self.folder.is_finished(one.cell):
             status = "done"
         else:
-            status = "interrupted" if code == EXIT_RESUMABLE or self._signal else "failed"
+            early = code == EXIT_RESUMABLE or re.search(
+                rf"exitcode\s*: {EXIT_RESUMABLE}\b", message
+            )  # torchrun ends with 1
+            status = "interrupted" if early or self._signal else "failed"
         attempt: dict[str, Any] = {
             "cell": one.cell.name,
             "started": round(one.started, 3),
             "seconds": round(time.time() - one.started, 3),
             "exit_code": code,
             "status": status,
-            "message": "" if status == "done" else self._last_lines(one.cell),
+            "message": "" if status == "done" else message,
         }
         self.folder.record(attempt)
+        self._announce()
         if status == "done":
             self._say(self._progress.line(one.cell, attempt["seconds"], self._now()))
         return status
@@ -222,7 +255,7 @@ class Runner:
         """Ask the cells to save and end; those that do not are killed."""
         self._say(f"{self._signal}: {len(self._running)} cells save their state; the same command goes on")
         for one in self._running:
-            _signal_group(one.process, signal.SIGTERM)
+            one.process.terminate()  # not the group: launchers hand it on, and a second one ends a run at once
         until = time.monotonic() + self.plan.execution.grace_seconds
         while self._running and time.monotonic() < until:
             self._collect()

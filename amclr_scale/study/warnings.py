@@ -6,6 +6,7 @@ from amclr_scale.study.cells import Planned
 from amclr_scale.study.plan import StudyPlan
 
 FEW_STEPS = 500
+POWER = 0.8
 LEARNING_RATES = 5  # values of a sweep from which a best one may be taken
 
 
@@ -28,10 +29,11 @@ def warnings(plan: StudyPlan, cells: Sequence[Planned], epoch: float) -> Iterato
             f"{', '.join(costly)}: up to {most:g} times the encoder work of the other arms at equal {plan.held_equal}; "
             "run held_equal: compute beside it"
         )
+    towers = cells[0].config.model
     pretrained = [
         key for key, value in (
-            ("model.image.weights", cells[0].config.model.image.weights),
-            ("model.text.pretrained", cells[0].config.model.text.pretrained),
+            ("model.image.weights", towers.image.weights),
+            ("model.text.pretrained", towers.text.pretrained),
         ) if value
     ]  # fmt: skip
     if pretrained:
@@ -39,8 +41,42 @@ def warnings(plan: StudyPlan, cells: Sequence[Planned], epoch: float) -> Iterato
             f"{', '.join(pretrained)}: towers that were trained before may have seen the test set; results are no "
             "longer zero-shot, and differences between arms shrink"
         )
-    if "optimizer.lr" not in plan.axes and not all("optimizer.lr" in arm.axes for arm in plan.arms):
+    yield from _seeds(plan)
+    swept = [plan.axes.get("optimizer.lr") or arm.axes.get("optimizer.lr") or [] for arm in plan.arms]
+    least = min(len(values) for values in swept)
+    if least < LEARNING_RATES:
+        have = "one learning rate per batch size" if least < 2 else f"a sweep of {least} values of optimizer.lr"
         yield (
-            "one learning rate per batch size: an arm may win because it suits that rate; the fair curve takes the "
-            f"best of {LEARNING_RATES} or more per cell (axes: {{optimizer.lr: [...]}})"
+            f"{have}: an arm may win because it suits them; the fair curve takes the best of {LEARNING_RATES} or more "
+            "per cell (axes: {optimizer.lr: [...]})"
         )
+
+
+def _seeds(plan: StudyPlan) -> Iterator[str]:
+    """What the margin asks of the number of seeds."""
+    try:
+        from amclr_scale.study.statistics import power_of_equivalence, seeds_needed_for_equivalence
+    except ImportError as error:
+        yield f"statistics need {error.name}: pip install 'amclr_scale[report]'; nothing is said about seeds here"
+        return
+    seeds = len(plan.seeds)
+    if seeds < 2:
+        yield "1 seed: no spread over seeds is seen, so there will be no verdict; 5 seeds or more are customary"
+        return
+    if plan.sigma is not None:
+        needed = seeds_needed_for_equivalence(plan.sigma, plan.margin, power=POWER)
+        if needed is None or needed > seeds:
+            yield (
+                f"{seeds} seeds: to show that two arms match within {plan.margin:g}, when they do and differences "
+                f"spread by {plan.sigma:g} over seeds, takes {needed or 'more than 100,000'} seeds at {POWER:.0%} power"
+            )
+        return
+    # the largest spread that so many seeds can deal with, by halving an interval
+    low, high = 0.0, plan.margin * seeds**0.5
+    for _ in range(30):
+        middle = (low + high) / 2
+        low, high = (middle, high) if power_of_equivalence(middle, plan.margin, seeds) >= POWER else (low, middle)
+    yield (
+        f"{seeds} seeds show a match within {plan.margin:g}, at {POWER:.0%} power, only where paired differences "
+        f"spread by at most {low:.2g} over seeds"
+    )

@@ -1,0 +1,87 @@
+"""A study as one SLURM job array: a script, and a file with one command line per cell that is not finished.
+
+Nothing is submitted. Every task runs one cell and goes on by itself after preemption and at the time limit, as
+launch/cluster/train.sbatch does.
+"""
+
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+
+from amclr_scale.errors import UserError
+from amclr_scale.study.cells import Planned
+from amclr_scale.study.folder import StudyFolder
+from amclr_scale.study.plan import StudyPlan
+from amclr_scale.study.run import ROOT, cell_words
+
+SCRIPT = """\
+#!/bin/bash
+# The cells of study {name}, one task each: line N of {commands} is task N's. Submit it with
+#
+#   sbatch {script}
+#
+# and write the report with launch/study.py PLAN --report. Account, partition and time limit are the cluster's own:
+# give them to sbatch.
+#SBATCH --job-name={name}
+#SBATCH --array=1-{cells}
+#SBATCH --nodes={nodes}
+#SBATCH --ntasks-per-node={tasks}
+#SBATCH --gpus-per-node={tasks}
+#SBATCH --cpus-per-task=8
+#SBATCH --time=24:00:00
+#SBATCH --signal=USR1@300
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --output={logs}/%x-%A_%a.out
+
+set -u
+MOST_STARTS=50
+TASK=${{SLURM_ARRAY_JOB_ID}}_${{SLURM_ARRAY_TASK_ID}}
+eval "set -- $(sed -n "${{SLURM_ARRAY_TASK_ID}}p" {commands})"
+export MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+export MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))
+export TORCH_EXTENSIONS_DIR=${{TMPDIR:-/tmp}}/torch_extensions_$SLURM_JOB_ID # a killed compile leaves a lock
+
+cd {root} || exit 1
+srun --kill-on-bad-exit=1 .venv/bin/python launch/train.py "$@"
+code=$?
+if [ "$code" -ne 0 ] && [ "$code" -ne 2 ] && [ "${{SLURM_RESTART_COUNT:-0}}" -lt "$MOST_STARTS" ]; then
+    scontrol requeue "$TASK"
+fi
+exit "$code"
+"""
+
+
+def write_jobs(plan: StudyPlan, folder: StudyFolder, cells: Sequence[Planned], target: Path) -> Path:
+    """Write the script and the command lines of all cells that are not finished.
+
+    Args:
+        plan, folder, cells: the study, its folder written.
+        target: the folder to write into.
+
+    Returns:
+        The script.
+
+    Raises:
+        UserError: nothing is left to run, the ranks do not fill nodes, or the folder cannot be written.
+    """
+    left = [cell for cell in cells if not folder.is_finished(cell)]
+    if not left:
+        raise UserError("--slurm: every cell is finished; write the report with --report")
+    ranks, tasks = plan.execution.ranks, min(plan.execution.ranks, plan.execution.ranks_per_node)
+    if ranks % tasks:
+        raise UserError(f"execution.ranks: expected a multiple of execution.ranks_per_node = {tasks}, got {ranks}")
+    target = target.absolute()
+    script, commands = target / f"{plan.name}.sbatch", target / f"{plan.name}.commands"
+    lines = [shlex.join(cell_words(plan, folder, cell)) for cell in left]
+    text = SCRIPT.format(
+        name=plan.name, commands=shlex.quote(str(commands)), script=shlex.quote(str(script)), cells=len(left),
+        nodes=ranks // tasks, tasks=tasks, logs=folder.logs.absolute(), root=shlex.quote(str(ROOT)),
+    )  # fmt: skip
+    try:
+        target.mkdir(parents=True, exist_ok=True)
+        commands.write_text("".join(f"{line}\n" for line in lines), "utf-8")
+        script.write_text(text, "utf-8")
+    except OSError as error:
+        raise UserError(f"--slurm: {target} cannot be written: {error}") from error
+    return script

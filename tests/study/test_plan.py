@@ -1,0 +1,113 @@
+"""Plans: what a mistake in one is answered with, and that every ready plan can be planned."""
+
+from pathlib import Path
+
+import pytest
+
+from amclr_scale.errors import UserError
+from amclr_scale.study.cells import Planned, base_tree, make_cells
+from amclr_scale.study.plan import StudyPlan, dump_plan, load_plan
+
+PLANS = Path(__file__).parents[2] / "configs" / "studies"
+PLAN = f"""
+name: tiny
+config: {PLANS.parent / "quickstart.yaml"}
+words: ["evaluation.splits=[emoji/val_style]"]
+arms: [clip, sogclr]
+batch_sizes: [32, 64]
+seeds: [0, 1]
+held_equal: samples
+budget: {{samples: 640}}
+num_samples: 4938
+metrics: [{{name: R@1, keys: [emoji/val_style/image_to_text_R@1]}}]
+margin: 0.01
+execution: {{device: cpu}}
+"""
+
+
+@pytest.fixture
+def plan_file(tmp_path: Path) -> Path:
+    file = tmp_path / "tiny.yaml"
+    file.write_text(PLAN)
+    return file
+
+
+def plan_cells(file: Path, *words: str) -> list[Planned]:
+    plan = load_plan(file, words)
+    return make_cells(plan, base_tree(plan), 4938.0)
+
+
+def refusal(file: Path, *words: str) -> str:
+    """What a plan with these words is refused with."""
+    with pytest.raises(UserError) as told:
+        plan_cells(file, *words)
+    return str(told.value)
+
+
+def test_a_plan_written_out_reads_back_as_the_same_plan(plan_file: Path, tmp_path: Path) -> None:
+    plan = load_plan(plan_file, ["arms=[clip, {name: mine, like: sogclr, words: [objective.gamma=0.3]}]"])
+    again = tmp_path / "again.yaml"
+    again.write_text(dump_plan(plan))
+    assert load_plan(again) == plan
+
+
+def test_all_mistakes_are_told_at_once_and_begin_with_their_key(plan_file: Path) -> None:
+    told = refusal(plan_file, "marginn=0.1", "held_equal=everything", "seeds=[]", "execution.job=2").splitlines()
+    assert {line.partition(":")[0] for line in told} == {"marginn", "held_equal", "seeds", "execution.job"}
+    assert "did you mean 'margin'?" in "\n".join(told)
+    assert "did you mean 'jobs'?" in "\n".join(told)
+
+
+@pytest.mark.parametrize("key", ["held_equal", "margin", "arms", "metrics", "budget"])
+def test_what_decides_the_answer_has_no_default(plan_file: Path, key: str, tmp_path: Path) -> None:
+    lines = [line for line in PLAN.splitlines() if not line.startswith(f"{key}:")]
+    plan_file.write_text("\n".join(lines))
+    assert refusal(plan_file) == f"{key}: this key is needed, and there is none"
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["arms=[clip, sogcrl]"], "arms: no such arm 'sogcrl'; did you mean 'sogclr'?"),
+        (["arms=[clip, queue]"], "arms: queue: a queue of past features is no objective here"),
+        (["arms=[clip, clip]"], "arms: clip is there 2 times"),
+        (["budget.steps=10"], "budget.steps: has no meaning when held_equal is samples; remove it"),
+        (["budget.samples=null"], "budget: held_equal samples needs exactly one of"),
+        (["held_equal=steps"], "budget: held_equal steps needs exactly one of budget.steps, got samples"),
+        (["held_equal=memory"], "budget.gib: held_equal memory needs the peak GiB per rank, got none"),
+        (["held_equal=grid"], "group_sizes: held_equal grid needs them"),
+        (["group_sizes=[16]"], "group_sizes: has no meaning when held_equal is samples"),
+        (["batch_sizes=[32, 32]"], "batch_sizes: expected different values, got [32, 32]"),
+        (["reference.arm=dcl"], "reference.arm: expected one of the arms (clip, sogclr), got dcl"),
+        (
+            ["reference.global_batch_size=128"],
+            "reference: expected one of the cells (clip at 32, clip at 64), got clip",
+        ),
+        (["skip=['*']"], "skip: leaves no cell to run"),
+        (["batch_sizes=[36]"], "train.global_batch_size: expected a multiple of data.lanes = 8, got 36"),
+        (["metrics=[{name: x, keys: [coco/R@1]}]"], "metrics: coco/R@1: the configuration measures no such split"),
+        (["words=[train.global_batchsize=3]"], "train.global_batchsize: no such key"),
+        (["axes={objective.omicron: [1]}"], "axes.objective.omicron: no arm's objective has this option"),
+        (["axes={optimizer.lr: [0.0010000001, 0.0010000002]}"], "axes: two cells are called"),
+        (["arms=[clip, local_negatives]", "batch_sizes=[32, 36]"], "batch_sizes: expected multiples of 8, for"),
+        (["config=nowhere.yaml"], "config: expected a YAML file, got"),
+        (["warmup_samples=10", "warmup_share=0.1"], "warmup_share: give this or warmup_samples, not both"),
+        (["execution.ranks=2"], "execution.launcher: python starts one rank, got execution.ranks 2"),
+        (["execution.words=[execution.zero_stag=1]"], "execution.zero_stag: no such key"),
+        (["budget.samples=8"], "budget: 8 samples are less than one step at a global batch of 32"),
+        (
+            ["held_equal=wall_clock", "budget.samples=null", "budget.hours=1"],
+            "budget.hours: held_equal wall_clock needs samples per second",
+        ),
+    ],
+)
+def test_a_bad_plan_is_refused_in_words(plan_file: Path, words: list[str], told: str) -> None:
+    assert told in refusal(plan_file, *words)
+
+
+def test_the_configuration_is_found_from_the_plans_folder() -> None:
+    plan = load_plan(PLANS / "mini_amclr.yaml")
+    assert isinstance(plan, StudyPlan)
+    assert Path(plan.config) == (PLANS.parent / "quickstart.yaml").resolve()
+    assert plan.name == "mini_amclr"
+    assert str(plan.place) == "studies/mini_amclr"
