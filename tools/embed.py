@@ -1,49 +1,97 @@
-"""Embed a folder of images, or the lines of a text file, with a trained model.
+"""Embed a folder of images, the lines of a text file, or the pairs of a data set with a trained model.
 
     python tools/embed.py my_model --images photos/ --out photos.npy
     python tools/embed.py my_model --texts captions.txt --out captions.parquet
+    python tools/embed.py my_model --shards /data/cc3m --side image --out cc3m.npy
 
-Beside NAME.npy (float32, one row each, unit length) a NAME.txt names the rows; a .parquet (needs pyarrow) holds both
-columns, `name` and `embedding`.
+--shards takes what data.train does: an index, a folder, brace patterns, urls. Rows are then in the order of ids, and
+named by shard and key; --side text embeds each sample's first caption. Beside NAME.npy (float32, one row each, unit
+length) a NAME.txt names the rows; a .parquet (needs pyarrow) holds both columns, `name` and `embedding`. Rows are
+written as they are made.
 """
 
 import argparse
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from torch import Tensor
 
 import amclr_scale
+from amclr_scale.checkpoint.model import Model
+from amclr_scale.data.evaluation_split import EvaluationSplit
 from amclr_scale.data.indexing import IMAGE_EXTENSIONS
 from amclr_scale.errors import UserError
 
+Rows = Iterator[tuple[list[str], npt.NDArray[np.float32]]]
 
-def names_of(args: argparse.Namespace) -> list[str]:
-    """What is embedded: the images below a folder in the order of their names, or the lines of a file."""
+
+def listed(model: Model, args: argparse.Namespace) -> tuple[int, Rows]:
+    """The images below a folder in the order of their names, or the lines of a file: how many, and their rows."""
+    encode: Callable[[list[str], int], Tensor]
     if args.texts:
-        return Path(args.texts).read_text("utf-8").splitlines()
-    found = sorted(p for p in Path(args.images).rglob("*") if p.suffix.lower().lstrip(".") in IMAGE_EXTENSIONS)
-    if not found:
-        raise UserError(f"--images: expected a folder with images ({', '.join(IMAGE_EXTENSIONS)}), got {args.images}")
-    return [str(path) for path in found]
+        names, encode = Path(args.texts).read_text("utf-8").splitlines(), model.encode_text
+    else:
+        found = sorted(p for p in Path(args.images).rglob("*") if p.suffix.lower().lstrip(".") in IMAGE_EXTENSIONS)
+        names, encode = [str(path) for path in found], model.encode_image
+    if not names:
+        kind, what = ("--texts", "a file with lines") if args.texts else ("--images", "a folder with images")
+        raise UserError(f"{kind}: expected {what}, got {args.texts or args.images}")
+    size = args.batch_size
+    parts = (names[start : start + size] for start in range(0, len(names), size))
+    return len(names), ((part, encode(part, size).numpy()) for part in parts)
 
 
-def write(out: Path, names: list[str], rows: npt.NDArray[np.float32]) -> None:
-    """One file or two, by the ending."""
-    if out.suffix == ".npy":
-        np.save(out, rows)
-        out.with_suffix(".txt").write_text("\n".join(names) + "\n", "utf-8")
-        return
-    if out.suffix != ".parquet":
-        raise UserError(f"--out: expected a name that ends in .npy or .parquet, got {out}")
+def of_shards(model: Model, args: argparse.Namespace) -> tuple[int, Rows]:
+    """The samples of a data set in the order of ids: how many, and their rows."""
+    caption = args.caption or model.config.data.caption
+    split = EvaluationSplit(args.shards, model.config.data.model_copy(update={"caption": caption}))
+
+    def rows() -> Rows:
+        if args.side == "text":
+            for start in range(0, split.num_samples, args.batch_size):
+                part = split.captions[start : start + args.batch_size]
+                ids = range(start, start + len(part))
+                yield [split.key(sample) for sample in ids], model.encode_text(part, args.batch_size).numpy()
+        else:
+            for batch in split.batches(args.batch_size):
+                embedded = model.encode_image(batch.images[0], args.batch_size).numpy()
+                yield [split.key(sample) for sample in batch.ids.tolist()], embedded
+
+    return split.num_samples, rows()
+
+
+def write(out: Path, total: int, width: int, rows: Rows) -> None:
+    """One file or two, by the ending, batch by batch."""
+    with ExitStack() as stack:
+        if out.suffix == ".npy":
+            names_file = stack.enter_context(out.with_suffix(".txt").open("w", encoding="utf-8"))
+            table = np.lib.format.open_memmap(out, mode="w+", dtype=np.float32, shape=(total, width))
+            done = 0
+            for names, embedded in rows:
+                table[done : done + len(names)] = embedded
+                done += len(names)
+                names_file.write("".join(f"{name}\n" for name in names))
+            table.flush()
+            return
+        pa, pq = _pyarrow(out)
+        schema = pa.schema([("name", pa.string()), ("embedding", pa.list_(pa.float32(), width))])
+        writer = stack.enter_context(pq.ParquetWriter(out, schema))
+        for names, embedded in rows:
+            column = pa.FixedSizeListArray.from_arrays(pa.array(embedded.reshape(-1)), width)
+            writer.write_table(pa.table({"name": names, "embedding": column}, schema=schema))
+
+
+def _pyarrow(out: Path) -> tuple[Any, Any]:
     try:
-        pa, pq = import_module("pyarrow"), import_module("pyarrow.parquet")
+        return import_module("pyarrow"), import_module("pyarrow.parquet")
     except ImportError as error:
         raise UserError(f"--out: {out} needs pyarrow: pip install pyarrow ({error})") from error
-    flat = pa.array(rows.reshape(-1))
-    pq.write_table(pa.table({"name": names, "embedding": pa.FixedSizeListArray.from_arrays(flat, rows.shape[1])}), out)
 
 
 def main(argv: list[str]) -> int:
@@ -53,6 +101,9 @@ def main(argv: list[str]) -> int:
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--images", help="a folder")
     what.add_argument("--texts", help="a file with one text a line")
+    what.add_argument("--shards", help="a data set, named as in data.train")
+    parser.add_argument("--side", choices=["image", "text"], default="image", help="with --shards: which half")
+    parser.add_argument("--caption", help="with --shards: where captions are, as data.caption; default: the model's")
     parser.add_argument("--out", type=Path, required=True, help="NAME.npy or NAME.parquet")
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--device", default="cpu")
@@ -60,14 +111,15 @@ def main(argv: list[str]) -> int:
     try:
         if args.out.suffix not in (".npy", ".parquet"):
             raise UserError(f"--out: expected a name that ends in .npy or .parquet, got {args.out}")
-        names = names_of(args)
+        if args.out.suffix == ".parquet":
+            _pyarrow(args.out)  # before the work
         model = amclr_scale.load(args.model, args.device)
-        encode = model.encode_text if args.texts else model.encode_image
-        write(args.out, names, encode(names, batch_size=args.batch_size).numpy())
+        total, rows = of_shards(model, args) if args.shards else listed(model, args)
+        write(args.out, total, model.config.model.embedding_width, rows)
     except UserError as error:
         print(error, file=sys.stderr)
         return 2
-    print(f"{len(names)} rows -> {args.out}")
+    print(f"{total:,} rows -> {args.out}")
     return 0
 
 

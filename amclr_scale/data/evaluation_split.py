@@ -75,6 +75,12 @@ class EvaluationSplit:
             texts = self.tokenizer([self.captions[sample] for sample in ids])
             yield Batch(ids=torch.tensor(ids), images=(images,), texts=(texts,))
 
+    def key(self, sample: int) -> str:
+        """Shard and key of a sample, for messages and lists."""
+        shard, row = self.index.locate(sample)
+        reader = self.index.reader(shard)
+        return f"{Path(reader.url).name}/{reader.key(row)}"
+
     def close(self) -> None:
         """Close the shards."""
         self.index.close()

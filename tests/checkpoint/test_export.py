@@ -14,6 +14,7 @@ from amclr_scale.checkpoint import files, state
 from amclr_scale.checkpoint.export import export
 from amclr_scale.checkpoint.model import open_model
 from amclr_scale.config.load import build, dump, recipe_hash
+from amclr_scale.data.evaluation_split import EvaluationSplit
 from amclr_scale.data.tokenizers import load_tokenizer
 from amclr_scale.encoders.build import build_model
 from amclr_scale.engine.setup import build_engine
@@ -169,6 +170,39 @@ def test_embedding_a_folder_of_pictures(run, tmp_path):
     want = amclr_scale.load(run[0]).encode_image(names)
     np.testing.assert_allclose(rows, want.numpy(), atol=1e-6)
     np.testing.assert_allclose(np.linalg.norm(rows, axis=1), 1, atol=1e-6)
+
+
+@pytest.mark.parametrize("side", ["image", "text"])
+def test_embedding_a_data_set(run, tmp_path, monkeypatch, side):
+    from tools import embed
+
+    out = tmp_path / "rows.npy"
+    words = [str(run[0]), "--shards", "emoji/val_concept", "--side", side, "--out", str(out), "--batch-size", "100"]
+    assert embed.main(words) == 0
+    rows, names = np.load(out), (tmp_path / "rows.txt").read_text().splitlines()
+    assert rows.shape == (678, 16)
+    assert len(set(names)) == 678
+    split = EvaluationSplit("emoji/val_concept", build(TREE).data)
+    assert names[5] == split.key(5)
+    model = amclr_scale.load(run[0])
+    batch = next(split.batches(8))
+    want = model.encode_image(batch.images[0]) if side == "image" else model.encode_text(split.captions[:8])
+    np.testing.assert_allclose(rows[:8], want.numpy(), atol=1e-6)
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    assert embed.main([*words[:5], "--out", str(tmp_path / "rows.parquet")]) == 2
+
+
+def test_embedding_to_parquet(run, tmp_path):
+    parquet = pytest.importorskip("pyarrow.parquet")
+    from tools import embed
+
+    (tmp_path / "texts.txt").write_text("a\nb\nc\n")
+    words = [str(run[0]), "--texts", str(tmp_path / "texts.txt"), "--batch-size", "2"]
+    assert embed.main([*words, "--out", str(tmp_path / "rows.parquet")]) == 0
+    table = parquet.read_table(tmp_path / "rows.parquet").to_pydict()
+    assert table["name"] == ["a", "b", "c"]
+    want = amclr_scale.load(run[0]).encode_text(["a", "b", "c"])
+    np.testing.assert_allclose(np.array(table["embedding"]), want.numpy(), atol=1e-6)
 
 
 def test_every_weight_is_there(run, tmp_path):
