@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 
 import psutil
 
@@ -35,6 +36,31 @@ def test_kills_leave_no_trace():
     assert told["victims"] == ["rank 0", "launcher"]
     assert told["in_save"] >= 1
     assert told["different"] == []
+
+
+LAUNCHER = """
+import os, subprocess, sys, time
+rank = subprocess.Popen([sys.executable, "launch/train.py", *sys.argv[1:]], env={**os.environ, "RANK": "0"})
+print(rank.pid, flush=True)
+time.sleep(60)
+"""
+
+
+def test_a_rank_ends_with_a_launcher_that_dies_while_it_imports(tmp_path):
+    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}
+    words = [*SMALL, f"run.folder={tmp_path}"]
+    launcher = subprocess.Popen(
+        [sys.executable, "-c", LAUNCHER, *words], cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True
+    )
+    rank = psutil.Process(int(launcher.stdout.readline()))
+    while not any("libtorch" in map.path for map in rank.memory_maps()):  # its imports have begun
+        time.sleep(0.01)
+    launcher.kill()
+    launcher.wait()
+    gone, _ = psutil.wait_procs([rank], timeout=10)
+    if not gone:
+        rank.kill()
+    assert gone
 
 
 def test_a_signal_to_one_rank_and_a_time_limit_save_and_end_with_75(tmp_path):
