@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from amclr_scale.study import curves, plots, tables
 from amclr_scale.study.analysis import Analysed
-from amclr_scale.study.claims import Speaker, claims_table, numbers_table, scale_of, sources_list
+from amclr_scale.study.claims import Speaker, claims_table, numbers_table, scale_of, scales_list, sources_list
 from amclr_scale.study.comparability import differences, surroundings
 from amclr_scale.study.comparison import Group
 from amclr_scale.study.document import Document
@@ -151,7 +151,11 @@ def checks(report: Document, study: Study, first: Analysed) -> None:
         )
     report.table(tables.difference_table(found))
     around = surroundings(study.runs)
-    lines = [f"- {key}: {' / '.join(values)}" for key, values in around.items() if values]
+    lines = [
+        f"- {key}: {' / '.join(values)}"
+        for key, values in around.items()
+        if any(value not in ("", "{}") for value in values)
+    ]
     mixed = [key for key in ("device", "cpu", "host", "ranks") if len(around[key]) > 1]
     report.say("### Where it ran", "\n".join(lines))
     if mixed:
@@ -174,4 +178,5 @@ def claims(report: Document, study: Study, first: Analysed, groups: Sequence[Gro
         "Scores of other data, towers and lengths do not compare in size. They stand side by side so that nobody "
         "has to look them up, and so that a study at their scale can be held against them.",
     )
+    report.say(scales_list())
     report.table(numbers_table(study, groups))

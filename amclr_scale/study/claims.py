@@ -184,24 +184,32 @@ def claims_table(speaker: Speaker) -> Table:
 
 
 def numbers_table(study: Study, groups: Sequence[Group]) -> Table:
-    """Published scores beside the same arm's here, at its smallest batch size."""
+    """Published scores, and below each the same arm's here, at its smallest batch size."""
     found = load_claims()
     split = study.metrics[0].keys[0].rpartition("/")[0]
     rows, raw = [], []
     for number in found["numbers"]:
-        group = _counterpart(number, groups)
-        claimed, here, record = [], [], {"published": number["name"], "source": number["source"]}
-        for key, value in number["scores"].items():
-            claimed.append(f"{SCORES[key]} {value:.2f}")
-            measured = _measured(Metric(key, (f"{split}/{key}",)), group) if group else None
-            record |= {f"claimed_{key}": value, f"here_{key}": None if measured is None else 100 * measured}
-            if measured is not None:
-                here.append(f"{SCORES[key]} {100 * measured:.2f}")
-        where = f"{group.name}, {split}\n" if group and here else ""
-        rows.append([number["name"], "\n".join(claimed), f"{number['source']}: {number['scale']}",
-                     where + "\n".join(here) if here else NOT_MEASURED])  # fmt: skip
-        raw.append({**record, "scale": number["scale"], "group_here": group.name if group and here else None})
-    return Table("published_numbers", ["arm", "claimed, %", "source and scale", "here, %"], rows, raw, left=4)
+        group, where = _counterpart(number, groups), ""
+        record = {"published": number["name"], "source": number["source"], "scale": number["scale"]}
+        cells = []
+        for key in SCORES:
+            claimed = number["scores"].get(key)
+            measured = _measured(Metric(key, (f"{split}/{key}",)), group) if group and claimed is not None else None
+            record |= {f"claimed_{key}": claimed, f"here_{key}": None if measured is None else 100 * measured}
+            cells.append(DASH if claimed is None else f"{claimed:.2f}")
+            if group and measured is not None:
+                cells[-1] += f"\nhere {100 * measured:.2f}"
+                where = f"{group.name}, {split}"
+        rows.append([number["name"], number["source"], *cells, where or NOT_MEASURED])
+        raw.append({**record, "here": where or None})
+    header = ["arm", "source", *(f"{words}, %" for words in SCORES.values()), "here"]
+    return Table("published_numbers", header, rows, raw, left=2, words=(2 + len(SCORES),))
+
+
+def scales_list() -> str:
+    """What the published numbers were measured on, as Markdown."""
+    scales = dict.fromkeys((number["source"], number["scale"]) for number in load_claims()["numbers"])
+    return "\n".join(f"- {source}: {scale}" for source, scale in scales)
 
 
 def _counterpart(number: Mapping[str, Any], groups: Sequence[Group]) -> Group | None:

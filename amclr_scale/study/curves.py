@@ -122,9 +122,8 @@ def _panels(
     handles: dict[str, Any] = {}
     for axes in grid.flat:
         handles |= dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
-    figure.legend(
-        handles.values(), handles.keys(), loc="upper center", bbox_to_anchor=(0.5, 0.0), ncols=min(4, len(handles))
-    )
+    columns = -(-len(handles) // -(-len(handles) // 5))  # rows of about equal length
+    figure.legend(handles.values(), handles.keys(), loc="upper center", bbox_to_anchor=(0.5, 0.0), ncols=columns)
     return finish(name, caption, figure, raw)
 
 

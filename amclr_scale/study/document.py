@@ -118,6 +118,7 @@ code { font: .9em ui-monospace, "DejaVu Sans Mono", Menlo, Consolas, monospace; 
 nav { font-size: .92rem; margin: 1rem 0 2rem; }
 nav ol { columns: 2; padding-left: 1.4rem; margin: .3rem 0; }
 a { color: #0b57a4; }
+.data { font-size: .8rem; color: #666; margin: -.5rem 0 1rem; }
 .table { overflow-x: auto; margin: .8rem 0 1rem; }
 table { border-collapse: collapse; font-size: .84rem; line-height: 1.35; }
 th { text-align: left; font-weight: 600; border-bottom: 1.5px solid #555; vertical-align: bottom; }
@@ -135,7 +136,9 @@ figcaption { font-size: .88rem; color: #444; max-width: 46rem; }
   h2, h3 { break-after: avoid; }
   .table { overflow: visible; }
   table { font-size: 7pt; }
-  .numbers td { white-space: normal; }
+  th, td { padding: .2rem .45rem .2rem 0; }
+  .wide table { font-size: 6.2pt; }
+  .wide th, .wide td { padding-right: .28rem; }
   thead { display: table-header-group; }
   tr { break-inside: avoid; }
 }
@@ -168,6 +171,7 @@ def page(markdown: str, figures: Mapping[str, Figure], folder: Path) -> str:
                 child.attrSet("src", _inlined(str(child.attrGet("src")), figures, folder))
     body = engine.renderer.render(tokens, engine.options, {})
     body = re.sub(r'<p>(<img [^>]*alt="([^"]*)"[^>]*>)</p>', r"<figure>\1<figcaption>\2</figcaption></figure>", body)
+    body = body.replace("<p>Data: ", '<p class="data">Data: ')
     body = re.sub(r"<table>(.*?)</table>", _framed, body, flags=re.DOTALL)
     head, end, rest = body.partition("</h1>")
     listed = f"<nav><strong>Contents</strong><ol>{''.join(contents)}</ol></nav>"
@@ -181,6 +185,7 @@ def page(markdown: str, figures: Mapping[str, Figure], folder: Path) -> str:
 def _framed(found: "re.Match[str]") -> str:
     longest = max((len(cell) for cell in re.findall(r"<td[^>]*>(.*?)</td>", found[1], re.DOTALL)), default=0)
     kind = "table numbers" if longest < 40 else "table"  # a table of numbers keeps each on one line
+    kind += " wide" if found[1].count("<th") > 12 else ""
     return f'<div class="{kind}"><table>{found[1]}</table></div>'
 
 

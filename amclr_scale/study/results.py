@@ -156,7 +156,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Missing:
-    """A cell without a result: failed, interrupted, stale (of another recipe) or not run."""
+    """A cell without a result: failed, interrupted, stale (of another recipe), unmeasured, unreadable or not run."""
 
     cell: Cell
     status: str
@@ -205,8 +205,12 @@ def read_study(folder: Path) -> Study:
     attempts = _attempts(folder / "attempts.jsonl")
     runs: list[Run] = []
     missing: list[Missing] = []
+    found: Run | Missing
     for cell in cells:
-        found = _read_run(folder / "runs" / cell.cell, cell, metrics, attempts.get(cell.cell, []))
+        try:
+            found = _read_run(folder / "runs" / cell.cell, cell, metrics, attempts.get(cell.cell, []))
+        except (OSError, ValueError, yaml.YAMLError) as error:  # damaged, or being written just now
+            found = Missing(cell, "unreadable", str(error))
         if isinstance(found, Run):
             runs.append(found)
         else:

@@ -56,9 +56,8 @@ def _number(value: float | None, digits: int = 3) -> str:
 def run_table(outcome: Outcome, unit: Unit) -> Table:
     """A row per group."""
     header = [
-        "arm", "B", "seeds", f"score, {unit.name or 'value'} [95 %, seeds]", "[95 %, seeds and items]", "learning rate",
-        "samples", "steps", "epochs", "encoder passes", "comparisons per anchor", "TFLOP", "hours", "samples/s",
-        "peak GiB",
+        "arm", "B", "seeds", f"score, {unit.name or 'value'} [95 %, seeds]", "[95 %, seeds, items]", "lr", "samples",
+        "steps", "epochs", "encoder passes", "comparisons per anchor", "TFLOP", "hours", "samples/s", "peak GiB",
     ]  # fmt: skip
     rows, raw = [], []
     for group in outcome.groups:
@@ -107,9 +106,8 @@ def matrix(outcome: Outcome, unit: Unit, name: str) -> Table:
 def verdict_table(compared: Sequence[Comparison], unit: Unit, margin: float, name: str) -> Table:
     """What each comparison has shown."""
     header = [
-        "arm", "against", "seeds", f"difference{', points' if unit.share else ''} [95 %, seeds]",
-        "[95 %, seeds and items]", "verdict", "p equal", "p match", "p not worse", "verdict with new items",
-        "seeds needed",
+        "arm", "seeds", f"difference{', points' if unit.share else ''} [95 %, seeds]", "[95 %, seeds, items]",
+        "verdict", "p equal", "p match", "p not worse", "with new items", "seeds needed",
     ]  # fmt: skip
     rows, raw = [], []
     for one in compared:
@@ -117,7 +115,7 @@ def verdict_table(compared: Sequence[Comparison], unit: Unit, margin: float, nam
         low, high = wide.interval() if wide else (math.nan, math.nan)
         needed = needed_seeds(seeds, margin)
         rows.append([
-            one.group.name, one.base.name, str(seeds.n), unit.change(seeds),
+            one.group.name, str(seeds.n), unit.change(seeds),
             DASH if math.isnan(low) else f"[{unit.difference(low)}, {unit.difference(high)}]",
             decision.verdict, _p(decision.p_different), _p(decision.p_equivalent), _p(decision.p_not_worse),
             one.with_items.verdict if one.with_items else DASH, needed_words(needed),
@@ -130,7 +128,7 @@ def verdict_table(compared: Sequence[Comparison], unit: Unit, margin: float, nam
             "deviation_of_differences": seeds.deviation,
             **dict(zip(("seeds_needed", "seeds_needed_least", "seeds_needed_most"), needed or (), strict=False)),
         })  # fmt: skip
-    return Table(name, header, rows, raw, left=2, words=(5, 9))
+    return Table(name, header, rows, raw, words=(4, 8))
 
 
 def needed_seeds(seeds: Estimate, margin: float) -> tuple[int | None, int | None, int | None] | None:

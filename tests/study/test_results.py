@@ -62,6 +62,14 @@ def test_a_run_of_another_recipe_is_stale_and_one_without_the_metric_unmeasured(
     assert KEYS[1] in found.missing[1].message
 
 
+def test_a_damaged_run_is_missing_not_fatal(tmp_path):
+    folder = make_study(tmp_path / "s", arms=("clip",), batches=(128,), seeds=(0, 1, 2))
+    (folder / "runs/clip-B128-s0/evaluation.json").write_text('{"half')
+    (folder / "runs/clip-B128-s1/config.yaml").unlink()
+    (folder / "runs/clip-B128-s2/evaluation_items.safetensors").write_bytes(b"torn")
+    assert [one.status for one in read_study(folder).missing] == ["unreadable"] * 3
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
