@@ -85,6 +85,10 @@ class RunLock:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self.release()
+
+    def release(self) -> None:
+        """Let the next job in."""
         self._left.set()
         if self._rank == 0:
             (self.folder / HOLDER).unlink(missing_ok=True)

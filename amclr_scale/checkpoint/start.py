@@ -55,5 +55,7 @@ def agree_on_start(
         dist.broadcast_object_list(box, src=0)
     found, folder, words = box[0]
     if words:
+        if lock:
+            lock.release()
         raise UserError(words)
     return found, folder, lock or RunLock.join(folder, rank)

@@ -2,11 +2,13 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 
 from amclr_scale.checkpoint import files
 from amclr_scale.checkpoint.resume import find
+from amclr_scale.checkpoint.start import agree_on_start
 from amclr_scale.config.load import build, recipe_hash
 from amclr_scale.errors import UserError
 
@@ -206,6 +208,34 @@ def test_another_tokenizer_is_refused(two):
     older = find(config)  # of a version that did not say: told, not refused
     older.check_tokenizer(config, "u")
     assert any("does not say what its tokenizer was" in note for note in older.notes())
+
+
+def test_where_a_run_begins(two):
+    """Found, checked and locked in one; what is refused leaves no lock."""
+    config, old, new = two
+    run = new.parents[1]
+    same, other = (SimpleNamespace(fingerprint=lambda words=words: words) for words in "tu")
+    with pytest.raises(UserError, match=r"^data\.tokenizer: emoji is not what it was"):
+        agree_on_start(config, run, "f", other, 0)
+    with pytest.raises(UserError, match=r"^data\.train: the shards are not those"):
+        agree_on_start(config, run, "g", same, 0)
+    assert not (run / ".holder.json").exists()
+    found, folder, lock = agree_on_start(config, run, "f", same, 0)
+    with lock:
+        assert (found.checkpoint, folder) == (new, run)
+        assert (run / ".holder.json").exists()
+    unnamed = configuration(run.parent, resume="auto", run__name=None)
+    found, folder, lock = agree_on_start(unnamed, run.parent / "elsewhere", "f", same, 0)
+    with lock:
+        assert (found.checkpoint, folder) == (new, run)
+    assert not (run.parent / "elsewhere").exists()
+    path = configuration(run.parent, resume=str(old), run__name="b")
+    found, folder, lock = agree_on_start(path, run.parent / "b", "f", same, 0)
+    with lock:
+        assert (found.checkpoint, folder) == (old, run.parent / "b")
+    (run.parent / "b" / "metrics.jsonl").write_text("")
+    with pytest.raises(UserError, match=r"^run\.name: .*b holds another run than the one"):
+        agree_on_start(path, run.parent / "b", "f", same, 0)
 
 
 def test_auto_without_a_name_finds_the_newest_unfinished_run_of_the_recipe(tmp_path):

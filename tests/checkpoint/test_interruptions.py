@@ -11,7 +11,7 @@ import psutil
 
 from amclr_scale.checkpoint import files
 from tests.checkpoint.trainer import ROOT
-from tests.launch.test_train import LAUNCHERS, SMALL
+from tests.launch.test_train import LAUNCHERS, SMALL, free_port
 
 
 def launch(folder, *words, launcher="deepspeed"):
@@ -48,6 +48,7 @@ time.sleep(60)
 
 def test_a_rank_ends_with_a_launcher_that_dies_while_it_imports(tmp_path):
     environment = {**os.environ, "DS_ACCELERATOR": "cpu", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}
+    environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}  # where rank 1 never comes
     words = [*SMALL, f"run.folder={tmp_path}"]
     launcher = subprocess.Popen(
         [sys.executable, "-c", LAUNCHER, *words], cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True
