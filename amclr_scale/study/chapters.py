@@ -158,6 +158,9 @@ def checks(report: Document, study: Study, first: Analysed) -> None:
     ]
     mixed = [key for key in ("device", "cpu", "host", "ranks") if len(around[key]) > 1]
     report.say("### Where it ran", "\n".join(lines))
+    jobs = (study.plan.get("execution") or {}).get("jobs", 1)
+    if jobs > 1:
+        report.say(f"{jobs} cells ran at once on a machine: hours and samples/s are those of a shared machine.")
     if mixed:
         report.say(f"Not all on one machine ({', '.join(mixed)} differ): hours and samples/s do not compare.")
 

@@ -8,7 +8,7 @@ over seeds and test items together (`statistics.with_items`), where items were k
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -61,7 +61,7 @@ class Group:
         if not seeds:
             return {}, None
         scores = np.array([[metric.score(runs[seed].results) for seed in seeds] for runs in by_rate])
-        selection = select(scores)
+        selection = select(scores, lower_is_better=metric.lower_is_better)
         return {seed: by_rate[at][seed] for seed, at in zip(seeds, selection.chosen, strict=True)}, selection
 
 
@@ -187,18 +187,27 @@ def compare(outcome: Outcome, pairs: Sequence[tuple[Group, Group]], margin: floa
     """Decide a family of comparisons, group against base."""
     found = [(group, base, outcome.difference(group, base)) for group, base in pairs]
     known = [(group, base, both) for group, base, both in found if both is not None]
-    seeds = decide([both.seeds for *_, both in known], margin)
-    items = [both.items for *_, both in known]
-    wide: Sequence[Decision | None] = [None] * len(known)
-    if all(one is not None for one in items):
-        wide = decide([one for one in items if one is not None], margin)
+    sign = -1 if outcome.metric.lower_is_better else 1
+    seeds = decide([replace(both.seeds, value=sign * both.seeds.value) for *_, both in known], margin)
+    items = [replace(both.items, value=sign * both.items.value) for *_, both in known if both.items is not None]
+    wide: Sequence[Decision | None] = decide(items, margin) if len(items) == len(known) else [None] * len(known)
     return [Comparison(*one, decision, also) for one, decision, also in zip(known, seeds, wide, strict=True)]
 
 
 def find(groups: Sequence[Group], arm: str, batch: int | None = None, variant: Axes = ()) -> Group | None:
-    """The group of an arm at a batch size; of several variants, the one asked for, else the first."""
-    fitting = [g for g in groups if g.arm == arm and batch in (None, g.global_batch_size)]
-    return next((g for g in fitting if g.variant == variant), fitting[0] if fitting else None)
+    """The group of an arm at a batch size (None: the first) that comes nearest to a variant.
+
+    An axis that both have must have the same value; among those that are left, the one with the fewest other axes.
+    """
+    wanted = dict(variant)
+    fitting = [
+        group
+        for group in groups
+        if group.arm == arm
+        and batch in (None, group.global_batch_size)
+        and all(wanted.get(key, value) == value for key, value in group.variant)
+    ]
+    return min(fitting, key=lambda group: sum(key not in wanted for key, _ in group.variant), default=None)
 
 
 def reference_of(study: Study, groups: Sequence[Group]) -> Group | None:
@@ -214,4 +223,4 @@ def reference_of(study: Study, groups: Sequence[Group]) -> Group | None:
 def baseline_of(study: Study, groups: Sequence[Group], group: Group) -> Group | None:
     """The reference's arm at a group's batch size."""
     arm = study.reference.get("arm", "clip")
-    return find(groups, str(arm), group.global_batch_size)
+    return find(groups, str(arm), group.global_batch_size, group.variant)

@@ -36,6 +36,10 @@ class Metric:
     name: str
     keys: tuple[str, ...]
 
+    @property
+    def lower_is_better(self) -> bool:
+        return all(key.endswith("median_rank") for key in self.keys)
+
     def score(self, results: Mapping[str, float]) -> float:
         return sum(results[key] for key in self.keys) / len(self.keys)
 

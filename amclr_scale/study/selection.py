@@ -33,19 +33,20 @@ class Selection:
     at_edge: bool
 
 
-def select(scores: NDArray[np.float64]) -> Selection:
+def select(scores: NDArray[np.float64], *, lower_is_better: bool = False) -> Selection:
     """Choose among values, in ascending order of the value.
 
     Args:
         scores: (L, n), L values, n seeds.
     """
     values, n = scores.shape
+    sign = -1 if lower_is_better else 1
     means = scores.mean(1)
-    best = int(means.argmax())
+    best = int((sign * means).argmax())
     edge = values > 1 and best in (0, values - 1)
     if n == 1:
         return Selection(best, (best,), (float(scores[best, 0]),), float(means[best]), values > 1, edge)
     without = (scores.sum(1, keepdims=True) - scores) / (n - 1)  # (L, n): mean of the other seeds
-    chosen = without.argmax(0)
+    chosen = (sign * without).argmax(0)
     own = scores[chosen, np.arange(n)]
     return Selection(best, tuple(map(int, chosen)), tuple(map(float, own)), float(means[best]), False, edge)

@@ -9,6 +9,7 @@ from amclr_scale.errors import UserError
 from amclr_scale.study.comparability import differences, surroundings
 from amclr_scale.study.comparison import Outcome, baseline_of, compare, find, groups_of, reference_of
 from amclr_scale.study.results import Metric, read_study
+from amclr_scale.study.selection import select
 from amclr_scale.study.statistics import Verdict, paired
 from amclr_scale.study.tables import needed_seeds
 from tests.study.synthetic import ITEMS, KEYS, SAMPLES, make_study
@@ -168,6 +169,35 @@ def test_other_axes_make_groups_of_their_own(tmp_path):
         make_study(tmp_path / "s", arms=("sogclr",), batches=(128,), axes={"objective.gamma": [0.2, 0.8]})
     )
     assert [group.title for group in groups_of(study)] == ["SogCLR, gamma 0.2", "SogCLR, gamma 0.8"]
+
+
+def test_an_axis_is_compared_at_its_own_value(tmp_path):
+    study = read_study(
+        make_study(tmp_path / "s", arms=("clip", "dcl"), batches=(128,), axes={"optimizer.weight_decay": [0.1, 0.2]})
+    )
+    groups = groups_of(study)
+    for group in groups[2:]:
+        base = baseline_of(study, groups, group)
+        assert (base.arm, base.variant) == ("clip", group.variant)
+    assert find(groups, "clip", 128, (("optimizer.weight_decay", 0.3),)) is None
+    assert find(groups, "clip", 128, (("objective.gamma", 0.3),)) is groups[0]  # an axis that CLIP has not
+
+
+def test_a_rank_is_better_when_it_is_lower(tmp_path):
+    folder = make_study(tmp_path / "s", arms=("clip", "amclr"), batches=(128,), items=False)
+    listed = json.loads((folder / "cells.json").read_text())
+    key = "emoji/val_style/image_to_text_median_rank"
+    listed |= {"metrics": [{"name": "median rank", "keys": [key]}], "margin": 1.0}
+    (folder / "cells.json").write_text(json.dumps(listed))
+    for run in (folder / "runs").iterdir():
+        rank = (10.0 if "amclr" in run.name else 90.0) + int(run.name[-1])
+        results = json.loads((run / "evaluation.json").read_text())
+        (run / "evaluation.json").write_text(json.dumps({**results, key: rank}))
+    study = read_study(folder)
+    found = outcome(study)
+    (one,) = compare(found, [(found.groups[1], found.groups[0])], study.margin)
+    assert (one.difference.seeds.value, one.decision.verdict) == (-80.0, Verdict.BETTER)
+    assert select(np.array([[10.0, 11.0], [20.0, 21.0]]), lower_is_better=True).best == 0
 
 
 def test_what_differs_is_explained_and_unfair_differences_are_pointed_out(tmp_path):
