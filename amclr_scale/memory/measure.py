@@ -22,13 +22,9 @@ from torch import Tensor, nn
 from amclr_scale.memory.tracker import Tracker
 from amclr_scale.metrics.phases import Phases
 
-PARAMETERS, OPTIMIZER, GRADIENTS, SAMPLE_STATE, BUFFERS = (
-    "parameters",
-    "optimizer states",
-    "gradients",
-    "sample state",
-    "buffers",
-)
+PARAMETERS, BUFFERS, OPTIMIZER, SAMPLE_STATE = "parameters", "buffers", "optimizer states", "sample state"
+GRADIENTS, SHARES, BUCKET = "gradients", "gradient shares", "reduction bucket"
+STATE = (PARAMETERS, BUFFERS, OPTIMIZER, SAMPLE_STATE)
 
 
 @dataclass
@@ -70,7 +66,7 @@ class MemoryReport:
     def restart(self) -> None:
         """Forget the peaks: what only the first step does (optimizer states begin to exist) is over."""
         self.peaks = {}
-        self.state = {name: _size(tensors) for name, tensors in self._walk().items()}
+        self.state = {name: _size(tensors) for name, tensors in self._walk().items() if name in STATE}
 
     def close(self) -> None:
         """Look on no longer."""
@@ -105,6 +101,8 @@ class MemoryReport:
             BUFFERS: list(module.buffers()),
             OPTIMIZER: list(_optimizer_tensors(optimizer, set(map(id, module.parameters())))),
             SAMPLE_STATE: list(self.objective.buffers()),
+            SHARES: [x for x in [getattr(optimizer, "grad_partitions_flat_buffer", None)] if x is not None],
+            BUCKET: list(_buckets(optimizer)),
         }
 
     def _hook(self, parameter: nn.Parameter) -> Any:
@@ -123,10 +121,18 @@ def _held(parameter: nn.Parameter) -> Tensor:
 def _optimizer_tensors(optimizer: Any, own: set[int]) -> Iterator[Tensor]:
     """fp32 masters and states of DeepSpeed's wrapper, or of a plain optimizer."""
     plain = getattr(optimizer, "optimizer", optimizer)
+    yield from getattr(optimizer, "fp32_partitioned_groups_flat", ())  # stage 3
     for group in plain.param_groups:
         yield from (p for p in group["params"] if id(p) not in own)
     for state in plain.state.values():
         yield from (value for value in state.values() if isinstance(value, Tensor))
+
+
+def _buckets(optimizer: Any) -> Iterator[Tensor]:
+    """What stage 3 gathers gradients in, all the time; the other stages make theirs for each reduction."""
+    for bucket in getattr(optimizer, "ipg_buckets", {}).values():
+        if isinstance(bucket.buffer, Tensor):
+            yield bucket.buffer
 
 
 def _size(tensors: list[Tensor]) -> int:

@@ -61,15 +61,16 @@ class Timeline:
         return int(self._alive(m)[: self.forward_end].max())
 
     def backward_peak(self, m: int, *, first: bool) -> tuple[int, int]:
-        """Most bytes during the backward: activations and temporaries, and gradients of parameters at that moment.
+        """Most bytes during the backward: activations, with gradients on their way, and those in place by then.
 
         Args:
-            first: gradients begin to exist now; otherwise they are there already, and only arriving ones count.
+            first: gradients of parameters begin to exist now; otherwise they are there already and not counted.
         """
-        alive = self._alive(m)[self.forward_end - 1 :]
-        gradients = (self.gradients if first else self.arriving)[self.forward_end - 1 :]
-        moment = int((alive + gradients).argmax())
-        return int(alive[moment]), int(gradients[moment])
+        begin = self.forward_end - 1
+        moving = (self._alive(m) + self.arriving)[begin:]
+        settled = (self.gradients - self.arriving)[begin:] if first else torch.zeros_like(moving)
+        moment = int((moving + settled).argmax())
+        return int(moving[moment]), int(settled[moment])
 
     def _alive(self, m: int) -> Tensor:
         return self.slope * m + self.constant
