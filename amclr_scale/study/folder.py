@@ -15,6 +15,7 @@ no torch.
 
 import contextlib
 import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -123,9 +124,11 @@ class StudyFolder:
             raise UserError(f"folder: {self.path} cannot be written: {error}") from error
 
     def record(self, attempt: Mapping[str, Any]) -> None:
-        """Append one attempt."""
-        with self.attempts.open("a") as file:
-            file.write(json.dumps(attempt) + "\n")
+        """Append one attempt, on a line of its own also where a kill has cut the last one off."""
+        with self.attempts.open("ab+") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - 1))
+            cut = file.read() not in (b"", b"\n")
+            file.write(b"\n" * cut + json.dumps(attempt).encode() + b"\n")
 
     def recorded(self) -> list[dict[str, Any]]:
         """All attempts; a line that was cut off by a kill is left out."""

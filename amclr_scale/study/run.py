@@ -32,6 +32,7 @@ from amclr_scale.study.progress import Progress
 ROOT = Path(__file__).resolve().parents[2]
 FOLLOW = (sys.executable, "-ES", str(Path(__file__).with_name("follow.py")))
 POLL = 0.5  # seconds
+_TORCHRUN = re.compile(rf"exitcode\s*: {EXIT_RESUMABLE}\b")  # it ends with 1 and tells its ranks' code in words
 _MESSAGE = 20  # last lines of a log that an attempt keeps
 _MOST_RESUMES = 100  # of a cell that ends early by itself (train.max_hours)
 
@@ -229,9 +230,7 @@ class Runner:
         if code == 0 and self.folder.is_finished(one.cell):
             status = "done"
         else:
-            early = code == EXIT_RESUMABLE or re.search(
-                rf"exitcode\s*: {EXIT_RESUMABLE}\b", message
-            )  # torchrun ends with 1
+            early = code == EXIT_RESUMABLE or _TORCHRUN.search(message)
             status = "interrupted" if early or self._signal else "failed"
         attempt: dict[str, Any] = {
             "cell": one.cell.name,

@@ -1,0 +1,253 @@
+"""The runner: what becomes of cells that finish, fail, stop early, and of a study that is ended in the middle."""
+
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from amclr_scale.checkpoint import lock
+from amclr_scale.config.load import dump
+from amclr_scale.errors import UserError
+from amclr_scale.study import run as run_module
+from amclr_scale.study.cells import Planned, base_tree, make_cells
+from amclr_scale.study.folder import StudyFolder
+from amclr_scale.study.pilot import rate
+from amclr_scale.study.plan import StudyPlan, load_plan
+from amclr_scale.study.progress import Rates, duration
+from amclr_scale.study.run import command
+from amclr_scale.study.slurm import write_jobs
+from tests.study.fake_study import run_fakes
+from tests.study.test_plan import PLAN
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run_module, "POLL", 0.02)
+
+
+def make(tmp_path: Path, *words: str) -> tuple[StudyPlan, list[Planned]]:
+    file = tmp_path / "tiny.yaml"
+    file.write_text(PLAN)
+    plan = load_plan(file, [f"folder={tmp_path / 'study'}", "batch_sizes=[32]", *words])
+    return plan, make_cells(plan, base_tree(plan), 4938.0)
+
+
+def attempts(plan: StudyPlan) -> list[tuple[str, str, Any]]:
+    return [(one["cell"], one["status"], one["exit_code"]) for one in StudyFolder(plan.place).recorded()]
+
+
+def starts(plan: StudyPlan, cell: str) -> list[float]:
+    """When a fake cell was started."""
+    return [float(line.split()[1]) for line in (plan.place / "runs" / cell / "started").read_text().splitlines()]
+
+
+@pytest.mark.usefixtures("quick")
+def test_all_arms_of_a_seed_come_before_the_next_seed_and_finished_cells_are_skipped(tmp_path: Path) -> None:
+    plan, cells = make(tmp_path)
+    outcome = run_fakes(plan, cells, {}, said := [])
+    assert (outcome.done, outcome.exit_code) == (4, 0)
+    order = ["clip-B32-s0", "sogclr-B32-s0", "clip-B32-s1", "sogclr-B32-s1"]
+    assert attempts(plan) == [(name, "done", 0) for name in order]
+    assert [line.split()[1].rstrip(":") for line in said] == order
+    assert "training in clip-B32-s0, done" in (plan.place / "logs" / "clip-B32-s0.log").read_text()
+    assert run_fakes(plan, cells, {}).exit_code == 0
+    assert len(attempts(plan)) == 4
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_failing_cell_is_recorded_with_its_last_words_and_the_others_run(tmp_path: Path) -> None:
+    plan, cells = make(tmp_path, "execution.retries=1")
+    how = {"clip-B32-s0": "fails", "sogclr-B32-s0": "mistake", "clip-B32-s1": "once"}
+    outcome = run_fakes(plan, cells, how, said := [])
+    assert (outcome.done, outcome.exit_code) == (2, 1)
+    assert sorted(outcome.failed) == ["clip-B32-s0", "sogclr-B32-s0"]
+    tried = attempts(plan)
+    assert tried.count(("clip-B32-s0", "failed", 1)) == 2
+    assert tried.count(("sogclr-B32-s0", "failed", 2)) == 1, "a mistake does not mend itself"
+    assert [one for one in tried if one[0] == "clip-B32-s1"] == [
+        ("clip-B32-s1", "failed", 1),
+        ("clip-B32-s1", "done", 0),
+    ]
+    message = StudyFolder(plan.place).recorded()[0]["message"]
+    assert message.splitlines()[-1] == "the reason, in the last line"
+    assert any("logs/clip-B32-s0.log" in line for line in said)
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_cell_that_ends_early_with_its_state_saved_goes_on(tmp_path: Path) -> None:
+    plan, cells = make(tmp_path, "execution.retries=0")
+    assert run_fakes(plan, cells, {"clip-B32-s0": "early"}).exit_code == 0
+    assert [one[1:] for one in attempts(plan) if one[0] == "clip-B32-s0"] == [("interrupted", 75), ("done", 0)]
+
+
+@pytest.mark.usefixtures("quick")
+def test_jobs_run_at_once(tmp_path: Path) -> None:
+    plan, cells = make(tmp_path, "execution.jobs=2")
+    run_fakes(plan, cells, {})
+    assert abs(starts(plan, "clip-B32-s0")[0] - starts(plan, "sogclr-B32-s0")[0]) < 0.15  # a fake cell takes 0.2 s
+
+
+def start_study(tmp_path: Path, how: str, *words: str) -> tuple[StudyPlan, "subprocess.Popen[bytes]"]:
+    """A study as a process, its first two cells running."""
+    plan, _ = make(tmp_path, "batch_sizes=[32, 64]")
+    study = [sys.executable, "-m", "tests.study.fake_study", str(tmp_path / "tiny.yaml"), str(plan.place), how, *words]
+    process = subprocess.Popen(study, cwd=ROOT)
+    ready = [plan.place / "runs" / cell / "ready" for cell in ("clip-B32-s0", "clip-B64-s0")]
+    until = time.monotonic() + 60
+    while not all(file.exists() for file in ready) and time.monotonic() < until:
+        time.sleep(0.02)
+    return plan, process
+
+
+def wait_until_gone(plan: StudyPlan) -> bool:
+    """Whether the processes of the running cells end soon."""
+    pids = [int(file.read_text().split()[0]) for file in plan.place.glob("runs/*/started")]
+    until = time.monotonic() + 10
+    while any(psutil.pid_exists(pid) and psutil.Process(pid).status() != "zombie" for pid in pids):
+        if time.monotonic() > until:
+            return False
+        time.sleep(0.02)
+    return len(pids) == 2
+
+
+def test_a_study_that_is_asked_to_end_lets_its_cells_save_and_goes_on_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lock, "ENDING", 0.2)
+    plan, process = start_study(tmp_path, "slow")
+    cells = make_cells(plan, base_tree(plan), 4938.0)
+    with pytest.raises(UserError, match=r"folder: .* is being written by another job"):
+        run_fakes(plan, cells, {})
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(30) == 75
+    assert len(list(plan.place.glob("runs/*/saved"))) == 2
+    assert {one[1:] for one in attempts(plan)} == {("interrupted", 75)}
+    assert run_fakes(plan, cells, {}).exit_code == 0
+    assert [status for _, status, _ in attempts(plan)].count("done") == len(cells) == 8
+
+
+def test_a_study_that_is_killed_leaves_no_cell_running_and_goes_on_later(tmp_path: Path) -> None:
+    plan, process = start_study(tmp_path, "slow")
+    process.kill()
+    process.wait()
+    assert wait_until_gone(plan)
+    assert len(list(plan.place.glob("runs/*/saved"))) == 2, "SIGTERM came from the kernel, and they saved"
+    assert attempts(plan) == []
+    with (plan.place / "attempts.jsonl").open("a") as file:
+        file.write('{"cell": "cut')
+    cells = make_cells(plan, base_tree(plan), 4938.0)
+    assert run_fakes(plan, cells, {}).exit_code == 0
+    assert [one for one in attempts(plan) if one[1] == "interrupted"] == [
+        ("clip-B32-s0", "interrupted", None), ("clip-B64-s0", "interrupted", None),
+    ]  # fmt: skip
+
+
+def test_a_cell_that_does_not_end_is_killed_after_the_grace(tmp_path: Path) -> None:
+    plan, process = start_study(tmp_path, "stubborn", "execution.grace_seconds=0.3")
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(30) == 75
+    assert wait_until_gone(plan)
+    assert {one[1:] for one in attempts(plan)} == {("interrupted", -signal.SIGKILL)}
+
+
+@pytest.mark.usefixtures("quick")
+def test_runs_of_another_recipe_are_refused_with_the_keys_that_differ(tmp_path: Path) -> None:
+    plan, cells = make(tmp_path)
+    folder = StudyFolder(plan.place)
+    run_fakes(plan, cells, {})
+    for cell in cells:
+        (folder.runs / cell.name / "config.yaml").write_text(f"# recipe {cell.recipe_hash}\n{dump(cell.config)}")
+    folder.check(plan, cells)
+    changed, other = make(tmp_path, "lr.base=3e-4")
+    with pytest.raises(UserError) as told:
+        folder.check(changed, other)
+    assert str(told.value).startswith(f"folder: {plan.place} holds runs of another recipe:")
+    assert "optimizer.lr: there 0.002, in the plan 0.0003 (in 4 cells, such as clip-B32-s0)" in str(told.value)
+    more, cells_more = make(tmp_path, "seeds=[0, 1, 2]")
+    folder.check(more, cells_more)  # more cells are welcome
+    strict, same = make(tmp_path, "margin=0.02")
+    with pytest.raises(UserError, match=r"margin: .* has finished cells under margin 0.01, got 0.02"):
+        folder.check(strict, same)
+    _, fewer = make(tmp_path, "seeds=[0]")
+    assert folder.others(fewer) == ["clip-B32-s1", "sogclr-B32-s1"]
+
+
+@pytest.mark.usefixtures("quick")
+def test_times_are_predicted_from_cells_that_ran(tmp_path: Path) -> None:
+    plan, cells = make(tmp_path, "arms=[clip, amclr]", "batch_sizes=[32, 64]", "seeds=[0]")
+    folder = StudyFolder(plan.place)
+    assert Rates(folder, cells).predict(cells[0]) is None
+    run_fakes(plan, cells[:1], {})
+    (plan.place / "attempts.jsonl").write_text(
+        "".join(json.dumps({"cell": "clip-B32-s0", "seconds": seconds}) + "\n" for seconds in (4.0, 6.0))
+    )
+    rates = Rates(folder, cells)
+    named = {cell.name: rates.predict(cell) for cell in cells}
+    # all attempts at a cell count; two views cost twice
+    assert named == {"clip-B32-s0": 10.0, "clip-B64-s0": 10.0, "amclr-B32-s0": 20.0, "amclr-B64-s0": 20.0}
+    assert [duration(seconds) for seconds in (45, 720, 7200)] == ["45 s", "12 min", "2.0 h"]
+
+
+def test_the_rate_of_a_pilot_leaves_the_first_steps_out() -> None:
+    records = [{"step": step, "samples": 32 * step, "samples_per_second": 1.0} for step in (1, 2, 3, 4)]
+    records += [{"step": 5, "samples": 160, "samples_per_second": 64.0}]  # 0.5 s
+    records += [{"step": 6, "samples": 192, "samples_per_second": 32.0}]  # 1 s
+    assert rate(records) == pytest.approx(64 / 1.5)
+
+
+def test_command_lines_of_the_launchers(tmp_path: Path) -> None:
+    plan, cells = make(tmp_path, "execution.words=[execution.workers=1]", "wandb_group=g", "execution.jobs=2")
+    words = command(plan, StudyFolder(plan.place), cells[0])
+    assert words[:2] == [sys.executable, str(ROOT / "launch" / "train.py")]
+    assert {"resume=auto", "run.name=clip-B32-s0", "run.wandb_group=g", "execution.workers=1", "seed=0"} <= set(words)
+    assert any(word.startswith("execution.threads=") for word in words)
+    for launcher, part in (("torchrun", "--nproc-per-node=2"), ("deepspeed", "deepspeed.launcher.launch")):
+        plan, cells = make(tmp_path, f"execution.launcher={launcher}", "execution.ranks=2")
+        assert part in command(plan, StudyFolder(plan.place), cells[0])
+
+
+def test_a_job_array_gives_every_task_the_words_of_its_cell(tmp_path: Path) -> None:
+    plan, cells = make(
+        tmp_path, "arms=[clip, amclr]", "execution={launcher: deepspeed, ranks: 16}", "words=[data.lanes=16]"
+    )
+    folder = StudyFolder(plan.place)
+    script = write_jobs(plan, folder, cells, tmp_path / "jobs")
+    text = script.read_text()
+    assert "#SBATCH --array=1-4" in text
+    assert "#SBATCH --nodes=2" in text
+    assert "#SBATCH --ntasks-per-node=8" in text
+    subprocess.run(["bash", "-n", str(script)], check=True)
+    reads = next(line for line in text.splitlines() if line.startswith("eval"))
+    read = ["bash", "-c", f'SLURM_ARRAY_TASK_ID=3\n{reads}\nprintf "%s\\n" "$@"']
+    found = subprocess.run(read, check=True, capture_output=True, text=True).stdout.splitlines()
+    assert found == run_module.cell_words(plan, folder, cells[2])
+    assert "data.image_view={amclr: 1.0, crop_scale: [1, 1], flip: 0}" in found
+    assert shlex.join(found) in (tmp_path / "jobs" / "tiny.commands").read_text()
+
+
+def test_a_real_cell_from_plan_to_report(tmp_path: Path) -> None:
+    file = tmp_path / "tiny.yaml"
+    file.write_text(PLAN)
+    words = ["arms=[clip]", "batch_sizes=[32]", "seeds=[0]", "budget.samples=64", f"folder={tmp_path / 'study'}"]
+    words += ["words=['evaluation.splits=[emoji/val_style]', evaluation.resamples=20, evaluation.classes=null]"]
+    study = [sys.executable, str(ROOT / "launch" / "study.py"), str(file), *words]
+    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(study, env=environment, capture_output=True, text=True, check=False, cwd=ROOT)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "1 of 1 cells are finished" in done.stdout
+    listed = json.loads((tmp_path / "study" / "cells.json").read_text())
+    [cell] = listed["cells"]
+    run = tmp_path / "study" / "runs" / cell["cell"]
+    assert (run / "config.yaml").read_text().startswith(f"# recipe {cell['recipe_hash']}\n")
+    assert listed["metrics"][0]["keys"][0] in json.loads((run / "evaluation.json").read_text())
+    assert (tmp_path / "study" / "report" / "index.html").is_file()
