@@ -82,7 +82,7 @@ class Cell:
     @property
     def title(self) -> str:
         """The arm's label, with its axes."""
-        details = ", ".join(f"{key.rpartition('.')[2]} {value}" for key, value in self.variant)
+        details = ", ".join(f"{key.rpartition('.')[2].replace('_', ' ')} {value}" for key, value in self.variant)
         return f"{self.label}, {details}" if details else self.label
 
 

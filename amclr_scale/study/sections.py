@@ -110,11 +110,11 @@ def _answer(report: Document, study: Study, first: Analysed, looks: Looks) -> No
     else:
         lines = [f"Against {first.reference.name}, at a margin of {first.unit.margin(study.margin)}:"]
         for verdict in Verdict:
-            names = [one.group.name for one in first.against_reference if one.decision.verdict == verdict]
-            if names:
-                lines.append(f"- **{verdict}**: {'; '.join(names)}")
-        names = [one.group.name for one in first.against_reference if one.decision.p_not_worse < LEVEL]
-        lines.append(f"- not worse by the margin or more is shown of: {'; '.join(names) or 'none'}")
+            groups = [one.group for one in first.against_reference if one.decision.verdict == verdict]
+            if groups:
+                lines.append(f"- **{verdict}**: {_listed(groups)}")
+        groups = [one.group for one in first.against_reference if one.decision.p_not_worse < LEVEL]
+        lines.append(f"- not worse by the margin or more is shown of: {_listed(groups) or 'none'}")
         report.say("\n".join([lines[0], "", *lines[1:]]))
     seeds = [mean.seeds.n for group in first.outcome.groups if (mean := first.outcome.mean(group))]
     report.say(_few_seeds(max(seeds, key=seeds.count)) if seeds else "")
@@ -126,6 +126,14 @@ def _answer(report: Document, study: Study, first: Analysed, looks: Looks) -> No
     if guessing is not None:
         report.say(f"Guessing scores {100 * guessing:.2g} %.")
     report.say(_hardly_learned(first, guessing))
+
+
+def _listed(groups: Sequence[Group]) -> str:
+    """Methods, each with its batch sizes."""
+    batches: dict[str, list[str]] = {}
+    for group in groups:
+        batches.setdefault(group.title, []).append(f"{group.global_batch_size:,}")
+    return "; ".join(f"{title} (B = {', '.join(sizes)})" for title, sizes in batches.items())
 
 
 def _hardly_learned(first: Analysed, guessing: float | None) -> str:

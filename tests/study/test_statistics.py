@@ -55,6 +55,15 @@ def test_equivalence_is_two_one_sided_tests(margin):
     assert all(inside) == (found.p_equivalent(margin) < 0.05)  # the other way to say it
 
 
+def test_values_of_statsmodels():
+    """statsmodels 0.15.0: ttost_paired, TTestPower and TTestIndPower, multipletests."""
+    first, second = [0.21, 0.19, 0.24, 0.2], [0.214, 0.195, 0.238, 0.206]
+    assert paired(first, second).p_equivalent(0.01) == pytest.approx(0.016486934968261948, rel=1e-6)
+    assert power_of_difference(1, 0.5, 8) == pytest.approx(0.23207700463899142)
+    assert power_of_difference(1, 0.5, 8, paired=False) == pytest.approx(0.15404750233609266)
+    assert holm([0.02, 0.3, 0.011, 0.04]) == pytest.approx([0.06, 0.3, 0.044, 0.08])
+
+
 @pytest.mark.parametrize("n", [3, 5, 10])
 def test_intervals_cover_as_often_as_they_say(n):
     ends = np.array([one.interval() for one in simulated(0.3, 2.0, n)])
