@@ -21,6 +21,7 @@ from amclr_scale.memory.components import Component, Phase
 from amclr_scale.memory.towers import MODALITIES, Modality, Tower, trace
 
 Rows = tuple[tuple[Modality, int], ...]  # what one call of the model encodes, in its order
+Run = tuple[Rows, int]  # a call, and how often in a row
 
 
 @dataclass(frozen=True)
@@ -63,16 +64,16 @@ class Passes:
         self.towers: dict[Modality, Tower] = {modality: trace(config, modality) for modality in MODALITIES}
         views = {"image": 1 + config.data.image_views, "text": 1 + config.data.text_views}
         self._row = {m: 4 * config.model.embedding_width * views[m] for m in MODALITIES}  # bytes of a sample's outputs
-        self.calls = list(_calls(plan))
+        self.runs = list(_runs(plan))
         kept = config.execution.kept_micro_batches
-        self.kept = min(1 if kept == "auto" else kept, len(self.calls))
+        self.kept = min(1 if kept == "auto" else kept, plan.micro_batches)
         self.leaf_bytes = plan.local_batch_size * sum(self._row.values())
 
     @cached_property
     def peaks(self) -> dict[Phase, Moment]:
         """The worst moment of each phase."""
         before = Moment(features=2 * self.leaf_bytes)  # the report of the step before
-        without, kept = self.calls[: len(self.calls) - self.kept], self.calls[len(self.calls) - self.kept :]
+        without, kept = _cut(self.runs, self.plan.micro_batches - self.kept)
         found: dict[Phase, Moment] = {"data": before}
         found["pass_1"] = _worst(self._first_pass(before, without, kept))
         graphs = self._with_graphs(before.and_also(features=self._outputs(without)), kept)
@@ -87,7 +88,9 @@ class Passes:
         """Activations of each tower, features, and gradients during the second pass."""
         images, texts = self.plan.micro_batch_sizes
         keeping = (
-            f"execution.kept_micro_batches: {max(0, self.kept - 1)}, " if self.kept and len(self.calls) > 1 else ""
+            f"execution.kept_micro_batches: {max(0, self.kept - 1)}, "
+            if self.kept and self.plan.micro_batches > 1
+            else ""
         )
         found = [
             Component(
@@ -104,34 +107,45 @@ class Passes:
         )
         return found
 
-    def _first_pass(self, moment: Moment, without: list[Rows], kept: list[Rows]) -> Iterator[Moment]:
-        for call in without:
-            now = moment
+    # Of equal calls in a row, those are looked at that can be the worst: a batch may have a million of them.
+
+    def _first_pass(self, moment: Moment, without: list[Run], kept: list[Run]) -> Iterator[Moment]:
+        for call, count in without:  # the last one meets the most outputs
+            now = moment.and_also(features=(count - 1) * self._outputs([(call, 1)]))
             for modality, m in call:
                 yield now.and_also(modality, self.towers[modality].without_graph.forward_peak(m))
                 now = now.and_also(features=self._row[modality] * m)
             moment = now
-        for call in kept:
+        for call, count in kept:  # and the most graphs
+            moment = self._with_graphs(moment, [(call, count - 1)])
             for modality, m in call:
                 yield moment.and_also(modality, self.towers[modality].with_graph.forward_peak(m))
                 moment = moment.and_also(modality, self.towers[modality].with_graph.kept(m))
 
-    def _with_graphs(self, moment: Moment, calls: list[Rows]) -> Moment:
-        for modality, m in (part for call in calls for part in call):
-            moment = moment.and_also(modality, self.towers[modality].with_graph.kept(m))
+    def _with_graphs(self, moment: Moment, runs: list[Run], sign: int = 1) -> Moment:
+        for call, count in runs:
+            for modality, m in call:
+                moment = moment.and_also(modality, sign * count * self.towers[modality].with_graph.kept(m))
         return moment
 
-    def _second_pass(self, moment: Moment, without: list[Rows], kept: list[Rows]) -> Iterator[Moment]:
+    def _second_pass(self, moment: Moment, without: list[Run], kept: list[Run]) -> Iterator[Moment]:
         done: set[Modality] = set()
-        for call in without:
-            now = moment.and_also(features=0 if call is without[0] else self._outputs([call]))  # of the call before
-            for modality, m in call:
-                yield now.and_also(modality, self.towers[modality].with_graph.forward_peak(m))
-                now = now.and_also(modality, self.towers[modality].with_graph.kept(m))
-            moment = yield from self._backward(now, call, done)
-        for call in kept:
-            moment = yield from self._backward(moment, call, done)
-            moment = moment.and_also(features=self._outputs([call]))  # which its graph had held
+        before = 0  # outputs of the call before, which its name still holds
+        for call, count in without:  # the first one, and one more beside the outputs of the call before
+            for _ in range(min(count, 2)):
+                now = moment.and_also(features=before)
+                for modality, m in call:
+                    yield now.and_also(modality, self.towers[modality].with_graph.forward_peak(m))
+                    now = now.and_also(modality, self.towers[modality].with_graph.kept(m))
+                now = yield from self._backward(now, call, done)
+                moment, before = now.and_also(features=-before), self._outputs([(call, 1)])
+        for call, count in kept:  # the first, the second with all gradients in place, and the last
+            for looked_at in range(min(count, 3)):
+                if looked_at == 2:  # those between are gone
+                    moment = self._with_graphs(moment, [(call, count - 3)], sign=-1)
+                    moment = moment.and_also(features=self._outputs([(call, count - 3)]))
+                moment = yield from self._backward(moment, call, done)
+                moment = moment.and_also(features=self._outputs([(call, 1)]))  # which its graph had held
         yield moment.and_also(gradients=self.copies)
 
     def _backward(self, moment: Moment, call: Rows, done: set[Modality]) -> Generator[Moment, None, Moment]:
@@ -145,23 +159,36 @@ class Passes:
             done.add(modality)
         return moment
 
-    def _outputs(self, calls: Iterable[Rows]) -> int:
-        return sum(self._row[modality] * m for call in calls for modality, m in call)
+    def _outputs(self, runs: Iterable[Run]) -> int:
+        return sum(count * self._row[modality] * m for call, count in runs for modality, m in call)
 
 
 def _worst(moments: Iterable[Moment]) -> Moment:
     return max(moments, key=lambda moment: moment.total, default=Moment())
 
 
-def _calls(plan: Plan) -> Iterator[Rows]:
+def _runs(plan: Plan) -> Iterator[Run]:
     """What each call encodes, as `gradient_cache.split` cuts the batch."""
     images, texts = plan.micro_batch_sizes
 
-    def sizes(at_once: int) -> Iterator[int]:
-        return (min(at_once, plan.local_batch_size - start) for start in range(0, plan.local_batch_size, at_once))
+    def sizes(at_once: int) -> Iterator[tuple[int, int]]:
+        whole, rest = divmod(plan.local_batch_size, at_once)
+        yield from ((m, count) for m, count in ((at_once, whole), (rest, 1)) if m and count)
 
     if images == texts:
-        yield from ((("image", m), ("text", m)) for m in sizes(images))
+        yield from (((("image", m), ("text", m)), count) for m, count in sizes(images))
     else:
-        yield from ((("image", m),) for m in sizes(images))
-        yield from ((("text", m),) for m in sizes(texts))
+        yield from (((("image", m),), count) for m, count in sizes(images))
+        yield from (((("text", m),), count) for m, count in sizes(texts))
+
+
+def _cut(runs: list[Run], first: int) -> tuple[list[Run], list[Run]]:
+    """The first so many calls, and the others."""
+    before: list[Run] = []
+    after: list[Run] = []
+    for call, count in runs:
+        here = min(count, first)
+        first -= here
+        before += [(call, here)] if here else []
+        after += [(call, count - here)] if count > here else []
+    return before, after

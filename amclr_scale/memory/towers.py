@@ -35,7 +35,7 @@ PRIMES = (10_007, 10_009, 10_037, 10_039)
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Timeline:
     """What is alive after each allocation or release of a forward and its backward, for a micro-batch of m samples.
 
@@ -52,14 +52,17 @@ class Timeline:
     arriving: Tensor
     forward_end: int
 
+    @lru_cache(maxsize=4096)  # noqa: B019  traces are few and stay
     def kept(self, m: int) -> int:
         """Bytes alive between forward and backward: the graph and the outputs."""
         return int(self._alive(m)[self.forward_end - 1])
 
+    @lru_cache(maxsize=4096)  # noqa: B019
     def forward_peak(self, m: int) -> int:
         """Most bytes during the forward."""
         return int(self._alive(m)[: self.forward_end].max())
 
+    @lru_cache(maxsize=4096)  # noqa: B019
     def backward_peak(self, m: int, *, first: bool) -> tuple[int, int]:
         """Most bytes during the backward: activations, with gradients on their way, and those in place by then.
 
