@@ -43,7 +43,7 @@ def arguments(argv: list[str]) -> argparse.Namespace:
 def run(config: Config, source: str | None, place: Place, stopwatch: Stopwatch, signals: Signals) -> None:
     """The flow: data -> encoders -> engine -> objective -> loop -> results."""
     from amclr_scale.checkpoint.keeper import Keeper
-    from amclr_scale.checkpoint.start import agree_on_start
+    from amclr_scale.checkpoint.start import agree_on_start, lock_new
     from amclr_scale.checkpoint.state import put_back
     from amclr_scale.checkpoint.weights import save_weights
     from amclr_scale.engine.assembly import build_trainer, open_data
@@ -88,6 +88,7 @@ def run(config: Config, source: str | None, place: Place, stopwatch: Stopwatch, 
         config, inputs, device=device, world_size=place.world_size, folder=folder, stopwatch=stopwatch
     )
     engine, objective = trainer.engine, trainer.objective
+    lock = lock or lock_new(folder, place.rank)
     if place.rank == 0:
         create(folder, config, str(device), place.world_size, resumed_at=begin if found else None)
         tokenizer.save(folder / "tokenizer")

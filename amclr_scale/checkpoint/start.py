@@ -1,6 +1,7 @@
-"""Where a run begins, decided by rank 0 and known to all."""
+"""Where a run begins, decided by rank 0 and known to all; and the lock on its folder."""
 
 from pathlib import Path
+from typing import TypeVar
 
 import torch.distributed as dist
 
@@ -11,13 +12,16 @@ from amclr_scale.config.schema import Config
 from amclr_scale.data.tokenizers import Tokenizer
 from amclr_scale.errors import UserError
 
+RECORDS = "metrics.jsonl"
+T = TypeVar("T")
+
 
 def agree_on_start(
     config: Config, folder: Path, fingerprint: str, tokenizer: Tokenizer, rank: int
-) -> tuple[Found | None, Path, RunLock]:
-    """The checkpoint to go on from, if any, the run folder, and the lock on it, which this process now holds.
+) -> tuple[Found | None, Path, RunLock | None]:
+    """The checkpoint to go on from, if any, the run folder, and the lock on it if it is there already.
 
-    The folder is the checkpoint's own, unless run.name says another.
+    The folder is the checkpoint's own, unless run.name says another. All ranks call it together.
 
     Args:
         folder: of a run that begins.
@@ -44,18 +48,44 @@ def agree_on_start(
                 found.step(config)
                 found.check_data(config, fingerprint)
                 found.check_tokenizer(config, tokenizer.fingerprint())
-                if folder.resolve() != found.run.resolve() and (folder / "metrics.jsonl").exists():
+                if folder.resolve() != found.run.resolve() and (folder / RECORDS).exists():
                     words = f"run.name: {folder} holds another run than the one that resume={config.resume} names"
-            if not words:
-                lock = lock or RunLock.take(folder)
         except UserError as error:
             words = str(error)
-    box: list[tuple[Found | None, Path, str]] = [(found, folder, words)]
+        if words and lock:
+            lock.release()
+    found, folder, held, words = _from_rank_0((found, folder, lock is not None, words))
+    if words:
+        raise UserError(words)
+    return found, folder, lock or (RunLock.join(folder, rank) if held else None)
+
+
+def lock_new(folder: Path, rank: int) -> RunLock:
+    """Make and lock the folder of a run that was not there when the start was agreed on. All ranks call it together.
+
+    So a mistake that is found while the model is built leaves no folder behind.
+
+    Raises:
+        UserError: on every rank, another job has made it meanwhile.
+    """
+    lock: RunLock | None = None
+    words = ""
+    if rank == 0:
+        try:
+            lock = RunLock.take(folder)
+            if (folder / RECORDS).exists():
+                lock.release()
+                words = f"run.name: another job has made {folder} meanwhile; go on with it, or choose another name"
+        except UserError as error:
+            words = str(error)
+    (words,) = _from_rank_0((words,))
+    if words:
+        raise UserError(words)
+    return lock or RunLock.join(folder, rank)
+
+
+def _from_rank_0(value: T) -> T:
+    box = [value]
     if dist.is_initialized() and dist.get_world_size() > 1:
         dist.broadcast_object_list(box, src=0)
-    found, folder, words = box[0]
-    if words:
-        if lock:
-            lock.release()
-        raise UserError(words)
-    return found, folder, lock or RunLock.join(folder, rank)
+    return box[0]

@@ -8,7 +8,7 @@ import pytest
 
 from amclr_scale.checkpoint import files
 from amclr_scale.checkpoint.resume import find
-from amclr_scale.checkpoint.start import agree_on_start
+from amclr_scale.checkpoint.start import agree_on_start, lock_new
 from amclr_scale.config.load import build, recipe_hash
 from amclr_scale.errors import UserError
 
@@ -231,9 +231,14 @@ def test_where_a_run_begins(two):
     assert not (run.parent / "elsewhere").exists()
     path = configuration(run.parent, resume=str(old), run__name="b")
     found, folder, lock = agree_on_start(path, run.parent / "b", "f", same, 0)
-    with lock:
-        assert (found.checkpoint, folder) == (old, run.parent / "b")
+    assert (found.checkpoint, folder, lock) == (old, run.parent / "b", None)
+    assert not folder.exists()  # nothing is written before all has been built
+    with lock_new(folder, 0):
+        assert (folder / ".holder.json").exists()
     (run.parent / "b" / "metrics.jsonl").write_text("")
+    with pytest.raises(UserError, match=r"^run\.name: another job has made .*b meanwhile"):
+        lock_new(folder, 0)
+    assert not (folder / ".holder.json").exists()
     with pytest.raises(UserError, match=r"^run\.name: .*b holds another run than the one"):
         agree_on_start(path, run.parent / "b", "f", same, 0)
 
