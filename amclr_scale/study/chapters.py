@@ -161,6 +161,8 @@ def checks(report: Document, study: Study, first: Analysed) -> None:
     jobs = (study.plan.get("execution") or {}).get("jobs", 1)
     if jobs > 1:
         report.say(f"{jobs} cells ran at once on a machine: hours and samples/s are those of a shared machine.")
+    if len(around["commit"]) > 1 or len(around["packages"]) > 1:
+        report.say("Not all runs were made by one version of the code and its packages.")
     if mixed:
         report.say(f"Not all on one machine ({', '.join(mixed)} differ): hours and samples/s do not compare.")
 

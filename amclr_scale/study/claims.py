@@ -4,6 +4,7 @@ A study speaks to a claim when its finished cells hold what the claim's `measure
 it says is in the study's first metric, at this study's scale, and the table says how that scale differs.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from importlib.resources import files
 from typing import Any
@@ -184,7 +185,7 @@ def claims_table(speaker: Speaker) -> Table:
 
 
 def numbers_table(study: Study, groups: Sequence[Group]) -> Table:
-    """Published scores, and below each the same arm's here, at its smallest batch size."""
+    """Published scores, and below each the same arm's here, at the batch size nearest to theirs."""
     found = load_claims()
     split = study.metrics[0].keys[0].rpartition("/")[0]
     rows, raw = [], []
@@ -219,7 +220,7 @@ def _counterpart(number: Mapping[str, Any], groups: Sequence[Group]) -> Group | 
         if group.arm == number["arm"] and group.runs[0].config.get("optimizer.name") == number["optimizer"]
     ]
     plain = [group for group in fitting if not group.variant] or fitting
-    return min(plain, key=lambda group: group.global_batch_size, default=None)
+    return min(plain, key=lambda group: abs(math.log(group.global_batch_size / number["batch"])), default=None)
 
 
 def _measured(metric: Metric, group: Group) -> float | None:

@@ -6,7 +6,7 @@ differs between arms makes them incomparable unless the difference is the arm; i
 """
 
 import json
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,14 +41,32 @@ class Difference:
 
 def differences(runs: Sequence[Run]) -> list[Difference]:
     """All keys of the recipe with more than one value, explained."""
-    keys = dict.fromkeys(key for run in runs for key in run.config if key.startswith(RECIPE) and key not in IGNORED)
+    configs = [_folded(run.config, _optional(runs)) for run in runs]
+    keys = dict.fromkeys(key for config in configs for key in config if key.startswith(RECIPE) and key not in IGNORED)
     found = []
     for key in keys:
-        values = [_text(run.config.get(key, ABSENT)) for run in runs]
+        values = [_text(config.get(key, ABSENT)) for config in configs]
         options = key.startswith("objective.")  # one objective's options are absent from another's
         if len(set(values) - ({ABSENT} if options else set())) > 1:
             found.append(_explain(key, runs, values))
     return found
+
+
+def _optional(runs: Sequence[Run]) -> set[str]:
+    """Sections that are null in some run."""
+    return {key for run in runs for key, value in run.config.items() if value is None}
+
+
+def _folded(config: Mapping[str, Any], sections: set[str]) -> dict[str, Any]:
+    """A configuration in which the keys of a section that others leave out are one value."""
+    folded: dict[str, Any] = {}
+    for key, value in config.items():
+        parent = next((section for section in sections if key.startswith(f"{section}.")), None)
+        if parent is None:
+            folded[key] = value
+        else:
+            folded.setdefault(parent, {})[key.removeprefix(f"{parent}.")] = value
+    return folded
 
 
 def _explain(key: str, runs: Sequence[Run], values: list[str]) -> Difference:

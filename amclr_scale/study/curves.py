@@ -1,5 +1,6 @@
 """The figures of a report that show training: scores, objectives and diagnostics against samples seen."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,6 +12,8 @@ from amclr_scale.study.plots import WIDTH, Looks, finish, pyplot
 from amclr_scale.study.units import Unit
 
 MOST_DIAGNOSTICS = 6
+BINS = 40
+MEANS = "mean over seeds and over fortieths of the run"
 
 
 def score_by_samples(outcome: Outcome, unit: Unit, looks: Looks, name: str) -> Figure | None:
@@ -40,7 +43,7 @@ def score_by_samples(outcome: Outcome, unit: Unit, looks: Looks, name: str) -> F
 def objective_by_samples(groups: Sequence[Group], looks: Looks, name: str) -> Figure | None:
     """The training objective, a panel per method: their values are not comparable with one another."""
     rows = _logged(groups, "objective/objective") or _logged(groups, "loss")
-    caption = "Training objective against samples seen, mean over seeds. Values of different methods do not compare."
+    caption = f"Training objective against samples seen, {MEANS}. Values of different methods do not compare."
     scaled = [{**row, "y": row["value"]} for row in rows]
     return _panels(name, caption, scaled, rows, panel="title", line="global_batch_size", label="objective", looks=looks)
 
@@ -56,7 +59,7 @@ def diagnostics(groups: Sequence[Group], looks: Looks) -> list[Figure]:
         rows = _logged(groups, key)
         words = key.partition("/")[2].replace("_", " ")
         figure = _panels(
-            f"diagnostics_{key.partition('/')[2]}", f"{words} against samples seen, mean over seeds.",
+            f"diagnostics_{key.partition('/')[2]}", f"{words} against samples seen, {MEANS}.",
             [{**row, "y": row["value"]} for row in rows], rows,
             panel="global_batch_size", line="title", label=words, looks=looks,
         )  # fmt: skip
@@ -66,18 +69,21 @@ def diagnostics(groups: Sequence[Group], looks: Looks) -> list[Figure]:
 
 
 def _logged(groups: Sequence[Group], key: str) -> list[dict[str, Any]]:
-    """A logged quantity by group and samples, mean over seeds."""
+    """A logged quantity by group and samples: means over seeds and over fortieths of the longest run."""
+    longest = max((record["samples"] for group in groups for run in group.runs for record in run.steps), default=0)
     rows: list[dict[str, Any]] = []
     for group in groups:
-        at: dict[float, list[float]] = {}
+        bins: dict[int, list[tuple[float, float]]] = {}
         for run in group.runs:
             for record in run.steps:
                 if record.get(key) is not None:
-                    at.setdefault(record["samples"], []).append(record[key])
+                    place = math.ceil(BINS * record["samples"] / longest)
+                    bins.setdefault(place, []).append((record["samples"], record[key]))
         rows += [
-            {"title": group.title, "global_batch_size": group.global_batch_size, "samples": samples,
-             "value": float(np.mean(values)), "runs": len(values)}
-            for samples, values in sorted(at.items())
+            {"title": group.title, "global_batch_size": group.global_batch_size,
+             "samples": float(np.mean([at for at, _ in found])), "value": float(np.mean([value for _, value in found])),
+             "records": len(found)}
+            for _, found in sorted(bins.items())
         ]  # fmt: skip
     return rows
 

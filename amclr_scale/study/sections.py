@@ -192,13 +192,11 @@ def _limits(report: Document, study: Study, analysed: Sequence[Analysed]) -> Non
         lines.append(
             f"- At equal samples, more is encoded per sample than by plain CLIP in: {', '.join(sorted(costs))}."
         )
-    rates = {run.cell.lr for run in study.runs}
+    rates = sorted({run.cell.lr for run in study.runs})
     swept = any(group.swept for one in analysed for group in one.outcome.groups)
     if study.runs and not swept:
-        lines.append(
-            f"- No learning rate was swept ({len(rates)} {'rate' if len(rates) == 1 else 'rates'} in all): an arm or a "
-            "batch size may do better at another."
-        )
+        words = f"{rates[0]:.3g}" if len(rates) == 1 else f"{rates[0]:.3g} to {rates[-1]:.3g}, one per batch size"
+        lines.append(f"- No learning rate was swept ({words}): an arm or a batch size may do better at another.")
     if analysed:
         clusters = analysed[0].outcome.clusters
         lines.append(

@@ -251,7 +251,12 @@ def _valued(one: tuple[str, str]) -> str:
 
 
 def missing_table(missing: Sequence[Missing]) -> Table:
-    """Cells without a result, with the reason."""
-    rows = [[one.cell.cell, one.status, one.message.strip()[-400:] or DASH] for one in missing]
+    """Cells without a result, with the reason; those that have none to tell in one row."""
+    rows = [[one.cell.cell, one.status, one.message.strip()[-400:]] for one in missing if one.message.strip()]
+    silent: dict[str, list[str]] = {}
+    for one in missing:
+        if not one.message.strip():
+            silent.setdefault(one.status, []).append(one.cell.cell)
+    rows += [[", ".join(cells), status, DASH] for status, cells in silent.items()]
     raw = [{"cell": one.cell.cell, "status": one.status, "message": one.message} for one in missing]
     return Table("not_finished", ["cell", "status", "message"], rows, raw, left=3)

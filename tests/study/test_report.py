@@ -114,11 +114,21 @@ def test_numbers_of_the_report_are_those_of_the_runs(folder, markdown):
 
 def test_failures_and_checks_are_shown(markdown):
     assert "| dcl-B128-s0 | failed | step 3: loss is &lt;nan&gt; &#124; &#96;x&#96; |" in markdown
+    assert "| not run |" not in markdown
     assert "SogCLR's gradient is DCL's times the temperature" in markdown
     assert "With 3 seeds an interval has 2 degrees of freedom: it reaches 4.30 standard errors" in markdown
     assert "Few optimizer steps" in markdown
     assert "Hardly trained" not in markdown
     assert "`objective.temperature`" in markdown  # CLIP learns it, AmCLR's default is another
+
+
+def test_published_numbers_stand_beside_the_nearest_batch_size(folder):
+    rows = {row["published"]: row for row in csv.DictReader((folder / "report" / "published_numbers.csv").open())}
+    assert len(rows) == 12
+    assert rows["AmCLR, AdamW"]["here"].startswith("AmCLR, B = 128")
+    assert rows["CLIP, gathered over 2 GPUs, AdamW"]["here"].startswith("CLIP, B = 256")  # theirs: 512
+    assert rows["AmCLR, AdamP"]["here"] == ""  # trained with AdamW here
+    assert float(rows["AmCLR, AdamW"]["claimed_zero_shot_top1"]) == 25.87
 
 
 def test_claims_that_nothing_was_measured_for_are_listed_as_such(folder, markdown):
@@ -140,6 +150,7 @@ def test_claims_file_is_complete():
         assert claim.get("measure") or claim.get("elsewhere"), claim["id"]
         assert not claim.get("measure") or claim["measure"]["kind"] in kinds
     assert {number["source"] for number in found["numbers"]} <= set(found["sources"])
+    assert {number["batch"] for number in found["numbers"]} == {128, 256, 512}
 
 
 def test_an_axis_and_a_grid_speak(tmp_path):
@@ -170,6 +181,7 @@ def test_a_study_without_a_finished_cell_has_a_report(tmp_path):
     )
     index = write_report(folder)
     assert "0 of 2 finished" in index.read_text()
+    assert "| clip-B128-s0, clip-B256-s0 | not run | - |" in (folder / "report" / "report.md").read_text()
     assert "nan" not in (folder / "report" / "report.md").read_text()
 
 
