@@ -40,11 +40,10 @@ def pyplot() -> Any:
 
 
 class Looks:
-    """The same colour, marker and line for a method in every figure."""
+    """The same colour, marker and line for a method in every figure, finished or not."""
 
-    def __init__(self, groups: Sequence[Group]):
-        titles = dict.fromkeys(group.title for group in groups)
-        self._place = {title: place for place, title in enumerate(titles)}
+    def __init__(self, titles: Iterable[str]):
+        self._place = {title: place for place, title in enumerate(dict.fromkeys(titles))}
 
     def __call__(self, title: str) -> dict[str, Any]:
         place = self._place[title]

@@ -43,7 +43,7 @@ def compose(study: Study, discussion: str | None = None) -> Document:
     report.say(f"# {study.name}: a batch-size study")
     _design(report, study, groups)
     if analysed:
-        looks = Looks(groups)
+        looks = Looks(cell.title for cell in study.cells)
         first = analysed[0]
         _answer(report, study, first, looks)
         if discussion:
