@@ -30,6 +30,15 @@ def scores(report: Document, study: Study, analysed: Sequence[Analysed], looks: 
             report.figure(
                 plots.score_by_batch(one.outcome, one.unit, looks, f"by_batch_{one.slug}", one.reference, study.margin)
             )
+    arm = first.reference.arm if first.reference else str(study.reference.get("arm", "clip"))
+    sensitivity = tables.sensitivity_table(first.outcome, first.unit, arm)
+    if sensitivity.rows:
+        report.say(
+            "### How much the batch size matters",
+            "The slope of the score over log2 B, by least squares and seed by seed: what a doubling of the batch brings, "
+            "on average over these batch sizes. Where a curve bends, one number does not describe it.",
+        )
+        report.table(sensitivity)
     sweep = tables.learning_rate_table(first.outcome, first.unit)
     if sweep.rows:
         report.say(

@@ -65,6 +65,17 @@ class Group:
         return {seed: by_rate[at][seed] for seed, at in zip(seeds, selection.chosen, strict=True)}, selection
 
 
+def per_doubling(groups: Sequence[Group]) -> list[tuple[float, Group]]:
+    """The terms of the least-squares slope of a score over log2 B, for `Outcome.contrast`.
+
+    Args:
+        groups: one method at two or more batch sizes.
+    """
+    x = np.log2([group.global_batch_size for group in groups])
+    centred = x - x.mean()
+    return [(float(weight), group) for weight, group in zip(centred / (centred**2).sum(), groups, strict=True)]
+
+
 def groups_of(study: Study) -> list[Group]:
     """All groups with a finished cell, in the plan's order of arms, then by batch size."""
     order = list(dict.fromkeys((cell.arm, cell.variant) for cell in study.cells))
@@ -136,17 +147,21 @@ class Outcome:
 
     def mean(self, group: Group) -> Both | None:
         """None where no seed has a score."""
-        seeds = self.seeds(group)
-        return self._both(self.values(group, seeds), self.draws(group, seeds)) if seeds else None
+        return self.contrast([(1.0, group)])
 
     def difference(self, group: Group, base: Group) -> Both | None:
         """Group minus base, paired by seed; None where they share none."""
-        seeds = self.seeds(group, base)
+        return self.contrast([(1.0, group), (-1.0, base)])
+
+    def contrast(self, terms: Sequence[tuple[float, Group]]) -> Both | None:
+        """A weighted sum of groups' scores, seed by seed; None where they share no seed."""
+        seeds = self.seeds(*(group for _, group in terms))
         if not seeds:
             return None
-        first, second = self.draws(base, seeds), self.draws(group, seeds)
-        draws = None if first is None or second is None else second - first
-        return self._both(self.values(group, seeds) - self.values(base, seeds), draws)
+        values = np.sum([weight * self.values(group, seeds) for weight, group in terms], axis=0)
+        draws = [self.draws(group, seeds) for _, group in terms]
+        known = [weight * one for (weight, _), one in zip(terms, draws, strict=True) if one is not None]
+        return self._both(values, np.sum(known, axis=0) if len(known) == len(terms) else None)
 
     def _both(self, values: Array, draws: Array | None) -> Both:
         seeds = estimate(list(values))

@@ -5,7 +5,7 @@
     FOLDER/report/*.csv          one per table and per figure, all digits
 
 It can be written at any time: cells without a result are listed with the reason. A `discussion.md` in the report's
-folder, written by hand, becomes a chapter of it; nothing else there survives a second call unchanged.
+folder, written by hand, becomes a chapter of it. Files that the report does not write are left alone.
 """
 
 from importlib.util import find_spec

@@ -11,7 +11,7 @@ from typing import Any
 from scipy import special
 
 from amclr_scale.study.comparability import Difference
-from amclr_scale.study.comparison import Both, Comparison, Group, Outcome, find
+from amclr_scale.study.comparison import Both, Comparison, Group, Outcome, find, per_doubling
 from amclr_scale.study.document import Table
 from amclr_scale.study.results import Missing, Run
 from amclr_scale.study.statistics import Estimate, seeds_needed_for_equivalence
@@ -156,6 +156,45 @@ def _p(value: float) -> str:
     if math.isnan(value):
         return DASH
     return "<0.001" if value < 0.001 else f"{value:.3f}"
+
+
+def sensitivity_table(outcome: Outcome, unit: Unit, baseline: str) -> Table:
+    """How much a doubling of the batch changes every method's score, and how that differs from the reference's arm.
+
+    Args:
+        baseline: the reference's arm.
+    """
+    methods: dict[tuple[str, Any], list[Group]] = {}
+    for group in outcome.groups:
+        methods.setdefault((group.arm, group.variant), []).append(group)
+    several = {key: groups for key, groups in methods.items() if len(groups) > 1}
+    rows, raw = [], []
+    for (arm, variant), groups in several.items():
+        terms = per_doubling(groups)
+        slope = outcome.contrast(terms)
+        others = several.get((baseline, variant)) or several.get((baseline, ()))
+        beside = None
+        if (
+            arm != baseline
+            and others
+            and [g.global_batch_size for g in others] == [g.global_batch_size for g in groups]
+        ):
+            beside = outcome.contrast([*terms, *((-weight, group) for weight, group in per_doubling(others))])
+        if slope is None:
+            continue
+        low, high = slope.items.interval() if slope.items else (math.nan, math.nan)
+        rows.append([
+            groups[0].title, ", ".join(f"{group.global_batch_size:,}" for group in groups), str(slope.seeds.n),
+            unit.change(slope.seeds), DASH if math.isnan(low) else f"[{unit.difference(low)}, {unit.difference(high)}]",
+            unit.change(beside.seeds) if beside else DASH,
+        ])  # fmt: skip
+        raw.append({"arm": arm, "title": groups[0].title, **raw_estimate("per_doubling", slope),
+                    **raw_estimate("beside_reference_arm", beside)})  # fmt: skip
+    header = [
+        "arm", "B", "seeds", f"{'points ' if unit.share else ''}per doubling [95 %, seeds]", "[95 %, seeds, items]",
+        "minus the reference's arm [95 %, seeds]",
+    ]  # fmt: skip
+    return Table("sensitivity", header, rows, raw, words=(1,))
 
 
 def equivalent_batch_table(outcome: Outcome, curve: Sequence[Group]) -> Table:

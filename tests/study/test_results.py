@@ -11,7 +11,8 @@ from amclr_scale.study.comparison import Outcome, baseline_of, compare, find, gr
 from amclr_scale.study.results import Metric, read_study
 from amclr_scale.study.selection import select
 from amclr_scale.study.statistics import Verdict, paired
-from amclr_scale.study.tables import needed_seeds
+from amclr_scale.study.tables import needed_seeds, sensitivity_table
+from amclr_scale.study.units import unit_of
 from tests.study.synthetic import ITEMS, KEYS, SAMPLES, make_study
 
 
@@ -129,6 +130,18 @@ def test_a_large_true_difference_is_found_and_identical_cells_match(study):
     verdicts = [one.decision.verdict for one in compare(found, pairs, study.margin)]
     assert verdicts[:2] == [Verdict.BETTER, Verdict.MATCHES]
     assert verdicts[2] in {Verdict.WORSE, Verdict.UNDECIDED}
+
+
+def test_the_slope_over_doublings_is_the_true_one(tmp_path):
+    study = read_study(make_study(tmp_path / "s", arms=("clip", "dcl"), seeds=range(8)))
+    found = outcome(study)
+    rows = {row["arm"]: row for row in sensitivity_table(found, unit_of(study.metrics[0], study.runs), "clip").raw}
+    assert rows["clip"]["per_doubling_low"] < 0.04 < rows["clip"]["per_doubling_high"]
+    assert rows["dcl"]["beside_reference_arm_low"] < -0.02 < rows["dcl"]["beside_reference_arm_high"]
+    assert rows["clip"]["beside_reference_arm"] is None
+    scores = np.array([found.values(group, range(8)) for group in found.groups[:3]])
+    slopes = np.polyfit([0, 1, 2], scores, 1)[0]
+    assert rows["clip"]["per_doubling"] == pytest.approx(slopes.mean())
 
 
 def test_without_items_there_are_seeds_alone(tmp_path):
