@@ -35,8 +35,8 @@ def scores(report: Document, study: Study, analysed: Sequence[Analysed], looks: 
     if sensitivity.rows:
         report.say(
             "### How much the batch size matters",
-            "The slope of the score over log2 B, by least squares and seed by seed: what a doubling of the batch brings, "
-            "on average over these batch sizes. Where a curve bends, one number does not describe it.",
+            "The slope of the score over log2 B, by least squares, seed by seed: what a doubling of the batch brings "
+            "on average. Where a curve bends, one number does not describe it.",
         )
         report.table(sensitivity)
     sweep = tables.learning_rate_table(first.outcome, first.unit)
