@@ -57,6 +57,24 @@ def laid_over(config: Config, suites: list[str], words: list[str]) -> Config:
     return build(merge(tree, from_words(words)))
 
 
+SAME = ("resize", "clean_captions", "caption", "classes", "class_names", "templates")
+
+
+def check_same_measure(first: Config, other: Config) -> None:
+    """Raise `UserError` where two models would be compared by different measures."""
+    sections = [
+        config.evaluation.model_copy(update={"caption": config.evaluation.caption or config.data.caption})
+        for config in (first, other)
+    ]
+    for key in SAME:
+        here, there = (getattr(section, key) for section in sections)
+        if here != there:
+            raise UserError(
+                f"evaluation.{key}: expected one value for all models that are compared, got {here!r} and {there!r}; "
+                f"say which in a suite, or by --set evaluation.{key}=..."
+            )
+
+
 def run(options: argparse.Namespace, place: Place) -> None:
     """The flow: models -> splits -> numbers -> table, files, sheets."""
     import torch
@@ -81,11 +99,14 @@ def run(options: argparse.Namespace, place: Place) -> None:
     learned: dict[str, dict[str, Histogram]] = {}
     folder: Path | None = Path(options.output) if options.output else None
     resamples = 0
+    first_config: Config | None = None
     for checkpoint in options.checkpoints:
         loaded = open_model(checkpoint)
         config = laid_over(loaded.config, options.suite, options.set)
         if not config.evaluation.splits and not config.evaluation.probes:
             raise UserError("--suite: expected something to measure; give a suite, or --set evaluation.splits=[...]")
+        first_config = first_config or config
+        check_same_measure(first_config, config)
         folder = folder or (loaded.folder or Path("runs")) / "evaluation" / loaded.step
         evaluator = Evaluator(config, rank=place.rank, world_size=place.world_size)
         use_statistics(loaded, config.data)

@@ -98,6 +98,7 @@ def card(state: dict[str, Any], config: Config, results: dict[str, Any]) -> str:
             f"- data: {shards} (fingerprint {state['data_fingerprint']})",
             f"- image tower: {config.model.image.name}, {config.data.image_size} x {config.data.image_size} pixels",
             f"- text tower: {config.model.text.name}, {config.data.context_length} tokens",
+            f"- tokenizer: {config.data.tokenizer} (fingerprint {state.get('tokenizer_fingerprint', 'unknown')})",
             f"- embeddings: {config.model.embedding_width} wide, unit length",
             f"- recipe {state['recipe']}, saved {state['time']}; all keys are in config.yaml",
             "",

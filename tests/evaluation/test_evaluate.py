@@ -203,6 +203,14 @@ def test_mistakes_are_one_line_and_code_2(main, runs, tmp_path, capsys):
     assert said(str(runs / "first"), "--set", "evaluation.splits=[]").startswith(
         "--suite: expected something to measure"
     )
+    loaded = load_model(str(runs / "second"))
+    other = loaded.config.model_copy(
+        update={"evaluation": loaded.config.evaluation.model_copy(update={"resize": "squash"})}
+    )
+    write_run(tmp_path / "other", loaded.model, other)
+    assert said(str(runs / "first"), str(tmp_path / "other")).startswith(
+        "evaluation.resize: expected one value for all models that are compared, got 'crop' and 'squash'"
+    )
     assert "evaluation.split: no such key" in said(str(runs / "first"), "--set", "evaluation.split=x")
 
 
