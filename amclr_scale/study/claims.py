@@ -106,16 +106,18 @@ class Speaker:
         return lines
 
     def _cost(self, measure: Mapping[str, Any]) -> list[str]:
+        batch = min(group.global_batch_size for group in self.outcome.groups)
+        groups = [group for arm in measure["arms"] if (group := find(self.outcome.groups, arm, batch))]
+        groups = [group for group in groups if group.runs[0].cell.comparisons is not None]
+        if len({group.runs[0].cell.comparisons for group in groups}) < 2:
+            return []
         lines = []
-        for arm in measure["arms"]:
-            group = find(self.outcome.groups, arm)
-            if group is None or group.runs[0].cell.comparisons is None:
-                continue
+        for group in groups:
             cell = group.runs[0].cell
             negatives = "" if cell.negatives is None else f"{cell.negatives:,.0f} negatives per term, "
             passes = "" if cell.encoder_cost is None else f", {cell.encoder_cost:g} encoder passes"
             lines.append(f"{group.name}: {negatives}{cell.comparisons:,.0f} comparisons per anchor{passes}")
-        return lines if len(lines) > 1 else []
+        return lines
 
     def _speed(self, measure: Mapping[str, Any]) -> list[str]:
         lines = []

@@ -8,9 +8,10 @@ import base64
 import csv
 import html
 import io
+import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -102,8 +103,20 @@ def csv_text(records: Sequence[Raw]) -> str:
 
 
 def _plain(value: Any) -> Any:
-    unknown = value is None or (isinstance(value, float) and math.isnan(value))
-    return "" if unknown else value
+    return "" if value is None or _unknown(value) else value
+
+
+def _unknown(value: Any) -> bool:
+    return isinstance(value, float) and not math.isfinite(value)
+
+
+def json_text(tables: Iterable[Table | Figure]) -> str:
+    """All records by the name of their table or figure; null where unknown."""
+    content = {
+        one.name: [{key: None if _unknown(value) else value for key, value in record.items()} for record in one.raw]
+        for one in tables
+    }
+    return json.dumps(content, indent=1) + "\n"
 
 
 STYLE = """

@@ -3,6 +3,7 @@
     FOLDER/report/index.html     self-contained: pictures inside, nothing fetched, readable in print
     FOLDER/report/report.md      the same, with a PNG per figure beside it
     FOLDER/report/*.csv          one per table and per figure, all digits
+    FOLDER/report/report.json    the same records in one file
 
 It can be written at any time: cells without a result are listed with the reason. A `discussion.md` in the report's
 folder, written by hand, becomes a chapter of it. Files that the report does not write are left alone.
@@ -27,7 +28,7 @@ def write_report(folder: Path) -> Path:
         raise UserError(
             f"{', '.join(absent)}: expected for a study's report, got none installed; pip install 'amclr_scale[report]'"
         )
-    from amclr_scale.study.document import csv_text, page
+    from amclr_scale.study.document import csv_text, json_text, page
     from amclr_scale.study.results import read_study
     from amclr_scale.study.sections import compose
 
@@ -41,6 +42,7 @@ def write_report(folder: Path) -> Path:
     for figure in composed.figures.values():
         (target / f"{figure.name}.csv").write_text(csv_text(figure.raw), "utf-8")
         (target / f"{figure.name}.png").write_bytes(figure.png)
+    (target / "report.json").write_text(json_text([*composed.tables, *composed.figures.values()]), "utf-8")
     (target / "report.md").write_text(composed.markdown, "utf-8")
     index = target / "index.html"
     index.write_text(page(composed.markdown, composed.figures, target), "utf-8")

@@ -8,10 +8,10 @@ from html.parser import HTMLParser
 import pytest
 
 from amclr_scale.errors import UserError
-from amclr_scale.study import plots
+from amclr_scale.study import curves, plots
 from amclr_scale.study.claims import NOT_MEASURED, load_claims
 from amclr_scale.study.comparison import Outcome, groups_of
-from amclr_scale.study.document import csv_text, escape, page
+from amclr_scale.study.document import Figure, csv_text, escape, page
 from amclr_scale.study.report import write_report
 from amclr_scale.study.results import read_study
 from amclr_scale.study.sections import compose
@@ -61,6 +61,18 @@ def markdown(folder):
     return (folder / "report" / "report.md").read_text()
 
 
+@pytest.fixture
+def undrawn(monkeypatch):
+    """Figures with their numbers but without their pictures, which take seconds."""
+
+    def finish(name, caption, figure, raw):
+        plots.pyplot().close(figure)
+        return Figure(name, caption, raw, b"", b"")
+
+    monkeypatch.setattr(plots, "finish", finish)
+    monkeypatch.setattr(curves, "finish", finish)
+
+
 def test_the_page_is_self_contained_and_well_formed(folder):
     text = (folder / "report" / "index.html").read_text()
     parser = Links()
@@ -81,10 +93,12 @@ def test_every_table_and_figure_has_its_csv_and_every_link_its_file(folder, mark
     assert len(linked) > 20
     for name in linked:
         assert (folder / "report" / name).is_file(), name
+    content = json.loads((folder / "report" / "report.json").read_text())
     for file in (folder / "report").glob("*.csv"):
         rows = list(csv.DictReader(file.open()))
-        assert rows, file
+        assert len(rows) == len(content.pop(file.stem)) > 0
         assert file.name in markdown
+    assert not content
 
 
 def test_chapters(markdown):
@@ -153,6 +167,7 @@ def test_claims_file_is_complete():
     assert {number["batch"] for number in found["numbers"]} == {128, 256, 512}
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_an_axis_and_a_grid_speak(tmp_path):
     folder = make_study(
         tmp_path / "s", arms=("sogclr",), batches=(128,), seeds=(0, 1), axes={"objective.gamma": [0.2, 0.8]}
@@ -185,6 +200,7 @@ def test_a_study_without_a_finished_cell_has_a_report(tmp_path):
     assert "nan" not in (folder / "report" / "report.md").read_text()
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_one_seed_decides_nothing(tmp_path):
     folder = make_study(tmp_path / "s", arms=("clip", "amclr"), batches=(128,), seeds=(0,))
     text = compose(read_study(folder)).markdown
@@ -193,6 +209,7 @@ def test_one_seed_decides_nothing(tmp_path):
     assert not re.search(r"\bnan\b", text)
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_reference_that_has_hardly_learned_is_pointed_out(tmp_path, monkeypatch):
     monkeypatch.setitem(synthetic.ARMS, "clip", (0.008, 0.0, ("objective.name=clip",), "CLIP", 1.0))
     folder = make_study(tmp_path / "s", arms=("clip", "amclr"), batches=(128,), noise=0.0)
