@@ -12,7 +12,7 @@ from amclr_scale.study.comparison import Group, groups_of, reference_of
 from amclr_scale.study.document import Document
 from amclr_scale.study.plots import Looks
 from amclr_scale.study.results import Study
-from amclr_scale.study.statistics import Verdict
+from amclr_scale.study.statistics import Verdict, detectable_difference
 from amclr_scale.study.units import Unit, unit_of
 
 HELD_EQUAL = {
@@ -117,7 +117,7 @@ def _answer(report: Document, study: Study, first: Analysed, looks: Looks) -> No
         lines.append(f"- not worse by the margin or more is shown of: {_listed(groups) or 'none'}")
         report.say("\n".join([lines[0], "", *lines[1:]]))
     seeds = [mean.seeds.n for group in first.outcome.groups if (mean := first.outcome.mean(group))]
-    report.say(_few_seeds(max(seeds, key=seeds.count)) if seeds else "")
+    report.say(_few_seeds(max(seeds, key=seeds.count)) if seeds else "", _detectable(first))
     report.figure(
         plots.score_by_batch(first.outcome, first.unit, looks, f"by_batch_{first.slug}", first.reference, study.margin)
     )
@@ -126,6 +126,22 @@ def _answer(report: Document, study: Study, first: Analysed, looks: Looks) -> No
     if guessing is not None:
         report.say(f"Guessing scores {100 * guessing:.2g} %.")
     report.say(_hardly_learned(first, guessing))
+
+
+def _detectable(first: Analysed) -> str:
+    """What a study of this size can find at all."""
+    spreads = [one.difference.seeds for one in first.against_reference if one.difference.seeds.standard_error > 0]
+    if not spreads:
+        return ""
+    middle = sorted(spreads, key=lambda one: one.deviation)[len(spreads) // 2]
+    spread, found = (
+        first.unit.difference(value).lstrip("+") + (" points" if first.unit.share else "")
+        for value in (middle.deviation, detectable_difference(middle.deviation, middle.n))
+    )
+    return (
+        f"Paired differences spread by {spread} over seeds (the middle comparison). At that spread a true difference of "
+        f"{found} is found with 80 % probability in a single comparison, and less often in a family of them."
+    )
 
 
 def _listed(groups: Sequence[Group]) -> str:

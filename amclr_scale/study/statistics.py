@@ -253,6 +253,23 @@ def power_of_equivalence(
     return float(reach / 2 * np.sum(WEIGHTS * np.maximum(high - low, 0)))
 
 
+def detectable_difference(sigma: float, n: int, *, power: float = 0.8, alpha: float = 0.05) -> float:
+    """The true difference that a paired t test over n seeds finds with this power.
+
+    Args:
+        sigma: standard deviation of the differences, above 0.
+        n: seeds, at least 2.
+    """
+
+    def lacking(shift: float) -> float:
+        return power_of_difference(1.0, shift, n, alpha=alpha) - power
+
+    high = 1.0
+    while lacking(high) < 0:
+        high *= 2
+    return sigma * float(optimize.brentq(lacking, 0.0, high))
+
+
 def seeds_needed(
     sigma: float, delta: float, *, power: float = 0.8, alpha: float = 0.05, paired: bool = True
 ) -> int | None:

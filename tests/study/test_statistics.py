@@ -11,6 +11,7 @@ from amclr_scale.study.statistics import (
     Estimate,
     Verdict,
     decide,
+    detectable_difference,
     estimate,
     holm,
     paired,
@@ -102,6 +103,13 @@ def test_seeds_needed_is_the_smallest_number_with_the_power():
     assert power_of_difference(0.01, 0.005, n) >= 0.8 > power_of_difference(0.01, 0.005, n - 1)
     n = seeds_needed_for_equivalence(0.01, 0.005)
     assert power_of_equivalence(0.01, 0.005, n) >= 0.8 > power_of_equivalence(0.01, 0.005, n - 1)
+
+
+@pytest.mark.parametrize("n", [2, 3, 10])
+def test_detectable_difference_has_the_power(n):
+    found = detectable_difference(0.01, n)
+    assert power_of_difference(0.01, found, n) == pytest.approx(0.8, abs=1e-6)
+    assert detectable_difference(0.01, n, alpha=0.001) > found
 
 
 def test_seeds_needed_approaches_the_normal_approximation():
