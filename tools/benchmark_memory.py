@@ -115,7 +115,6 @@ class Measured:
 
     state: dict[str, int]
     peaks: dict[str, Peak]
-    gathered: int  # parameters that stage 3 makes whole while they are used
 
     @property
     def peak(self) -> int:
@@ -183,8 +182,7 @@ def measure(config: Config, world_size: int, rank: int) -> Measured:
         if number == 0:
             report.restart()
     report.close()
-    whole = [p.ds_numel * p.element_size() for p in engine.module.parameters() if hasattr(p, "ds_numel")]
-    return Measured(report.state, report.peaks, sum(whole) if world_size > 1 else 0)
+    return Measured(report.state, report.peaks)
 
 
 def _rank(rank: int, world_size: int, store: str, wanted: list[Case], answers: Any) -> None:
@@ -228,7 +226,7 @@ def activations(predicted: Account, measured: Measured) -> tuple[int, int]:
     phase = max(("pass_1", "pass_2"), key=lambda p: predicted.of_kind("activations", phase=p))  # type: ignore[arg-type]
     parts = measured.peaks[phase].parts
     made = sum(parts.get(name, 0) for name in ("pass_1", "pass_2", "objective"))
-    return predicted.of_kind("activations", "features", phase=phase), made - measured.gathered  # type: ignore[arg-type]
+    return predicted.of_kind("activations", "features", phase=phase), made  # type: ignore[arg-type]
 
 
 def row(number: int, case: Case, predicted: Account, measured: Measured) -> tuple[str, bool]:

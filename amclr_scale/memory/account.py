@@ -145,10 +145,16 @@ def account(config: Config, *, world_size: int, num_samples: int, device: str | 
     groups, buffers = _sizes(config.model_dump_json(include={"model", "data", "objective", "optimizer"}))
     # Stage 0 exchanges gradients at the end of the last backward, as one flat copy.
     copies = 4 * sum(map(sum, groups)) if config.execution.zero_stage == 0 else 0
-    passes = Passes(config, plan, copies=copies)
+    passes = Passes(config, plan, kind, copies=copies)
     components = [
         *state_components(
-            config, groups, buffers, world_size, kind, gradients_in_pass_2=passes.peaks["pass_2"].gradients
+            config,
+            groups,
+            buffers,
+            world_size,
+            kind,
+            activations={p: m.activations for p, m in passes.peaks.items()},
+            gradients_in_pass_2=passes.peaks["pass_2"].gradients,
         ),
         *passes.components(),
         *_objective_components(config, plan, num_samples, kind, passes),

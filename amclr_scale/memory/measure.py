@@ -11,7 +11,7 @@ DeepSpeed's hooks, and says at each peak how much was parameters, optimizer stat
 Nothing that is computed changes. A step takes longer by some 10 to 30 microseconds for each operation.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,6 +24,7 @@ from amclr_scale.metrics.phases import Phases
 
 PARAMETERS, BUFFERS, OPTIMIZER, SAMPLE_STATE = "parameters", "buffers", "optimizer states", "sample state"
 GRADIENTS, SHARES, BUCKET = "gradients", "gradient shares", "reduction bucket"
+GATHERED = "gathered parameters"
 STATE = (PARAMETERS, BUFFERS, OPTIMIZER, SAMPLE_STATE)
 
 
@@ -61,6 +62,9 @@ class MemoryReport:
         self.state: dict[str, int] = {}
         self.tracker = Tracker(device.type) if device.type != "cuda" else None
         self._hooks = [] if self.tracker is None else [self._hook(p) for p in engine.module.parameters()]
+        self._coordinator = _coordinator(engine) if self.tracker is not None else None
+        if self._coordinator is not None:
+            self._coordinator.fetch_sub_module = self._labelled(self._coordinator.fetch_sub_module)
         phases.observe = self._phase
 
     def restart(self) -> None:
@@ -73,6 +77,8 @@ class MemoryReport:
         self.phases.observe = None
         for hook in self._hooks:
             hook.remove()
+        if self._coordinator is not None:
+            del self._coordinator.fetch_sub_module  # the class's own is there again
 
     @contextmanager
     def _phase(self, name: str) -> Iterator[None]:
@@ -105,12 +111,31 @@ class MemoryReport:
             BUCKET: list(_buckets(optimizer)),
         }
 
+    def _labelled(self, fetch: Callable[..., Any]) -> Callable[..., Any]:
+        """Stage 3's gathering of parameters, counted as such rather than as the phase's."""
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            assert self.tracker is not None
+            before, self.tracker.label = self.tracker.label, GATHERED
+            try:
+                return fetch(*args, **kwargs)
+            finally:
+                self.tracker.label = before
+
+        return run
+
     def _hook(self, parameter: nn.Parameter) -> Any:
         def relabel(p: Tensor) -> None:
             if p.grad is not None and self.tracker is not None:
                 self.tracker.add([p.grad], GRADIENTS)
 
         return parameter.register_post_accumulate_grad_hook(relabel)
+
+
+def _coordinator(engine: Any) -> Any:
+    """What gathers parameters at stage 3."""
+    offload = getattr(engine.optimizer, "parameter_offload", None)
+    return None if offload is None else offload.get_param_coordinator()
 
 
 def _held(parameter: nn.Parameter) -> Tensor:

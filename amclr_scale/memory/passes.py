@@ -34,8 +34,12 @@ class Moment:
     gradients: int = 0
 
     @property
+    def activations(self) -> int:
+        return self.image + self.text
+
+    @property
     def total(self) -> int:
-        return self.image + self.text + self.features + self.gradients
+        return self.activations + self.features + self.gradients
 
     def and_also(
         self, modality: Modality | None = None, size: int = 0, *, features: int = 0, gradients: int = 0
@@ -53,15 +57,16 @@ class Passes:
     """One step of one rank.
 
     Args:
+        device: cpu or cuda.
         copies: bytes of the copy of all gradients that stage 0 makes to exchange them.
 
     Attributes:
         leaf_bytes: of all embeddings of a rank, as the objective gets them.
     """
 
-    def __init__(self, config: Config, plan: Plan, *, copies: int = 0):
+    def __init__(self, config: Config, plan: Plan, device: str, *, copies: int = 0):
         self.plan, self.copies = plan, copies
-        self.towers: dict[Modality, Tower] = {modality: trace(config, modality) for modality in MODALITIES}
+        self.towers: dict[Modality, Tower] = {modality: trace(config, modality, device) for modality in MODALITIES}
         views = {"image": 1 + config.data.image_views, "text": 1 + config.data.text_views}
         self._row = {m: 4 * config.model.embedding_width * views[m] for m in MODALITIES}  # bytes of a sample's outputs
         self.runs = list(_runs(plan))

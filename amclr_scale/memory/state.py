@@ -15,6 +15,7 @@ group, in DeepSpeed's order.
 """
 
 import itertools
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -23,12 +24,12 @@ import torch
 
 from amclr_scale.config.schema import Config, Optimizer
 from amclr_scale.engine.optimizers import build_optimizer
-from amclr_scale.memory.components import PHASES, Component, Phase, Place, always
+from amclr_scale.memory.components import Component, Phase, Place, always
 from amclr_scale.memory.towers import PRECISIONS
 from amclr_scale.memory.tracker import Tracker
 
 # DeepSpeed's defaults, in elements.
-BUCKET, PERSISTENT, LIVE = 500_000_000, 100_000, 1_000_000_000
+BUCKET, PERSISTENT, LIVE, PREFETCH = 500_000_000, 100_000, 1_000_000_000, 50_000_000
 
 Groups = tuple[tuple[int, ...], ...]  # elements of each parameter, by optimizer group
 
@@ -57,13 +58,15 @@ class Sizes:
 
 
 def state_components(
-    config: Config, groups: Groups, buffers: int, world_size: int, device: str, *, gradients_in_pass_2: int
-) -> list[Component]:
+    config: Config, groups: Groups, buffers: int, world_size: int, device: str, *,
+    activations: Mapping[Phase, int], gradients_in_pass_2: int,
+) -> list[Component]:  # fmt: skip
     """Parameters, what the optimizer keeps, and gradients.
 
     Args:
         groups: elements of each trained parameter, in the optimizer's groups.
         buffers: bytes of the model's buffers.
+        activations: bytes of them at the peak of each phase.
         gradients_in_pass_2: bytes of gradients at the worst moment of that phase.
         device: cpu or cuda.
     """
@@ -99,14 +102,21 @@ def state_components(
     ]  # fmt: skip
     if stage == 3:
         live = min(sizes.total, zero.get("stage3_max_live_parameters", LIVE))
-        whole = {} if world_size == 1 else {p: item * (live if p in _COMPUTING else small) for p in PHASES}
+        # What is on its way is there twice, at the start of a pass, when most activations are still to come.
+        arriving = item * min(sizes.total - small, zero.get("stage3_prefetch_bucket_size", PREFETCH))
+        whole: dict[Phase, int] = {}
+        if world_size > 1:
+            whole = dict.fromkeys(("data", "objective", "reduce"), item * small)
+            whole |= {"pass_1": item * live + max(0, arriving - activations["pass_1"]), "pass_2": item * live}
+            if activations["objective"]:  # parameters stay for the backward of a kept graph
+                whole["objective"] = item * live
         found += [
             Component(
                 "gathered parameters", whole,
                 "deepspeed.zero_optimization.stage3_max_live_parameters: fewer stay whole between their uses", "state",
             ),
             Component(
-                "reduction bucket", always(item * sizes.bucket),
+                "reduction bucket", always(4 * sizes.bucket),  # in the type that is sent: fp32
                 "deepspeed.zero_optimization.reduce_bucket_size: a smaller one, in elements", "gradients",
             ),
             Component("gradient shares", always(item * part), "execution.offload: optimizer", "gradients", aside),
@@ -121,9 +131,6 @@ def state_components(
         )
     )  # fmt: skip
     return found
-
-
-_COMPUTING: tuple[Phase, ...] = ("pass_1", "objective", "pass_2")
 
 
 def _part(group: tuple[int, ...], world_size: int, stage: int) -> int:
@@ -145,10 +152,9 @@ def _reduce_peak(s: Sizes) -> int:
 
     def flush() -> int:
         """Bytes of the copies that a reduction of `inside` elements makes."""
-        wide = 4 * inside if s.item != 4 else 0  # communication is in fp32
-        if s.stage == 3:
-            joined = 4 * inside
-            return wide + joined + (joined if s.gloo else 0)
+        if s.stage == 3:  # whose bucket is fp32 already
+            return 4 * inside * (2 if s.gloo else 1)
+        wide = 4 * inside if s.item != 4 else 0  # fp32 is sent
         return (s.item * inside if s.world_size > 1 else 0) + wide
 
     for numel in s.numels:

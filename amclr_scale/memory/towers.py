@@ -16,8 +16,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
+from unittest import mock
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
@@ -94,10 +96,14 @@ class Tower:
     flops: float
 
 
-def trace(config: schema.Config, modality: Modality) -> Tower:
-    """The tower of a configuration, with its recomputation and precision. Cached."""
+def trace(config: schema.Config, modality: Modality, device: str = "cuda") -> Tower:
+    """The tower of a configuration, with its recomputation and precision. Cached.
+
+    Args:
+        device: cpu or cuda; they differ in attention with dropout, which is fused on CUDA alone.
+    """
     recomputation = config.execution.recompute_image if modality == "image" else config.execution.recompute_text
-    return _trace(_key(config), modality, recomputation, config.execution.precision)
+    return _trace(_key(config), modality, recomputation, config.execution.precision, device)
 
 
 def skeleton(config: schema.Config) -> DualEncoder:
@@ -127,13 +133,13 @@ def _skeleton(key: str) -> DualEncoder:
 
 
 @lru_cache(maxsize=64)
-def _trace(key: str, modality: Modality, recomputation: Recomputation, precision: str) -> Tower:
+def _trace(key: str, modality: Modality, recomputation: Recomputation, precision: str, device: str) -> Tower:
     model, data = _skeleton(key), json.loads(key)["data"]
     model = _copy_of(model).to(PRECISIONS[precision])
     set_recomputation(getattr(model, f"{modality}_tower"), recomputation)
     m = next(p for p in PRIMES if all(numel % p for numel in (x.numel() for x in model.parameters())))
     views = 1 + data[f"{modality}_views"]
-    with _fake(model):
+    with _fake(model), _fused_attention(device):
         if modality == "image":
             side = data["image_size"]
             inputs = [torch.empty(m, 3, side, side, dtype=torch.uint8, device="meta") for _ in range(views)]
@@ -149,6 +155,32 @@ def _trace(key: str, modality: Modality, recomputation: Recomputation, precision
 def _copy_of(model: DualEncoder) -> DualEncoder:
     """Another one that may be changed: on the meta device a copy costs nothing."""
     return copy.deepcopy(model)
+
+
+@contextmanager
+def _fused_attention(device: str) -> Iterator[None]:
+    """Attention by one kernel, as both devices have it; left to itself, the meta device takes it apart.
+
+    The kernel of a CPU stands for all: each keeps its output and one number per row for the backward. It is put in the
+    function's place, rather than by a mode, because recomputation inside a backward runs outside of such modes.
+    """
+    plain = F.scaled_dot_product_attention
+
+    def fused(
+        query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0,
+        is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False,
+    ) -> Tensor:  # fmt: skip
+        if enable_gqa or (dropout_p > 0 and device == "cpu"):
+            return plain(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+        mask = attn_mask
+        if mask is not None and mask.dtype == torch.bool:
+            mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill_(mask.logical_not(), -torch.inf)
+        kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+        out: Tensor = kernel(query, key, value, 0.0, is_causal, attn_mask=mask, scale=scale)[0]
+        return out
+
+    with mock.patch.object(F, "scaled_dot_product_attention", fused):
+        yield
 
 
 @contextmanager
