@@ -139,8 +139,8 @@ def _detectable(first: Analysed) -> str:
         for value in (middle.deviation, detectable_difference(middle.deviation, middle.n))
     )
     return (
-        f"Paired differences spread by {spread} over seeds (the middle comparison). At that spread a true difference of "
-        f"{found} is found with 80 % probability in a single comparison, and less often in a family of them."
+        f"Paired differences spread by {spread} over seeds (the middle comparison). At that spread, a true difference "
+        f"of {found} is found with 80 % probability in a single comparison, and less often in a family of them."
     )
 
 

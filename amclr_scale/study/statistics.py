@@ -24,8 +24,8 @@ alone is in both terms: these intervals err to the wide side. In simulated studi
 96.5 % (3 seeds), 97.3 % (5), 95.7 % (10) and 95.3 % (20). A bootstrap over 3 seeds has ten different resamples and
 holds it in 74 % (tests/study/test_statistics_resampling.py measures both): none is used for seeds here.
 
-Sample sizes are exact for normal differences: the noncentral t for a difference; for TOST the integral over s of the
-probability that both tests reject (Owen's Q in other words). Everything is float64.
+Sample sizes are exact for normal differences: integrals, over the distribution of s, of the probability that a test
+rejects (the noncentral t for a difference, Owen's Q for TOST). Everything is float64.
 """
 
 import math
@@ -35,19 +35,22 @@ from enum import StrEnum
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from amclr_scale.errors import UserError
 
 try:
-    from scipy import optimize, special, stats
+    from scipy import optimize, special
 except ImportError as error:
     raise UserError(
         "scipy: expected for a study's statistics, got none installed; pip install 'amclr_scale[report]'"
     ) from error
 
+Array = NDArray[np.float64]
 MOST_SEEDS = 100_000
 SMALLEST_P = 1e-12
-NODES, WEIGHTS = np.polynomial.legendre.leggauss(200)
+_nodes, _weights = np.polynomial.legendre.leggauss(200)
+NODES, WEIGHTS = (_nodes + 1) / 2, _weights / 2  # of an integral over a probability, 0 to 1
 
 
 @dataclass(frozen=True)
@@ -223,14 +226,22 @@ def decide(family: Sequence[Estimate], margin: float, alpha: float = 0.05) -> li
 def power_of_difference(sigma: float, delta: float, n: int, *, alpha: float = 0.05, paired: bool = True) -> float:
     """Probability that the two-sided t test finds a true difference of delta.
 
+    P = E[Phi(d - t r) + Phi(-d - t r)], d the difference in standard errors, t the critical value, and r the estimated
+    over the true deviation: the noncentral t, whose implementation in scipy is nan here and there.
+
     Args:
         sigma: standard deviation of the differences (paired), or of one arm (not paired).
         n: seeds per arm.
     """
     freedom, share = (n - 1, 1) if paired else (2 * n - 2, 2)
     shift = abs(delta) / (sigma * math.sqrt(share / n))
-    critical = float(special.stdtrit(freedom, 1 - alpha / 2))
-    return float(stats.nct.sf(critical, freedom, shift) + stats.nct.cdf(-critical, freedom, shift))
+    critical = float(special.stdtrit(freedom, 1 - alpha / 2)) * _ratios(freedom, NODES)
+    return float(WEIGHTS @ (special.ndtr(shift - critical) + special.ndtr(-shift - critical)))
+
+
+def _ratios(freedom: float, probability: Array) -> Array:
+    """Quantiles of the estimated over the true deviation, sqrt(chi^2_f / f)."""
+    return np.asarray(np.sqrt(special.gammaincinv(freedom / 2, probability) * 2 / freedom))
 
 
 def power_of_equivalence(
@@ -246,11 +257,10 @@ def power_of_equivalence(
     critical = float(special.stdtrit(freedom, 1 - alpha))
     largest = margin / error / critical  # r beyond which the tests cannot both reject
     reach = float(special.gammainc(freedom / 2, freedom / 2 * largest**2))
-    u = reach * (NODES + 1) / 2
-    r = np.sqrt(special.gammaincinv(freedom / 2, u) * 2 / freedom)
+    r = _ratios(freedom, reach * NODES)
     high = special.ndtr((margin - difference) / error - critical * r)
     low = special.ndtr(critical * r - (margin + difference) / error)
-    return float(reach / 2 * np.sum(WEIGHTS * np.maximum(high - low, 0)))
+    return float(reach * (WEIGHTS @ np.maximum(high - low, 0)))
 
 
 def detectable_difference(sigma: float, n: int, *, power: float = 0.8, alpha: float = 0.05) -> float:
