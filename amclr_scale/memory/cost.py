@@ -4,8 +4,9 @@
 
 A step is the sum of these, per rank; nothing is taken to overlap but stage 3's parameters with the towers on CUDA:
 
-    towers       for each call the largest of operations / (peak u), bytes / memory bandwidth, launches x their time;
-                 backward: twice the operations, and what recomputation runs again. Operations and bytes are traced
+    towers       for each call the larger of operations / (peak u) and bytes / memory bandwidth; backward: twice the
+                 operations, and what recomputation runs again. Launches x their time run beside that on a GPU, so the
+                 larger counts, and before it on a CPU. Operations, bytes and launches (allocations) are traced
                  (towers.py); u is the utilisation that matrix products reach
     objective    operations of its float32 products / (peak u) + bytes / memory bandwidth, traced (objective_trace.py)
     messages     bytes on the wire (wire.py) / link + calls x their latency. A ring passes a node's border once, so
@@ -43,11 +44,11 @@ class Rates:
     """What a job reaches of a device's peak; guesses unless measured."""
 
     utilisation: float = 0.5  # of the peak of matrix products
-    launch: float = 5e-6  # seconds to start one operation
+    launch: float = 1.5e-5  # seconds that the host takes for each allocation of a tower, operations between included
     message: float = 3e-5  # seconds before a collective's first byte
 
 
-CPU_RATES = Rates(utilisation=0.7, launch=2e-6, message=2e-4)  # of a peak that was measured, not stated
+CPU_RATES = Rates(utilisation=0.7, launch=3e-5, message=2e-4)  # of a peak that was measured, not stated
 
 
 def default_rates(profile: DeviceProfile) -> Rates:
@@ -113,8 +114,10 @@ def estimate(
     modalities: tuple[Modality, Modality] = ("image", "text")
     for modality, m, n, k in zip(modalities, plan.micro_batch_sizes, calls, kept, strict=True):
         passes = _passes(config, modality)
+        together = sum if profile.type == "cpu" else max  # a CPU has nobody to launch for it
         first, again, back = (
-            max(p.flops * m / peak, p.bytes(m) / profile.memory_bandwidth, p.launches * rates.launch) for p in passes
+            together((p.launches * rates.launch, max(p.flops * m / peak, p.bytes(m) / profile.memory_bandwidth)))
+            for p in passes
         )
         towers += b / (n * m) * ((n - k) * (first + again) + k * again + n * back)
 

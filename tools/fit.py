@@ -1,0 +1,271 @@
+"""The largest global batch that fits, and the fastest execution settings for a batch. Nothing is run but --verify.
+
+    python tools/fit.py --config configs/quickstart.yaml --gpus 8 --device h100
+    python tools/fit.py --config C --gpus 64 --per-node 8 --device a100-40gb --batch 32768 --num-samples 400000000
+    python tools/fit.py --config C --gpus 2 --device cpu --memory 64MiB --verify
+
+Words (key=value) go over the configuration, as for launch/train.py; keys of `execution` that they give stay as given,
+all others are searched. docs/memory.md says what the answers rest on.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import yaml
+
+from amclr_scale.config.load import build, dump, from_words, load
+from amclr_scale.config.schema import Config
+from amclr_scale.errors import UserError
+
+CUDA_RESERVE = 3 * 2**29  # bytes of a GPU that tensors cannot have: CUDA's context, NCCL's buffers
+CPU_SHARE = 0.9  # of what the host has available
+
+
+def arguments(argv: list[str]) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="fit.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config", help="YAML file; without it, the defaults")
+    parser.add_argument("--gpus", type=int, required=True, help="ranks W, over all nodes")
+    parser.add_argument("--per-node", type=int, help="ranks on one node (default: 8 on GPUs, all on a CPU)")
+    parser.add_argument("--device", default="cpu", help="cpu (measured here) or a GPU: h100, h200, a100-40gb, ...")
+    parser.add_argument("--memory", help="for the tensors of one rank, such as 78GiB (default: what the device has)")
+    parser.add_argument("--host-memory", help="for one rank, beside its GPU (default: not limited)")
+    parser.add_argument("--batch", type=int, help="global batch size, instead of the largest")
+    parser.add_argument("--num-samples", type=int, help="size of the data set (default: that of data.train)")
+    parser.add_argument("--utilisation", type=float, help="of the device's peak in matrix products (an hfu from a log)")
+    parser.add_argument("--top", type=int, default=5, help="settings to print")
+    parser.add_argument("--json", type=Path, help="also write everything there")
+    parser.add_argument("--verify", action="store_true", help="on this CPU: run the batch, and one 15 %% larger")
+    parser.add_argument("--rehearse", help=argparse.SUPPRESS)  # one rank of --verify
+    parser.add_argument("words", nargs="*", metavar="key=value", help="overrides, such as objective.name=sogclr")
+    return parser.parse_intermixed_args(argv)
+
+
+def samples_of(config: Config) -> int:
+    """N, from the index of the training data."""
+    from amclr_scale.data.loader import TrainLoader
+
+    try:
+        loader = TrainLoader(config.data, seed=config.seed, global_batch_size=config.data.lanes)
+    except UserError as error:
+        raise UserError(f"{error}\n--num-samples: with it, the data need not be here") from error
+    loader.close()
+    return loader.num_samples
+
+
+def given(words: list[str]) -> list[str]:
+    """The keys of `execution` that words give and the search would decide otherwise."""
+    from amclr_scale.memory.fit import KEYS
+
+    tree = from_words(words).get("execution", {})
+    keys = [*tree, *(f"similarity.{key}" for key in tree.get("similarity", {}))]
+    return [key for key in keys if key in KEYS]
+
+
+def make_fit(options: argparse.Namespace) -> Any:
+    """The search that the command line asks for."""
+    from amclr_scale.memory.cost import Rates, default_rates
+    from amclr_scale.memory.fit import Fit, changed
+    from amclr_scale.memory.units import in_bytes
+    from amclr_scale.metrics.devices import find_profile, measure_cpu
+
+    if options.gpus < 1:
+        raise UserError(f"--gpus: expected at least 1, got {options.gpus}")
+    config = changed(load(options.config, ["execution=auto", *options.words], options.gpus), auto=False)
+    cpu = options.device.lower() == "cpu"
+    per_node = min(options.per_node or (options.gpus if cpu else 8), options.gpus)
+    if cpu:
+        threads = config.execution.threads or max(1, len(os.sched_getaffinity(0)) // per_node)
+        profile = measure_cpu(threads=threads, ranks=per_node)
+        memory = round(CPU_SHARE * psutil.virtual_memory().available / per_node)
+    else:
+        profile = find_profile(options.device)
+        memory = profile.memory_bytes - CUDA_RESERVE
+    rates = default_rates(profile)
+    if options.utilisation is not None:
+        if not 0 < options.utilisation <= 1:
+            raise UserError(f"--utilisation: expected a share in (0, 1], got {options.utilisation}")
+        rates = Rates(options.utilisation, rates.launch, rates.message)
+    return Fit(
+        config, profile, world_size=options.gpus, num_samples=options.num_samples or samples_of(config),
+        memory=in_bytes(options.memory, "--memory") if options.memory else memory,
+        host_memory=in_bytes(options.host_memory, "--host-memory") if options.host_memory else None,
+        ranks_per_node=per_node, rates=rates, fixed=given(options.words),
+    )  # fmt: skip
+
+
+def table(choices: list[Any]) -> str:
+    """One line per choice."""
+    from amclr_scale.memory.units import in_words
+
+    head = ("zero", "offload", "recompute", "micro-batch", "kept", "gather", "chunk")
+    rows = [(*head, "memory", "s/step", "samples/s", "sent", "time in")]
+    for choice in choices:
+        s, cost = choice.settings, choice.cost
+        parts = [f"{name} {seconds / cost.seconds:.0%}" for name, seconds in cost.shares.items()][:2]
+        rows.append((
+            str(s["zero_stage"]), s["offload"], f"{s['recompute_image']}/{s['recompute_text']}",
+            str(s["micro_batch_size"]), str(s["kept_micro_batches"]), s["similarity.gather"],
+            str(s["similarity.chunk"]), in_words(choice.account.peak_bytes), f"{cost.seconds:.4g}",
+            f"{cost.samples_per_second:,.0f}", in_words(round(cost.wire_bytes)), ", ".join(parts),
+        ))  # fmt: skip
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
+
+
+def answer(options: argparse.Namespace, fit: Any) -> list[Any]:
+    """Search, print, and return the choices."""
+    from amclr_scale.memory.units import in_words
+    from amclr_scale.memory.wire import on_the_wire
+
+    nodes = -(-fit.world_size // fit.ranks_per_node)
+    print(f"{fit.world_size} ranks on {nodes} node{'s' * (nodes > 1)}: {fit.profile.name}, {in_words(fit.memory)} for "
+          f"the tensors of one; {fit.num_samples:,} samples; {fit.config.execution.precision}")  # fmt: skip
+    print(f"rates: {fit.profile.source}; utilisation {fit.rates.utilisation:.0%}")
+    batch = options.batch or fit.largest()
+    if not options.batch:
+        print(f"largest global batch: {batch:,} ({batch // fit.world_size:,} per rank)")
+    if batch > fit.num_samples:
+        print(f"note: a global batch of {batch:,} holds {batch / fit.num_samples:.1f} epochs: samples meet themselves")
+    choices: list[Any] = fit.fastest(batch, options.top)
+    best = choices[0]
+    print(f"\nfastest settings for a global batch of {batch:,} (predicted):\n{table(choices)}\n")
+    print(f"{best.account.table()}\n")
+    wire = on_the_wire(
+        best.config, world_size=fit.world_size, num_samples=fit.num_samples, device_type=fit.profile.type,
+        ranks_per_node=fit.ranks_per_node,
+    )  # fmt: skip
+    print(f"{wire.table()}\n\nuse: train.global_batch_size={batch} {best.words()}")
+    if options.json:
+        found = [
+            {
+                "settings": choice.settings, "peak_bytes": choice.account.peak_bytes, "seconds": choice.cost.seconds,
+                "samples_per_second": choice.cost.samples_per_second, "wire_bytes": choice.cost.wire_bytes,
+            }
+            for choice in choices
+        ]  # fmt: skip
+        options.json.write_text(json.dumps({"global_batch_size": batch, "choices": found}, indent=1) + "\n")
+    return choices
+
+
+def verify(options: argparse.Namespace, fit: Any, choice: Any) -> bool:
+    """Run three steps of a choice and of one with a batch 15 % larger, and compare what tensors held with the limit."""
+    from amclr_scale.memory.fit import with_batch
+    from amclr_scale.memory.units import in_words
+
+    lanes = fit.config.data.lanes
+    batch = choice.config.train.global_batch_size
+    larger = -(-round(1.15 * batch) // lanes) * lanes
+    print(f"\nverified on this machine, {fit.world_size} processes, three steps each (limit {in_words(fit.memory)}):")
+    print(f"{'global batch':>14}{'predicted':>14}{'measured':>14}{'error':>9}{'s/step predicted':>18}{'measured':>10}")
+    peaks = []
+    for size in (batch, larger):
+        wanted = fit.choice(with_batch(choice.config, size))
+        found = rehearse(wanted.config, fit.world_size)
+        peaks.append(found["peak_bytes"])
+        predicted = wanted.account.peak_bytes
+        error = predicted / found["peak_bytes"] - 1
+        by_phase = [
+            f"{phase} {in_words(bytes_)} ({in_words(round(found[phase]))})"
+            for phase, bytes_ in wanted.account.by_phase.items()
+        ]
+        print(f"{size:>14,}{in_words(predicted):>14}{in_words(round(found['peak_bytes'])):>14}{error:>+9.1%}"
+              f"{wanted.cost.seconds:>18.3g}{found['seconds']:>10.3g}")  # fmt: skip
+        print(f"{'':14}by phase (measured): {', '.join(by_phase)}")
+    right = peaks[0] <= fit.memory < peaks[1]
+    print("the first stays within the limit, the second exceeds it" if right else "NOT as predicted")
+    return bool(right)
+
+
+def rehearse(config: Config, world_size: int) -> dict[str, float]:
+    """Run three steps of a configuration on so many processes here; the most that any rank's tensors held."""
+    with tempfile.TemporaryDirectory() as folder:
+        path, out = Path(folder) / "config.yaml", Path(folder) / "found"
+        path.write_text(dump(config))
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world_size}"]
+        command = [*launcher, __file__, "--gpus", str(world_size), "--config", str(path), "--rehearse", str(out)]
+        environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+        if done.returncode:
+            raise RuntimeError(f"a rank failed:\n{done.stderr[-3000:]}")
+        found = [json.loads(Path(f"{out}{rank}").read_text()) for rank in range(world_size)]
+    return {key: max(one[key] for one in found) for key in found[0]}
+
+
+def rehearse_here(options: argparse.Namespace) -> None:
+    """One rank of `rehearse`: data, model, engine and steps as launch/train.py makes them, with the tensors tracked."""
+    from amclr_scale.engine.assembly import build_trainer, open_data
+    from amclr_scale.engine.distributed import seed_everything, start, stop
+    from amclr_scale.engine.place import find_place
+    from amclr_scale.engine.step import TrainStep
+    from amclr_scale.memory.components import PHASES
+    from amclr_scale.memory.measure import MemoryReport
+    from amclr_scale.metrics.phases import Phases
+    from amclr_scale.metrics.stopwatch import Stopwatch
+
+    place = find_place()
+    config = build(yaml.safe_load(Path(options.config).read_text()), place.world_size)
+    inputs = open_data(config, place)
+    device = start(place, config.execution.threads)
+    inputs.loader.seek(0)
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = build_trainer(
+            config, inputs, device=device, world_size=place.world_size, folder=Path(folder), stopwatch=Stopwatch()
+        )
+        seed_everything(config.seed, place.rank + 1)
+        phases = Phases(device)
+        step = TrainStep(
+            trainer.engine, trainer.objective, micro_batch_sizes=inputs.plan.micro_batch_sizes,
+            kept=inputs.plan.kept, device=device, phases=phases,
+        )  # fmt: skip
+        batches = iter(inputs.loader)
+        batch = next(batches)
+        begin = time.perf_counter()
+        last = step(batch, config.optimizer.lr)  # optimizer states begin to exist; timed, for nobody looks on
+        seconds = time.perf_counter() - begin
+        report = MemoryReport(device, trainer.engine, trainer.objective, phases)
+        for _ in range(2):  # what the first one leaves behind belongs to the second
+            report.restart()
+            with phases("data", host=True):
+                batch = next(batches)
+            last = step(batch, config.optimizer.lr)  # the loop of launch/train.py holds the last step's report, too
+        report.close()
+        assert last.loss.value.isfinite()
+    peaks = {phase: peak.allocated for phase, peak in report.peaks.items()}
+    found = {"peak_bytes": max(peaks.values()), "seconds": seconds, **{phase: peaks.get(phase, 0) for phase in PHASES}}
+    Path(f"{options.rehearse}{place.rank}").write_text(json.dumps(found))
+    inputs.loader.close()
+    stop()
+
+
+def main(argv: list[str]) -> int:
+    """Answer; with --verify, 1 where the machine disagrees."""
+    options = arguments(argv)
+    try:
+        if options.rehearse:
+            rehearse_here(options)
+            return 0
+        if options.verify and (options.device.lower() != "cpu" or options.batch):
+            raise UserError("--verify: runs the largest batch on this CPU; expected --device cpu and no --batch")
+        begin = time.perf_counter()
+        fit = make_fit(options)
+        choices = answer(options, fit)
+        print(f"answered in {time.perf_counter() - begin:.1f} s")
+        return 0 if not options.verify or verify(options, fit, choices[0]) else 1
+    except UserError as error:
+        print(f"\n{error}", file=sys.stderr, flush=True)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
