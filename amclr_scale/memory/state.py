@@ -141,6 +141,7 @@ def _part(group: tuple[int, ...], world_size: int, stage: int) -> int:
     return -(-sum(group) // unit) * unit // (world_size if stage else 1)
 
 
+@lru_cache(maxsize=256)
 def _reduce_peak(s: Sizes) -> int:
     """Most bytes while gradients are reduced: those still with the parameters, the bucket, its copies, the result.
 
@@ -168,6 +169,7 @@ def _reduce_peak(s: Sizes) -> int:
     return max(peak, waiting + bucket + result + flush(), bucket + owned)
 
 
+@lru_cache(maxsize=256)
 def _owned(s: Sizes) -> int:
     """Bytes of the whole gradients of which a part is this rank's (stages 1 and 2): of the rank that has most."""
     if s.stage == 3:
@@ -185,6 +187,7 @@ def _owned(s: Sizes) -> int:
     return s.item * most
 
 
+@lru_cache(maxsize=256)
 def _step_peak(s: Sizes) -> int:
     """Most bytes while the optimizer steps, with what is left of the gradients."""
     largest = max(s.numels)
