@@ -242,7 +242,11 @@ def rehearse_here(options: argparse.Namespace) -> None:
         report.close()
         assert last.loss.value.isfinite()
     peaks = {phase: peak.allocated for phase, peak in report.peaks.items()}
-    found = {"peak_bytes": max(peaks.values()), "seconds": seconds, **{phase: peaks.get(phase, 0) for phase in PHASES}}
+    found: dict[str, float] = {
+        "peak_bytes": max(peaks.values()),
+        "seconds": seconds,
+        **{phase: peaks.get(phase, 0) for phase in PHASES},
+    }
     Path(f"{options.rehearse}{place.rank}").write_text(json.dumps(found))
     inputs.loader.close()
     stop()
