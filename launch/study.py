@@ -65,7 +65,7 @@ def study(options: argparse.Namespace) -> int:
     if not chosen:
         raise UserError(f"--cells: no cell is called {options.cells}; names are such as {cells[0].name}")
     folder.check(plan, cells)
-    say(preview(plan, folder, cells, epoch))
+    say(preview(plan, folder, cells, epoch, memory=options.dry_run))
     if options.dry_run:
         return 0
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from amclr_scale.config.load import build, from_words, merge, read_file, recipe_hash
 from amclr_scale.config.objective_options import option_models
-from amclr_scale.config.schema import Config
+from amclr_scale.config.schema import Config, Optimizer
 from amclr_scale.engine.plan import make_plan
 from amclr_scale.engine.schedules import peak_learning_rate
 from amclr_scale.errors import UserError
@@ -25,6 +25,10 @@ from amclr_scale.study.lengths import Rates, samples_of
 from amclr_scale.study.plan import ArmPlan, StudyPlan
 
 GROUPS = "objective.group_size"
+# What every evaluation of a split can have; geometry and probes add names of their own.
+MEASURED = (
+    r"(image_to_text_|text_to_image_|text_to_image_filtered_)?R@(1|5|10|mean)|zero_shot_(top(1|3|5|10)|mean_per_class)"
+)
 
 
 @dataclass(frozen=True)
@@ -149,8 +153,8 @@ def make_cells(
 
 
 def variant_name(arm: str, batch: int, axes: Mapping[str, Any]) -> str:
-    """Such as sogclr-B128-gamma0.6."""
-    parts = [f"{key.rpartition('.')[2]}{_plain(value)}" for key, value in axes.items()]
+    """Such as sogclr-B128-gamma0.6, or sogclr-B128-adamp where the axis is a name."""
+    parts = [f"{key.rpartition('.')[2].removesuffix('name')}{_plain(value)}" for key, value in axes.items()]
     return "-".join([arm, f"B{batch}", *parts])
 
 
@@ -231,8 +235,9 @@ def _cell(
     if plan.lr.base is not None and "optimizer.lr" not in axes:
         words.append(f"optimizer.lr={plan.lr.base!r}")
 
+    words = [*_kept(tree, words), *words]
     draft = build(merge(dict(tree), from_words([*words, f"train.samples={batch}"])), ranks)
-    samples = steps * batch if steps else samples_of(plan, draft, variant, epoch, rates)
+    samples = steps * batch if steps else samples_of(plan, draft, variant, epoch, rates, arm.budget_factor)
     words.append(f"train.samples={samples}")
     if plan.warmup_samples is not None:
         words.append(f"optimizer.warmup_samples={plan.warmup_samples}")
@@ -251,6 +256,15 @@ def _cell(
         epochs=run.total_samples / epoch, lr=peak_learning_rate(config.optimizer, batch),
         encoder_cost=encoder_cost(config), negatives=group - 1, comparisons=matrices(config) * (group - 1),
     )  # fmt: skip
+
+
+def _kept(tree: Mapping[str, Any], words: Sequence[str]) -> list[str]:
+    """The shared settings of the optimizer, for a cell that names another one: a changed name would drop them."""
+    optimizer = tree.get("optimizer", {})
+    name = from_words(words).get("optimizer", {}).get("name")
+    if name is None or name == optimizer.get("name", Optimizer().name):
+        return []
+    return [f"optimizer.{key}={json.dumps(value)}" for key, value in optimizer.items() if key != "name"]
 
 
 def _that_fit(plan: StudyPlan, arm: ArmPlan, cells: Sequence[Planned], epoch: float) -> list[Planned]:
@@ -299,10 +313,17 @@ def _check(plan: StudyPlan, cells: Sequence[Planned]) -> Iterator[str]:
 def _check_metrics(plan: StudyPlan, config: Config) -> Iterator[str]:
     """Outcomes that no evaluation of the configuration can have."""
     evaluation = config.evaluation
-    if evaluation.probes:
-        return  # their names hold those of data sets, which only reading these tells
+    tests = [*evaluation.splits, *(probe.test for probe in evaluation.probes)]
     for metric in plan.metrics:
         for key in metric.keys:
-            if not any(key.startswith(f"{split}/") for split in evaluation.splits):
-                splits = ", ".join(evaluation.splits) or "empty"
+            split = max((one for one in tests if key.startswith(f"{one}/")), key=len, default=None)
+            if split is None:
+                splits = ", ".join(tests) or "empty"
                 yield f"metrics: {key}: the configuration measures no such split; evaluation.splits is {splits}"
+                continue
+            name = key.removeprefix(f"{split}/")
+            known = re.fullmatch(MEASURED, name)
+            if not known and not evaluation.geometry and not evaluation.probes:
+                yield f"metrics: {key}: expected a number such as {split}/image_to_text_R@1 or {split}/zero_shot_top1"
+            elif name.startswith("zero_shot") and evaluation.classes is None:
+                yield f"metrics: {key}: evaluation.classes is null, so there is no zero-shot classification"

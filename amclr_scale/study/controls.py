@@ -24,7 +24,6 @@ class Control:
         label: as tables and plots have it.
         words: overrides of the configuration.
         tells: what a comparison with it says.
-        same_as: (another arm, how to see that both compute the same).
     """
 
     label: str

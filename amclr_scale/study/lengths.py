@@ -18,7 +18,7 @@ from amclr_scale.study.plan import StudyPlan
 Rates = Mapping[str, float]  # samples per second by variant, such as sogclr-B128-gamma0.6
 
 
-def samples_of(plan: StudyPlan, config: Config, variant: str, epoch: float, rates: Rates) -> int:
+def samples_of(plan: StudyPlan, config: Config, variant: str, epoch: float, rates: Rates, factor: float = 1.0) -> int:
     """Length of a cell in samples, a whole number of steps.
 
     Args:
@@ -27,13 +27,14 @@ def samples_of(plan: StudyPlan, config: Config, variant: str, epoch: float, rate
         variant: the cell's name without its seed.
         epoch: samples per epoch.
         rates: what was measured here (held_equal wall_clock).
+        factor: multiple of the budget that the arm gets.
 
     Raises:
         UserError: the budget is less than a step, or a rate is needed and not known.
     """
     batch, budget = config.train.global_batch_size, plan.budget
     if plan.held_equal == "steps":
-        return batch * (budget.steps or 0)
+        return batch * max(1, round((budget.steps or 0) * factor))
     wanted = float(budget.samples or (budget.epochs or 0) * epoch)
     match plan.held_equal:
         case "compute" if budget.flops is not None:
@@ -47,6 +48,7 @@ def samples_of(plan: StudyPlan, config: Config, variant: str, epoch: float, rate
                     "are none; --pilot measures them in a few steps"
                 )
             wanted = (budget.hours or 0) * 3600 * rates[variant]
+    wanted *= factor
     steps = floor(wanted / batch) if plan.held_equal == "wall_clock" else round(wanted / batch)
     if steps < 1:
         raise UserError(f"budget: {wanted:,.0f} samples are less than one step at a global batch of {batch}")

@@ -34,6 +34,8 @@ class ArmPlan(Section):
     """Global batch sizes of this arm; null: the plan's."""
     axes: dict[str, Axis] = Field(default_factory=dict)
     """Configuration keys and their values, for this arm only."""
+    budget_factor: PositiveNumber = 1.0
+    """This arm gets so many times the plan's budget, such as 2 for SogCLR with as much encoder work as AmCLR."""
 
 
 class Budget(Section):
@@ -96,7 +98,7 @@ class Execution(Section):
     device: Literal["cpu", "cuda"] = "cuda"
     """Where cells run, for the prediction of memory; the runs themselves take what they find."""
     jobs: Positive = 1
-    """Cells that run at once on this machine."""
+    """Cells that run at once on this machine; on GPUs, each has its own."""
     threads: Positive | None = None
     """CPU threads per rank; null: the machine's cores over all ranks that run at once."""
     words: tuple[str, ...] = ()
@@ -107,6 +109,23 @@ class Execution(Section):
     """Further attempts at a cell that fails, unless its message is about the configuration (exit code 2)."""
     grace_seconds: PositiveNumber = 120.0
     """How long cells may take to save their state when the study is asked to end."""
+
+
+class Expected(Section):
+    """How long the study should take somewhere, before anything has been measured here."""
+
+    device: str | None = None
+    """A device of amclr_scale/metrics/devices.yaml, such as H100; hours then follow from FLOPs and utilisation."""
+    count: Positive = 1
+    """How many of them work at once."""
+    utilisation: Annotated[float, Field(gt=0, le=1)] = 0.2
+    """Assumed share of their peak that useful operations reach, second forwards and waiting included."""
+    samples_per_second: PositiveNumber | None = None
+    """Instead: samples of an arm with one view per modality, over all cells that run at once."""
+    seconds_per_cell: Annotated[float, Field(ge=0)] = 0.0
+    """With samples_per_second: what every cell takes besides, for its start and its evaluation."""
+    measured_on: str = ""
+    """Where that rate was measured."""
 
 
 class StudyPlan(Section):
@@ -159,9 +178,9 @@ class StudyPlan(Section):
     folder: str | None = None
     """Of results; null: studies/NAME."""
     needs: str = ""
-    """The data a full-size plan needs, and how to make it."""
-    hours: str = ""
-    """Expected duration, with the arithmetic behind it."""
+    """Data that is not part of this package, and how to make it: printed."""
+    expected: Expected | None = None
+    """From which to say how long it takes before a cell has run."""
     wandb_group: str | None = None
     """Group of the cells' runs in Weights & Biases, where run.wandb is on; null: the study's name."""
 
@@ -207,6 +226,8 @@ def _check(plan: StudyPlan) -> Iterator[str]:
     """Mistakes that no single key shows."""
     yield from _check_arms(plan)
     yield from _check_budget(plan)
+    if plan.expected and (plan.expected.device is None) == (plan.expected.samples_per_second is None):
+        yield "expected: needs exactly one of expected.device and expected.samples_per_second"
     for key, values in (("batch_sizes", plan.batch_sizes), ("seeds", plan.seeds)):
         if len(set(values)) < len(values):
             yield f"{key}: expected different values, got {values}"

@@ -45,6 +45,7 @@ class _Running:
     process: subprocess.Popen[bytes]
     log: BinaryIO
     started: float
+    slot: int  # 0 .. jobs - 1
 
 
 @dataclass(frozen=True)
@@ -61,9 +62,21 @@ class Outcome:
         return EXIT_RESUMABLE if self.interrupted else 1 if self.failed else 0
 
 
-def command(plan: StudyPlan, folder: StudyFolder, cell: Planned) -> list[str]:
-    """The command line of a cell on this machine."""
-    return [*_launcher(plan.execution), *cell_words(plan, folder, cell)]
+def command(plan: StudyPlan, folder: StudyFolder, cell: Planned, slot: int = 0) -> list[str]:
+    """The command line of a cell on this machine.
+
+    Args:
+        plan, folder, cell: what to run.
+        slot: which of the cells that run at once it is.
+    """
+    return [*_launcher(plan.execution, slot), *cell_words(plan, folder, cell)]
+
+
+def devices(execution: Execution, slot: int) -> list[str]:
+    """The GPUs of a cell, out of those that this process may use."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    every = visible.split(",") if visible else [str(number) for number in range(execution.jobs * execution.ranks)]
+    return every[slot * execution.ranks : (slot + 1) * execution.ranks]
 
 
 def cell_words(plan: StudyPlan, folder: StudyFolder, cell: Planned) -> list[str]:
@@ -89,7 +102,7 @@ def _threads(execution: Execution) -> int | None:
     return execution.threads or max(1, len(os.sched_getaffinity(0)) // (execution.jobs * execution.ranks))
 
 
-def _launcher(execution: Execution) -> list[str]:
+def _launcher(execution: Execution, slot: int) -> list[str]:
     """Up to the script. DeepSpeed's is the process that its `deepspeed` command starts on a node: that one hands
     signals on to its ranks, and `deepspeed` itself does not.
     """
@@ -101,7 +114,8 @@ def _launcher(execution: Execution) -> list[str]:
             ranks = f"--nproc-per-node={execution.ranks}"
             return [sys.executable, "-m", "torch.distributed.run", "--standalone", ranks, script]
         case "deepspeed":
-            world = base64.urlsafe_b64encode(json.dumps({"localhost": list(range(execution.ranks))}).encode()).decode()
+            own = devices(execution, slot) if execution.device == "cuda" else list(range(execution.ranks))
+            world = base64.urlsafe_b64encode(json.dumps({"localhost": own}).encode()).decode()
             return [
                 sys.executable, "-u", "-m", "deepspeed.launcher.launch", f"--world_info={world}",
                 "--master_addr=127.0.0.1", f"--master_port={_free_port()}", script,
@@ -131,7 +145,7 @@ class Runner:
         folder: StudyFolder,
         cells: Sequence[Planned],
         say: Callable[[str], None],
-        make_command: Callable[[StudyPlan, StudyFolder, Planned], list[str]] = command,
+        make_command: Callable[[StudyPlan, StudyFolder, Planned, int], list[str]] = command,
     ):
         self.plan, self.folder, self.cells = plan, folder, list(cells)
         self._say, self._command = say, make_command
@@ -187,13 +201,18 @@ class Runner:
 
     def _start(self, cell: Planned) -> None:
         log = (self.folder.logs / f"{cell.name}.log").open("ab")
-        words = self._command(self.plan, self.folder, cell)
+        slot = min(set(range(self.plan.execution.jobs)) - {one.slot for one in self._running})
+        words = self._command(self.plan, self.folder, cell, slot)
         log.write(f"$ {' '.join(words)}\n".encode())
         log.flush()
+        environment = dict(os.environ)
+        if self.plan.execution.device == "cuda" and self.plan.execution.jobs > 1:
+            environment["CUDA_VISIBLE_DEVICES"] = ",".join(devices(self.plan.execution, slot))
         process = subprocess.Popen(
-            [*FOLLOW, *words], stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+            [*FOLLOW, *words], stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
+            env=environment,
         )  # fmt: skip
-        self._running.append(_Running(cell, process, log, time.time()))
+        self._running.append(_Running(cell, process, log, time.time(), slot))
         self._announce()
 
     def _announce(self) -> None:

@@ -1,6 +1,6 @@
 """What makes a study say less than it seems to: told before it costs anything."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from amclr_scale.study.cells import Planned
 from amclr_scale.study.plan import StudyPlan
@@ -10,8 +10,16 @@ POWER = 0.8
 LEARNING_RATES = 5  # values of a sweep from which a best one may be taken
 
 
-def warnings(plan: StudyPlan, cells: Sequence[Planned], epoch: float) -> Iterator[str]:
-    """One line each."""
+def warnings(
+    plan: StudyPlan, cells: Sequence[Planned], epoch: float, gib: Mapping[str, float] | None = None
+) -> Iterator[str]:
+    """One line each.
+
+    Args:
+        plan, cells: the study.
+        epoch: samples per epoch.
+        gib: predicted peak memory per rank, by variant.
+    """
     few = min(cells, key=lambda cell: cell.steps)
     if few.steps < FEW_STEPS:
         yield (
@@ -41,6 +49,7 @@ def warnings(plan: StudyPlan, cells: Sequence[Planned], epoch: float) -> Iterato
             f"{', '.join(pretrained)}: towers that were trained before may have seen the test set; results are no "
             "longer zero-shot, and differences between arms shrink"
         )
+    yield from _memory(plan, gib or {})
     yield from _seeds(plan)
     swept = [plan.axes.get("optimizer.lr") or arm.axes.get("optimizer.lr") or [] for arm in plan.arms]
     least = min(len(values) for values in swept)
@@ -49,6 +58,23 @@ def warnings(plan: StudyPlan, cells: Sequence[Planned], epoch: float) -> Iterato
         yield (
             f"{have}: an arm may win because it suits them; the fair curve takes the best of {LEARNING_RATES} or more "
             "per cell (axes: {optimizer.lr: [...]})"
+        )
+
+
+def _memory(plan: StudyPlan, gib: Mapping[str, float]) -> Iterator[str]:
+    """Cells that do not fit where the plan expects to run."""
+    if plan.expected is None or plan.expected.device is None:
+        return
+    from amclr_scale.metrics.devices import GIB, find_profile
+
+    profile = find_profile(plan.expected.device)
+    large = [variant for variant, need in gib.items() if need * GIB > profile.memory_bytes]
+    if large:
+        most = max(large, key=lambda variant: gib[variant])
+        yield (
+            f"{len(large)} arms and batch sizes need more than the {profile.memory_bytes / GIB:.0f} GiB of an "
+            f"{plan.expected.device}, {most} {gib[most]:.0f} GiB; give execution.words_by_batch a "
+            "execution.micro_batch_size"
         )
 
 

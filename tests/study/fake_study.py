@@ -17,7 +17,7 @@ FAKE = str(Path(__file__).with_name("fake_training.py"))
 def run_fakes(plan: StudyPlan, cells: list[Planned], how: dict[str, str], said: list[str] | None = None) -> Outcome:
     """Run cells that behave as `how` says by name, `done` where it says nothing."""
 
-    def make_command(_: StudyPlan, folder: StudyFolder, cell: Planned) -> list[str]:
+    def make_command(_: StudyPlan, folder: StudyFolder, cell: Planned, slot: int) -> list[str]:
         return [sys.executable, "-S", FAKE, str(folder.runs / cell.name), cell.recipe_hash, how.get(cell.name, "done")]
 
     place = StudyFolder(plan.place)

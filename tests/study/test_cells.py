@@ -135,6 +135,19 @@ def test_learning_rate_rule_and_warm_up(tmp_path: Path) -> None:
     assert cells["clip-B64-s0"].config.optimizer.warmup_samples == 64
 
 
+def test_another_optimizer_keeps_the_shared_settings(tmp_path: Path) -> None:
+    """In a configuration a changed name drops the other keys of its section: between arms, a silent difference."""
+    cells = planned(tmp_path, "axes={optimizer.name: [adamw, lion]}", "seeds=[0]", "batch_sizes=[32]")
+    adamw, lion = (cells[f"clip-B32-{name}-s0"].config.optimizer for name in ("adamw", "lion"))
+    assert lion == adamw.model_copy(update={"name": "lion"})
+    assert adamw.warmup_samples == 5000
+
+
+def test_an_arm_may_have_a_larger_share_of_the_budget(tmp_path: Path) -> None:
+    cells = planned(tmp_path, "arms=[clip, {name: twice, like: clip, budget_factor: 2}]", "seeds=[0]")
+    assert (cells["clip-B64-s0"].samples, cells["twice-B64-s0"].samples) == (640, 1280)
+
+
 def test_one_temperature_for_all_arms_unless_an_arm_names_its_own(tmp_path: Path) -> None:
     arms = "arms=[clip, sogclr, isogclr, {name: learned, like: clip, words: [objective.temperature=null]}]"
     cells = planned(tmp_path, arms, "temperature=0.1", "seeds=[0]", "batch_sizes=[32]")

@@ -5,8 +5,10 @@ from pathlib import Path
 import pytest
 
 from amclr_scale.errors import UserError
-from amclr_scale.study.cells import Planned, base_tree, make_cells
+from amclr_scale.study.cells import Planned, base_tree, make_cells, samples_per_epoch
+from amclr_scale.study.folder import StudyFolder
 from amclr_scale.study.plan import StudyPlan, dump_plan, load_plan
+from amclr_scale.study.preview import expectation, preview
 
 PLANS = Path(__file__).parents[2] / "configs" / "studies"
 PLAN = f"""
@@ -86,6 +88,11 @@ def test_what_decides_the_answer_has_no_default(plan_file: Path, key: str, tmp_p
         (["skip=['*']"], "skip: leaves no cell to run"),
         (["batch_sizes=[36]"], "train.global_batch_size: expected a multiple of data.lanes = 8, got 36"),
         (["metrics=[{name: x, keys: [coco/R@1]}]"], "metrics: coco/R@1: the configuration measures no such split"),
+        (
+            ["metrics=[{name: x, keys: [emoji/val_style/R@7]}]"],
+            "metrics: emoji/val_style/R@7: expected a number such as",
+        ),
+        (["expected={count: 8}"], "expected: needs exactly one of expected.device and expected.samples_per_second"),
         (["words=[train.global_batchsize=3]"], "train.global_batchsize: no such key"),
         (["axes={objective.omicron: [1]}"], "axes.objective.omicron: no arm's objective has this option"),
         (["axes={optimizer.lr: [0.0010000001, 0.0010000002]}"], "axes: two cells are called"),
@@ -111,3 +118,19 @@ def test_the_configuration_is_found_from_the_plans_folder() -> None:
     assert Path(plan.config) == (PLANS.parent / "quickstart.yaml").resolve()
     assert plan.name == "mini_amclr"
     assert str(plan.place) == "studies/mini_amclr"
+
+
+@pytest.mark.parametrize("file", sorted(PLANS.glob("*.yaml")), ids=lambda file: file.stem)
+def test_every_ready_plan_is_planned_without_its_data_and_says_how_long_it_takes(file: Path) -> None:
+    plan = load_plan(file)
+    tree = base_tree(plan)
+    epoch = samples_per_epoch(plan, tree)
+    cells = make_cells(plan, tree, epoch)
+    said = preview(plan, StudyFolder(plan.place), cells, epoch, memory=False)
+    assert plan.expected
+    assert expectation(plan.expected, cells).partition(" (two")[0] in file.read_text().replace("\n# ", " ")
+    assert plan.question
+    assert f"{len(cells)} cells" in said
+    mini = file.stem.startswith("mini_")
+    assert bool(plan.needs) is not mini
+    assert plan.execution.device == ("cpu" if mini else "cuda")

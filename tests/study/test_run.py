@@ -54,7 +54,8 @@ def starts(plan: StudyPlan, cell: str) -> list[float]:
 @pytest.mark.usefixtures("quick")
 def test_all_arms_of_a_seed_come_before_the_next_seed_and_finished_cells_are_skipped(tmp_path: Path) -> None:
     plan, cells = make(tmp_path)
-    outcome = run_fakes(plan, cells, {}, said := [])
+    said: list[str] = []
+    outcome = run_fakes(plan, cells, {}, said)
     assert (outcome.done, outcome.exit_code) == (4, 0)
     order = ["clip-B32-s0", "sogclr-B32-s0", "clip-B32-s1", "sogclr-B32-s1"]
     assert attempts(plan) == [(name, "done", 0) for name in order]
@@ -68,7 +69,8 @@ def test_all_arms_of_a_seed_come_before_the_next_seed_and_finished_cells_are_ski
 def test_a_failing_cell_is_recorded_with_its_last_words_and_the_others_run(tmp_path: Path) -> None:
     plan, cells = make(tmp_path, "execution.retries=1")
     how = {"clip-B32-s0": "fails", "sogclr-B32-s0": "mistake", "clip-B32-s1": "once"}
-    outcome = run_fakes(plan, cells, how, said := [])
+    said: list[str] = []
+    outcome = run_fakes(plan, cells, how, said)
     assert (outcome.done, outcome.exit_code) == (2, 1)
     assert sorted(outcome.failed) == ["clip-B32-s0", "sogclr-B32-s0"]
     tried = attempts(plan)
