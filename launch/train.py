@@ -12,16 +12,21 @@ import json
 import os
 import sys
 import time
+from contextlib import nullcontext
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from amclr_scale.checkpoint.signals import EXIT_RESUMABLE, Signals, StoppedError
 from amclr_scale.config.help import describe
 from amclr_scale.config.load import dump, load
 from amclr_scale.config.schema import Config
-from amclr_scale.engine.place import Place, end_with_launcher, find_place
+from amclr_scale.engine.place import Place, end_with_launcher, export, find_place
 from amclr_scale.errors import UserError
 from amclr_scale.metrics.run_folder import check_writable, create, name_run
 from amclr_scale.metrics.stopwatch import Stopwatch
+
+if TYPE_CHECKING:
+    from amclr_scale.memory.account import Account
 
 
 def arguments(argv: list[str]) -> argparse.Namespace:
@@ -73,6 +78,8 @@ def run(config: Config, source: str | None, place: Place, stopwatch: Stopwatch, 
         from amclr_scale.memory.settle import Unsettled  # takes seconds, which other runs need not spend
 
         unsettled = Unsettled(config, place, loader.num_samples)
+    elif config.execution.memory_report and place.rank == 0:
+        foresee(config, place, loader.num_samples)  # remembered; ranks can be pretended only while there are none
     stopwatch.lap("data")
     device = start(place, config.execution.threads)
     watch = Watch(place)
@@ -96,7 +103,12 @@ def run(config: Config, source: str | None, place: Place, stopwatch: Stopwatch, 
     if found:
         put_back(found.checkpoint, engine, objective, device)
         stopwatch.lap("checkpoint")
-    phases = Phases(device)
+    phases, memory = Phases(device), None
+    if config.execution.memory_report:
+        from amclr_scale.memory.report import StepMemory
+
+        predicted = foresee(config, place, loader.num_samples) if place.rank == 0 else None
+        memory = StepMemory(folder, predicted, device=device, engine=engine, objective=objective, phases=phases)
     step = TrainStep(
         engine, objective, micro_batch_sizes=plan.micro_batch_sizes,
         kept=plan.kept, device=device, phases=phases,
@@ -112,6 +124,7 @@ def run(config: Config, source: str | None, place: Place, stopwatch: Stopwatch, 
             folder, config, plan, engine=engine, objective=objective, fingerprint=loader.fingerprint,
             tokenizer=tokenizer, log=log, signals=signals, device=device, found=found,
         ) as keeper,
+        memory or nullcontext(),
     ):  # fmt: skip
         log.say("\n".join([f"run folder {folder}", str(plan), *settled]))
         log.say(
@@ -124,12 +137,17 @@ def run(config: Config, source: str | None, place: Place, stopwatch: Stopwatch, 
             stopwatch.lap("first step")
             log.say(str(stopwatch))
 
+        def step_done(done: int) -> None:
+            if memory and (words := memory.step()):
+                log.say(words)
+            keeper(done)
+
         try:
             results = train(
                 config, plan, step=step, objective=objective, batches=iter(loader), log=log, phases=phases,
                 device=device, throughput=throughput(config, plan, trainer.model, trainer.flops, device),
                 profiler=profiler, evaluate=(lambda: evaluator(engine)) if evaluator else None,
-                on_first_step=first_step_done, after_step=keeper, begin=begin, bad_samples=loader.counts.total,
+                on_first_step=first_step_done, after_step=step_done, begin=begin, bad_samples=loader.counts.total,
             )  # fmt: skip
         except StoppedError:
             watch.leave()  # all ranks stop at one step: none of them is missing
@@ -183,11 +201,24 @@ def main(argv: list[str]) -> int:
     return 0
 
 
+def foresee(config: Config, place: Place, num_samples: int) -> "Account":
+    """What each rank will hold in memory, by component and phase."""
+    import torch
+
+    from amclr_scale.memory.account import account
+
+    device = "cuda" if torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu" else "cpu"
+    export(place)  # objectives share their work by whether all ranks are on one node
+    return account(config, world_size=place.world_size, num_samples=num_samples, device=device)
+
+
 def preview(config: Config, place: Place) -> str:
-    """The arithmetic of a run, from the index of its data."""
+    """The arithmetic of a run, from the index of its data, and the memory that it will need."""
     from amclr_scale.engine.assembly import open_data
 
-    return str(open_data(config, place).plan)
+    inputs = open_data(config, place)
+    predicted = foresee(config, place, inputs.loader.num_samples)
+    return f"{inputs.plan}\npredicted memory of a rank:\n{predicted.table()}\n{predicted.advice()}"
 
 
 if __name__ == "__main__":

@@ -345,6 +345,9 @@ class Execution(Section):
     profile: Annotated[int, Field(ge=0)] = 0
     """Steps to profile (after the first three): torch.profiler traces in the run folder, and DeepSpeed's summaries of
     floating-point operations and of messages between ranks. 0: none."""
+    memory_report: bool = False
+    """Measure what the first three steps hold, by phase, beside what was predicted: memory.json and memory.md in the
+    run folder, and on CUDA a snapshot for PyTorch's viewer (docs/memory.md)."""
     zero_stage: Literal[0, 1, 2, 3] = 0
     """DeepSpeed ZeRO stage, what is partitioned over ranks: 0 nothing, 1 optimizer states, 2 also gradients, 3 also
     parameters."""
