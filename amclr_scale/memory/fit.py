@@ -240,15 +240,17 @@ class Fit:
             UserError: nothing fits; says which component is the largest and what shrinks it.
         """
         self._check_batch(batch)
-        for chunk in self._chunks():
-            found: list[Choice] = []
-            for frames in self._by_recomputation():
-                found += self._candidates(batch, frames, chunk)
-                found.sort(key=lambda c: (round(c.cost.seconds, 9), c.account.peak_bytes))
-                if found and found[0].cost.towers <= WORTH_IT * found[0].cost.bound:
+        found: list[Choice] = []
+        for frames in self._by_recomputation():
+            for chunk in self._chunks():
+                more = list(self._candidates(batch, frames, chunk))
+                found = sorted(found + more, key=lambda c: (round(c.cost.seconds, 9), c.account.peak_bytes))
+                if more:
                     break
-            if found:
-                return found[:top]
+            if found and found[0].cost.towers <= WORTH_IT * found[0].cost.bound:
+                break
+        if found:
+            return found[:top]
         raise UserError(self._nothing_fits(batch))
 
     def _by_recomputation(self) -> list[list[dict[str, Any]]]:
@@ -256,20 +258,27 @@ class Fit:
         without = [f for f in self._frames if f["recompute_image"] == f["recompute_text"] == "none"]
         return [frames for frames in (without, [f for f in self._frames if f not in without]) if frames]
 
-    def _frugal(self, batch: int) -> Iterator[Config]:
-        """The settings that can need least."""
+    def _frugal(self, batch: int, frames: list[dict[str, Any]]) -> Iterator[Account]:
+        """The settings that need least: one sample at a time, nothing kept, small blocks, all there is to recompute."""
         config, chunk = with_batch(self.config, batch), self._chunks()[-1]
         least = {"full": 0, 2: 1, "none": 2}
-        recomputed = {(f["recompute_image"], f["recompute_text"]) for f in self._frames}
-        best = min(recomputed, key=lambda pair: least.get(pair[0], 1) + least.get(pair[1], 1))
-        for frame in self._frames:
+        recomputed = {(f["recompute_image"], f["recompute_text"]) for f in frames}
+        best = min(recomputed, key=lambda pair: least.get(pair[0], 1) + least.get(pair[1], 1), default=None)
+        for frame in frames:
             if (frame["recompute_image"], frame["recompute_text"]) == best:
                 micro = self._micro_batches(batch // self.world_size)[-1]
                 plain = changed(config, **frame, **{"similarity.chunk": chunk}, micro_batch_size=micro)
-                yield changed(plain, kept_micro_batches=self._kept(plain))
+                yield self.account(changed(plain, kept_micro_batches=self._kept(plain)))
 
     def _some_fit(self, batch: int) -> bool:
-        return any(self.fits(self.account(config)) for config in self._frugal(batch))
+        """Whether any settings fit. Recomputation is only asked where it could make the difference."""
+        for frames in self._by_recomputation():
+            tried = list(self._frugal(batch, frames))
+            if any(self.fits(found) for found in tried):
+                return True
+            if all(_without_activations(found) > self.memory for found in tried):
+                return False
+        return False
 
     def largest(self) -> int:
         """The largest global batch that some settings fit; a multiple of data.lanes.
@@ -293,7 +302,8 @@ class Fit:
             raise UserError("\n".join(mistakes))
 
     def _nothing_fits(self, batch: int) -> str:
-        found = min((self.account(c) for c in self._frugal(batch)), key=lambda a: a.peak_bytes, default=None)
+        accounts = (found for frames in self._by_recomputation() for found in self._frugal(batch, frames))
+        found = min(accounts, key=lambda a: a.peak_bytes, default=None)
         if found is None:
             return f"fixed: no ZeRO stage and offload go with {', '.join(self.fixed)}; fix fewer keys"
         if found.peak_bytes <= self.memory:
@@ -306,3 +316,9 @@ class Fit:
             f"at the least, got {in_words(self.memory)}; {found.advice(self.memory)}, or use more ranks or a smaller "
             "train.global_batch_size"
         )
+
+
+def _without_activations(found: Account) -> int:
+    """The peak, if activations took nothing."""
+    activations = [c for c in found.components if c.kind == "activations"]
+    return max(size - sum(c.by_phase.get(phase, 0) for c in activations) for phase, size in found.by_phase.items())
