@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from amclr_scale.study.comparison import Comparison, Group, Outcome, baseline_of, compare, reference_of
-from amclr_scale.study.results import Study
+from amclr_scale.study.results import Metric, Study
 from amclr_scale.study.units import Unit, unit_of
 
 
@@ -21,6 +21,11 @@ class Analysed:
     same_batch: list[Comparison]
 
 
+def slug_of(metric: Metric) -> str:
+    """A metric's name in file names."""
+    return re.sub(r"[^A-Za-z0-9]+", "_", metric.name).strip("_")
+
+
 def analyse(study: Study, groups: Sequence[Group]) -> list[Analysed]:
     """Every metric of the plan: all groups against the reference, and against the reference's arm at the same batch."""
     reference = reference_of(study, groups)
@@ -30,10 +35,9 @@ def analyse(study: Study, groups: Sequence[Group]) -> list[Analysed]:
     found = []
     for metric in study.metrics:
         outcome = Outcome(metric, groups)
-        slug = re.sub(r"[^A-Za-z0-9]+", "_", metric.name).strip("_")
         found.append(
             Analysed(
-                outcome, unit_of(metric, study.runs), slug, reference,
+                outcome, unit_of(metric, study.runs), slug_of(metric), reference,
                 compare(outcome, far, study.margin), compare(outcome, same, study.margin),
             )
         )  # fmt: skip

@@ -3,13 +3,14 @@
 from collections.abc import Sequence
 
 from amclr_scale.study import curves, plots, tables
-from amclr_scale.study.analysis import Analysed
-from amclr_scale.study.claims import Speaker, claims_table, numbers_table, scale_of, scales_list, sources_list
+from amclr_scale.study.analysis import Analysed, slug_of
+from amclr_scale.study.claims import SCORES, Speaker, claims_table, numbers_table, scale_of, scales_list, sources_list
 from amclr_scale.study.comparability import differences, surroundings
-from amclr_scale.study.comparison import Group
+from amclr_scale.study.comparison import Group, Outcome
 from amclr_scale.study.document import Document
 from amclr_scale.study.plots import Looks
-from amclr_scale.study.results import Study
+from amclr_scale.study.results import Metric, Study
+from amclr_scale.study.units import unit_of
 
 
 def scores(report: Document, study: Study, analysed: Sequence[Analysed], looks: Looks) -> None:
@@ -30,6 +31,14 @@ def scores(report: Document, study: Study, analysed: Sequence[Analysed], looks: 
             report.figure(
                 plots.score_by_batch(one.outcome, one.unit, looks, f"by_batch_{one.slug}", one.reference, study.margin)
             )
+    further = further_scores(study)
+    if further:
+        report.say("### Further scores", "Not among the plan's outcomes: nothing is decided on them.")
+    for metric in further:
+        outcome = Outcome(metric, first.outcome.groups, resamples=0)
+        split, _, name = metric.name.rpartition("/")
+        report.say(f"{SCORES[name]}, {split}{', %' if unit_of(metric, study.runs).share else ''}:")
+        report.table(tables.matrix(outcome, unit_of(metric, study.runs), f"scores_{slug_of(metric)}"))
     arm = first.reference.arm if first.reference else str(study.reference.get("arm", "clip"))
     sensitivity = tables.sensitivity_table(first.outcome, first.unit, arm)
     if sensitivity.rows:
@@ -47,6 +56,14 @@ def scores(report: Document, study: Study, analysed: Sequence[Analysed], looks: 
             "and measured on the same runs, is biased upwards.",
         )
         report.table(sweep)
+
+
+def further_scores(study: Study) -> list[Metric]:
+    """The usual scores on the first outcome's split that every run has and no outcome is."""
+    split = study.metrics[0].keys[0].rpartition("/")[0]
+    keys = [f"{split}/{name}" for name in SCORES]
+    outcomes = {metric.keys for metric in study.metrics}
+    return [Metric(key, (key,)) for key in keys if (key,) not in outcomes and all(key in r.results for r in study.runs)]
 
 
 def verdicts(report: Document, study: Study, analysed: Sequence[Analysed], looks: Looks) -> None:

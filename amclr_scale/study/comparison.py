@@ -93,13 +93,12 @@ class Both:
     seeds: Estimate
     items: Estimate | None
 
-    @property
-    def widest(self) -> Estimate:
-        return self.items or self.seeds
-
 
 class Outcome:
     """One metric over all groups.
+
+    Args:
+        resamples: of the test items; 0: estimates over seeds alone.
 
     Attributes:
         scores: of each group by seed.
@@ -117,7 +116,7 @@ class Outcome:
             for group, (runs, _) in self._chosen.items()
         }
         runs = [run for found, _ in self._chosen.values() for run in found.values()]
-        numbers = [metric.number(run.items) for run in runs]
+        numbers = [metric.number(run.items) for run in runs] if resamples else []
         known = [number for number in numbers if number is not None]
         self.clusters, self._draws = 0, {}
         if runs and len(known) == len(runs):

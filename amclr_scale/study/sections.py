@@ -75,7 +75,7 @@ def _design(report: Document, study: Study, groups: Sequence[Group]) -> None:
     batches = sorted({cell.global_batch_size for cell in study.cells})
     seeds = sorted({cell.seed for cell in study.cells})
     reference = reference_of(study, groups)
-    asked = str(study.plan.get("question") or study.plan.get("description") or "").strip()
+    asked = str(study.plan.get("question") or "").strip()
     report.say(
         "## Question and design",
         asked or "Does a method at a small batch size score what CLIP scores at a large one? \"Matches\" is a claim of "

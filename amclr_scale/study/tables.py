@@ -174,11 +174,8 @@ def sensitivity_table(outcome: Outcome, unit: Unit, baseline: str) -> Table:
         slope = outcome.contrast(terms)
         others = several.get((baseline, variant)) or several.get((baseline, ()))
         beside = None
-        if (
-            arm != baseline
-            and others
-            and [g.global_batch_size for g in others] == [g.global_batch_size for g in groups]
-        ):
+        batches = [[group.global_batch_size for group in one or []] for one in (groups, others)]
+        if arm != baseline and others and batches[0] == batches[1]:
             beside = outcome.contrast([*terms, *((-weight, group) for weight, group in per_doubling(others))])
         if slope is None:
             continue
@@ -222,13 +219,13 @@ def agreement_table(outcome: Outcome, unit: Unit) -> Table:
         (group, other, why)
         for first, second, why in AGREEING
         for group in outcome.groups
-        if group.arm == first and (other := find(outcome.groups, second, group.global_batch_size))
+        if group.arm == first and (other := find(outcome.groups, second, group.global_batch_size, group.variant))
     ]
     pairs += [
         (group, other, AGREEING[0][2])
         for group in outcome.groups
         if group.arm == "sogclr" and dict(group.variant).get("objective.gamma") in (1, 1.0)
-        if (other := find(outcome.groups, "dcl", group.global_batch_size))
+        if (other := find(outcome.groups, "dcl", group.global_batch_size, group.variant))
     ]
     recipes = [({run.cell.recipe_hash for run in group.runs}, group) for group in outcome.groups]
     pairs += [
