@@ -23,6 +23,7 @@ from amclr_scale.metrics.throughput import Throughput
 from amclr_scale.objectives.base import Objective
 from amclr_scale.objectives.isogclr import ISogCLRNet
 
+REDUCE_BUCKET = 500_000_000  # DeepSpeed's default, in elements
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -109,6 +110,9 @@ def build_engine(
     if config.execution.precision == "fp16" and not deepspeed.accelerator.get_accelerator().is_fp16_supported():
         raise UserError(f"execution.precision: fp16 is not supported on {device}; choose bf16 or fp32")
     generated = deepspeed_config(config, world_size, folder)
+    # DeepSpeed sets the whole bucket aside, 2 GB of float32, however small the model is.
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    generated["zero_optimization"].setdefault("reduce_bucket_size", min(REDUCE_BUCKET, trained))
     if config.execution.zero_stage < 3:
         model.to(device)
     else:

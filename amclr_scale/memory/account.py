@@ -252,7 +252,7 @@ def _side(settings: Settings, device: str, threads: int) -> int:
 
 
 def _input_components(config: Config, plan: Plan, device: str) -> list[Component]:
-    """Batches: the one in use and, while the next is made, that one too; parts that workers make ahead."""
+    """Batches: the one in use and the next one while it is made; parts that workers make ahead."""
     data, workers, b = config.data, config.execution.workers, plan.local_batch_size
     image = (1 + data.image_views) * 3 * data.image_size**2
     text = (1 + data.text_views) * data.context_length * 8
@@ -260,7 +260,8 @@ def _input_components(config: Config, plan: Plan, device: str) -> list[Component
     batch = b * (image + text + ids)
     place = "host" if device == "cuda" else "device"
     knob = "train.global_batch_size over more ranks"
-    found = [Component("batch", {**always(batch), "data": 2 * batch}, knob, "input", place)]  # type: ignore[arg-type]
+    made = 2 if b > PART or device == "cuda" else 1  # in parts, and joined
+    found = [Component("batch", {**always(batch), "data": (1 + made) * batch}, knob, "input", place)]  # type: ignore[arg-type]
     if workers:
         per_worker = math.ceil(math.ceil(b / PART) / workers)
         parts = max(2, per_worker) * workers

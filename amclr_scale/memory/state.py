@@ -74,9 +74,10 @@ def state_components(
     execution, cuda = config.execution, device == "cuda"
     step = _step_costs(config.optimizer.model_dump_json(), cuda)
     item, stage = PRECISIONS[execution.precision].itemsize, execution.zero_stage
+    total = sum(map(sum, groups))
     parts = tuple(_part(group, world_size, stage) for group in groups)
     sizes = Sizes(
-        groups, world_size, stage, item, int(zero.get("reduce_bucket_size", BUCKET)), not cuda, parts,
+        groups, world_size, stage, item, int(zero.get("reduce_bucket_size", min(BUCKET, total))), not cuda, parts,
         step.temporaries, step.together,
     )  # fmt: skip
     small = sum(n for n in sizes.numels if n <= zero.get("stage3_param_persistence_threshold", PERSISTENT))
