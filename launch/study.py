@@ -42,8 +42,9 @@ def main(argv: list[str]) -> int:
 
 def study(options: argparse.Namespace) -> int:
     """The flow: plan -> cells -> run -> report."""
-    from amclr_scale.study.cells import base_tree, make_cells, samples_per_epoch
+    from amclr_scale.study.cells import base_tree, make_cells
     from amclr_scale.study.folder import StudyFolder
+    from amclr_scale.study.lengths import samples_per_epoch
     from amclr_scale.study.pilot import run_pilot
     from amclr_scale.study.plan import load_plan
     from amclr_scale.study.preview import preview

@@ -5,7 +5,6 @@ that all arms share. Every cell's configuration is checked before the first one 
 """
 
 import fnmatch
-import itertools
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,7 +14,7 @@ from typing import Any
 
 from amclr_scale.config.load import build, from_words, merge, read_file, recipe_hash
 from amclr_scale.config.objective_options import option_models
-from amclr_scale.config.schema import Config, Optimizer
+from amclr_scale.config.schema import Config
 from amclr_scale.engine.plan import make_plan
 from amclr_scale.engine.schedules import peak_learning_rate
 from amclr_scale.errors import UserError
@@ -23,8 +22,8 @@ from amclr_scale.study.controls import CONTROLS
 from amclr_scale.study.cost import encoder_cost, encoder_flops, matrices, pairwise_flops, peak_gib
 from amclr_scale.study.lengths import Rates, samples_of
 from amclr_scale.study.plan import ArmPlan, StudyPlan
+from amclr_scale.study.variants import combinations, kept_settings, variant_name, words_of
 
-GROUPS = "objective.group_size"
 # What every evaluation of a split can have; geometry and probes add names of their own.
 MEASURED = (
     r"(image_to_text_|text_to_image_|text_to_image_filtered_)?R@(1|5|10|mean)|zero_shot_(top(1|3|5|10)|mean_per_class)"
@@ -91,26 +90,6 @@ def base_tree(plan: StudyPlan) -> dict[str, Any]:
     return merge(read_file(Path(plan.config), argument="config"), from_words(plan.words))
 
 
-def samples_per_epoch(plan: StudyPlan, tree: Mapping[str, Any]) -> float:
-    """N: the plan's, or from the index of the data.
-
-    Raises:
-        UserError: the data is not usable, and the plan does not say its size.
-    """
-    if plan.num_samples is not None:
-        return float(plan.num_samples)
-    from amclr_scale.data.indexing import open_index
-    from amclr_scale.data.order import Order
-
-    config = build(merge(dict(tree), {"train": {"epochs": 1}}))
-    index = open_index(config.data)
-    order = Order(
-        index.first_id, seed=0, lanes=config.data.lanes, window=config.data.shuffle_window,
-        parts=index.parts if config.data.weights else None, weights=config.data.weights,
-    )  # fmt: skip
-    return float(order.samples_per_epoch)
-
-
 def make_cells(
     plan: StudyPlan, tree: Mapping[str, Any], epoch: float, *, rates: Rates | None = None, steps: int | None = None
 ) -> list[Planned]:
@@ -130,7 +109,7 @@ def make_cells(
     mistakes: dict[str, list[str]] = {}
     for arm in plan.arms:
         found: list[Planned] = []
-        for batch, axes, seed in _combinations(plan, arm, tree):
+        for batch, axes, seed in combinations(plan, arm, tree):
             variant = variant_name(arm.name, batch, axes)
             name = f"{variant}-s{seed}"
             if any(fnmatch.fnmatchcase(name, pattern) for pattern in plan.skip):
@@ -152,12 +131,6 @@ def make_cells(
     return cells
 
 
-def variant_name(arm: str, batch: int, axes: Mapping[str, Any]) -> str:
-    """Such as sogclr-B128-gamma0.6, or sogclr-B128-adamp where the axis is a name."""
-    parts = [f"{key.rpartition('.')[2].removesuffix('name')}{_plain(value)}" for key, value in axes.items()]
-    return "-".join([arm, f"B{batch}", *parts])
-
-
 def reference_of(plan: StudyPlan, cells: Sequence[Planned]) -> tuple[str, int]:
     """The arm and batch size that everything is compared with."""
     arm = plan.reference.arm
@@ -165,54 +138,8 @@ def reference_of(plan: StudyPlan, cells: Sequence[Planned]) -> tuple[str, int]:
     return arm, plan.reference.global_batch_size or max(batches, default=0)
 
 
-def _plain(value: Any) -> str:
-    """A value as a part of a file name."""
-    return re.sub(r"[^A-Za-z0-9_.+]+", "_", f"{value:g}" if isinstance(value, float) else str(value)).strip("_")
-
-
 def _more(where: Sequence[str]) -> str:
     return f" and {len(where) - 1} more" if len(where) > 1 else ""
-
-
-def _combinations(plan: StudyPlan, arm: ArmPlan, tree: Mapping[str, Any]) -> Iterator[tuple[int, dict[str, Any], int]]:
-    """All batch sizes, axis values and seeds; options that the arm's objective does not have are left out."""
-    objective = merge(dict(tree), from_words(_words(plan, arm, 0, check=False)))["objective"]["name"]
-    options = option_models()[objective].model_fields
-
-    def applies(key: str) -> bool:
-        return not key.startswith("objective.") or key.removeprefix("objective.") in options
-
-    axes = {key: values for key, values in plan.axes.items() if applies(key)} | arm.axes
-    for batch in arm.batch_sizes or plan.batch_sizes:
-        sizes = [size for size in plan.group_sizes if size <= batch] if applies(GROUPS) else []
-        grid = {GROUPS: sizes} if plan.held_equal == "grid" and sizes and GROUPS not in axes else {}
-        for values in itertools.product(*axes.values(), *grid.values()):
-            for seed in plan.seeds:
-                yield batch, dict(zip([*axes, *grid], values, strict=True)), seed
-
-
-def _words(plan: StudyPlan, arm: ArmPlan, batch: int, *, check: bool = True) -> list[str]:
-    """The arm's words, with batch sizes put in."""
-    words = (*CONTROLS[arm.like or arm.name].words, *arm.words)
-    return [_batch_sizes(word, batch, min(plan.batch_sizes)) for word in words] if check else list(words)
-
-
-def _batch_sizes(word: str, batch: int, smallest: int) -> str:
-    """`B`, `B/k` and `smallest` as numbers.
-
-    Raises:
-        UserError: k does not divide B.
-    """
-    key, _, value = word.partition("=")
-    if value == "smallest":
-        return f"{key}={smallest}"
-    found = re.fullmatch(r"B(?:/([1-9]\d*))?", value)
-    if not found:
-        return word
-    divisor = int(found[1] or 1)
-    if batch % divisor:
-        raise UserError(f"batch_sizes: expected multiples of {divisor}, for {word}, got {batch}")
-    return f"{key}={batch // divisor}"
 
 
 def _cell(
@@ -221,7 +148,7 @@ def _cell(
 ) -> Planned:  # fmt: skip
     """One cell: words in the order arm, temperature, axes, batch size, learning rate, length, warm-up, seed."""
     ranks = plan.execution.ranks
-    words = _words(plan, arm, batch)
+    words = words_of(plan, arm, batch)
     named = {word.partition("=")[0] for word in words}
     objective = merge(dict(tree), from_words(words))["objective"]["name"]
     has_temperature = "temperature" in option_models()[objective].model_fields
@@ -235,7 +162,7 @@ def _cell(
     if plan.lr.base is not None and "optimizer.lr" not in axes:
         words.append(f"optimizer.lr={plan.lr.base!r}")
 
-    words = [*_kept(tree, words), *words]
+    words = [*kept_settings(tree, words), *words]
     draft = build(merge(dict(tree), from_words([*words, f"train.samples={batch}"])), ranks)
     samples = steps * batch if steps else samples_of(plan, draft, variant, epoch, rates, arm.budget_factor)
     words.append(f"train.samples={samples}")
@@ -256,15 +183,6 @@ def _cell(
         epochs=run.total_samples / epoch, lr=peak_learning_rate(config.optimizer, batch),
         encoder_cost=encoder_cost(config), negatives=group - 1, comparisons=matrices(config) * (group - 1),
     )  # fmt: skip
-
-
-def _kept(tree: Mapping[str, Any], words: Sequence[str]) -> list[str]:
-    """The shared settings of the optimizer, for a cell that names another one: a changed name would drop them."""
-    optimizer = tree.get("optimizer", {})
-    name = from_words(words).get("optimizer", {}).get("name")
-    if name is None or name == optimizer.get("name", Optimizer().name):
-        return []
-    return [f"optimizer.{key}={json.dumps(value)}" for key, value in optimizer.items() if key != "name"]
 
 
 def _that_fit(plan: StudyPlan, arm: ArmPlan, cells: Sequence[Planned], epoch: float) -> list[Planned]:

@@ -9,13 +9,35 @@ wall_clock              the same hours, from samples per second measured on this
 
 from collections.abc import Mapping
 from math import floor
+from typing import Any
 
+from amclr_scale.config.load import build, merge
 from amclr_scale.config.schema import Config
 from amclr_scale.errors import UserError
 from amclr_scale.study.cost import encoder_cost, encoder_flops
 from amclr_scale.study.plan import StudyPlan
 
 Rates = Mapping[str, float]  # samples per second by variant, such as sogclr-B128-gamma0.6
+
+
+def samples_per_epoch(plan: StudyPlan, tree: Mapping[str, Any]) -> float:
+    """N: the plan's, or from the index of the data.
+
+    Raises:
+        UserError: the data is not usable, and the plan does not say its size.
+    """
+    if plan.num_samples is not None:
+        return float(plan.num_samples)
+    from amclr_scale.data.indexing import open_index
+    from amclr_scale.data.order import Order
+
+    config = build(merge(dict(tree), {"train": {"epochs": 1}}))
+    index = open_index(config.data)
+    order = Order(
+        index.first_id, seed=0, lanes=config.data.lanes, window=config.data.shuffle_window,
+        parts=index.parts if config.data.weights else None, weights=config.data.weights,
+    )  # fmt: skip
+    return float(order.samples_per_epoch)
 
 
 def samples_of(plan: StudyPlan, config: Config, variant: str, epoch: float, rates: Rates, factor: float = 1.0) -> int:

@@ -75,6 +75,8 @@ class Progress:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._bar:
+            self._bar.update(self._task, completed=len(self.done), left="")
+            self._bar.refresh()
             self._bar.stop()
 
     def finished(self, cell: Planned) -> None:

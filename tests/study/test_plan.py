@@ -5,8 +5,9 @@ from pathlib import Path
 import pytest
 
 from amclr_scale.errors import UserError
-from amclr_scale.study.cells import Planned, base_tree, make_cells, samples_per_epoch
+from amclr_scale.study.cells import Planned, base_tree, make_cells
 from amclr_scale.study.folder import StudyFolder
+from amclr_scale.study.lengths import samples_per_epoch
 from amclr_scale.study.plan import StudyPlan, dump_plan, load_plan
 from amclr_scale.study.preview import expectation, preview
 
