@@ -5,12 +5,14 @@ from collections.abc import Sequence
 from amclr_scale.study import curves, plots, tables
 from amclr_scale.study.analysis import Analysed, slug_of
 from amclr_scale.study.claims import SCORES, Speaker, claims_table, numbers_table, scale_of, scales_list, sources_list
-from amclr_scale.study.comparability import differences, surroundings
+from amclr_scale.study.comparability import differences, surroundings, uneven_rate
 from amclr_scale.study.comparison import Group, Outcome
 from amclr_scale.study.document import Document
 from amclr_scale.study.plots import Looks
 from amclr_scale.study.results import Metric, Study
 from amclr_scale.study.units import unit_of
+
+UNEVEN = 1.2  # ratio of rates of equal runs above which a machine was not left alone
 
 
 def scores(report: Document, study: Study, analysed: Sequence[Analysed], looks: Looks) -> None:
@@ -189,6 +191,12 @@ def checks(report: Document, study: Study, first: Analysed) -> None:
         report.say(f"{jobs} cells ran at once on a machine: hours and samples/s are those of a shared machine.")
     if len(around["commit"]) > 1 or len(around["packages"]) > 1:
         report.say("Not all runs were made by one version of the code and its packages.")
+    uneven = uneven_rate(group.runs for group in first.outcome.groups if not group.swept)
+    if uneven > UNEVEN:
+        report.say(
+            f"Runs that differ in the seed alone differ in samples/s by up to {uneven:.1f} times: the machine did "
+            "other work, and hours and samples/s do not compare."
+        )
     if mixed:
         report.say(f"Not all on one machine ({', '.join(mixed)} differ): hours and samples/s do not compare.")
 

@@ -6,7 +6,7 @@ differs between arms makes them incomparable unless the difference is the arm; i
 """
 
 import json
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -117,6 +117,16 @@ def surroundings(runs: Sequence[Run]) -> dict[str, list[str]]:
                     values[_text(one[key])] = None
         found[key] = list(values)
     return found
+
+
+def uneven_rate(groups: Iterable[Sequence[Run]]) -> float:
+    """The largest ratio of samples per second between runs that differ in the seed alone; 1 where there are none."""
+    ratios = [1.0]
+    for runs in groups:
+        rates = [rate for run in runs if (rate := run.samples_per_second)]
+        if rates:
+            ratios.append(max(rates) / min(rates))
+    return max(ratios)
 
 
 def _text(value: Any) -> str:

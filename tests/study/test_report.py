@@ -129,6 +129,8 @@ def test_numbers_of_the_report_are_those_of_the_runs(folder, markdown):
 def test_failures_and_checks_are_shown(markdown):
     assert "| dcl-B128-s0 | failed | step 3: loss is &lt;nan&gt; &#124; &#96;x&#96; |" in markdown
     assert "| not run |" not in markdown
+    assert "R@1 image to text, emoji/val_style, %:" in markdown  # beside the outcome, which is the mean of both ways
+    assert "zero-shot top 1, emoji" not in markdown  # which these runs did not measure
     assert "SogCLR's gradient is DCL's times the temperature" in markdown
     assert "With 3 seeds an interval has 2 degrees of freedom: it reaches 4.30 standard errors" in markdown
     assert "Few optimizer steps" in markdown

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from amclr_scale.errors import UserError
-from amclr_scale.study.comparability import differences, surroundings
+from amclr_scale.study.comparability import differences, surroundings, uneven_rate
 from amclr_scale.study.comparison import Outcome, baseline_of, compare, find, groups_of, reference_of
 from amclr_scale.study.results import Metric, read_study
 from amclr_scale.study.selection import select
@@ -246,6 +246,16 @@ def test_surroundings_of_resumed_runs_count(tmp_path):
     content = json.loads(file.read_text())
     file.write_text(json.dumps({**content, "resumed": [{**content, "host": "there"}]}))
     assert surroundings(read_study(folder).runs)["host"] == ["here", "there"]
+
+
+def test_a_machine_that_did_other_work_shows(tmp_path):
+    folder = make_study(tmp_path / "s", arms=("clip",), batches=(128, 256), seeds=(0, 1))
+    groups = groups_of(read_study(folder))
+    assert uneven_rate(group.runs for group in groups) == 1
+    file = folder / "runs/clip-B128-s1/metrics.jsonl"
+    file.write_text(file.read_text().replace('"samples_per_second": 400.0', '"samples_per_second": 100.0'))
+    groups = groups_of(read_study(folder))
+    assert uneven_rate(group.runs for group in groups) == pytest.approx(4)
 
 
 def test_seeds_needed_carries_the_uncertainty_of_the_spread():
