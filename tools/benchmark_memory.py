@@ -115,14 +115,19 @@ class Measured:
 
     state: dict[str, int]
     peaks: dict[str, Peak]
+    losses: list[float]  # of each step
 
     @property
     def peak(self) -> int:
         return max(peak.allocated for peak in self.peaks.values())
 
 
-def measure(config: Config, world_size: int, rank: int) -> Measured:
-    """Three steps on this rank, of which the last two are measured. All ranks call it."""
+def measure(config: Config, world_size: int, rank: int, *, look: bool = True) -> Measured:
+    """Three steps on this rank, of which the last two are measured. All ranks call it.
+
+    Args:
+        look: False trains alone.
+    """
     from amclr_scale import objectives
     from amclr_scale.data.tokenizers import load_tokenizer
     from amclr_scale.encoders.build import build_model
@@ -158,7 +163,8 @@ def measure(config: Config, world_size: int, rank: int) -> Measured:
     step = TrainStep(
         engine, objective, micro_batch_sizes=plan.micro_batch_sizes, kept=kept, device=device, phases=phases
     )
-    report = MemoryReport(device, engine, objective, phases)
+    report = MemoryReport(device, engine, objective, phases) if look else None
+    losses = list[float]()
     b, generator = plan.local_batch_size, torch.Generator().manual_seed(rank)
     batch: Batch | None = None
     for number in range(STEPS):
@@ -178,11 +184,14 @@ def measure(config: Config, world_size: int, rank: int) -> Measured:
                     for _ in range(1 + data.text_views)
                 ),
             )
-        last = step(batch, 1e-4)  # noqa: F841 - alive until the next one, as in the training loop
-        if number == 0:
+        last = step(batch, 1e-4)  # alive until the next one, as in the training loop
+        losses.append(float(last.loss.value.detach()))
+        if number == 0 and report:
             report.restart()
+    if report is None:
+        return Measured({}, {}, losses)
     report.close()
-    return Measured(report.state, report.peaks)
+    return Measured(report.state, report.peaks, losses)
 
 
 def _rank(rank: int, world_size: int, store: str, wanted: list[Case], answers: Any) -> None:

@@ -108,12 +108,12 @@ def _key(objective: dict[str, Any]) -> str:
 
 @lru_cache(maxsize=256)
 def _state(key: str, num_samples: int, world_size: int, layout: Layout) -> int:
-    with _pretended(world_size), torch.device("meta"):
-        made = _create(key, num_samples, layout, None)
+    with pretended(world_size), torch.device("meta"):
+        made = create(key, num_samples, layout, None)
     return sum(buffer.nbytes for buffer in made.buffers())
 
 
-def _create(key: str, num_samples: int, layout: Layout, group_size: int | None) -> Objective:
+def create(key: str, num_samples: int, layout: Layout, group_size: int | None) -> Objective:
     options = json.loads(key)
     name = options.pop("name")
     if group_size is not None:
@@ -134,12 +134,12 @@ def _fit(
     def run(rows: int, cache_bytes: int = 0) -> dict[Alive, int]:
         group_size = None if group_share is None else max(1, round(group_share * rows))
         with (
-            _pretended(world_size),
+            pretended(world_size),
             settings.using(gather=gather, distribution=distribution, chunk=chunk, cache_bytes=cache_bytes),
         ):
-            made = _create(key, rows * world_size, layout, group_size)
+            made = create(key, rows * world_size, layout, group_size)
             areas = (chunk * chunk, chunk * rows * world_size, width * width)
-            return _moments(made, _embeddings(made, rows, width, world_size), areas)
+            return _moments(made, random_embeddings(made, rows, width, world_size), areas)
 
     few, more = 2 * chunk, 3 * chunk
     one, two, cached = run(few), run(more), run(few, 2**40)
@@ -167,7 +167,7 @@ def _extrapolated(low: ObjectiveMemory, high: ObjectiveMemory, world_size: int) 
 
 
 @contextmanager
-def _pretended(world_size: int) -> Iterator[None]:
+def pretended(world_size: int) -> Iterator[None]:
     """A process group of so many ranks that sends nothing. Leaves random numbers as they were."""
     import torch.testing._internal.distributed.fake_pg  # registers the backend called "fake"
 
@@ -199,20 +199,20 @@ def _moments(objective: Objective, embeddings: Embeddings, areas: tuple[int, int
         most[now] = max(most.get(now, 0), rest)
 
     tracker = Tracker("cpu")
-    tracker.add([*objective.buffers(), *_tensors(embeddings)], "before")
+    tracker.add([*objective.buffers(), *tensors_of(embeddings)], "before")
     tracker.on_change = note
     with tracker:
         objective(embeddings).value.backward()
     return most
 
 
-def _tensors(embeddings: Embeddings) -> list[Tensor]:
+def tensors_of(embeddings: Embeddings) -> list[Tensor]:
     single = (embeddings.image, embeddings.text, embeddings.ids, embeddings.logit_scale, embeddings.logit_bias)
     temperatures = (embeddings.image_temperature, embeddings.text_temperature)
     return [x for x in (*single, *temperatures, *embeddings.image_views, *embeddings.text_views) if x is not None]
 
 
-def _embeddings(objective: Objective, rows: int, width: int, world_size: int) -> Embeddings:
+def random_embeddings(objective: Objective, rows: int, width: int, world_size: int) -> Embeddings:
     torch.manual_seed(0)
 
     def one() -> Tensor:

@@ -1,0 +1,274 @@
+"""The account: worked numbers, what DeepSpeed and the objectives allocate, and which knob shrinks what."""
+
+import json
+import time
+
+import pytest
+import torch
+from torch import nn
+
+from amclr_scale import objectives
+from amclr_scale.config.load import load
+from amclr_scale.config.schema import Config
+from amclr_scale.errors import UserError
+from amclr_scale.memory import formulas
+from amclr_scale.memory.account import account
+from amclr_scale.memory.components import PHASES
+from amclr_scale.memory.momentum import momentum_peaks
+from amclr_scale.memory.objective_memory import (
+    create,
+    objective_memory,
+    pretended,
+    random_embeddings,
+    sample_state_bytes,
+    tensors_of,
+)  # fmt: skip
+from amclr_scale.memory.towers import skeleton, trace
+from amclr_scale.memory.tracker import Tracker
+from amclr_scale.memory.units import GIB, MIB, in_bytes, in_words
+from amclr_scale.similarity import using
+
+N = 4096
+
+
+def config(*words: str, batch: int = 64, world_size: int = 1) -> Config:
+    given = ["data.image_size=32", "data.context_length=16", "train.epochs=1", "execution.threads=1"]
+    return load(None, [*given, *words, f"train.global_batch_size={batch}"], world_size)
+
+
+def found(*words: str, batch: int = 64, world_size: int = 1, device: str = "cpu"):
+    return account(
+        config(*words, batch=batch, world_size=world_size), world_size=world_size, num_samples=N, device=device
+    )
+
+
+def component(of, name: str) -> int:
+    return next(c.bytes for c in of.components if c.name == name)
+
+
+# --- worked numbers ---------------------------------------------------------------------------------------------------
+
+
+def test_queues_banks_and_tables():
+    assert formulas.queue(65_536, 3072) == 805_306_368
+    assert formulas.queue(65_536, 768) == 201_326_592
+    assert formulas.queue(65_536, 3072, banks=2) + formulas.queue(65_536, 768, banks=2) == 2_013_265_920
+    assert formulas.queue(3_264_868, 768) == 10_029_674_496
+    assert formulas.sample_state(100_000, 4) == 1_600_000
+    assert formulas.sample_state(2_900_000, 4) == 46_400_000
+    assert formulas.sample_state(400_000_000, 4) == 6_400_000_000
+    assert formulas.sample_state(400_000_000, 8) == 2 * formulas.sample_state(400_000_000, 4)
+    assert formulas.sample_state(400_000_000, 4, world_size=64) == 100_000_000
+    assert formulas.queue(1000, 256) // formulas.sample_state(1000, 2) == 256 // 2  # bank : table = D / 2
+    assert formulas.momentum_copy(90_600_000) == 362_400_000
+
+
+@pytest.mark.parametrize(
+    ("world_size", "megabytes"), [(1, (1449.6, 1449.6, 1449.6)), (8, (498, 340, 181)), (64, (379, 201, 23))]
+)
+def test_zero_stages_of_90_million_parameters(world_size, megabytes):
+    sizes = [formulas.model_states(90_600_000, world_size, stage) / 1e6 for stage in (1, 2, 3)]
+    assert [round(x) for x in sizes] == [round(x) for x in megabytes]
+
+
+def test_similarities_of_32768():
+    assert formulas.similarity_matrix(32_768, 32_768) == 4 * GIB
+    assert formulas.similarity_matrix(32_768, 32_768, matrices=6) == 24 * GIB
+    assert formulas.similarity_matrix(1024, 32_768) == 128 * MIB
+    assert formulas.gathered_features(32_768, 256) == 64 * MIB
+
+
+def test_sizes_in_words_and_back():
+    assert in_words(4 * GIB) == "4.00 GiB"
+    assert in_words(805_306_368) == "768.0 MiB"
+    assert in_words(640) == "640 B"
+    assert in_bytes("80GiB") == 80 * GIB
+    assert in_bytes("24 GB") == 24 * 10**9
+    with pytest.raises(UserError, match="memory: expected a size such as 80GiB"):
+        in_bytes("80")
+
+
+# --- state ------------------------------------------------------------------------------------------------------------
+
+
+def test_stages_divide_what_they_say():
+    whole, halves = found(), found("execution.zero_stage=1", world_size=2)
+    total = component(whole, "parameters")
+    assert component(whole, "optimizer states") == 2 * total
+    assert component(halves, "optimizer states") == pytest.approx(total, rel=1e-4)
+    assert component(halves, "fp32 masters") == pytest.approx(total / 2, rel=1e-4)
+    assert component(halves, "parameters") == pytest.approx(total, rel=1e-4)
+    third = found("execution.zero_stage=3", world_size=2)
+    assert component(third, "parameters") == pytest.approx(total / 2, rel=1e-3)
+    half = found("execution.zero_stage=2", "execution.precision=bf16", world_size=2)
+    assert component(half, "parameters") == pytest.approx(total / 2, rel=1e-4)
+    assert component(half, "fp32 masters") == component(halves, "fp32 masters")
+    assert component(found("optimizer.name=lion"), "optimizer states") == total
+
+
+def test_offloaded_states_are_the_hosts():
+    there = found("execution.zero_stage=2", "execution.offload=optimizer", world_size=2, device="cuda")
+    here = found("execution.zero_stage=2", world_size=2, device="cuda")
+    moved = component(here, "optimizer states") + component(here, "fp32 masters")
+    assert there.host_bytes >= moved
+    assert there.in_phase("data") < here.in_phase("data") - moved
+
+
+def test_a_bucket_is_no_larger_than_the_model_unless_asked():
+    assert found("execution.zero_stage=2").in_phase("reduce") < 100 * MIB
+    asked = found("execution.zero_stage=2", "deepspeed.zero_optimization.reduce_bucket_size=500000000")
+    assert asked.in_phase("reduce") > 500_000_000 * 4
+
+
+# --- objectives -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", sorted(objectives.available()))
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_every_objective_on_other_rows_than_it_was_run_on(name, world_size):
+    rows, chunk, width = 48, 16, 32
+    memory = objective_memory(
+        {"name": name},
+        width=width,
+        world_size=world_size,
+        gather="all",
+        distribution="column_sums",
+        layout="replicated",
+    )
+    with pretended(world_size), using(chunk=chunk, distribution="column_sums"):
+        made = create(json.dumps({"name": name}), rows * world_size, "replicated", None)
+        embeddings = random_embeddings(made, rows, width, world_size)
+        tracker = Tracker()
+        tracker.add([*made.buffers(), *tensors_of(embeddings)], "before")
+        before = tracker.total
+        with tracker:
+            made(embeddings).value.backward()
+    assert sum(memory.peak(rows, chunk=chunk, rows_at_once=chunk)) == pytest.approx(tracker.peak - before, rel=0.02)
+
+
+def test_more_ranks_follow_from_few():
+    ask = {"width": 32, "gather": "all", "distribution": "column_sums", "layout": "replicated"}
+    few, many = (objective_memory({"name": "clip"}, world_size=w, **ask) for w in (4, 64))
+    gathered = 60 * 48 * 32 * 4  # the features of 60 more ranks
+    assert many.peak(48, chunk=48, rows_at_once=48)[1] - few.peak(48, chunk=48, rows_at_once=48)[1] > 2 * gathered
+
+
+def test_sample_state_is_sharded_when_it_is_large():
+    assert sample_state_bytes({"name": "sogclr"}, N, 8, "auto") == (2 * 4 * N, "replicated")
+    assert sample_state_bytes({"name": "sogclr"}, N, 8, "sharded") == (2 * 4 * N // 8, "sharded")
+    size, layout = sample_state_bytes({"name": "sogclr"}, 400_000_000, 8, "auto")
+    assert layout == "sharded"
+    assert size == 2 * 4 * 400_000_000 // 8
+
+
+# --- the whole --------------------------------------------------------------------------------------------------------
+
+
+def test_components_of_a_phase_add_up_and_the_advice_names_the_largest():
+    of = found("execution.micro_batch_size=16")
+    for phase in PHASES:
+        assert of.by_phase[phase] == sum(c.by_phase.get(phase, 0) for c in of.components if c.place == "device")
+    assert of.peak_bytes == max(of.by_phase.values())
+    assert of.largest().name == "image activations"
+    words = of.advice(limit=10 * MIB)
+    assert "more than 10.0 MiB" in words
+    assert "execution.micro_batch_size below 16" in words
+    assert "image activations" in of.table()
+
+
+def test_each_knob_shrinks_its_component():
+    plain = found("execution.micro_batch_size=16")
+    assert found("execution.micro_batch_size=8").peak_bytes < plain.peak_bytes
+    assert found("execution.micro_batch_size=16", "execution.kept_micro_batches=0").peak_bytes < plain.peak_bytes
+    recomputed = found("execution.micro_batch_size=16", "execution.recompute_image=full")
+    assert component(recomputed, "image activations") < component(plain, "image activations")
+    large = ("model.embedding_width=16", "execution.micro_batch_size=8", "execution.similarity.chunk=1024")
+    small = ("model.embedding_width=16", "execution.micro_batch_size=8", "execution.similarity.chunk=128")
+    tiles = [component(found(*words, batch=4096), "similarity blocks") for words in (large, small)]
+    assert tiles == [3 * 4 * 1024**2, 3 * 4 * 128**2]
+    ring = found("execution.similarity.gather=ring", world_size=4, batch=4096)
+    assert component(ring, "gathered features and sums") < component(
+        found(world_size=4, batch=4096), "gathered features and sums"
+    )
+
+
+def test_cuda_adds_workspace_and_inputs_and_keeps_batches_on_the_host():
+    of = found("execution.micro_batch_size=16", device="cuda")
+    assert component(of, "micro-batches on the device") == 2 * 16 * (3 * 32 * 32 + 16 * 8)
+    assert next(c for c in of.components if c.name == "batch").place == "host"
+    assert component(of, "workspace and fragmentation") > 0
+
+
+def test_ten_billion_parameters_in_seconds(tmp_path):
+    sizes = {"vocab_size": 4096, "hidden_size": 6144, "intermediate_size": 24_576, "num_hidden_layers": 24,
+             "num_attention_heads": 48, "max_position_embeddings": 64}  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert", "architectures": ["BertModel"], **sizes}))
+    wide = config(f"model.text.name=transformers/{tmp_path}", "execution.precision=bf16", "execution.zero_stage=3")
+    begin = time.process_time()
+    total = sum(p.numel() for p in skeleton(wide).parameters())
+    text = trace(wide, "text")
+    assert total > 10e9
+    assert text.with_graph.kept(8) > 24 * 8 * 16 * 6144 * 2 * 10  # more than ten tensors of a layer's width
+    assert time.process_time() - begin < 30
+
+
+def test_the_order_of_a_momentum_encoder():
+    words = ("model.image.name=timm/vit_tiny_patch16_224", "data.image_size=64")
+    plain, recomputed = (config(*words, f"execution.recompute_image={r}") for r in ("none", "full"))
+    size = 4 * sum(p.numel() for p in skeleton(plain).image_tower.parameters())
+    m = 64
+    first, again = (
+        momentum_peaks(trace(c, "image"), m, parameter_bytes=size, output_bytes=m * 128 * 4)
+        for c in (plain, recomputed)
+    )
+    working_set = 2 * m * 17 * 4 * 192 * 4  # two tensors of a block's widest layer: (m, T, 4 d) in float32
+    assert first.saving == pytest.approx(working_set, rel=0.5)
+    assert again.saving == 0  # the peak is in the backward
+    assert first.before - first.none == pytest.approx(size, rel=0.01)  # only the copy is left
+    assert first.forgotten > first.after + trace(plain, "image").with_graph.kept(m) / 2
+
+
+# --- towers -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("recomputation", ["none", "full"])
+@pytest.mark.parametrize("modality", ["image", "text"])
+def test_a_trace_holds_for_every_micro_batch(modality, recomputation):
+    wanted = config(f"execution.recompute_{modality}={recomputation}", "model.text.layers=2")
+    timeline = trace(wanted, modality, "cpu").with_graph
+    model = _real(wanted, modality, recomputation)
+    for m in (3, 8, 21):
+        kept, forward, backward = _measured(model, modality, m)
+        assert timeline.kept(m) == pytest.approx(kept, rel=0.01)
+        assert timeline.forward_peak(m) == pytest.approx(forward, rel=0.01)
+        assert sum(timeline.backward_peak(m, first=True)) == pytest.approx(backward, rel=0.02)
+
+
+def _real(wanted: Config, modality: str, recomputation: str) -> nn.Module:
+    from amclr_scale.data.tokenizers import load_tokenizer
+    from amclr_scale.encoders.build import build_model
+
+    data = wanted.data
+    tokenizer = load_tokenizer(data.tokenizer, data.context_length)
+    model = build_model(
+        wanted.model, vocab_size=tokenizer.vocab_size, pad_id=tokenizer.pad_id, end_id=tokenizer.end_id,
+        context_length=data.context_length, image_size=data.image_size, image_mean=data.image_mean,
+        image_std=data.image_std,
+    )  # fmt: skip
+    model.set_recomputation(**{modality: recomputation})
+    return model
+
+
+def _measured(model: nn.Module, modality: str, m: int) -> tuple[int, int, int]:
+    """Bytes after the forward, and at the peaks of forward and backward, of real tensors."""
+    model.zero_grad(set_to_none=True)
+    images, texts = torch.zeros(m, 3, 32, 32, dtype=torch.uint8), torch.full((m, 16), 9)
+    tracker = Tracker()
+    tracker.add([*model.parameters(), *model.buffers(), images, texts], "before")
+    before = tracker.total
+    with tracker:
+        outputs = model((images,), ()) if modality == "image" else model((), (texts,))
+        kept, forward = tracker.total - before, tracker.peak - before
+        tracker.reset_peak()
+        (outputs[modality] * torch.ones_like(outputs[modality])).sum().backward()
+        return kept, forward, tracker.peak - before
