@@ -11,8 +11,9 @@ import argparse
 import os
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,12 +36,12 @@ SAMPLES, STEPS = 4096, 3
 SMALL = ("data.image_size=32", "data.context_length=24", "train.epochs=1", "execution.threads=1")
 VIT = (
     "model.image.name=timm/vit_tiny_patch16_224",
-    "data.image_size=96",
+    "data.image_size=64",
     "model.text.layers=4",
     "model.text.width=128",
 )
-BERT = ("model.text.name=transformers/distilbert", "data.context_length=48")
-RESNET = ("model.image.name=torchvision/resnet18", "model.image.norm=group", "data.image_size=96")
+BERT = ("model.text.name=transformers/distilbert", "data.context_length=32")
+RESNET = ("model.image.name=torchvision/resnet18", "model.image.norm=group", "data.image_size=64")
 BUCKET = "deepspeed.zero_optimization.reduce_bucket_size=2000000"
 FULL = ("execution.recompute_image=full", "execution.recompute_text=full")
 VIEWS = ("data.image_views=1", "data.text_views=1", "model.image.width=24")
@@ -93,9 +94,9 @@ def cases() -> list[Case]:
         ("small towers, micro-batch 16, stage 1, lamb", 128, (*micro(16), *zero(1), "optimizer.name=lamb")),
         ("small towers, micro-batch 16, stage 2", 128, (*micro(16), *zero(2))),
         ("small towers, micro-batch 16, stage 3", 128, (*micro(16), *zero(3))),
-        ("small towers, large batch, D 512, small chunk", 2048, (
+        ("small towers, large batch, D 512, small chunk", 1024, (
             *micro(32, 0), "model.embedding_width=512", "execution.similarity.chunk=256")),
-        ("small towers, large batch, D 512, ring", 2048, (
+        ("small towers, large batch, D 512, ring", 1024, (
             *micro(32, 0), "model.embedding_width=512", "execution.similarity.gather=ring",
             "execution.similarity.chunk=256", *zero(1))),
         ("small towers, amclr, 1 further view, stage 2", 64, (*VIEWS, named("amclr"), *micro(16), *zero(2))),
@@ -209,19 +210,21 @@ def _rank(rank: int, world_size: int, store: str, wanted: list[Case], answers: A
     dist.destroy_process_group()
 
 
-def measure_all(wanted: list[Case], world_size: int) -> list[Measured]:
-    """Measure cases of one number of ranks, in processes of their own."""
+def measure_all(wanted: list[Case], world_size: int) -> Iterator[Measured]:
+    """Measure cases of one number of ranks, in processes of their own, one after another."""
     context = mp.get_context("spawn")
     answers = context.Queue()
+    if not wanted:
+        return
     with tempfile.TemporaryDirectory() as folder:
         arguments = (world_size, os.path.join(folder, "store"), wanted, answers)
         ranks = [context.Process(target=_rank, args=(r, *arguments)) for r in range(world_size)]
         for process in ranks:
             process.start()
-        found = [answers.get(timeout=600) for _ in wanted]
+        for _ in wanted:
+            yield answers.get(timeout=1800)
         for process in ranks:
             process.join()
-    return found
 
 
 def states(predicted: Account, measured: Measured) -> tuple[int, int]:
@@ -269,7 +272,7 @@ def by_phase(predicted: Account, measured: Measured) -> str:
     return "\n".join(lines)
 
 
-def main(say: Callable[[str], None] = print) -> int:
+def main(say: Callable[[str], None] = partial(print, flush=True)) -> int:
     """Print the table; 1 if a row is out of bounds."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", type=int, nargs="*", help="numbers of rows; default: all")
@@ -280,20 +283,16 @@ def main(say: Callable[[str], None] = print) -> int:
     predicted = {
         n: account(case.config(), world_size=case.world_size, num_samples=SAMPLES, device="cpu") for n, case in numbered
     }
-    measured: dict[int, Measured] = {}
-    for world_size in (1, 2):
-        chosen = [(n, case) for n, case in numbered if case.world_size == world_size]
-        if chosen:
-            found = measure_all([case for _, case in chosen], world_size)
-            measured |= {n: m for (n, _), m in zip(chosen, found, strict=True)}
     say(HEADER)
     good = True
-    for n, case in numbered:
-        line, within = row(n, case, predicted[n], measured[n])
-        good &= within
-        say(line)
-        if options.phases:
-            say(by_phase(predicted[n], measured[n]))
+    for world_size in (1, 2):
+        chosen = [(n, case) for n, case in numbered if case.world_size == world_size]
+        for (n, case), measured in zip(chosen, measure_all([case for _, case in chosen], world_size), strict=True):
+            line, within = row(n, case, predicted[n], measured)
+            good &= within
+            say(line)
+            if options.phases:
+                say(by_phase(predicted[n], measured))
     return 0 if good else 1
 
 
