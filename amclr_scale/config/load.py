@@ -68,12 +68,14 @@ ALTERNATIVES = {"samples": "epochs", "epochs": "samples"}
 
 def merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
     """`above` over `below`, section by section. A section whose `name` changes loses the options of the old name."""
-    if "name" in below and "name" in above and below["name"] != above["name"]:
-        below = {}
     merged = {key: value for key, value in below.items() if ALTERNATIVES.get(key) not in above}
     for key, value in above.items():
         old = merged.get(key)
-        merged[key] = merge(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+        if isinstance(old, dict) and isinstance(value, dict):
+            another = "name" in old and "name" in value and old["name"] != value["name"]
+            merged[key] = merge({} if another else old, value)
+        else:
+            merged[key] = value
     return merged
 
 

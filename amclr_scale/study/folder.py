@@ -117,7 +117,8 @@ class StudyFolder:
         try:
             for folder in (self.runs, self.logs):
                 folder.mkdir(parents=True, exist_ok=True)
-            _replace(self.path / PLAN, dump_plan(plan))
+            # the plan with the configuration beside it: this folder can be planned from alone
+            _replace(self.path / PLAN, dump_plan(plan.model_copy(update={"config": CONFIG})))
             _replace(self.config, yaml.safe_dump(dict(tree), sort_keys=False, width=110, allow_unicode=True))
             _replace(self.path / CELLS, json.dumps(listed, indent=1) + "\n")
         except OSError as error:

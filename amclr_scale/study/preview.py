@@ -1,7 +1,8 @@
 """What a study is about to do, in words and a table: what is held fixed, the cells, hours, memory, warnings."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
+from amclr_scale.config.schema import Config
 from amclr_scale.study.cells import Planned, predicted_gib, reference_of
 from amclr_scale.study.folder import StudyFolder
 from amclr_scale.study.plan import Expected, StudyPlan
@@ -54,6 +55,7 @@ def held(plan: StudyPlan, cells: Sequence[Planned], epoch: float) -> str:
     ]
     longer = [f"{arm.name} x {arm.budget_factor:g}" for arm in plan.arms if arm.budget_factor != 1]
     lines += [f"another share of the budget: {', '.join(longer)}"] if longer else []
+    lines.append(f"shared: {', '.join(_shared(cells))}")
     said = [dict(word.split("=", 1) for word in cell.words) for cell in cells]
     keys = sorted({key for words in said for key in words})
     different = [key for key in keys if len({words.get(key) for words in said}) > 1]
@@ -63,6 +65,24 @@ def held(plan: StudyPlan, cells: Sequence[Planned], epoch: float) -> str:
     shared = ", ".join([*sorted(temperatures), *([f"learned by {', '.join(learned)}"] if learned else [])])
     lines.append(f"temperature: {shared}")
     return "\n".join(lines)
+
+
+def _shared(cells: Sequence[Planned]) -> Iterator[str]:
+    """Data, towers and optimizer, as far as all cells have the same."""
+
+    def same(tell: Callable[[Config], str]) -> list[str]:
+        told = {tell(cell.config) for cell in cells}
+        return [*told] if len(told) == 1 else []
+
+    yield from same(lambda config: f"data {config.data.train}")
+    yield from same(
+        lambda config: f"{config.model.image.name} from {'given' if config.model.image.weights else 'random'} weights"
+    )
+    yield from same(
+        lambda config: f"{config.model.text.name} from {'given' if config.model.text.pretrained else 'random'} weights"
+    )
+    yield from same(lambda config: f"{config.optimizer.name}, weight decay {config.optimizer.weight_decay:g}")
+    yield from same(lambda config: f"{config.optimizer.schedule} schedule")
 
 
 def table(cells: Sequence[Planned], gib: Mapping[str, float]) -> str:

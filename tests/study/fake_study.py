@@ -14,11 +14,15 @@ from amclr_scale.study.run import Outcome, Runner
 FAKE = str(Path(__file__).with_name("fake_training.py"))
 
 
+def fake_command(_: StudyPlan, folder: StudyFolder, cell: Planned, slot: int, how: str = "done") -> list[str]:
+    return [sys.executable, "-S", FAKE, str(folder.runs / cell.name), cell.recipe_hash, how]
+
+
 def run_fakes(plan: StudyPlan, cells: list[Planned], how: dict[str, str], said: list[str] | None = None) -> Outcome:
     """Run cells that behave as `how` says by name, `done` where it says nothing."""
 
-    def make_command(_: StudyPlan, folder: StudyFolder, cell: Planned, slot: int) -> list[str]:
-        return [sys.executable, "-S", FAKE, str(folder.runs / cell.name), cell.recipe_hash, how.get(cell.name, "done")]
+    def make_command(plan: StudyPlan, folder: StudyFolder, cell: Planned, slot: int) -> list[str]:
+        return fake_command(plan, folder, cell, slot, how.get(cell.name, "done"))
 
     place = StudyFolder(plan.place)
     place.write(plan, {}, [])  # counting operations takes longer than all the cells

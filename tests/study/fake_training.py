@@ -48,5 +48,6 @@ if how == "early" and first:
 if how == "mistake":
     sys.exit(2)
 time.sleep(0.2)
-(folder / "metrics.jsonl").write_text(json.dumps({"step": 1, "samples": 32, "samples_per_second": 100.0}) + "\n")
+records = [{"step": step, "samples": 32 * step, "samples_per_second": 100.0 * step} for step in range(1, 7)]
+(folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
 (folder / "evaluation.json").write_text("{}")

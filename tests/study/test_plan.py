@@ -121,6 +121,14 @@ def test_the_configuration_is_found_from_the_plans_folder() -> None:
     assert str(plan.place) == "studies/mini_amclr"
 
 
+def test_a_plan_that_is_built_on_another_one_may_have_a_name_of_its_own(plan_file: Path, tmp_path: Path) -> None:
+    above = tmp_path / "above.yaml"
+    above.write_text("base: tiny.yaml\nname: another\nmargin: 0.02\n")
+    plan = load_plan(above, ["budget.epochs=2"])
+    assert (plan.name, plan.margin, plan.seeds) == ("another", 0.02, [0, 1])
+    assert (plan.budget.samples, plan.budget.epochs) == (None, 2)
+
+
 @pytest.mark.parametrize("file", sorted(PLANS.glob("*.yaml")), ids=lambda file: file.stem)
 def test_every_ready_plan_is_planned_without_its_data_and_says_how_long_it_takes(file: Path) -> None:
     plan = load_plan(file)

@@ -1,5 +1,6 @@
 """The runner: what becomes of cells that finish, fail, stop early, and of a study that is ended in the middle."""
 
+import functools
 import json
 import os
 import shlex
@@ -16,15 +17,16 @@ import pytest
 from amclr_scale.checkpoint import lock
 from amclr_scale.config.load import dump
 from amclr_scale.errors import UserError
+from amclr_scale.study import pilot
 from amclr_scale.study import run as run_module
 from amclr_scale.study.cells import Planned, base_tree, make_cells
 from amclr_scale.study.folder import StudyFolder
 from amclr_scale.study.pilot import rate
 from amclr_scale.study.plan import StudyPlan, load_plan
 from amclr_scale.study.progress import Rates, duration
-from amclr_scale.study.run import command
+from amclr_scale.study.run import Runner, command
 from amclr_scale.study.slurm import write_jobs
-from tests.study.fake_study import run_fakes
+from tests.study.fake_study import fake_command, run_fakes
 from tests.study.test_plan import PLAN
 
 ROOT = Path(__file__).parents[2]
@@ -205,6 +207,37 @@ def test_the_rate_of_a_pilot_leaves_the_first_steps_out() -> None:
     records += [{"step": 5, "samples": 160, "samples_per_second": 64.0}]  # 0.5 s
     records += [{"step": 6, "samples": 192, "samples_per_second": 32.0}]  # 1 s
     assert rate(records) == pytest.approx(64 / 1.5)
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_pilot_measures_every_variant_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "tiny.yaml"
+    file.write_text(PLAN)
+    words = ["arms=[clip]", "held_equal=wall_clock", "budget={samples: null, hours: 0.1}"]
+    plan = load_plan(file, [*words, f"folder={tmp_path / 'study'}"])
+    monkeypatch.setattr(pilot, "Runner", functools.partial(Runner, make_command=fake_command))
+    folder, tree, said = StudyFolder(plan.place), base_tree(plan), list[str]()
+    folder.path.mkdir()
+    outcome = pilot.run_pilot(plan, tree, 4938.0, folder, said.append)
+    assert outcome
+    assert outcome.exit_code == 0
+    # steps 5 and 6 of 32 samples at 500 and 600 per second
+    expected = pytest.approx(64 / (32 / 500 + 32 / 600))
+    assert folder.rates == {"clip-B32": expected, "clip-B64": expected}
+    assert pilot.run_pilot(plan, tree, 4938.0, folder, said.append) is None
+    cells = {cell.name: cell.samples for cell in make_cells(plan, tree, 4938.0, rates=folder.rates)}
+    assert cells["clip-B32-s1"] == 32 * int(360 * folder.rates["clip-B32"] / 32)
+
+
+def test_a_study_can_be_planned_from_its_folder_alone(tmp_path: Path) -> None:
+    plan, cells = make(
+        tmp_path, "arms=[clip, amclr]", "words=['evaluation.splits=[emoji/val_style]', optimizer.lr=3e-4]"
+    )
+    folder = StudyFolder(plan.place)
+    folder.write(plan, base_tree(plan), [])
+    again = load_plan(plan.place / "study.yaml")
+    there = make_cells(again, base_tree(again), 4938.0)
+    assert [(cell.name, cell.recipe_hash) for cell in there] == [(cell.name, cell.recipe_hash) for cell in cells]
 
 
 def test_command_lines_of_the_launchers(tmp_path: Path) -> None:
