@@ -101,9 +101,7 @@ def _banks() -> list[Example]:
 def _tables() -> list[Example]:
     claims = ((100_000, "1.6 MB", 1.6e6), (2_900_000, "46.4 MB", 46.4e6), (400_000_000, "6.4 GB", 6.4e9))
     return [
-        Example(
-            f"SogCLR's four tables at N = {samples:,}", "our own planning", claimed, value, sample_state(samples, 4)
-        )
+        Example(f"SogCLR's tables, N = {samples:,}", "our own planning", claimed, value, sample_state(samples, 4))
         for samples, claimed, value in claims
     ]
 

@@ -1,0 +1,132 @@
+"""What each technique buys: memory per rank, as tables and as a picture; and published figures computed again.
+
+    python tools/memory_table.py --plot docs/memory.png
+    python tools/memory_table.py --config C --gpus 64 --batch 65536 model.image.name=timm/vit_large_patch14_clip_224
+    python tools/memory_table.py --worked-examples docs/memory_worked_examples.md
+
+Without --config the model is ViT-B/16 with a 12-layer text tower in bf16. Nothing is run: memory is the account's.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+from amclr_scale.config.load import load
+from amclr_scale.config.schema import Config
+from amclr_scale.errors import UserError
+
+MODEL = [
+    "model.image.name=timm/vit_base_patch16_224", "model.text.name=transformers/bert", "model.embedding_width=512",
+    "data.image_size=224", "data.context_length=77", "data.tokenizer=clip", "execution.precision=bf16",
+    "execution.zero_stage=1", "train.epochs=1",
+]  # fmt: skip
+CARDS = (24, 80, 141)  # GiB: RTX 4090, A100 and H100, H200
+MOST_RANKS = 512
+
+
+def arguments(argv: list[str]) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="memory_table.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config", help="YAML file; without it, the model named above")
+    parser.add_argument("--gpus", type=int, default=8, help="ranks of the first table")
+    parser.add_argument("--batch", type=int, default=32_768, help="global batch of the other tables")
+    parser.add_argument("--num-samples", type=int, default=2_900_000, help="N, for the state per sample")
+    parser.add_argument("--plot", type=Path, help="PNG to write")
+    parser.add_argument("--worked-examples", type=Path, help="only write that page")
+    parser.add_argument("words", nargs="*", metavar="key=value", help="overrides")
+    return parser.parse_intermixed_args(argv)
+
+
+def table(head: str, columns: list[str], curves: dict[str, list[int]]) -> str:
+    """A Markdown table in GiB."""
+    lines = [f"| {head} | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
+    lines += [f"| {name} | {' | '.join(f'{size / 2**30:,.2f}' for size in sizes)} |" for name, sizes in curves.items()]
+    return "\n".join(lines)
+
+
+def plot(path: Path, title: str, panels: list[tuple[str, list[Any], dict[str, list[int]]]]) -> None:
+    """Three panels: against the batch, against ranks (both logarithmic), and bars by stage."""
+    try:
+        import matplotlib as mpl
+    except ImportError as error:
+        raise UserError(f"--plot: needs matplotlib: pip install 'amclr_scale[report]' ({error})") from error
+    mpl.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 3, figsize=(16, 5.2), width_ratios=(4, 4, 3), layout="constrained")
+    # The last three lie on one another: thinner lines on top of thicker ones keep all of them in sight.
+    styles = [("-", 2.5), ("-", 2.5), ("-", 2.5), ("-", 5.0), ("-", 3.2), ("--", 1.8), (":", 1.8)]
+    for axis, (label, xs, curves) in zip(axes[:2], panels[:2], strict=True):
+        for (name, sizes), (style, width) in zip(curves.items(), styles, strict=True):
+            axis.plot(xs, [size / 2**30 for size in sizes], style, linewidth=width, label=name)
+        axis.set_xscale("log", base=2)
+        axis.set_yscale("log", base=2)
+        axis.set_xticks(xs, [f"{x:,}" for x in xs], rotation=45)
+        axis.set_ylim(1, 2**13)
+        axis.set_xlabel(label)
+    label, names, curves = panels[2]
+    for index, (name, sizes) in enumerate(curves.items()):
+        axes[2].bar([i + 0.4 * index - 0.2 for i in range(len(names))], [s / 2**30 for s in sizes], 0.38, label=name)
+    axes[2].set_xticks(range(len(names)), names)
+    axes[2].set_xlabel(label)
+    for axis in axes:
+        low, high = axis.get_ylim()
+        for card in CARDS:
+            if card < high:
+                axis.axhline(card, color="black", linewidth=0.8, linestyle=(0, (4, 3)))
+                axis.annotate(f"{card} GiB", (0.005, card), xycoords=("axes fraction", "data"), va="bottom", fontsize=8)
+        axis.set_ylim(low, high)
+        axis.set_ylabel("GiB per rank")
+        axis.grid(alpha=0.25)
+        axis.legend(fontsize=8, loc="upper left" if axis is axes[0] else "upper right")
+    figure.suptitle(title)
+    figure.savefig(path, dpi=110)
+
+
+def run(options: argparse.Namespace) -> None:
+    """Print the tables, draw the picture."""
+    if options.worked_examples:
+        from amclr_scale.memory.worked_examples import page
+
+        options.worked_examples.write_text(page())
+        return
+    from amclr_scale.memory.what_if import MICRO_BATCH, QUEUE, STAGES, against_batch, against_ranks, against_stage
+
+    words = [*([] if options.config else MODEL), f"data.lanes={max(MOST_RANKS, options.gpus)}", *options.words]
+    words.append(f"train.global_batch_size={options.batch}")
+    config: Config = load(options.config, words, options.gpus)
+    batches = [2**k for k in range(9, 18) if 2**k >= options.gpus]
+    ranks = [2**k for k in range(MOST_RANKS.bit_length()) if 2**k * 2 <= options.batch]
+    model = f"{config.model.image.name} and {config.model.text.name}, {config.execution.precision}"
+    N = options.num_samples
+    by_batch = against_batch(config, world_size=options.gpus, batches=batches, num_samples=N)
+    by_ranks = against_ranks(config, batch=options.batch, ranks=ranks, num_samples=N)
+    by_stage = against_stage(config, batch=options.batch, world_size=options.gpus, num_samples=N)
+    print(f"GiB per rank, {model}; micro-batches of {MICRO_BATCH} with the gradient cache, N = {N:,}, M = {QUEUE:,}\n")
+    print(table(f"global batch on {options.gpus} ranks", [f"{b:,}" for b in batches], by_batch), end="\n\n")
+    print(table(f"ranks, global batch {options.batch:,}", [f"{w:,}" for w in ranks], by_ranks), end="\n\n")
+    print(table(f"ZeRO stage, {options.gpus} ranks, gradient cache", list(STAGES), by_stage))
+    if options.plot:
+        panels: list[tuple[str, list[Any], dict[str, list[int]]]] = [
+            (f"global batch size on {options.gpus} ranks", batches, by_batch),
+            (f"ranks, for a global batch of {options.batch:,}", ranks, by_ranks),
+            (f"ZeRO stage, batch {options.batch:,} on {options.gpus} ranks, gradient cache", list(STAGES), by_stage),
+        ]
+        plot(options.plot, f"Predicted memory of one rank: {model}", panels)
+
+
+def main(argv: list[str]) -> int:
+    """Print, or say what is wrong."""
+    try:
+        run(arguments(argv))
+        return 0
+    except UserError as error:
+        print(f"\n{error}", file=sys.stderr, flush=True)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
