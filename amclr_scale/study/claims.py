@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from amclr_scale.study.comparison import Comparison, Group, Outcome, compare, find
+from amclr_scale.study.comparison import Comparison, Group, Outcome, called, compare, find
 from amclr_scale.study.document import Table
 from amclr_scale.study.results import Metric, Study
 from amclr_scale.study.tables import DASH, mean_of
@@ -66,13 +66,16 @@ class Speaker:
         return "\n".join(kinds[measure["kind"]](measure)) if measure else ""
 
     def _pairs(self, measure: Mapping[str, Any]) -> list[tuple[Group, Group]]:
-        return [
-            (group, base)
-            for first, second in measure["pairs"]
-            for group in self.outcome.groups
-            if group.arm == first
-            and (base := find(self.outcome.groups, second, group.global_batch_size, group.variant))
-        ]
+        """Groups of two arms at the same batch size, with the same optimizer and the same value of every axis."""
+        pairs = []
+        for first, second in measure["pairs"]:
+            for group in called(self.outcome.groups, first):
+                alike = [base for base in called(self.outcome.groups, second) if _optimizer(base) == _optimizer(group)]
+                arm = alike[0].arm if alike else second
+                base = find(alike, arm, group.global_batch_size, group.variant)
+                if base is not None and base is not group:
+                    pairs.append((group, base))
+        return pairs
 
     def _differences(self, measure: Mapping[str, Any]) -> list[str]:
         compared = compare(self.outcome, self._pairs(measure), self.study.margin)  # one family: this claim's
@@ -86,8 +89,9 @@ class Speaker:
 
     def _reference(self, measure: Mapping[str, Any]) -> list[str]:
         lines: dict[str, list[str]] = {}
+        asked = [group for arm in measure["arms"] for group in called(self.outcome.groups, arm)]
         for one in self.against_reference:
-            if one.group.arm in measure["arms"] and one.group.global_batch_size < one.base.global_batch_size:
+            if one.group in asked and one.group.global_batch_size < one.base.global_batch_size:
                 words = f"{one.group.global_batch_size:,}: {one.decision.verdict}"
                 lines.setdefault(one.group.title, []).append(f"{words} ({self.unit.change(one.difference.seeds)})")
         name = self.reference.name if self.reference else "the reference"
@@ -96,18 +100,20 @@ class Speaker:
     def _axis(self, measure: Mapping[str, Any]) -> list[str]:
         axis, lines = measure["axis"], []
         for arm in measure["arms"]:
-            members = [g for g in self.outcome.groups if g.arm == arm and axis in dict(g.variant)]
-            if len({dict(g.variant)[axis] for g in members}) < 2:
-                continue
-            for batch in sorted({g.global_batch_size for g in members}):
-                means = [(g, self.outcome.mean(g)) for g in members if g.global_batch_size == batch]
-                scores = [f"{dict(g.variant)[axis]}: {self.unit.estimate(m.seeds)}" for g, m in means if m]
-                lines.append(f"{members[0].arm} at B = {batch:,}, by {axis}: " + "; ".join(scores))
+            members = [group for group in called(self.outcome.groups, arm) if axis in group.runs[0].config]
+            for batch in sorted({group.global_batch_size for group in members}):
+                here = [(group.runs[0].config[axis], group) for group in members if group.global_batch_size == batch]
+                if len({str(value) for value, _ in here}) < 2:
+                    continue
+                means = [(value, mean) for value, group in here if (mean := self.outcome.mean(group))]
+                scores = [f"{value}: {self.unit.estimate(mean.seeds)}" for value, mean in means]
+                lines.append(f"{arm} at B = {batch:,}, by {axis}: " + "; ".join(scores))
         return lines
 
     def _cost(self, measure: Mapping[str, Any]) -> list[str]:
         batch = min(group.global_batch_size for group in self.outcome.groups)
-        groups = [group for arm in measure["arms"] if (group := find(self.outcome.groups, arm, batch))]
+        found = [(arm, called(self.outcome.groups, arm)) for arm in measure["arms"]]
+        groups = [group for _, of_arm in found if of_arm and (group := find(of_arm, of_arm[0].arm, batch))]
         groups = [group for group in groups if group.runs[0].cell.comparisons is not None]
         if len({group.runs[0].cell.comparisons for group in groups}) < 2:
             return []
@@ -216,13 +222,14 @@ def scales_list() -> str:
 
 
 def _counterpart(number: Mapping[str, Any], groups: Sequence[Group]) -> Group | None:
-    fitting = [
-        group
-        for group in groups
-        if group.arm == number["arm"] and group.runs[0].config.get("optimizer.name") == number["optimizer"]
-    ]
+    fitting = [group for group in called(groups, number["arm"]) if _optimizer(group) == number["optimizer"]]
+    fitting = fitting or [g for g in groups if g.kind == number["arm"] and _optimizer(g) == number["optimizer"]]
     plain = [group for group in fitting if not group.variant] or fitting
     return min(plain, key=lambda group: abs(math.log(group.global_batch_size / number["batch"])), default=None)
+
+
+def _optimizer(group: Group) -> Any:
+    return group.runs[0].config.get("optimizer.name")
 
 
 def _measured(metric: Metric, group: Group) -> float | None:

@@ -7,7 +7,7 @@ Differences are paired over the seeds that both groups have. Every estimate come
 over seeds and test items together (`statistics.with_items`), where items were kept.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -26,9 +26,14 @@ Array = NDArray[np.float64]
 
 @dataclass(frozen=True, eq=False)
 class Group:
-    """Finished cells that differ in the seed (and the swept learning rate) alone."""
+    """Finished cells that differ in the seed (and the swept learning rate) alone.
+
+    Attributes:
+        kind: the known arm that this one began as (`like` in the plan), or its own name.
+    """
 
     arm: str
+    kind: str
     title: str
     global_batch_size: int
     variant: Axes
@@ -82,8 +87,18 @@ def groups_of(study: Study) -> list[Group]:
     found: dict[tuple[str, Axes, int], list[Run]] = {}
     for run in study.runs:
         found.setdefault((run.cell.arm, run.cell.variant, run.cell.global_batch_size), []).append(run)
-    keys = sorted(found, key=lambda key: (order.index(key[:2]), key[2]))
-    return [Group(key[0], found[key][0].cell.title, key[2], key[1], tuple(found[key])) for key in keys]
+    arms = [arm for arm in study.plan.get("arms") or [] if isinstance(arm, Mapping)]
+    kinds = {str(arm["name"]): str(arm.get("like") or arm["name"]) for arm in arms}
+    return [
+        Group(arm, kinds.get(arm, arm), found[key][0].cell.title, batch, variant, tuple(found[key]))
+        for key in sorted(found, key=lambda key: (order.index(key[:2]), key[2]))
+        for arm, variant, batch in (key,)
+    ]
+
+
+def called(groups: Sequence[Group], name: str) -> list[Group]:
+    """The groups of the arm with that name; where there is none, of the arms that began as it."""
+    return [group for group in groups if group.arm == name] or [group for group in groups if group.kind == name]
 
 
 @dataclass(frozen=True)

@@ -5,21 +5,19 @@ that is shown is in the table's CSV with all its digits, in the metric's own uni
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from scipy import special
 
 from amclr_scale.study.comparability import Difference
-from amclr_scale.study.comparison import Both, Comparison, Group, Outcome, find, per_doubling
+from amclr_scale.study.comparison import Both, Comparison, Group, Outcome, per_doubling
 from amclr_scale.study.document import Table
 from amclr_scale.study.results import Missing, Run
 from amclr_scale.study.statistics import Estimate, seeds_needed_for_equivalence
 from amclr_scale.study.units import Unit
 
 DASH = "-"
-# Arms that are the same mathematics (up to a factor of the gradient that Adam's division takes away), and why.
-AGREEING = (("sogclr_gamma1", "dcl", "at gamma = 1 SogCLR's gradient is DCL's times the temperature"),)
 
 
 def raw_estimate(name: str, both: Both | None) -> dict[str, Any]:
@@ -217,22 +215,10 @@ def agreement_table(outcome: Outcome, unit: Unit) -> Table:
     """Cells that must agree: the same mathematics under two names, or one recipe run in two ways."""
     pairs = [
         (group, other, why)
-        for first, second, why in AGREEING
-        for group in outcome.groups
-        if group.arm == first and (other := find(outcome.groups, second, group.global_batch_size, group.variant))
-    ]
-    pairs += [
-        (group, other, AGREEING[0][2])
-        for group in outcome.groups
-        if group.arm == "sogclr" and dict(group.variant).get("objective.gamma") in (1, 1.0)
-        if (other := find(outcome.groups, "dcl", group.global_batch_size, group.variant))
-    ]
-    recipes = [({run.cell.recipe_hash for run in group.runs}, group) for group in outcome.groups]
-    pairs += [
-        (group, other, "one recipe, run in two ways")
-        for place, (hashes, group) in enumerate(recipes)
-        for others, other in recipes[:place]
-        if hashes & others
+        for place, other in enumerate(outcome.groups)
+        for group in (*outcome.groups[:place], *outcome.groups[place + 1 :])
+        if group.global_batch_size == other.global_batch_size
+        if (why := same_mathematics(group, other))
     ]
     rows, raw = [], []
     for group, other, why in pairs:
@@ -249,6 +235,30 @@ def agreement_table(outcome: Outcome, unit: Unit) -> Table:
                     "largest_difference": float(apart.max()), "deviation_over_seeds": float(usual)})  # fmt: skip
     header = ["cells", "must agree with", "because", "seeds", "largest difference of a seed", "deviation over seeds"]
     return Table("agreement", header, rows, raw, left=3)
+
+
+def same_mathematics(group: Group, other: Group) -> str:
+    """Why two groups compute the same, from their configurations; empty where they do not."""
+    a, b = group.runs[0].config, other.runs[0].config
+    if {run.cell.recipe_hash for run in group.runs} & {run.cell.recipe_hash for run in other.runs}:
+        once = (group.arm, str(group.variant)) > (other.arm, str(other.variant))  # not both ways round
+        return "one recipe, run in two ways" if once else ""
+    shared = [key for key in {*a, *b} if key.startswith(("data.", "model.", "optimizer.", "train."))]
+    if any(a.get(key) != b.get(key) for key in shared):
+        return ""
+    options, others = _objective(a), _objective(b)
+    if options.get("name") == "sogclr" and others.get("name") == "dcl":
+        plain = options.get("gamma") == 1 and options.get("surrogate") in (None, "none")
+        if plain and options.get("temperature") == others.get("temperature"):
+            return "at gamma = 1 SogCLR's gradient is DCL's times the temperature"
+    whole = {**others, "group_size": group.global_batch_size}
+    if options == whole and options.get("name") == "clip" and others.get("group_size") is None:
+        return "one group is the whole batch"
+    return ""
+
+
+def _objective(config: Mapping[str, Any]) -> dict[str, Any]:
+    return {key.removeprefix("objective."): value for key, value in config.items() if key.startswith("objective.")}
 
 
 def learning_rate_table(outcome: Outcome, unit: Unit) -> Table:

@@ -51,6 +51,7 @@ def make_study(
     noise: float = 0.01,
     margin: float = 0.02,
     words: Mapping[str, Sequence[str]] | None = None,
+    like: Mapping[str, str] | None = None,
 ) -> Path:
     """Write one.
 
@@ -62,6 +63,7 @@ def make_study(
         curves: whether the runs were evaluated while they trained, and logged diagnostics.
         noise: standard deviation of a run's score.
         words: further overrides of an arm's configuration.
+        like: the known arms that arms began as.
     """
     folder.mkdir(parents=True)
     values = [{}] if not axes else [{key: value} for key, listed in axes.items() for value in listed]
@@ -76,7 +78,7 @@ def make_study(
                     name = f"{arm}-B{batch}-s{seed}{end}"
                     overrides = [
                         *own, *(words or {}).get(arm, ()), f"train.global_batch_size={batch}", f"seed={seed}",
-                        f"train.samples={SAMPLES}", *(f"{key}={value}" for key, value in axis.items()),
+                        f"train.samples={SAMPLES}", *(f"{key}={json.dumps(value)}" for key, value in axis.items()),
                     ]  # fmt: skip
                     config = load("configs/quickstart.yaml", overrides, 1)
                     cells.append({
@@ -107,7 +109,8 @@ def make_study(
                     (run / "environment.json").write_text(json.dumps(surroundings))
                     _write_results(run, score, rng, items)
                     _write_records(run, batch, score, cost, curves)
-    plan = {"name": "synthetic", "question": "Does it add up?", "margin": margin}
+    named = [{"name": arm, "like": (like or {}).get(arm)} for arm in arms]
+    plan = {"name": "synthetic", "question": "Does it add up?", "margin": margin, "arms": named}
     (folder / "study.yaml").write_text(yaml.safe_dump(plan))
     (folder / "attempts.jsonl").write_text("".join(json.dumps(one) + "\n" for one in attempts) + '{"cell": "cut o')
     listed = {

@@ -157,6 +157,27 @@ def test_claims_that_nothing_was_measured_for_are_listed_as_such(folder, markdow
     assert markdown.count(NOT_MEASURED) >= 14
 
 
+@pytest.mark.usefixtures("undrawn")
+def test_arms_are_known_by_what_they_began_as(tmp_path, monkeypatch):
+    base = synthetic.ARMS["sogclr"]
+    for name, optimizer in (("sogclr_adamw", "adamw"), ("sogclr_nesterov", "sgd")):
+        words = (*base[2], f"optimizer.name={optimizer}")
+        monkeypatch.setitem(synthetic.ARMS, name, (base[0], base[1], words, f"SogCLR, {optimizer}", 1.0))
+    folder = make_study(
+        tmp_path / "s", arms=("clip", "sogclr_adamw", "sogclr_nesterov"), batches=(128,), seeds=(0, 1),
+        like={"sogclr_adamw": "sogclr", "sogclr_nesterov": "sogclr"},
+    )  # fmt: skip
+    composed = compose(read_study(folder))
+    tables = {table.name: table.raw for table in composed.tables}
+    claims = {row["id"]: row["measured_here"] for row in tables["claims"]}
+    assert claims["C10"].startswith("sogclr at B = 128, by optimizer.name: adamw: ")
+    assert "SogCLR, adamw - CLIP" in claims["C6"]
+    assert "SogCLR, sgd - CLIP" not in claims["C6"]  # another optimizer
+    numbers = {row["published"]: row["here"] for row in tables["published_numbers"]}
+    assert numbers["SogCLR, AdamW"].startswith("SogCLR, adamw, B = 128")
+    assert numbers["SogCLR, Nesterov"].startswith("SogCLR, sgd, B = 128")
+
+
 def test_claims_file_is_complete():
     found = load_claims()
     kinds = {"difference", "reference", "axis", "cost", "speed", "weights"}

@@ -11,7 +11,7 @@ from amclr_scale.study.comparison import Outcome, baseline_of, compare, find, gr
 from amclr_scale.study.results import Metric, read_study
 from amclr_scale.study.selection import select
 from amclr_scale.study.statistics import Verdict, paired
-from amclr_scale.study.tables import needed_seeds, sensitivity_table
+from amclr_scale.study.tables import needed_seeds, same_mathematics, sensitivity_table
 from amclr_scale.study.units import unit_of
 from tests.study.synthetic import ITEMS, KEYS, SAMPLES, make_study
 
@@ -211,6 +211,28 @@ def test_a_rank_is_better_when_it_is_lower(tmp_path):
     (one,) = compare(found, [(found.groups[1], found.groups[0])], study.margin)
     assert (one.difference.seeds.value, one.decision.verdict) == (-80.0, Verdict.BETTER)
     assert select(np.array([[10.0, 11.0], [20.0, 21.0]]), lower_is_better=True).best == 0
+
+
+def test_cells_that_must_agree_are_found_by_their_configurations(tmp_path):
+    study = read_study(
+        make_study(
+            tmp_path / "s", arms=("clip", "dcl", "sogclr_gamma1", "sogclr"), batches=(128, 256), seeds=(0,),
+            axes={"objective.temperature": [0.05, 0.07]},
+        )
+    )  # fmt: skip
+    found = {(a.name, b.name) for a in groups_of(study) for b in groups_of(study) if same_mathematics(a, b)}
+    assert found == {
+        (f"SogCLR, gamma 1, temperature {t}, B = {batch}", f"DCL, temperature {t}, B = {batch}")
+        for t in (0.05, 0.07)
+        for batch in (128, 256)
+    }
+
+
+def test_a_group_as_large_as_the_batch_must_agree_with_clip(tmp_path):
+    axes = {"objective.group_size": [None, 64, 128]}
+    groups = groups_of(read_study(make_study(tmp_path / "s", arms=("clip",), batches=(128,), seeds=(0,), axes=axes)))
+    found = [(a.variant, b.variant) for a in groups for b in groups if same_mathematics(a, b)]
+    assert found == [((("objective.group_size", 128),), (("objective.group_size", None),))]
 
 
 def test_what_differs_is_explained_and_unfair_differences_are_pointed_out(tmp_path):
