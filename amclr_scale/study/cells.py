@@ -192,15 +192,23 @@ def _that_fit(plan: StudyPlan, arm: ArmPlan, cells: Sequence[Planned], epoch: fl
         UserError: not even the smallest one fits.
     """
     limit, chosen = plan.budget.gib or 0.0, list[Planned]()
-    key = {cell.name: json.dumps([dict(cell.axes), cell.seed]) for cell in cells}
-    for axes in dict.fromkeys(key.values()):
-        same = sorted((one for one in cells if key[one.name] == axes), key=lambda one: -one.global_batch_size)
-        fitting = next((one for one in same if predicted_gib(plan, one, epoch) <= limit), None)
+    known: dict[str, float] = {}  # seeds need the same
+
+    def need(cell: Planned) -> float:
+        if cell.variant not in known:
+            known[cell.variant] = predicted_gib(plan, cell, epoch)
+        return known[cell.variant]
+
+    alike: dict[str, list[Planned]] = {}
+    for cell in cells:
+        alike.setdefault(json.dumps([dict(cell.axes), cell.seed]), []).append(cell)
+    for same in alike.values():
+        same.sort(key=lambda cell: -cell.global_batch_size)
+        fitting = next((cell for cell in same if need(cell) <= limit), None)
         if fitting is None:
-            least = predicted_gib(plan, same[-1], epoch)
             raise UserError(
-                f"budget.gib: {arm.name} needs {least:.2f} GiB at its smallest batch of {same[-1].global_batch_size}, "
-                f"got {limit:g}; give a smaller batch size or execution.micro_batch_size"
+                f"budget.gib: {arm.name} needs {need(same[-1]):.2f} GiB at its smallest batch of "
+                f"{same[-1].global_batch_size}, got {limit:g}; give a smaller batch size or execution.micro_batch_size"
             )
         chosen.append(fitting)
     return chosen

@@ -1,5 +1,6 @@
 """The runner: what becomes of cells that finish, fail, stop early, and of a study that is ended in the middle."""
 
+import base64
 import functools
 import json
 import os
@@ -24,7 +25,7 @@ from amclr_scale.study.folder import StudyFolder
 from amclr_scale.study.pilot import rate
 from amclr_scale.study.plan import StudyPlan, load_plan
 from amclr_scale.study.progress import Rates, duration
-from amclr_scale.study.run import Runner, command
+from amclr_scale.study.run import Runner, command, devices
 from amclr_scale.study.slurm import write_jobs
 from tests.study.fake_study import fake_command, run_fakes
 from tests.study.test_plan import PLAN
@@ -249,6 +250,17 @@ def test_command_lines_of_the_launchers(tmp_path: Path) -> None:
     for launcher, part in (("torchrun", "--nproc-per-node=2"), ("deepspeed", "deepspeed.launcher.launch")):
         plan, cells = make(tmp_path, f"execution.launcher={launcher}", "execution.ranks=2")
         assert part in command(plan, StudyFolder(plan.place), cells[0])
+
+
+def test_cells_that_run_at_once_have_gpus_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = "execution={launcher: deepspeed, ranks: 2, jobs: 2, device: cuda}"
+    plan, cells = make(tmp_path, words)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert [devices(plan.execution, slot) for slot in (0, 1)] == [["0", "1"], ["2", "3"]]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6,7")
+    assert devices(plan.execution, 1) == ["6", "7"]
+    [world] = [word for word in command(plan, StudyFolder(plan.place), cells[0], 1) if word.startswith("--world_info=")]
+    assert json.loads(base64.urlsafe_b64decode(world.partition("=")[2])) == {"localhost": ["6", "7"]}
 
 
 def test_a_job_array_gives_every_task_the_words_of_its_cell(tmp_path: Path) -> None:
