@@ -57,14 +57,15 @@ def plot(path: Path, title: str, panels: list[tuple[str, list[Any], dict[str, li
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(1, 3, figsize=(16, 5.2), width_ratios=(4, 4, 3), layout="constrained")
-    # The last three lie on one another: thinner lines on top of thicker ones keep all of them in sight.
-    styles = [("-", 2.5), ("-", 2.5), ("-", 2.5), ("-", 5.0), ("-", 3.2), ("--", 1.8), (":", 1.8)]
+    # Where lines lie on one another, thinner ones on top of thicker ones keep all of them in sight.
+    styles = [("-", 2.5), ("-", 5.0), ("-", 1.8), ("-", 6.0), ("-", 4.0), ("--", 2.2), (":", 2.2)]
     for axis, (label, xs, curves) in zip(axes[:2], panels[:2], strict=True):
         for (name, sizes), (style, width) in zip(curves.items(), styles, strict=True):
             axis.plot(xs, [size / 2**30 for size in sizes], style, linewidth=width, label=name)
         axis.set_xscale("log", base=2)
         axis.set_yscale("log", base=2)
         axis.set_xticks(xs, [f"{x:,}" for x in xs], rotation=45)
+        axis.set_yticks([4**k for k in range(7)], [f"{4**k:,}" for k in range(7)])
         axis.set_ylim(1, 2**13)
         axis.set_xlabel(label)
     label, names, curves = panels[2]
@@ -72,6 +73,7 @@ def plot(path: Path, title: str, panels: list[tuple[str, list[Any], dict[str, li
         axes[2].bar([i + 0.4 * index - 0.2 for i in range(len(names))], [s / 2**30 for s in sizes], 0.38, label=name)
     axes[2].set_xticks(range(len(names)), names)
     axes[2].set_xlabel(label)
+    axes[2].set_ylim(0, 1.25 * axes[2].get_ylim()[1])
     for axis in axes:
         low, high = axis.get_ylim()
         for card in CARDS:
