@@ -217,6 +217,8 @@ def preview(config: Config, place: Place) -> str:
     from amclr_scale.engine.assembly import open_data
 
     inputs = open_data(config, place)
+    if config.execution.auto:
+        return f"{inputs.plan}\nexecution: auto is settled at the start, from free memory; tools/fit.py predicts it"
     predicted = foresee(config, place, inputs.loader.num_samples)
     return f"{inputs.plan}\npredicted memory of a rank:\n{predicted.table()}\n{predicted.advice()}"
 
