@@ -7,6 +7,7 @@ failed, 2 a mistake in the plan, told in words, 75 asked to end: the same comman
 """
 
 import argparse
+import contextlib
 import fnmatch
 import sys
 from pathlib import Path
@@ -57,29 +58,32 @@ def study(options: argparse.Namespace) -> int:
         return report(folder.path)
     tree = base_tree(plan)
     epoch = samples_per_epoch(plan, tree)
-    if options.pilot or (plan.held_equal == "wall_clock" and not options.dry_run):
-        piloted = run_pilot(plan, tree, epoch, folder, say)
-        if options.pilot or (piloted and piloted.interrupted):
-            return piloted.exit_code if piloted else 0
-    cells = make_cells(plan, tree, epoch, rates=folder.rates)
-    chosen = [cell for cell in cells if fnmatch.fnmatchcase(cell.name, options.cells)]
-    if not chosen:
-        raise UserError(f"--cells: no cell is called {options.cells}; names are such as {cells[0].name}")
-    folder.check(plan, cells)
-    say(preview(plan, folder, cells, epoch, memory=options.dry_run))
-    if options.dry_run:
-        return 0
+    measures = options.pilot or (plan.held_equal == "wall_clock" and not options.dry_run)
+    cells = [] if measures else make_cells(plan, tree, epoch, rates=folder.rates)
+    with contextlib.nullcontext() if options.dry_run else folder.lock():
+        if measures:
+            piloted = run_pilot(plan, tree, epoch, folder, say)
+            if options.pilot or (piloted and piloted.interrupted):
+                return piloted.exit_code if piloted else 0
+            cells = make_cells(plan, tree, epoch, rates=folder.rates)
+        chosen = [cell for cell in cells if fnmatch.fnmatchcase(cell.name, options.cells)]
+        if not chosen:
+            raise UserError(f"--cells: no cell is called {options.cells}; names are such as {cells[0].name}")
+        folder.check(plan, cells)
+        say(preview(plan, folder, cells, epoch, memory=options.dry_run))
+        if options.dry_run:
+            return 0
 
-    folder.write(plan, tree, cells)
-    if options.slurm:
-        say(f"sbatch {write_jobs(plan, folder, chosen, Path(options.slurm))}")
-        return 0
-    outcome = Runner(plan, folder, chosen, say).run()
-    failed = f"; failed: {', '.join(outcome.failed)}" if outcome.failed else ""
-    say(f"{outcome.done} of {len(chosen)} cells are finished{failed}")
-    if outcome.done and not outcome.interrupted:
-        report(folder.path)
-    return outcome.exit_code
+        folder.write(plan, tree, cells)
+        if options.slurm:
+            say(f"sbatch {write_jobs(plan, folder, chosen, Path(options.slurm))}")
+            return 0
+        outcome = Runner(plan, folder, chosen, say).run()
+        failed = f"; failed: {', '.join(outcome.failed)}" if outcome.failed else ""
+        say(f"{outcome.done} of {len(chosen)} cells are finished{failed}")
+        if outcome.done and not outcome.interrupted:
+            report(folder.path)
+        return outcome.exit_code
 
 
 def report(folder: Path) -> int:

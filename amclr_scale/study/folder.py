@@ -22,6 +22,7 @@ from typing import Any
 
 import yaml
 
+from amclr_scale.checkpoint.lock import RunLock
 from amclr_scale.config.load import build, recipe
 from amclr_scale.errors import UserError
 from amclr_scale.study.cells import Planned, reference_of
@@ -38,6 +39,17 @@ class StudyFolder:
         self.path = path
         self.runs, self.logs = path / "runs", path / "logs"
         self.config, self.attempts = path / CONFIG, path / ATTEMPTS
+
+    def lock(self) -> RunLock:
+        """Keep other studies out, from before the first file is written to the report: `with folder.lock(): ...`.
+
+        Raises:
+            UserError: another study works here, or the folder cannot be written.
+        """
+        try:
+            return RunLock.take(self.path)
+        except UserError as error:
+            raise UserError(f"folder: {str(error).partition(': ')[2]}") from error
 
     def is_finished(self, cell: Planned) -> bool:
         """Whether its run is complete and of this very recipe."""

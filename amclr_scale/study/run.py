@@ -21,9 +21,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, BinaryIO
 
-from amclr_scale.checkpoint.lock import RunLock
 from amclr_scale.checkpoint.signals import EXIT_RESUMABLE
-from amclr_scale.errors import UserError
 from amclr_scale.study.cells import Planned
 from amclr_scale.study.folder import StudyFolder
 from amclr_scale.study.plan import Execution, StudyPlan
@@ -162,17 +160,11 @@ class Runner:
     def run(self) -> Outcome:
         """Run until every cell is finished or has failed for good, or a signal asks to end.
 
-        Raises:
-            UserError: another study works in the folder.
+        The folder is locked by whoever calls it.
         """
-        try:
-            lock = RunLock.take(self.folder.path)
-        except UserError as error:
-            words = str(error).partition(": ")[2]
-            raise UserError(f"folder: {words}") from error
         before = {number: signal.signal(number, self._asked) for number in (signal.SIGTERM, signal.SIGINT)}
         try:
-            with lock, self._progress:
+            with self._progress:
                 self.folder.record_killed()
                 while (self._waiting or self._running) and not self._signal:
                     while self._waiting and len(self._running) < self.plan.execution.jobs:

@@ -25,8 +25,9 @@ def run_fakes(plan: StudyPlan, cells: list[Planned], how: dict[str, str], said: 
         return fake_command(plan, folder, cell, slot, how.get(cell.name, "done"))
 
     place = StudyFolder(plan.place)
-    place.write(plan, {}, [])  # counting operations takes longer than all the cells
-    return Runner(plan, place, cells, (said if said is not None else []).append, make_command).run()
+    with place.lock():
+        place.write(plan, {}, [])  # counting operations takes longer than all the cells
+        return Runner(plan, place, cells, (said if said is not None else []).append, make_command).run()
 
 
 def main(file: str, folder: str, how: str, *words: str) -> int:
