@@ -128,6 +128,9 @@ def score_by_batch(
             for group, mean in known
         ]
     _batch_axis(axes, outcome.groups)
+    if unit.share:  # an interval may reach where no share can
+        low, high = axes.get_ylim()
+        axes.set_ylim(max(low, 0), min(high, 100))
     axes.set_ylabel(f"{outcome.metric.name}{', %' if unit.share else ''}")
     _legend(figure, axes, columns=3)
     caption = f"{outcome.metric.name} against global batch size; bars: 95 % t intervals over seeds."
@@ -150,7 +153,7 @@ def differences(
             axes.plot([unit.factor * low, unit.factor * high], [place, place], color=look["color"], linewidth=width,
                       alpha=alpha, solid_capstyle="butt")  # fmt: skip
         axes.plot(unit.factor * one.difference.seeds.value, place, marker=look["marker"], color=look["color"],
-                  markeredgecolor="white", markersize=6.5)  # fmt: skip
+                  markeredgecolor="white", markeredgewidth=0.6, markersize=6.5)  # fmt: skip
         labels.append(f"{one.group.name} ({one.decision.verdict})")
         raw.append({"arm": one.group.name, "against": one.base.name, **raw_estimate("difference", one.difference),
                     "verdict": one.decision.verdict, "margin": margin})  # fmt: skip
@@ -217,14 +220,27 @@ def score_by_cost(
         axes.plot([], [], color=look["color"], marker=look["marker"], linestyle="none", label=title)
     for batch in sizes:
         axes.plot([], [], color="0.6", marker="o", linestyle="none", markersize=large[batch], label=f"B = {batch:,}")
-    if max(costs) > 4 * min(costs):
+    if max(costs) > 20 * min(costs):
         axes.set_xscale("log")
+        axes.set_xticks(_ticks(min(costs), max(costs)))
+        axes.xaxis.set_major_formatter(_plain)
+        axes.minorticks_off()
     else:
         axes.set_xlim(0, 1.08 * max(costs))
     axes.set_xlabel(label)
     axes.set_ylabel(f"{outcome.metric.name}{', %' if unit.share else ''}")
     _legend(figure, axes)
     return finish(name, caption, figure, rows)
+
+
+def _ticks(low: float, high: float) -> list[float]:
+    """1, 2, 5, 10, ... around a range."""
+    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    return [step * 10.0**decade for decade in decades for step in (1, 2, 5) if low / 2 < step * 10.0**decade < 2 * high]
+
+
+def _plain(value: float, _: int) -> str:
+    return f"{value:,.0f}" if value >= 1000 else f"{value:g}"
 
 
 def heat_map(outcome: Outcome, unit: Unit, name: str) -> Figure | None:

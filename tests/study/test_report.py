@@ -241,6 +241,16 @@ def test_a_reference_that_has_hardly_learned_is_pointed_out(tmp_path, monkeypatc
     assert "**The reference is among them**" in text
 
 
+@pytest.mark.usefixtures("undrawn")
+def test_a_wide_range_of_costs_is_drawn_on_a_log_axis(tmp_path):
+    study = read_study(make_study(tmp_path / "s", arms=("clip",), batches=(16, 512), seeds=(0,), items=False))
+    found = Outcome(study.metrics[0], groups_of(study))
+    looks, unit = plots.Looks(["CLIP"]), unit_of(study.metrics[0], study.runs)
+    figure = plots.score_by_cost(found, unit, looks, "optimizer_steps", "optimizer steps", "by_steps", "")
+    assert [row["optimizer_steps"] for row in figure.raw] == [512, 16]
+    assert plots._ticks(16, 512) == [10, 20, 50, 100, 200, 500, 1000]
+
+
 def test_a_missing_package_names_the_extra(tmp_path, monkeypatch):
     monkeypatch.setattr("amclr_scale.study.report.NEEDED", {"no_such_module": "no-such-package"})
     with pytest.raises(UserError, match=r"no-such-package: expected .* pip install 'amclr_scale\[report\]'"):
