@@ -1,5 +1,7 @@
 """What is called the largest batch fits and the next one does not; choices fit, in order of time, and say why."""
 
+import json
+
 import pytest
 
 from amclr_scale.config.load import build, dump, load
@@ -128,3 +130,32 @@ def test_execution_auto_is_a_word_beside_which_keys_may_stand(tmp_path):
     again = tmp_path / "resolved.yaml"
     again.write_text(dump(settled))
     assert load(again) == settled
+
+
+WORDS = [
+    "data.image_size=16", "data.context_length=8", "model.embedding_width=32", "model.image.width=8",
+    "model.text.width=32", "model.text.layers=2", "train.epochs=1",
+    "deepspeed.zero_optimization.reduce_bucket_size=100000",
+]  # fmt: skip
+
+
+def test_the_command_line_answers_and_says_what_is_wrong(capsys, tmp_path):
+    from tools.fit import main
+
+    found = tmp_path / "found.json"
+    asked = ["--gpus", "2", "--device", "h100", "--memory", "250MiB", "--num-samples", "10000", "--batch", "4096"]
+    assert main([*asked, "--json", str(found), *WORDS, "execution.zero_stage=1"]) == 0
+    out = capsys.readouterr().out
+    best = json.loads(found.read_text())["choices"][0]
+    assert best["settings"]["zero_stage"] == 1
+    assert f"execution.micro_batch_size={best['settings']['micro_batch_size']}" in out
+    assert best["peak_bytes"] <= 250 * MIB
+    for wrong, key in (
+        (["--gpus", "2", "--device", "h10000"], "device: expected cpu"),
+        ([*asked, "--memory", "much"], "--memory: expected a size"),
+        ([*asked, "--utilisation", "2"], "--utilisation: expected a share"),
+        ([*asked, "--verify"], "--verify: runs the largest batch on this CPU"),
+        (["--gpus", "3"], "data.lanes: expected a multiple"),
+    ):
+        assert main([*wrong, *WORDS]) == 2
+        assert key in capsys.readouterr().err
