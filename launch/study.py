@@ -46,8 +46,8 @@ def study(options: argparse.Namespace) -> int:
     from amclr_scale.study.cells import base_tree, make_cells
     from amclr_scale.study.folder import StudyFolder
     from amclr_scale.study.lengths import samples_per_epoch
+    from amclr_scale.study.load import load_plan
     from amclr_scale.study.pilot import run_pilot
-    from amclr_scale.study.plan import load_plan
     from amclr_scale.study.preview import preview
     from amclr_scale.study.run import Runner
     from amclr_scale.study.slurm import write_jobs

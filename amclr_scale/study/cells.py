@@ -158,7 +158,8 @@ def _cell(
     if "objective.omega" in axes:
         words += [f"data.{key}={axes['objective.omega']}" for key in ("image_views", "text_views")]
     words.append(f"train.global_batch_size={batch}")
-    words += [f"optimizer.lr_rule={plan.lr.rule}", f"optimizer.lr_reference_batch={plan.lr.reference_batch}"]
+    words += [f"optimizer.lr_rule={plan.lr.rule}"] if plan.lr.rule else []
+    words += [f"optimizer.lr_reference_batch={plan.lr.reference_batch}"] if plan.lr.reference_batch else []
     if plan.lr.base is not None and "optimizer.lr" not in axes:
         words.append(f"optimizer.lr={plan.lr.base!r}")
 

@@ -26,7 +26,8 @@ from amclr_scale.checkpoint.lock import RunLock
 from amclr_scale.config.load import build, recipe
 from amclr_scale.errors import UserError
 from amclr_scale.study.cells import Planned, reference_of
-from amclr_scale.study.plan import StudyPlan, dump_plan
+from amclr_scale.study.load import dump_plan
+from amclr_scale.study.plan import StudyPlan
 
 CELLS, PLAN, CONFIG, ATTEMPTS = "cells.json", "study.yaml", "config.yaml", "attempts.jsonl"
 RUNNING, RATES = "running.json", "rates.json"

@@ -1,20 +1,14 @@
 """The plan of a study: which arms, at which batch sizes, with which seeds, and what is held equal. Imports no torch.
 
-A plan is a YAML file. It may name another plan in `base:` and then holds differences only.
+load.py reads one from a YAML file.
 """
 
-import difflib
-from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
-from pydantic import Field, ValidationError
+from pydantic import Field
 
-from amclr_scale.config.load import from_words, merge, mistakes, read_file
 from amclr_scale.config.schema import Fraction, Positive, PositiveNumber, Section
-from amclr_scale.errors import UserError
-from amclr_scale.study.controls import ABSENT, CONTROLS
 
 Axis = Annotated[list[Any], Field(min_length=1)]
 
@@ -62,10 +56,11 @@ class LearningRate(Section):
 
     base: PositiveNumber | None = None
     """At the reference batch; null: the configuration's optimizer.lr."""
-    rule: Literal["none", "sqrt", "linear"] = "none"
-    """How it grows with the global batch size: not at all, by sqrt(B / reference), or by B / reference."""
-    reference_batch: Positive = 256
-    """The batch size that `base` is meant for."""
+    rule: Literal["none", "sqrt", "linear"] | None = None
+    """How it grows with the global batch size: not at all, by sqrt(B / reference), or by B / reference; null: the
+    configuration's optimizer.lr_rule."""
+    reference_batch: Positive | None = None
+    """The batch size that `base` is meant for; null: the configuration's optimizer.lr_reference_batch."""
 
 
 class Metric(Section):
@@ -188,92 +183,3 @@ class StudyPlan(Section):
     def place(self) -> Path:
         """The study's folder."""
         return Path(self.folder or f"studies/{self.name}")
-
-
-def load_plan(path: Path, words: Sequence[str] = ()) -> StudyPlan:
-    """Read a plan, put `key=value` words over it, check what can be checked without the configuration.
-
-    Raises:
-        UserError: one line per mistake, all of them, the key first.
-    """
-    tree = merge(read_file(path, argument="PLAN"), from_words(words))
-    tree.setdefault("name", path.stem)
-    if isinstance(tree.get("arms"), list):
-        tree["arms"] = [{"name": arm} if isinstance(arm, str) else arm for arm in tree["arms"]]
-    if isinstance(tree.get("config"), str):
-        tree["config"] = str((path.parent / tree["config"]).resolve())
-    try:
-        plan = StudyPlan.model_validate(tree)
-    except ValidationError as error:
-        raise UserError("\n".join(mistakes(error, root=StudyPlan))) from error
-    lines = list(_check(plan))
-    if lines:
-        raise UserError("\n".join(lines))
-    return plan
-
-
-_BUDGET = {
-    "samples": ("samples", "epochs"),
-    "steps": ("steps",),
-    "compute": ("flops", "samples", "epochs"),
-    "wall_clock": ("hours",),
-    "memory": ("samples", "epochs"),
-    "grid": ("samples", "epochs"),
-}
-
-
-def _check(plan: StudyPlan) -> Iterator[str]:
-    """Mistakes that no single key shows."""
-    yield from _check_arms(plan)
-    yield from _check_budget(plan)
-    if plan.expected and (plan.expected.device is None) == (plan.expected.samples_per_second is None):
-        yield "expected: needs exactly one of expected.device and expected.samples_per_second"
-    for key, values in (("batch_sizes", plan.batch_sizes), ("seeds", plan.seeds)):
-        if len(set(values)) < len(values):
-            yield f"{key}: expected different values, got {values}"
-    if plan.warmup_samples is not None and plan.warmup_share is not None:
-        yield "warmup_share: give this or warmup_samples, not both"
-    if plan.execution.launcher == "python" and plan.execution.ranks > 1:
-        yield f"execution.launcher: python starts one rank, got execution.ranks {plan.execution.ranks}; choose torchrun"
-
-
-def _check_arms(plan: StudyPlan) -> Iterator[str]:
-    names = [arm.name for arm in plan.arms]
-    for name in sorted({name for name in names if names.count(name) > 1}):
-        yield f"arms: {name} is there {names.count(name)} times; give one of them another name, and like: {name}"
-    for arm in plan.arms:
-        known = arm.like or arm.name
-        if known in CONTROLS:
-            continue
-        if known in ABSENT:
-            yield f"arms: {known}: {ABSENT[known]} yet; the arms there are: {', '.join(CONTROLS)}"
-        else:
-            near = difflib.get_close_matches(known, CONTROLS, n=1, cutoff=0.6)
-            hint = f"did you mean '{near[0]}'?" if near else "an arm of your own needs like: and words:"
-            yield f"arms: no such arm '{known}'; {hint} The arms there are: {', '.join(CONTROLS)}"
-    if plan.reference.arm not in names:
-        yield f"reference.arm: expected one of the arms ({', '.join(names)}), got {plan.reference.arm}"
-
-
-def _check_budget(plan: StudyPlan) -> Iterator[str]:
-    wanted = _BUDGET[plan.held_equal]
-    given = [key for key in Budget.model_fields if key != "pilot_steps" and getattr(plan.budget, key) is not None]
-    length = [key for key in given if key in wanted]
-    allowed = (*wanted, "gib") if plan.held_equal == "memory" else wanted
-    if len(length) != 1:
-        choice = " or ".join(f"budget.{key}" for key in wanted)
-        yield f"budget: held_equal {plan.held_equal} needs exactly one of {choice}, got {', '.join(given) or 'none'}"
-    for key in given:
-        if key not in allowed:
-            yield f"budget.{key}: has no meaning when held_equal is {plan.held_equal}; remove it"
-    if plan.held_equal == "grid" and not plan.group_sizes:
-        yield "group_sizes: held_equal grid needs them: how many pairs share negatives, such as [128, 512]"
-    if plan.held_equal != "grid" and plan.group_sizes:
-        yield f"group_sizes: has no meaning when held_equal is {plan.held_equal}; use held_equal: grid"
-    if plan.held_equal == "memory" and plan.budget.gib is None:
-        yield "budget.gib: held_equal memory needs the peak GiB per rank, got none"
-
-
-def dump_plan(plan: StudyPlan) -> str:
-    """The plan with all defaults written out."""
-    return yaml.safe_dump(plan.model_dump(mode="json"), sort_keys=False, width=110, allow_unicode=True)

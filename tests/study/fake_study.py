@@ -8,7 +8,8 @@ from pathlib import Path
 
 from amclr_scale.study.cells import Planned, base_tree, make_cells
 from amclr_scale.study.folder import StudyFolder
-from amclr_scale.study.plan import StudyPlan, load_plan
+from amclr_scale.study.load import load_plan
+from amclr_scale.study.plan import StudyPlan
 from amclr_scale.study.run import Outcome, Runner
 
 FAKE = str(Path(__file__).with_name("fake_training.py"))

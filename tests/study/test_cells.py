@@ -11,7 +11,7 @@ from amclr_scale.study import cells as cells_module
 from amclr_scale.study.cells import Planned, base_tree, make_cells, reference_of
 from amclr_scale.study.controls import CONTROLS
 from amclr_scale.study.cost import encoder_flops, pairwise_flops
-from amclr_scale.study.plan import load_plan
+from amclr_scale.study.load import load_plan
 from amclr_scale.study.warnings import warnings
 from tests.study.test_plan import PLAN
 

@@ -8,7 +8,8 @@ from amclr_scale.errors import UserError
 from amclr_scale.study.cells import Planned, base_tree, make_cells
 from amclr_scale.study.folder import StudyFolder
 from amclr_scale.study.lengths import samples_per_epoch
-from amclr_scale.study.plan import StudyPlan, dump_plan, load_plan
+from amclr_scale.study.load import dump_plan, load_plan
+from amclr_scale.study.plan import StudyPlan
 from amclr_scale.study.preview import expectation, preview
 
 PLANS = Path(__file__).parents[2] / "configs" / "studies"
@@ -94,6 +95,10 @@ def test_what_decides_the_answer_has_no_default(plan_file: Path, key: str, tmp_p
             "metrics: emoji/val_style/R@7: expected a number such as",
         ),
         (["expected={count: 8}"], "expected: needs exactly one of expected.device and expected.samples_per_second"),
+        (["words=[seed=3]"], "words: seed follows from seeds of the plan; set that instead"),
+        (["axes={train.epochs: [1, 2]}"], "axes: train.epochs follows from budget of the plan; set that instead"),
+        (["arms=[{name: clip, words: [optimizer.lr_rule=sqrt]}]"], "arms.clip: optimizer.lr_rule follows from lr.rule"),
+        (["execution.words=[optimizer.lr=1]"], "execution.words: optimizer.lr is no matter of execution"),
         (["words=[train.global_batchsize=3]"], "train.global_batchsize: no such key"),
         (["axes={objective.omicron: [1]}"], "axes.objective.omicron: no arm's objective has this option"),
         (["axes={optimizer.lr: [0.0010000001, 0.0010000002]}"], "axes: two cells are called"),

@@ -22,8 +22,9 @@ from amclr_scale.study import pilot
 from amclr_scale.study import run as run_module
 from amclr_scale.study.cells import Planned, base_tree, make_cells
 from amclr_scale.study.folder import StudyFolder
+from amclr_scale.study.load import load_plan
 from amclr_scale.study.pilot import rate
-from amclr_scale.study.plan import StudyPlan, load_plan
+from amclr_scale.study.plan import StudyPlan
 from amclr_scale.study.progress import Rates, duration
 from amclr_scale.study.run import Runner, command, devices
 from amclr_scale.study.slurm import write_jobs
