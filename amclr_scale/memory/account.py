@@ -155,6 +155,7 @@ def account(config: Config, *, world_size: int, num_samples: int, device: str | 
             kind,
             activations={p: m.activations for p, m in passes.peaks.items()},
             gradients_in_pass_2=passes.peaks["pass_2"].gradients,
+            released=passes.peaks["pass_2"].released,
         ),
         *passes.components(),
         *_objective_components(config, plan, num_samples, kind, passes),

@@ -43,7 +43,7 @@ def momentum_peaks(tower: Tower, m: int, *, parameter_bytes: int, output_bytes: 
         output_bytes: of the micro-batch's features, which stay until the loss.
     """
     student, teacher = tower.with_graph, tower.without_graph.forward_peak(m)
-    forward, kept, backward = student.forward_peak(m), student.kept(m), sum(student.backward_peak(m, first=True))
+    forward, kept, backward = student.forward_peak(m), student.kept(m), sum(student.backward_peak(m, first=True)[:2])
     both = 2 * parameter_bytes
     return MomentumPeaks(
         none=parameter_bytes + max(forward, backward),

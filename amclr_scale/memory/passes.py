@@ -12,7 +12,7 @@ is done, in the report of this one.
 """
 
 from collections.abc import Generator, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from amclr_scale.config.schema import Config
@@ -32,6 +32,7 @@ class Moment:
     text: int = 0
     features: int = 0
     gradients: int = 0
+    released: int = 0  # of gathered parameters, which count elsewhere
 
     @property
     def activations(self) -> int:
@@ -39,17 +40,19 @@ class Moment:
 
     @property
     def total(self) -> int:
-        return self.activations + self.features + self.gradients
+        return self.activations + self.features + self.gradients - self.released
 
     def and_also(
-        self, modality: Modality | None = None, size: int = 0, *, features: int = 0, gradients: int = 0
-    ) -> "Moment":
+        self, modality: Modality | None = None, size: int = 0, *, features: int = 0, gradients: int = 0,
+        released: int = 0,
+    ) -> "Moment":  # fmt: skip
         """This moment with more alive."""
         return Moment(
             self.image + (size if modality == "image" else 0),
             self.text + (size if modality == "text" else 0),
             self.features + features,
             self.gradients + gradients,
+            self.released + released,
         )
 
 
@@ -66,6 +69,7 @@ class Passes:
 
     def __init__(self, config: Config, plan: Plan, device: str, *, copies: int = 0):
         self.plan, self.copies = plan, copies
+        self.releases = config.execution.zero_stage == 3 and plan.world_size > 1
         self.towers: dict[Modality, Tower] = {modality: trace(config, modality, device) for modality in MODALITIES}
         views = {"image": 1 + config.data.image_views, "text": 1 + config.data.text_views}
         self._row = {m: 4 * config.model.embedding_width * views[m] for m in MODALITIES}  # bytes of a sample's outputs
@@ -157,12 +161,12 @@ class Passes:
         for modality, m in reversed(call):
             timeline = self.towers[modality].with_graph
             moment = moment.and_also(modality, -timeline.kept(m))
-            alive, gradients = timeline.backward_peak(m, first=modality not in done)
-            yield moment.and_also(modality, alive, gradients=gradients)
-            if modality not in done:
-                moment = moment.and_also(gradients=int(timeline.gradients[-1]))
+            alive, gradients, released = timeline.backward_peak(m, first=modality not in done, releases=self.releases)
+            yield moment.and_also(modality, alive, gradients=gradients, released=released)
+            whole = int(timeline.gradients[-1])
+            moment = moment.and_also(gradients=0 if modality in done else whole, released=whole if self.releases else 0)
             done.add(modality)
-        return moment
+        return replace(moment, released=0)  # the next call gathers them again
 
     def _outputs(self, runs: Iterable[Run]) -> int:
         return sum(count * self._row[modality] * m for call, count in runs for modality, m in call)

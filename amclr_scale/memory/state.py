@@ -59,7 +59,7 @@ class Sizes:
 
 def state_components(
     config: Config, groups: Groups, buffers: int, world_size: int, device: str, *,
-    activations: Mapping[Phase, int], gradients_in_pass_2: int,
+    activations: Mapping[Phase, int], gradients_in_pass_2: int, released: int,
 ) -> list[Component]:  # fmt: skip
     """Parameters, what the optimizer keeps, and gradients.
 
@@ -67,6 +67,7 @@ def state_components(
         groups: elements of each trained parameter, in the optimizer's groups.
         buffers: bytes of the model's buffers.
         activations: bytes of them at the peak of each phase.
+        released: bytes of gathered parameters that are given up again at that moment (stage 3).
         gradients_in_pass_2: bytes of gradients at the worst moment of that phase.
         device: cpu or cuda.
     """
@@ -108,7 +109,10 @@ def state_components(
         whole: dict[Phase, int] = {}
         if world_size > 1:
             whole = dict.fromkeys(("data", "objective", "reduce"), item * small)
-            whole |= {"pass_1": item * live + max(0, arriving - activations["pass_1"]), "pass_2": item * live}
+            whole |= {
+                "pass_1": item * live + max(0, arriving - activations["pass_1"]),
+                "pass_2": max(0, item * live - released),
+            }
             if activations["objective"]:  # parameters stay for the backward of a kept graph
                 whole["objective"] = item * live
         found += [

@@ -65,17 +65,21 @@ class Timeline:
         return int(self._alive(m)[: self.forward_end].max())
 
     @lru_cache(maxsize=4096)  # noqa: B019
-    def backward_peak(self, m: int, *, first: bool) -> tuple[int, int]:
-        """Most bytes during the backward: activations, with gradients on their way, and those in place by then.
+    def backward_peak(self, m: int, *, first: bool, releases: bool = False) -> tuple[int, int, int]:
+        """The worst moment of the backward: activations, with gradients on their way; those in place by then, where
+        they begin to exist now; and bytes of parameters that are no longer needed.
 
         Args:
             first: gradients of parameters begin to exist now; otherwise they are there already and not counted.
+            releases: parameters are given up once their gradient is made, as at ZeRO's stage 3.
         """
         begin = self.forward_end - 1
         moving = (self._alive(m) + self.arriving)[begin:]
-        settled = (self.gradients - self.arriving)[begin:] if first else torch.zeros_like(moving)
-        moment = int((moving + settled).argmax())
-        return int(moving[moment]), int(settled[moment])
+        done = (self.gradients - self.arriving)[begin:]
+        none = torch.zeros_like(done)
+        settled, released = done if first else none, done if releases else none
+        moment = int((moving + settled - released).argmax())
+        return int(moving[moment]), int(settled[moment]), int(released[moment])
 
     def _alive(self, m: int) -> Tensor:
         return self.slope * m + self.constant

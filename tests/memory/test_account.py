@@ -213,7 +213,7 @@ def test_ten_billion_parameters_in_seconds(tmp_path):
 
 
 def test_the_order_of_a_momentum_encoder():
-    words = ("model.image.name=timm/vit_tiny_patch16_224", "data.image_size=64")
+    words = ("model.image.name=timm/vit_base_patch16_224", "data.image_size=224")
     plain, recomputed = (config(*words, f"execution.recompute_image={r}") for r in ("none", "full"))
     size = 4 * sum(p.numel() for p in skeleton(plain).image_tower.parameters())
     m = 64
@@ -221,8 +221,8 @@ def test_the_order_of_a_momentum_encoder():
         momentum_peaks(trace(c, "image"), m, parameter_bytes=size, output_bytes=m * 128 * 4)
         for c in (plain, recomputed)
     )
-    working_set = 2 * m * 17 * 4 * 192 * 4  # two tensors of a block's widest layer: (m, T, 4 d) in float32
-    assert first.saving == pytest.approx(working_set, rel=0.5)
+    working_set = 2 * m * 197 * 4 * 768 * 4  # two tensors of a block's widest layer: (m, T, 4 d) in float32
+    assert working_set < first.saving < 1.3 * working_set
     assert again.saving == 0  # the peak is in the backward
     assert first.before - first.none == pytest.approx(size, rel=0.01)  # only the copy is left
     assert first.forgotten > first.after + trace(plain, "image").with_graph.kept(m) / 2
@@ -241,7 +241,9 @@ def test_a_trace_holds_for_every_micro_batch(modality, recomputation):
         kept, forward, backward = _measured(model, modality, m)
         assert timeline.kept(m) == pytest.approx(kept, rel=0.01)
         assert timeline.forward_peak(m) == pytest.approx(forward, rel=0.01)
-        assert sum(timeline.backward_peak(m, first=True)) == pytest.approx(backward, rel=0.02)
+        assert sum(timeline.backward_peak(m, first=True)[:2]) == pytest.approx(
+            backward, rel=0.05
+        )  # real ones copy a few into place
 
 
 def _real(wanted: Config, modality: str, recomputation: str) -> nn.Module:
