@@ -45,13 +45,12 @@ def test_the_largest_number_that_fits_is_found_by_bisection():
 
 
 def test_the_largest_batch_fits_and_the_next_one_does_not():
-    for world_size, execution in ((2, {}), (1, {"precision": "bf16", "zero_stage": 1})):
-        fit = fit_of(200 * MIB, world_size, **execution)
-        largest, lanes = fit.largest(), fit.config.data.lanes
-        assert largest % lanes == 0
-        assert fit.fastest(largest)
-        with pytest.raises(UserError, match="memory: a global batch of"):
-            fit.fastest(largest + lanes)
+    fit = fit_of(200 * MIB)
+    largest, lanes = fit.largest(), fit.config.data.lanes
+    assert largest % lanes == 0
+    assert fit.fastest(largest)
+    with pytest.raises(UserError, match="memory: a global batch of"):
+        fit.fastest(largest + lanes)
 
 
 def test_more_memory_or_more_ranks_hold_more():
