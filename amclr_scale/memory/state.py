@@ -111,7 +111,7 @@ def state_components(
             whole = dict.fromkeys(("data", "objective", "reduce"), item * small)
             whole |= {
                 "pass_1": item * live + max(0, arriving - activations["pass_1"]),
-                "pass_2": max(0, item * live - released),
+                "pass_2": item * live + max(-released, arriving - activations["pass_2"]),
             }
             if activations["objective"]:  # parameters stay for the backward of a kept graph
                 whole["objective"] = item * live
