@@ -8,7 +8,8 @@ gradients are the same to the last bit.
 """
 
 import contextlib
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
 import torch
@@ -31,7 +32,26 @@ class _Recomputed:
 
     def _contexts(self) -> tuple[contextlib.AbstractContextManager[None], contextlib.AbstractContextManager[None]]:
         assert isinstance(self, nn.Module)
-        return contextlib.nullcontext(), keep_statistics(self)
+        return contextlib.nullcontext(), _second_run(self)
+
+
+@contextlib.contextmanager
+def _second_run(block: nn.Module) -> Iterator[None]:
+    """Leave nothing behind that the first run has left already.
+
+    torch ends the second run by an exception as soon as it has what it needs, so hooks after the modules on the way are
+    skipped. ZeRO's stage 3 keeps the modules it is inside of on a stack and would never leave these: the next step's
+    parameters would be taken for theirs. (Running to the end instead would give up parameters that backward is about
+    to use.)
+    """
+    zero = sys.modules.get("deepspeed.runtime.zero.parameter_offload")
+    inside: list[nn.Module] = getattr(zero, "FWD_MODULE_STACK", [])
+    depth = len(inside)
+    try:
+        with keep_statistics(block):
+            yield
+    finally:
+        del inside[depth:]
 
 
 def blocks(tower: nn.Module) -> list[nn.Module]:

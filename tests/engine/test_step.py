@@ -179,7 +179,7 @@ def starved_run(where: str) -> str:
     raise AssertionError("the step went through")
 
 
-def recomputed_run(stage: int, recomputation: str | int, dropout: float, compiled: bool = False) -> list[Tensor]:
+def recomputed_run(stage: int, recomputation: str | int, dropout: float, micro: int = 3) -> list[Tensor]:
     # SGD: a key's bias has no gradient but rounding, which Adam would blow up to whole steps.
     settings = config(SIZE, execution__zero_stage=stage, optimizer__name="sgd")
     torch.manual_seed(0)
@@ -193,7 +193,7 @@ def recomputed_run(stage: int, recomputation: str | int, dropout: float, compile
     no_decay = model.no_weight_decay()
     engine, _ = build_engine(settings, model, no_decay=no_decay, device=CPU, world_size=world_size())
     step = TrainStep(
-        engine, objectives.create("clip"), micro_batch_sizes=(3, 3), device=CPU, phases=Phases(CPU), kept=1
+        engine, objectives.create("clip"), micro_batch_sizes=(micro, micro), device=CPU, phases=Phases(CPU), kept=1
     )
     torch.manual_seed(rank())
     for n in range(3):
@@ -212,6 +212,15 @@ def test_recomputation_under_the_cache_changes_nothing(ranks, stage):
         for x, y, z in zip(want, a, b, strict=True):
             assert torch.equal(x, y)
             assert torch.equal(x, z)
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+@pytest.mark.parametrize("recomputation", ["full", 2])
+def test_recomputation_of_a_whole_share_at_once(ranks, stage, recomputation):
+    """Without the cache nothing but backward runs a block again; stage 3 follows the order of modules over steps."""
+    plain, again = (ranks(2, recomputed_run, stage, choice, 0.2, 8) for choice in ("none", recomputation))
+    for want, got in zip(plain, again, strict=True):
+        assert all(torch.equal(x, y) for x, y in zip(want, got, strict=True))
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
