@@ -44,6 +44,11 @@ CASES = [
     (2, ["execution.micro_batch_size=8", "execution.zero_stage=2", "execution.precision=bf16"]),
     (2, ["objective.name=sogclr", "execution.micro_batch_size=8", "execution.kept_micro_batches=0"]),
     (2, ["execution.zero_stage=3", "execution.micro_batch_size=8", "optimizer.name=lion"]),
+    pytest.param(
+        2,
+        ["execution.zero_stage=3", "execution.recompute_image=full", "optimizer.name=lion"],
+        marks=pytest.mark.xfail(strict=True, reason="the account is 12 % below the peak where blocks gather again"),
+    ),
 ]
 
 
