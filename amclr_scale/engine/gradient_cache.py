@@ -73,7 +73,7 @@ def split(batch: Batch, image_size: int, text_size: int) -> list[MicroBatch]:
     return images + [MicroBatch(r, (), cut(batch.texts, r)) for r in rows(text_size)]
 
 
-def _on_device(micro_batches: Sequence[MicroBatch], device: torch.device) -> Iterator[MicroBatch]:
+def on_device(micro_batches: Sequence[MicroBatch], device: torch.device) -> Iterator[MicroBatch]:
     """Each micro-batch on the device, the next one already on its way."""
     if not micro_batches:
         return
@@ -83,7 +83,7 @@ def _on_device(micro_batches: Sequence[MicroBatch], device: torch.device) -> Ite
         yield current
 
 
-def _flat(outputs: Outputs) -> dict[str, Tensor]:
+def flat_outputs(outputs: Outputs) -> dict[str, Tensor]:
     """`image_views: (a, b)` becomes `image_views.0: a, image_views.1: b`."""
     flat: dict[str, Tensor] = {}
     for name, value in outputs.items():
@@ -94,7 +94,7 @@ def _flat(outputs: Outputs) -> dict[str, Tensor]:
     return flat
 
 
-def _embeddings(leaves: Mapping[str, Tensor], ids: Tensor, text_ids: Tensor | None) -> Embeddings:
+def as_embeddings(leaves: Mapping[str, Tensor], ids: Tensor, text_ids: Tensor | None) -> Embeddings:
     def views(name: str) -> Views:
         return tuple(leaf for key, leaf in leaves.items() if key.startswith(f"{name}."))
 
@@ -139,10 +139,10 @@ def cached_backward(
 
     parts: dict[str, list[Tensor]] = {}
     with phases("pass_1"):
-        for index, micro_batch in enumerate(_on_device(micro_batches, device)):
+        for index, micro_batch in enumerate(on_device(micro_batches, device)):
             states.append(RandomState(device))
             with nullcontext() if index >= first_kept else torch.no_grad():
-                outputs = _flat(encode(micro_batch.images, micro_batch.texts))
+                outputs = flat_outputs(encode(micro_batch.images, micro_batch.texts))
             if index >= first_kept:
                 graphs.append(outputs)
             for name, output in outputs.items():
@@ -155,16 +155,16 @@ def cached_backward(
         }
         ids = batch.ids.to(device, non_blocking=True)
         text_ids = None if batch.text_ids is None else batch.text_ids.to(device, non_blocking=True)
-        embeddings = _embeddings(leaves, ids, text_ids)
+        embeddings = as_embeddings(leaves, ids, text_ids)
         loss = objective(embeddings)
         loss.value.backward()
 
     with ExitStack() as reduction:
         reduction.enter_context(one_reduction or nullcontext())
         with phases("pass_2"):
-            for index, micro_batch in enumerate(_on_device(micro_batches[:first_kept], device)):
+            for index, micro_batch in enumerate(on_device(micro_batches[:first_kept], device)):
                 with states[index], again():
-                    outputs = _flat(encode(micro_batch.images, micro_batch.texts))
+                    outputs = flat_outputs(encode(micro_batch.images, micro_batch.texts))
                 backward(
                     _surrogate(outputs, leaves, micro_batch.rows, len(micro_batches)), index == len(micro_batches) - 1
                 )
