@@ -1,8 +1,8 @@
 """One optimizer step: gradients by the cache, checked, clipped, applied; the learned scale kept in its bounds."""
 
 import math
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from amclr_scale.encoders.dual_encoder import LOG_SCALE_BOUNDS
 from amclr_scale.encoders.norms import keep_statistics
+from amclr_scale.engine.accumulation import GradientSums
 from amclr_scale.engine.gradient_cache import CachedStep, cached_backward
 from amclr_scale.engine.optimizers import set_learning_rate
 from amclr_scale.engine.weights import clamp_
@@ -65,6 +66,7 @@ class TrainStep:
         self.engine, self.objective, self.device, self.phases = engine, objective, device, phases
         self.micro_batch_sizes, self.kept = micro_batch_sizes, kept
         self.stage = int(engine.zero_optimization_stage())
+        self.sums = GradientSums(engine.module.parameters())
         self.steps = 0
 
     def _encode(self, images: tuple[Tensor, ...], texts: tuple[Tensor, ...]) -> dict[str, Any]:
@@ -76,8 +78,13 @@ class TrainStep:
             self.engine.set_gradient_accumulation_boundary(last)
         self.engine.backward(surrogate, scale_wrt_gas=False)
 
-    def _one_reduction(self) -> AbstractContextManager[None] | None:
-        return self.engine.coalesce_grad_reduction() if self.stage > 0 else None
+    @contextmanager
+    def _one_reduction(self, local_batch: int) -> Iterator[None]:
+        """Around all backward passes of a step: what they leave is summed, and at the end exchanged once."""
+        several = min(self.micro_batch_sizes) < local_batch
+        exchange = self.engine.coalesce_grad_reduction() if self.stage > 0 else nullcontext()
+        with exchange, self.sums if several else nullcontext():
+            yield
 
     def __call__(self, batch: Batch, lr: float) -> StepReport:
         """Train on one batch.
@@ -103,7 +110,7 @@ class TrainStep:
             device=self.device,
             kept=self.kept,
             backward=self._backward,
-            one_reduction=self._one_reduction(),
+            one_reduction=self._one_reduction(len(batch)),
             again=lambda: keep_statistics(self.engine.module),
             phases=self.phases,
         )
