@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from amclr_scale.study import curves, plots, tables
+from amclr_scale.study import curves, plots, tables, whole_set
 from amclr_scale.study.analysis import Analysed, slug_of
 from amclr_scale.study.claims import SCORES, Speaker, claims_table, numbers_table, scale_of, scales_list, sources_list
 from amclr_scale.study.comparability import differences, surroundings, uneven_rate
@@ -153,6 +153,27 @@ def training(report: Document, first: Analysed, groups: Sequence[Group], looks: 
             report.say("The metric was measured at the end only; what follows is the training objective.")
         for figure in (curve, objective, *logged):
             report.figure(figure)
+
+
+def against_whole_set(report: Document, groups: Sequence[Group], looks: Looks) -> None:
+    probed = whole_set.probed(groups)
+    if not probed:
+        return
+    sizes = " or ".join(f"{size:,}" for size in whole_set.probe_sizes(probed)) or "K"
+    report.say(
+        "## Batches against the whole set",
+        f"A fixed random set of K = {sizes} training samples, the same for all runs of a seed, is encoded now and then "
+        "during training. *Averages*: how far the stored average u of a sample is from g, the mean over the set's "
+        "negatives that it stands for; 0 is exact. *Gradients*, with respect to the embeddings: those of batches of B "
+        "with the present averages, against that of all K as one batch with u = g. K / B batches hold every sample "
+        "once and make one estimate; *expected* is the mean over all ways to draw the batches, so what is left is what "
+        "every batch gets wrong. A cosine of 1 and a norm ratio of 1 are the whole set's gradient. A method without "
+        "averages is measured against its own objective on all K: what a batch of K would do.",
+    )
+    report.figure(whole_set.by_batch(probed, looks))
+    report.table(whole_set.last_table(probed))
+    for quantity in (whole_set.ERROR, whole_set.LOG_RATIO, whole_set.COSINE, whole_set.NORM):
+        report.figure(whole_set.curve(probed, looks, quantity))
 
 
 def checks(report: Document, study: Study, first: Analysed) -> None:

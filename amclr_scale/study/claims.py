@@ -16,6 +16,7 @@ from amclr_scale.study.document import Table
 from amclr_scale.study.results import Metric, Study
 from amclr_scale.study.tables import DASH, mean_of
 from amclr_scale.study.units import Unit
+from amclr_scale.study.whole_set import QUANTITIES, last, words_of
 
 NOT_MEASURED = "not measured here"
 SCORES = {
@@ -52,9 +53,6 @@ class Speaker:
 
     def says(self, claim: Mapping[str, Any]) -> str:
         """One line per thing measured; empty where the study is silent."""
-        measure = claim.get("measure") or {}
-        if measure.get("held_equal", self.study.held_equal) != self.study.held_equal:
-            return ""
         kinds: dict[str, Callable[[Mapping[str, Any]], list[str]]] = {
             "difference": self._differences,
             "reference": self._reference,
@@ -62,8 +60,13 @@ class Speaker:
             "cost": self._cost,
             "speed": self._speed,
             "weights": self._weights,
+            "probe": self._probe,
         }
-        return "\n".join(kinds[measure["kind"]](measure)) if measure else ""
+        lines: list[str] = []
+        for measure in measures_of(claim):
+            if measure.get("held_equal", self.study.held_equal) == self.study.held_equal:
+                lines += kinds[measure["kind"]](measure)
+        return "\n".join(lines)
 
     def _pairs(self, measure: Mapping[str, Any]) -> list[tuple[Group, Group]]:
         """Groups of two arms at the same batch size, with the same optimizer and the same value of every axis."""
@@ -133,9 +136,26 @@ class Speaker:
                 lines.append(f"{group.name}: {first / second:.2f} times the samples/s of {base.title}")
         return lines
 
+    def _probe(self, measure: Mapping[str, Any]) -> list[str]:
+        [quantity] = [one for one in QUANTITIES if one.key == measure["quantity"]]
+        asked = [group for arm in measure["arms"] for group in called(self.outcome.groups, arm)]
+        known = [(group, one) for group in asked if (one := last(group, quantity))]
+        if len({group.title for group, _ in known}) < 2:
+            return []
+        lines: dict[str, list[str]] = {}
+        for group, one in known:
+            lines.setdefault(group.title, []).append(f"{words_of(one)} at {group.global_batch_size:,}")
+        return [f"{quantity.words}, {title}: " + "; ".join(words) for title, words in lines.items()]
+
     def _weights(self, _: Mapping[str, Any]) -> list[str]:
         found = {describe_towers(run.config)[1] for run in self.study.runs}
         return [f"towers here: {', '.join(sorted(found))}"] if found else []
+
+
+def measures_of(claim: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """What a study must hold to speak to a claim: nothing, one thing, or any of several."""
+    measure = claim.get("measure") or []
+    return list(measure) if isinstance(measure, list) else [measure]
 
 
 def sources_list() -> str:

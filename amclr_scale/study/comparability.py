@@ -10,10 +10,11 @@ from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from amclr_scale.config.load import NEUTRAL
+from amclr_scale.config.load import RECIPE as SECTIONS
 from amclr_scale.study.results import Run
 
-RECIPE = ("seed", "data.", "model.", "objective.", "optimizer.", "train.", "evaluation.")
-IGNORED = ("data.cache", "data.cache_gib", "train.max_hours", "evaluation.batch_size")  # do not change results
+RECIPE = tuple(name if name == "seed" else f"{name}." for name in SECTIONS)
 # What no arm may change without a reader being told: what is learned from, what learns, and what is measured.
 EXPECTED_EQUAL = (
     "data.train", "data.weights", "data.caption", "data.tokenizer", "data.context_length", "data.image_size",
@@ -42,7 +43,7 @@ class Difference:
 def differences(runs: Sequence[Run]) -> list[Difference]:
     """All keys of the recipe with more than one value, explained."""
     configs = [_folded(run.config, _optional(runs)) for run in runs]
-    keys = dict.fromkeys(key for config in configs for key in config if key.startswith(RECIPE) and key not in IGNORED)
+    keys = dict.fromkeys(key for config in configs for key in config if key.startswith(RECIPE) and key not in NEUTRAL)
     found = []
     for key in keys:
         values = [_text(config.get(key, ABSENT)) for config in configs]

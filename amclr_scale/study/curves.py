@@ -13,6 +13,7 @@ from amclr_scale.study.units import Unit
 
 MOST_DIAGNOSTICS = 6
 BINS = 40
+FEW_POINTS = 30  # up to which a curve's points are marked
 MEANS = "mean over seeds and over fortieths of the run"
 
 
@@ -37,7 +38,7 @@ def score_by_samples(outcome: Outcome, unit: Unit, looks: Looks, name: str) -> F
     label = f"{metric.name}{', %' if unit.share else ''}"
     caption = f"{metric.name} during training, mean over seeds, against samples seen."
     scaled = [{**row, "y": unit.factor * row["score"]} for row in rows]
-    return _panels(name, caption, scaled, rows, panel="global_batch_size", line="title", label=label, looks=looks)
+    return panels(name, caption, scaled, rows, panel="global_batch_size", line="title", label=label, looks=looks)
 
 
 def objective_by_samples(groups: Sequence[Group], looks: Looks, name: str) -> Figure | None:
@@ -45,7 +46,7 @@ def objective_by_samples(groups: Sequence[Group], looks: Looks, name: str) -> Fi
     rows = _logged(groups, "objective/objective") or _logged(groups, "loss")
     caption = f"Training objective against samples seen, {MEANS}. Values of different methods do not compare."
     scaled = [{**row, "y": row["value"]} for row in rows]
-    return _panels(name, caption, scaled, rows, panel="title", line="global_batch_size", label="objective", looks=looks)
+    return panels(name, caption, scaled, rows, panel="title", line="global_batch_size", label="objective", looks=looks)
 
 
 def diagnostics(groups: Sequence[Group], looks: Looks) -> list[Figure]:
@@ -58,7 +59,7 @@ def diagnostics(groups: Sequence[Group], looks: Looks) -> list[Figure]:
     for key in keys[:MOST_DIAGNOSTICS]:
         rows = _logged(groups, key)
         words = key.partition("/")[2].replace("_", " ")
-        figure = _panels(
+        figure = panels(
             f"diagnostics_{key.partition('/')[2]}", f"{words} against samples seen, {MEANS}.",
             [{**row, "y": row["value"]} for row in rows], rows,
             panel="global_batch_size", line="title", label=words, looks=looks,
@@ -88,42 +89,56 @@ def _logged(groups: Sequence[Group], key: str) -> list[dict[str, Any]]:
     return rows
 
 
-def _panels(
+def panels(
     name: str, caption: str, rows: Sequence[dict[str, Any]], raw: Sequence[dict[str, Any]], *,
-    panel: str, line: str, label: str, looks: Looks,
+    panel: str, line: str, label: str, looks: Looks, by: str = "samples", log: bool = False,
 ) -> Figure | None:  # fmt: skip
-    """Curves against samples in small panels, up to three in a row."""
+    """Curves in small panels, up to three in a row; None without rows.
+
+    Args:
+        rows: what is drawn: `y`, and the columns that the arguments below name.
+        raw: the records of the CSV.
+        panel: the column that has a panel per value.
+        line: the column that has a line per value, `title` or `global_batch_size`.
+        label: of the y axis.
+        by: the column on the x axis, `samples` or `epochs`.
+        log: whether the y axis is logarithmic.
+    """
     if not rows:
         return None
     plt = pyplot()
-    panels = list(dict.fromkeys(row[panel] for row in rows))
-    panels = sorted(panels) if panel == "global_batch_size" else panels
+    places = list(dict.fromkeys(row[panel] for row in rows))
+    places = sorted(places) if panel == "global_batch_size" else places
     lines = list(dict.fromkeys(row[line] for row in rows))
-    across = min(3, len(panels))
-    down = -(-len(panels) // across)
+    across = min(3, len(places))
+    down = -(-len(places) // across)
     shared = panel == "global_batch_size"
     figure, grid = plt.subplots(
         down, across, figsize=(WIDTH, 0.5 + 2.3 * down), squeeze=False, sharex=True, sharey=shared, layout="constrained"
     )
+    few = len({row[by] for row in rows}) <= FEW_POINTS
     shades = plt.get_cmap("viridis")(np.linspace(0.85, 0.1, len(lines)))
-    for place, value in enumerate(panels):
+    for place, value in enumerate(places):
         axes = grid[place // across][place % across]
         for at, which in enumerate(sorted(lines) if line == "global_batch_size" else lines):
             mine = [row for row in rows if row[panel] == value and row[line] == which]
             look = (
-                {**looks(which), "marker": None}
+                {**looks(which), "marker": looks(which)["marker"] if few else None}
                 if line == "title"
                 else {"color": shades[at], "label": f"B = {which:,}"}
             )
             if mine:
-                axes.plot([row["samples"] for row in mine], [row["y"] for row in mine], **look)
+                axes.plot([row[by] for row in mine], [row["y"] for row in mine], **look)
+        if log:
+            axes.set_yscale("log")
         axes.set_title(f"B = {value:,}" if panel == "global_batch_size" else value)
         axes.xaxis.set_major_locator(plt.MaxNLocator(4))
-        axes.xaxis.set_major_formatter(_thousands)
-    for place in range(len(panels), down * across):
+        if by == "samples":
+            axes.xaxis.set_major_formatter(_thousands)
+    for place in range(len(places), down * across):
         grid[place // across][place % across].set_visible(False)
         grid[place // across - 1][place % across].tick_params(labelbottom=True)
-    figure.supxlabel("samples seen, thousands", fontsize=9)
+    figure.supxlabel("samples seen, thousands" if by == "samples" else by, fontsize=9)
     figure.supylabel(label, fontsize=9)
     handles: dict[str, Any] = {}
     for axes in grid.flat:

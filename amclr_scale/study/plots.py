@@ -75,7 +75,8 @@ def _methods(groups: Iterable[Group]) -> dict[str, list[Group]]:
     return {title: sorted(members, key=lambda g: g.global_batch_size) for title, members in found.items()}
 
 
-def _batch_axis(axes: Any, groups: Sequence[Group]) -> None:
+def batch_axis(axes: Any, groups: Sequence[Group]) -> None:
+    """Batch sizes on a logarithmic x axis, each with its tick."""
     batches = sorted({group.global_batch_size for group in groups})
     axes.set_xscale("log", base=2)
     axes.set_xticks(batches, [f"{batch:,}" for batch in batches])
@@ -84,7 +85,7 @@ def _batch_axis(axes: Any, groups: Sequence[Group]) -> None:
     axes.set_xlabel("global batch size B")
 
 
-def _legend(figure: Any, axes: Any, *, columns: int = 5) -> None:
+def legend(figure: Any, axes: Any, *, columns: int = 5) -> None:
     """Below the figure, each method once."""
     handles, labels = axes.get_legend_handles_labels()
     columns = -(-len(labels) // -(-len(labels) // columns))  # rows of about equal length
@@ -127,12 +128,12 @@ def score_by_batch(
             {"title": title, "global_batch_size": group.global_batch_size, **raw_estimate("score", mean)}
             for group, mean in known
         ]
-    _batch_axis(axes, outcome.groups)
+    batch_axis(axes, outcome.groups)
     if unit.share:  # an interval may reach where no share can
         low, high = axes.get_ylim()
         axes.set_ylim(max(low, 0), min(high, 100))
     axes.set_ylabel(f"{outcome.metric.name}{', %' if unit.share else ''}")
-    _legend(figure, axes, columns=3)
+    legend(figure, axes, columns=3)
     caption = f"{outcome.metric.name} against global batch size; bars: 95 % t intervals over seeds."
     return finish(name, caption, figure, raw)
 
@@ -180,10 +181,10 @@ def by_batch(
     for title in dict.fromkeys(row["title"] for row in rows):
         mine = sorted((row for row in rows if row["title"] == title), key=lambda row: row["global_batch_size"])
         axes.plot([row["global_batch_size"] for row in mine], [row[quantity] for row in mine], **looks(str(title)))
-    _batch_axis(axes, groups)
+    batch_axis(axes, groups)
     axes.set_ylim(bottom=0)
     axes.set_ylabel(label)
-    _legend(figure, axes)
+    legend(figure, axes)
     return finish(name, caption, figure, rows)
 
 
@@ -229,7 +230,7 @@ def score_by_cost(
         axes.set_xlim(0, 1.08 * max(costs))
     axes.set_xlabel(label)
     axes.set_ylabel(f"{outcome.metric.name}{', %' if unit.share else ''}")
-    _legend(figure, axes)
+    legend(figure, axes)
     return finish(name, caption, figure, rows)
 
 

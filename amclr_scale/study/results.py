@@ -82,7 +82,7 @@ class Cell:
     @property
     def title(self) -> str:
         """The arm's label, with its axes."""
-        details = ", ".join(f"{key.rpartition('.')[2].replace('_', ' ')} {value}" for key, value in self.variant)
+        details = ", ".join(f"{key.rpartition('.')[2]} {value}".replace("_", " ") for key, value in self.variant)
         return f"{self.label}, {details}" if details else self.label
 
 
@@ -110,6 +110,11 @@ class Run:
     def steps(self) -> list[Mapping[str, Any]]:
         """The training records."""
         return [record for record in self.records if "samples_per_second" in record]
+
+    @property
+    def probes(self) -> list[Mapping[str, Any]]:
+        """The records of `run.probe`; none where it was off."""
+        return [record for record in self.records if any(key.startswith("probe/") for key in record)]
 
     @property
     def training_seconds(self) -> float | None:

@@ -53,6 +53,7 @@ def compose(study: Study, discussion: str | None = None) -> Document:
         chapters.equivalent(report, first, groups)
         chapters.costs(report, first, groups, looks)
         chapters.training(report, first, groups, looks)
+        chapters.against_whole_set(report, groups, looks)
         chapters.checks(report, study, first)
         chapters.claims(report, study, first, groups)
     elif discussion:

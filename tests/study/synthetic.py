@@ -52,6 +52,7 @@ def make_study(
     margin: float = 0.02,
     words: Mapping[str, Sequence[str]] | None = None,
     like: Mapping[str, str] | None = None,
+    probe: bool = False,
 ) -> Path:
     """Write one.
 
@@ -64,6 +65,7 @@ def make_study(
         noise: standard deviation of a run's score.
         words: further overrides of an arm's configuration.
         like: the known arms that arms began as.
+        probe: whether the runs logged the probe (`run.probe`); `probed` says what.
     """
     folder.mkdir(parents=True)
     values = [{}] if not axes else [{key: value} for key, listed in axes.items() for value in listed]
@@ -104,11 +106,18 @@ def make_study(
                     score += sum((shift or {}).get((key, value), 0.0) for key, value in axis.items())
                     run = folder / "runs" / name
                     run.mkdir(parents=True)
-                    (run / "config.yaml").write_text(f"# recipe {recipe_hash(config)}\n{dump(config)}")
+                    resolved = dump(config)
+                    if probe:
+                        tree = yaml.safe_load(resolved)
+                        tree["run"]["probe"] = {"samples": 2048, "every_samples": None}
+                        resolved = yaml.safe_dump(tree, sort_keys=False)
+                    (run / "config.yaml").write_text(f"# recipe {recipe_hash(config)}\n{resolved}")
                     surroundings = {"device": "cpu", "host": "here", "ranks": 1, "commit": "abc", "packages": {}}
                     (run / "environment.json").write_text(json.dumps(surroundings))
                     _write_results(run, score, rng, items)
                     _write_records(run, batch, score, cost, curves)
+                    if probe:
+                        _write_probe(run, arm, batch, seed)
     named = [{"name": arm, "like": (like or {}).get(arm)} for arm in arms]
     plan = {"name": "synthetic", "question": "Does it add up?", "margin": margin, "arms": named}
     (folder / "study.yaml").write_text(yaml.safe_dump(plan))
@@ -150,3 +159,25 @@ def _write_records(run: Path, batch: int, score: float, cost: float, curves: boo
             if curves:
                 evaluated = {f"eval/{key}": score * seen / SAMPLES for key in KEYS}
                 file.write(json.dumps({"step": step, "samples": seen, **evaluated}) + "\n")
+
+
+def probed(arm: str, batch: int, seed: int, samples: int) -> dict[str, float | None]:
+    """What a run logs of the probe: averages that come nearer, gradients that are nearer at larger batches."""
+    share = samples / SAMPLES
+    gradient: dict[str, float | None] = {
+        "probe/gradient_cosine": 1 - (1 + seed / 10) / batch, "probe/gradient_norm_ratio": 1 + 10 / batch,
+        "probe/expected_gradient_cosine": 1 - 0.5 / batch,
+        "probe/expected_gradient_norm_ratio": None if batch == 128 else 1.0,  # left out where estimates contradict
+    }  # fmt: skip
+    if arm not in ("sogclr", "amclr"):
+        return gradient
+    error = 64 / batch * 0.01**share * (1 + seed / 10)
+    return {"probe/estimator_error": error, "probe/estimator_log_ratio": -error / 2,
+            "probe/estimator_visited": share, **gradient}  # fmt: skip
+
+
+def _write_probe(run: Path, arm: str, batch: int, seed: int) -> None:
+    with (run / "metrics.jsonl").open("a") as file:
+        for samples in range(2048, SAMPLES + 1, 2048):
+            record = {"step": samples // batch, "samples": samples, **probed(arm, batch, seed, samples)}
+            file.write(json.dumps(record) + "\n")

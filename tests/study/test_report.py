@@ -3,18 +3,20 @@
 import csv
 import json
 import re
+import statistics
 from html.parser import HTMLParser
 
 import pytest
 
 from amclr_scale.errors import UserError
-from amclr_scale.study import curves, plots
-from amclr_scale.study.claims import NOT_MEASURED, load_claims
+from amclr_scale.study import curves, plots, whole_set
+from amclr_scale.study.claims import NOT_MEASURED, load_claims, measures_of
 from amclr_scale.study.comparison import Outcome, groups_of
 from amclr_scale.study.document import Figure, csv_text, escape, page
 from amclr_scale.study.report import write_report
 from amclr_scale.study.results import read_study
 from amclr_scale.study.sections import compose
+from amclr_scale.study.statistics import estimate
 from amclr_scale.study.units import unit_of
 from tests.study import synthetic
 from tests.study.synthetic import KEYS, make_study
@@ -48,7 +50,7 @@ class Links(HTMLParser):
 def folder(tmp_path_factory):
     folder = make_study(
         tmp_path_factory.mktemp("studies") / "one", arms=("clip", "dcl", "sogclr_gamma1", "amclr"), batches=(128, 256),
-        failed=["dcl-B128-s0"], curves=True,
+        failed=["dcl-B128-s0"], curves=True, probe=True,
     )  # fmt: skip
     (folder / "report").mkdir()
     (folder / "report" / "discussion.md").write_text("# What I think\n\nIt is *small*.\n\n```\n# not a heading\n```\n")
@@ -71,6 +73,7 @@ def undrawn(monkeypatch):
 
     monkeypatch.setattr(plots, "finish", finish)
     monkeypatch.setattr(curves, "finish", finish)
+    monkeypatch.setattr(whole_set, "finish", finish)
 
 
 def test_the_page_is_self_contained_and_well_formed(folder):
@@ -105,7 +108,8 @@ def test_chapters(markdown):
     found = re.findall(r"^## (.*)$", markdown, re.MULTILINE)
     assert found == [
         "Question and design", "What was found", "Discussion", "Runs", "Scores by method and batch size", "Verdicts",
-        "Equivalent batch size", "Costs", "During training", "Checks", "Claims", "Cells without a result", "Limits",
+        "Equivalent batch size", "Costs", "During training", "Batches against the whole set", "Checks", "Claims",
+        "Cells without a result", "Limits",
     ]  # fmt: skip
     assert "Does it add up?" in markdown
     assert "### What I think" in markdown  # below the report's own headings
@@ -138,6 +142,33 @@ def test_failures_and_checks_are_shown(markdown):
     assert "`objective.temperature`" in markdown  # CLIP learns it, AmCLR's default is another
 
 
+def test_the_probe_is_drawn_over_epochs_and_batch_sizes(folder, markdown):
+    def read(name):
+        return list(csv.DictReader((folder / "report" / f"{name}.csv").open()))
+
+    curve = [row for row in read("probe_estimator_error") if row["global_batch_size"] == "256"]
+    assert {row["title"] for row in curve} == {"AmCLR"}  # the others have no average that was measured
+    truth = [
+        statistics.mean(synthetic.probed("amclr", 256, seed, samples)["probe/estimator_error"] for seed in (0, 1, 2))
+        for samples in (2048, 4096, 6144, 8192)
+    ]
+    assert [float(row["estimator_error"]) for row in curve] == pytest.approx(truth)
+    assert [float(row["epochs"]) for row in curve] == pytest.approx([0.415, 0.83, 1.245, 1.66])
+    interval = estimate([synthetic.probed("amclr", 256, seed, 8192)["probe/gradient_cosine"] for seed in (0, 1, 2)])
+    last = {(row["title"], row["global_batch_size"]): row for row in read("probe_last")}
+    by_batch = {(row["title"], row["global_batch_size"]): row for row in read("probe_gradient_by_batch")}
+    for rows in (last, by_batch):
+        row = rows["AmCLR", "256"]
+        assert float(row["gradient_cosine"]) == pytest.approx(interval.value)
+        assert [float(row[f"gradient_cosine_{end}"]) for end in ("low", "high")] == pytest.approx(interval.interval())
+        assert rows["CLIP", "128"]["expected_gradient_norm_ratio"] == ""  # nobody could say
+        assert rows["CLIP", "256"]["expected_gradient_norm_ratio"] == "1.0"
+    assert last["CLIP", "256"]["estimator_error"] == ""
+    assert last["DCL", "128"]["seeds"] == "2"
+    assert "K = 2,048 training samples" in markdown
+    assert "| AmCLR | 128 | 3 | 1.66 | 0.0055 " in markdown
+
+
 def test_published_numbers_stand_beside_the_nearest_batch_size(folder):
     rows = {row["published"]: row for row in csv.DictReader((folder / "report" / "published_numbers.csv").open())}
     assert len(rows) == 12
@@ -154,6 +185,7 @@ def test_claims_that_nothing_was_measured_for_are_listed_as_such(folder, markdow
     assert spoken == {"C1", "C3", "C5", "C6"}  # C2 needs SogCLR or CLIP with views
     assert "AmCLR" in rows["C1"]["measured_here"]
     assert "SogCLR - DCL" not in rows["C6"]["measured_here"]  # no such arm in this study
+    assert "cosine with the whole set's gradient, DCL: 0.991 [" in rows["C6"]["measured_here"]
     assert markdown.count(NOT_MEASURED) >= 14
 
 
@@ -180,12 +212,12 @@ def test_arms_are_known_by_what_they_began_as(tmp_path, monkeypatch):
 
 def test_claims_file_is_complete():
     found = load_claims()
-    kinds = {"difference", "reference", "axis", "cost", "speed", "weights"}
+    kinds = {"difference", "reference", "axis", "cost", "speed", "weights", "probe"}
     for claim in found["claims"]:
         assert {"id", "claim", "source", "scale", "doubt"} <= set(claim), claim["id"]
         assert claim["source"] in found["sources"]
-        assert claim.get("measure") or claim.get("elsewhere"), claim["id"]
-        assert not claim.get("measure") or claim["measure"]["kind"] in kinds
+        assert measures_of(claim) or claim.get("elsewhere"), claim["id"]
+        assert {measure["kind"] for measure in measures_of(claim)} <= kinds
     assert {number["source"] for number in found["numbers"]} <= set(found["sources"])
     assert {number["batch"] for number in found["numbers"]} == {128, 256, 512}
 
