@@ -55,6 +55,7 @@ def run(config: Config, source: str | None, place: Place, stopwatch: Stopwatch, 
     from amclr_scale.engine.distributed import seed_everything, start, stop
     from amclr_scale.engine.loop import train
     from amclr_scale.engine.plan import make_plan
+    from amclr_scale.engine.probe import Probe, read_probe
     from amclr_scale.engine.profiling import StepProfiler
     from amclr_scale.engine.setup import throughput
     from amclr_scale.engine.step import TrainStep
@@ -70,6 +71,7 @@ def run(config: Config, source: str | None, place: Place, stopwatch: Stopwatch, 
 
     # Data first: mistakes in it are found before any process waits for another.
     inputs = open_data(config, place)
+    probed = read_probe(config, place)
     loader, tokenizer = inputs.loader, inputs.tokenizer
     measured = config.evaluation.splits or config.evaluation.probes
     evaluator = Evaluator(config, rank=place.rank, world_size=place.world_size) if measured else None
@@ -114,6 +116,9 @@ def run(config: Config, source: str | None, place: Place, stopwatch: Stopwatch, 
         kept=plan.kept, device=device, phases=phases,
     )  # fmt: skip
     step.steps = begin
+    probe = None
+    if probed is not None:
+        probe = Probe(config, probed, micro_batch_sizes=plan.micro_batch_sizes, device=device)
 
     with (
         lock,
@@ -147,6 +152,7 @@ def run(config: Config, source: str | None, place: Place, stopwatch: Stopwatch, 
                 config, plan, step=step, objective=objective, batches=iter(loader), log=log, phases=phases,
                 device=device, throughput=throughput(config, plan, trainer.model, trainer.flops, device),
                 profiler=profiler, evaluate=(lambda: evaluator(engine)) if evaluator else None,
+                probe=(lambda: probe(engine, objective)) if probe else None,
                 on_first_step=first_step_done, after_step=step_done, begin=begin, bad_samples=loader.counts.total,
             )  # fmt: skip
         except StoppedError:

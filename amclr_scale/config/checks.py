@@ -12,6 +12,7 @@ def check(config: Config, world_size: int) -> list[str]:
         *_shares(config, world_size),
         *_views(config),
         *_groups(config, world_size),
+        *_probe(config),
         *_execution(config, world_size),
         *_deepspeed(config),
     ]
@@ -65,6 +66,17 @@ def _groups(config: Config, world_size: int) -> list[str]:
     return [
         f"objective.group_size: expected a divisor of train.global_batch_size = {batch} that divides a rank's share of "
         f"{local} or is a multiple of it, got {size}"
+    ]
+
+
+def _probe(config: Config) -> list[str]:
+    samples, batch = config.run.probe.samples, config.train.global_batch_size
+    if samples % batch == 0:
+        return []
+    near = max(batch, round(samples / batch) * batch)
+    return [
+        f"run.probe.samples: expected a multiple of train.global_batch_size = {batch}, or 0, got {samples}; "
+        f"the nearest is {near}"
     ]
 
 

@@ -382,6 +382,15 @@ class Checkpoint(Section):
     """When one cannot be written (a full disk): say so and train on, or end the run. Earlier ones stay in any case."""
 
 
+class BatchProbe(Section):
+    """Measure on a fixed set of training samples what batches get wrong (docs/objectives.md)."""
+
+    samples: Annotated[int, Field(ge=0)] = 0
+    """Samples in the set, a multiple of train.global_batch_size; 0: no probe. Each measurement encodes them all."""
+    every_samples: Positive | None = None
+    """Training samples between two measurements; null: one pass over the data. The end of a run is measured too."""
+
+
 class Run(Section):
     """Where results go, and what is said meanwhile."""
 
@@ -394,6 +403,7 @@ class Run(Section):
     diagnostics: bool = False
     """Also log, at each logged step, alignment, uniformity, modality gap, gradient norm per modality, the spread of
     per-sample temperatures, and what the batch size does to a pair's gradient (docs/objectives.md)."""
+    probe: BatchProbe = BatchProbe()
     wandb: Literal["off", "offline", "online"] = "off"
     """Also log to Weights & Biases; offline writes files to sync later."""
     wandb_project: str = "amclr_scale"

@@ -37,6 +37,7 @@ def train(
     objective: Objective,
     batches: Iterator[Batch],
     evaluate: Callable[[], dict[str, float]] | None,
+    probe: Callable[[], dict[str, float]] | None = None,
     log: RunLog,
     phases: Phases,
     throughput: Throughput,
@@ -51,6 +52,7 @@ def train(
 
     Args:
         on_first_step: called once, after the first step that is run here.
+        probe: what `run.probe` measures, or None.
         after_step: called after every step and its evaluation, with the number of steps done; may raise to end the run.
         begin: steps that are done already; `batches` begin with the next one.
         bad_samples: unusable samples that this rank has met so far.
@@ -87,10 +89,15 @@ def train(
                 log.say(f"data: {share} of the time went into waiting for data; raise execution.workers")
             logged_at, logged_time = samples, time.perf_counter()
 
+        last = done == plan.total_steps
+        probed = probe is not None and (last or _crosses(samples, plan, config.run.probe.every_samples))
         every = config.evaluation.every_samples
-        crossed = every is not None and samples // every > (samples - plan.global_batch_size) // every
-        if evaluate is not None and (crossed or done == plan.total_steps):
-            results = _evaluate(evaluate, log, done, samples)
+        evaluated = evaluate is not None and (last or (every is not None and _crosses(samples, plan, every)))
+        if probe is not None and probed:
+            _measure("probe", probe, log, done, samples)
+        if evaluate is not None and evaluated:
+            results = _measure("eval", evaluate, log, done, samples)
+        if probed or evaluated:  # the time that it took is not training's
             phases.seconds()
             logged_at, logged_time = samples, time.perf_counter()
         after_step(done)
@@ -99,11 +106,19 @@ def train(
     return results
 
 
-def _evaluate(evaluate: Callable[[], dict[str, float]], log: RunLog, done: int, samples: int) -> dict[str, float]:
+def _crosses(samples: int, plan: Plan, every: int | None) -> bool:
+    """Whether the last step has reached a multiple of `every` samples; None: of a pass over the data."""
+    unit = every or plan.samples_per_epoch
+    return samples // unit > (samples - plan.global_batch_size) // unit
+
+
+def _measure(
+    name: str, measure: Callable[[], dict[str, float]], log: RunLog, done: int, samples: int
+) -> dict[str, float]:
     began = time.perf_counter()
-    results = evaluate()
-    scores = {f"eval/{key}": value for key, value in results.items()}
-    log.write({"step": done, "samples": samples, **scores, "eval_seconds": time.perf_counter() - began})
+    results = measure()
+    found = {f"{name}/{key}": value for key, value in results.items()}
+    log.write({"step": done, "samples": samples, **found, f"{name}_seconds": time.perf_counter() - began})
     return results
 
 

@@ -20,8 +20,9 @@ AmCLR at omega = 1 is four times SogCLR.
 Numerics: as in SogCLR; the published running maximum, which is never updated, has no counterpart here.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -38,6 +39,7 @@ class PairedSogCLR(Objective):
     """What AmCLR and xAmCLR share: the value, and the state."""
 
     needs_ids = True
+    whole_set_options: ClassVar[Mapping[str, Any]] = {"state": "per_pair"}
 
     def __init__(self, config: "AmCLR.Config | XAmCLR.Config", pairings: Pairings, layout: Layout) -> None:
         super().__init__()

@@ -12,8 +12,9 @@ per modality, whose gradient is the weighted mean over entries of r_ik.
 Numerics: as in iSogCLR; everything exponential is kept as a logarithm.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 
@@ -29,6 +30,7 @@ class PairedISogCLR(Objective):
     """What AmCLR-DRO and xAmCLR-DRO share: the value, and the state."""
 
     needs_ids = True
+    whole_set_options: ClassVar[Mapping[str, Any]] = {"state": "per_pair"}
 
     def __init__(self, config: "AmCLRDRO.Config | XAmCLRDRO.Config", pairings: Pairings, layout: Layout) -> None:
         super().__init__()

@@ -7,7 +7,7 @@ An objective returns this rank's mean over its own rows and never asks how many 
 import dataclasses
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from difflib import get_close_matches
 from typing import Any, ClassVar, Literal
 
@@ -34,6 +34,8 @@ class Objective(nn.Module):
         needs_views: how many further image views and text views it reads.
         needs_unit_rows: embeddings must have unit length; False for VICReg, which needs them as they are.
         needs_temperatures: reads `Embeddings.image_temperature` and `text_temperature`, which the model generates.
+        whole_set_options: options that differ where one batch is the whole data set, for they only make up for its
+            not being that (whole_set.py compares the two).
         epoch: samples seen / samples in the data set, as of the last `set_epoch`.
     """
 
@@ -45,6 +47,7 @@ class Objective(nn.Module):
     needs_views: int = 0
     needs_unit_rows: bool = True
     needs_temperatures: bool = False
+    whole_set_options: ClassVar[Mapping[str, Any]] = {}
     epoch: float = 0.0
 
     def __init_subclass__(cls, *, name: str | None = None, **kwargs: Any) -> None:

@@ -20,8 +20,10 @@ Two controls of the batch-size study are the same loss over other sets:
 Numerics: log-sum-exp in float32 over blocks of similarities; mean_j l_ij needs only the mean key.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import product
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -40,6 +42,8 @@ from amclr_scale.types import Embeddings, Loss
 
 class CLIP(Objective, name="clip"):
     """Two-way softmax cross-entropy over the batch (InfoNCE, ITC): the large-batch reference."""
+
+    whole_set_options: ClassVar[Mapping[str, Any]] = {"group_size": None}
 
     @dataclass(frozen=True, kw_only=True)
     class Config:

@@ -16,7 +16,9 @@ Numerics: u_n and u_p are kept as float64 logarithms, so e^(1/t) is never formed
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -29,6 +31,7 @@ from amclr_scale.types import Embeddings, Loss
 class OnlineCLR(FullPrecision, Objective, name="onlineclr"):
     """Global contrastive loss with a single moving average for negatives and one for positives."""
 
+    whole_set_options: ClassVar[Mapping[str, Any]] = {"gamma": 1.0}
     log_u_negative: Tensor
     log_u_positive: Tensor
 

@@ -1,0 +1,183 @@
+"""How far an objective that is fed with batches is from the same objective fed with the whole data set at once.
+
+A moving average per sample promises that batches of B stand in for the data set. On K samples, present embeddings:
+
+    estimator     stored u_i against g_i, the mean over the K samples' negatives: what u_i is an estimate of
+    gradient      with respect to the embeddings: g, of batches of B with the present state, against G, of all K at once
+                  with u_i = g_i. K / B batches, together every sample once, make one estimate of G; several random
+                  partitions into batches make several
+    bias, noise   two estimates g, g' share what all batches get wrong but not the luck of the draw, so for independent
+                  partitions mean(g . g') is |E g|^2, without noise, and mean(g . G) is E g . G
+
+`cosine` is that of one estimate with G, noise and all; `expected_cosine` is that of E g, what a step size that goes to
+zero follows. Both are 1 where B = K, for any objective, once its state has been visited or where it has none.
+
+Numerics: products of gradients are summed in float64.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from amclr_scale.objectives.base import Objective, numbers
+from amclr_scale.objectives.sample_state import SampleState
+from amclr_scale.similarity import all_gather, all_sum, rank, world_size
+from amclr_scale.types import Embeddings
+
+SIDES = ("image", "text")
+ESTIMATE = "log_u"  # the column that a batch estimates; others (temperatures) are what they are
+
+
+def compare_with_whole_set(
+    objective: Objective,
+    whole: Objective,
+    embeddings: Embeddings,
+    *,
+    global_batch_size: int,
+    partitions: int = 2,
+    seed: int = 0,
+) -> dict[str, float]:
+    """Compare stored averages and gradients of batches with those of all K samples as one batch.
+
+    The objective's state is read, never changed. All ranks call it, each with all K rows.
+
+    Args:
+        objective: the one in training, with its state.
+        whole: a new one with the same options and num_samples = K; `whole_set_options` names options that differ.
+        embeddings: (K, D) per field, the same on every rank, with ids.
+        global_batch_size: B; divides K, and is a multiple of the number of ranks.
+        partitions: random ones, at least 2.
+        seed: of the partitions.
+
+    Returns:
+        For an objective with averages per sample `estimator_error`, the median of |u - g| / g, `estimator_error_p90`,
+        its 90th percentile (the mean says little: g may be tiny), `estimator_log_ratio`, the mean of log(u / g), all
+        over entries that were visited, and `estimator_visited`, their share. For every objective `gradient_cosine`,
+        `gradient_norm_ratio` |g| / |G|; `expected_gradient_cosine`, `expected_gradient_norm_ratio` of E g, left out
+        where the estimates of E g contradict one another.
+    """
+    ids, text_ids = embeddings.ids, embeddings.text_ids
+    assert ids is not None, "the probe gives every sample its id"
+    K = len(ids)
+    numbered = {"image": ids, "text": ids if text_ids is None else text_ids}
+    rows = {side: of.unique(return_inverse=True)[1] for side, of in numbered.items()}  # (K,) below K
+    stored = {side: _carry_over(objective, whole, side, numbered[side], rows[side]) for side in SIDES}
+
+    whole.train()
+    whole.set_epoch(objective.epoch)
+    everything = torch.arange(K, device=ids.device)
+    G = _gradient(whole, embeddings, [everything], rows)
+    found = _estimator_error([(stored[side], _column(whole, side, rows[side])) for side in SIDES])
+
+    generator = torch.Generator().manual_seed(seed)
+    was_training = objective.training
+    objective.eval()  # reads its state and leaves it as it is
+    try:
+        gs = [
+            _gradient(objective, embeddings, list(order.to(ids.device).split(global_batch_size)), numbered)
+            for order in (torch.randperm(K, generator=generator) for _ in range(partitions))
+        ]
+    finally:
+        objective.train(was_training)
+    return found | _likeness(G, gs)
+
+
+def _carry_over(objective: Objective, whole: Objective, side: str, ids: Tensor, rows: Tensor) -> Tensor | None:
+    """Give `whole` the present temperatures of its samples; returns the stored estimates, (K,) or (K, width)."""
+    state, new = getattr(objective, f"{side}_state", None), getattr(whole, f"{side}_state", None)
+    if not isinstance(state, SampleState):
+        return None
+    assert isinstance(new, SampleState)
+    share = len(ids) // world_size()
+    mine = state.visit(ids[rank() * share : (rank() + 1) * share]).read()
+    columns = {name: all_gather(column) for name, column in mine.items()}
+    for name in set(columns) - {ESTIMATE}:
+        table: Tensor = getattr(new, name)
+        table[rows.to(table.device)] = columns[name].to(table).expand(-1, *table.shape[1:])
+    return columns[ESTIMATE]
+
+
+def _column(objective: Objective, side: str, rows: Tensor) -> Tensor | None:
+    state = getattr(objective, f"{side}_state", None)
+    return state.column(ESTIMATE)[rows.cpu()].to(rows.device) if isinstance(state, SampleState) else None
+
+
+def _estimator_error(sides: list[tuple[Tensor | None, Tensor | None]]) -> dict[str, float]:
+    log_ratios: list[Tensor] = []  # log(u / g), of every sample and entry; -inf where never visited
+    for log_u, log_g in sides:
+        if log_u is not None and log_g is not None:
+            log_ratios.append((log_u.reshape(len(log_u), -1) - log_g.reshape(len(log_g), -1)).flatten())
+    if not log_ratios:
+        return {}
+    log_ratio = torch.cat(log_ratios).double()
+    visited = log_ratio.isfinite()
+    share = {"estimator_visited": visited.double().mean()}
+    if not visited.any():
+        return numbers(**share)
+    log_ratio = log_ratio[visited]
+    error = log_ratio.expm1().abs()
+    return numbers(
+        estimator_error=_percentile(error, 50), estimator_error_p90=_percentile(error, 90),
+        estimator_log_ratio=log_ratio.mean(), **share,
+    )  # fmt: skip
+
+
+def _percentile(x: Tensor, percent: float) -> Tensor:
+    """torch.quantile takes 16 million numbers at most; the probe may be larger."""
+    return x.kthvalue(max(1, math.ceil(percent / 100 * len(x)))).values
+
+
+def _gradient(
+    objective: Objective, embeddings: Embeddings, batches: list[Tensor], ids: dict[str, Tensor]
+) -> dict[str, Tensor]:
+    """Gradient of the mean over these batches with respect to all K rows of every view, the same on every rank.
+
+    Args:
+        batches: (B,) each, the rows of one global batch, of which this rank takes its share.
+        ids: by modality, (K,), as this objective's state counts them.
+    """
+    views = {
+        "image": (embeddings.image, *embeddings.image_views),
+        "text": (embeddings.text, *embeddings.text_views),
+    }
+    total = {name: [torch.zeros_like(x) for x in xs] for name, xs in views.items()}
+    shared = {"logit_scale": embeddings.logit_scale, "logit_bias": embeddings.logit_bias}
+    for batch in batches:
+        b = len(batch) // world_size()
+        mine = batch[rank() * b : (rank() + 1) * b]
+        leaves = {name: [x[mine].requires_grad_() for x in xs] for name, xs in views.items()}
+        of_rows = {
+            name: None if (t := getattr(embeddings, name)) is None else t[mine]
+            for name in ("image_temperature", "text_temperature")
+        }
+        with torch.enable_grad():
+            seen = Embeddings(
+                leaves["image"][0], leaves["text"][0], ids["image"][mine], ids["text"][mine],
+                image_views=tuple(leaves["image"][1:]), text_views=tuple(leaves["text"][1:]), **of_rows, **shared,
+            )  # fmt: skip
+            value = objective(seen).value
+            value.backward()
+        for name, xs in leaves.items():
+            for x, into in zip(xs, total[name], strict=True):
+                if x.grad is not None:  # of the sum over ranks of their means: W times that of the global mean
+                    into[mine] += x.grad / (world_size() * len(batches))
+    return {f"{name}.{k}": all_sum(x) for name, xs in total.items() for k, x in enumerate(xs)}
+
+
+def _dot(a: dict[str, Tensor], b: dict[str, Tensor]) -> Tensor:
+    return torch.stack([(a[name].double() * b[name].double()).sum() for name in a]).sum()
+
+
+def _likeness(G: dict[str, Tensor], gs: list[dict[str, Tensor]]) -> dict[str, float]:
+    norm = _dot(G, G).sqrt()
+    norms = torch.stack([_dot(g, g).sqrt() for g in gs])
+    along = torch.stack([_dot(g, G) for g in gs]) / norm  # component of each estimate in the direction of G
+    found = numbers(gradient_cosine=(along / norms).mean(), gradient_norm_ratio=norms.mean() / norm)
+    pairs = [(i, j) for i in range(len(gs)) for j in range(i)]
+    squared = float(torch.stack([_dot(gs[i], gs[j]) for i, j in pairs]).mean())  # of E g
+    if squared > 0:
+        expected = math.sqrt(squared)
+        found["expected_gradient_cosine"] = float(along.mean()) / expected
+        found["expected_gradient_norm_ratio"] = expected / float(norm)
+    return found
