@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from amclr_scale.engine.accumulation import held_gradient
 from amclr_scale.memory.tracker import Tracker
 from amclr_scale.metrics.phases import Phases
 
@@ -126,8 +127,9 @@ class MemoryReport:
 
     def _hook(self, parameter: nn.Parameter) -> Any:
         def relabel(p: Tensor) -> None:
-            if p.grad is not None and self.tracker is not None:
-                self.tracker.add([p.grad], GRADIENTS)
+            held = held_gradient(p)
+            if held is not None and self.tracker is not None:
+                self.tracker.add([held], GRADIENTS)
 
         return parameter.register_post_accumulate_grad_hook(relabel)
 

@@ -7,8 +7,8 @@ n  micro-batches    k  of them whose graphs are kept, the last ones    b  local 
     pass_2      n - k forwards and backwards one after another, beside the k kept graphs; then backwards of those
 
 Within one call the image tower goes first, and backward the text tower does. Gradients of parameters begin to exist in
-a tower's first backward; later ones are added to them one by one. Leaves and their gradients live until the next step
-is done, in the report of this one.
+a tower's first backward; later ones are added to them one by one, in half precision to fp32 sums. Leaves and their
+gradients live until the next step is done, in the report of this one.
 """
 
 from collections.abc import Generator, Iterable, Iterator
@@ -18,7 +18,7 @@ from functools import cached_property
 from amclr_scale.config.schema import Config
 from amclr_scale.engine.plan import Plan
 from amclr_scale.memory.components import Component, Phase
-from amclr_scale.memory.towers import MODALITIES, Modality, Tower, trace
+from amclr_scale.memory.towers import MODALITIES, PRECISIONS, Modality, Tower, trace
 
 Rows = tuple[tuple[Modality, int], ...]  # what one call of the model encodes, in its order
 Run = tuple[Rows, int]  # a call, and how often in a row
@@ -37,6 +37,10 @@ class Moment:
     @property
     def activations(self) -> int:
         return self.image + self.text
+
+    @property
+    def held_by_backward(self) -> int:
+        return self.activations + self.gradients
 
     @property
     def total(self) -> int:
@@ -70,6 +74,7 @@ class Passes:
     def __init__(self, config: Config, plan: Plan, device: str, *, copies: int = 0):
         self.plan, self.copies = plan, copies
         self.releases = config.execution.zero_stage == 3 and plan.world_size > 1
+        self.widening = widening(config, plan)
         self.towers: dict[Modality, Tower] = {modality: trace(config, modality, device) for modality in MODALITIES}
         views = {"image": 1 + config.data.image_views, "text": 1 + config.data.text_views}
         self._row = {m: 4 * config.model.embedding_width * views[m] for m in MODALITIES}  # bytes of a sample's outputs
@@ -92,6 +97,17 @@ class Passes:
         found["reduce"] = Moment(features=5 * self.leaf_bytes)
         found["optimizer"] = Moment(features=4 * self.leaf_bytes)
         return found
+
+    @cached_property
+    def last_gathering(self) -> Moment:
+        """When stage 3 gathers parameters for the last second forward; without one, the end of pass 2."""
+        without, kept = _cut(self.runs, self.plan.micro_batches - self.kept)
+        if not without:
+            return Moment(gradients=self.peaks["pass_2"].gradients)
+        modalities = [modality for call, count in without for _ in range(min(count, 2)) for modality, _ in call]
+        before = set(modalities[: -len(without[-1][0])])
+        gradients = self.widening * sum(int(self.towers[m].with_graph.gradients[-1]) for m in before)
+        return self._with_graphs(Moment(gradients=gradients), kept)
 
     def components(self) -> list[Component]:
         """Activations of each tower, features, and gradients during the second pass."""
@@ -161,15 +177,25 @@ class Passes:
         for modality, m in reversed(call):
             timeline = self.towers[modality].with_graph
             moment = moment.and_also(modality, -timeline.kept(m))
-            alive, gradients, released = timeline.backward_peak(m, first=modality not in done, releases=self.releases)
+            alive, gradients, released = timeline.backward_peak(
+                m, first=modality not in done, releases=self.releases, widening=self.widening
+            )
             yield moment.and_also(modality, alive, gradients=gradients, released=released)
             whole = int(timeline.gradients[-1])
-            moment = moment.and_also(gradients=0 if modality in done else whole, released=whole if self.releases else 0)
+            moment = moment.and_also(
+                gradients=0 if modality in done else self.widening * whole, released=whole if self.releases else 0
+            )
             done.add(modality)
         return replace(moment, released=0)  # the next call gathers them again
 
     def _outputs(self, runs: Iterable[Run]) -> int:
         return sum(count * self._row[modality] * m for call, count in runs for modality, m in call)
+
+
+def widening(config: Config, plan: Plan) -> int:
+    """Bytes of a summed gradient's element over those of a parameter's (engine/accumulation.py)."""
+    several = min(plan.micro_batch_sizes) < plan.local_batch_size
+    return 4 // PRECISIONS[config.execution.precision].itemsize if several else 1
 
 
 def _worst(moments: Iterable[Moment]) -> Moment:

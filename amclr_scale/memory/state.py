@@ -9,9 +9,9 @@ Between steps, beside e P of parameters (stage 3: e P / W, and the small ones wh
     stage 3       the same, each parameter padded to W elements; and for ever: a bucket e K, gradient shares e P / W
 
 Gradients are whole on every rank during the second pass at EVERY stage: the gradient cache needs one reduction per step
-(`coalesce_grad_reduction`), so each backward leaves its gradients with the parameters. What a stage saves of them, it
-saves after the reduction. How the reduction and the step then allocate is followed below bucket by bucket and group by
-group, in DeepSpeed's order.
+(`coalesce_grad_reduction`), so each backward leaves its gradients with the parameters, or, in half precision with more
+than one micro-batch, in fp32 sums, 4 P. What a stage saves of them, it saves after the reduction. How the reduction and
+the step then allocate is followed below bucket by bucket and group by group, in DeepSpeed's order.
 """
 
 import itertools
@@ -25,6 +25,7 @@ import torch
 from amclr_scale.config.schema import Config, Optimizer
 from amclr_scale.engine.optimizers import build_optimizer
 from amclr_scale.memory.components import Component, Phase, Place, always
+from amclr_scale.memory.passes import Moment
 from amclr_scale.memory.towers import PRECISIONS
 from amclr_scale.memory.tracker import Tracker
 
@@ -59,7 +60,7 @@ class Sizes:
 
 def state_components(
     config: Config, groups: Groups, buffers: int, world_size: int, device: str, *,
-    activations: Mapping[Phase, int], gradients_in_pass_2: int, released: int,
+    activations: Mapping[Phase, int], pass_2: Moment, last_gathering: Moment, widening: int,
 ) -> list[Component]:  # fmt: skip
     """Parameters, what the optimizer keeps, and gradients.
 
@@ -67,8 +68,9 @@ def state_components(
         groups: elements of each trained parameter, in the optimizer's groups.
         buffers: bytes of the model's buffers.
         activations: bytes of them at the peak of each phase.
-        released: bytes of gathered parameters that are given up again at that moment (stage 3).
-        gradients_in_pass_2: bytes of gradients at the worst moment of that phase.
+        pass_2: its worst moment.
+        last_gathering: when parameters are gathered anew in it for the last time (stage 3).
+        widening: bytes of a summed gradient's element over those of a parameter's.
         device: cpu or cuda.
     """
     zero = config.deepspeed.get("zero_optimization", {})
@@ -111,7 +113,8 @@ def state_components(
             whole = dict.fromkeys(("data", "objective", "reduce"), item * small)
             whole |= {
                 "pass_1": item * live + max(0, arriving - activations["pass_1"]),
-                "pass_2": item * live + max(-released, arriving - activations["pass_2"]),
+                "pass_2": item * live
+                + max(-pass_2.released, arriving + last_gathering.held_by_backward - pass_2.held_by_backward),
             }
             if activations["objective"]:  # parameters stay for the backward of a kept graph
                 whole["objective"] = item * live
@@ -126,9 +129,16 @@ def state_components(
             ),
             Component("gradient shares", always(item * part), "execution.offload: optimizer", "gradients", aside),
         ]  # fmt: skip
-    knob = "execution.precision: bf16 halves them; execution.zero_stage does not, before they are reduced"
+    knob = (
+        "execution.precision: bf16 halves them where one micro-batch holds all; execution.zero_stage does not, before "
+        "they are reduced"
+    )
     reduction = _reduce_peak(sizes) if stage else item * sizes.total
-    found.append(Component("gradients", {"pass_2": gradients_in_pass_2, "reduce": reduction}, knob, "gradients"))
+    if widening > 1:  # rounded one after another, as the sums go
+        done = itertools.accumulate(sizes.numels, initial=0)
+        rounding = (widening * (sizes.total - d) + d + n for d, n in zip(done, sizes.numels, strict=False))
+        reduction = max(reduction, item * max(rounding))
+    found.append(Component("gradients", {"pass_2": pass_2.gradients, "reduce": reduction}, knob, "gradients"))
     found.append(
         Component(
             "optimizer step", {"optimizer": _step_peak(sizes)},

@@ -65,19 +65,23 @@ class Timeline:
         return int(self._alive(m)[: self.forward_end].max())
 
     @lru_cache(maxsize=4096)  # noqa: B019
-    def backward_peak(self, m: int, *, first: bool, releases: bool = False) -> tuple[int, int, int]:
+    def backward_peak(self, m: int, *, first: bool, releases: bool = False, widening: int = 1) -> tuple[int, int, int]:
         """The worst moment of the backward: activations, with gradients on their way; those in place by then, where
         they begin to exist now; and bytes of parameters that are no longer needed.
 
         Args:
             first: gradients of parameters begin to exist now; otherwise they are there already and not counted.
             releases: parameters are given up once their gradient is made, as at ZeRO's stage 3.
+            widening: more than 1: gradients move into sums of so many times their size, as soon as they are there.
         """
         begin = self.forward_end - 1
-        moving = (self._alive(m) + self.arriving)[begin:]
-        done = (self.gradients - self.arriving)[begin:]
+        arriving, done = self.arriving[begin:], (self.gradients - self.arriving)[begin:]
+        moving = self._alive(m)[begin:] + arriving
         none = torch.zeros_like(done)
-        settled, released = done if first else none, done if releases else none
+        settled, released = widening * done if first else none, done if releases else none
+        if widening > 1 and first:
+            just_made = self.gradients[begin:].diff(prepend=none[:1]) > 0
+            moving += arriving * torch.where(just_made, widening, widening - 1)
         moment = int((moving + settled - released).argmax())
         return int(moving[moment]), int(settled[moment]), int(released[moment])
 

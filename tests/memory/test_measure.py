@@ -42,6 +42,7 @@ def _rank() -> int:
 CASES = [
     (1, ["execution.micro_batch_size=16"]),
     (2, ["execution.micro_batch_size=8", "execution.zero_stage=2", "execution.precision=bf16"]),
+    (1, ["execution.micro_batch_size=2", "execution.zero_stage=1", "execution.precision=bf16"]),
     (2, ["objective.name=sogclr", "execution.micro_batch_size=8", "execution.kept_micro_batches=0"]),
     (2, ["execution.zero_stage=3", "execution.micro_batch_size=8", "optimizer.name=lion"]),
     pytest.param(
