@@ -3,7 +3,6 @@
     geometry             alignment mean |z_i - t_i|^2, uniformity log mean exp(-2 |x_j - x_k|^2) per modality, the gap
                          between the modalities' centres, mean similarity of positives
     npc_multiplier       mean of 1 - P_ii, the factor that softmax losses put on a pair's gradient and DCL takes away
-    estimator_error      how far a moving average u is from the mean over the whole data set that it estimates
     temperature_spread   temperatures of the samples visited so far
     gradient_norms       norm of the gradient that reaches each modality's embeddings
     of_step              what of these a single step can answer
@@ -16,14 +15,11 @@ import math
 import torch
 from torch import Tensor
 
-from amclr_scale.errors import UserError
 from amclr_scale.objectives.base import Objective, at_least_float32, numbers
 from amclr_scale.objectives.sample_state import SampleState
 from amclr_scale.objectives.uniformity import log_mean_potential
 from amclr_scale.similarity import all_gather, all_sum, column_mean, contrast, world_size
 from amclr_scale.types import Embeddings
-
-KEYS_AT_ONCE = 8192
 
 
 @torch.no_grad()
@@ -101,65 +97,3 @@ def of_step(objective: Objective, embeddings: Embeddings) -> dict[str, float]:
         if embeddings.logit_scale is not None:
             found |= npc_multiplier(image, text, 1 / at_least_float32(embeddings.logit_scale.detach()))
     return found
-
-
-@torch.no_grad()
-def estimator_error(
-    objective: Objective, image: Tensor, text: Tensor, probe: Tensor, temperature: float | None = None
-) -> dict[str, float]:
-    """Compare u of some samples with the mean over the whole data set, at the present embeddings.
-
-    Args:
-        objective: one with a single u per sample: sogclr, isogclr, fastclip, amclr with a shared state.
-        image: (N, D), the unit embedding of every sample, in the order of ids; the same on every rank.
-        text: (N, D), likewise.
-        probe: (P,) ids to look at; those never visited are left out.
-        temperature: where it is neither an option nor state of the objective (fastclip v0 and v3).
-
-    Returns:
-        Mean |u - g| / g and mean log(u / g) over probes and modalities, with g over all N - 1 negatives, and the
-        number of probes that had been visited.
-
-    Raises:
-        UserError: (a ValueError) the objective has no such state, or its temperature is unknown.
-    """
-    ratios: list[Tensor] = []
-    for side, anchors, keys in (("image", image, text), ("text", text, image)):
-        state = getattr(objective, f"{side}_state", None)
-        log_u = state.column("log_u") if isinstance(state, SampleState) else None
-        if state is None or log_u is None or log_u[:1].numel() != 1:
-            raise UserError("objective: expected one with a single u per sample, such as sogclr; got another")
-        log_u = log_u.flatten().to(probe.device)
-        if "temperature" in state.columns:
-            t = state.column("temperature").flatten().to(probe.device)[probe]
-        else:
-            fixed = temperature or getattr(getattr(objective, "config", None), "temperature", None)
-            if fixed is None:
-                raise UserError(f"temperature: {objective.name} has no fixed one, got None; pass the present one")
-            t = torch.full((len(probe),), fixed, device=probe.device)
-        visited = log_u[probe].isfinite()
-        log_g = full_log_mean(anchors, keys, probe[visited], t[visited])
-        ratios.append(log_u[probe][visited].to(log_g) - log_g)
-    log_ratio = torch.cat(ratios)
-    if not log_ratio.numel():
-        return {"estimator_probes": 0.0}
-    return numbers(
-        estimator_error=log_ratio.expm1().abs().mean(),
-        estimator_log_ratio=log_ratio.mean(),
-        estimator_probes=float(log_ratio.numel()) / 2,
-    )
-
-
-@torch.no_grad()
-def full_log_mean(anchors: Tensor, keys: Tensor, probe: Tensor, temperature: Tensor) -> Tensor:
-    """Log g over the whole data set, of the mean over j != i of exp((s_ij - s_ii) / t_i), (P,) for i in probe."""
-    rows, own = at_least_float32(anchors)[probe], at_least_float32(keys)[probe]  # (P, D)
-    positive = (rows * own).sum(1, keepdim=True)  # (P, 1)
-    log_sum = torch.full_like(positive[:, 0], -torch.inf)
-    for start in range(0, len(keys), KEYS_AT_ONCE):
-        block = at_least_float32(keys[start : start + KEYS_AT_ONCE])
-        with torch.autocast(rows.device.type, enabled=False):
-            x = (rows @ block.T - positive) / temperature[:, None].to(rows)
-        mine = probe[:, None] == torch.arange(start, start + len(block), device=probe.device)
-        log_sum = torch.logaddexp(log_sum, x.masked_fill(mine, -torch.inf).logsumexp(1))
-    return log_sum - math.log(len(keys) - 1)

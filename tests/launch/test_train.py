@@ -65,6 +65,8 @@ def mistakes(tmp_path):
         ),
         "output folder": ([f"run.folder={tmp_path}/file/runs"], "run.folder: expected a folder, got"),
         "hub name": (["model.text.name=transformers/distilbert-base-uncased"], "model.text.name"),
+        "probe": (["run.probe.samples=100"], "run.probe.samples: expected a multiple of train.global_batch_size = 32"),
+        "large probe": (["run.probe.samples=6400"], "run.probe.samples: expected at most the 4938 samples of the data"),
         "tokenizer": (["data.tokenizer=bert-base-uncased"], "data.tokenizer"),
     }
 
@@ -91,6 +93,8 @@ KINDS = (
     "shard without captions",
     "output folder",
     "hub name",
+    "probe",
+    "large probe",
     "tokenizer",
 )
 
@@ -141,10 +145,17 @@ def trace(folder):
     return [r["loss"] for r in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines()) if "loss" in r]
 
 
+def probed(folder):
+    lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    return {r["step"]: {k: v for k, v in r.items() if k.startswith("probe/")} for r in lines if "probe_seconds" in r}
+
+
 def test_every_launcher_and_number_of_ranks_gives_the_same_run(tmp_path):
+    """Also where one measures on the way what batches get wrong, and another does not."""
     traces = {}
     for launcher in LAUNCHERS:
-        done = train(*SMALL, f"run.folder={tmp_path}", f"run.name={launcher}", launcher=launcher)
+        probe = [] if launcher == "deepspeed" else ["run.probe.samples=128", "run.probe.every_samples=256"]
+        done = train(*SMALL, f"run.folder={tmp_path}", f"run.name={launcher}", *probe, launcher=launcher)
         assert done.returncode == 0, done.stderr
         traces[launcher] = trace(tmp_path / launcher)
         assert len(traces[launcher]) == 20
@@ -152,4 +163,9 @@ def test_every_launcher_and_number_of_ranks_gives_the_same_run(tmp_path):
             assert (tmp_path / launcher / name).stat().st_size > 100
     assert traces["python"][0] > 3.4  # ln 32 = 3.47: an untrained model
     assert traces["python"] == pytest.approx(traces["deepspeed"], rel=1e-4)
-    assert traces["deepspeed"] == pytest.approx(traces["torchrun"], rel=1e-6)
+    assert traces["deepspeed"] == traces["torchrun"]
+    one, two = probed(tmp_path / "python"), probed(tmp_path / "torchrun")
+    assert list(one) == list(two) == [8, 16, 20]
+    for step, found in one.items():
+        assert found == pytest.approx(two[step], rel=1e-3)
+        assert 0 < found["probe/gradient_cosine"] < 1

@@ -1,13 +1,11 @@
 """Diagnostics equal their dense definitions, on one rank and on two."""
 
-import math
-
 import pytest
 import torch
 import torch.nn.functional as F
 
 from amclr_scale.objectives import diagnostics
-from tests.objectives.harness import NUM_SAMPLES, B, D, global_batch, make, my_rows, off_diagonal
+from tests.objectives.harness import B, global_batch, make, my_rows
 
 
 def everything():
@@ -47,46 +45,6 @@ def test_batch_diagnostics_are_their_definitions_on_any_number_of_ranks(ranks):
     want = {name: value.item() for name, value in dense().items()}
     for got in (everything(), *ranks(2, everything)):
         assert got == pytest.approx(want, rel=1e-6)
-
-
-def data_set():
-    g = torch.Generator().manual_seed(7)
-    image = F.normalize(torch.randn(NUM_SAMPLES, D, generator=g, dtype=torch.float64), dim=1)
-    text = F.normalize(image + 0.5 * torch.randn(NUM_SAMPLES, D, generator=g, dtype=torch.float64), dim=1)
-    return image, text
-
-
-@pytest.mark.parametrize("keys_at_once", [3, 8192])
-def test_the_mean_over_the_data_set_is_its_definition(monkeypatch, keys_at_once):
-    monkeypatch.setattr(diagnostics, "KEYS_AT_ONCE", keys_at_once)
-    image, text = data_set()
-    probe, t = torch.tensor([3, 0, 19]), torch.tensor([0.05, 0.1, 0.2], dtype=torch.float64)
-    h = image @ text.T - (image * text).sum(1)[:, None]
-    want = torch.stack([(off_diagonal(h)[i] / t[k]).exp().sum() / (NUM_SAMPLES - 1) for k, i in enumerate(probe)]).log()
-    torch.testing.assert_close(diagnostics.full_log_mean(image, text, probe, t), want, rtol=1e-12, atol=1e-12)
-
-
-def test_the_estimator_error_sees_what_is_wrong_with_u():
-    image, text = data_set()
-    objective = make("sogclr", temperature=0.1)
-    for state, anchors, keys in ((objective.image_state, image, text), (objective.text_state, text, image)):
-        exact = diagnostics.full_log_mean(anchors, keys, torch.arange(15), torch.full((15,), 0.1))
-        state.log_u[:15] = exact.float() + math.log(1.5)
-    found = diagnostics.estimator_error(objective, image, text, torch.arange(10, NUM_SAMPLES))
-    assert found["estimator_probes"] == 5  # ids 15 to 19 were never visited
-    assert found["estimator_error"] == pytest.approx(0.5, rel=1e-5)
-    assert found["estimator_log_ratio"] == pytest.approx(math.log(1.5), rel=1e-5)
-    assert diagnostics.estimator_error(make("sogclr"), image, text, torch.arange(4)) == {"estimator_probes": 0.0}
-
-
-def test_the_estimator_error_says_what_it_cannot_do():
-    image, text = data_set()
-    for name in ("clip", "amclr"):
-        with pytest.raises(ValueError, match="objective: expected one with a single u per sample"):
-            diagnostics.estimator_error(make(name), image, text, torch.arange(4))
-    with pytest.raises(ValueError, match="temperature: fastclip has no fixed one"):
-        diagnostics.estimator_error(make("fastclip"), image, text, torch.arange(4))
-    assert diagnostics.estimator_error(make("fastclip"), image, text, torch.arange(4), 0.1) == {"estimator_probes": 0.0}
 
 
 def spread_of(layout):

@@ -1,0 +1,142 @@
+"""Batches against the whole set: definitions in float64, on one rank and on two; and what must agree does."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from amclr_scale import objectives
+from amclr_scale.objectives.whole_set import compare_with_whole_set
+from amclr_scale.types import Embeddings
+from tests.objectives.harness import D, off_diagonal
+
+K, B, N, T = 12, 4, 30, 0.1
+IDS = torch.randperm(N, generator=torch.Generator().manual_seed(3))[:K]
+
+
+def embeddings(seed: int = 0, views: int = 0) -> Embeddings:
+    g = torch.Generator().manual_seed(seed)
+
+    def near(x, noise):
+        return F.normalize(x + noise * torch.randn(K, D, generator=g, dtype=torch.float64), dim=1)
+
+    image = near(torch.zeros(K, D, dtype=torch.float64), 1.0)
+    text = near(image, 0.5)
+    return Embeddings(
+        image, text, IDS, image_views=tuple(near(image, 0.3) for _ in range(views)),
+        text_views=tuple(near(text, 0.3) for _ in range(views)),
+        logit_scale=torch.tensor([1 / T], dtype=torch.float64),
+        logit_bias=torch.tensor([-4.0], dtype=torch.float64),
+        image_temperature=0.05 + 0.1 * torch.rand(K, generator=g, dtype=torch.float64),
+        text_temperature=0.05 + 0.1 * torch.rand(K, generator=g, dtype=torch.float64),
+    )  # fmt: skip
+
+
+def compare(name, options, *, train_on=None, batch=B, views=0, sample_state="replicated"):
+    """With a state from one step on `train_on`, or none."""
+    options = {"num_samples": N, **options}
+    objective = objectives.create(name, sample_state=sample_state, **options)
+    if train_on is not None:
+        size = K // objectives.whole_set.world_size()
+        mine = slice(objectives.whole_set.rank() * size, (objectives.whole_set.rank() + 1) * size)
+        share = {"image": train_on.image[mine].clone().requires_grad_(), "text": train_on.text[mine], "ids": IDS[mine]}
+        share |= {name: tuple(v[mine] for v in getattr(train_on, name)) for name in ("image_views", "text_views")}
+        share |= {f"{side}_temperature": getattr(train_on, f"{side}_temperature")[mine] for side in ("image", "text")}
+        objective(replace(train_on, **share))
+    before = {key: value.clone() for key, value in objective.state_dict().items()}
+    whole = objectives.create(name, **{**options, **objective.whole_set_options, "num_samples": K})
+    found = compare_with_whole_set(objective, whole, embeddings(1, views), global_batch_size=batch)
+    after = objective.state_dict()
+    assert objective.training
+    assert all(torch.equal(after[key], value) for key, value in before.items())
+    return found
+
+
+def dense_means(image, text):
+    """g of both directions, (2, K): over the negatives among these rows."""
+    s = image @ text.T / T
+    return torch.stack([(off_diagonal(h - h.diagonal()[:, None])).exp().sum(1) / (len(h) - 1) for h in (s, s.T)])
+
+
+def dense_sogclr(gamma=0.3):
+    """The numbers for SogCLR from their definitions, by autograd on matrices."""
+    old, new = embeddings(0), embeddings(1)
+    u = dense_means(old.image, old.text)  # from the visit
+    g = dense_means(new.image, new.text)
+
+    def gradient(batches, state):
+        image, text = new.image.clone().requires_grad_(), new.text.clone().requires_grad_()
+        total = 0
+        for rows in batches:
+            batch_g = dense_means(image[rows], text[rows])
+            average = (1 - gamma) * state[:, rows] + gamma * batch_g.detach() if state is not None else batch_g.detach()
+            total = total + (T * batch_g / average).sum(0).mean() / len(batches)
+        total.backward()
+        return torch.cat([image.grad, text.grad]).flatten()
+
+    G = gradient([torch.arange(K)], None)
+    orders = torch.Generator().manual_seed(0)
+    gs = [gradient(torch.randperm(K, generator=orders).split(B), u) for _ in range(2)]
+    error = (u / g - 1).abs().flatten().sort().values
+    squared = (gs[0] @ gs[1]).item()
+    return {
+        "estimator_error": error[K - 1].item(),  # of 2 K
+        "estimator_error_p90": error[math.ceil(0.9 * 2 * K) - 1].item(),
+        "estimator_log_ratio": (u / g).log().mean().item(),
+        "estimator_visited": 1.0,
+        "gradient_cosine": sum((x @ G / x.norm() / G.norm()).item() for x in gs) / 2,
+        "gradient_norm_ratio": sum((x.norm() / G.norm()).item() for x in gs) / 2,
+        "expected_gradient_cosine": sum((x @ G / G.norm()).item() for x in gs) / 2 / math.sqrt(squared),
+        "expected_gradient_norm_ratio": math.sqrt(squared) / G.norm().item(),
+    }
+
+
+@pytest.mark.parametrize("sample_state", ["replicated", "sharded"])
+def test_sogclr_is_its_definition_on_any_number_of_ranks(ranks, sample_state):
+    want = dense_sogclr()
+    options = {"temperature": T, "gamma": 0.3}
+    one = compare("sogclr", options, train_on=embeddings(0))
+    two = ranks(2, compare, "sogclr", options, train_on=embeddings(0), sample_state=sample_state)
+    assert want["expected_gradient_cosine"] < 0.99  # there is something to see
+    for got in (one, *two):
+        assert got == pytest.approx(want, rel=1e-6)  # the visit that reads the old state is float32's
+
+
+def test_what_was_never_visited_has_no_error():
+    got = compare("sogclr", {"temperature": T})
+    assert got["estimator_visited"] == 0
+    assert "estimator_error" not in got
+
+
+VISITED = {  # with these options the second visit of the same embeddings finds what the first one left
+    "sogclr": {}, "isogclr": {"eta": 0.0}, "isogclr_net": {}, "fastclip": {"version": "v2", "temperature_lr": 0.0},
+    "amclr": {}, "xamclr": {}, "amclr_dro": {"eta": 0.0}, "xamclr_dro": {"eta": 0.0}, "onlineclr": {"gamma": 1.0},
+    "clip": {}, "dcl": {}, "dclw": {}, "uniformity": {}, "siglip": {}, "cyclip": {}, "vicreg": {},
+}  # fmt: skip
+
+
+def test_every_objective_is_here():
+    assert set(VISITED) == set(objectives.available())
+
+
+@pytest.mark.parametrize("name", sorted(VISITED))
+def test_a_batch_of_all_samples_is_the_whole_set(name):
+    views = 1 if "amclr" in name else 0
+    got = compare(name, VISITED[name], train_on=embeddings(1, views), batch=K, views=views)
+    ours = dict(got)
+    if "estimator_visited" in got:
+        assert ours.pop("estimator_visited") == 1
+        for key in ("estimator_error", "estimator_error_p90", "estimator_log_ratio"):
+            assert ours.pop(key) == pytest.approx(0, abs=1e-6)
+    assert set(ours) == {f"{kind}gradient_{what}" for kind in ("", "expected_") for what in ("cosine", "norm_ratio")}
+    assert ours == pytest.approx(dict.fromkeys(ours, 1.0), rel=1e-6)
+
+
+def test_what_makes_up_for_small_batches_is_off_in_the_whole_set():
+    """CLIP in groups, and AmCLR with one average for all pairings, are far from what they stand in for."""
+    assert compare("clip", {"temperature": T, "group_size": 4}, batch=K)["expected_gradient_cosine"] < 0.999
+    visited = embeddings(1, 1)
+    shared = {"temperature": T, "state": "shared_sequential"}
+    assert compare("amclr", shared, train_on=visited, batch=K, views=1)["estimator_error"] > 0.05
