@@ -21,7 +21,7 @@ from amclr_scale.errors import UserError
 from amclr_scale.study.controls import CONTROLS
 from amclr_scale.study.cost import encoder_cost, encoder_flops, matrices, pairwise_flops, peak_gib
 from amclr_scale.study.lengths import Rates, samples_of
-from amclr_scale.study.plan import ArmPlan, StudyPlan
+from amclr_scale.study.plan import RANKS, ArmPlan, StudyPlan
 from amclr_scale.study.variants import combinations, kept_settings, variant_name, words_of
 
 # What every evaluation of a split can have; geometry and probes add names of their own.
@@ -42,6 +42,7 @@ class Planned:
         encoder_cost: forward passes of both towers per sample, relative to plain CLIP.
         negatives: per anchor and term.
         comparisons: per anchor over all terms.
+        ranks: it runs on.
     """
 
     name: str
@@ -60,6 +61,7 @@ class Planned:
     encoder_cost: float
     negatives: int
     comparisons: int
+    ranks: int
 
     @property
     def recipe_hash(self) -> str:
@@ -77,7 +79,7 @@ class Planned:
             "seed": self.seed, "axes": dict(self.axes), "recipe_hash": self.recipe_hash, "words": list(self.words),
             "samples": self.samples, "steps": self.steps, "epochs": round(self.epochs, 4), "lr": self.lr,
             "encoder_cost": self.encoder_cost, "negatives": self.negatives, "comparisons": self.comparisons,
-            "flops": sum(self.flops),
+            "flops": sum(self.flops), "ranks": self.ranks,
         }  # fmt: skip
 
 
@@ -147,14 +149,15 @@ def _cell(
     seed: int, epoch: float, rates: Rates, steps: int | None,
 ) -> Planned:  # fmt: skip
     """One cell: words in the order arm, temperature, axes, batch size, learning rate, length, warm-up, seed."""
-    ranks = plan.execution.ranks
+    ranks = int(axes.get(RANKS, plan.execution.ranks))
     words = words_of(plan, arm, batch)
     named = {word.partition("=")[0] for word in words}
     objective = merge(dict(tree), from_words(words))["objective"]["name"]
     has_temperature = "temperature" in option_models()[objective].model_fields
     if plan.temperature is not None and has_temperature and "objective.temperature" not in named:
         words.append(f"objective.temperature={plan.temperature!r}")
-    words += [f"{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in axes.items()]
+    varied = [(key, value) for key, value in axes.items() if key != RANKS]
+    words += [f"{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in varied]
     if "objective.omega" in axes:
         words += [f"data.{key}={axes['objective.omega']}" for key in ("image_views", "text_views")]
     words.append(f"train.global_batch_size={batch}")
@@ -183,6 +186,7 @@ def _cell(
         words=tuple(words), config=config, samples=run.total_samples, steps=run.total_steps,
         epochs=run.total_samples / epoch, lr=peak_learning_rate(config.optimizer, batch),
         encoder_cost=encoder_cost(config), negatives=group - 1, comparisons=matrices(config) * (group - 1),
+        ranks=ranks,
     )  # fmt: skip
 
 
@@ -217,7 +221,7 @@ def _that_fit(plan: StudyPlan, arm: ArmPlan, cells: Sequence[Planned], epoch: fl
 
 def predicted_gib(plan: StudyPlan, cell: Planned, epoch: float) -> float:
     """Peak memory per rank, predicted."""
-    return peak_gib(cell.config, ranks=plan.execution.ranks, num_samples=round(epoch), device=plan.execution.device)
+    return peak_gib(cell.config, ranks=cell.ranks, num_samples=round(epoch), device=plan.execution.device)
 
 
 def _check(plan: StudyPlan, cells: Sequence[Planned]) -> Iterator[str]:

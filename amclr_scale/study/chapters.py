@@ -163,13 +163,19 @@ def against_whole_set(report: Document, groups: Sequence[Group], looks: Looks) -
     report.say(
         "## Batches against the whole set",
         f"A fixed random set of K = {sizes} training samples, the same for all runs of a seed, is encoded now and then "
-        "during training. *Averages*: how far the stored average u of a sample is from g, the mean over the set's "
-        "negatives that it stands for; 0 is exact. *Gradients*, with respect to the embeddings: those of batches of B "
-        "with the present averages, against that of all K as one batch with u = g. K / B batches hold every sample "
-        "once and make one estimate; *expected* is the mean over all ways to draw the batches, so what is left is what "
-        "every batch gets wrong. A cosine of 1 and a norm ratio of 1 are the whole set's gradient. A method without "
-        "averages is measured against its own objective on all K: what a batch of K would do.",
-    )
+        "during training.",
+        "\n".join([
+            "- *Averages*: how far the stored average u of a sample is from g, the mean over the set's negatives that "
+            "it stands for, as |u - g| / g; 0 is exact. log(u / g) above 0: u remembers nearer negatives.",
+            "- *Gradients*, with respect to the embeddings: those of K / B batches of B with the present averages, "
+            "which hold every sample once, against that of all K as one batch with u = g. A cosine of 1 and a norm "
+            "ratio of 1 are the whole set's gradient.",
+            "- *Expected*: the mean over all ways to draw the batches. What is left is bias, which every batch has; "
+            "the rest of the distance is the luck of the draw, which later steps even out.",
+            "- Every method is held against its own objective on all K samples, not against the others'. One without "
+            "averages is held against a batch of K.",
+        ]),
+    )  # fmt: skip
     report.figure(whole_set.by_batch(probed, looks))
     report.table(whole_set.last_table(probed))
     for quantity in (whole_set.ERROR, whole_set.LOG_RATIO, whole_set.COSINE, whole_set.NORM):

@@ -16,7 +16,7 @@ from amclr_scale.study.document import Table
 from amclr_scale.study.results import Metric, Study
 from amclr_scale.study.tables import DASH, mean_of
 from amclr_scale.study.units import Unit
-from amclr_scale.study.whole_set import QUANTITIES, last, words_of
+from amclr_scale.study.whole_set import QUANTITIES, last
 
 NOT_MEASURED = "not measured here"
 SCORES = {
@@ -142,10 +142,13 @@ class Speaker:
         known = [(group, one) for group in asked if (one := last(group, quantity))]
         if len({group.title for group, _ in known}) < 2:
             return []
-        lines: dict[str, list[str]] = {}
+        found: dict[str, list[str]] = {}
         for group, one in known:
-            lines.setdefault(group.title, []).append(f"{words_of(one)} at {group.global_batch_size:,}")
-        return [f"{quantity.words}, {title}: " + "; ".join(words) for title, words in lines.items()]
+            words = f"{group.global_batch_size:,}: {format(one.value, quantity.digits)}"
+            found.setdefault(group.title, []).append(words)
+        return [
+            f"{quantity.words}, by B: " + "; ".join(f"{title} ({', '.join(said)})" for title, said in found.items())
+        ]
 
     def _weights(self, _: Mapping[str, Any]) -> list[str]:
         found = {describe_towers(run.config)[1] for run in self.study.runs}

@@ -40,7 +40,8 @@ class Table:
 
     def markdown(self) -> str:
         rule = ["---" if i < self.left or i in self.words else "---:" for i in range(len(self.header))]
-        lines = [self.header, rule, *([escape(cell) for cell in row] for row in self.rows)]
+        head, *body = ([escape(cell) for cell in row] for row in (self.header, *self.rows))
+        lines = [head, rule, *body]
         return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 

@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from amclr_scale.config.load import from_words, merge, mistakes, read_file
 from amclr_scale.errors import UserError
 from amclr_scale.study.controls import ABSENT, CONTROLS
-from amclr_scale.study.plan import Budget, StudyPlan
+from amclr_scale.study.plan import RANKS, Budget, StudyPlan
 
 
 def load_plan(path: Path, words: Sequence[str] = ()) -> StudyPlan:
@@ -60,8 +60,25 @@ def _check(plan: StudyPlan) -> Iterator[str]:
             yield f"{key}: expected different values, got {values}"
     if plan.warmup_samples is not None and plan.warmup_share is not None:
         yield "warmup_share: give this or warmup_samples, not both"
-    if plan.execution.launcher == "python" and plan.execution.ranks > 1:
-        yield f"execution.launcher: python starts one rank, got execution.ranks {plan.execution.ranks}; choose torchrun"
+    yield from _check_ranks(plan)
+
+
+def _check_ranks(plan: StudyPlan) -> Iterator[str]:
+    varied = [(f"axes.{RANKS}", plan.axes.get(RANKS, []))]
+    varied += [(f"arms.{arm.name}.axes.{RANKS}", arm.axes.get(RANKS, [])) for arm in plan.arms]
+    most = plan.execution.ranks
+    for key, values in varied:
+        if any(not isinstance(value, int) or isinstance(value, bool) or value < 1 for value in values):
+            yield f"{key}: expected numbers of ranks, 1 or more, got {values}"
+            return
+        most = max([most, *values])
+    if most > 1 and plan.execution.launcher == "python":
+        yield f"execution.launcher: python starts one rank, got execution.ranks {most}; choose torchrun"
+    if plan.execution.jobs > 1 and any(values for _, values in varied):
+        yield (
+            f"execution.jobs: expected 1 where {RANKS} varies, for cells that share a machine cannot be timed, got "
+            f"{plan.execution.jobs}"
+        )
 
 
 def _check_arms(plan: StudyPlan) -> Iterator[str]:

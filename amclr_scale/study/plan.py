@@ -11,6 +11,7 @@ from pydantic import Field
 from amclr_scale.config.schema import Fraction, Positive, PositiveNumber, Section
 
 Axis = Annotated[list[Any], Field(min_length=1)]
+RANKS = "execution.ranks"  # the one axis that is no key of the configuration
 
 
 class ArmPlan(Section):
@@ -87,7 +88,7 @@ class Execution(Section):
     launcher: Literal["python", "deepspeed", "torchrun"] = "python"
     """python: one rank per cell."""
     ranks: Positive = 1
-    """Ranks of every cell."""
+    """Ranks of every cell, where the axis execution.ranks does not say it cell by cell."""
     ranks_per_node: Positive = 8
     """Of a SLURM job."""
     device: Literal["cpu", "cuda"] = "cuda"
@@ -145,7 +146,8 @@ class StudyPlan(Section):
     """Seeds: initial weights, data order, augmentation. The same for every arm, so that arms are compared in pairs."""
     axes: dict[str, Axis] = Field(default_factory=dict)
     """Further configuration keys and their values, such as objective.gamma: [0.2, 0.8]. An option of the objective
-    is varied in the arms that have it."""
+    is varied in the arms that have it. execution.ranks, the ranks of a cell, is one too: the same recipe at another
+    speed."""
     held_equal: Literal["samples", "steps", "compute", "wall_clock", "memory", "grid"]
     """What every cell gets the same amount of. There is no default: it decides what the study can say."""
     budget: Budget

@@ -82,8 +82,13 @@ class Cell:
     @property
     def title(self) -> str:
         """The arm's label, with its axes."""
-        details = ", ".join(f"{key.rpartition('.')[2]} {value}".replace("_", " ") for key, value in self.variant)
-        return f"{self.label}, {details}" if details else self.label
+        return titled(self.label, self.variant)
+
+
+def titled(label: str, variant: Axes) -> str:
+    """An arm's label with the values of axes."""
+    details = ", ".join(f"{key.rpartition('.')[2]} {value}".replace("_", " ") for key, value in variant)
+    return f"{label}, {details}" if details else label
 
 
 @dataclass(frozen=True)

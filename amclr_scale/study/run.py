@@ -67,7 +67,11 @@ def command(plan: StudyPlan, folder: StudyFolder, cell: Planned, slot: int = 0) 
         plan, folder, cell: what to run.
         slot: which of the cells that run at once it is.
     """
-    return [*_launcher(plan.execution, slot), *cell_words(plan, folder, cell)]
+    return [*_launcher(_execution(plan, cell), slot), *cell_words(plan, folder, cell)]
+
+
+def _execution(plan: StudyPlan, cell: Planned) -> Execution:
+    return plan.execution.model_copy(update={"ranks": cell.ranks})
 
 
 def devices(execution: Execution, slot: int) -> list[str]:
@@ -79,7 +83,7 @@ def devices(execution: Execution, slot: int) -> list[str]:
 
 def cell_words(plan: StudyPlan, folder: StudyFolder, cell: Planned) -> list[str]:
     """What launch/train.py is given for a cell."""
-    execution = plan.execution
+    execution = _execution(plan, cell)
     return [
         "--config",
         str(folder.config.absolute()),

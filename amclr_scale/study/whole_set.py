@@ -28,25 +28,28 @@ class Quantity:
         key: in metrics.jsonl, behind `probe/`.
         words: on an axis.
         short: in the head of a table.
+        digits: format of its values.
         ideal: its value where a batch is as good as the whole set.
     """
 
     key: str
     words: str
     short: str
-    ideal: float | None
+    digits: str = ".3g"
+    ideal: float = 1.0
 
 
-ERROR = Quantity("estimator_error", "mean |u - g| / g", "mean |u - g| / g", 0.0)
-LOG_RATIO = Quantity("estimator_log_ratio", "mean log(u / g)", "mean log(u / g)", 0.0)
-VISITED = Quantity("estimator_visited", "share of averages that were visited", "visited", None)
-COSINE = Quantity("gradient_cosine", "cosine with the whole set's gradient", "cosine", 1.0)
-NORM = Quantity("gradient_norm_ratio", "norm over the whole set's", "norm ratio", 1.0)
-EXPECTED_COSINE = Quantity("expected_gradient_cosine", "cosine, expected gradient", "cosine, expected", 1.0)
+ERROR = Quantity("estimator_error", "relative error of u, median over samples", "error of u, median", ideal=0.0)
+ERROR_P90 = Quantity("estimator_error_p90", "relative error of u, 90th percentile", "90th percentile", ideal=0.0)
+LOG_RATIO = Quantity("estimator_log_ratio", "log(u / g), mean over samples", "mean log(u / g)", ideal=0.0)
+VISITED = Quantity("estimator_visited", "share of samples that were visited", "visited")
+COSINE = Quantity("gradient_cosine", "cosine with the whole set's gradient", "cosine", ".4f")
+NORM = Quantity("gradient_norm_ratio", "norm over the whole set's", "norm ratio", ".3f")
+EXPECTED_COSINE = Quantity("expected_gradient_cosine", "cosine, expected gradient", "cosine, expected", ".4f")
 EXPECTED_NORM = Quantity(
-    "expected_gradient_norm_ratio", "norm over the whole set's, expected gradient", "norm ratio, expected", 1.0
+    "expected_gradient_norm_ratio", "norm over the whole set's, expected gradient", "norm ratio, expected", ".3f"
 )
-QUANTITIES = (ERROR, LOG_RATIO, VISITED, COSINE, NORM, EXPECTED_COSINE, EXPECTED_NORM)
+QUANTITIES = (ERROR, ERROR_P90, LOG_RATIO, VISITED, COSINE, NORM, EXPECTED_COSINE, EXPECTED_NORM)
 BY_BATCH = ((COSINE, NORM), (EXPECTED_COSINE, EXPECTED_NORM))
 WIDE_RANGE = 20.0  # largest over smallest value from which an axis is logarithmic
 
@@ -73,12 +76,13 @@ def _last(run: Run, quantity: Quantity) -> float | None:
     return float(found[-1]) if found else None
 
 
-def words_of(one: Estimate | None) -> str:
-    """A mean with its interval over seeds, three digits."""
+def words_of(one: Estimate | None, quantity: Quantity) -> str:
+    """A mean with its interval over seeds."""
     if one is None:
         return DASH
-    low, high = one.interval()
-    return f"{one.value:.3g}" if one.n < 2 else f"{one.value:.3g} [{low:.3g}, {high:.3g}]"
+    low, high = (format(end, quantity.digits) for end in one.interval())
+    value = format(one.value, quantity.digits)
+    return value if one.n < 2 else f"{value} [{low}, {high}]"
 
 
 def _columns(name: str, one: Estimate | None) -> dict[str, Any]:
@@ -106,7 +110,7 @@ def curve(groups: Sequence[Group], looks: Looks, quantity: Quantity) -> Figure |
     wide = bool(values) and min(values) > 0 and max(values) > WIDE_RANGE * min(values)
     return panels(
         f"probe_{quantity.key}",
-        f"{quantity.words} on the probe set against epochs, mean over seeds.",
+        f"{quantity.words[0].upper()}{quantity.words[1:]}, on the probe set, against epochs; mean over seeds.",
         [{**row, "y": row[quantity.key]} for row in rows],
         rows,
         panel="global_batch_size",
@@ -168,7 +172,7 @@ def last_table(groups: Sequence[Group]) -> Table:
         epochs *= group.runs[0].cell.epochs / group.runs[0].cell.samples
         rows.append([
             group.title, f"{group.global_batch_size:,}", str(seeds), f"{epochs:.3g}",
-            *(words_of(found[quantity.key]) for quantity in shown),
+            *(words_of(found[quantity.key], quantity) for quantity in shown),
         ])  # fmt: skip
         record = {"arm": group.arm, "title": group.title, "global_batch_size": group.global_batch_size}
         raw.append({**record, "seeds": seeds, "epochs": epochs})

@@ -172,8 +172,8 @@ def probed(arm: str, batch: int, seed: int, samples: int) -> dict[str, float | N
     if arm not in ("sogclr", "amclr"):
         return gradient
     error = 64 / batch * 0.01**share * (1 + seed / 10)
-    return {"probe/estimator_error": error, "probe/estimator_log_ratio": -error / 2,
-            "probe/estimator_visited": share, **gradient}  # fmt: skip
+    return {"probe/estimator_error": error, "probe/estimator_error_p90": 3 * error,
+            "probe/estimator_log_ratio": -error / 2, "probe/estimator_visited": share, **gradient}  # fmt: skip
 
 
 def _write_probe(run: Path, arm: str, batch: int, seed: int) -> None:
