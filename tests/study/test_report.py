@@ -186,7 +186,7 @@ def test_claims_that_nothing_was_measured_for_are_listed_as_such(folder, markdow
     assert "AmCLR" in rows["C1"]["measured_here"]
     assert "SogCLR - DCL" not in rows["C6"]["measured_here"]  # no such arm in this study
     assert (
-        "cosine with the whole set's gradient: CLIP 0.9914 at 128, 0.9957 at 256; DCL 0.9910"
+        "cosine with the whole set's gradient, by B: CLIP (128: 0.9914, 256: 0.9957); DCL (128: 0.9910"
         in (rows["C6"]["measured_here"])
     )
     assert markdown.count(NOT_MEASURED) >= 14
