@@ -27,7 +27,7 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--dry-run", action="store_true", help="check everything, print the cells, stop")
     parser.add_argument("--report", action="store_true", help="only write the report of what is there")
     parser.add_argument("--pilot", action="store_true", help="only measure the rates that held_equal wall_clock needs")
-    parser.add_argument("--slurm", metavar="DIR", help="write a job array into DIR instead of running; submits nothing")
+    parser.add_argument("--slurm", metavar="DIR", help="write job arrays into DIR instead of running; submits nothing")
     parser.add_argument("--cells", metavar="PATTERN", default="*", help="only cells with such names, as 'sogclr-*-s0'")
     return parser.parse_intermixed_args(argv)
 
@@ -76,7 +76,8 @@ def study(options: argparse.Namespace) -> int:
 
         folder.write(plan, tree, cells)
         if options.slurm:
-            say(f"sbatch {write_jobs(plan, folder, chosen, Path(options.slurm))}")
+            for script in write_jobs(plan, folder, chosen, Path(options.slurm)):
+                say(f"sbatch {script}")
             return 0
         outcome = Runner(plan, folder, chosen, say).run()
         failed = f"; failed: {', '.join(outcome.failed)}" if outcome.failed else ""

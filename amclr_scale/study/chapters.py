@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from amclr_scale.study import curves, plots, tables, whole_set
+from amclr_scale.study import curves, plots, scaling, tables, whole_set
 from amclr_scale.study.analysis import Analysed, slug_of
 from amclr_scale.study.claims import SCORES, Speaker, claims_table, numbers_table, scale_of, scales_list, sources_list
 from amclr_scale.study.comparability import differences, surroundings, uneven_rate
@@ -141,6 +141,20 @@ def costs(report: Document, first: Analysed, groups: Sequence[Group], looks: Loo
         report.say("## Costs")
         for figure in made:
             report.figure(figure)
+
+
+def over_ranks(report: Document, groups: Sequence[Group]) -> None:
+    found = scaling.points(groups)
+    if not found:
+        return
+    report.say(
+        "## Over ranks",
+        "The same recipe on W ranks: samples/s of all ranks together, from the logged steps. Speed-up and efficiency "
+        "are against the fewest ranks at the same global batch, where a rank's share b = B / W shrinks; *at equal b*, "
+        "against the fewest ranks with the same share. Scores of these cells must agree (Checks).",
+    )
+    report.figure(scaling.scaling_figure(found))
+    report.table(scaling.scaling_table(found))
 
 
 def training(report: Document, first: Analysed, groups: Sequence[Group], looks: Looks) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import yaml
 
+from amclr_scale.study import scaling
 from amclr_scale.study.comparison import Comparison, Group, Outcome, called, compare, find
 from amclr_scale.study.document import Table
 from amclr_scale.study.results import Metric, Study
@@ -61,6 +62,7 @@ class Speaker:
             "speed": self._speed,
             "weights": self._weights,
             "probe": self._probe,
+            "ranks": self._ranks,
         }
         lines: list[str] = []
         for measure in measures_of(claim):
@@ -149,6 +151,9 @@ class Speaker:
         return [
             f"{quantity.words}, by B: " + "; ".join(f"{title} ({', '.join(said)})" for title, said in found.items())
         ]
+
+    def _ranks(self, measure: Mapping[str, Any]) -> list[str]:
+        return scaling.sentences(scaling.points(self.outcome.groups), measure["arms"])
 
     def _weights(self, _: Mapping[str, Any]) -> list[str]:
         found = {describe_towers(run.config)[1] for run in self.study.runs}

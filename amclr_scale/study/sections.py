@@ -52,6 +52,7 @@ def compose(study: Study, discussion: str | None = None) -> Document:
         chapters.verdicts(report, study, analysed, looks)
         chapters.equivalent(report, first, groups)
         chapters.costs(report, first, groups, looks)
+        chapters.over_ranks(report, groups)
         chapters.training(report, first, groups, looks)
         chapters.against_whole_set(report, groups, looks)
         chapters.checks(report, study, first)

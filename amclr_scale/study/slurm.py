@@ -1,7 +1,7 @@
-"""A study as one SLURM job array: a script, and a file with one command line per cell that is not finished.
+"""A study as SLURM job arrays: a script, and a file with one command line per cell that is not finished.
 
-Nothing is submitted. Every task runs one cell and goes on by itself after preemption and at the time limit, as
-launch/cluster/train.sbatch does.
+Cells on the same number of ranks are one array. Nothing is submitted. Every task runs one cell and goes on by itself
+after preemption and at the time limit, as launch/cluster/train.sbatch does.
 """
 
 import shlex
@@ -16,7 +16,7 @@ from amclr_scale.study.run import ROOT, cell_words
 
 SCRIPT = """\
 #!/bin/bash
-# The cells of study {name}, one task each: line N of {commands} is task N's. Submit it with
+# Cells of study {name}, one task each: line N of {commands} is task N's. Submit it with
 #
 #   sbatch {script}
 #
@@ -26,8 +26,7 @@ SCRIPT = """\
 #SBATCH --array=1-{cells}
 #SBATCH --nodes={nodes}
 #SBATCH --ntasks-per-node={tasks}
-#SBATCH --gpus-per-node={tasks}
-#SBATCH --cpus-per-task=8
+{gpus}#SBATCH --cpus-per-task=8
 #SBATCH --time=24:00:00
 #SBATCH --signal=USR1@300
 #SBATCH --requeue
@@ -52,15 +51,15 @@ exit "$code"
 """
 
 
-def write_jobs(plan: StudyPlan, folder: StudyFolder, cells: Sequence[Planned], target: Path) -> Path:
-    """Write the script and the command lines of all cells that are not finished.
+def write_jobs(plan: StudyPlan, folder: StudyFolder, cells: Sequence[Planned], target: Path) -> list[Path]:
+    """Write a script and the command lines of all cells that are not finished, once per number of ranks.
 
     Args:
         plan, folder, cells: the study, its folder written.
         target: the folder to write into.
 
     Returns:
-        The script.
+        The scripts.
 
     Raises:
         UserError: nothing is left to run, the ranks do not fill nodes, or the folder cannot be written.
@@ -68,20 +67,31 @@ def write_jobs(plan: StudyPlan, folder: StudyFolder, cells: Sequence[Planned], t
     left = [cell for cell in cells if not folder.is_finished(cell)]
     if not left:
         raise UserError("--slurm: every cell is finished; write the report with --report")
-    ranks, tasks = plan.execution.ranks, min(plan.execution.ranks, plan.execution.ranks_per_node)
-    if ranks % tasks:
-        raise UserError(f"execution.ranks: expected a multiple of execution.ranks_per_node = {tasks}, got {ranks}")
-    target = target.absolute()
-    script, commands = target / f"{plan.name}.sbatch", target / f"{plan.name}.commands"
-    lines = [shlex.join(cell_words(plan, folder, cell)) for cell in left]
-    text = SCRIPT.format(
-        name=plan.name, commands=shlex.quote(str(commands)), script=shlex.quote(str(script)), cells=len(left),
-        nodes=ranks // tasks, tasks=tasks, logs=folder.logs.absolute(), root=shlex.quote(str(ROOT)),
-    )  # fmt: skip
+    alike = {ranks: [cell for cell in left if cell.ranks == ranks] for ranks in sorted({cell.ranks for cell in left})}
+    written = {}
+    for ranks, members in alike.items():
+        name = plan.name if len(alike) == 1 else f"{plan.name}-ranks{ranks}"
+        script, commands = (target.absolute() / f"{name}.{kind}" for kind in ("sbatch", "commands"))
+        written[script] = _script(plan, folder, name, members, script, commands)
+        written[commands] = "".join(f"{shlex.join(cell_words(plan, folder, cell))}\n" for cell in members)
     try:
         target.mkdir(parents=True, exist_ok=True)
-        commands.write_text("".join(f"{line}\n" for line in lines), "utf-8")
-        script.write_text(text, "utf-8")
+        for path, text in written.items():
+            path.write_text(text, "utf-8")
     except OSError as error:
         raise UserError(f"--slurm: {target} cannot be written: {error}") from error
-    return script
+    return [path for path in written if path.suffix == ".sbatch"]
+
+
+def _script(
+    plan: StudyPlan, folder: StudyFolder, name: str, cells: Sequence[Planned], script: Path, commands: Path
+) -> str:
+    ranks = cells[0].ranks
+    tasks = min(ranks, plan.execution.ranks_per_node)
+    if ranks % tasks:
+        raise UserError(f"execution.ranks: expected a multiple of execution.ranks_per_node = {tasks}, got {ranks}")
+    return SCRIPT.format(
+        name=name, commands=shlex.quote(str(commands)), script=shlex.quote(str(script)), cells=len(cells),
+        nodes=ranks // tasks, tasks=tasks, logs=folder.logs.absolute(), root=shlex.quote(str(ROOT)),
+        gpus=f"#SBATCH --gpus-per-node={tasks}\n" if plan.execution.device == "cuda" else "",
+    )  # fmt: skip

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from amclr_scale.study.results import Metric, Run
 from amclr_scale.study.statistics import Estimate
@@ -45,3 +46,21 @@ class Unit:
 def unit_of(metric: Metric, runs: Sequence[Run]) -> Unit:
     """A result with a standard error beside it is a share (see docs/evaluation.md)."""
     return Unit(any(f"{metric.keys[0]}/stderr" in run.results for run in runs))
+
+
+def words_of(one: Estimate | None, digits: str = ".3g") -> str:
+    """A number without a unit of its own, with its interval where it has one; a dash for None.
+
+    Args:
+        digits: format of the numbers.
+    """
+    if one is None:
+        return "-"
+    value, low, high = (format(number, digits) for number in (one.value, *one.interval()))
+    return value if one.n < 2 else f"{value} [{low}, {high}]"
+
+
+def columns_of(name: str, one: Estimate | None) -> dict[str, Any]:
+    """Its columns of a CSV."""
+    low, high = one.interval() if one else (None, None)
+    return {name: one.value if one else None, f"{name}_low": low, f"{name}_high": high}

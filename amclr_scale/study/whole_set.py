@@ -15,7 +15,7 @@ from amclr_scale.study.document import Figure, Table
 from amclr_scale.study.plots import WIDTH, Looks, batch_axis, finish, legend, pyplot
 from amclr_scale.study.results import Run
 from amclr_scale.study.statistics import Estimate, estimate
-from amclr_scale.study.tables import DASH
+from amclr_scale.study.units import columns_of, words_of
 
 PREFIX = "probe/"
 
@@ -76,20 +76,6 @@ def _last(run: Run, quantity: Quantity) -> float | None:
     return float(found[-1]) if found else None
 
 
-def words_of(one: Estimate | None, quantity: Quantity) -> str:
-    """A mean with its interval over seeds."""
-    if one is None:
-        return DASH
-    low, high = (format(end, quantity.digits) for end in one.interval())
-    value = format(one.value, quantity.digits)
-    return value if one.n < 2 else f"{value} [{low}, {high}]"
-
-
-def _columns(name: str, one: Estimate | None) -> dict[str, Any]:
-    low, high = one.interval() if one else (None, None)
-    return {name: one.value if one else None, f"{name}_low": low, f"{name}_high": high}
-
-
 def curve(groups: Sequence[Group], looks: Looks, quantity: Quantity) -> Figure | None:
     """A quantity against epochs, a panel per batch size, a line per method; None where nobody logged it."""
     rows: list[dict[str, Any]] = []
@@ -103,7 +89,7 @@ def curve(groups: Sequence[Group], looks: Looks, quantity: Quantity) -> Figure |
         rows += [
             {"title": group.title, "global_batch_size": group.global_batch_size, "samples": samples,
              "epochs": samples * cell.epochs / cell.samples, "seeds": len(values),
-             **_columns(quantity.key, estimate(values))}
+             **columns_of(quantity.key, estimate(values))}
             for samples, values in sorted(at.items())
         ]  # fmt: skip
     values = [row[quantity.key] for row in rows]
@@ -148,7 +134,7 @@ def by_batch(groups: Sequence[Group], looks: Looks) -> Figure | None:
                 places, [one.value for _, one in known], halves, elinewidth=0.9, capsize=2, **looks(title)
             )  # fmt: skip
             for group, one in known:
-                raw[group.name] |= _columns(quantity.key, one)
+                raw[group.name] |= columns_of(quantity.key, one)
         batch_axis(axes, groups)
         axes.set_title(quantity.words)
     for axes in grid[:-1].flat:
@@ -172,11 +158,11 @@ def last_table(groups: Sequence[Group]) -> Table:
         epochs *= group.runs[0].cell.epochs / group.runs[0].cell.samples
         rows.append([
             group.title, f"{group.global_batch_size:,}", str(seeds), f"{epochs:.3g}",
-            *(words_of(found[quantity.key], quantity) for quantity in shown),
+            *(words_of(found[quantity.key], quantity.digits) for quantity in shown),
         ])  # fmt: skip
         record = {"arm": group.arm, "title": group.title, "global_batch_size": group.global_batch_size}
         raw.append({**record, "seeds": seeds, "epochs": epochs})
         for quantity in shown:
-            raw[-1] |= _columns(quantity.key, found[quantity.key])
+            raw[-1] |= columns_of(quantity.key, found[quantity.key])
     header = ["arm", "B", "seeds", "epochs", *(quantity.short for quantity in shown)]
     return Table("probe_last", header, rows, raw)

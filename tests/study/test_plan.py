@@ -106,6 +106,16 @@ def test_what_decides_the_answer_has_no_default(plan_file: Path, key: str, tmp_p
         (["config=nowhere.yaml"], "config: expected a YAML file, got"),
         (["warmup_samples=10", "warmup_share=0.1"], "warmup_share: give this or warmup_samples, not both"),
         (["execution.ranks=2"], "execution.launcher: python starts one rank, got execution.ranks 2"),
+        (["axes={execution.ranks: [1, 4]}"], "execution.launcher: python starts one rank, got execution.ranks 4"),
+        (["axes={execution.ranks: [1, two]}"], "axes.execution.ranks: expected numbers of ranks, 1 or more, got"),
+        (
+            ["axes={execution.ranks: [1]}", "execution.jobs=2"],
+            "execution.jobs: expected 1 where execution.ranks varies",
+        ),
+        (
+            ["axes={execution.ranks: [1, 3]}", "execution.launcher=torchrun"],
+            "data.lanes",
+        ),
         (["execution.words=[execution.zero_stag=1]"], "execution.zero_stag: no such key"),
         (["budget.samples=8"], "budget: 8 samples are less than one step at a global batch of 32"),
         (

@@ -9,7 +9,7 @@ from html.parser import HTMLParser
 import pytest
 
 from amclr_scale.errors import UserError
-from amclr_scale.study import curves, plots, whole_set
+from amclr_scale.study import curves, plots, scaling, whole_set
 from amclr_scale.study.claims import NOT_MEASURED, load_claims, measures_of
 from amclr_scale.study.comparison import Outcome, groups_of
 from amclr_scale.study.document import Figure, csv_text, escape, page
@@ -74,6 +74,7 @@ def undrawn(monkeypatch):
     monkeypatch.setattr(plots, "finish", finish)
     monkeypatch.setattr(curves, "finish", finish)
     monkeypatch.setattr(whole_set, "finish", finish)
+    monkeypatch.setattr(scaling, "finish", finish)
 
 
 def test_the_page_is_self_contained_and_well_formed(folder):
@@ -215,7 +216,7 @@ def test_arms_are_known_by_what_they_began_as(tmp_path, monkeypatch):
 
 def test_claims_file_is_complete():
     found = load_claims()
-    kinds = {"difference", "reference", "axis", "cost", "speed", "weights", "probe"}
+    kinds = {"difference", "reference", "axis", "cost", "speed", "weights", "probe", "ranks"}
     for claim in found["claims"]:
         assert {"id", "claim", "source", "scale", "doubt"} <= set(claim), claim["id"]
         assert claim["source"] in found["sources"]
@@ -246,6 +247,38 @@ def test_an_axis_and_a_grid_speak(tmp_path):
     assert {(row["global_batch_size"], row["negatives"]) for row in figure.raw} == {
         (batch, size - 1) for batch in (128, 256) for size in (64, 128)
     }
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_ranks_speed_up_a_recipe_and_are_held_to_the_same_scores(tmp_path):
+    folder = make_study(
+        tmp_path / "s", arms=("clip", "dcl"), batches=(128, 256, 512), axes={"execution.ranks": [1, 2, 4]},
+        unfinished=["clip-B128-s1-ranks2"],
+    )  # fmt: skip
+    composed = compose(read_study(folder))
+    [table] = [one for one in composed.tables if one.name == "scaling"]
+    rows = {(row["title"], row["global_batch_size"], row["ranks"]): row for row in table.raw}
+    assert len(rows) == 2 * 3 * 3
+    for (_, batch, ranks), row in rows.items():
+        seeds = (0, 2) if row["title"] == "CLIP" and (batch, ranks) == (128, 2) else (0, 1, 2)
+        speed = [synthetic.throughput(1, ranks, seed) / synthetic.throughput(1, 1, seed) for seed in seeds]
+        assert (row["seeds"], row["local_batch_size"]) == (len(seeds), batch / ranks)
+        assert row["speed_up"] == pytest.approx(statistics.mean(speed))
+        assert row["efficiency"] == pytest.approx(statistics.mean(speed) / ranks)
+        assert (row["efficiency_low"], row["efficiency_high"]) == pytest.approx(
+            estimate([one / ranks for one in speed]).interval()
+        )
+    # b = 128: 128 on one rank, 256 on two, 512 on four; 32 samples a rank were only run on four
+    weak = rows["DCL", 512, 4]["efficiency_at_equal_local_batch"]
+    assert weak == pytest.approx(rows["DCL", 512, 4]["efficiency"])  # throughput here does not depend on B
+    assert rows["DCL", 128, 4]["efficiency_at_equal_local_batch"] is None
+    assert {(row["line"], row["ranks"]) for row in composed.figures["scaling"].raw} == {
+        (f"{arm}, B = {batch}", ranks) for arm in ("CLIP", "DCL") for batch in (128, 256, 512) for ranks in (1, 2, 4)
+    }
+    tables = {one.name: one.raw for one in composed.tables}
+    assert {row["why"] for row in tables["agreement"]} == {"one recipe, run in two ways"}
+    claims = {row["id"]: row["measured_here"] for row in tables["claims"]}
+    assert "CLIP, B = 256: 2 ranks 1.76 [1.72, 1.80] times the samples/s of 1" in claims["C17"]
 
 
 def test_a_study_without_a_finished_cell_has_a_report(tmp_path):

@@ -253,6 +253,22 @@ def test_command_lines_of_the_launchers(tmp_path: Path) -> None:
         assert part in command(plan, StudyFolder(plan.place), cells[0])
 
 
+def test_ranks_as_an_axis_are_one_recipe_started_in_several_ways(tmp_path: Path) -> None:
+    words = ["arms=[clip]", "seeds=[0]", "axes={execution.ranks: [1, 2, 8]}"]
+    plan, cells = make(tmp_path, *words, "execution={launcher: torchrun, ranks_per_node: 4, device: cuda}")
+    folder = StudyFolder(plan.place)
+    assert [cell.name for cell in cells] == ["clip-B32-ranks1-s0", "clip-B32-ranks2-s0", "clip-B32-ranks8-s0"]
+    assert len({cell.recipe_hash for cell in cells}) == 1
+    for cell, ranks in zip(cells, (1, 2, 8), strict=True):
+        assert f"--nproc-per-node={ranks}" in command(plan, folder, cell)
+        assert not [word for word in cell.words if "ranks" in word]
+    scripts = write_jobs(plan, folder, cells, tmp_path / "jobs")
+    found = {script.name: script.read_text() for script in scripts}
+    assert list(found) == ["tiny-ranks1.sbatch", "tiny-ranks2.sbatch", "tiny-ranks8.sbatch"]
+    assert "--nodes=2\n#SBATCH --ntasks-per-node=4\n#SBATCH --gpus-per-node=4\n" in found["tiny-ranks8.sbatch"]
+    assert "tiny-ranks2.commands" in found["tiny-ranks2.sbatch"]
+
+
 def test_cells_that_run_at_once_have_gpus_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     words = "execution={launcher: deepspeed, ranks: 2, jobs: 2, device: cuda}"
     plan, cells = make(tmp_path, words)
@@ -269,7 +285,7 @@ def test_a_job_array_gives_every_task_the_words_of_its_cell(tmp_path: Path) -> N
         tmp_path, "arms=[clip, amclr]", "execution={launcher: deepspeed, ranks: 16}", "words=[data.lanes=16]"
     )
     folder = StudyFolder(plan.place)
-    script = write_jobs(plan, folder, cells, tmp_path / "jobs")
+    [script] = write_jobs(plan, folder, cells, tmp_path / "jobs")
     text = script.read_text()
     assert "#SBATCH --array=1-4" in text
     assert "#SBATCH --nodes=2" in text
