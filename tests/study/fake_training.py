@@ -9,6 +9,7 @@ HOW   done      trains and ends well
       once      ends with 1 the first time
       early     ends with 75 the first time
       mistake   ends with 2
+      meets     ends well once another cell is running, with 1 when none comes
 """
 
 import json
@@ -40,6 +41,12 @@ if how == "stubborn" and first:
 (folder / "ready").touch()
 if how in ("slow", "stubborn") and first:
     time.sleep(60)
+if how == "meets":
+    until = time.monotonic() + 120
+    while len(list(folder.parent.glob("*/ready"))) < 2 and time.monotonic() < until:
+        time.sleep(0.02)
+    if time.monotonic() >= until:
+        sys.exit(1)
 if how == "fails" or (how == "once" and first):
     print("the reason, in the last line", flush=True)
     sys.exit(1)
