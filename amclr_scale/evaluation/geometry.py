@@ -80,8 +80,8 @@ def _diversity(x: Tensor, N: int) -> float:
 
 def _tolerance(x: Tensor, labels: Tensor) -> float | None:
     """Pairs of one class: |sum of its features|^2 minus the pairs of samples with themselves; None: no such pairs."""
-    K = int(gather_rows(labels).max()) + 1
     labels = labels.to(x.device)
+    K = int(gather_rows(labels).max()) + 1
     sums = sum_over_ranks(x.new_zeros(K, x.shape[1]).index_add_(0, labels, x))
     squares = sum_over_ranks(x.new_zeros(K).index_add_(0, labels, x.square().sum(1)))
     counts = sum_over_ranks(x.new_zeros(K).index_add_(0, labels, torch.ones_like(x[:, 0])))
