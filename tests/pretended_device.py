@@ -47,7 +47,7 @@ class OnDevice(Tensor):
     on_host: Tensor
 
     @staticmethod
-    def __new__(cls, on_host: Tensor) -> "OnDevice":
+    def __new__(cls, inner: Tensor) -> "OnDevice":
         made: OnDevice = Tensor._make_wrapper_subclass(
             cls, inner.size(), strides=inner.stride(), storage_offset=inner.storage_offset(), dtype=inner.dtype,
             device=DEVICE,
