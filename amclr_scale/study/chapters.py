@@ -9,9 +9,11 @@ from amclr_scale.study.comparability import differences, surroundings, uneven_ra
 from amclr_scale.study.comparison import Group, Outcome
 from amclr_scale.study.document import Document
 from amclr_scale.study.plots import Looks
+from amclr_scale.study.progress import duration
 from amclr_scale.study.results import Metric, Study
 from amclr_scale.study.units import unit_of
 
+OFF_BUDGET = 0.1
 UNEVEN = 1.2  # ratio of rates of equal runs above which a machine was not left alone
 
 
@@ -116,7 +118,7 @@ def equivalent(report: Document, first: Analysed, groups: Sequence[Group]) -> No
     report.table(table)
 
 
-def costs(report: Document, first: Analysed, groups: Sequence[Group], looks: Looks) -> None:
+def costs(report: Document, study: Study, first: Analysed, groups: Sequence[Group], looks: Looks) -> None:
     made = [
         plots.score_by_cost(
             first.outcome, first.unit, looks, "tflop", "TFLOP", "by_flops",
@@ -129,6 +131,10 @@ def costs(report: Document, first: Analysed, groups: Sequence[Group], looks: Loo
         plots.score_by_cost(
             first.outcome, first.unit, looks, "hours", "hours", "by_hours", "Score against wall clock."
         ),
+        plots.score_by_cost(
+            first.outcome, first.unit, looks, "peak_gib", "peak memory per rank, GiB", "by_memory",
+            "Score against peak memory per rank: the frontier.",
+        ) if study.held_equal == "memory" else None,
         plots.by_batch(
             groups, looks, "peak_gib", "peak memory per rank, GiB", "memory", "Peak memory per rank against batch size."
         ),
@@ -167,6 +173,9 @@ def training(report: Document, first: Analysed, groups: Sequence[Group], looks: 
             report.say("The metric was measured at the end only; what follows is the training objective.")
         for figure in (curve, objective, *logged):
             report.figure(figure)
+        others = curves.diagnostic_keys(groups)[curves.MOST_DIAGNOSTICS :]
+        if others:
+            report.say(f"Logged as well, and not drawn here: {', '.join(f'`{key}`' for key in others)}.")
 
 
 def against_whole_set(report: Document, groups: Sequence[Group], looks: Looks) -> None:
@@ -206,6 +215,7 @@ def checks(report: Document, study: Study, first: Analysed) -> None:
             "large beside the spread over seeds would be a fault.",
         )
         report.table(agreement)
+    _wall_clock(report, study)
     found = differences(study.runs)
     warned = [one for one in found if one.warn]
     report.say(
@@ -240,6 +250,27 @@ def checks(report: Document, study: Study, first: Analysed) -> None:
         )
     if mixed:
         report.say(f"Not all on one machine ({', '.join(mixed)} differ): hours and samples/s do not compare.")
+
+
+def _wall_clock(report: Document, study: Study) -> None:
+    """How far the time that cells took is from the time that they were given."""
+    hours = (study.plan.get("budget") or {}).get("hours")
+    if study.held_equal != "wall_clock" or not hours:
+        return
+    factors = {arm["name"]: arm.get("budget_factor") or 1.0 for arm in study.plan.get("arms") or []}
+    shares = {
+        run.cell.cell: run.training_seconds / (3600 * hours * factors.get(run.cell.arm, 1.0))
+        for run in study.runs
+        if run.training_seconds
+    }
+    off = [f"{cell} ({share:.0%})" for cell, share in shares.items() if abs(share - 1) > OFF_BUDGET]
+    if shares:
+        report.say(
+            "### Time given and time taken",
+            f"Cells are planned from a pilot's samples/s, to train for the budget of {duration(3600 * hours)}; start "
+            f"and evaluation are not in it. The logged steps took {min(shares.values()):.0%} to "
+            f"{max(shares.values()):.0%} of it. More than {OFF_BUDGET:.0%} off: {', '.join(off) or 'none'}.",
+        )
 
 
 def claims(report: Document, study: Study, first: Analysed, groups: Sequence[Group]) -> None:

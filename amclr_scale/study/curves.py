@@ -49,14 +49,18 @@ def objective_by_samples(groups: Sequence[Group], looks: Looks, name: str) -> Fi
     return panels(name, caption, scaled, rows, panel="title", line="global_batch_size", label="objective", looks=looks)
 
 
-def diagnostics(groups: Sequence[Group], looks: Looks) -> list[Figure]:
-    """What the runs logged about their estimators and gradients, one figure each; the estimators' error first."""
+def diagnostic_keys(groups: Sequence[Group]) -> list[str]:
+    """What `run.diagnostics` logged in any run, the estimators' first; those behind MOST_DIAGNOSTICS are not drawn."""
     logged = {key for group in groups for run in group.runs for record in run.steps for key in record}
-    keys = sorted(
+    return sorted(
         (key for key in logged if key.startswith("diagnostics/")), key=lambda key: ("estimator" not in key, key)
     )
+
+
+def diagnostics(groups: Sequence[Group], looks: Looks) -> list[Figure]:
+    """What the runs logged about their estimators and gradients, one figure each; the estimators' error first."""
     found = []
-    for key in keys[:MOST_DIAGNOSTICS]:
+    for key in diagnostic_keys(groups)[:MOST_DIAGNOSTICS]:
         rows = _logged(groups, key)
         words = key.partition("/")[2].replace("_", " ")
         figure = panels(

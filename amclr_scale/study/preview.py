@@ -125,6 +125,12 @@ def hours(plan: StudyPlan, folder: StudyFolder, cells: Sequence[Planned]) -> str
         lines.append(f"time: about {duration(sum(known) / jobs)} for the others, {jobs} at once, from measured ones")
     else:
         lines.append("time: unknown until a cell has run")
+        if all(cell.variant in folder.rates for cell in left):
+            seconds = sum(cell.samples / folder.rates[cell.variant] for cell in left) / plan.execution.jobs
+            lines.append(
+                f"by the pilot's samples/s: {duration(seconds)} of training, {plan.execution.jobs} at once; start and "
+                "evaluation of every cell come on top"
+            )
         if plan.expected:
             lines.append(f"expected: {expectation(plan.expected, left)}")
     return "\n".join(lines)

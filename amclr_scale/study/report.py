@@ -29,7 +29,7 @@ def write_report(folder: Path) -> Path:
             f"{', '.join(absent)}: expected for a study's report, got none installed; pip install 'amclr_scale[report]'"
         )
     from amclr_scale.study.document import csv_text, json_text, page
-    from amclr_scale.study.results import read_study
+    from amclr_scale.study.reading import read_study
     from amclr_scale.study.sections import compose
 
     target = folder / "report"

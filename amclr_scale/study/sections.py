@@ -11,8 +11,9 @@ from amclr_scale.study.claims import scale_of
 from amclr_scale.study.comparison import Group, groups_of, reference_of
 from amclr_scale.study.document import Document
 from amclr_scale.study.plots import Looks
+from amclr_scale.study.power import detectable_difference
 from amclr_scale.study.results import Study
-from amclr_scale.study.statistics import Verdict, detectable_difference
+from amclr_scale.study.statistics import Verdict
 from amclr_scale.study.units import Unit, unit_of
 
 HELD_EQUAL = {
@@ -51,7 +52,7 @@ def compose(study: Study, discussion: str | None = None) -> Document:
         chapters.scores(report, study, analysed, looks)
         chapters.verdicts(report, study, analysed, looks)
         chapters.equivalent(report, first, groups)
-        chapters.costs(report, first, groups, looks)
+        chapters.costs(report, study, first, groups, looks)
         chapters.over_ranks(report, groups)
         chapters.training(report, first, groups, looks)
         chapters.against_whole_set(report, groups, looks)

@@ -1,4 +1,4 @@
-"""Differences between arms that share their seeds: intervals, equivalence, and how many seeds a decision needs.
+"""Differences between arms that share their seeds: intervals, tests of difference and of equivalence, verdicts.
 
 With n differences d_1 ... d_n, one per seed (same initial weights and data order in both arms), mean m, standard
 deviation s, and t_q(f) the q-quantile of Student's t with f degrees of freedom:
@@ -24,33 +24,18 @@ alone is in both terms: these intervals err to the wide side. In simulated studi
 96.5 % (3 seeds), 97.3 % (5), 95.7 % (10) and 95.3 % (20). A bootstrap over 3 seeds has ten different resamples and
 holds it in 74 % (tests/study/test_statistics_resampling.py measures both): none is used for seeds here.
 
-Sample sizes are exact for normal differences: integrals, over the distribution of s, of the probability that a test
-rejects (the noncentral t for a difference, Owen's Q for TOST). Everything is float64.
+power.py has how many seeds such a test needs. Everything is float64.
 """
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from scipy import optimize, special
 
-from amclr_scale.errors import UserError
-
-try:
-    from scipy import optimize, special
-except ImportError as error:
-    raise UserError(
-        "scipy: expected for a study's statistics, got none installed; pip install 'amclr_scale[report]'"
-    ) from error
-
-Array = NDArray[np.float64]
-MOST_SEEDS = 100_000
 SMALLEST_P = 1e-12
-_nodes, _weights = np.polynomial.legendre.leggauss(200)
-NODES, WEIGHTS = (_nodes + 1) / 2, _weights / 2  # of an integral over a probability, 0 to 1
 
 
 @dataclass(frozen=True)
@@ -118,14 +103,19 @@ class Estimate:
 
     def p_equivalent(self, margin: float) -> float:
         """p-value of H0: the true value is at least `margin` away from zero."""
-        return max(self.p_above(-_positive(margin, "margin")), self.p_below(margin))
+        return max(self.p_above(-above_zero(margin, "margin")), self.p_below(margin))
 
     def p_not_worse(self, margin: float) -> float:
         """p-value of H0: the true value is at or below -margin."""
-        return self.p_above(-_positive(margin, "margin"))
+        return self.p_above(-above_zero(margin, "margin"))
 
 
-def _positive(value: float, name: str) -> float:
+def above_zero(value: float, name: str) -> float:
+    """A number that has to be positive, such as a margin.
+
+    Raises:
+        ValueError: it is not.
+    """
     if not value > 0:
         raise ValueError(f"{name}: expected a number above 0, got {value}; declare it before the study is run")
     return value
@@ -221,117 +211,3 @@ def decide(family: Sequence[Estimate], margin: float, alpha: float = 0.05) -> li
             verdict = Verdict.UNDECIDED  # also where p is nan
         found.append(Decision(verdict, p_d, p_e, p_n))
     return found
-
-
-def power_of_difference(sigma: float, delta: float, n: int, *, alpha: float = 0.05, paired: bool = True) -> float:
-    """Probability that the two-sided t test finds a true difference of delta.
-
-    P = E[Phi(d - t r) + Phi(-d - t r)], d the difference in standard errors, t the critical value, and r the estimated
-    over the true deviation: the noncentral t, whose implementation in scipy is nan here and there.
-
-    Args:
-        sigma: standard deviation of the differences (paired), or of one arm (not paired).
-        n: seeds per arm.
-    """
-    freedom, share = (n - 1, 1) if paired else (2 * n - 2, 2)
-    shift = abs(delta) / (sigma * math.sqrt(share / n))
-    critical = float(special.stdtrit(freedom, 1 - alpha / 2)) * _ratios(freedom, NODES)
-    return float(WEIGHTS @ (special.ndtr(shift - critical) + special.ndtr(-shift - critical)))
-
-
-def _ratios(freedom: float, probability: Array) -> Array:
-    """Quantiles of the estimated over the true deviation, sqrt(chi^2_f / f)."""
-    return np.asarray(np.sqrt(special.gammaincinv(freedom / 2, probability) * 2 / freedom))
-
-
-def power_of_equivalence(
-    sigma: float, margin: float, n: int, *, difference: float = 0.0, alpha: float = 0.05, paired: bool = True
-) -> float:
-    """Probability that TOST shows equivalence when the true difference is `difference`.
-
-    P = E[Phi((margin - difference) / e - t r) - Phi(t r - (margin + difference) / e)]+ with e the standard error, t the
-    one-sided critical value and r = sqrt(chi^2_f / f) the estimated over the true deviation.
-    """
-    freedom, share = (n - 1, 1) if paired else (2 * n - 2, 2)
-    error = sigma * math.sqrt(share / n)
-    critical = float(special.stdtrit(freedom, 1 - alpha))
-    largest = margin / error / critical  # r beyond which the tests cannot both reject
-    reach = float(special.gammainc(freedom / 2, freedom / 2 * largest**2))
-    r = _ratios(freedom, reach * NODES)
-    high = special.ndtr((margin - difference) / error - critical * r)
-    low = special.ndtr(critical * r - (margin + difference) / error)
-    return float(reach * (WEIGHTS @ np.maximum(high - low, 0)))
-
-
-def detectable_difference(sigma: float, n: int, *, power: float = 0.8, alpha: float = 0.05) -> float:
-    """The true difference that a paired t test over n seeds finds with this power.
-
-    Args:
-        sigma: standard deviation of the differences, above 0.
-        n: seeds, at least 2.
-    """
-
-    def lacking(shift: float) -> float:
-        return power_of_difference(1.0, shift, n, alpha=alpha) - power
-
-    high = 1.0
-    while lacking(high) < 0:
-        high *= 2
-    return sigma * float(optimize.brentq(lacking, 0.0, high))
-
-
-def seeds_needed(
-    sigma: float, delta: float, *, power: float = 0.8, alpha: float = 0.05, paired: bool = True
-) -> int | None:
-    """Seeds per arm to find a difference of delta; the normal approximation, not paired, is 15.7 sigma^2 / delta^2.
-
-    Args:
-        sigma: standard deviation of the differences (paired), or of one arm (not paired).
-        delta: the true difference, in the unit of sigma.
-
-    Returns:
-        The smallest number, at least 2; None above 100,000.
-
-    Raises:
-        ValueError: delta is not above 0, or sigma is negative.
-    """
-    _positive(delta, "delta")
-    return _smallest(sigma, power, lambda n: power_of_difference(sigma, delta, n, alpha=alpha, paired=paired))
-
-
-def seeds_needed_for_equivalence(
-    sigma: float,
-    margin: float,
-    *,
-    difference: float = 0.0,
-    power: float = 0.8,
-    alpha: float = 0.05,
-    paired: bool = True,
-) -> int | None:
-    """Seeds per arm to show equivalence within `margin` when the true difference is `difference`.
-
-    Returns:
-        The smallest number, at least 2; None above 100,000, or where the true difference is not inside the margin.
-    """
-    if abs(difference) >= _positive(margin, "margin"):
-        return None
-    asked: dict[str, Any] = {"difference": difference, "alpha": alpha, "paired": paired}
-    return _smallest(sigma, power, lambda n: power_of_equivalence(sigma, margin, n, **asked))
-
-
-def _smallest(sigma: float, power: float, reached: Any) -> int | None:
-    """The smallest n with enough power, which grows with n: doubling, then halving."""
-    if not sigma >= 0:
-        raise ValueError(f"sigma: expected a standard deviation, got {sigma}")
-    if sigma == 0:
-        return 2
-    high = 2
-    while reached(high) < power:
-        if high >= MOST_SEEDS:
-            return None
-        high = min(2 * high, MOST_SEEDS)
-    low = 1
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (low, middle) if middle > 1 and reached(middle) >= power else (middle, high)
-    return high

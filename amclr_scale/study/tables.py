@@ -13,8 +13,9 @@ from scipy import special
 from amclr_scale.study.comparability import Difference
 from amclr_scale.study.comparison import Both, Comparison, Group, Outcome, per_doubling
 from amclr_scale.study.document import Table
+from amclr_scale.study.power import seeds_needed_for_equivalence
 from amclr_scale.study.results import Missing, Run
-from amclr_scale.study.statistics import Estimate, seeds_needed_for_equivalence
+from amclr_scale.study.statistics import Estimate
 from amclr_scale.study.units import Unit
 
 DASH = "-"

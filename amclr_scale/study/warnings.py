@@ -81,7 +81,7 @@ def _memory(plan: StudyPlan, gib: Mapping[str, float]) -> Iterator[str]:
 def _seeds(plan: StudyPlan) -> Iterator[str]:
     """What the margin asks of the number of seeds."""
     try:
-        from amclr_scale.study.statistics import power_of_equivalence, seeds_needed_for_equivalence
+        from amclr_scale.study.power import power_of_equivalence, seeds_needed_for_equivalence
     except ImportError as error:
         yield f"statistics need {error.name}: pip install 'amclr_scale[report]'; nothing is said about seeds here"
         return

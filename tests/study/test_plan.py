@@ -1,5 +1,6 @@
 """Plans: what a mistake in one is answered with, and that every ready plan can be planned."""
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from amclr_scale.study.lengths import samples_per_epoch
 from amclr_scale.study.load import dump_plan, load_plan
 from amclr_scale.study.plan import StudyPlan
 from amclr_scale.study.preview import expectation, preview
+from amclr_scale.study.warnings import warnings
 
 PLANS = Path(__file__).parents[2] / "configs" / "studies"
 PLAN = f"""
@@ -142,6 +144,14 @@ def test_a_plan_that_is_built_on_another_one_may_have_a_name_of_its_own(plan_fil
     plan = load_plan(above, ["budget.epochs=2"])
     assert (plan.name, plan.margin, plan.seeds) == ("another", 0.02, [0, 1])
     assert (plan.budget.samples, plan.budget.epochs) == (None, 2)
+
+
+def test_a_study_is_planned_without_the_reports_packages(plan_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("power", "statistics"):
+        monkeypatch.delitem(sys.modules, f"amclr_scale.study.{name}", raising=False)
+    monkeypatch.setitem(sys.modules, "scipy", None)
+    said = list(warnings(load_plan(plan_file), plan_cells(plan_file), 4938.0))
+    assert "statistics need scipy: pip install 'amclr_scale[report]'; nothing is said about seeds here" in said
 
 
 @pytest.mark.parametrize("file", sorted(PLANS.glob("*.yaml")), ids=lambda file: file.stem)

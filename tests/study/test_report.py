@@ -7,14 +7,15 @@ import statistics
 from html.parser import HTMLParser
 
 import pytest
+import yaml
 
 from amclr_scale.errors import UserError
 from amclr_scale.study import curves, plots, scaling, whole_set
 from amclr_scale.study.claims import NOT_MEASURED, load_claims, measures_of
 from amclr_scale.study.comparison import Outcome, groups_of
 from amclr_scale.study.document import Figure, csv_text, escape, page
+from amclr_scale.study.reading import read_study
 from amclr_scale.study.report import write_report
-from amclr_scale.study.results import read_study
 from amclr_scale.study.sections import compose
 from amclr_scale.study.statistics import estimate
 from amclr_scale.study.units import unit_of
@@ -289,6 +290,18 @@ def test_a_study_without_a_finished_cell_has_a_report(tmp_path):
     assert "0 of 2 finished" in index.read_text()
     assert "| clip-B128-s0, clip-B256-s0 | not run | - |" in (folder / "report" / "report.md").read_text()
     assert "nan" not in (folder / "report" / "report.md").read_text()
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_time_given_is_held_against_time_taken(tmp_path):
+    folder = make_study(
+        tmp_path / "s", arms=("clip", "amclr"), batches=(128,), seeds=(0,), held_equal="wall_clock", items=False
+    )
+    plan = yaml.safe_load((folder / "study.yaml").read_text())
+    plan["budget"] = {"hours": synthetic.SAMPLES / 400 / 3600}  # what CLIP takes; AmCLR has half the samples/s
+    (folder / "study.yaml").write_text(yaml.safe_dump(plan))
+    text = compose(read_study(folder)).markdown
+    assert "The logged steps took 100% to 200% of it. More than 10% off: amclr-B128-s0 (200%)." in text
 
 
 @pytest.mark.usefixtures("undrawn")

@@ -8,7 +8,8 @@ import pytest
 from amclr_scale.errors import UserError
 from amclr_scale.study.comparability import differences, surroundings, uneven_rate
 from amclr_scale.study.comparison import Outcome, baseline_of, compare, find, groups_of, reference_of
-from amclr_scale.study.results import Metric, read_study
+from amclr_scale.study.reading import read_study
+from amclr_scale.study.results import Metric
 from amclr_scale.study.selection import select
 from amclr_scale.study.statistics import Verdict, paired
 from amclr_scale.study.tables import needed_seeds, same_mathematics, sensitivity_table
@@ -175,6 +176,14 @@ def test_a_swept_learning_rate_is_chosen_by_the_other_seeds(tmp_path):
     assert found.selection(group).best == 1
     best = group.at_rate(0.001)
     assert found.scores[group] == {seed: run.results[KEYS[0]] for seed, run in best.items()}
+
+
+def test_keys_that_change_no_result_are_no_differences(tmp_path):
+    folder = make_study(tmp_path / "s", arms=("clip", "dcl"), batches=(128,), seeds=(0,),
+                        words={"dcl": ["data.allow_pipe=true", "train.max_hours=2"]})  # fmt: skip
+    found = {one.key for one in differences(read_study(folder).runs)}
+    assert "objective.name" in found
+    assert not [key for key in found if key.startswith(("data.", "train."))]
 
 
 def test_other_axes_make_groups_of_their_own(tmp_path):

@@ -25,6 +25,7 @@ from amclr_scale.study.folder import StudyFolder
 from amclr_scale.study.load import load_plan
 from amclr_scale.study.pilot import rate
 from amclr_scale.study.plan import StudyPlan
+from amclr_scale.study.preview import hours
 from amclr_scale.study.progress import Rates, duration
 from amclr_scale.study.run import Runner, command, devices
 from amclr_scale.study.slurm import write_jobs
@@ -48,11 +49,6 @@ def make(tmp_path: Path, *words: str) -> tuple[StudyPlan, list[Planned]]:
 
 def attempts(plan: StudyPlan) -> list[tuple[str, str, Any]]:
     return [(one["cell"], one["status"], one["exit_code"]) for one in StudyFolder(plan.place).recorded()]
-
-
-def starts(plan: StudyPlan, cell: str) -> list[float]:
-    """When a fake cell was started."""
-    return [float(line.split()[1]) for line in (plan.place / "runs" / cell / "started").read_text().splitlines()]
 
 
 @pytest.mark.usefixtures("quick")
@@ -227,7 +223,9 @@ def test_a_pilot_measures_every_variant_once(tmp_path: Path, monkeypatch: pytest
     expected = pytest.approx(64 / (32 / 500 + 32 / 600))
     assert folder.rates == {"clip-B32": expected, "clip-B64": expected}
     assert pilot.run_pilot(plan, tree, 4938.0, folder, said.append) is None
-    cells = {cell.name: cell.samples for cell in make_cells(plan, tree, 4938.0, rates=folder.rates)}
+    planned = make_cells(plan, tree, 4938.0, rates=folder.rates)
+    assert "by the pilot's samples/s: 24 min of training, 1 at once" in hours(plan, folder, planned)  # 4 x 0.1 h
+    cells = {cell.name: cell.samples for cell in planned}
     assert cells["clip-B32-s1"] == 32 * int(360 * folder.rates["clip-B32"] / 32)
 
 

@@ -7,18 +7,20 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from amclr_scale.study.statistics import (
-    Estimate,
-    Verdict,
-    decide,
+from amclr_scale.study.power import (
     detectable_difference,
-    estimate,
-    holm,
-    paired,
     power_of_difference,
     power_of_equivalence,
     seeds_needed,
     seeds_needed_for_equivalence,
+)
+from amclr_scale.study.statistics import (
+    Estimate,
+    Verdict,
+    decide,
+    estimate,
+    holm,
+    paired,
     with_items,
 )
 
