@@ -145,7 +145,7 @@ def account(config: Config, *, world_size: int, num_samples: int, device: str | 
     groups, buffers = _sizes(config.model_dump_json(include={"model", "data", "objective", "optimizer"}))
     # Stage 0 exchanges gradients at the end of the last backward, as one flat copy.
     copies = 4 * sum(map(sum, groups)) if config.execution.zero_stage == 0 else 0
-    passes = Passes(config, plan, kind, copies=copies)
+    passes = Passes(config, plan, kind, copies=copies, sizes=[size for group in groups for size in group])
     components = [
         *state_components(
             config,
@@ -153,9 +153,7 @@ def account(config: Config, *, world_size: int, num_samples: int, device: str | 
             buffers,
             world_size,
             kind,
-            activations={p: m.activations for p, m in passes.peaks.items()},
-            pass_2=passes.peaks["pass_2"],
-            last_gathering=passes.last_gathering,
+            gradients_in_pass_2=passes.peaks["pass_2"].gradients,
             widening=passes.widening,
         ),
         *passes.components(),

@@ -200,14 +200,11 @@ def _parameters(model: DualEncoder, modality: Modality) -> int:
 def _passes_of(tower: Tower, share: float, weights: int) -> tuple[_Pass, _Pass, _Pass]:
     def moved(timeline: Timeline, begin: int, end: int) -> tuple[float, float, int]:
         """Bytes of what is made there, which is written once and read about twice; and how many things are made."""
-        slope, constant = (
-            torch.diff(x.double(), prepend=x.new_zeros(1).double())[begin:end].clamp(min=0)
-            for x in (timeline.slope, timeline.constant)
-        )
+        slope, constant = (torch.diff(x.double())[begin:end].clamp(min=0) for x in (timeline.slope, timeline.constant))
         return 3 * float(slope.sum()), 3 * float(constant.sum()) + weights, int(((slope > 0) | (constant > 0)).sum())
 
-    end, last = tower.with_graph.forward_end, len(tower.with_graph.slope)
-    first = _Pass(tower.flops, *moved(tower.without_graph, 0, len(tower.without_graph.slope)))
+    end, last = tower.with_graph.forward_end, tower.with_graph.end
+    first = _Pass(tower.flops, *moved(tower.without_graph, 0, tower.without_graph.end))
     again = _Pass(tower.flops, *moved(tower.with_graph, 0, end))
     return first, again, _Pass((2 + share) * tower.flops, *moved(tower.with_graph, end, last))
 

@@ -42,8 +42,9 @@ def momentum_peaks(tower: Tower, m: int, *, parameter_bytes: int, output_bytes: 
         parameter_bytes: of the tower's parameters; the momentum copy takes as much.
         output_bytes: of the micro-batch's features, which stay until the loss.
     """
-    student, teacher = tower.with_graph, tower.without_graph.forward_peak(m)
-    forward, kept, backward = student.forward_peak(m), student.kept(m), sum(student.backward_peak(m, first=True)[:2])
+    student, teacher = tower.with_graph, tower.without_graph.forward_peak(m).activations
+    forward, kept = student.forward_peak(m).activations, student.kept(m)
+    backward = sum(student.backward_peak(m, first=True))
     both = 2 * parameter_bytes
     return MomentumPeaks(
         none=parameter_bytes + max(forward, backward),

@@ -11,14 +11,22 @@ a tower's first backward; later ones are added to them one by one, in half preci
 gradients live until the next step is done, in the report of this one.
 """
 
-from collections.abc import Generator, Iterable, Iterator
-from dataclasses import dataclass, replace
+from collections import Counter
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import cached_property
+from itertools import repeat
 
 from amclr_scale.config.schema import Config
 from amclr_scale.engine.plan import Plan
 from amclr_scale.memory.components import Component, Phase
-from amclr_scale.memory.towers import MODALITIES, PRECISIONS, Modality, Tower, trace
+from amclr_scale.memory.gathering import Limits
+from amclr_scale.memory.replay import Both, Replay, looked_at, replay
+from amclr_scale.memory.towers import MODALITIES, PRECISIONS, Gathered, Modality, Peak, Tower, skeleton, trace
+
+NOTHING: dict[Modality, Gathered] = {}  # is gathered in a call
+NONE: tuple[None, None] = (None, None)
+NOTHING_TWICE: Both = {}
 
 Rows = tuple[tuple[Modality, int], ...]  # what one call of the model encodes, in its order
 Run = tuple[Rows, int]  # a call, and how often in a row
@@ -26,29 +34,21 @@ Run = tuple[Rows, int]  # a call, and how often in a row
 
 @dataclass(frozen=True)
 class Moment:
-    """Bytes alive at one moment: activations of each tower, features, gradients of parameters."""
+    """Bytes alive at one moment: activations of each tower, features, gradients of parameters, gathered parameters."""
 
     image: int = 0
     text: int = 0
     features: int = 0
     gradients: int = 0
-    released: int = 0  # of gathered parameters, which count elsewhere
-
-    @property
-    def activations(self) -> int:
-        return self.image + self.text
-
-    @property
-    def held_by_backward(self) -> int:
-        return self.activations + self.gradients
+    gathered: int = 0
 
     @property
     def total(self) -> int:
-        return self.activations + self.features + self.gradients - self.released
+        return self.image + self.text + self.features + self.gradients + self.gathered
 
     def and_also(
         self, modality: Modality | None = None, size: int = 0, *, features: int = 0, gradients: int = 0,
-        released: int = 0,
+        gathered: int = 0,
     ) -> "Moment":  # fmt: skip
         """This moment with more alive."""
         return Moment(
@@ -56,8 +56,12 @@ class Moment:
             self.text + (size if modality == "text" else 0),
             self.features + features,
             self.gradients + gradients,
-            self.released + released,
+            self.gathered + gathered,
         )
+
+    def at(self, modality: Modality, peak: Peak) -> "Moment":
+        """This moment with what a tower has at its worst."""
+        return self.and_also(modality, peak.activations, gradients=peak.gradients, gathered=peak.gathered)
 
 
 class Passes:
@@ -66,48 +70,54 @@ class Passes:
     Args:
         device: cpu or cuda.
         copies: bytes of the copy of all gradients that stage 0 makes to exchange them.
+        sizes: elements of each trained parameter, in any order, of the towers and beside them.
 
     Attributes:
         leaf_bytes: of all embeddings of a rank, as the objective gets them.
+        widening: bytes of a summed gradient's element over those of a parameter's.
     """
 
-    def __init__(self, config: Config, plan: Plan, device: str, *, copies: int = 0):
+    def __init__(self, config: Config, plan: Plan, device: str, *, copies: int = 0, sizes: Sequence[int] = ()):
         self.plan, self.copies = plan, copies
-        self.releases = config.execution.zero_stage == 3 and plan.world_size > 1
         self.widening = widening(config, plan)
-        self.towers: dict[Modality, Tower] = {modality: trace(config, modality, device) for modality in MODALITIES}
+        cut = config.execution.zero_stage == 3 and plan.world_size > 1
+        self.towers: dict[Modality, Tower] = {m: trace(config, m, device, partitioned=cut) for m in MODALITIES}
         views = {"image": 1 + config.data.image_views, "text": 1 + config.data.text_views}
         self._row = {m: 4 * config.model.embedding_width * views[m] for m in MODALITIES}  # bytes of a sample's outputs
         self.runs = list(_runs(plan))
         kept = config.execution.kept_micro_batches
         self.kept = min(1 if kept == "auto" else kept, plan.micro_batches)
+        self._without, self._with = _cut(self.runs, plan.micro_batches - self.kept)
         self.leaf_bytes = plan.local_batch_size * sum(self._row.values())
+        self._replay = self._follow(config, sizes) if cut else None
+
+    def _follow(self, config: Config, trained: Sequence[int]) -> Replay:
+        """What stage 3 gathers in these passes."""
+        item, limits = PRECISIONS[config.execution.precision].itemsize, Limits.of(config.deepspeed)
+        sizes = [p.numel() for p in skeleton(config).parameters()]
+        others = (Counter(trained) - Counter(sizes)).elements()  # what belongs to neither tower
+        without, kept = (
+            tuple((tuple(modality for modality, _ in call), count) for call, count in runs)
+            for runs in (self._without, self._with)
+        )
+        coordinator = (*sizes, *others), item, self.plan.world_size, limits
+        return replay(self.towers["image"], self.towers["text"], coordinator, without, kept)
 
     @cached_property
     def peaks(self) -> dict[Phase, Moment]:
         """The worst moment of each phase."""
+        gathered: dict[Phase, int] = {} if self._replay is None else self._replay.between
         before = Moment(features=2 * self.leaf_bytes)  # the report of the step before
-        without, kept = _cut(self.runs, self.plan.micro_batches - self.kept)
-        found: dict[Phase, Moment] = {"data": before}
-        found["pass_1"] = _worst(self._first_pass(before, without, kept))
-        graphs = self._with_graphs(before.and_also(features=self._outputs(without)), kept)
+        graphs = self._with_graphs(before.and_also(features=self._outputs(self._without)), self._with)
         with_leaves = graphs.and_also(features=2 * self.leaf_bytes)
-        found["objective"] = with_leaves
-        found["pass_2"] = _worst(self._second_pass(with_leaves, without, kept))
-        found["reduce"] = Moment(features=5 * self.leaf_bytes)
-        found["optimizer"] = Moment(features=4 * self.leaf_bytes)
-        return found
-
-    @cached_property
-    def last_gathering(self) -> Moment:
-        """When stage 3 gathers parameters for the last second forward; without one, the end of pass 2."""
-        without, kept = _cut(self.runs, self.plan.micro_batches - self.kept)
-        if not without:
-            return Moment(gradients=self.peaks["pass_2"].gradients)
-        modalities = [modality for call, count in without for _ in range(min(count, 2)) for modality, _ in call]
-        before = set(modalities[: -len(without[-1][0])])
-        gradients = self.widening * sum(int(self.towers[m].with_graph.gradients[-1]) for m in before)
-        return self._with_graphs(Moment(gradients=gradients), kept)
+        return {
+            "data": before.and_also(gathered=gathered.get("data", 0)),
+            "pass_1": _worst(self._first_pass(before)),
+            "objective": with_leaves.and_also(gathered=gathered.get("objective", 0)),
+            "pass_2": _worst(self._second_pass(with_leaves)),
+            "reduce": Moment(features=5 * self.leaf_bytes, gathered=gathered.get("reduce", 0)),
+            "optimizer": Moment(features=4 * self.leaf_bytes),
+        }
 
     def components(self) -> list[Component]:
         """Activations of each tower, features, and gradients during the second pass."""
@@ -130,22 +140,34 @@ class Passes:
         found.append(
             Component("features and their gradients", features, "train.global_batch_size over more ranks", "features")
         )
+        gathered = {phase: moment.gathered for phase, moment in self.peaks.items()}
+        found.append(
+            Component(
+                "gathered parameters", gathered,
+                "deepspeed.zero_optimization.stage3_max_live_parameters: fewer stay whole between their uses", "state",
+            )
+        )  # fmt: skip
         return found
 
-    # Of equal calls in a row, those are looked at that can be the worst: a batch may have a million of them.
-
-    def _first_pass(self, moment: Moment, without: list[Run], kept: list[Run]) -> Iterator[Moment]:
-        for call, count in without:  # the last one meets the most outputs
-            now = moment.and_also(features=(count - 1) * self._outputs([(call, 1)]))
-            for modality, m in call:
-                yield now.and_also(modality, self.towers[modality].without_graph.forward_peak(m))
-                now = now.and_also(features=self._row[modality] * m)
-            moment = now
-        for call, count in kept:  # and the most graphs
-            moment = self._with_graphs(moment, [(call, count - 1)])
-            for modality, m in call:
-                yield moment.and_also(modality, self.towers[modality].with_graph.forward_peak(m))
-                moment = moment.and_also(modality, self.towers[modality].with_graph.kept(m))
+    def _first_pass(self, moment: Moment) -> Iterator[Moment]:
+        gathered = iter(self._replay.first_pass if self._replay else repeat(NOTHING))
+        for call, count in self._without:
+            for index in looked_at(count):
+                whole = next(gathered)
+                now = moment.and_also(features=index * self._outputs([(call, 1)]))
+                for modality, m in call:
+                    yield now.at(modality, self.towers[modality].without_graph.forward_peak(m, whole.get(modality)))
+                    now = now.and_also(features=self._row[modality] * m)
+            moment = moment.and_also(features=self._outputs([(call, count)]))
+        for call, count in self._with:
+            for index in looked_at(count):
+                whole = next(gathered)
+                now = self._with_graphs(moment, [(call, index)])
+                for modality, m in call:
+                    timeline = self.towers[modality].with_graph
+                    yield now.at(modality, timeline.forward_peak(m, whole.get(modality)))
+                    now = now.and_also(modality, timeline.kept(m))
+            moment = self._with_graphs(moment, [(call, count)])
 
     def _with_graphs(self, moment: Moment, runs: list[Run], sign: int = 1) -> Moment:
         for call, count in runs:
@@ -153,40 +175,44 @@ class Passes:
                 moment = moment.and_also(modality, sign * count * self.towers[modality].with_graph.kept(m))
         return moment
 
-    def _second_pass(self, moment: Moment, without: list[Run], kept: list[Run]) -> Iterator[Moment]:
+    def _second_pass(self, moment: Moment) -> Iterator[Moment]:
+        gathered = iter(self._replay.second_pass if self._replay else repeat(NOTHING_TWICE))
         done: set[Modality] = set()
         before = 0  # outputs of the call before, which its name still holds
-        for call, count in without:  # the first one, and one more beside the outputs of the call before
-            for _ in range(min(count, 2)):
+        for call, count in self._without:
+            for _ in looked_at(count):
+                whole = next(gathered)
                 now = moment.and_also(features=before)
                 for modality, m in call:
-                    yield now.and_also(modality, self.towers[modality].with_graph.forward_peak(m))
-                    now = now.and_also(modality, self.towers[modality].with_graph.kept(m))
-                now = yield from self._backward(now, call, done)
+                    timeline = self.towers[modality].with_graph
+                    yield now.at(modality, timeline.forward_peak(m, whole.get(modality, NONE)[0]))
+                    now = now.and_also(modality, timeline.kept(m))
+                now = yield from self._backward(now, call, whole, done)
                 moment, before = now.and_also(features=-before), self._outputs([(call, 1)])
-        for call, count in kept:  # the first, the second with all gradients in place, and the last
-            for looked_at in range(min(count, 3)):
-                if looked_at == 2:  # those between are gone
-                    moment = self._with_graphs(moment, [(call, count - 3)], sign=-1)
-                    moment = moment.and_also(features=self._outputs([(call, count - 3)]))
-                moment = yield from self._backward(moment, call, done)
+        for call, count in self._with:
+            last = 0
+            for index in looked_at(count):
+                between = index - last - 1  # those are gone
+                if between > 0:
+                    moment = self._with_graphs(moment, [(call, between)], sign=-1)
+                    moment = moment.and_also(features=self._outputs([(call, between)]))
+                moment = yield from self._backward(moment, call, next(gathered), done)
                 moment = moment.and_also(features=self._outputs([(call, 1)]))  # which its graph had held
+                last = index
         yield moment.and_also(gradients=self.copies)
 
-    def _backward(self, moment: Moment, call: Rows, done: set[Modality]) -> Generator[Moment, None, Moment]:
+    def _backward(
+        self, moment: Moment, call: Rows, whole: Both, done: set[Modality]
+    ) -> Generator[Moment, None, Moment]:
         for modality, m in reversed(call):
-            timeline = self.towers[modality].with_graph
+            timeline, first = self.towers[modality].with_graph, modality not in done
             moment = moment.and_also(modality, -timeline.kept(m))
-            alive, gradients, released = timeline.backward_peak(
-                m, first=modality not in done, releases=self.releases, widening=self.widening
-            )
-            yield moment.and_also(modality, alive, gradients=gradients, released=released)
-            whole = int(timeline.gradients[-1])
-            moment = moment.and_also(
-                gradients=0 if modality in done else self.widening * whole, released=whole if self.releases else 0
-            )
+            gathered = whole.get(modality, NONE)[1]
+            yield moment.at(modality, timeline.backward_peak(m, gathered, first=first, widening=self.widening))
+            if first:
+                moment = moment.and_also(gradients=self.widening * int(timeline.gradients[-1]))
             done.add(modality)
-        return replace(moment, released=0)  # the next call gathers them again
+        return moment
 
     def _outputs(self, runs: Iterable[Run]) -> int:
         return sum(count * self._row[modality] * m for call, count in runs for modality, m in call)

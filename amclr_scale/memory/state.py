@@ -15,22 +15,19 @@ the step then allocate is followed below bucket by bucket and group by group, in
 """
 
 import itertools
-from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
 
 import torch
 
 from amclr_scale.config.schema import Config, Optimizer
 from amclr_scale.engine.optimizers import build_optimizer
-from amclr_scale.memory.components import Component, Phase, Place, always
-from amclr_scale.memory.passes import Moment
+from amclr_scale.memory.components import Component, Place, always
 from amclr_scale.memory.towers import PRECISIONS
 from amclr_scale.memory.tracker import Tracker
 
-# DeepSpeed's defaults, in elements.
-BUCKET, PERSISTENT, LIVE, PREFETCH = 500_000_000, 100_000, 1_000_000_000, 50_000_000
+BUCKET = 500_000_000  # DeepSpeed's default, in elements
 
 Groups = tuple[tuple[int, ...], ...]  # elements of each parameter, by optimizer group
 
@@ -49,27 +46,25 @@ class Sizes:
     temporaries: int  # bytes per element while the optimizer steps
     together: bool  # it steps all parameters at once
 
-    @property
+    @cached_property
     def numels(self) -> list[int]:
         return list(itertools.chain.from_iterable(self.groups))
 
-    @property
+    @cached_property
     def total(self) -> int:
         return sum(self.numels)
 
 
 def state_components(
     config: Config, groups: Groups, buffers: int, world_size: int, device: str, *,
-    activations: Mapping[Phase, int], pass_2: Moment, last_gathering: Moment, widening: int,
+    gradients_in_pass_2: int, widening: int,
 ) -> list[Component]:  # fmt: skip
     """Parameters, what the optimizer keeps, and gradients.
 
     Args:
         groups: elements of each trained parameter, in the optimizer's groups.
         buffers: bytes of the model's buffers.
-        activations: bytes of them at the peak of each phase.
-        pass_2: its worst moment.
-        last_gathering: when parameters are gathered anew in it for the last time (stage 3).
+        gradients_in_pass_2: bytes of gradients at the worst moment of that phase.
         widening: bytes of a summed gradient's element over those of a parameter's.
         device: cpu or cuda.
     """
@@ -83,7 +78,6 @@ def state_components(
         groups, world_size, stage, item, int(zero.get("reduce_bucket_size", min(BUCKET, total))), not cuda, parts,
         step.temporaries, step.together,
     )  # fmt: skip
-    small = sum(n for n in sizes.numels if n <= zero.get("stage3_param_persistence_threshold", PERSISTENT))
     aside: Place = "host" if cuda and execution.offload != "none" else "device"  # where the optimizer works
     part = sum(parts)
     padded = part * world_size if stage in (1, 2) else sizes.total
@@ -105,24 +99,7 @@ def state_components(
         ),
     ]  # fmt: skip
     if stage == 3:
-        live = min(sizes.total, zero.get("stage3_max_live_parameters", LIVE))
-        # What is on its way is there twice, at the start of a pass, when most activations are still to come.
-        arriving = item * min(sizes.total - small, zero.get("stage3_prefetch_bucket_size", PREFETCH))
-        whole: dict[Phase, int] = {}
-        if world_size > 1:
-            whole = dict.fromkeys(("data", "objective", "reduce"), item * small)
-            whole |= {
-                "pass_1": item * live + max(0, arriving - activations["pass_1"]),
-                "pass_2": item * live
-                + max(-pass_2.released, arriving + last_gathering.held_by_backward - pass_2.held_by_backward),
-            }
-            if activations["objective"]:  # parameters stay for the backward of a kept graph
-                whole["objective"] = item * live
         found += [
-            Component(
-                "gathered parameters", whole,
-                "deepspeed.zero_optimization.stage3_max_live_parameters: fewer stay whole between their uses", "state",
-            ),
             Component(
                 "reduction bucket", always(4 * sizes.bucket),  # in the type that is sent: fp32
                 "deepspeed.zero_optimization.reduce_bucket_size: a smaller one, in elements", "gradients",
@@ -134,11 +111,9 @@ def state_components(
         "they are reduced"
     )
     reduction = _reduce_peak(sizes) if stage else item * sizes.total
-    if widening > 1:  # rounded one after another, as the sums go
-        done = itertools.accumulate(sizes.numels, initial=0)
-        rounding = (widening * (sizes.total - d) + d + n for d, n in zip(done, sizes.numels, strict=False))
-        reduction = max(reduction, item * max(rounding))
-    found.append(Component("gradients", {"pass_2": pass_2.gradients, "reduce": reduction}, knob, "gradients"))
+    if widening > 1:
+        reduction = max(reduction, item * _rounding_peak(sizes, widening))
+    found.append(Component("gradients", {"pass_2": gradients_in_pass_2, "reduce": reduction}, knob, "gradients"))
     found.append(
         Component(
             "optimizer step", {"optimizer": _step_peak(sizes)},
@@ -146,6 +121,13 @@ def state_components(
         )
     )  # fmt: skip
     return found
+
+
+@lru_cache(maxsize=256)
+def _rounding_peak(s: Sizes, widening: int) -> int:
+    """Most elements while sums are rounded one after another, and freed; those of a sum count `widening` times."""
+    done = itertools.accumulate(s.numels, initial=0)
+    return max(widening * (s.total - d) + d + n for d, n in zip(done, s.numels, strict=False))
 
 
 def _part(group: tuple[int, ...], world_size: int, stage: int) -> int:

@@ -12,16 +12,17 @@ import copy
 import gc
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Literal
+from typing import Any, ClassVar, Literal, NamedTuple
 from unittest import mock
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from amclr_scale.config import schema
@@ -29,7 +30,9 @@ from amclr_scale.data.tokenizers import load_tokenizer
 from amclr_scale.encoders.build import build_model
 from amclr_scale.encoders.dual_encoder import DualEncoder
 from amclr_scale.encoders.recomputation import Recomputation, set_recomputation
+from amclr_scale.memory.gathering import Visit
 from amclr_scale.memory.tracker import Tracker
+from amclr_scale.memory.visits import Events, Visits
 
 Modality = Literal["image", "text"]
 MODALITIES: tuple[Modality, ...] = ("image", "text")
@@ -38,52 +41,90 @@ PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float
 
 
 @dataclass(frozen=True, eq=False)
+class Gathered:
+    """Bytes of gathered parameters after each event of a forward or a backward, which begins with none."""
+
+    bytes: Tensor  # (1 + events,)
+
+
+class Peak(NamedTuple):
+    """Bytes at a worst moment.
+
+    Attributes:
+        activations: with gradients of parameters that are on their way.
+        gradients: of parameters, which are in place by then, where they began to exist in this backward.
+        gathered: parameters.
+    """
+
+    activations: int
+    gradients: int = 0
+    gathered: int = 0
+
+
+@dataclass(frozen=True, eq=False)
 class Timeline:
     """What is alive after each allocation or release of a forward and its backward, for a micro-batch of m samples.
 
     Attributes:
-        slope, constant: (events,) bytes alive: slope m + constant, without gradients of parameters.
-        gradients: (events,) bytes of parameters' gradients, where they are made now and stay (first micro-batch).
-        arriving: (events,) those that were just made, where they are added to earlier ones (later micro-batches).
+        slope, constant: (1 + events,) bytes alive: slope m + constant, without gradients of parameters.
+        gradients: (1 + events,) bytes of parameters' gradients, where they are made now and stay (first micro-batch).
+        arriving: (1 + events,) those of them that were just made.
+        added: (1 + events,) those that were just made, where they are added to earlier ones (later micro-batches): none
+            that is only a copy, in the parameter's layout, of what backward made.
         forward_end: events of the forward; what is alive after them is kept for the backward.
+        visits: where stage 3 gathers parameters, and gives them up.
     """
 
     slope: Tensor
     constant: Tensor
     gradients: Tensor
     arriving: Tensor
+    added: Tensor
     forward_end: int
+    visits: tuple[Visit, ...] = ()
+
+    @property
+    def end(self) -> int:
+        """How many events there are."""
+        return len(self.slope) - 1
 
     @lru_cache(maxsize=4096)  # noqa: B019  traces are few and stay
     def kept(self, m: int) -> int:
         """Bytes alive between forward and backward: the graph and the outputs."""
-        return int(self._alive(m)[self.forward_end - 1])
+        return int(self._alive(m)[self.forward_end])
 
     @lru_cache(maxsize=4096)  # noqa: B019
-    def forward_peak(self, m: int) -> int:
-        """Most bytes during the forward."""
-        return int(self._alive(m)[: self.forward_end].max())
-
-    @lru_cache(maxsize=4096)  # noqa: B019
-    def backward_peak(self, m: int, *, first: bool, releases: bool = False, widening: int = 1) -> tuple[int, int, int]:
-        """The worst moment of the backward: activations, with gradients on their way; those in place by then, where
-        they begin to exist now; and bytes of parameters that are no longer needed.
+    def forward_peak(self, m: int, gathered: Gathered | None = None) -> Peak:
+        """The worst moment of the forward.
 
         Args:
+            gathered: parameters that are gathered after each event; None: they are always there, and not counted.
+        """
+        alive = self._alive(m)[: self.forward_end + 1]
+        moment = int((alive if gathered is None else alive + gathered.bytes).argmax())
+        return Peak(int(alive[moment]), gathered=0 if gathered is None else int(gathered.bytes[moment]))
+
+    @lru_cache(maxsize=4096)  # noqa: B019
+    def backward_peak(self, m: int, gathered: Gathered | None = None, *, first: bool, widening: int = 1) -> Peak:
+        """The worst moment of the backward.
+
+        Args:
+            gathered: parameters that are gathered after each event, from the end of the forward on.
             first: gradients of parameters begin to exist now; otherwise they are there already and not counted.
-            releases: parameters are given up once their gradient is made, as at ZeRO's stage 3.
             widening: more than 1: gradients move into sums of so many times their size, as soon as they are there.
         """
-        begin = self.forward_end - 1
-        arriving, done = self.arriving[begin:], (self.gradients - self.arriving)[begin:]
+        begin = self.forward_end
+        arriving = (self.arriving if first or widening > 1 else self.added)[begin:]
+        done = (self.gradients - self.arriving)[begin:]
         moving = self._alive(m)[begin:] + arriving
         none = torch.zeros_like(done)
-        settled, released = widening * done if first else none, done if releases else none
+        settled = widening * done if first else none
         if widening > 1 and first:
             just_made = self.gradients[begin:].diff(prepend=none[:1]) > 0
             moving += arriving * torch.where(just_made, widening, widening - 1)
-        moment = int((moving + settled - released).argmax())
-        return int(moving[moment]), int(settled[moment]), int(released[moment])
+        whole = none if gathered is None else gathered.bytes
+        moment = int((moving + settled + whole).argmax())
+        return Peak(int(moving[moment]), int(settled[moment]), int(whole[moment]))
 
     def _alive(self, m: int) -> Tensor:
         return self.slope * m + self.constant
@@ -104,14 +145,15 @@ class Tower:
     flops: float
 
 
-def trace(config: schema.Config, modality: Modality, device: str = "cuda") -> Tower:
+def trace(config: schema.Config, modality: Modality, device: str = "cuda", *, partitioned: bool = False) -> Tower:
     """The tower of a configuration, with its recomputation and precision. Cached.
 
     Args:
         device: cpu or cuda; they differ in attention with dropout, which is fused on CUDA alone.
+        partitioned: parameters are, as at ZeRO's stage 3 on several ranks.
     """
     recomputation = config.execution.recompute_image if modality == "image" else config.execution.recompute_text
-    return _trace(_key(config), modality, recomputation, config.execution.precision, device)
+    return _trace(_key(config), modality, recomputation, config.execution.precision, device, partitioned)
 
 
 def skeleton(config: schema.Config) -> DualEncoder:
@@ -141,13 +183,15 @@ def _skeleton(key: str) -> DualEncoder:
 
 
 @lru_cache(maxsize=64)
-def _trace(key: str, modality: Modality, recomputation: Recomputation, precision: str, device: str) -> Tower:
+def _trace(
+    key: str, modality: Modality, recomputation: Recomputation, precision: str, device: str, partitioned: bool
+) -> Tower:
     model, data = _skeleton(key), json.loads(key)["data"]
     model = _copy_of(model).to(PRECISIONS[precision])
     set_recomputation(getattr(model, f"{modality}_tower"), recomputation)
     m = next(p for p in PRIMES if all(numel % p for numel in (x.numel() for x in model.parameters())))
     views = 1 + data[f"{modality}_views"]
-    with _fake(model), _fused_attention(device):
+    with _fake(model), _kernels_of(device), _Layouts():
         if modality == "image":
             side = data["image_size"]
             inputs = [torch.empty(m, 3, side, side, dtype=torch.uint8, device="meta") for _ in range(views)]
@@ -155,8 +199,11 @@ def _trace(key: str, modality: Modality, recomputation: Recomputation, precision
             length = data["context_length"]
             inputs = [torch.empty(m, length, dtype=torch.int64, device="meta") for _ in range(views)]
         counter = FlopCounterMode(display=False)
-        with_graph = _record(model, modality, inputs)
-        without_graph = _record(model, modality, inputs, counter=counter)
+        visits = Visits(model, lambda: _encode(model, modality, inputs)) if partitioned else None
+        with_graph = _record(model, modality, inputs, visits)
+        without_graph = _record(model, modality, inputs, visits, counter=counter)
+        if visits is not None:
+            visits.close()
     return Tower(_timeline(with_graph, m), _timeline(without_graph, m), counter.get_total_flops() / m)
 
 
@@ -166,11 +213,14 @@ def _copy_of(model: DualEncoder) -> DualEncoder:
 
 
 @contextmanager
-def _fused_attention(device: str) -> Iterator[None]:
-    """Attention by one kernel, as both devices have it; left to itself, the meta device takes it apart.
+def _kernels_of(device: str) -> Iterator[None]:
+    """What a device does otherwise than the meta device.
 
-    The kernel of a CPU stands for all: each keeps its output and one number per row for the backward. It is put in the
-    function's place, rather than by a mode, because recomputation inside a backward runs outside of such modes.
+    Attention by one kernel, as both devices have it: that of a CPU stands for all, for each keeps its output and one
+    number per row for the backward. GroupNorm on a CPU reads channels last; elsewhere its input is copied.
+
+    They are put in the functions' places, rather than by a mode, because recomputation inside a backward runs outside
+    of such modes.
     """
     plain = F.scaled_dot_product_attention
 
@@ -187,7 +237,17 @@ def _fused_attention(device: str) -> Iterator[None]:
         out: Tensor = kernel(query, key, value, 0.0, is_causal, attn_mask=mask, scale=scale)[0]
         return out
 
-    with mock.patch.object(F, "scaled_dot_product_attention", fused):
+    plain_norm = F.group_norm
+
+    def group_norm(
+        input: Tensor, num_groups: int, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
+    ) -> Tensor:
+        if device != "cpu" or not _channels_last(input):
+            return plain_norm(input, num_groups, weight, bias, eps)
+        out: Tensor = _GroupNorm.apply(input, weight, bias, num_groups, eps)  # type: ignore[no-untyped-call]
+        return out
+
+    with mock.patch.object(F, "scaled_dot_product_attention", fused), mock.patch.object(F, "group_norm", group_norm):
         yield
 
 
@@ -207,53 +267,123 @@ def _fake(model: DualEncoder) -> Iterator[None]:
             gc.enable()
 
 
+class _GroupNorm(torch.autograd.Function):
+    """As on a CPU: the kernels get input and gradient as they are, where other devices copy both first."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, groups: int, eps: float) -> Tensor:
+        ctx.sizes = *x.shape[:2], x.shape[2:].numel(), groups
+        out, mean, rstd = torch.ops.aten.native_group_norm(x, weight, bias, *ctx.sizes, eps)
+        ctx.save_for_backward(x, weight, mean, rstd)
+        whole: Tensor = out
+        return whole
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        x, weight, mean, rstd = ctx.saved_tensors
+        kernel, wanted = torch.ops.aten.native_group_norm_backward, ctx.needs_input_grad[:3]
+        return *kernel(gradient, x, mean, rstd, weight, *ctx.sizes, wanted), None, None
+
+
+class _Layouts(TorchDispatchMode):
+    """Convolutions lay out their results as real kernels do, on CPU and CUDA alike; fake ones forget it. GroupNorm too.
+
+    Where pixels of the input are channels last, so are those of the output and all gradients. Autograd then copies the
+    gradient of a weight into the weight's own layout, and that copy is memory.
+    """
+
+    _ruled_by: ClassVar = {  # the arguments whose layout decides
+        torch.ops.aten.convolution.default: slice(0, 2),
+        torch.ops.aten.convolution_backward.default: slice(1, 3),
+        torch.ops.aten.native_group_norm.default: slice(0, 1),
+        torch.ops.aten.native_group_norm_backward.default: slice(1, 2),
+    }
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func not in self._ruled_by or not any(map(_channels_last, args[self._ruled_by[func]])):
+            return out
+        return tuple(map(_as_channels_last, out)) if isinstance(out, tuple | list) else _as_channels_last(out)
+
+
+def _channels_last(x: Tensor) -> bool:
+    return x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+
+
+def _as_channels_last(x: Tensor | None) -> Tensor | None:
+    return x if x is None or x.dim() != 4 else torch.empty_like(x, memory_format=torch.channels_last)
+
+
 @dataclass(frozen=True)
 class _Recording:
-    events: list[tuple[int, int]]  # signed bytes, storage
-    gradients: set[int]  # the storages in which parameters' gradients ended
+    events: Events
+    gradients: dict[int, int]  # the storages in which parameters' gradients ended, and the event at which each came
     forward_end: int
+    visits: tuple[Visit, ...] = ()
+
+
+def _encode(model: DualEncoder, modality: Modality, inputs: list[Tensor]) -> dict[str, Any]:
+    outputs: dict[str, Any] = model(tuple(inputs), ()) if modality == "image" else model((), tuple(inputs))
+    return outputs
 
 
 def _record(
-    model: DualEncoder, modality: Modality, inputs: list[Tensor], *, counter: FlopCounterMode | None = None
-) -> _Recording:
+    model: DualEncoder, modality: Modality, inputs: list[Tensor], visits: Visits | None,
+    *, counter: FlopCounterMode | None = None,
+) -> _Recording:  # fmt: skip
     """Run a forward and, unless operations are counted, a backward."""
-    events = list[tuple[int, int]]()
+    events: Events = []
     tracker = Tracker("meta", on_change=lambda size, storage: events.append((size, storage)))
     tracker.add([*model.parameters(), *model.buffers(), *inputs], "before")
     events.clear()
-    views, none = tuple(inputs), tuple[Tensor, ...]()
-    arguments = (views, none) if modality == "image" else (none, views)
-    if counter is not None:
-        with torch.no_grad(), counter, tracker:
-            outputs = model(*arguments)
-        return _Recording(list(events), set(), len(events))
-    with tracker:
-        outputs = model(*arguments)
-        forward_end = len(events)
-        rows = [outputs[modality], *outputs[f"{modality}_views"]]
-        terms = [(x * torch.empty_like(x)).sum() for x in rows]
-        torch.stack(terms).sum().backward()
-        del outputs, rows, terms
-    gradients = {p.grad.untyped_storage()._cdata for p in model.parameters() if p.grad is not None}
-    recording = _Recording(list(events), gradients, forward_end)
-    for parameter in model.parameters():
+    came, gradients, forward_end = dict[int, int](), dict[int, int](), 0
+    parameters = list(model.parameters())
+    hooks = [p.register_hook(lambda _, number=n: came.update({number: len(events)})) for n, p in enumerate(parameters)]
+    with nullcontext() if visits is None else visits.listen(events):
+        if counter is not None:
+            with torch.no_grad(), counter, tracker:
+                outputs = _encode(model, modality, inputs)
+            forward_end = len(events)
+        else:
+            with tracker:
+                outputs = _encode(model, modality, inputs)
+                forward_end = len(events)
+                rows = [outputs[modality], *outputs[f"{modality}_views"]]
+                terms = [(x * torch.empty_like(x)).sum() for x in rows]
+                torch.stack(terms).sum().backward()
+                del outputs, rows, terms
+            gradients = {
+                p.grad.untyped_storage()._cdata: came[n] for n, p in enumerate(parameters) if p.grad is not None
+            }
+        recorded = list(events)
+    for parameter, hook in zip(parameters, hooks, strict=True):
         parameter.grad = None
-    return recording
+        hook.remove()
+    if visits is None:
+        return _Recording(recorded, gradients, forward_end)
+    kept, seen, numbering = visits.take(recorded)
+    gradients = {storage: numbering[at] for storage, at in gradients.items()}
+    return _Recording(kept, gradients, numbering[forward_end], seen)
 
 
 def _timeline(recording: _Recording, m: int) -> Timeline:
-    sizes = torch.tensor([size for size, _ in recording.events], dtype=torch.int64)
+    sizes = torch.tensor([0, *(size for size, _ in recording.events)], dtype=torch.int64)
     per_sample, grows = sizes // m, sizes % m == 0
-    born, arriving = torch.zeros_like(sizes), torch.zeros_like(sizes)
-    last = {s: index for index, (size, s) in enumerate(recording.events) if size > 0 and s in recording.gradients}
-    for index in sorted(last.values()):
-        born[index] = sizes[index]
-        arriving[index:] = sizes[index]
+    born, arriving, added = (torch.zeros_like(sizes) for _ in range(3))
+    last = {s: at for at, (size, s) in enumerate(recording.events, 1) if size > 0 and s in recording.gradients}
+    for storage, at in sorted(last.items(), key=lambda pair: pair[1]):
+        born[at] = sizes[at]
+        arriving[at:] = sizes[at]
+        added[at:] = sizes[at] if at <= recording.gradients[storage] else 0
     return Timeline(
         slope=torch.where(grows, per_sample, 0).cumsum(0),
         constant=(torch.where(grows, 0, sizes) - born).cumsum(0),
         gradients=born.cumsum(0),
         arriving=arriving,
+        added=added,
         forward_end=recording.forward_end,
+        visits=recording.visits,
     )
