@@ -88,6 +88,7 @@ def train(
                 share = f"{record['data_wait_share']:.0%}"
                 log.say(f"data: {share} of the time went into waiting for data; raise execution.workers")
             logged_at, logged_time = samples, time.perf_counter()
+        del report  # embeddings and their gradients, which the next step need not find in its way
 
         last = done == plan.total_steps
         probed = probe is not None and (last or _crosses(samples, plan, config.run.probe.every_samples))

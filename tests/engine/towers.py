@@ -72,6 +72,7 @@ def config(size: int, **changes: object) -> Config:
         "train": {"global_batch_size": size, "samples": 1000},
         "optimizer": {"lr": 0.02, "max_grad_norm": 0.5},
         "execution": {},
+        "run": {},
     }
     for key, value in changes.items():
         section, name = key.split("__")

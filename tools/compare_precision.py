@@ -1,0 +1,125 @@
+"""How far a half-precision gradient is from the exact sum of its micro-batches', for more and more micro-batches.
+
+    python tools/compare_precision.py --config configs/quickstart.yaml
+
+One batch, cut into 1, 4, 16, ... micro-batches, goes through DeepSpeed's engine and the gradient cache at each ZeRO
+stage. Printed is the relative error |g - e| / |e| of the gradient g that the optimizer gets:
+
+    summation   e is the float64 sum of the very gradients that the backward passes left, in the parameters' type
+    whole       e is the fp32 gradient of the same weights and batch, so that the rounding of activations counts too
+
+with sums in fp32, as the engine takes them (engine/accumulation.py), and with sums in the parameters' own type. Stage 0
+keeps no fp32 masters and takes fp32 only, which is the last column's e.
+"""
+
+import argparse
+import os
+from contextlib import nullcontext
+from functools import partial
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+import torch
+from torch import Tensor
+
+from amclr_scale import objectives
+from amclr_scale.config.load import load
+from amclr_scale.config.schema import Config
+from amclr_scale.data.tokenizers import load_tokenizer
+from amclr_scale.encoders.build import build_model
+from amclr_scale.engine.accumulation import GradientSums
+from amclr_scale.engine.distributed import seed_everything, start
+from amclr_scale.engine.place import Place
+from amclr_scale.engine.setup import build_engine, prepare_towers
+from amclr_scale.engine.step import TrainStep
+from amclr_scale.metrics.phases import Phases
+from amclr_scale.types import Batch
+
+
+def gradients(
+    config: Config, batch: Batch, micro_batch: int, device: torch.device, *, sums: bool
+) -> tuple[list[Tensor], list[Tensor]]:
+    """What the optimizer gets for each parameter, and, with sums, what the backward passes left, added in float64."""
+    from deepspeed.utils import safe_get_full_grad
+
+    tokenizer, data = load_tokenizer(config.data.tokenizer, config.data.context_length), config.data
+    seed_everything(config.seed)
+    model = build_model(
+        config.model, vocab_size=tokenizer.vocab_size, pad_id=tokenizer.pad_id, context_length=data.context_length,
+        image_size=data.image_size, image_mean=data.image_mean, image_std=data.image_std,
+    )  # fmt: skip
+    prepare_towers(model, config.execution)
+    engine, _ = build_engine(config, model, no_decay=model.no_weight_decay(), device=device, world_size=1)
+    parameters: list[Any] = [p for p in model.parameters() if p.requires_grad]
+    exact: dict[int, Tensor] = {}
+
+    def add(index: int, parameter: Tensor) -> None:
+        assert parameter.grad is not None
+        gradient = parameter.grad.double()
+        exact[index] = exact[index] + gradient if index in exact else gradient
+
+    for index, parameter in enumerate(parameters):  # before the step's own hooks, which take the gradient away
+        parameter.register_post_accumulate_grad_hook(partial(add, index))
+    sizes, found = (micro_batch, micro_batch), list[Tensor]()
+    clip = objectives.create("clip").to(device)
+    step = TrainStep(engine, clip, micro_batch_sizes=sizes, device=device, phases=Phases(device), kept=0)
+    plain = engine.step
+
+    def look_and_step() -> None:
+        for parameter in parameters:
+            whole = parameter.grad if config.execution.zero_stage == 0 else safe_get_full_grad(parameter)
+            found.append(torch.zeros_like(parameter) if whole is None else whole.double())
+        plain()
+
+    engine.step = look_and_step
+    switched_off = mock.patch.multiple(GradientSums, __enter__=lambda _: None, __exit__=lambda *_: None)
+    with nullcontext() if sums else switched_off:
+        step(batch, 1e-6)
+    engine.destroy()
+    return found, [exact.get(i, torch.zeros_like(g)) for i, g in enumerate(found)]
+
+
+def error(got: list[Tensor], want: list[Tensor]) -> float:
+    """Relative, of all parameters together."""
+    difference = sum(float((g - w).square().sum()) for g, w in zip(got, want, strict=True))
+    return float((difference / sum(float(w.square().sum()) for w in want)) ** 0.5)
+
+
+def main() -> None:
+    """Print a Markdown table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", type=Path, default=Path("configs/quickstart.yaml"))
+    parser.add_argument("--batch", type=int, default=256)
+    parser.add_argument("--counts", type=int, nargs="+", default=[1, 4, 16, 64, 256], help="micro-batches")
+    parser.add_argument("--stages", type=int, nargs="+", default=[1, 2, 3], choices=[1, 2, 3])
+    parser.add_argument("--precision", default="bf16", choices=["bf16", "fp16"])
+    parser.add_argument("words", nargs="*", metavar="key=value")
+    options = parser.parse_intermixed_args()
+    base = ["execution.threads=1", "model.text.dropout=0", "optimizer.max_grad_norm=0", *options.words]
+    base.append(f"train.global_batch_size={options.batch}")
+
+    device, data = start(Place(), 1), load(options.config, base).data
+    generator, b = torch.Generator().manual_seed(0), options.batch
+    images = torch.randint(0, 256, (b, 3, data.image_size, data.image_size), dtype=torch.uint8, generator=generator)
+    vocabulary = load_tokenizer(data.tokenizer, data.context_length).vocab_size
+    texts = torch.randint(1, vocabulary, (b, data.context_length), generator=generator)
+    batch = Batch(torch.arange(b), (images,), (texts,))
+    whole, _ = gradients(load(options.config, [*base, "execution.zero_stage=0"]), batch, b, device, sums=True)
+
+    print("| stage | micro-batches | summation, in fp32 | in the type itself | whole, in fp32 | in the type itself |")
+    print("|---|---|---|---|---|---|")
+    for stage in options.stages:
+        words = [*base, f"execution.zero_stage={stage}", f"execution.precision={options.precision}"]
+        for count in options.counts:
+            config = load(options.config, words)
+            summed, exact = gradients(config, batch, b // count, device, sums=True)
+            added, _ = gradients(config, batch, b // count, device, sums=False)
+            errors = [error(got, want) for want in (exact, whole) for got in (summed, added)]
+            print(f"| {stage} | {count} | {' | '.join(f'{e:.1e}' for e in errors)} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
