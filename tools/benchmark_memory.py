@@ -185,8 +185,7 @@ def measure(config: Config, world_size: int, rank: int, *, look: bool = True) ->
                     for _ in range(1 + data.text_views)
                 ),
             )
-        last = step(batch, 1e-4)  # alive until the next one, as in the training loop
-        losses.append(float(last.loss.value.detach()))
+        losses.append(float(step(batch, 1e-4).loss.value.detach()))  # embeddings go at once, as in the training loop
         if number == 0 and report:
             report.restart()
     if report is None:

@@ -8,7 +8,7 @@ n  micro-batches    k  of them whose graphs are kept, the last ones    b  local 
 
 Within one call the image tower goes first, and backward the text tower does. Gradients of parameters begin to exist in
 a tower's first backward; later ones are added to them one by one, in half precision to fp32 sums. Leaves and their
-gradients live until the next step is done, in the report of this one.
+gradients live until the step is done and logged.
 """
 
 from collections import Counter
@@ -107,7 +107,7 @@ class Passes:
     def peaks(self) -> dict[Phase, Moment]:
         """The worst moment of each phase."""
         gathered: dict[Phase, int] = {} if self._replay is None else self._replay.between
-        before = Moment(features=2 * self.leaf_bytes)  # the report of the step before
+        before = Moment()
         graphs = self._with_graphs(before.and_also(features=self._outputs(self._without)), self._with)
         with_leaves = graphs.and_also(features=2 * self.leaf_bytes)
         return {
@@ -115,8 +115,8 @@ class Passes:
             "pass_1": _worst(self._first_pass(before)),
             "objective": with_leaves.and_also(gathered=gathered.get("objective", 0)),
             "pass_2": _worst(self._second_pass(with_leaves)),
-            "reduce": Moment(features=5 * self.leaf_bytes, gathered=gathered.get("reduce", 0)),
-            "optimizer": Moment(features=4 * self.leaf_bytes),
+            "reduce": Moment(features=3 * self.leaf_bytes, gathered=gathered.get("reduce", 0)),
+            "optimizer": Moment(features=2 * self.leaf_bytes),
         }
 
     def components(self) -> list[Component]:
