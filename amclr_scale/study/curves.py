@@ -8,7 +8,7 @@ import numpy as np
 
 from amclr_scale.study.comparison import Group, Outcome
 from amclr_scale.study.document import Figure
-from amclr_scale.study.plots import WIDTH, Looks, finish, pyplot
+from amclr_scale.study.plots import WIDTH, Looks, columns_of_legend, finish, pyplot
 from amclr_scale.study.units import Unit
 
 MOST_DIAGNOSTICS = 6
@@ -136,7 +136,7 @@ def panels(
         if log:
             axes.set_yscale("log")
         axes.set_title(f"B = {value:,}" if panel == "global_batch_size" else value)
-        axes.xaxis.set_major_locator(plt.MaxNLocator(4))
+        axes.xaxis.set_major_locator(plt.MaxNLocator(5, steps=[1, 2, 5, 10]))
         if by == "samples":
             axes.xaxis.set_major_formatter(_thousands)
     for place in range(len(places), down * across):
@@ -147,7 +147,7 @@ def panels(
     handles: dict[str, Any] = {}
     for axes in grid.flat:
         handles |= dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
-    columns = -(-len(handles) // -(-len(handles) // 5))  # rows of about equal length
+    columns = columns_of_legend(list(handles))
     figure.legend(handles.values(), handles.keys(), loc="upper center", bbox_to_anchor=(0.5, 0.0), ncols=columns)
     return finish(name, caption, figure, raw)
 

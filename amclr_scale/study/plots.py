@@ -25,6 +25,7 @@ STYLE = {
     "grid.linewidth": 0.6, "lines.linewidth": 1.4, "lines.markersize": 5, "legend.frameon": False,
     "svg.hashsalt": "amclr_scale", "figure.dpi": 100, "axes.axisbelow": True,
 }  # fmt: skip
+LEGEND_WIDTH, LEGEND_HANDLE = 110, 6  # characters of a row, and of a line with its gap
 WIDTH = 7.2  # inches: a page of paper between its margins
 
 
@@ -88,8 +89,14 @@ def batch_axis(axes: Any, groups: Sequence[Group]) -> None:
 def legend(figure: Any, axes: Any, *, columns: int = 5) -> None:
     """Below the figure, each method once."""
     handles, labels = axes.get_legend_handles_labels()
-    columns = -(-len(labels) // -(-len(labels) // columns))  # rows of about equal length
+    columns = columns_of_legend(labels, columns)
     figure.legend(handles, labels, loc="upper center", bbox_to_anchor=(0.5, 0.0), ncols=columns)
+
+
+def columns_of_legend(labels: Sequence[str], most: int = 5) -> int:
+    """As many as the width of a page has room for, in rows of about equal length."""
+    fitting = max(1, min(most, LEGEND_WIDTH // (max(map(len, labels), default=0) + LEGEND_HANDLE)))
+    return -(-len(labels) // -(-len(labels) // fitting)) if labels else 1
 
 
 def _half(outcome: Outcome, group: Group) -> float:

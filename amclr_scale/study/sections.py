@@ -7,6 +7,7 @@ from scipy import special
 
 from amclr_scale.study import chapters, plots, tables
 from amclr_scale.study.analysis import Analysed, analyse
+from amclr_scale.study.brief import brief, listed
 from amclr_scale.study.claims import scale_of
 from amclr_scale.study.comparison import Group, groups_of, reference_of
 from amclr_scale.study.document import Document
@@ -42,6 +43,7 @@ def compose(study: Study, discussion: str | None = None) -> Document:
     groups = groups_of(study)
     analysed = analyse(study, groups) if groups else []
     report.say(f"# {study.name}: a batch-size study")
+    report.say("## In brief", brief(study, _question(study), analysed, groups))
     _design(report, study, groups)
     if analysed:
         looks = Looks(cell.title for cell in study.cells)
@@ -78,11 +80,9 @@ def _design(report: Document, study: Study, groups: Sequence[Group]) -> None:
     batches = sorted({cell.global_batch_size for cell in study.cells})
     seeds = sorted({cell.seed for cell in study.cells})
     reference = reference_of(study, groups)
-    asked = str(study.plan.get("question") or "").strip()
     report.say(
         "## Question and design",
-        asked or "Does a method at a small batch size score what CLIP scores at a large one? \"Matches\" is a claim of "
-        "equivalence, and needs evidence of its own: a difference that was not found is not equality.",
+        _question(study),
         "\n".join([
             f"- cells: {done} of {planned} finished",
             f"- methods: {'; '.join(arms)}",
@@ -94,6 +94,14 @@ def _design(report: Document, study: Study, groups: Sequence[Group]) -> None:
             f"- scale: {scale_of(study)}",
         ]),
     )  # fmt: skip
+
+
+def _question(study: Study) -> str:
+    asked = " ".join(str(study.plan.get("question") or "").split())
+    return asked or (
+        'Does a method at a small batch size score what CLIP scores at a large one? "Matches" is a claim of '
+        "equivalence, and needs evidence of its own: a difference that was not found is not equality."
+    )
 
 
 def _wanted(study: Study) -> str:
@@ -115,9 +123,9 @@ def _answer(report: Document, study: Study, first: Analysed, looks: Looks) -> No
         for verdict in Verdict:
             groups = [one.group for one in first.against_reference if one.decision.verdict == verdict]
             if groups:
-                lines.append(f"- **{verdict}**: {_listed(groups)}")
+                lines.append(f"- **{verdict}**: {listed(groups)}")
         groups = [one.group for one in first.against_reference if one.decision.p_not_worse < LEVEL]
-        lines.append(f"- not worse by the margin or more is shown of: {_listed(groups) or 'none'}")
+        lines.append(f"- not worse by the margin or more is shown of: {listed(groups) or 'none'}")
         report.say("\n".join([lines[0], "", *lines[1:]]))
     seeds = [mean.seeds.n for group in first.outcome.groups if (mean := first.outcome.mean(group))]
     report.say(_few_seeds(max(seeds, key=seeds.count)) if seeds else "", _detectable(first))
@@ -145,14 +153,6 @@ def _detectable(first: Analysed) -> str:
         f"Paired differences spread by {spread} over seeds (the middle comparison). At that spread, a true difference "
         f"of {found} is found with 80 % probability in a single comparison, and less often in a family of them."
     )
-
-
-def _listed(groups: Sequence[Group]) -> str:
-    """Methods, each with its batch sizes."""
-    batches: dict[str, list[str]] = {}
-    for group in groups:
-        batches.setdefault(group.title, []).append(f"{group.global_batch_size:,}")
-    return "; ".join(f"{title} (B = {', '.join(sizes)})" for title, sizes in batches.items())
 
 
 def _hardly_learned(first: Analysed, guessing: float | None) -> str:

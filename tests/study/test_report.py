@@ -109,13 +109,32 @@ def test_every_table_and_figure_has_its_csv_and_every_link_its_file(folder, mark
 def test_chapters(markdown):
     found = re.findall(r"^## (.*)$", markdown, re.MULTILINE)
     assert found == [
-        "Question and design", "What was found", "Discussion", "Runs", "Scores by method and batch size", "Verdicts",
-        "Equivalent batch size", "Costs", "During training", "Batches against the whole set", "Checks", "Claims",
-        "Cells without a result", "Limits",
+        "In brief", "Question and design", "What was found", "Discussion", "Runs", "Scores by method and batch size",
+        "Verdicts", "Equivalent batch size", "Costs", "During training", "Batches against the whole set", "Checks",
+        "Claims", "Cells without a result", "Limits",
     ]  # fmt: skip
     assert "Does it add up?" in markdown
     assert "### What I think" in markdown  # below the report's own headings
     assert "\n# not a heading" in markdown
+
+
+def test_the_head_says_what_was_asked_found_and_cannot_be_said(folder, markdown):
+    head = markdown.partition("## In brief")[2].partition("## Question and design")[0]
+    scores = {
+        (row["arm"], row["global_batch_size"]): 100 * float(row["score"])
+        for row in csv.DictReader((folder / "report" / "runs.csv").open())
+    }
+    assert "- **Asked.** Does it add up?\n" in head
+    assert "1 of its 24 cells have no result yet" in head
+    assert f"at B = 256 AmCLR {scores['amclr', '256']:.1f} % (CLIP {scores['clip', '256']:.1f})" in head
+    decided = list(csv.DictReader((folder / "report" / "verdicts_reference_R_1_both_ways.csv").open()))
+    better = [row["arm"] for row in decided if row["verdict"] == "better"]
+    assert f"Of {len(decided)} against CLIP, B = 256, shown to be better: " in head
+    assert all(name.partition(",")[0] in head for name in better)
+    undecided = sum(row["verdict"] == "undecided" for row in decided)
+    assert f"undecided: {undecided}, which is no evidence for equality" in head
+    assert "at B = 128 from 0.99 (" in head
+    assert "3 seeds find large ones only" in head
 
 
 def test_numbers_of_the_report_are_those_of_the_runs(folder, markdown):

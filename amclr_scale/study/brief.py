@@ -1,0 +1,134 @@
+"""The head of a report: what was asked, what was found and what that cannot say, for a reader with one minute."""
+
+from collections.abc import Sequence
+
+from amclr_scale.study import scaling, whole_set
+from amclr_scale.study.analysis import Analysed
+from amclr_scale.study.claims import scale_of
+from amclr_scale.study.comparison import Group
+from amclr_scale.study.results import Study
+from amclr_scale.study.statistics import Verdict
+from amclr_scale.study.units import words_of
+
+MEANING = {
+    Verdict.MATCHES: "shown to match",
+    Verdict.BETTER: "shown to be better",
+    Verdict.WORSE: "shown to be worse",
+}
+
+
+def brief(study: Study, question: str, analysed: Sequence[Analysed], groups: Sequence[Group]) -> str:
+    """A few points, as Markdown."""
+    lines = [f"- **Asked.** {question}", f"- **Run.** {_ran(study, groups)}"]
+    if analysed:
+        first = analysed[0]
+        lines.append(f"- **Scores.** {_scores(first)}")
+        if first.against_reference:
+            lines.append(f"- **Verdicts.** {_verdicts(first, study.margin)}")
+    near = _near(groups)
+    lines += [f"- **Gradients.** {near}"] if near else []
+    speed = _speed(groups)
+    lines += [f"- **Ranks.** {speed}"] if speed else []
+    lines.append(f"- **What it cannot say.** {_cannot(study)}")
+    return "\n".join(lines)
+
+
+def _ran(study: Study, groups: Sequence[Group]) -> str:
+    seeds = len({cell.seed for cell in study.cells})
+    batches = ", ".join(f"{batch:,}" for batch in sorted({cell.global_batch_size for cell in study.cells}))
+    methods = len(dict.fromkeys(cell.title for cell in study.cells))
+    missing = f"; {len(study.missing)} of its {len(study.cells)} cells have no result yet" if study.missing else ""
+    return (
+        f"{methods} {'method' if methods == 1 else 'methods'} at global batch sizes {batches}, {seeds} "
+        f"{'seed' if seeds == 1 else 'seeds'} each, with equal {study.held_equal.replace('_', ' ')}{missing}."
+        if study.held_equal != "grid"
+        else f"{methods} methods over a grid of gradient batches and negatives, {seeds} seeds each{missing}."
+    )
+
+
+def _scores(first: Analysed) -> str:
+    """The best method at every batch size, beside the reference's arm there."""
+    words = []
+    for batch in sorted({group.global_batch_size for group in first.outcome.groups}):
+        here = [
+            (group, mean.seeds.value)
+            for group in first.outcome.groups
+            if group.global_batch_size == batch and (mean := first.outcome.mean(group))
+        ]
+        if not here:
+            continue
+        sign = -1 if first.outcome.metric.lower_is_better else 1
+        best, value = max(here, key=lambda one: sign * one[1])
+        said = f"at B = {batch:,} {best.title} {first.unit.score(value)}{first.unit.name and ' ' + first.unit.name}"
+        arm = first.reference.arm if first.reference else ""
+        base = next((score for group, score in here if group.arm == arm), None)
+        if base is not None and best.arm != arm:
+            said += f" ({next(group.title for group, _ in here if group.arm == arm)} {first.unit.score(base)})"
+        words.append(said)
+    return f"Highest mean of {first.outcome.metric.name}: {'; '.join(words)}."
+
+
+def _verdicts(first: Analysed, margin: float) -> str:
+    """What was decided, in both families of comparisons, and how much was not."""
+    reference = first.reference.name if first.reference else "the reference"
+    words = []
+    for compared, against in (
+        (first.against_reference, reference),
+        (first.same_batch, "the reference's arm at the same batch size"),
+    ):
+        decided = [
+            f"{MEANING[verdict]}: {listed(found)}"
+            for verdict in MEANING
+            if (found := [one.group for one in compared if one.decision.verdict == verdict])
+        ]
+        if compared:
+            open_ = sum(one.decision.verdict == Verdict.UNDECIDED for one in compared)
+            decided += [f"undecided: {open_}, which is no evidence for equality"] if open_ else []
+            words.append(f"Of {len(compared)} against {against}, {'; '.join(decided)}.")
+    return f"Margin {first.unit.margin(margin)}. {' '.join(words)}"
+
+
+def listed(groups: Sequence[Group]) -> str:
+    """Methods, each with its batch sizes."""
+    batches: dict[str, list[str]] = {}
+    for group in groups:
+        batches.setdefault(group.title, []).append(f"{group.global_batch_size:,}")
+    return "; ".join(f"{title} (B = {', '.join(sizes)})" for title, sizes in batches.items())
+
+
+def _near(groups: Sequence[Group]) -> str:
+    """The range of the last cosines at every batch size."""
+    words = []
+    probed = whole_set.probed(groups)
+    for batch in sorted({group.global_batch_size for group in probed}):
+        known = [
+            (one.value, group.title)
+            for group in probed
+            if group.global_batch_size == batch and (one := whole_set.last(group, whole_set.COSINE))
+        ]
+        if known:
+            (low, least), (high, most) = min(known), max(known)
+            words.append(f"at B = {batch:,} from {low:.2f} ({least}) to {high:.2f} ({most})")
+    return f"Cosine with the gradient of the whole probe set, at the end: {'; '.join(words)}." if words else ""
+
+
+def _speed(groups: Sequence[Group]) -> str:
+    found = scaling.points(groups)
+    if not found:
+        return ""
+    most = max(one.ranks for one in found)
+    words = []
+    for one in found:
+        base = scaling.baseline(one, found)
+        if one.ranks == most and base and (speed := scaling.ratio(one, base, per_rank=False)):
+            words.append(f"{one.name} {words_of(speed, scaling.DIGITS)} times the samples/s of {base.ranks}")
+    return f"On {most} ranks: {'; '.join(words)}." if words else ""
+
+
+def _cannot(study: Study) -> str:
+    seeds = len({cell.seed for cell in study.cells})
+    lines = [f"Anything at another scale than this one: {scale_of(study)}."]
+    if seeds < 5:
+        lines.append(f"Small differences: {seeds} {'seed finds' if seeds == 1 else 'seeds find'} large ones only.")
+    lines.append("[Limits](#limits) has the rest.")
+    return " ".join(lines)
