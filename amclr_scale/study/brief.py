@@ -128,7 +128,9 @@ def _speed(groups: Sequence[Group]) -> str:
 def _cannot(study: Study) -> str:
     seeds = len({cell.seed for cell in study.cells})
     lines = [f"Anything at another scale than this one: {scale_of(study)}."]
-    if seeds < 5:
-        lines.append(f"Small differences: {seeds} {'seed finds' if seeds == 1 else 'seeds find'} large ones only.")
+    if seeds < 2:
+        lines.append("Any difference: one seed has no interval.")
+    elif seeds < 5:
+        lines.append(f"Small differences: {seeds} seeds find large ones only.")
     lines.append("[Limits](#limits) has the rest.")
     return " ".join(lines)

@@ -166,7 +166,7 @@ def scaling_figure(found: Sequence[Point]) -> Figure | None:
     right.set_ylabel("efficiency")
     legend(figure, left, columns=3)
     caption = "Throughput and efficiency against ranks at the same recipe; bars: 95 % t intervals over seeds."
-    return finish("scaling", caption, figure, raw)
+    return finish("by_ranks", caption, figure, raw)
 
 
 def sentences(found: Sequence[Point], arms: Sequence[str]) -> list[str]:

@@ -292,10 +292,11 @@ def test_ranks_speed_up_a_recipe_and_are_held_to_the_same_scores(tmp_path):
     weak = rows["DCL", 512, 4]["efficiency_at_equal_local_batch"]
     assert weak == pytest.approx(rows["DCL", 512, 4]["efficiency"])  # throughput here does not depend on B
     assert rows["DCL", 128, 4]["efficiency_at_equal_local_batch"] is None
-    assert {(row["line"], row["ranks"]) for row in composed.figures["scaling"].raw} == {
+    assert {(row["line"], row["ranks"]) for row in composed.figures["by_ranks"].raw} == {
         (f"{arm}, B = {batch}", ranks) for arm in ("CLIP", "DCL") for batch in (128, 256, 512) for ranks in (1, 2, 4)
     }
     tables = {one.name: one.raw for one in composed.tables}
+    assert not tables.keys() & composed.figures.keys()  # each has a CSV of its own
     assert {row["why"] for row in tables["agreement"]} == {"one recipe, run in two ways"}
     claims = {row["id"]: row["measured_here"] for row in tables["claims"]}
     assert "CLIP, B = 256: 2 ranks 1.76 [1.72, 1.80] times the samples/s of 1" in claims["C17"]
