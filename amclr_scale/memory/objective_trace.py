@@ -116,15 +116,17 @@ def _run(
     name = options.pop("name")
     if group_size is not None:
         options["group_size"] = group_size
-    random_state, hook = torch.get_rng_state(), sys.excepthook
+    random_state, hook, threads = torch.get_rng_state(), sys.excepthook, torch.get_num_threads()
     dist.init_process_group("fake", rank=0, world_size=world_size, store=torch._C._distributed_c10d.HashStore())
     try:
         torch.manual_seed(0)
+        torch.set_num_threads(1)  # what runs here is small
         made = objectives.create(name, num_samples=rows * world_size, sample_state=layout, **options)
         embeddings = _embeddings(made, rows, width, world_size)
         with settings.using(gather=gather, distribution=distribution), _Counter() as counted:
             made(embeddings).value.backward()
     finally:
+        torch.set_num_threads(threads)
         dist.destroy_process_group()
         torch.set_rng_state(random_state)
         sys.excepthook = hook  # which a process group replaces by one that names its rank

@@ -13,15 +13,15 @@ gradients live until the step is done and logged.
 
 from collections import Counter
 from collections.abc import Generator, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import repeat
+from itertools import groupby, repeat
 
 from amclr_scale.config.schema import Config
 from amclr_scale.engine.plan import Plan
 from amclr_scale.memory.components import Component, Phase
 from amclr_scale.memory.gathering import Limits
-from amclr_scale.memory.replay import Both, Replay, looked_at, replay
+from amclr_scale.memory.replay import LOOKED_AT, Both, Calls, Replay, fewer, looked_at, replay
 from amclr_scale.memory.towers import MODALITIES, PRECISIONS, Gathered, Modality, Peak, Tower, skeleton, trace
 
 NOTHING: dict[Modality, Gathered] = {}  # is gathered in a call
@@ -96,12 +96,16 @@ class Passes:
         item, limits = PRECISIONS[config.execution.precision].itemsize, Limits.of(config.deepspeed)
         sizes = [p.numel() for p in skeleton(config).parameters()]
         others = (Counter(trained) - Counter(sizes)).elements()  # what belongs to neither tower
-        without, kept = (
-            tuple((tuple(modality for modality, _ in call), count) for call, count in runs)
-            for runs in (self._without, self._with)
-        )
         coordinator = (*sizes, *others), item, self.plan.world_size, limits
-        return replay(self.towers["image"], self.towers["text"], coordinator, without, kept)
+        towers = self.towers["image"], self.towers["text"]
+        found = replay(*towers, coordinator, *(fewer(_kinds(runs), *towers) for runs in (self._without, self._with)))
+        entries = list(_entries(self._without))
+        entries += _entries(self._with, sum(min(count, LOOKED_AT) for _, count in _kinds(self._without)))
+        return replace(
+            found,
+            first_pass=[found.first_pass[entry] for entry in entries],
+            second_pass=[found.second_pass[entry] for entry in entries],
+        )
 
     @cached_property
     def peaks(self) -> dict[Phase, Moment]:
@@ -241,6 +245,24 @@ def _runs(plan: Plan) -> Iterator[Run]:
     else:
         yield from (((("image", m),), count) for m, count in sizes(images))
         yield from (((("text", m),), count) for m, count in sizes(texts))
+
+
+def _kinds(runs: list[Run]) -> Calls:
+    """What the calls encode, those of the same kind in a row together."""
+    found = list[tuple[tuple[Modality, ...], int]]()
+    for kinds, several in groupby(runs, lambda run: tuple(modality for modality, _ in run[0])):
+        found.append((kinds, sum(count for _, count in several)))
+    return tuple(found)
+
+
+def _entries(runs: list[Run], base: int = 0) -> Iterator[int]:
+    """Of each call that is looked at, which of the replayed ones stands for it: its size makes no difference there."""
+    for _, several in groupby(runs, lambda run: tuple(modality for modality, _ in run[0])):
+        before = 0
+        for _, count in several:
+            yield from (base + min(before + index, LOOKED_AT - 1) for index in looked_at(count))
+            before += count
+        base += min(before, LOOKED_AT)
 
 
 def _cut(runs: list[Run], first: int) -> tuple[list[Run], list[Run]]:

@@ -43,6 +43,13 @@ class Replay:
     between: dict[Phase, int]
 
 
+def fewer(calls: Calls, *towers: Tower) -> Calls:
+    """Fewer calls that behave the same: where no graph holds on to parameters, those between make no difference."""
+    if any(end > visit.at for tower in towers for visit in tower.with_graph.visits for end in visit.held_until):
+        return calls
+    return tuple((kinds, min(count, LOOKED_AT)) for kinds, count in calls)
+
+
 @lru_cache(maxsize=1024)
 def replay(
     image: Tower, text: Tower, coordinator: tuple[tuple[int, ...], int, int, Limits], without: Calls, kept: Calls
@@ -166,18 +173,17 @@ class _Steps:
         """Go on in a trace, to an event. Returns what is gathered after each, from where it stood."""
         coordinator, begin = self.coordinator, call.at[modality]
         elsewhere = self._held() - call.held(modality)
-        level: Bytes = np.zeros(end - begin + 1, np.int64)
+        places, after, highest = [call.at[modality] - begin], [coordinator.bytes], [coordinator.bytes]
         for visit in visits:
-            until = visit.at - begin
-            level[call.at[modality] - begin : until + 1] = np.maximum(
-                level[call.at[modality] - begin : until + 1], coordinator.bytes
-            )
             call.at[modality] = visit.at
             coordinator.highest = coordinator.bytes
             self._visit(call, modality, visit, graph=graph)
-            level[until] = max(level[until], coordinator.highest)
-        level[call.at[modality] - begin :] = np.maximum(level[call.at[modality] - begin :], coordinator.bytes)
+            places.append(visit.at - begin)
+            after.append(coordinator.bytes)
+            highest.append(coordinator.highest)
         call.at[modality] = end
+        level: Bytes = np.repeat(np.array(after, np.int64), np.diff([*places, end - begin + 1]))
+        np.maximum.at(level, places, highest)
         for hold in call.holds.get(modality, ()):
             level[max(0, hold.begin - begin) : max(0, hold.end - begin)] += hold.bytes
         return Gathered(torch.from_numpy(level + elsewhere))

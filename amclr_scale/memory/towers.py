@@ -256,7 +256,6 @@ def _fake(model: DualEncoder) -> Iterator[None]:
     """Inside it, operations compute shapes only; the model's tensors become fake ones."""
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     collecting = gc.isenabled()
-    gc.collect()
     gc.disable()  # what waits for a collection would be alive for longer in one trace than in another
     try:
         with mode:
