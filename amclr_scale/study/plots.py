@@ -230,8 +230,8 @@ def score_by_cost(
         axes.plot([], [], color="0.6", marker="o", linestyle="none", markersize=large[batch], label=f"B = {batch:,}")
     if max(costs) > 20 * min(costs):
         axes.set_xscale("log")
-        axes.set_xticks(_ticks(min(costs), max(costs)))
-        axes.xaxis.set_major_formatter(_plain)
+        axes.set_xticks(ticks_of(min(costs), max(costs)))
+        axes.xaxis.set_major_formatter(plain_number)
         axes.minorticks_off()
     else:
         axes.set_xlim(0, 1.08 * max(costs))
@@ -241,13 +241,13 @@ def score_by_cost(
     return finish(name, caption, figure, rows)
 
 
-def _ticks(low: float, high: float) -> list[float]:
+def ticks_of(low: float, high: float) -> list[float]:
     """1, 2, 5, 10, ... around a range."""
     decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     return [step * 10.0**decade for decade in decades for step in (1, 2, 5) if low / 2 < step * 10.0**decade < 2 * high]
 
 
-def _plain(value: float, _: int) -> str:
+def plain_number(value: float, _: int) -> str:
     return f"{value:,.0f}" if value >= 1000 else f"{value:g}"
 
 

@@ -16,7 +16,7 @@ from typing import Any
 from amclr_scale.study.comparison import Group
 from amclr_scale.study.document import Figure, Table
 from amclr_scale.study.plan import RANKS
-from amclr_scale.study.plots import WIDTH, Looks, finish, legend, pyplot
+from amclr_scale.study.plots import WIDTH, Looks, finish, legend, plain_number, pyplot, ticks_of
 from amclr_scale.study.results import Axes, Run, titled
 from amclr_scale.study.statistics import Estimate, estimate
 from amclr_scale.study.units import columns_of, words_of
@@ -158,8 +158,12 @@ def scaling_figure(found: Sequence[Point]) -> Figure | None:
         axes.set_xticks(every, [f"{count:,}" for count in every])
         axes.minorticks_off()
         axes.set_xlabel("ranks W")
-    left.set_yscale("log", base=2)
-    left.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+    drawn = [value for row in raw for value in (row["samples_per_second"], row["linear"])]
+    left.set_yscale("log")
+    left.set_yticks(ticks_of(min(drawn), max(drawn)))
+    left.yaxis.set_major_formatter(plain_number)
+    left.yaxis.minorticks_off()
+    left.set_ylim(min(drawn) / 1.5, max(drawn) * 1.5)
     left.set_ylabel("samples/s; dotted: linear")
     right.axhline(1.0, color="0.5", linewidth=0.8, linestyle=(0, (1, 1.5)))
     right.set_ylim(bottom=0)

@@ -349,7 +349,7 @@ def test_a_wide_range_of_costs_is_drawn_on_a_log_axis(tmp_path):
     looks, unit = plots.Looks(["CLIP"]), unit_of(study.metrics[0], study.runs)
     figure = plots.score_by_cost(found, unit, looks, "optimizer_steps", "optimizer steps", "by_steps", "")
     assert [row["optimizer_steps"] for row in figure.raw] == [512, 16]
-    assert plots._ticks(16, 512) == [10, 20, 50, 100, 200, 500, 1000]
+    assert plots.ticks_of(16, 512) == [10, 20, 50, 100, 200, 500, 1000]
 
 
 def test_a_missing_package_names_the_extra(tmp_path, monkeypatch):
