@@ -1,0 +1,200 @@
+"""Every optimizer by every provider that imports here, against one reference: is it the same rule, and how fast is it?
+
+    python tools/compare_optimizers.py
+    python tools/compare_optimizers.py --only adamw lamb --steps 50
+
+All step the same parameters with the same gradients (two groups, with and without weight decay). The reference is what
+a recipe gets on a CPU (engine/optimizers.py), in float64. Printed are the largest |p - r| / |r - r0| over parameters,
+where r is the reference's value after the last step and r0 what both began with, and the median time of a step as a
+ratio to the reference rule's in fp32. Providers that do not import, or do not run on this device, are listed with the
+reason. DeepSpeed compiles its CPU optimizers at first use, for minutes; TORCH_EXTENSIONS_DIR says where they are kept.
+"""
+
+import argparse
+import os
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from amclr_scale.config.schema import Optimizer
+from amclr_scale.engine.optimizers import build_optimizer
+from amclr_scale.torchvision_ops import import_torchvision
+
+SHAPES = ((512, 1024), (1024,), (256, 64, 3, 3), (256,), (30000, 64), (7,))
+LR, DECAY = 1e-2, 0.1
+LR_OF = {"lars": 1.0}  # whose step is a thousandth of that
+OTHER_RULES = {("nadam", "timm"): "another rule: without NAdam's schedule of the momentum"}
+SAME = 1e-4  # beyond it, float32 rounding is no explanation
+SAME_OF = {"lion": 1e-2}  # but for a sign that rounding turns, which moves a weight by a whole step the other way
+Make = Callable[[list[dict[str, Any]], Optimizer], Any]
+
+
+def _torch(name: str, **how: Any) -> Make:
+    def make(groups: list[dict[str, Any]], o: Optimizer) -> Any:
+        if name == "SGD":
+            return torch.optim.SGD(groups, lr=o.lr, momentum=o.momentum, nesterov=o.nesterov, **how)
+        extra = {} if name == "AdamW" else {"decoupled_weight_decay": True}
+        return getattr(torch.optim, name)(groups, lr=o.lr, betas=o.betas, eps=o.eps, **extra, **how)
+
+    return make
+
+
+def _timm(name: str, *keys: str, **how: Any) -> Make:
+    def make(groups: list[dict[str, Any]], o: Optimizer) -> Any:
+        import_torchvision()  # timm imports it
+        import timm.optim
+
+        return getattr(timm.optim, name)(groups, lr=o.lr, **{key: getattr(o, key) for key in keys}, **how)
+
+    return make
+
+
+def _imported(module: str, name: str, *keys: str, **how: Any) -> Make:
+    def make(groups: list[dict[str, Any]], o: Optimizer) -> Any:
+        found = getattr(__import__(module, fromlist=[name]), name)
+        return found(groups, lr=o.lr, **{key: getattr(o, key) for key in keys}, **how)
+
+    return make
+
+
+ADAM = ("betas", "eps")
+PROVIDERS: dict[str, dict[str, Make]] = {
+    "adamw": {
+        "torch, one by one": _torch("AdamW", foreach=False),
+        "torch, foreach": _torch("AdamW", foreach=True),
+        "torch, fused": _torch("AdamW", fused=True),
+        "timm": _timm("AdamWLegacy", *ADAM),
+        "DeepSpeed CPU Adam": _imported("deepspeed.ops.adam", "DeepSpeedCPUAdam", *ADAM, adamw_mode=True),
+        "DeepSpeed FusedAdam": _imported("deepspeed.ops.adam", "FusedAdam", *ADAM, adam_w_mode=True),
+        "NVIDIA apex": _imported("apex.optimizers", "FusedAdam", *ADAM, adam_w_mode=True),
+    },
+    "sgd": {
+        "torch, one by one": _torch("SGD", foreach=False),
+        "torch, foreach": _torch("SGD", foreach=True),
+        "torch, fused": _torch("SGD", fused=True),
+        "NVIDIA apex": _imported("apex.optimizers", "FusedSGD", "momentum", "nesterov"),
+    },
+    "nadam": {
+        "torch, one by one": _torch("NAdam", foreach=False),
+        "torch, foreach": _torch("NAdam", foreach=True),
+        "timm": _timm("NAdamW", *ADAM),
+    },
+    "radam": {
+        "torch, one by one": _torch("RAdam", foreach=False),
+        "torch, foreach": _torch("RAdam", foreach=True),
+    },
+    "lion": {
+        "timm": _timm("Lion", "betas"),
+        "DeepSpeed CPU Lion": _imported("deepspeed.ops.lion", "DeepSpeedCPULion", "betas"),
+        "DeepSpeed FusedLion": _imported("deepspeed.ops.lion", "FusedLion", "betas"),
+    },
+    "adamp": {"timm": _timm("AdamP", *ADAM, "nesterov")},
+    "lamb": {
+        "timm": _timm("Lamb", *ADAM, max_grad_norm=None),
+        "DeepSpeed FusedLamb": _imported("deepspeed.ops.lamb", "FusedLamb", *ADAM),
+        "NVIDIA apex": _imported("apex.optimizers", "FusedLAMB", *ADAM, max_grad_norm=0.0),
+    },
+    "lars": {"timm": _timm("Lars", "momentum", trust_coeff=1e-3)},
+}
+
+
+def recipe(o: Optimizer) -> Make:
+    """What a run with this name gets on this device."""
+
+    def make(groups: list[dict[str, Any]], _: Optimizer) -> Any:
+        groups = [{**group, "lr_factor": 1.0} for group in groups]
+        return build_optimizer(o, groups, groups[0]["params"][0].device)[0]
+
+    return make
+
+
+def first_values() -> list[Tensor]:
+    """What all begin with, float32."""
+    generator = torch.Generator().manual_seed(0)
+    return [0.1 * torch.randn(shape, generator=generator) for shape in SHAPES]
+
+
+class Racer:
+    """One optimizer with parameters of its own."""
+
+    def __init__(self, make: Make, o: Optimizer, device: torch.device, dtype: torch.dtype):
+        self.device = device
+        self.parameters = [nn.Parameter(x.to(device, dtype)) for x in first_values()]
+        groups = [
+            {"params": [p for p in self.parameters if (p.dim() > 1) == decay], "weight_decay": DECAY * decay}
+            for decay in (True, False)
+        ]
+        self.optimizer, self.seconds = make(groups, o), list[float]()
+
+    def step(self, gradients: list[Tensor]) -> None:
+        """Change the parameters, and remember how long it took."""
+        for parameter, gradient in zip(self.parameters, gradients, strict=True):
+            parameter.grad = gradient.to(parameter, copy=True)  # some keep theirs
+        begin = _now(self.device)
+        self.optimizer.step()
+        self.seconds.append(_now(self.device) - begin)
+
+    def values(self) -> list[Tensor]:
+        """The parameters now, in float64 on the CPU."""
+        return [p.detach().cpu().double() for p in self.parameters]
+
+
+def race(racers: list[Racer], steps: int) -> None:
+    """All take the same steps, in turn, so that a busy machine slows all alike."""
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(steps):
+        gradients = [torch.randn(shape, generator=generator) for shape in SHAPES]
+        for racer in racers:
+            racer.step(gradients)
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def difference(got: list[Tensor], want: list[Tensor], start: list[Tensor]) -> float:
+    """The largest over parameters, relative to the way that the reference went."""
+    return max(float((g - w).norm() / (w - s).norm()) for g, w, s in zip(got, want, start, strict=True))
+
+
+def main() -> int:
+    """Print a Markdown table; 1 if a provider's rule is another one."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", choices=list(PROVIDERS), default=list(PROVIDERS))
+    parser.add_argument("--steps", type=int, default=20)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    os.environ.setdefault("DS_ACCELERATOR", device.type)
+    host, start, missing, good = torch.device("cpu"), first_values(), list[str](), True
+    print("| optimizer | provider | difference | time | |\n|---|---|---|---|---|")
+    for name in options.only:
+        o = Optimizer.model_validate({"name": name, "lr": LR_OF.get(name, LR), "weight_decay": DECAY})
+        exact = Racer(recipe(o), o, host, torch.float64)
+        found = {"the recipe's": Racer(recipe(o), o, device, torch.float32)}
+        for provider, make in PROVIDERS[name].items():
+            try:
+                found[provider] = Racer(make, o, device, torch.float32)
+            except Exception as error:  # a broken build of a CUDA extension may raise anything
+                reason = (str(error).strip() or "no reason given").splitlines()[0]
+                missing.append(f"{name}, {provider}: {type(error).__name__}: {reason[:120]}")
+        race([exact, *found.values()], options.steps)
+        base = statistics.median(found["the recipe's"].seconds)
+        for provider, racer in found.items():
+            far = difference(racer.values(), exact.values(), start)
+            note = OTHER_RULES.get((name, provider), "" if far < SAME_OF.get(name, SAME) else "differs")
+            good &= note != "differs"
+            seconds = statistics.median(racer.seconds)
+            print(f"| {name} | {provider} | {far:.1e} | {seconds / base:.2f} | {note} |", flush=True)
+    print("\n".join(["", "Not run here:", *missing]))
+    return 0 if good else 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
