@@ -114,6 +114,7 @@ def run(config: Config, source: str | None, place: Place, stopwatch: Stopwatch, 
     step = TrainStep(
         engine, objective, micro_batch_sizes=plan.micro_batch_sizes,
         kept=plan.kept, device=device, phases=phases,
+        advice=lambda phase: advise_about(config, place, loader.num_samples, str(device), phase),
     )  # fmt: skip
     step.steps = begin
     probe = None
@@ -216,6 +217,15 @@ def foresee(config: Config, place: Place, num_samples: int) -> "Account":
     device = "cuda" if torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu" else "cpu"
     export(place)  # objectives share their work by whether all ranks are on one node
     return account(config, world_size=place.world_size, num_samples=num_samples, device=device)
+
+
+def advise_about(config: Config, place: Place, num_samples: int, device: str, phase: str) -> str:
+    """What to turn down after memory has run out."""
+    import torch
+
+    from amclr_scale.memory.advice import advise
+
+    return advise(config, place=place, num_samples=num_samples, device=torch.device(device), phase=phase)
 
 
 def preview(config: Config, place: Place) -> str:

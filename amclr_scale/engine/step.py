@@ -51,6 +51,7 @@ class TrainStep:
         objective: embeddings of this rank -> this rank's mean.
         micro_batch_sizes: images and texts encoded at once.
         kept: micro-batches whose graphs are kept between the two passes.
+        advice: what to turn down, given the phase in which memory ran out. Asked only then; may take seconds.
     """
 
     def __init__(
@@ -62,8 +63,10 @@ class TrainStep:
         device: torch.device,
         phases: Phases,
         kept: int = 1,
+        advice: Callable[[str], str] | None = None,
     ):
         self.engine, self.objective, self.device, self.phases = engine, objective, device, phases
+        self.advice = advice
         self.micro_batch_sizes, self.kept = micro_batch_sizes, kept
         self.stage = int(engine.zero_optimization_stage())
         self.sums = GradientSums(engine.module.parameters())
@@ -145,7 +148,8 @@ class TrainStep:
         if self.kept > 1:
             advice += f"; execution.kept_micro_batches={self.kept - 1} keeps fewer graphs"
         place = f"step {self.steps}, phase {self.phases.current}, {local_batch} samples on this rank"
-        return f"out of memory ({place}): {str(error).splitlines()[0]}\n{advice}"
+        told = f"out of memory ({place}): {str(error).splitlines()[0]}\n{advice}"
+        return told if self.advice is None else f"{told}\n{self.advice(self.phases.current)}"
 
     def _may_skip(self) -> bool:
         """fp16: a scaled loss that overflows is skipped and scaled down, until the scale has nothing left to give."""
