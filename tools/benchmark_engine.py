@@ -2,12 +2,15 @@
 
     python tools/benchmark_engine.py cost   --config configs/quickstart.yaml
     python tools/benchmark_engine.py memory --config configs/quickstart.yaml
+    python tools/benchmark_engine.py compile --config configs/quickstart.yaml
 
 `cost`: time per sample for 0 ... n kept micro-batches of n, against all n kept (ordinary training): theory says
 (3 + (n - kept) / n) / 3. Variants run in turn, figures are medians, on a CPU the time is CPU time.
 `memory`: peak memory of a step beyond what the process held before it, each in a fresh process, for growing global
 batches at one micro-batch size, beside what must grow with the batch: waiting inputs, and embeddings and their
 gradients.
+`compile`: gradients of towers compiled by Inductor (execution.compile) against those of plain ones, with the cache and
+without; seconds of the first step, and the time of later ones as a ratio. Needs a C++ compiler.
 """
 
 import argparse
@@ -97,6 +100,44 @@ def cost(config: Config, micro_batch: int, micro_batches: int, rounds: int) -> l
     ]
 
 
+def compiled(config: Config, micro_batch: int, micro_batches: int, rounds: int) -> Iterator[dict[str, Any]]:
+    """Relative differences of gradients, over all parameters and the largest of one; and times."""
+    for kept in (0, micro_batches):
+        left: list[list[torch.Tensor]] = []
+        taken: list[list[float]] = []
+        for choice in (False, True):
+            torch._dynamo.reset()
+            execution = config.execution.model_copy(update={"compile": choice})
+            step, vocabulary, _ = make_step(config.model_copy(update={"execution": execution}), micro_batch, kept)
+            batch = random_batch(config, micro_batch * micro_batches, vocabulary)
+            parameters = list(step.engine.module.parameters())
+            plain, gradients, times = step.engine.step, list[torch.Tensor](), list[float]()
+
+            def look_and_step(plain: Any = plain, parameters: Any = parameters, gradients: Any = gradients) -> None:
+                if not gradients:
+                    gradients += [torch.zeros_like(p) if p.grad is None else p.grad.double() for p in parameters]
+                plain()
+
+            step.engine.step = look_and_step
+            for _ in range(rounds + 1):
+                begin = time.perf_counter()
+                step(batch, 1e-4)
+                times.append(time.perf_counter() - begin)
+            left.append(gradients)
+            taken.append(times)
+        squares = [
+            (float((a - b).square().sum()), float(b.square().sum())) for a, b in zip(left[1], left[0], strict=True)
+        ]
+        yield {
+            "kept": kept,
+            "of": micro_batches,
+            "difference": (sum(d for d, _ in squares) / sum(g for _, g in squares)) ** 0.5,
+            "largest": max((d / g) ** 0.5 for d, g in squares if g),
+            "first_step_seconds": taken[1][0],
+            "ratio": statistics.median(taken[1][1:]) / statistics.median(taken[0][1:]),
+        }
+
+
 def one_memory(config: Config, micro_batch: int, batch_size: int) -> dict[str, float]:
     """Peak of one step in this process, in MiB beyond what was held before the batch was made."""
     step, vocabulary, device = make_step(config, micro_batch, 0)
@@ -132,7 +173,7 @@ def memory(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
 def main() -> None:
     """Print a table, and write JSON if asked to."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["cost", "memory", "one"], help="one: what `memory` starts")
+    parser.add_argument("what", choices=["cost", "memory", "compile", "one"], help="one: what `memory` starts")
     parser.add_argument("--config", default="configs/quickstart.yaml")
     parser.add_argument("--micro-batch", type=int, default=64)
     parser.add_argument("--micro-batches", type=int, default=8, help="cost: of one batch")
@@ -146,16 +187,14 @@ def main() -> None:
         print(json.dumps(one_memory(config, arguments.micro_batch, arguments.batches[0])))
         return
     rows: list[dict[str, Any]] = []
-    found = (
-        cost(config, arguments.micro_batch, arguments.micro_batches, arguments.rounds)
-        if arguments.what == "cost"
-        else memory(arguments)
-    )
-    for row in found:
+    found = {"cost": cost, "compile": compiled}.get(arguments.what)
+    several = (arguments.micro_batch, arguments.micro_batches, arguments.rounds)
+    for row in memory(arguments) if found is None else found(config, *several):
         rows.append(row)
         print(
             "  ".join(
-                f"{key} {value:.3f}" if isinstance(value, float) else f"{key} {value}" for key, value in row.items()
+                f"{key} {value:.3{'f' if value > 1e-3 else 'e'}}" if isinstance(value, float) else f"{key} {value}"
+                for key, value in row.items()
             )
         )
     if arguments.json:
