@@ -65,7 +65,7 @@ def _scores(first: Analysed) -> str:
         if base is not None and best.arm != arm:
             said += f" ({next(group.title for group, _ in here if group.arm == arm)} {first.unit.score(base)})"
         words.append(said)
-    return f"Highest mean of {first.outcome.metric.name}: {'; '.join(words)}."
+    return f"Highest {first.outcome.metric.name}, mean over seeds: {'; '.join(words)}."
 
 
 def _verdicts(first: Analysed, margin: float) -> str:

@@ -1,5 +1,6 @@
 """Plans: what a mistake in one is answered with, and that every ready plan can be planned."""
 
+import re
 import sys
 from pathlib import Path
 
@@ -166,5 +167,7 @@ def test_every_ready_plan_is_planned_without_its_data_and_says_how_long_it_takes
     assert plan.question
     assert f"{len(cells)} cells" in said
     mini = file.stem.startswith("mini_")
+    twin = re.search(r"mini_\w+\.yaml", file.read_text())
+    assert mini or (twin and (PLANS / twin[0]).is_file())
     assert bool(plan.needs) is not mini
     assert plan.execution.device == ("cpu" if mini else "cuda")

@@ -211,7 +211,7 @@ def test_the_rate_of_a_pilot_leaves_the_first_steps_out() -> None:
 def test_a_pilot_measures_every_variant_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "tiny.yaml"
     file.write_text(PLAN)
-    words = ["arms=[clip]", "held_equal=wall_clock", "budget={samples: null, hours: 0.1}"]
+    words = ["arms=[clip]", "held_equal=wall_clock", "budget={samples: null, hours: 0.1}", "execution.jobs=2"]
     plan = load_plan(file, [*words, f"folder={tmp_path / 'study'}"])
     monkeypatch.setattr(pilot, "Runner", functools.partial(Runner, make_command=fake_command))
     folder, tree, said = StudyFolder(plan.place), base_tree(plan), list[str]()
@@ -224,7 +224,7 @@ def test_a_pilot_measures_every_variant_once(tmp_path: Path, monkeypatch: pytest
     assert folder.rates == {"clip-B32": expected, "clip-B64": expected}
     assert pilot.run_pilot(plan, tree, 4938.0, folder, said.append) is None
     planned = make_cells(plan, tree, 4938.0, rates=folder.rates)
-    assert "by the pilot's samples/s: 24 min of training, 1 at once" in hours(plan, folder, planned)  # 4 x 0.1 h
+    assert "by the pilot's samples/s: 12 min of training, 2 at once" in hours(plan, folder, planned)  # 4 x 0.1 h
     cells = {cell.name: cell.samples for cell in planned}
     assert cells["clip-B32-s1"] == 32 * int(360 * folder.rates["clip-B32"] / 32)
 
