@@ -10,44 +10,21 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from amclr_scale import objectives
-from amclr_scale.config.schema import Execution, ImageTower, Model, TextTower
-from amclr_scale.encoders.build import build_model
-from amclr_scale.engine.setup import build_engine, prepare_towers
-from amclr_scale.engine.step import TrainStep
-from amclr_scale.engine.weights import full_fp32
-from amclr_scale.metrics.phases import Phases
-from amclr_scale.similarity.collectives import rank, world_size
-from amclr_scale.types import Batch
-from tests.engine.towers import config
-
-CPU = torch.device("cpu")
+from amclr_scale.config.schema import Execution
+from amclr_scale.encoders.dual_encoder import DualEncoder
+from amclr_scale.engine.setup import prepare_towers
+from tests.engine.towers import real_run
 
 
 def trained(stage: int, compiled: bool, kept: int) -> tuple[list[Tensor], bool]:
-    settings = config(16, execution__zero_stage=stage, optimizer__name="sgd")
-    torch.manual_seed(0)
-    sections = Model(
-        image=ImageTower(width=8), text=TextTower(width=16, layers=1, heads=2, dropout=0.0), embedding_width=8
-    )
-    ones = (1.0, 1.0, 1.0)
-    model = build_model(
-        sections, vocab_size=30, pad_id=0, context_length=5, image_size=16, image_mean=ones, image_std=ones
-    )
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    with mock.patch.object(nn.Module, "compile", without_code_generation(nn.Module.compile)):
-        prepare_towers(model, Execution(compile=compiled))
-    engine, _ = build_engine(settings, model, no_decay=model.no_weight_decay(), device=CPU, world_size=world_size())
-    step = TrainStep(
-        engine, objectives.create("clip"), micro_batch_sizes=(4, 4), device=CPU, phases=Phases(CPU), kept=kept
-    )
-    for n in range(3):
-        g = torch.Generator().manual_seed(n * 10 + rank())
-        images = torch.randint(0, 256, (8, 3, 16, 16), generator=g, dtype=torch.uint8)
-        step(Batch(torch.arange(8), (images,), (torch.randint(1, 30, (8, 5), generator=g),)), 0.01)
-    weights = [full_fp32(p) for p in model.parameters()]
-    engine.destroy()
+
+    def prepare(model: DualEncoder) -> None:
+        with mock.patch.object(nn.Module, "compile", without_code_generation(nn.Module.compile)):
+            prepare_towers(model, Execution(compile=compiled))
+
+    weights = real_run(stage, prepare, layers=1, dropout=0.0, micro=4, kept=kept)
     return weights, torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
 
 

@@ -1,19 +1,29 @@
 """A small dual encoder and a plain one-process trainer, to hold the engine against."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from amclr_scale import objectives
 from amclr_scale.config.load import build
-from amclr_scale.config.schema import Config
+from amclr_scale.config.schema import Config, ImageTower, Model, TextTower
+from amclr_scale.encoders.build import build_model
+from amclr_scale.encoders.dual_encoder import DualEncoder
 from amclr_scale.engine.optimizers import parameter_groups
 from amclr_scale.engine.schedules import learning_rate
+from amclr_scale.engine.setup import build_engine
+from amclr_scale.engine.step import TrainStep
+from amclr_scale.engine.weights import full_fp32
+from amclr_scale.metrics.phases import Phases
+from amclr_scale.similarity.collectives import rank, world_size
 from amclr_scale.torchvision_ops import import_torchvision
 from amclr_scale.types import Batch
 
+CPU = torch.device("cpu")
 PIXELS, WORDS, LENGTH, WIDTH = 6, 30, 5, 8
 
 
@@ -127,3 +137,34 @@ def plain_run(
             model.logit_scale.clamp_(0, math.log(100))
         losses.append(loss.item())
     return {name: p.detach().float() for name, p in model.named_parameters()}, losses
+
+
+def real_run(
+    stage: int, prepare: Callable[[DualEncoder], None], *, layers: int, dropout: float, micro: int, kept: int
+) -> list[Tensor]:
+    """Weights after three steps of real towers: 8 samples of this rank, encoded `micro` at once.
+
+    Args:
+        prepare: called with the model, before the engine is built around it.
+    """
+    # SGD: a key's bias has no gradient but rounding, which Adam would blow up to whole steps.
+    settings = config(16, execution__zero_stage=stage, optimizer__name="sgd")
+    torch.manual_seed(0)
+    text = TextTower(width=16, layers=layers, heads=2, dropout=dropout)
+    sections = Model(image=ImageTower(width=8, dropout=dropout), text=text, embedding_width=8)
+    ones = (1.0, 1.0, 1.0)
+    model = build_model(
+        sections, vocab_size=30, pad_id=0, context_length=5, image_size=16, image_mean=ones, image_std=ones
+    )
+    prepare(model)
+    engine, _ = build_engine(settings, model, no_decay=model.no_weight_decay(), device=CPU, world_size=world_size())
+    clip = objectives.create("clip")
+    step = TrainStep(engine, clip, micro_batch_sizes=(micro, micro), device=CPU, phases=Phases(CPU), kept=kept)
+    torch.manual_seed(rank())
+    for n in range(3):
+        g = torch.Generator().manual_seed(n * 10 + rank())
+        images = torch.randint(0, 256, (8, 3, 16, 16), generator=g, dtype=torch.uint8)
+        step(Batch(torch.arange(8), (images,), (torch.randint(1, 30, (8, 5), generator=g),)), 0.01)
+    weights = [full_fp32(p) for p in model.parameters()]
+    engine.destroy()
+    return weights
