@@ -11,10 +11,12 @@ all others are searched. docs/memory.md says what the answers rest on.
 import argparse
 import json
 import os
+import resource
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +48,8 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--top", type=int, default=5, help="settings to print")
     parser.add_argument("--json", type=Path, help="also write everything there")
     parser.add_argument("--verify", action="store_true", help="on this CPU: run the batch, and one 15 %% larger")
-    parser.add_argument("--rehearse", help=argparse.SUPPRESS)  # one rank of --verify
+    parser.add_argument("--rehearse", help=argparse.SUPPRESS)  # one rank of --verify,
+    parser.add_argument("--limit", type=int, help=argparse.SUPPRESS)  # and the bytes that its tensors may take
     parser.add_argument("words", nargs="*", metavar="key=value", help="overrides, such as objective.name=sogclr")
     return parser.parse_intermixed_args(argv)
 
@@ -159,7 +162,10 @@ def answer(options: argparse.Namespace, fit: Any) -> list[Any]:
 
 
 def verify(options: argparse.Namespace, fit: Any, choice: Any) -> bool:
-    """Run three steps of a choice and of one with a batch 15 % larger, and compare what tensors held with the limit."""
+    """Run a choice, and one with a batch 15 % larger: what tensors held against the limit, and a step under it.
+
+    The step under the limit is a real one: the system refuses the process more memory (`limited`).
+    """
     from amclr_scale.memory.fit import with_batch
     from amclr_scale.memory.units import in_words
 
@@ -168,11 +174,12 @@ def verify(options: argparse.Namespace, fit: Any, choice: Any) -> bool:
     larger = -(-round(1.15 * batch) // lanes) * lanes
     print(f"\nverified on this machine, {fit.world_size} processes, three steps each (limit {in_words(fit.memory)}):")
     print(f"{'global batch':>14}{'predicted':>14}{'measured':>14}{'error':>9}{'s/step predicted':>18}{'measured':>10}")
-    peaks = []
+    peaks, ran = list[float](), list[bool]()
     for size in (batch, larger):
         wanted = fit.choice(with_batch(choice.config, size))
-        found = rehearse(wanted.config, fit.world_size)
+        found, failure = rehearse(wanted.config, fit.world_size, fit.memory)
         peaks.append(found["peak_bytes"])
+        ran.append(not failure)
         predicted = wanted.account.peak_bytes
         error = predicted / found["peak_bytes"] - 1
         by_phase = [
@@ -182,24 +189,38 @@ def verify(options: argparse.Namespace, fit: Any, choice: Any) -> bool:
         print(f"{size:>14,}{in_words(predicted):>14}{in_words(round(found['peak_bytes'])):>14}{error:>+9.1%}"
               f"{wanted.cost.seconds:>18.3g}{found['seconds']:>10.3g}")  # fmt: skip
         print(f"{'':14}by phase (measured): {', '.join(by_phase)}")
-    right = peaks[0] <= fit.memory < peaks[1]
+        print(f"{'':14}with the process held to the limit: {failure or 'ran'}")
+    right = peaks[0] <= fit.memory < peaks[1] and ran == [True, False]
     print("the first stays within the limit, the second exceeds it" if right else "NOT as predicted")
-    return bool(right)
+    return right
 
 
-def rehearse(config: Config, world_size: int) -> dict[str, float]:
-    """Run three steps of a configuration on so many processes here; the most that any rank's tensors held."""
+def rehearse(config: Config, world_size: int, limit: int) -> tuple[dict[str, float], str]:
+    """Run three steps of a configuration on so many processes here, and one more with each of them held to a limit.
+
+    Returns the most that any rank's tensors held in the three, and why the fourth failed, if it did.
+    """
     with tempfile.TemporaryDirectory() as folder:
         path, out = Path(folder) / "config.yaml", Path(folder) / "found"
         path.write_text(dump(config))
         launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world_size}"]
-        command = [*launcher, __file__, "--gpus", str(world_size), "--config", str(path), "--rehearse", str(out)]
-        environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+        command = [*launcher, __file__, "--gpus", str(world_size), "--config", str(path), "--rehearse", str(out),
+                   "--limit", str(limit)]  # fmt: skip
+        # Every tensor of some size is a mapping of its own, and goes back to the system at once.
+        allocator = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+        environment = {**os.environ, **allocator, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
         done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
-        if done.returncode:
+        failures = [path.read_text() for path in sorted(Path(folder).glob("found*.failed"))]
+        if done.returncode and not failures:
             raise RuntimeError(f"a rank failed:\n{done.stderr[-3000:]}")
         found = [json.loads(Path(f"{out}{rank}").read_text()) for rank in range(world_size)]
-    return {key: max(one[key] for one in found) for key in found[0]}
+    return {key: max(one[key] for one in found) for key in found[0]}, failures[0] if failures else ""
+
+
+def data_bytes() -> int:
+    """Writable memory of this process that is its own, as RLIMIT_DATA counts it: touched or not, and no files."""
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(status.partition("VmData:")[2].split()[0])
 
 
 def rehearse_here(options: argparse.Namespace) -> None:
@@ -231,16 +252,26 @@ def rehearse_here(options: argparse.Namespace) -> None:
         batches = iter(inputs.loader)
         batch = next(batches)
         begin = time.perf_counter()
-        last = step(batch, config.optimizer.lr)  # optimizer states begin to exist; timed, for nobody looks on
+        step(batch, config.optimizer.lr)  # optimizer states begin to exist; timed, for nobody looks on
         seconds = time.perf_counter() - begin
         report = MemoryReport(device, trainer.engine, trainer.objective, phases)
-        for _ in range(2):  # what the first one leaves behind belongs to the second
+        beside = 0  # the most that this process holds beside tensors, between two operations
+        tracker = report.tracker
+        assert tracker is not None
+
+        def look(*_: int) -> None:
+            nonlocal beside
+            beside = max(beside, data_bytes() - tracker.total)
+
+        for last in (False, True):  # what the first one leaves behind belongs to the second
             report.restart()
             with phases("data", host=True):
                 batch = next(batches)
-            last = step(batch, config.optimizer.lr)  # the loop of launch/train.py holds the last step's report, too
+            if last:
+                tracker.on_change = look
+            step(batch, config.optimizer.lr)
         report.close()
-        assert last.loss.value.isfinite()
+        tracker.on_change = None
     peaks = {phase: peak.allocated for phase, peak in report.peaks.items()}
     found: dict[str, float] = {
         "peak_bytes": max(peaks.values()),
@@ -248,8 +279,33 @@ def rehearse_here(options: argparse.Namespace) -> None:
         **{phase: peaks.get(phase, 0) for phase in PHASES},
     }
     Path(f"{options.rehearse}{place.rank}").write_text(json.dumps(found))
+    limited(
+        lambda: step(batch, config.optimizer.lr), beside + options.limit, Path(f"{options.rehearse}{place.rank}.failed")
+    )
     inputs.loader.close()
     stop()
+
+
+def limited(run: Callable[[], object], limit: int, told: Path) -> None:
+    """Run something while the system refuses this process more than so many bytes; where it fails, write down why.
+
+    Ranks wait for one another first: what the limit was taken from is then written down everywhere.
+    """
+    import torch.distributed as dist
+
+    from amclr_scale.engine.step import OutOfMemoryError
+
+    if dist.is_initialized():
+        dist.barrier()
+    _, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    resource.setrlimit(resource.RLIMIT_DATA, (limit, hard))
+    try:
+        run()
+    except OutOfMemoryError as error:
+        resource.setrlimit(resource.RLIMIT_DATA, (hard, hard))
+        told.write_text(str(error).splitlines()[0])
+        os._exit(3)  # the launcher ends the others, which may wait for this one
+    resource.setrlimit(resource.RLIMIT_DATA, (hard, hard))
 
 
 def main(argv: list[str]) -> int:
