@@ -10,6 +10,7 @@ from amclr_scale.study.results import Study
 from amclr_scale.study.statistics import Verdict
 from amclr_scale.study.units import words_of
 
+LEVEL = 0.05
 MEANING = {
     Verdict.MATCHES: "shown to match",
     Verdict.BETTER: "shown to be better",
@@ -85,6 +86,9 @@ def _verdicts(first: Analysed, margin: float) -> str:
             open_ = sum(one.decision.verdict == Verdict.UNDECIDED for one in compared)
             decided += [f"undecided: {open_}, which is no evidence for equality"] if open_ else []
             words.append(f"Of {len(compared)} against {against}, {'; '.join(decided)}.")
+    not_worse = [one.group for one in first.against_reference if one.decision.p_not_worse < LEVEL]
+    if not_worse:
+        words.append(f"Shown not to be worse than {reference} by the margin or more: {listed(not_worse)}.")
     return f"Margin {first.unit.margin(margin)}. {' '.join(words)}"
 
 

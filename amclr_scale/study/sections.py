@@ -7,7 +7,7 @@ from scipy import special
 
 from amclr_scale.study import chapters, plots, tables
 from amclr_scale.study.analysis import Analysed, analyse
-from amclr_scale.study.brief import brief, listed
+from amclr_scale.study.brief import LEVEL, brief, listed
 from amclr_scale.study.claims import scale_of
 from amclr_scale.study.comparison import Group, groups_of, reference_of
 from amclr_scale.study.document import Document
@@ -28,7 +28,6 @@ HELD_EQUAL = {
     "grid": "The batch that a gradient is averaged over and the number of negatives are varied apart.",
 }
 FEW_STEPS = 500
-LEVEL = 0.05
 NEAR_CHANCE = 3.0  # times what guessing scores
 FAR_BELOW_BEST = 0.1  # of the best score of the study
 
