@@ -22,11 +22,12 @@ from amclr_scale.engine.layerwise import LAMB, AdamP, Piece, Shard
 from amclr_scale.evaluation import probe
 from amclr_scale.evaluation.run import Evaluator
 from amclr_scale.objectives import diagnostics
+from amclr_scale.objectives.whole_set import compare_with_whole_set
 from amclr_scale.similarity import rank, using, world_size
 from amclr_scale.types import Batch, Embeddings
 from tests.evaluation.shards import write_split
 from tests.evaluation.test_run import model as build
-from tests.objectives.harness import NUM_SAMPLES, global_batch, my_rows
+from tests.objectives.harness import NUM_SAMPLES, B, global_batch, my_rows
 from tests.pretended_device import CPU, DEVICE, MisplacedError, accelerator
 
 # Every option that leads through other lines than the defaults do.
@@ -102,6 +103,28 @@ def compare(name: str, options: dict[str, Any]) -> set[str]:
 def test_objectives_keep_to_the_device(ranks, name, options):
     for sent in ranks(2, compare, name, options):
         assert sent
+
+
+def whole_set(name: str, device: torch.device) -> dict[str, float]:
+    """What run.probe measures, after a step of training."""
+    objective = objectives.create(name, num_samples=NUM_SAMPLES, sample_state="sharded").to(device)
+    whole = objectives.create(name, num_samples=B, **objective.whole_set_options).to(device)
+    batch = global_batch(0, views=objective.needs_views)
+    objective(on(device, my_rows(batch)))
+    with torch.no_grad():
+        return compare_with_whole_set(objective, whole, on(device, batch), global_batch_size=B // 2)
+
+
+def compare_whole_sets(name: str) -> None:
+    want = whole_set(name, CPU)
+    with accelerator() as sent:
+        assert whole_set(name, DEVICE) == pytest.approx(want, rel=1e-5)
+    assert "_all_gather_single" in sent
+
+
+@pytest.mark.parametrize("name", ["clip", "isogclr"])
+def test_the_whole_set_keeps_to_the_device(ranks, name):
+    ranks(2, compare_whole_sets, name)
 
 
 TOWERS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
