@@ -15,14 +15,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, ClassVar, Literal, NamedTuple
-from unittest import mock
+from typing import Any, Literal, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from amclr_scale.config import schema
@@ -31,6 +28,7 @@ from amclr_scale.encoders.build import build_model
 from amclr_scale.encoders.dual_encoder import DualEncoder
 from amclr_scale.encoders.recomputation import Recomputation, set_recomputation
 from amclr_scale.memory.gathering import Visit
+from amclr_scale.memory.kernels import kernels_of
 from amclr_scale.memory.tracker import Tracker
 from amclr_scale.memory.visits import Events, Visits
 
@@ -191,7 +189,7 @@ def _trace(
     set_recomputation(getattr(model, f"{modality}_tower"), recomputation)
     m = next(p for p in PRIMES if all(numel % p for numel in (x.numel() for x in model.parameters())))
     views = 1 + data[f"{modality}_views"]
-    with _fake(model), _kernels_of(device), _Layouts():
+    with _fake(model), kernels_of(device):
         if modality == "image":
             side = data["image_size"]
             inputs = [torch.empty(m, 3, side, side, dtype=torch.uint8, device="meta") for _ in range(views)]
@@ -213,45 +211,6 @@ def _copy_of(model: DualEncoder) -> DualEncoder:
 
 
 @contextmanager
-def _kernels_of(device: str) -> Iterator[None]:
-    """What a device does otherwise than the meta device.
-
-    Attention by one kernel, as both devices have it: that of a CPU stands for all, for each keeps its output and one
-    number per row for the backward. GroupNorm on a CPU reads channels last; elsewhere its input is copied.
-
-    They are put in the functions' places, rather than by a mode, because recomputation inside a backward runs outside
-    of such modes.
-    """
-    plain = F.scaled_dot_product_attention
-
-    def fused(
-        query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0,
-        is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False,
-    ) -> Tensor:  # fmt: skip
-        if enable_gqa or (dropout_p > 0 and device == "cpu"):
-            return plain(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
-        mask = attn_mask
-        if mask is not None and mask.dtype == torch.bool:
-            mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill_(mask.logical_not(), -torch.inf)
-        kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-        out: Tensor = kernel(query, key, value, 0.0, is_causal, attn_mask=mask, scale=scale)[0]
-        return out
-
-    plain_norm = F.group_norm
-
-    def group_norm(
-        input: Tensor, num_groups: int, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
-    ) -> Tensor:
-        if device != "cpu" or not _channels_last(input):
-            return plain_norm(input, num_groups, weight, bias, eps)
-        out: Tensor = _GroupNorm.apply(input, weight, bias, num_groups, eps)  # type: ignore[no-untyped-call]
-        return out
-
-    with mock.patch.object(F, "scaled_dot_product_attention", fused), mock.patch.object(F, "group_norm", group_norm):
-        yield
-
-
-@contextmanager
 def _fake(model: DualEncoder) -> Iterator[None]:
     """Inside it, operations compute shapes only; the model's tensors become fake ones."""
     mode = FakeTensorMode(allow_non_fake_inputs=True)
@@ -264,56 +223,6 @@ def _fake(model: DualEncoder) -> Iterator[None]:
     finally:
         if collecting:
             gc.enable()
-
-
-class _GroupNorm(torch.autograd.Function):
-    """As on a CPU: the kernels get input and gradient as they are, where other devices copy both first."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, groups: int, eps: float) -> Tensor:
-        ctx.sizes = *x.shape[:2], x.shape[2:].numel(), groups
-        out, mean, rstd = torch.ops.aten.native_group_norm(x, weight, bias, *ctx.sizes, eps)
-        ctx.save_for_backward(x, weight, mean, rstd)
-        whole: Tensor = out
-        return whole
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Any:
-        x, weight, mean, rstd = ctx.saved_tensors
-        kernel, wanted = torch.ops.aten.native_group_norm_backward, ctx.needs_input_grad[:3]
-        return *kernel(gradient, x, mean, rstd, weight, *ctx.sizes, wanted), None, None
-
-
-class _Layouts(TorchDispatchMode):
-    """Convolutions lay out their results as real kernels do, on CPU and CUDA alike; fake ones forget it. GroupNorm too.
-
-    Where pixels of the input are channels last, so are those of the output and all gradients. Autograd then copies the
-    gradient of a weight into the weight's own layout, and that copy is memory.
-    """
-
-    _ruled_by: ClassVar = {  # the arguments whose layout decides
-        torch.ops.aten.convolution.default: slice(0, 2),
-        torch.ops.aten.convolution_backward.default: slice(1, 3),
-        torch.ops.aten.native_group_norm.default: slice(0, 1),
-        torch.ops.aten.native_group_norm_backward.default: slice(1, 2),
-    }
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        if func not in self._ruled_by or not any(map(_channels_last, args[self._ruled_by[func]])):
-            return out
-        return tuple(map(_as_channels_last, out)) if isinstance(out, tuple | list) else _as_channels_last(out)
-
-
-def _channels_last(x: Tensor) -> bool:
-    return x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
-
-
-def _as_channels_last(x: Tensor | None) -> Tensor | None:
-    return x if x is None or x.dim() != 4 else torch.empty_like(x, memory_format=torch.channels_last)
 
 
 @dataclass(frozen=True)
