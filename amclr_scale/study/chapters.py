@@ -193,8 +193,9 @@ def against_whole_set(report: Document, groups: Sequence[Group], looks: Looks) -
             "- *Gradients*, with respect to the embeddings: those of K / B batches of B with the present averages, "
             "which hold every sample once, against that of all K as one batch with u = g. A cosine of 1 and a norm "
             "ratio of 1 are the whole set's gradient.",
-            "- *Expected*: the mean over all ways to draw the batches. What is left is bias, which every batch has; "
-            "the rest of the distance is the luck of the draw, which later steps even out.",
+            "- *Expected*: the mean over all ways to draw the batches, estimated from random partitions. What is left "
+            "is bias, which every batch has; the rest of the distance is the luck of the draw, which later steps even "
+            "out.",
             "- Every method is held against its own objective on all K samples, not against the others'. One without "
             "averages is held against a batch of K.",
         ]),
