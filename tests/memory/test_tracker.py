@@ -80,7 +80,7 @@ def test_sizes_of_some_tensors_count_storages_once():
 
 
 def test_of_moments_that_are_equally_full_the_first_is_kept():
-    """To a thousandth: other threads let go of their buffers when they please, and what a peak holds must not follow."""
+    """To a thousandth: other threads let go of their buffers when they please; what a peak holds must not follow."""
     with Tracker() as tracker:
         tracker.label = "first"
         first = torch.zeros(10_000)
