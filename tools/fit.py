@@ -9,6 +9,7 @@ all others are searched. docs/memory.md says what the answers rest on.
 """
 
 import argparse
+import gc
 import json
 import os
 import resource
@@ -318,6 +319,7 @@ def main(argv: list[str]) -> int:
         if options.verify and (options.device.lower() != "cpu" or options.batch):
             raise UserError("--verify: runs the largest batch on this CPU; expected --device cpu and no --batch")
         begin = time.perf_counter()
+        gc.set_threshold(100_000, 20, 50)  # traces make millions of small objects, and hardly any in circles
         fit = make_fit(options)
         choices = answer(options, fit)
         print(f"answered in {time.perf_counter() - begin:.1f} s")

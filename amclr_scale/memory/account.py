@@ -160,19 +160,18 @@ def account(config: Config, *, world_size: int, num_samples: int, device: str | 
         *_objective_components(config, plan, num_samples, kind, passes),
         *_input_components(config, plan, kind),
     ]
-    notes = (
-        ["execution.compile: compiled towers may need less or more than accounted"] if config.execution.compile else []
-    )
     if kind == "cuda":
         peaks = {p: sum(c.by_phase.get(p, 0) for c in components if c.place == "device") for p in PHASES}
         slack = {p: CUBLAS_WORKSPACE + round(FRAGMENTATION * size) for p, size in peaks.items()}
         components.append(
             Component("workspace and fragmentation", slack, "PYTORCH_ALLOC_CONF=expandable_segments:True", "slack")
         )
-    return Account(tuple(components), kind, world_size, plan.local_batch_size, plan.micro_batch_sizes, tuple(notes))
+    return Account(
+        tuple(components), kind, world_size, plan.local_batch_size, plan.micro_batch_sizes, _notes(config, kind)
+    )
 
 
-def _notes(config: Config, device: str) -> list[str]:
+def _notes(config: Config, device: str) -> tuple[str, ...]:
     """What the numbers leave out or bound."""
     notes = []
     if config.execution.compile:
@@ -183,7 +182,14 @@ def _notes(config: Config, device: str) -> list[str]:
         notes.append("beside this, the CUDA context of a process takes some 0.5 GiB, and NCCL's buffers as much")
     else:
         notes.append("on a CPU texts are cut to the longest caption of a micro-batch: this bounds them from above")
-    return notes
+    return tuple(notes)
+
+
+def inputs_on_host(config: Config, *, world_size: int, num_samples: int, device: str | Device = "cuda") -> int:
+    """Bytes of the host's memory that batches alone take: part of the account, and known without tracing anything."""
+    kind = device if isinstance(device, str) else device.type
+    inputs = _input_components(config, make_plan(config, num_samples, world_size), kind)
+    return max(sum(c.by_phase.get(phase, 0) for c in inputs if c.place == "host") for phase in PHASES)
 
 
 @lru_cache(maxsize=64)

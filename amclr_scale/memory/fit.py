@@ -25,7 +25,7 @@ from amclr_scale.config.schema import Config
 from amclr_scale.encoders.recomputation import Recomputation, blocks
 from amclr_scale.engine.plan import make_plan
 from amclr_scale.errors import UserError
-from amclr_scale.memory.account import Account, account
+from amclr_scale.memory.account import Account, account, inputs_on_host
 from amclr_scale.memory.cost import Cost, Rates, estimate
 from amclr_scale.memory.towers import skeleton
 from amclr_scale.memory.units import in_words
@@ -268,13 +268,25 @@ class Fit:
                 plain = changed(config, **frame, **{"similarity.chunk": chunk}, micro_batch_size=micro)
                 yield self.account(changed(plain, kept_micro_batches=self._kept(plain)))
 
+    def _batch_fits_host(self, batch: int) -> bool:
+        """Whether the samples themselves do, whatever the settings: asked first, for it needs no trace."""
+        config = with_batch(self.config, batch)
+        waiting = inputs_on_host(
+            config, world_size=self.world_size, num_samples=self.num_samples, device=self.profile
+        )  # fmt: skip
+        return self.host_memory is None or waiting <= self.host_memory
+
     def _some_fit(self, batch: int) -> bool:
         """Whether any settings fit. Recomputation is only asked where it could make the difference."""
+        if not self._batch_fits_host(batch):
+            return False
         for frames in self._by_recomputation():
-            tried = list(self._frugal(batch, frames))
-            if any(self.fits(found) for found in tried):
-                return True
-            if all(_without_activations(found) > self.memory for found in tried):
+            hopeless = True
+            for found in self._frugal(batch, frames):
+                if self.fits(found):
+                    return True
+                hopeless &= _without_activations(found) > self.memory
+            if hopeless:
                 return False
         return False
 

@@ -90,6 +90,10 @@ class _Layouts(TorchDispatchMode):
         torch.ops.aten.native_group_norm_backward.default: slice(1, 2),
     }
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # nothing is compiled in here, and torch's guard against it takes longer than this mode
+
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
 
