@@ -18,8 +18,6 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-TIE = 1e-3  # moments that differ by less are equally full: which one is ahead is the luck of other threads
-
 
 @dataclass
 class _Held:
@@ -42,7 +40,7 @@ class Tracker(TorchDispatchMode):
             tracker saw them are `FOUND`.
         live: bytes by label, now.
         peak: the largest total since `reset_peak`.
-        at_peak: bytes by label at that moment; of moments that are equally full, but for a thousandth, at the first.
+        at_peak: bytes by label at that moment.
     """
 
     FOUND = "found"
@@ -129,6 +127,4 @@ class Tracker(TorchDispatchMode):
 
     def _mark(self) -> None:
         if self.total > self.peak:
-            self.peak = self.total
-            if self.total > (1 + TIE) * sum(self.at_peak.values()):
-                self.at_peak = dict(self.live)
+            self.peak, self.at_peak = self.total, dict(self.live)
