@@ -34,6 +34,7 @@ from amclr_scale.similarity import settings
 from amclr_scale.similarity.settings import Distribution, Gather
 from amclr_scale.types import Embeddings
 
+GROUPS_TRACED = 4  # of more groups inside a rank, so many: each adds what the others did
 PRIMES = (13, 11)  # c; the first that does not divide D
 ITEMSIZES = ((4,), (1, 4, 8), (4,))  # of what tiles, blocks (masks and indices, too) and moments hold
 FEW = (2, 4)  # ranks from which larger groups follow: everything is affine in their number
@@ -131,8 +132,11 @@ def _fit(
         return _extrapolated(low, high, world_size)
     chunk = next(prime for prime in PRIMES if width % prime)
 
+    # Groups inside a rank: rows in whole groups, as many of them as the job's rank has, or enough to see what one adds.
+    parts = 1 if group_share is None else max(1, min(GROUPS_TRACED, round(1 / group_share)))
+
     def run(rows: int, cache_bytes: int = 0) -> dict[Alive, int]:
-        group_size = None if group_share is None else max(1, round(group_share * rows))
+        group_size = None if group_share is None else rows // parts * max(1, round(group_share))
         with (
             pretended(world_size),
             settings.using(gather=gather, distribution=distribution, chunk=chunk, cache_bytes=cache_bytes),
@@ -141,7 +145,7 @@ def _fit(
             areas = (chunk * chunk, chunk * rows * world_size, width * width)
             return _moments(made, random_embeddings(made, rows, width, world_size), areas)
 
-    few, more = 2 * chunk, 3 * chunk
+    few, more = 2 * chunk * parts, 3 * chunk * parts
     one, two, cached = run(few), run(more), run(few, 2**40)
     moments = {}
     for alive in one.keys() & two.keys():

@@ -272,3 +272,17 @@ def _measured(model: nn.Module, modality: str, m: int) -> tuple[int, int, int]:
         tracker.reset_peak()
         (outputs[modality] * torch.ones_like(outputs[modality])).sum().backward()
         return kept, forward, tracker.peak - before
+
+
+@pytest.mark.parametrize(("batch", "world_size"), [(64, 1), (64, 4), (96, 2)])
+def test_groups_of_pairs_of_any_size_that_a_run_may_have(batch, world_size):
+    """Inside a rank, whole ranks, several ranks: none needs more than all pairs together."""
+    whole = found(batch=batch, world_size=world_size)
+    local = batch // world_size
+    sizes = [g for g in range(2, batch + 1) if batch % g == 0 and (local % g == 0 or g % local == 0)]
+    assert len(sizes) > 4
+    for size in sizes:
+        grouped = found("objective.name=clip", f"objective.group_size={size}", batch=batch, world_size=world_size)
+        assert 0 < grouped.in_phase("objective") <= 1.02 * whole.in_phase("objective")
+    same = found("objective.name=clip", f"objective.group_size={batch}", batch=batch, world_size=world_size)
+    assert same.by_phase == whole.by_phase
