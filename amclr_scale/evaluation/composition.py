@@ -4,8 +4,8 @@ Yuksekgonul et al., "When and why vision-language models behave like bags-of-wor
 2023, arXiv:2210.01936 (ARO, NegCLIP).
 
 An image counts as right where its caption scores higher than every wrong one; ties count against the model, and scores
-nearer than rounding (1e-6 in float32) are ties. Chance is the mean of 1 / (1 + number of wrong captions). Numbers are
-kept apart by what is wrong with the captions (order, attribute, relation, ...).
+nearer than rounding (1e-6 in float32) are ties, as is any score beside one that is no number. Chance is the mean of
+1 / (1 + number of wrong captions). Numbers are kept apart by what is wrong with the captions (order, attribute, ...).
 """
 
 import torch
@@ -34,7 +34,8 @@ def composition(
     right = (images * captions).sum(1)
     beaten = torch.empty(len(everything), dtype=torch.bool, device=image.device)
     for rows in torch.split(torch.arange(len(everything), device=image.device), 1 << 16):
-        beaten[rows] = (images[samples[rows]] * everything[rows]).sum(1) >= right[samples[rows]] - tolerance
+        lower = (images[samples[rows]] * everything[rows]).sum(1) < right[samples[rows]] - tolerance
+        beaten[rows] = ~lower  # also where a score is nan
     numbers: dict[str, Number] = {}
     for place, kind in enumerate(kinds):
         mine = of_kind == place

@@ -8,8 +8,9 @@ n_r, m_r  images, texts on this rank    N, M  over all ranks    D  embedding wid
 
 Conventions, so that numbers can be compared:
 
-- A rank is 1 + the number of rivals that score at least as high: ties count against the model. Scores nearer than
-  rounding (1e-6 in float32) are ties. Rivals are all candidates that are not right.
+- A rank is 1 + the number of rivals that do not score lower: ties count against the model. Scores nearer than
+  rounding (1e-6 in float32) are ties, and so is whatever is compared with a score that is no number. Rivals are all
+  candidates that are not right.
 - Copies of a caption that belong to different images (`caption_groups`) are one text: from image to text, a copy of an
   image's own caption is no rival. From text to image all other images are, as everywhere; the *filtered* rank leaves
   out the images that carry the same caption. Without copies the two are the same number.
@@ -143,15 +144,15 @@ def retrieval(
             for left in range(0, len(texts), columns):
                 wide = slice(left, left + columns)
                 scores = block @ texts[wide].T
-                over_image, over_text = scores >= limit, scores >= text_limit[wide]
-                ahead_of_image[top : top + rows] += over_image.sum(1)
-                ahead_of_text[:, wide] += over_text.sum(0)
+                under_image, under_text = scores < limit, scores < text_limit[wide]  # false of a score that is nan
+                ahead_of_image[top : top + rows] += scores.shape[1] - under_image.sum(1)
+                ahead_of_text[:, wide] += scores.shape[0] - under_text.sum(0)
                 inside = (pairs.text >= left) & (pairs.text < left + columns)
                 i, j, is_own = pairs.image[inside], pairs.text[inside], pairs.own[inside]
-                ahead_of_image[top : top + rows].index_add_(0, i, over_image[i, j - left].long(), alpha=-1)
-                beaten = over_text[i, j - left].long()
-                ahead_of_text[0].index_add_(0, j, beaten * is_own, alpha=-1)
-                ahead_of_text[1].index_add_(0, j, beaten, alpha=-1)
+                ahead_of_image[top : top + rows].index_add_(0, i, (~under_image[i, j - left]).long(), alpha=-1)
+                counted = (~under_text[i, j - left]).long()
+                ahead_of_text[0].index_add_(0, j, counted * is_own, alpha=-1)
+                ahead_of_text[1].index_add_(0, j, counted, alpha=-1)
     ahead_of_text = sum_over_ranks(ahead_of_text)
     return Ranks(
         image_to_text=gather_rows(1 + ahead_of_image).cpu(),

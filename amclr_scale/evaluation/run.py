@@ -222,8 +222,8 @@ def _measure_probe(
 
 
 def _accuracy(scores: Tensor, target: Tensor, test: Task, name: str) -> dict[str, Number]:
-    """Places by score; ties count against the classifier."""
-    places = gather_rows((scores >= scores.gather(1, target[:, None])).sum(1)).cpu()
+    """Places by score; ties, and scores that are no numbers, count against the classifier."""
+    places = gather_rows((~(scores < scores.gather(1, target[:, None]))).sum(1)).cpu()
     return accuracies(places, test.labels, len(test.class_names), name=name)
 
 

@@ -4,8 +4,9 @@ Radford et al., "Learning Transferable Visual Models From Natural Language Super
 
     w_k = unit(mean_t unit(encode(template_t with class k's name)))       class of an image = argmax_k image . w_k
 
-A class's place is 1 + the number of other classes that score at least as high: ties count against the model, and
-scores nearer than rounding (1e-6 in float32) are ties. So a class that is listed twice is never right at place 1.
+A class's place is 1 + the number of other classes that do not score lower: ties count against the model, and scores
+nearer than rounding (1e-6 in float32) are ties, as is any score beside one that is no number. So a class that is listed
+twice is never right at place 1.
 """
 
 import torch
@@ -57,7 +58,7 @@ def class_ranks(image: Tensor, classes: Tensor, labels: Tensor) -> Tensor:
     for block, label in zip(torch.split(image, ROWS), torch.split(labels.to(image.device), ROWS), strict=True):
         scores = block @ classes.T  # (c, K)
         own = scores.gather(1, label[:, None])
-        places.append((scores >= own - tolerance).sum(1))  # counts the class itself: so it starts at 1
+        places.append((~(scores < own - tolerance)).sum(1))  # counts the class itself: so it starts at 1
     return gather_rows(torch.cat(places)).cpu()
 
 

@@ -232,6 +232,7 @@ def compositions():
     kind = torch.tensor([0, 1, 0, 1, 1, 0, 0, 0, 1])
     wrong = torch.randn(9, 4, generator=g)
     wrong[2] = caption[1]  # a tie
+    image[5] = torch.nan  # a comparison with it is false
     here, mine = (slice(s.start, s.stop) for s in (share(7), share(9)))
     numbers = composition(
         image[here], caption[here], wrong[mine],

@@ -89,6 +89,21 @@ def test_ties_count_against_the_model():
     assert collapsed.image_to_text.tolist() == collapsed.text_to_image.tolist() == [5] * 5
 
 
+@pytest.mark.parametrize("spoilt", ["everything", "one image", "one text"])
+def test_features_that_are_no_numbers_count_against_the_model(spoilt):
+    """A comparison with nan is false: counted the other way round, a model that has diverged would be perfect."""
+    image, text = torch.eye(6), torch.eye(6)
+    if spoilt != "one text":
+        image[2 if spoilt == "one image" else slice(None)] = torch.nan
+    if spoilt != "one image":
+        text[2 if spoilt == "one text" else slice(None)] = torch.nan
+    found = retrieval(image, text, image_of_text=torch.arange(6), tile=(4, 4))
+    worst = [6] * 6
+    last, second = [1, 1, 6, 1, 1, 1], [2, 2, 6, 2, 2, 2]
+    expected = {"everything": (worst, worst), "one image": (last, second), "one text": (second, last)}[spoilt]
+    assert (found.image_to_text.tolist(), found.text_to_image.tolist()) == expected
+
+
 @pytest.mark.parametrize("width", [33, 77, 512, 1000])
 def test_rounding_does_not_break_a_tie(width):
     """Products of equal vectors may differ in the last bit, by how they were summed."""

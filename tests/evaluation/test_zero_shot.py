@@ -77,3 +77,9 @@ def test_agrees_with_torchmetrics():
 def test_a_class_that_is_listed_twice_ties():
     classes = torch.eye(3)[[0, 0, 1]]
     assert class_ranks(torch.eye(3)[[0, 1]], classes, torch.tensor([0, 2])).tolist() == [2, 1]
+
+
+def test_scores_that_are_no_numbers_count_against_the_model():
+    image = torch.eye(3)
+    image[1] = torch.nan
+    assert class_ranks(image, torch.eye(3), torch.arange(3)).tolist() == [1, 3, 1]
