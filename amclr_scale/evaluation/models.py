@@ -187,11 +187,13 @@ def _transformers(name: str, folder: Path) -> Loaded:
     side = int(size if isinstance(size, int) else size.get("height") or size["shortest_edge"])
     mean, std = tuple(seen["image_mean"]), tuple(seen["image_std"])
     text = inner.config.get_text_config()
-    pad_id = load_tokenizer(str(folder), int(text.max_position_embeddings)).pad_id
+    words = load_tokenizer(str(folder), int(text.max_position_embeddings))
+    ends_with_pad = words.pad_id == words.end_id  # as OpenAI's CLIP: the first of them is the caption's end
 
     def encode_text(ids: Tensor) -> Tensor:
-        last = ((ids != pad_id) * torch.arange(ids.shape[1], device=ids.device)).amax(1, keepdim=True)
-        mask = (torch.arange(ids.shape[1], device=ids.device) <= last).long()
+        places = torch.arange(ids.shape[1], device=ids.device)
+        last = ((ids != words.pad_id) * places).amax(1, keepdim=True)
+        mask = (places <= last + ends_with_pad).long()
         return _tensor(inner.get_text_features(input_ids=ids, attention_mask=mask))
 
     def encode_image(pixels: Tensor) -> Tensor:
