@@ -62,12 +62,12 @@ class Model:
         return torch.cat(rows) if rows else torch.empty(0, self.config.model.embedding_width)
 
     def _pixels(self, image: Any) -> Tensor:
-        if not isinstance(image, str | Path):
-            return to_tensor(evaluation_view(image.convert("RGB"), self.config.data.image_size))
-        data = self.config.data
+        data, squash = self.config.data, self.config.evaluation.resize == "squash"
         try:
-            sample = Sample({"jpg": Path(image).read_bytes()}, data.max_image_pixels, data.max_caption_characters)
-            return to_tensor(evaluation_view(decode(sample.image()), data.image_size))
+            if isinstance(image, str | Path):
+                content = {"jpg": Path(image).read_bytes()}
+                image = Sample(content, data.max_image_pixels, data.max_caption_characters).image()
+            return to_tensor(evaluation_view(decode(image), data.image_size, squash=squash))
         except (OSError, BadSampleError) as error:
             raise UserError(f"images: {image} cannot be used: {error}") from error
 

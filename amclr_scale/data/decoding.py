@@ -1,22 +1,33 @@
 """From a sample's bytes to an image and a caption, or to the reason why not.
 
 Everything that can be wrong with a sample ends in one exception, `BadSampleError`, whose kind is counted and whose
-shard and key are logged. Nothing is ever unpickled.
+shard and key are logged. Nothing is ever unpickled, and no format is read that needs another program (PostScript).
 """
 
 import io
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
+import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from amclr_scale.data.indexing import IMAGE_EXTENSIONS
 
+# What a picture may be, whatever its member is called.
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "PPM", "TIFF", "AVIF", "JPEG2000", "ICO")
 PARAPHRASES = "paraphrases"  # a member that lies beside the shard (data/paraphrases.py)
 
 Image.MAX_IMAGE_PIXELS = None  # our own limit is `data.max_image_pixels`, checked before any pixel is decoded
+
+
+@cache
+def _formats() -> tuple[str, ...]:
+    """Those of `FORMATS` that this build of Pillow knows."""
+    Image.init()
+    return tuple(name for name in FORMATS if name in Image.OPEN)
 
 
 class BadSampleError(Exception):
@@ -63,7 +74,7 @@ class Sample:
         if not self.members[extension]:
             raise BadSampleError("empty member", f".{extension}")
         try:
-            image = Image.open(io.BytesIO(self.members[extension]))
+            image = Image.open(io.BytesIO(self.members[extension]), formats=_formats())
         except UnidentifiedImageError as error:
             raise BadSampleError("corrupt image", "no known format") from error
         except Exception as error:  # decoders of broken files raise whatever they like
@@ -119,7 +130,7 @@ class Sample:
 
 
 def decode(image: Image.Image, reduction: int = 1) -> Image.Image:
-    """All pixels, as RGB; transparent ones on white.
+    """All pixels, as RGB of 8 bits; transparent ones on white. Of an animation the first picture; never rotated.
 
     Args:
         image: from `Sample.image`.
@@ -129,12 +140,16 @@ def decode(image: Image.Image, reduction: int = 1) -> Image.Image:
     Raises:
         BadSampleError: the data is damaged.
     """
+    if image.mode == "F":
+        raise BadSampleError("corrupt image", "floating-point pixels, which may have any range")
     try:
         if reduction > 1 and image.format == "JPEG":
             image.draft("RGB", (image.width // reduction, image.height // reduction))
         image.load()
         if image.mode == "RGB":
             return image
+        if image.mode[0] == "I":  # 16 bits, of which Pillow's own conversion shows all above 255 as white
+            return Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8)).convert("RGB")
         if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
             canvas = Image.new("RGBA", image.size, "white")
             return Image.alpha_composite(canvas, image.convert("RGBA")).convert("RGB")

@@ -84,6 +84,17 @@ def test_three_lines_of_python(run):
         check(amclr_scale.load(path), run)
 
 
+def test_a_picture_is_the_same_from_a_file_and_from_memory(run, tmp_path):
+    picture = Image.new("RGBA", (40, 32), (200, 30, 30, 0))  # all transparent: white, in training too
+    picture.save(tmp_path / "a.png")
+    model = amclr_scale.load(run[0])
+    from_file, from_memory, white = model.encode_image(
+        [str(tmp_path / "a.png"), picture, Image.new("RGB", (40, 32), "white")]
+    )
+    assert from_file.equal(white)
+    assert from_memory.equal(white)
+
+
 def test_a_checkpoint_is_opened_for_evaluation(run, tmp_path):
     for name in (run[0], run[0] / "checkpoints", run[0] / "checkpoints" / files.name_of(10)):
         loaded = open_model(str(name))

@@ -8,10 +8,12 @@ import logging
 import os
 import signal
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from amclr_scale.data.decoding import BadSampleError, Sample, decode
 from amclr_scale.data.loader import TrainLoader
 from amclr_scale.errors import UserError
 from tests.data.shards import pair, picture, settings, write_tar
@@ -172,6 +174,27 @@ def test_transparency_becomes_white_and_grey_becomes_rgb(tmp_path):
     write_tar(tmp_path / "0.tar", members)
     for batch in take(settings(str(tmp_path), lanes=1), 5, global_batch_size=1):
         assert (batch.images[0] == 255).all(), batch.ids
+
+
+@pytest.mark.parametrize("form", ["PNG", "TIFF", "PPM"])
+def test_sixteen_bits_keep_their_shades(form):
+    """X-rays and scans. Pillow's own conversion makes all of it white that is above 255 of 65,535."""
+    shades = np.arange(0, 65536, 256, dtype=np.uint16).reshape(16, 16)
+    out = io.BytesIO()
+    Image.fromarray(shades).save(out, form)
+    found = np.asarray(decode(Sample({"png": out.getvalue()}, 1000, 1).image()))
+    assert np.array_equal(found, np.repeat(np.arange(256).reshape(16, 16, 1), 3, axis=2))
+
+
+def test_pictures_of_other_kinds_are_bad_samples():
+    out = io.BytesIO()
+    Image.fromarray(np.ones((4, 4), dtype=np.float32)).save(out, "TIFF")
+    with pytest.raises(BadSampleError, match="floating-point"):
+        decode(Sample({"png": out.getvalue()}, 1000, 1).image())
+    out = io.BytesIO()
+    Image.new("RGB", (4, 4)).save(out, "EPS")  # to read it, Pillow would run Ghostscript on what the web has sent
+    with pytest.raises(BadSampleError, match="no known format"):
+        Sample({"png": out.getvalue()}, 1000, 1).image()
 
 
 def test_nothing_is_unpickled(tmp_path):
