@@ -37,6 +37,7 @@ from amclr_scale.data.ingestion import FORMATS, Annotations, Record, pairs, read
 from amclr_scale.data.randomness import permutation
 from amclr_scale.data.storage import make_storage
 from amclr_scale.data.text_views import clean_caption
+from amclr_scale.data.tokenizers import well_formed
 from amclr_scale.errors import UserError
 
 
@@ -102,7 +103,7 @@ def write_shard(job: Job) -> tuple[int, int]:
     with tarfile.open(partial, "w", format=tarfile.PAX_FORMAT) as tar:
         for source_row, record in job.records:
             clean = clean_caption if job.encoding.clean else str.strip
-            captions = [caption for caption in map(clean, record.captions) if caption]
+            captions = [caption for caption in map(clean, map(well_formed, record.captions)) if caption]
             try:
                 if not captions:
                     raise BadSampleError("missing caption")
@@ -116,7 +117,8 @@ def write_shard(job: Job) -> tuple[int, int]:
             content |= {"width": width, "height": height, **record.fields}
             content |= {} if record.image_id is None else {"image_id": record.image_id}
             text = json.dumps(content, ensure_ascii=False)
-            for kind, member in ((extension, data), ("txt", captions[0].encode()), ("json", text.encode())):
+            raw = text.encode("utf-8", "backslashreplace")  # JSON's own escapes, for paths that are not UTF-8
+            for kind, member in ((extension, data), ("txt", captions[0].encode()), ("json", raw)):
                 info = tarfile.TarInfo(f"{key}.{kind}")
                 info.size = len(member)
                 tar.addfile(info, io.BytesIO(member))

@@ -107,7 +107,7 @@ class Sample:
         if not self.members[member]:
             raise BadSampleError("empty member", f".{member}")
         try:
-            return self.members[member].decode("utf-8")
+            return self.members[member].decode("utf-8-sig")  # Windows writes a byte order mark in front
         except UnicodeDecodeError as error:
             raise BadSampleError("text not UTF-8", f".{member}: {error.reason} at byte {error.start}") from error
 

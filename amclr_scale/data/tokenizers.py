@@ -6,7 +6,7 @@
     FOLDER              a transformers tokenizer (tokenizer.json, vocab.txt, ...)
 
 Every row is [start] tokens [end] padding: the last token that is not padding is the end token, also where the caption
-was cut to L.
+was cut to L. Half of a surrogate pair, which JSON can hold and UTF-8 cannot, counts as U+FFFD.
 """
 
 import hashlib
@@ -69,7 +69,8 @@ class Tokenizer:
 
     def __call__(self, captions: Sequence[str]) -> Tensor:
         rows = torch.full((len(captions), self.context_length), self.pad_id, dtype=torch.int64)
-        for row, tokens in zip(rows, self._encode(list(captions)) if captions else [], strict=True):
+        encoded = self._encode([well_formed(caption) for caption in captions]) if captions else []
+        for row, tokens in zip(rows, encoded, strict=True):
             kept = [self.start_id, *tokens[: self.context_length - 2], self.end_id]
             row[: len(kept)] = torch.tensor(kept)
         return rows
@@ -108,6 +109,15 @@ class Tokenizer:
         special = [self.vocab_size, self.pad_id, self.start_id, self.end_id]
         words = json.dumps([special, known, self._encode(texts)])
         return hashlib.sha256(words.encode()).hexdigest()[:32]
+
+
+def well_formed(text: str) -> str:
+    """The text with U+FFFD for every half of a surrogate pair: a caption that was cut inside an emoji."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text
 
 
 def load_tokenizer(spec: str, context_length: int) -> Tokenizer:

@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from amclr_scale.data.decoding import BadSampleError, Sample, decode
+from amclr_scale.data.decoding import BadSampleError, Field, Sample, decode
 from amclr_scale.data.loader import TrainLoader
 from amclr_scale.errors import UserError
 from tests.data.shards import pair, picture, settings, write_tar
@@ -195,6 +195,12 @@ def test_pictures_of_other_kinds_are_bad_samples():
     Image.new("RGB", (4, 4)).save(out, "EPS")  # to read it, Pillow would run Ghostscript on what the web has sent
     with pytest.raises(BadSampleError, match="no known format"):
         Sample({"png": out.getvalue()}, 1000, 1).image()
+
+
+def test_a_byte_order_mark_is_no_text():
+    sample = Sample({"txt": b"\xef\xbb\xbfa cat", "json": b'\xef\xbb\xbf{"n": 1}'}, 1, 9)
+    assert sample.captions(Field("txt")) == ["a cat"]
+    assert sample.value(Field("json", ("n",))) == 1
 
 
 def test_nothing_is_unpickled(tmp_path):

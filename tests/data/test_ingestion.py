@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -183,9 +184,12 @@ def test_pairs_share_an_image_id_and_rejects_are_listed(corpus, tmp_path):
     images = tmp_path / "images"
     images.mkdir()
     entries = []
+    odd = {5: "gone.webp", 9: os.fsdecode(b"caf\xe9.webp")}  # a name that is not UTF-8
     for i, (_, captions, data) in enumerate(rows[:20]):
-        (images / f"{i}.webp").write_bytes(data if i != 3 else data[:50])
-        entries.append({"image": f"{i}.webp" if i != 5 else "gone.webp", "caption": captions if i != 7 else ["", " "]})
+        if i != 5:
+            (images / odd.get(i, f"{i}.webp")).write_bytes(data if i != 3 else data[:50])
+        said = {7: ["", " "], 11: [captions[0] + " \ud83d", *captions[1:]]}  # half of an emoji
+        entries.append({"image": odd.get(i, f"{i}.webp"), "caption": said.get(i, captions)})
     (tmp_path / "train.json").write_text(json.dumps(entries))
     out = tmp_path / "out"
     result = run(
@@ -206,6 +210,7 @@ def test_pairs_share_an_image_id_and_rejects_are_listed(corpus, tmp_path):
     assert Image.open(next(iter((tmp_path / "images").glob("1.webp")))).size == (64, 64)
     split = EvaluationSplit(str(out), data)
     assert len(split.image_ids.unique()) == 17
+    assert sum("\ufffd" in caption for caption in split.captions) == 1
 
 
 def test_clip_benchmarks_layout_round_trips(corpus, tmp_path):

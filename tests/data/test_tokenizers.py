@@ -41,6 +41,14 @@ def test_rows_have_one_shape(spec, bert):
     assert tokenizer([]).shape == (0, 12)
 
 
+@pytest.mark.parametrize("spec", ["emoji", "clip", "bert"])
+def test_half_of_a_surrogate_pair_is_one_unknown_character(spec, bert):
+    """What JSON holds of a caption that was cut inside an emoji; the library raises a TypeError about its input."""
+    tokenizer = load_tokenizer(bert if spec == "bert" else spec, 12)
+    cut, whole = json.loads('["a cat \\ud83d", "a cat \\ud83d\\ude00"]')
+    assert tokenizer([cut, whole]).equal(tokenizer(["a cat \ufffd", "a cat \U0001f600"]))
+
+
 def test_known_ids(bert):
     assert load_tokenizer("clip", 9)(["a photo of a cat"]).tolist() == [[49406, 320, 1125, 539, 320, 2368, 49407, 0, 0]]
     assert load_tokenizer(bert, 9)(["a photo of a cat"]).tolist() == [[2, 5, 6, 7, 5, 8, 3, 0, 0]]
