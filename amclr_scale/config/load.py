@@ -29,7 +29,10 @@ NEUTRAL = (
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.2's idea of numbers and booleans (1e-4 is a number, off is a word); a key given twice is an error."""
+    """YAML 1.2's idea of plain values; a key given twice is an error.
+
+    1e-4 is a number, 010 is ten; off, 1:30 and 2026-11-22 are words, where YAML 1.1 has False, 90 and a date.
+    """
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [key.value for key, _ in node.value]
@@ -39,12 +42,22 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+def _integer(loader: _Loader, node: yaml.ScalarNode) -> int:
+    text = str(loader.construct_scalar(node)).replace("_", "").lower()
+    return int(text, 16 if "0x" in text else 8 if "0o" in text else 10)
+
+
+_OTHERWISE = [f"tag:yaml.org,2002:{kind}" for kind in ("bool", "float", "int", "timestamp")]
 _Loader.yaml_implicit_resolvers = {
-    first: [
-        (tag, pattern) for tag, pattern in resolvers if tag not in ("tag:yaml.org,2002:float", "tag:yaml.org,2002:bool")
-    ]
+    first: [(tag, pattern) for tag, pattern in resolvers if tag not in _OTHERWISE]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:int",
+    re.compile(r"^[-+]?(\d[\d_]*|0x[\da-fA-F]+|0o[0-7]+)$"),
+    list("-+0123456789"),
+)
+_Loader.add_constructor("tag:yaml.org,2002:int", _integer)
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
     re.compile(r"^[-+]?(\.\d+|\d+(\.\d*)?([eE][-+]?\d+)|\d+\.\d*|\.inf|\.nan)$"),
@@ -55,11 +68,21 @@ _Loader.add_implicit_resolver(
 )
 
 
-def _parse(text: str, where: str) -> Any:
+class _Dumper(yaml.SafeDumper):
+    """Quotes every word that YAML 1.1 or 1.2 would read as something else."""
+
+
+_Dumper.yaml_implicit_resolvers = {
+    first: [*yaml.SafeDumper.yaml_implicit_resolvers.get(first, ()), *_Loader.yaml_implicit_resolvers.get(first, ())]
+    for first in {*yaml.SafeDumper.yaml_implicit_resolvers, *_Loader.yaml_implicit_resolvers}
+}
+
+
+def _parse(text: str, where: str, hint: str = "") -> Any:
     try:
         return yaml.load(text, _Loader)
-    except yaml.YAMLError as error:
-        raise UserError(f"{where}: not readable as YAML: {' '.join(str(error).split())}") from error
+    except (yaml.YAMLError, ValueError) as error:
+        raise UserError(f"{where}: not readable as YAML: {' '.join(str(error).split())}{hint}") from error
 
 
 # Two ways of saying one thing: whichever is said last counts.
@@ -99,10 +122,16 @@ def read_file(path: Path, seen: tuple[Path, ...] = (), argument: str = "--config
         raise UserError(f"{argument}: expected a YAML file, got {path}, which does not exist")
     if path.resolve() in seen:
         raise UserError(f"base: {path} names itself through {seen[-1]}")
-    tree = _parse(path.read_text(), str(path)) or {}
+    try:
+        text = path.read_text("utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{argument}: {path} cannot be read: {error}; expected YAML in UTF-8") from error
+    tree = _parse(text, str(path)) or {}
     if not isinstance(tree, dict):
         raise UserError(f"{path}: expected sections with keys, got {type(tree).__name__}")
     base = tree.pop("base", None)
+    if base is not None and not isinstance(base, str):
+        raise UserError(f"base: expected the path of a YAML file in {path}, got {base!r}")
     return (
         merge(read_file(path.parent / base, (*seen, path.resolve()), "base"), _spelt_out(tree))
         if base
@@ -121,7 +150,7 @@ def from_words(words: Sequence[str]) -> dict[str, Any]:
         key, equals, value = word.partition("=")
         if not equals or not key:
             raise UserError(f"{word}: expected key=value, such as train.global_batch_size=1024")
-        above: Any = _parse(value, key)
+        above: Any = _parse(value, key, "; put text in quotes, inside the shell's own")
         for part in reversed(key.split(".")):
             above = {part: above}
         tree = merge(tree, _spelt_out(above))
@@ -176,7 +205,9 @@ def _explain(error: ErrorDetails, prefix: str, root: type[BaseModel]) -> str:
         return f"{key}: this key is needed, and there is none"
     message = error["msg"].replace("Input should be", "expected").replace("Value error, ", "")
     got = error["input"]
-    return f"{key}: {message}, got {got!r}"
+    quote = isinstance(got, int | float) and error["type"] == "string_type"
+    fix = f"; put it in quotes where it is a name (as a word of a command line: {key}='\"...\"')" if quote else ""
+    return f"{key}: {message}, got {got!r}{fix}"
 
 
 def mistakes(error: ValidationError, prefix: str = "", root: type[BaseModel] = Config) -> list[str]:
@@ -242,7 +273,8 @@ def load(path: str | Path | None, words: Sequence[str] = (), world_size: int = 1
 
 def dump(config: Config) -> str:
     """The resolved configuration as YAML that `load` reads back to an equal one."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, width=110, allow_unicode=True)
+    tree = config.model_dump(mode="json")
+    return str(yaml.dump(tree, Dumper=_Dumper, sort_keys=False, width=110, allow_unicode=True))
 
 
 def recipe(config: Config) -> dict[str, Any]:

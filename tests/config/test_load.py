@@ -4,6 +4,7 @@ import subprocess
 import sys
 
 import pytest
+import yaml
 
 from amclr_scale.config.load import build, dump, load, recipe_hash
 from amclr_scale.config.objective_options import option_models
@@ -25,6 +26,13 @@ def test_numbers_are_numbers():
 def test_off_is_a_word_and_true_is_not():
     assert load(None, ["train.epochs=1", "run.wandb=off"]).run.wandb == "off"
     assert "model.text.pretrained: expected a valid boolean" in refused("train.epochs=1", "model.text.pretrained=7")
+
+
+def test_what_looks_like_octal_minutes_or_a_date_is_not():
+    config = load(None, ["train.samples=1_000", "seed=010", "run.name=2026-11-22", "run.folder=1:30"])
+    assert (config.train.samples, config.seed, config.run.name, config.run.folder) == (1000, 10, "2026-11-22", "1:30")
+    assert [load(None, ["train.epochs=1", f"seed={n}"]).seed for n in ("0x1F", "0o17", "-3", "+4")] == [31, 15, -3, 4]
+    assert "train.max_hours: expected a valid number" in refused("train.epochs=1", "train.max_hours=1:30")
 
 
 def test_every_mistake_is_told_at_once():
@@ -93,16 +101,22 @@ def test_samples_and_epochs_exclude_one_another_and_the_last_word_counts(tmp_pat
         ("- 1\n- 2", "expected sections with keys, got list"),
         ("base: nowhere.yaml", "which does not exist"),
         ("base: a.yaml", "names itself"),
+        ("base: [b.yaml]", "base: expected the path of a YAML file"),
+        ("run: {name: caf\u00e9}", "expected YAML in UTF-8"),
     ],
 )
 def test_broken_files(tmp_path, text, message):
-    (tmp_path / "a.yaml").write_text(text)
+    (tmp_path / "a.yaml").write_text(text, "latin-1")
     assert message in refused(path=tmp_path / "a.yaml")
 
 
 def test_a_missing_file_and_a_word_without_a_value():
     assert "--config: expected a YAML file, got nowhere.yaml" in refused(path="nowhere.yaml")
     assert "train.epochs: expected key=value" in refused("train.epochs")
+    assert """run.name='"...\"'""" in refused("train.epochs=1", "run.name=20261122")
+    assert load(None, ["train.epochs=1", "run.name='20261122'"]).run.name == "20261122"
+    assert "data.train: not readable as YAML" in (said := refused("train.epochs=1", "data.train={00..31}.tar"))
+    assert said.endswith("; put text in quotes, inside the shell's own")
 
 
 def test_ranks_lanes_and_batch_must_fit():
@@ -125,6 +139,13 @@ def test_a_dump_reads_back_to_the_same_configuration(tmp_path):
     config = load("configs/quickstart.yaml", ["objective.name=sogclr", "run.wandb=offline"])
     (tmp_path / "config.yaml").write_text(dump(config))
     assert load(tmp_path / "config.yaml") == config
+
+
+@pytest.mark.parametrize("name", ["1e5", "off", "010", "0o7", "1:30", "2026-11-22", "12_3", "~", "=", "0x1f", ".nan"])
+def test_a_dumped_word_stays_one_for_every_reader(tmp_path, name):
+    text = dump(load(None, ["train.epochs=1", f"run.name='{name}'"]))
+    (tmp_path / "config.yaml").write_text(text)
+    assert load(tmp_path / "config.yaml").run.name == yaml.safe_load(text)["run"]["name"] == name
 
 
 def test_the_recipe_hash_changes_with_what_and_not_with_how():
