@@ -11,7 +11,6 @@ The least recently used shards are removed first; a process that is still readin
 
 import contextlib
 import gzip
-import http.client
 import importlib
 import io
 import logging
@@ -39,6 +38,9 @@ class _PermanentError(Exception):
     """A failure that will be the same next time."""
 
 
+_FINAL = (_PermanentError, FileNotFoundError, PermissionError)
+
+
 @contextlib.contextmanager
 def _opened(url: str) -> Iterator[tuple[IO[bytes], int | None]]:
     """A stream of the bytes at `url`, and how many there are where the store says so."""
@@ -57,6 +59,8 @@ def _opened(url: str) -> Iterator[tuple[IO[bytes], int | None]]:
             if error.code in _NEVER_THERE:
                 raise _PermanentError(str(error)) from error
             raise
+        except ValueError as error:
+            raise _PermanentError(str(error)) from error
     else:
         with _fsspec(url) as file:
             yield file, getattr(file, "size", None)
@@ -123,13 +127,14 @@ def fetch(url: str, target: Path) -> None:
             _copy(url, partial)
             partial.replace(target)
             return
-        except (OSError, EOFError, http.client.HTTPException, _PermanentError) as error:
-            if attempt == ATTEMPTS or isinstance(error, _PermanentError):
+        except Exception as error:  # the libraries behind fsspec have errors of their own
+            words = str(error) or type(error).__name__
+            if attempt == ATTEMPTS or isinstance(error, _FINAL):
                 tries = "" if attempt == 1 else f" after {attempt} attempts"
                 raise UserError(
-                    f"{url}: cannot be fetched{tries}: {error}; check the address and the network"
+                    f"{url}: cannot be fetched{tries}: {words}; check the address, the permissions and the network"
                 ) from error
-            log.warning("%s: %s; attempt %d of %d in %g s", url, error, attempt + 1, ATTEMPTS, pause)
+            log.warning("%s: %s; attempt %d of %d in %g s", url, words, attempt + 1, ATTEMPTS, pause)
             time.sleep(pause)
             pause *= 2
         finally:

@@ -2,6 +2,7 @@
 
 The scanner is strict where tar libraries are lenient: they stop without a word at the first header that does not
 parse, and every sample behind it is lost. This one says at which byte, and goes on from the next header that is whole.
+It also says so where the mark that ends every archive is missing, or where another archive follows it.
 
 Samples follow the webdataset convention: neighbouring members that share a path up to the first dot of their file
 name are one sample, and the rest of the name, in lower case, says what the member is.
@@ -11,6 +12,7 @@ import enum
 import hashlib
 import mmap
 import os
+import zipfile
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -103,7 +105,7 @@ class Members:
                 source=str(arrays["source"]),
                 damage=[str(words) for words in arrays["damage"]],
             )
-        except (OSError, KeyError, ValueError, zlib.error) as error:
+        except (OSError, EOFError, KeyError, ValueError, zlib.error, zipfile.BadZipFile) as error:
             raise UserError(
                 f"{path}: expected a member table written by tools/index_shards.py, got {error}; index the shards again"
             ) from error
@@ -139,11 +141,18 @@ def _text(raw: bytes) -> str:
 
 
 def _pax(data: bytes) -> dict[str, str]:
-    """The records `length key=value` of an extended header."""
+    """The records `length key=value` of an extended header.
+
+    Raises:
+        ValueError: it has others.
+    """
     records: dict[str, str] = {}
     while data:
-        length = int(data.split(b" ", 1)[0])
-        key, _, value = data[:length].split(b" ", 1)[1].rstrip(b"\n").partition(b"=")
+        digits, space, _ = data.partition(b" ")
+        length = int(digits)
+        if not space or not len(digits) + 1 < length <= len(data):
+            raise ValueError(f"a record of {length} bytes")
+        key, _, value = data[len(digits) + 1 : length].rstrip(b"\n").partition(b"=")
         records[key.decode()] = value.decode("utf-8", "surrogateescape")
         data = data[length:]
     return records
@@ -159,9 +168,11 @@ class _Scanner:
     def members(self) -> Iterator[_Member]:
         at, long_name, records = 0, None, dict[str, str]()
         last: _Member | None = None
+        ended = False
         while at + BLOCK <= self.end:
             block = self.data[at : at + BLOCK]
             if block == _ZEROS and self.data[at + BLOCK : at + 2 * BLOCK] in (_ZEROS, b""):
+                ended = True
                 break
             if not _is_header(block):
                 resumed = self._next_header(at + BLOCK)
@@ -176,7 +187,10 @@ class _Scanner:
             if kind == b"L":
                 long_name = _text(self.data[data_at : data_at + size])
             elif kind == b"x":
-                records = _pax(self.data[data_at : data_at + size])
+                try:
+                    records = _pax(self.data[data_at : data_at + size])
+                except ValueError:  # of the short name and size in the member's own header nothing is lost
+                    self.damage.append(f"no valid extended header at byte {data_at:,}, ignored")
             else:
                 if kind in _FILES:
                     prefix = _text(block[345:500]) if block[257:262] == b"ustar" and block[262:263] == b"\0" else ""
@@ -188,6 +202,10 @@ class _Scanner:
             self.damage.append(f"the file ends at byte {self.end:,}, inside {last.name}")
         elif self.end % BLOCK:
             self.damage.append(f"the file ends at byte {self.end:,}, inside a header or padding")
+        elif not ended:
+            self.damage.append(f"the file ends at byte {self.end:,} without the mark of an end: it may be cut")
+        elif (behind := self._next_header(at + BLOCK)) < self.end:
+            self.damage.append(f"another archive begins at byte {behind:,}, behind the end of this one: it is not read")
 
     def _next_header(self, at: int) -> int:
         while at + BLOCK <= self.end:
@@ -241,7 +259,7 @@ def _table(scanner: _Scanner, path: Path) -> Members:
             flags[-1] = Flag.CUT
     if columns:
         row_start.append(len(columns))
-    elif scanner.damage and not scanner.headers:
+    elif scanner.end and scanner.damage and not scanner.headers:
         raise UserError(
             f"{path}: expected a tar of samples, got a file without any; is it complete, or another format?"
         )

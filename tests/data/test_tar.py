@@ -1,5 +1,6 @@
 """The scanner finds what the standard library finds, and says what the standard library passes over."""
 
+import io
 import tarfile
 
 import numpy as np
@@ -104,6 +105,38 @@ def test_a_cut_inside_data_is_flagged(tmp_path):
     assert "inside 0.txt" in table.damage[0]
 
 
+def test_a_cut_between_members_and_a_second_archive_are_told(tmp_path):
+    """Nothing that is read is damaged, and samples are missing all the same."""
+    path = write_tar(tmp_path / "a.tar", [m for i in range(5) for m in pair(i)])
+    content, whole = path.read_bytes(), scan(path)
+    path.write_bytes(content[: int(whole.offset[9]) - 512])
+    table = scan(path)
+    assert (len(table), set(table.flag.tolist())) == (3, {Flag.WHOLE})
+    assert "without the mark of an end" in table.damage[0]
+    path.write_bytes(content + content)
+    assert scan(path).damage == [f"another archive begins at byte {len(content):,}, behind the end of this one: "
+                                 "it is not read"]  # fmt: skip
+    assert not whole.damage
+
+
+@pytest.mark.parametrize("broken", [b"xx ", b"0 m", b"99 ", b"   "])
+def test_a_damaged_extended_header_is_told(tmp_path, broken):
+    """webdataset writes one in front of every member, for the fractions of a second of its time."""
+    path = tmp_path / "a.tar"
+    with tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as tar:
+        for i in range(4):
+            info = tarfile.TarInfo(f"{i}.txt")
+            info.size, info.mtime = 3, i + 0.5
+            tar.addfile(info, io.BytesIO(b"abc"))
+    whole, content = scan(path), bytearray(path.read_bytes())
+    at = content.index(b"13 mtime=2.5")
+    content[at : at + 3] = broken
+    path.write_bytes(content)
+    table = scan(path)
+    assert table.damage == [f"no valid extended header at byte {at:,}, ignored"]
+    np.testing.assert_array_equal(table.offset, whole.offset)
+
+
 def test_samples_with_the_same_key_are_flagged(tmp_path):
     members = [*pair(0), *pair(1), *pair(0), ("5.txt", b"a"), ("5.txt", b"b")]
     table = scan(write_tar(tmp_path / "a.tar", members))
@@ -114,6 +147,7 @@ def test_an_empty_tar_is_empty_and_another_file_is_refused(tmp_path):
     assert len(scan(write_tar(tmp_path / "a.tar", []))) == 0
     (tmp_path / "zero.tar").write_bytes(b"")
     assert len(scan(tmp_path / "zero.tar")) == 0
+    assert "byte 0 without the mark of an end" in scan(tmp_path / "zero.tar").damage[0]
     (tmp_path / "b.tar").write_bytes(b"this is not a tar " * 500)
     with pytest.raises(UserError, match=r"b\.tar: expected a tar of samples"):
         scan(tmp_path / "b.tar")
@@ -126,6 +160,8 @@ def test_the_table_survives_its_file(tmp_path):
     for name in ("row_start", "offset", "size", "header", "extension", "flag"):
         np.testing.assert_array_equal(getattr(again, name), getattr(table, name))
     assert (again.extensions, again.digest) == (table.extensions, table.digest)
-    (tmp_path / "a.npz").write_bytes(b"no table")
-    with pytest.raises(UserError, match="expected a member table"):
-        Members.load(tmp_path / "a.npz")
+    written = (tmp_path / "a.npz").read_bytes()
+    for content in (b"no table", b"", written[:100], written[:-100]):  # as a machine that went down leaves it
+        (tmp_path / "a.npz").write_bytes(content)
+        with pytest.raises(UserError, match="expected a member table"):
+            Members.load(tmp_path / "a.npz")
