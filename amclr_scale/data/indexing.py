@@ -96,6 +96,7 @@ def _build_in_cache(name: str, urls: Sequence[str], storage: Storage) -> list[Sh
     if missing:
         raise UserError(f"{name}: no such shard: {missing[0]} ({len(missing):,} of {len(urls):,} are missing)")
     folder = storage.cache / "indexes"
+    folder.mkdir(parents=True, exist_ok=True)
     with locked(folder / hashlib.sha256("\n".join(urls).encode("utf-8", "surrogateescape")).hexdigest()[:32]):
         tables = [folder / f"{address_key(url)}.npz" for url in urls]
         if not all(table.exists() for table in tables):

@@ -59,9 +59,8 @@ def cache_folder(configured: str | None) -> Path:
 
 @contextlib.contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Only one process of the machine is inside for a given path. The lock dies with its process."""
+    """Only one process of the machine is inside for a given path. The lock dies with its process; the folder exists."""
     lock = path.with_name(f".{path.name}.lock")
-    lock.parent.mkdir(parents=True, exist_ok=True)
     with lock.open("wb") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX)
@@ -171,6 +170,7 @@ class Storage:
             return Path(url)
         target = self.cache / "unpacked" / f"{sha256 or address_key(url)}.tar"
         if not target.exists():
+            target.parent.mkdir(parents=True, exist_ok=True)
             with locked(target):
                 if not target.exists():
                     unpack(url, target, sha256)
@@ -197,6 +197,8 @@ class Storage:
                 f"data.allow_pipe: {url} would run a shell command; set data.allow_pipe=true if you trust its author"
             )
         folder = self.stream.folder() if self.stream else self.cache / "fetched"
+        if not self.stream:  # a stream that is closed meanwhile takes its folder with it
+            folder.mkdir(parents=True, exist_ok=True)
         target = folder / f"{address_key(url)}.tar"
         try:
             os.utime(target)  # used now: the last to be removed

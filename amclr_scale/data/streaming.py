@@ -33,6 +33,7 @@ class Stream:
         self._folder: Path | None = None
         self._held: IO[bytes] | None = None
         self._owner = 0
+        self._closed = False
 
     def folder(self) -> Path:
         """Where shards go.
@@ -40,18 +41,27 @@ class Stream:
         Raises:
             UserError: this machine has no such memory.
         """
+        if self._closed:  # a fetch that was under way must not begin anew
+            raise UserError("data.stream: expected a loader that is open, got one that was closed")
         if self._folder is None:
             self._sweep()
+            self._folder = self._make()
+        return self._folder
+
+    def _make(self) -> Path:
+        while True:
             try:
-                self._folder = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=self._memory))
+                folder = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=self._memory))
             except OSError as error:
                 raise UserError(
                     f"data.stream: expected shared memory in {self._memory} (Linux), got: {error.strerror or error}; "
                     "use data.cache on a local disk"
                 ) from error
-            self._held, self._owner = (self._folder / _HELD).open("wb"), os.getpid()
-            fcntl.flock(self._held, fcntl.LOCK_EX)
-        return self._folder
+            with contextlib.suppress(FileNotFoundError):  # another rank swept it away before it was locked
+                self._held, self._owner = (folder / _HELD).open("wb"), os.getpid()
+                fcntl.flock(self._held, fcntl.LOCK_EX)
+                os.stat(folder / _HELD)
+                return folder
 
     def check_room(self, needed: int) -> None:
         """Raise `UserError` where the shared memory cannot hold so many bytes more."""
@@ -65,8 +75,12 @@ class Stream:
 
     def close(self) -> None:
         """Give the memory back. In a forked process it does nothing."""
+        self._closed = True
         if self._folder is not None and self._owner == os.getpid():
-            shutil.rmtree(self._folder, ignore_errors=True)
+            closed = self._folder.with_name(f"{self._folder.name}_closed")
+            with contextlib.suppress(OSError):
+                self._folder.rename(closed)  # a fetch that is under way finds no place to write to
+            shutil.rmtree(closed, ignore_errors=True)
             self._folder = None
 
     def __del__(self) -> None:
@@ -80,4 +94,4 @@ class Stream:
                 shutil.rmtree(folder, ignore_errors=True)
 
     def __getstate__(self) -> dict[str, object]:
-        return {"_memory": self._memory, "_folder": self._folder, "_held": None, "_owner": 0}
+        return {**self.__dict__, "_held": None, "_owner": 0}

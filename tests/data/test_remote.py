@@ -1,14 +1,17 @@
 """Remote shards give the same batches; the cache stays below its bound; a dead store is told."""
 
 import contextlib
+import fcntl
 import functools
 import http.server
 import json
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -134,6 +137,40 @@ def test_a_store_that_stumbles_is_asked_again(served, caplog, way):
     handler.failures["/00000.tar"] = [way] * 3
     assert open_index(settings(f"{address}/00000.tar")).num_samples == 5
     assert sum("attempt" in record.message for record in caplog.records) == 3
+
+
+def test_errors_of_a_stores_own_library_are_tried_again_and_told(tmp_path, monkeypatch, caplog):
+    """gcsfs, botocore and aiohttp raise errors that are no OSError."""
+    fsspec = pytest.importorskip("fsspec")
+    memory = fsspec.get_filesystem_class("memory")
+    raised: list[type[Exception]] = []
+
+    class Shaky(memory):
+        protocol = "shaky"
+
+        @classmethod
+        def _strip_protocol(cls, path):
+            return "/" + path.removeprefix("shaky://").strip("/")
+
+        def _open(self, *args, **keys):
+            if raised:
+                raise raised.pop()("of its own")
+            return super()._open(*args, **keys)
+
+    monkeypatch.setattr(remote, "FIRST_PAUSE", 0.01)
+    fsspec.register_implementation("shaky", Shaky, clobber=True)
+    Shaky().pipe("/x/a.tar", write_tar(tmp_path / "a.tar", pair(0)).read_bytes())
+    raised += [RuntimeError] * 4
+    fetch("shaky://x/a.tar", tmp_path / "b.tar")
+    assert (tmp_path / "b.tar").read_bytes() == (tmp_path / "a.tar").read_bytes()
+    assert len(caplog.records) == 4
+    raised += [RuntimeError] * 5
+    with pytest.raises(UserError, match=r"a\.tar: cannot be fetched after 5 attempts: of its own"):
+        fetch("shaky://x/a.tar", tmp_path / "c.tar")
+    with pytest.raises(UserError, match=r"nothing\.tar: cannot be fetched: "):  # at once
+        fetch("shaky://x/nothing.tar", tmp_path / "c.tar")
+    with pytest.raises(UserError, match="cannot be fetched: Invalid IPv6 URL"):
+        fetch("http://[::1/a.tar", tmp_path / "c.tar")
 
 
 def test_a_dead_store_is_told(served):
@@ -305,3 +342,44 @@ def test_what_a_killed_process_left_in_memory_is_removed(memory):
     assert mine.is_dir()  # of a process that lives
     del first, second
     assert not list(memory.iterdir())
+
+
+def test_a_fetch_under_way_when_a_loader_closes_leaves_nothing_in_memory(served, memory, tmp_path, monkeypatch):
+    folder, address, _ = served
+    write_shards(folder, [4])
+    begun, closed = threading.Event(), threading.Event()
+    real = remote.fetch
+
+    def slow(url, target):
+        begun.set()
+        assert closed.wait(60)
+        real(url, target)
+
+    monkeypatch.setattr("amclr_scale.data.storage.fetch", slow)
+    storage = Storage(tmp_path / "cache", 10**9, stream=Stream())
+    with ThreadPoolExecutor(1) as threads:
+        fetching = threads.submit(storage.local_path, f"{address}/00000.tar")
+        assert begun.wait(60)
+        storage.stream.close()
+        closed.set()
+        with pytest.raises(UserError, match="cannot be fetched"):
+            fetching.result(60)
+    with pytest.raises(UserError, match=r"data\.stream: .* closed"):
+        storage.local_path(f"{address}/00000.tar")
+    assert not list(memory.iterdir())
+
+
+def test_a_folder_in_memory_that_another_rank_sweeps_away_at_once_is_made_again(memory, monkeypatch):
+    flock, swept = fcntl.flock, []
+
+    def sweep_first(file, how):
+        if not swept:
+            swept.extend(memory.iterdir())
+            shutil.rmtree(swept[0])
+        flock(file, how)
+
+    monkeypatch.setattr(fcntl, "flock", sweep_first)
+    stream = Stream()
+    assert stream.folder().is_dir()
+    assert [stream.folder()] == list(memory.iterdir()) != swept
+    stream.close()
