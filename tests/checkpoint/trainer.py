@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from amclr_scale import objectives
@@ -42,12 +41,10 @@ class Towers(TinyTowers):
     def forward(self, images: tuple[Tensor, ...], texts: tuple[Tensor, ...]) -> dict[str, Any]:
         self.calls += 1
         out: dict[str, Any] = super().forward(images, texts)
-        dtype = self.words.weight.dtype
         if images:
-            views = (self.image(v.to(dtype) / 255).float() for v in images[1:])
-            out["image_views"] = tuple(F.normalize(v, dim=-1) for v in views)
+            out["image_views"] = tuple(map(self.embed_image, images[1:]))
         if texts:
-            out["text_views"] = tuple(F.normalize(self.text(self.words(v).mean(1)).float(), dim=-1) for v in texts[1:])
+            out["text_views"] = tuple(map(self.embed_text, texts[1:]))
         return out
 
 

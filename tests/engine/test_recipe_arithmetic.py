@@ -38,16 +38,17 @@ def test_the_learning_rate_grows_with_the_batch_as_the_rule_says(rule, factor):
 
 def test_no_weight_decay_on_biases_norms_scale_and_bias_and_a_rate_for_each_part():
     model = towers()
-    o = Optimizer(weight_decay=0.3, lr_factors=LearningRateFactors(temperature=0.1))
+    o = Optimizer(weight_decay=0.3, lr_factors=LearningRateFactors(temperature=0.1, image_tower=0.5))
     names = {id(p): name for name, p in model.named_parameters()}
     groups = parameter_groups(model.named_parameters(), model.no_weight_decay(), o)
     set_learning_rate(groups, 2.0)
     found = {names[id(p)]: (g["weight_decay"], g["lr"]) for g in groups for p in g["params"]}
     assert found.keys() == {name for name, _ in model.named_parameters()}
     for name, (decay, lr) in found.items():
-        matrix = name in ("image.1.weight", "image.4.weight", "words.weight", "text.2.weight")
+        matrix = name == "words.weight" or name.endswith((".linear.weight", "_head.weight", "image_tower.1.weight"))
         assert decay == (0.3 if matrix else 0.0), name
-        assert lr == pytest.approx(0.2 if name in ("logit_scale", "logit_bias") else 2.0), name
+        factor = {"logit_scale": 0.1, "logit_bias": 0.1, "image_tower": 0.5}.get(name.partition(".")[0], 1.0)
+        assert lr == pytest.approx(2.0 * factor), name
 
 
 def test_the_plan():

@@ -1,6 +1,7 @@
-"""Training through DeepSpeed and the gradient cache is one plain big batch, at every stage and micro-batch size."""
+"""A step through DeepSpeed and the gradient cache: offload, precisions, dropout, recomputation, and what stops it."""
 
 import dataclasses
+from typing import Any
 
 import pytest
 import torch
@@ -9,55 +10,28 @@ from torch import Tensor
 from amclr_scale import objectives
 from amclr_scale.config.schema import Execution
 from amclr_scale.encoders.dual_encoder import DualEncoder
-from amclr_scale.engine.schedules import learning_rate
 from amclr_scale.engine.setup import build_engine, prepare_towers
 from amclr_scale.engine.step import NonFiniteError, OutOfMemoryError, TrainStep
 from amclr_scale.engine.weights import full_fp32
 from amclr_scale.metrics.phases import Phases
 from amclr_scale.similarity.collectives import rank, world_size
 from amclr_scale.types import Embeddings, Loss
-from tests.engine.towers import config, local_batch, plain_run, real_run, towers
+from tests.engine.towers import config, differences, engine_run, local_batch, plain_run, real_run, towers
 
 SIZE, STEPS = 16, 5
 CPU = torch.device("cpu")
 
 
-def engine_run(
-    changes: dict[str, object], micro: int | tuple[int, int], kept: int, steps: int = STEPS
-) -> tuple[dict[str, Tensor], list[float]]:
+def assert_same(ranks: Any, changes: dict[str, Any], sizes: tuple[int, int], kept: int) -> None:
     settings = config(SIZE, **changes)
-    model = towers()
-    engine, _ = build_engine(settings, model, no_decay=model.no_weight_decay(), device=CPU, world_size=world_size())
-    objective = objectives.create("clip")
-    sizes = micro if isinstance(micro, tuple) else (micro, micro)
-    step = TrainStep(engine, objective, micro_batch_sizes=sizes, device=CPU, phases=Phases(CPU), kept=kept)
-    losses = []
-    for n in range(steps):
-        report = step(
-            local_batch(n, SIZE, rank(), world_size()), learning_rate(settings.optimizer, (n + 0.5) * SIZE, 1000, SIZE)
-        )
-        losses.append(report.loss.value.item())
-    weights = {name: full_fp32(p) for name, p in model.named_parameters()}
-    engine.destroy()
-    return weights, losses
-
-
-def assert_same(
-    got: list[tuple[dict[str, Tensor], list[float]]], want: tuple[dict[str, Tensor], list[float]], rtol: float
-) -> None:
-    for weights, _ in got:
-        for name, value in want[0].items():
-            error = (weights[name] - value).norm() / value.norm()
-            assert error < rtol, f"{name}: {error:.1e}"
-    mean = torch.tensor([losses for _, losses in got]).mean(0)
-    torch.testing.assert_close(mean, torch.tensor(want[1]), rtol=rtol * 10, atol=0)
+    errors = differences(ranks(2, engine_run, settings, sizes, kept, STEPS), plain_run(settings, STEPS))
+    for name, error in errors.items():
+        assert error < (1e-5 if name == "loss" else 1e-6), f"{name}: {error:.1e}"
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
-@pytest.mark.parametrize(("micro", "kept"), [(8, 1), (3, 0), (2, 2), ((2, 8), 0), ((3, 4), 1)])
-def test_two_ranks_are_one_plain_big_batch(ranks, stage, micro, kept):
-    changes = {"execution__zero_stage": stage}
-    assert_same(ranks(2, engine_run, changes, micro, kept), plain_run(config(SIZE, **changes), STEPS), 1e-6)
+def test_texts_may_be_encoded_all_at_once_beside_images_in_parts(ranks, stage):
+    assert_same(ranks, {"execution__zero_stage": stage, "optimizer__eps": 1e-4}, (2, 8), 0)
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
@@ -117,18 +91,6 @@ def test_dropout_is_replayed_bit_for_bit(ranks):
         assert torch.equal(a, c)
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
-@pytest.mark.parametrize("name", ["sgd", "adamp", "lamb", "lars", "lion", "nadam", "radam"])
-def test_every_optimizer_is_itself_at_every_stage(ranks, name, stage):
-    changes = {
-        "execution__zero_stage": stage,
-        "optimizer__name": name,
-        "optimizer__lr": 0.5 if name == "lars" else 0.01,
-        "optimizer__lr_factors": {"image_tower": 0.5, "temperature": 0.3},
-    }
-    assert_same(ranks(2, engine_run, changes, 3, 1), plain_run(config(SIZE, **changes), STEPS), 1e-6)
-
-
 @pytest.mark.parametrize(
     ("stage", "offload"), [(1, "optimizer"), (2, "optimizer"), (3, "optimizer"), (3, "parameters")]
 )
@@ -139,18 +101,18 @@ def test_offload_changes_nothing(ranks, stage, offload, name):
         "execution__offload": offload,
         "optimizer__name": name,
         "optimizer__lr": 0.01,
+        "optimizer__eps": 1e-4,
     }
-    assert_same(ranks(2, engine_run, changes, 3, 1), plain_run(config(SIZE, **changes), STEPS), 1e-6)
+    assert_same(ranks, changes, (3, 3), 1)
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_bf16_follows_fp32(ranks, stage):
     changes = {"execution__zero_stage": stage, "execution__precision": "bf16", "optimizer__lr": 0.002}
     want = plain_run(config(SIZE, optimizer__lr=0.002), STEPS)
-    for weights, losses in ranks(2, engine_run, changes, 3, 1):
+    for weights, _ in ranks(2, engine_run, config(SIZE, **changes), (3, 3), 1, STEPS):
         for name, value in want[0].items():
             assert (weights[name] - value).norm() < 0.03 * value.norm() + 0.01, name
-        del losses
 
 
 def test_out_of_memory_says_which_key_to_turn(ranks):
@@ -169,7 +131,7 @@ def starved_run(where: str) -> str:
         raise AssertionError("a pebibyte was there")
 
     if where == "encoding":
-        model.image.register_forward_hook(lambda *_: torch.empty(2**50))
+        model.image_tower.register_forward_hook(lambda *_: torch.empty(2**50))
     step = TrainStep(engine, objective, micro_batch_sizes=(4, 4), device=CPU, phases=Phases(CPU))
     try:
         step(local_batch(0, SIZE, rank(), world_size()), 0.01)

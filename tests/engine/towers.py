@@ -15,7 +15,7 @@ from amclr_scale.encoders.build import build_model
 from amclr_scale.encoders.dual_encoder import DualEncoder
 from amclr_scale.engine.optimizers import parameter_groups
 from amclr_scale.engine.schedules import learning_rate
-from amclr_scale.engine.setup import build_engine
+from amclr_scale.engine.setup import build_engine, prepare_towers
 from amclr_scale.engine.step import TrainStep
 from amclr_scale.engine.weights import full_fp32
 from amclr_scale.metrics.phases import Phases
@@ -27,31 +27,49 @@ CPU = torch.device("cpu")
 PIXELS, WORDS, LENGTH, WIDTH = 6, 30, 5, 8
 
 
+def _wide(x: Tensor) -> Tensor:
+    """What the objective gets: float32, or float64 where the towers are."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+class Block(nn.Module):
+    """A residual block, which activation recomputation can run twice."""
+
+    def __init__(self, dropout: float):
+        super().__init__()
+        self.norm, self.linear, self.dropout = nn.LayerNorm(16), nn.Linear(16, 16), nn.Dropout(dropout)
+        nn.init.normal_(self.norm.bias)  # a bias near zero has a relative error that says little
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = x + self.dropout(torch.tanh(self.linear(self.norm(x))))
+        return out
+
+
 class TinyTowers(nn.Module):
-    """Linear towers with norms, dropout, an embedding, and a learned scale: everything that could go wrong, quickly."""
+    """Two towers with norms, dropout, an embedding, and a learned scale: everything that could go wrong, quickly."""
 
     def __init__(self, dropout: float = 0.0):
         super().__init__()
-        self.image = nn.Sequential(
-            nn.Flatten(),
-            nn.Linear(3 * PIXELS * PIXELS, 16),
-            nn.LayerNorm(16),
-            nn.Dropout(dropout),
-            nn.Linear(16, WIDTH),
-        )
+        self.image_tower = nn.Sequential(nn.Flatten(), nn.Linear(3 * PIXELS * PIXELS, 16), Block(dropout))
         self.words = nn.Embedding(WORDS, 16)
-        self.text = nn.Sequential(nn.LayerNorm(16), nn.Dropout(dropout), nn.Linear(16, WIDTH))
+        self.text_tower = nn.Sequential(Block(dropout))
+        self.image_head, self.text_head = nn.Linear(16, WIDTH), nn.Linear(16, WIDTH)
         self.logit_scale = nn.Parameter(torch.full((1,), math.log(1 / 0.07)))
         self.logit_bias = nn.Parameter(torch.full((1,), -10.0))
 
+    def embed_image(self, pixels: Tensor) -> Tensor:
+        features = self.image_head(self.image_tower(pixels.to(self.words.weight.dtype) / 255))
+        return F.normalize(_wide(features), dim=-1)
+
+    def embed_text(self, tokens: Tensor) -> Tensor:
+        return F.normalize(_wide(self.text_head(self.text_tower(self.words(tokens).mean(1)))), dim=-1)
+
     def forward(self, images: tuple[Tensor, ...], texts: tuple[Tensor, ...]) -> dict[str, Tensor]:
-        dtype = self.words.weight.dtype
-        wide = torch.promote_types(dtype, torch.float32)
-        out = {"logit_scale": self.logit_scale.to(wide).exp(), "logit_bias": self.logit_bias.to(wide)}
+        out = {"logit_scale": _wide(self.logit_scale).exp(), "logit_bias": _wide(self.logit_bias)}
         if images:
-            out["image"] = F.normalize(self.image(images[0].to(dtype) / 255).to(wide), dim=-1)
+            out["image"] = self.embed_image(images[0])
         if texts:
-            out["text"] = F.normalize(self.text(self.words(texts[0]).mean(1)).to(wide), dim=-1)
+            out["text"] = self.embed_text(texts[0])
         return out
 
     def no_weight_decay(self) -> set[str]:
@@ -137,6 +155,41 @@ def plain_run(
             model.logit_scale.clamp_(0, math.log(100))
         losses.append(loss.item())
     return {name: p.detach().float() for name, p in model.named_parameters()}, losses
+
+
+def engine_run(
+    settings: Config, micro_batch_sizes: tuple[int, int], kept: int, steps: int
+) -> tuple[dict[str, Tensor], list[float]]:
+    """The same through DeepSpeed's engine and the gradient cache, on this rank's share of each batch.
+
+    Returns:
+        The whole weights after the last step, and the loss of every step as this rank has it.
+    """
+    model: Any = towers()
+    prepare_towers(model, settings.execution)
+    size = settings.train.global_batch_size
+    engine, _ = build_engine(settings, model, no_decay=model.no_weight_decay(), device=CPU, world_size=world_size())
+    clip, phases = objectives.create("clip"), Phases(CPU)
+    step = TrainStep(engine, clip, micro_batch_sizes=micro_batch_sizes, device=CPU, phases=phases, kept=kept)
+    losses = []
+    for n in range(steps):
+        lr = learning_rate(settings.optimizer, (n + 0.5) * size, 1000, size)
+        losses.append(step(local_batch(n, size, rank(), world_size()), lr).loss.value.item())
+    weights = {name: full_fp32(p) for name, p in model.named_parameters()}
+    engine.destroy()
+    return weights, losses
+
+
+def differences(
+    got: list[tuple[dict[str, Tensor], list[float]]], want: tuple[dict[str, Tensor], list[float]]
+) -> dict[str, float]:
+    """Of each parameter, the largest over ranks, relative to its norm; and of the losses' mean over ranks."""
+    found = {
+        name: max(float((weights[name] - value).norm() / value.norm()) for weights, _ in got)
+        for name, value in want[0].items()
+    }
+    losses, mean = torch.tensor(want[1]), torch.tensor([losses for _, losses in got]).mean(0)
+    return {**found, "loss": float(((mean - losses) / losses).abs().max())}
 
 
 def real_run(
