@@ -12,23 +12,20 @@ forward costs (n - kept) / n of the first. When all are kept this is ordinary tr
 Everything the model returns is an output and is treated alike, whatever its name. Outputs that belong to no sample
 (the learned scale and bias) come with every micro-batch, which each push 1/n of their gradient: DeepSpeed's stage 3
 traces the order of parameters and is silently wrong where one is used in the last micro-batch only.
-
-A micro-batch holds images and texts of the same samples, or, when the towers have micro-batch sizes of their own,
-those of one tower.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from amclr_scale.engine.micro_batches import Views, on_device, split
 from amclr_scale.engine.random_state import RandomState
 from amclr_scale.metrics.phases import Phases
 from amclr_scale.types import Batch, Embeddings, Loss
 
-Views = tuple[Tensor, ...]
 Outputs = dict[str, Tensor | Views]
 Encode = Callable[[Views, Views], Outputs]
 
@@ -42,45 +39,6 @@ class CachedStep:
     loss: Loss
     leaves: Mapping[str, Tensor]
     embeddings: Embeddings  # the same leaves, as the objective saw them
-
-
-@dataclass(frozen=True)
-class MicroBatch:
-    """What is encoded at once: rows of the batch, where the loader left them."""
-
-    rows: slice
-    images: Views
-    texts: Views
-
-    def to(self, device: torch.device) -> "MicroBatch":
-        """On the device; from pinned host memory the copy overlaps with what the device computes."""
-        images, texts = ([view.to(device, non_blocking=True) for view in views] for views in (self.images, self.texts))
-        return MicroBatch(self.rows, tuple(images), tuple(texts))
-
-
-def split(batch: Batch, image_size: int, text_size: int) -> list[MicroBatch]:
-    """Cut a batch into micro-batches (the last ones may be smaller)."""
-
-    def cut(views: Views, rows: slice) -> Views:
-        return tuple(view[rows] for view in views)
-
-    def rows(size: int) -> Iterator[slice]:
-        return (slice(start, min(start + size, len(batch))) for start in range(0, len(batch), size))
-
-    if image_size == text_size:
-        return [MicroBatch(r, cut(batch.images, r), cut(batch.texts, r)) for r in rows(image_size)]
-    images = [MicroBatch(r, cut(batch.images, r), ()) for r in rows(image_size)]
-    return images + [MicroBatch(r, (), cut(batch.texts, r)) for r in rows(text_size)]
-
-
-def on_device(micro_batches: Sequence[MicroBatch], device: torch.device) -> Iterator[MicroBatch]:
-    """Each micro-batch on the device, the next one already on its way."""
-    if not micro_batches:
-        return
-    ahead = micro_batches[0].to(device)
-    for following in (*micro_batches[1:], None):
-        current, ahead = ahead, following.to(device) if following is not None else ahead
-        yield current
 
 
 def flat_outputs(outputs: Outputs) -> dict[str, Tensor]:

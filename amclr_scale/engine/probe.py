@@ -17,7 +17,8 @@ from torch import Tensor
 from amclr_scale import objectives
 from amclr_scale.config.schema import Config
 from amclr_scale.data.loader import TrainLoader
-from amclr_scale.engine.gradient_cache import SHARED, as_embeddings, flat_outputs, on_device, split
+from amclr_scale.engine.gradient_cache import SHARED, as_embeddings, flat_outputs
+from amclr_scale.engine.micro_batches import on_device, split
 from amclr_scale.engine.place import Place
 from amclr_scale.engine.random_state import RandomState
 from amclr_scale.errors import UserError

@@ -1,0 +1,90 @@
+"""A batch in parts, each on its way to the device while the one before it is encoded.
+
+A micro-batch holds images and texts of the same samples, or, when the towers have micro-batch sizes of their own,
+those of one tower.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from amclr_scale.types import Batch
+
+Views = tuple[Tensor, ...]
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """What is encoded at once: rows of the batch, where the loader left them."""
+
+    rows: slice
+    images: Views
+    texts: Views
+
+    def to(self, device: torch.device) -> "MicroBatch":
+        """On the device; from pinned host memory the host does not wait for the copy."""
+        images, texts = ([view.to(device, non_blocking=True) for view in views] for views in (self.images, self.texts))
+        return MicroBatch(self.rows, tuple(images), tuple(texts))
+
+
+def split(batch: Batch, image_size: int, text_size: int) -> list[MicroBatch]:
+    """Cut a batch into micro-batches (the last ones may be smaller)."""
+
+    def cut(views: Views, rows: slice) -> Views:
+        return tuple(view[rows] for view in views)
+
+    def rows(size: int) -> Iterator[slice]:
+        return (slice(start, min(start + size, len(batch))) for start in range(0, len(batch), size))
+
+    if image_size == text_size:
+        return [MicroBatch(r, cut(batch.images, r), cut(batch.texts, r)) for r in rows(image_size)]
+    images = [MicroBatch(r, cut(batch.images, r), ()) for r in rows(image_size)]
+    return images + [MicroBatch(r, (), cut(batch.texts, r)) for r in rows(text_size)]
+
+
+def on_device(micro_batches: Sequence[MicroBatch], device: torch.device) -> Iterator[MicroBatch]:
+    """Each micro-batch on the device, the next one already on its way."""
+    if not micro_batches:
+        return
+    copies = Copies(device)
+    ahead = copies.send(micro_batches[0])
+    for following in (*micro_batches[1:], None):
+        copies.arrive()  # before the next one is sent, which nothing here has to wait for
+        current, ahead = ahead, copies.send(following) if following is not None else ahead
+        yield current
+
+
+class Copies:
+    """Copies to a device; on CUDA on a stream of their own, so that kernels that encode run beside them.
+
+    A copy begins when everything asked of the device before it is done. So memory that an earlier micro-batch has
+    given up, and that a copy is given, is read by nobody any more, and no more micro-batches are on the device than
+    Python holds. (`Tensor.record_stream` would see to the first alone: a host that runs ahead of its device would
+    fill it with copies.)
+    """
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.stream = _stream_for_copies(device) if device.type == "cuda" else None
+
+    def send(self, micro_batch: MicroBatch) -> MicroBatch:
+        """Begin to copy; `arrive` before it is used."""
+        if self.stream is None:
+            return micro_batch.to(self.device)
+        self.stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(self.stream):
+            return micro_batch.to(self.device)
+
+    def arrive(self) -> None:
+        """What is asked of the device from here on finds everything that was sent."""
+        if self.stream is not None:
+            torch.cuda.current_stream(self.device).wait_stream(self.stream)
+
+
+@cache
+def _stream_for_copies(device: torch.device) -> torch.cuda.Stream:
+    """One per device: memory that is freed on a stream serves later copies on that stream alone."""
+    return torch.cuda.Stream(device)
