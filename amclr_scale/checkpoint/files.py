@@ -107,7 +107,9 @@ def remove(checkpoint: Path) -> None:
 def clean(folder: Path) -> None:
     """Remove what an interrupted run was writing or deleting."""
     for path in (*folder.glob(".writing_*"), *folder.glob(".deleting_*")):
-        shutil.rmtree(path)
+        shutil.rmtree(
+            path, ignore_errors=True
+        )  # NFS keeps what another process still reads; the next start tries again
 
 
 def step_of(checkpoint: Path) -> int:
@@ -176,9 +178,20 @@ def set_aside_after(folder: Path, step: int) -> None:
 
 
 def thin_out(folder: Path, keep: int, keep_every: int | None) -> None:
-    """Delete all but the newest `keep` and every `keep_every`-th checkpoint."""
+    """Delete all but the newest `keep` and every `keep_every`-th checkpoint, and older ones that cannot be read.
+
+    Raises:
+        OSError: one cannot be deleted.
+    """
     for step in steps(folder)[keep:]:
         checkpoint = folder / name_of(step)
-        number = json.loads((checkpoint / "state.json").read_text("utf-8"))["number"]
-        if keep_every is None or number % keep_every:
+        if keep_every is None or _number(checkpoint) % keep_every:
             remove(checkpoint)
+
+
+def _number(checkpoint: Path) -> float:
+    """How many checkpoints its run had made with it; nan (which no number divides) where it is damaged."""
+    try:
+        return int(json.loads((checkpoint / "state.json").read_text("utf-8"))["number"])
+    except (FileNotFoundError, KeyError, TypeError, ValueError):
+        return float("nan")

@@ -180,12 +180,13 @@ class Keeper:
         if self.rank == 0 and not problem:
             try:
                 files.commit(self.folder, writing.step, [file for written, _, _ in everyone for file in written])
-                files.thin_out(self.folder, self.config.checkpoint.keep, self.config.checkpoint.keep_every)
             except OSError as error:
                 problem = f"rank 0: {error}"
         if self._agree(bool(problem))[0]:
             self._failed(writing.step, problem or "rank 0 cannot complete it")
             return False
+        if self.rank == 0:
+            self._thin_out()
         size, waited = sum(size for _, _, size in everyone), time.perf_counter() - began
         self.log.say(
             f"checkpoint {files.name_of(writing.step)}: {size / 2**20:.1f} MiB, copied in {writing.taken:.2f} s, "
@@ -196,6 +197,12 @@ class Keeper:
         place = {"step": self._step, "samples": self._step * self.plan.global_batch_size}
         self.log.write({**place, **{f"checkpoint/{key}": value for key, value in record.items()}})
         return True
+
+    def _thin_out(self) -> None:
+        try:
+            files.thin_out(self.folder, self.config.checkpoint.keep, self.config.checkpoint.keep_every)
+        except OSError as error:  # the new one is whole all the same
+            self.log.say(f"checkpoint: an older one could not be removed ({error}); training goes on")
 
     def _failed(self, step: int, problem: str) -> None:
         if self.rank == 0:

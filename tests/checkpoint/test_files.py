@@ -141,6 +141,16 @@ def test_newest_and_every_kth_are_kept(tmp_path):
     assert (tmp_path / "a" / "checkpoints" / "latest").read_text() == "step_00000070\n"
 
 
+@pytest.mark.parametrize("keep_every", [None, 1])
+@pytest.mark.parametrize("harm", [truncated, lambda path: path.unlink(), lambda path: path.write_text("[]")])
+def test_an_old_one_that_is_damaged_is_no_reason_to_end_a_run(tmp_path, keep_every, harm):
+    config = configuration(tmp_path)
+    harm(write(tmp_path, 10, config) / "state.json")
+    write(tmp_path, 20, config)
+    files.thin_out(tmp_path / "a" / "checkpoints", 1, keep_every)
+    assert files.steps(tmp_path / "a" / "checkpoints") == [20]
+
+
 def test_newer_ones_than_the_one_resumed_from_do_not_count(two):
     _, old, new = two
     files.set_aside_after(new.parent, 10)

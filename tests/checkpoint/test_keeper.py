@@ -115,6 +115,25 @@ def test_writing_does_not_hold_up_training(ranks, tmp_path):
     assert result[0][0] == 6
 
 
+def busy(*_):
+    raise OSError(39, "Directory not empty")  # NFS, while another process reads a file in it
+
+
+def with_old_ones_in_use(folder):
+    original, files.remove = files.remove, busy
+    try:
+        return kept(folder, 3, every_samples=SIZE, keep=1, on_failure="stop")
+    finally:
+        files.remove = original
+
+
+def test_an_old_one_that_cannot_be_removed_does_not_end_the_run(ranks, tmp_path):
+    (steps, words, end, reached), other = ranks(2, with_old_ones_in_use, tmp_path)
+    assert (end, other[2], reached, steps[0]) == ("", "", 3, 3)
+    assert sum("could not be removed ([Errno 39] Directory not empty)" in line for line in words) == 2
+    assert files.fault(tmp_path / "checkpoints" / files.name_of(3)) is None
+
+
 def full_disk(folder, on_failure):
     return kept(folder, 4, every_samples=SIZE, on_failure=on_failure, asynchronous=False)
 
