@@ -42,19 +42,25 @@ def supervise(command: list[str], restarts: int, pause: float) -> int:
     run = Path(word(command, "run.folder", "runs")) / word(command, "run.name", "")
     result = run / "evaluation.json"
     received: list[int] = []
+    passed: list[int] = []
     child: subprocess.Popen[bytes] | None = None
 
     def pass_on(number: int, _: FrameType | None) -> None:
         received.append(number)
         if child is not None and child.poll() is None:
+            passed.append(number)
             os.killpg(child.pid, number)
 
     for number in (*ENDING, signal.SIGINT):
         signal.signal(number, pass_on)
     fruitless = 0
     for start in range(restarts + 1):
+        if received:  # while nothing ran
+            return EXIT_RESUMABLE
         before, began = newest(run), time.time()
         child = subprocess.Popen(command, start_new_session=True)
+        if received and not passed:  # it came before there was somebody to pass it on to
+            os.killpg(child.pid, received[-1])
         code = child.wait()
         if result.exists() and result.stat().st_mtime >= began:
             return 0
@@ -70,7 +76,9 @@ def supervise(command: list[str], restarts: int, pause: float) -> int:
             print(f"supervise: {FRUITLESS} starts in a row made no checkpoint; giving up", file=sys.stderr)
             return 1
         end_group(child.pid)
-        time.sleep(pause)
+        until = time.monotonic() + pause
+        while not received and time.monotonic() < until:
+            time.sleep(0.1)
     print(f"supervise: {restarts} restarts are used up", file=sys.stderr)
     return 1
 

@@ -80,6 +80,14 @@ def test_a_signal_is_passed_on_and_ends_it(tmp_path):
     assert starts(tmp_path) == 1
 
 
+def test_a_signal_between_two_starts_ends_it_too(tmp_path):
+    run = start(tmp_path, "nothing", "--pause", "600")
+    assert "start 1 ended with 1" in run.stderr.readline() + run.stderr.readline()
+    run.send_signal(signal.SIGTERM)
+    assert run.wait(60) == 75
+    assert starts(tmp_path) == 1
+
+
 def test_the_command_must_be_resumable():
     command = [sys.executable, "tools/supervise.py", "--", "true", "run.name=a"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
