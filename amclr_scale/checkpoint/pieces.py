@@ -66,6 +66,19 @@ def _base_optimizer(engine: Any) -> torch.optim.Optimizer:
     return optimizer if int(engine.zero_optimization_stage()) == 0 else engine.optimizer.optimizer
 
 
+def _state_of(optimizer: torch.optim.Optimizer, tensor: Tensor) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """What is shaped like the tensor, itself among it, and the counters beside it."""
+    columns, counters = {MASTER: tensor}, dict[str, Any]()
+    for key, value in optimizer.state.get(tensor, {}).items():
+        if isinstance(value, Tensor) and value.shape == tensor.shape:
+            columns[key] = value
+        elif value is not None:
+            counters[key] = _to_json(key, value)
+    if _counts_in_groups(optimizer) and len(columns) > 1:
+        counters = {"step": _to_json("step", max(group.get("step", 0) for group in optimizer.param_groups))}
+    return columns, counters
+
+
 def collect(engine: Any, rank: int, world_size: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Copies of this rank's pieces on the CPU, and what is no tensor, for JSON. All ranks call it together."""
     optimizer, stage = _base_optimizer(engine), int(engine.zero_optimization_stage())
@@ -73,13 +86,7 @@ def collect(engine: Any, rank: int, world_size: int) -> tuple[dict[str, Tensor],
     scalars: dict[str, dict[str, Any]] = {}
     trained: set[str] = set()
     for index, flat in enumerate(flats(engine)):
-        columns: dict[str, Tensor] = {MASTER: flat.tensor}
-        counters: dict[str, Any] = {}
-        for key, value in optimizer.state.get(flat.tensor, {}).items():
-            if isinstance(value, Tensor) and value.shape == flat.tensor.shape:
-                columns[key] = value
-            elif value is not None:
-                counters[key] = _to_json(key, value)
+        columns, counters = _state_of(optimizer, flat.tensor)
         for part in flat.parts:
             trained.add(part.name)
             if counters:
@@ -100,7 +107,6 @@ def collect(engine: Any, rank: int, world_size: int) -> tuple[dict[str, Tensor],
     notes = {
         "shapes": {name: list(getattr(p, "ds_shape", p.shape)) for name, p in parameters.items()},
         "scalars": scalars,
-        "group_steps": [group.get("step") for group in optimizer.param_groups],
         "counters": {name: int(getattr(engine, name)) for name in COUNTERS},
         "loss_scale": _numbers(engine.optimizer.loss_scaler) if stage and engine.fp16_enabled() else {},
     }
@@ -129,11 +135,25 @@ def _to_json(key: str, value: Any) -> dict[str, Any]:
     raise TypeError(f"optimizer state {key}: expected a number or a tensor like the parameter, got {type(value)}")
 
 
-def _from_json(saved: dict[str, Any], device: torch.device) -> Any:
-    if "dtype" not in saved:
-        return saved["value"]
-    # torch keeps step counters on the CPU unless the optimizer is fused or capturable: load as load_state_dict does
-    return torch.full(tuple(saved["shape"]), saved["value"], dtype=getattr(torch, saved["dtype"]), device=device)
+def _counts_in_groups(optimizer: torch.optim.Optimizer) -> bool:
+    """NVIDIA apex's optimizers keep the number of steps in their groups, and no counter in their states."""
+    return type(optimizer).__module__.startswith("apex.")
+
+
+def _set_counter(optimizer: torch.optim.Optimizer, tensor: Tensor, key: str, saved: dict[str, Any]) -> None:
+    """Put a counter where this optimizer looks for it and in its form, whoever saved it (offload changes the rule)."""
+    value = saved["value"]
+    if type(optimizer).__module__.startswith("torch.optim."):  # tensors; on the CPU unless fused or capturable
+        beside = optimizer.defaults.get("fused") or optimizer.defaults.get("capturable")
+        shape, dtype = tuple(saved.get("shape", ())), getattr(torch, saved.get("dtype", "float32"))
+        optimizer.state[tensor][key] = torch.full(shape, value, dtype=dtype, device=tensor.device if beside else "cpu")
+        return
+    number = int(value) if key == "step" else value
+    if _counts_in_groups(optimizer):
+        for group in optimizer.param_groups:
+            group[key] = number
+    else:
+        optimizer.state[tensor][key] = number
 
 
 class PieceReader:
@@ -217,9 +237,6 @@ def restore(engine: Any, reader: PieceReader, rank: int) -> None:
     optimizer.state.clear()
     for flat in flats(engine):
         _restore_flat(flat, optimizer, reader)
-    for group, step in zip(optimizer.param_groups, reader.notes[0]["group_steps"], strict=False):
-        if step is not None:
-            group["step"] = step
     for name, parameter in parameters.items():
         _set(parameter, reader, name, rank)
     buffers = reader.buffers(rank)
@@ -244,11 +261,9 @@ def _restore_flat(flat: Flat, optimizer: torch.optim.Optimizer, reader: PieceRea
         column = torch.zeros_like(flat.tensor)
         _fill(flat, column, kind, reader)
         optimizer.state[flat.tensor][kind] = column
-    fused = bool(optimizer.defaults.get("fused") or optimizer.defaults.get("capturable"))
-    device = flat.tensor.device if fused else torch.device("cpu")
     furthest: dict[str, Any] = max(counters, key=lambda saved: max(v["value"] for v in saved.values()), default={})
     for key, saved in furthest.items():
-        optimizer.state[flat.tensor][key] = _from_json(saved, device)
+        _set_counter(optimizer, flat.tensor, key, saved)
 
 
 def _fill(flat: Flat, column: Tensor, kind: str, reader: PieceReader) -> None:

@@ -65,12 +65,14 @@ def _apex_fused_adam() -> Any:
 
 
 def build_optimizer(
-    o: Optimizer, groups: Groups, device: torch.device, *, offload: bool = False
+    o: Optimizer, groups: Groups, device: torch.device, *, offload: bool = False, zero_stage: int = 0
 ) -> tuple[torch.optim.Optimizer, str]:
     """The update rule that the recipe names, and who provides it (for the log).
 
     Args:
         offload: its states live on the CPU (ZeRO offload), where DeepSpeed's own Adam is the fast one.
+        zero_stage: 3 steps one piece at a time, with every other group empty. apex counts steps by the calls and
+            looks at each group's first tensor: it would fail, or correct its moments for steps that never were.
     """
     adam: dict[str, Any] = {"lr": o.lr, "betas": o.betas, "eps": o.eps}
     cuda = device.type == "cuda"
@@ -80,7 +82,7 @@ def build_optimizer(
 
             return DeepSpeedCPUAdam(groups, adamw_mode=True, **adam), "DeepSpeed's CPU AdamW"
         case "adamw":
-            apex = _apex_fused_adam() if cuda else None
+            apex = _apex_fused_adam() if cuda and zero_stage < 3 else None
             if apex is not None:
                 return apex(groups, adam_w_mode=True, **adam), "NVIDIA apex's fused AdamW"
             return torch.optim.AdamW(groups, fused=cuda, **adam), f"torch's {'fused ' if cuda else ''}AdamW"

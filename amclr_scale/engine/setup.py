@@ -34,10 +34,11 @@ def deepspeed_config(config: Config, world_size: int, folder: Path = Path()) -> 
     """
     batch, execution = config.train.global_batch_size, config.execution
     zero: dict[str, Any] = {"stage": execution.zero_stage}
+    host = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
     if execution.offload != "none":
-        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+        zero["offload_optimizer"] = host
     if execution.offload == "parameters":
-        zero["offload_param"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+        zero["offload_param"] = host
     generated: dict[str, Any] = {
         "train_batch_size": batch,
         "train_micro_batch_size_per_gpu": batch // world_size,
@@ -118,7 +119,8 @@ def build_engine(
     else:
         partition(model, generated, DTYPES[config.execution.precision], device)
     groups = parameter_groups(model.named_parameters(), no_decay, config.optimizer)
-    optimizer, provider = build_optimizer(config.optimizer, groups, device, offload=config.execution.offload != "none")
+    offload, stage = config.execution.offload != "none", config.execution.zero_stage
+    optimizer, provider = build_optimizer(config.optimizer, groups, device, offload=offload, zero_stage=stage)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=generated, dist_init_required=False)
     attach(optimizer, engine.optimizer, config.execution.zero_stage, device)
     return engine, provider

@@ -29,8 +29,10 @@ class OutOfMemoryError(RuntimeError):
 
 
 def _is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether an error means that; the CPU allocator has no class of its own for it."""
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+    """Whether an error means that: only torch's CUDA allocator has a class of its own for it."""
+    words = str(error).lower()  # of the CPU's allocator; of the driver, for pinned memory, and NCCL; of cuBLAS, cuDNN
+    says_so = any(mark in words for mark in ("can't allocate memory", "out of memory", "alloc_failed"))
+    return isinstance(error, torch.OutOfMemoryError) or says_so
 
 
 @dataclass(frozen=True)
