@@ -80,6 +80,7 @@ def run(options: argparse.Namespace, place: Place) -> None:
     import torch
 
     from amclr_scale.checkpoint.model import open_model
+    from amclr_scale.engine.distributed import keep_float32, start, stop
     from amclr_scale.evaluation.models import use_statistics
     from amclr_scale.evaluation.progress import EvaluationProgress
     from amclr_scale.evaluation.report import comparison_lines, comparisons, histogram_lines, write
@@ -87,10 +88,9 @@ def run(options: argparse.Namespace, place: Place) -> None:
     from amclr_scale.evaluation.sheet import text_to_image_sheet
     from amclr_scale.evaluation.temperatures import Histogram, read_temperatures
 
+    keep_float32()  # as in training
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if place.world_size > 1:
-        from amclr_scale.engine.distributed import start
-
         device = start(place)
     speaks = place.rank == 0
     results: dict[str, dict[str, float]] = {}
@@ -143,8 +143,6 @@ def run(options: argparse.Namespace, place: Place) -> None:
         write(folder, results, compared, learned)
         print(f"results.json and results.md in {folder}")
     if place.world_size > 1:
-        from amclr_scale.engine.distributed import stop
-
         stop()
 
 

@@ -228,8 +228,11 @@ class TrainLoader:
 
 
 def _join(parts: list[Tensor]) -> Tensor:
-    """One tensor, in pinned memory where there is a GPU to copy it to."""
-    pinned = torch.cuda.is_available()
+    """One tensor, in pinned memory where this process has a GPU to copy it to.
+
+    Asked of the process, not of the machine: pinning before it has chosen a GPU would open a context on the first one.
+    """
+    pinned = torch.cuda.is_initialized()
     if len(parts) == 1 and not pinned:
         return parts[0]
     shape = (sum(len(part) for part in parts), *parts[0].shape[1:])

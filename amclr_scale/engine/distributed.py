@@ -39,6 +39,7 @@ def start(place: Place, threads: int | None = None) -> torch.device:
     device = torch.device("cuda", place.local_rank) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
+    keep_float32()
 
     import deepspeed
     import deepspeed.ops
@@ -49,6 +50,11 @@ def start(place: Place, threads: int | None = None) -> torch.device:
     if not dist.is_initialized():
         deepspeed.init_distributed(dist_backend="nccl" if cuda else "gloo", auto_mpi_discovery=False, verbose=False)
     return device
+
+
+def keep_float32() -> None:
+    """Convolutions of float32 in float32 on CUDA, as matrix products are: torch's default rounds to TF32's ten bits."""
+    torch.backends.cudnn.allow_tf32 = False
 
 
 def stop() -> None:

@@ -5,7 +5,7 @@ from unittest import mock
 import pytest
 import torch
 
-from amclr_scale.engine.distributed import start
+from amclr_scale.engine.distributed import keep_float32, start
 from amclr_scale.engine.place import Place
 from amclr_scale.errors import UserError
 
@@ -19,3 +19,11 @@ def test_more_ranks_than_devices(monkeypatch):
     ):
         start(Place(rank=3, local_rank=3, world_size=8, local_world_size=8))
     assert not torch.distributed.is_initialized()
+
+
+def test_float32_stays_float32(monkeypatch):
+    """torch lets convolutions round to TF32 unless it is told not to."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    keep_float32()
+    assert not torch.backends.cudnn.allow_tf32
+    assert not torch.backends.cuda.matmul.allow_tf32
