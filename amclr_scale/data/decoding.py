@@ -15,6 +15,8 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from amclr_scale.data.indexing import IMAGE_EXTENSIONS
+from amclr_scale.data.storage import ShardReader
+from amclr_scale.data.tar import Flag
 
 # What a picture may be, whatever its member is called.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "PPM", "TIFF", "AVIF", "JPEG2000", "ICO")
@@ -36,6 +38,15 @@ class BadSampleError(Exception):
     def __init__(self, kind: str, detail: str = ""):
         super().__init__(kind, detail)
         self.kind, self.detail = kind, detail
+
+
+def check_whole(reader: ShardReader, row: int) -> None:
+    """Raise `BadSampleError` for a row of which the index knows that it cannot be used."""
+    flag = reader.members.flag[row]
+    if flag == Flag.DUPLICATE_KEY:
+        raise BadSampleError("duplicate key")
+    if flag == Flag.CUT:
+        raise BadSampleError("truncated")
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from amclr_scale.config import schema
-from amclr_scale.data.decoding import BadSampleError, Field, Sample, decode
+from amclr_scale.data.decoding import BadSampleError, Field, Sample, check_whole, decode
 from amclr_scale.data.image_views import evaluation_view, to_tensor
 from amclr_scale.data.indexing import IMAGE_EXTENSIONS, open_index
 from amclr_scale.data.sources import CORPORA, resolve
@@ -87,8 +87,9 @@ class EvaluationSplit:
 
     def _sample(self, sample: int, members: frozenset[str]) -> Sample:
         shard, row = self.index.locate(sample)
-        found = self.index.reader(shard).read(row, members)
-        return Sample(found, self.data.max_image_pixels, self.data.max_caption_characters)
+        reader = self.index.reader(shard)
+        check_whole(reader, row)
+        return Sample(reader.read(row, members), self.data.max_image_pixels, self.data.max_caption_characters)
 
     def _refuse(self, sample: int, error: BadSampleError) -> UserError:
         shard, row = self.index.locate(sample)
@@ -109,10 +110,10 @@ class EvaluationSplit:
         captions, labels, numbers = list[list[str]](), list[Any](), dict[Any, int]()
         image_ids = torch.empty(self.num_samples, dtype=torch.int64)
         for i in range(self.num_samples):
-            sample = self._sample(i, frozenset(wanted))
             try:
+                sample = self._sample(i, frozenset(wanted))
                 found = sample.captions(self._caption)
-                lines = (line.strip() for text in found for line in text.splitlines())
+                lines = (line.strip() for text in found for line in text.split("\n"))
                 captions.append([clean_caption(line) if self.clean else line for line in lines if line])
                 if self._class:
                     labels.append(self._label(sample, self._class))
@@ -127,7 +128,10 @@ class EvaluationSplit:
         if isinstance(value, str) and value.isdecimal():
             return int(value)
         if not isinstance(value, int | str):
-            raise BadSampleError("missing class", f"{field}: expected a number or a name, got {value!r}")
+            raise UserError(
+                f"evaluation.classes: {self.name}: expected a class (a number or a name) at {field} of every sample, "
+                f"got {value!r}; say where classes are, or null for retrieval alone"
+            )
         return value
 
 

@@ -12,14 +12,13 @@ from PIL import Image
 from torch import Tensor
 
 from amclr_scale.config import schema
-from amclr_scale.data.decoding import PARAPHRASES, BadSampleError, Field, Sample, decode
+from amclr_scale.data.decoding import PARAPHRASES, BadSampleError, Field, Sample, check_whole, decode
 from amclr_scale.data.image_views import augmented_view, reduction_for, to_tensor
 from amclr_scale.data.index import Index
 from amclr_scale.data.indexing import IMAGE_EXTENSIONS
 from amclr_scale.data.order import Visits
 from amclr_scale.data.paraphrases import ParaphraseReader
 from amclr_scale.data.randomness import Draws, Purpose
-from amclr_scale.data.tar import Flag
 from amclr_scale.data.text_views import TextViews
 from amclr_scale.data.tokenizers import Tokenizer
 from amclr_scale.errors import UserError
@@ -132,11 +131,7 @@ class Pipeline:
     def _read(self, sample: int) -> Sample:
         shard, row = self.index.locate(sample)
         reader = self.index.reader(shard)
-        flag = reader.members.flag[row]
-        if flag == Flag.DUPLICATE_KEY:
-            raise BadSampleError("duplicate key")
-        if flag == Flag.CUT:
-            raise BadSampleError("truncated")
+        check_whole(reader, row)
         members = reader.read(row, self._wanted)
         if self._text.needs_paraphrases:
             members[PARAPHRASES] = self._paraphrases_of(shard).read(row)

@@ -139,16 +139,26 @@ def annotations(name: str, content: Any, root: Path, split: str) -> list[Item]:
 
 
 def _karpathy(name: str, images: list[Any], root: Path, split: str) -> list[Item]:
-    found = sorted({str(entry.get("split")) for entry in images})
+    wrong = next((i for i, entry in enumerate(images) if not isinstance(entry, dict) or "split" not in entry), None)
+    if wrong is not None:
+        raise UserError(
+            f"{_KEY}: {name}: images[{wrong}]: expected an image with its split, got {_short(images[wrong])}"
+        )
+    found = sorted({str(entry["split"]) for entry in images})
     if split not in found:
         raise UserError(f"{_KEY}: {name}: expected one of the splits {', '.join(found)}, got {split}")
     items = []
-    for entry in images:
+    for number, entry in enumerate(images):
         if entry["split"] == split:
-            captions = [str(sentence["raw"]).strip() for sentence in entry.get("sentences", [])]
+            try:
+                captions = [str(sentence["raw"]).strip() for sentence in entry["sentences"]]
+                path = root / entry.get("filepath", "") / entry["filename"]
+            except (KeyError, TypeError) as error:
+                raise UserError(
+                    f"{_KEY}: {name}: images[{number}]: expected filename and sentences with raw, got {_short(entry)}"
+                ) from error
             if not captions:
-                raise UserError(f"{_KEY}: {name}: {entry.get('filename')} has no caption")
-            path = root / entry.get("filepath", "") / entry["filename"]
+                raise UserError(f"{_KEY}: {name}: images[{number}] ({entry['filename']}) has no caption")
             items.append(Item(path, captions, image_id=entry.get("imgid")))
     return items
 

@@ -79,7 +79,7 @@ def open_task(
     split: Split
     if path.suffix == ".json" and path.is_file() and not _is_index(path):
         root = Path(options.image_root).expanduser() if options.image_root else path.parent
-        items = annotations(name, json.loads(path.read_text("utf-8")), root, part or "test")
+        items = annotations(name, _json(path), root, part or "test")
         split = ImageFiles(name, data, [item.cleaned() for item in items] if clean else items, squash=squash)
         retrieval = True
     elif path.is_dir() and (path / "test").is_dir() and list((path / "test").glob("*.tar")):
@@ -109,8 +109,15 @@ def open_task(
 
 
 def _is_index(path: Path) -> bool:
-    with path.open(encoding="utf-8") as file:
-        return '"shardlist"' in file.read(4096)
+    with path.open("rb") as file:
+        return b'"shardlist"' in file.read(4096)
+
+
+def _json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text("utf-8-sig"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{_KEY}: {path}: expected annotations in JSON, got: {error}") from error
 
 
 def _clip_benchmark(

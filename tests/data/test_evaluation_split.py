@@ -81,7 +81,7 @@ def test_a_split_with_a_bad_sample_is_refused(tmp_path):
     split = EvaluationSplit(str(tmp_path), settings("emoji/train"))
     with pytest.raises(UserError, match=r"sample 1 of .*0\.tar cannot be used: corrupt image"):
         list(split.batches(2))
-    with pytest.raises(UserError, match=r"missing class json\.kind"):
+    with pytest.raises(UserError, match=r"^evaluation\.classes: .*at json\.kind of every sample, got None; .*null"):
         EvaluationSplit(str(tmp_path), settings("emoji/train"), classes="json.kind")
 
 
@@ -92,3 +92,22 @@ def test_mistakes_name_their_key():
         UserError, match=r"evaluation\.classes: expected one of json\.concept, json\.group, json\.subgroup"
     ):
         class_names("emoji/val_style", settings("emoji/train"), "json.colour")
+
+
+def test_a_split_that_is_cut_or_holds_a_sample_twice_is_refused(tmp_path):
+    whole = write_tar(tmp_path / "cut" / "0.tar", [m for i in range(3) for m in pair(i)])
+    text = whole.read_bytes().rindex(b"sample 2")
+    whole.write_bytes(whole.read_bytes()[: text + 4])  # a caption that could still be read, in part
+    write_tar(tmp_path / "twice" / "0.tar", [m for i in (0, 1, 0) for m in pair(i)])
+    for name, words in (("cut", "sample 000002 .* cannot be used: truncated"), ("twice", "duplicate key")):
+        with pytest.raises(UserError, match=f"^evaluation.splits: .*{words}"):
+            EvaluationSplit(str(tmp_path / name), settings("emoji/train"))
+
+
+def test_captions_of_a_text_are_its_lines(tmp_path):
+    """Lines as files have them: Python's splitlines takes more for the end of one than any other reader does."""
+    members = [
+        (name, "one\u2028two\x0bthree\r\nfour\n\n".encode() if "txt" in name else data) for name, data in pair(0)
+    ]
+    split = EvaluationSplit(str(write_tar(tmp_path / "0.tar", members)), settings("emoji/train"))
+    assert split.caption_lists == [["one\u2028two\x0bthree", "four"]]

@@ -291,6 +291,13 @@ def test_mistakes_in_files(root, tmp_path):
     refused(r"^evaluation.image_root: .*1 images of 1 that do not exist", [{"image": "a.png", "caption": "x"}])
     refused(r"^evaluation.splits: .* is empty", [])
     refused(r"^evaluation.splits: .*expected one of the splits train, got test", {"images": [{"split": "train"}]})
+    refused(r"^evaluation.splits: .*images\[0\]: expected an image with its split, got 3", {"images": [3]})
+    refused(r"^evaluation.splits: .*images\[0\]: expected filename and sentences with raw, got \{", {"images": [
+        {"split": "test", "filename": "a.png", "sentences": [{"tokens": ["x"]}]}]})  # fmt: skip
+    for content in (b'{"images": [', b'["caf\xe9"]'):
+        (tmp_path / "broken.json").write_bytes(content)
+        with pytest.raises(UserError, match=r"^evaluation.splits: .*broken.json: expected annotations in JSON"):
+            Evaluator(recipe(str(tmp_path / "broken.json")))
     with pytest.raises(UserError, match=r"^evaluation.templates: expected a list, imagenet or a file"):
         opened(root, "wds", templates="nowhere.txt")
     with pytest.raises(UserError, match=r"^evaluation.class_names: expected imagenet or a file"):
