@@ -12,6 +12,7 @@ Each record stands for one image file or one pair, in the order of the annotatio
 
 import csv
 import json
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -44,7 +45,7 @@ def _json(file: Path | None) -> Any:
     if file is None:
         raise UserError("--annotations: expected the annotation file, got none")
     try:
-        return json.loads(file.read_text("utf-8"))
+        return json.loads(file.read_text("utf-8-sig"))
     except (OSError, ValueError) as error:
         raise UserError(f"--annotations: {file}: expected JSON, got {error}") from error
 
@@ -55,13 +56,13 @@ def _strings(value: Any) -> tuple[str, ...]:
 
 
 def _annotations(source: Annotations) -> Iterator[Record]:
-    for number, entry in enumerate(_json(source.file)):
-        try:
-            yield Record(entry["image"], _strings(entry["caption"]), entry.get("image_id"))
-        except (KeyError, TypeError, AttributeError) as error:
-            raise UserError(
-                f"--annotations: {source.file}: entry {number}: expected image and caption, got {entry!r}"
-            ) from error
+    content = _json(source.file)
+    if not isinstance(content, list):
+        raise UserError(f"--annotations: {source.file}: expected a list of {{image, caption}}, got another JSON value")
+    for number, entry in enumerate(content):
+        if not isinstance(entry, dict) or not isinstance(entry.get("image"), str) or "caption" not in entry:
+            raise UserError(f"--annotations: {source.file}: entry {number}: expected image and caption, got {entry!r}")
+        yield Record(entry["image"], _strings(entry["caption"]), entry.get("image_id"))
 
 
 def _coco(source: Annotations) -> Iterator[Record]:
@@ -98,7 +99,7 @@ def _rows(file: Path | None) -> tuple[list[str] | None, list[list[str]]]:
     if file is None:
         raise UserError("--annotations: expected the annotation file, got none")
     try:
-        with file.open(encoding="utf-8", newline="") as lines:
+        with file.open(encoding="utf-8-sig", newline="") as lines:  # spreadsheets write a byte order mark in front
             first = lines.readline()
             separator = next((mark for mark in "\t|," if mark in first), ",")
             lines.seek(0)
@@ -134,34 +135,50 @@ def _flickr30k(source: Annotations) -> Iterator[Record]:
             continue
         if source.split and split is not None and row[split] not in source.split.split(","):
             continue
-        found = json.loads(row[caption]) if row[caption].startswith("[") else [row[caption]]
-        captions.setdefault(row[image], []).extend(found)
+        captions.setdefault(row[image], []).extend(_listed(row[caption]))
     yield from (Record(name, tuple(found)) for name, found in captions.items())
 
 
-def _table(source: Annotations) -> Iterator[Record]:
-    """A caption and an image per row; an image may be a path, or a url whose file was downloaded.
+def _listed(cell: str) -> list[str]:
+    """The captions of a JSON list; or the one that a cell holds, which may begin with a bracket too."""
+    try:
+        found = json.loads(cell) if cell.startswith("[") else None
+    except ValueError:
+        found = None
+    return [str(caption) for caption in found] if isinstance(found, list) else [cell]
 
-    A downloaded file is found by the row's number (12.jpg or 00000012.jpg) or by the last part of the url.
-    """
+
+def _table(source: Annotations) -> Iterator[Record]:
+    """A caption and an image per row; an image may be a path, or a url whose file was downloaded."""
     header, rows = _rows(source.file)
     caption, image = (0, 1) if header is None else (
         _column(header, _CAPTION_COLUMNS, source.file),
         _column(header, _IMAGE_COLUMNS, source.file),
     )  # fmt: skip
-    downloaded: dict[str, str] | None = None
-    for number, row in enumerate(rows):
-        if len(row) <= max(caption, image):
-            continue
-        name = row[image]
-        if "://" in name:
-            if downloaded is None:
-                files = [path for path in source.images.rglob("*") if path.suffix[1:].lower() in IMAGE_EXTENSIONS]
-                downloaded = {path.stem.lstrip("0") or "0": str(path.relative_to(source.images)) for path in files}
-                downloaded |= {path.name: str(path.relative_to(source.images)) for path in files}
-            last = name.split("?", 1)[0].rstrip("/").rsplit("/", 1)[-1]
-            name = downloaded.get(str(number)) or downloaded.get(last) or name
-        yield Record(name, (row[caption],), fields={"url": row[image]} if "://" in row[image] else {})
+    whole = {number: row for number, row in enumerate(rows) if len(row) > max(caption, image)}
+    downloaded = _downloaded(source.images, {n: row[image] for n, row in whole.items() if "://" in row[image]})
+    for number, row in whole.items():
+        url = {"url": row[image]} if "://" in row[image] else {}
+        yield Record(downloaded.get(number, row[image]), (row[caption],), fields=url)
+
+
+def _downloaded(images: Path, urls: dict[int, str]) -> dict[int, str]:
+    """Files by the number of the row whose url they came from.
+
+    Downloaders name files after rows (12.jpg, 00000012.jpg) or after the last parts of urls: what explains more of
+    the files holds for all of them, since for a row whose own file is missing the other way would find another row's
+    picture. A last part that several urls share says nothing.
+    """
+    if not urls:
+        return {}
+    files = [path for path in images.rglob("*") if path.suffix[1:].lower() in IMAGE_EXTENSIONS]
+    by_number = {path.stem.lstrip("0") or "0": str(path.relative_to(images)) for path in files}
+    by_name = {path.name: str(path.relative_to(images)) for path in files}
+    last = {url: url.split("?", 1)[0].rstrip("/").rsplit("/", 1)[-1] for url in urls.values()}
+    shared = Counter(last.values())
+    if len(by_name.keys() & shared.keys()) > len(by_number.keys() & {str(n) for n in urls}):
+        return {n: by_name[last[url]] for n, url in urls.items() if last[url] in by_name and shared[last[url]] == 1}
+    return {n: by_number[str(n)] for n in urls if str(n) in by_number}
 
 
 def _folder(source: Annotations) -> Iterator[Record]:

@@ -133,6 +133,31 @@ def test_tables_with_and_without_header_paths_and_urls(corpus, tmp_path):
         assert [(r.image, *r.captions) for r in records] == [(name, c[0]) for name, c, _ in rows]
 
 
+@pytest.mark.parametrize("named", ["rows", "urls"])
+def test_a_picture_that_was_not_downloaded_is_not_replaced_by_another_one(tmp_path, named):
+    """Rows and the last parts of urls are both numbers here, and most of them are missing or shared."""
+    urls = [f"http://host/{last}.jpg" for last in (3, 9, 7, 5, 4, 6, 11)] + ["http://a/2.jpg", "http://b/2.jpg"]
+    (tmp_path / "table.tsv").write_text("".join(f"caption {row}\t{url}\n" for row, url in enumerate(urls)))
+    there = {"rows": [0, 2, 3, 5, 7], "urls": [3, 7, 4, 6, 11, 2]}[named]  # missing: 1 4 6 8, and 9 5
+    for number in there:
+        (tmp_path / f"{number}.jpg").touch()
+    records = read_records("table", Annotations(tmp_path / "table.tsv", tmp_path))
+    found = {row: r.image for row, r in enumerate(records) if "://" not in r.image}
+    rows = {"rows": {row: row for row in there}, "urls": {0: 3, 2: 7, 4: 4, 5: 6, 6: 11}}[named]
+    assert found == {row: f"{number}.jpg" for row, number in rows.items()}
+
+
+def test_marks_and_brackets_in_front(tmp_path):
+    """A byte order mark is no part of the first column's name, and not every bracket begins a JSON list."""
+    (tmp_path / "a.csv").write_text('image,caption\na.jpg,[A man] sits\na.jpg,"[""one"", ""two""]"\n', "utf-8-sig")
+    (records,) = read_records("flickr30k", Annotations(tmp_path / "a.csv", tmp_path))
+    assert records.captions == ("[A man] sits", "one", "two")
+    records, _ = read_records("table", Annotations(tmp_path / "a.csv", tmp_path))
+    assert (records.image, records.captions) == ("a.jpg", ("[A man] sits",))
+    (tmp_path / "a.json").write_text('[{"image": "a.jpg", "caption": "x"}]', "utf-8-sig")
+    assert len(read_records("annotations", Annotations(tmp_path / "a.json", tmp_path))) == 1
+
+
 def test_folders_of_text_and_of_classes(corpus, tmp_path):
     _, rows = corpus
     for i, (_, captions, image) in enumerate(rows[:10]):
@@ -268,6 +293,8 @@ def test_albefs_clean_up():
         ("annotations", "[", "expected JSON"),
         ("annotations", '[{"image": "a"}]', "entry 0: expected image and caption"),
         ("annotations", "[]", "expected records, found none"),
+        ("annotations", "null", "expected a list"),
+        ("annotations", '[{"image": 5, "caption": "x"}]', "entry 0: expected image and caption"),
         ("coco", "{}", "expected COCO captions"),
         ("karpathy", '{"images": [{}]}', "expected a Karpathy split"),
         ("flickr30k", "a,b\n", "expected a header"),
