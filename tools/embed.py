@@ -35,7 +35,7 @@ def listed(model: Model, args: argparse.Namespace) -> tuple[int, Rows]:
     """The images below a folder in the order of their names, or the lines of a file: how many, and their rows."""
     encode: Callable[[list[str], int], Tensor]
     if args.texts:
-        names, encode = Path(args.texts).read_text("utf-8").splitlines(), model.encode_text
+        names, encode = lines_of(args.texts), model.encode_text
     else:
         found = sorted(p for p in Path(args.images).rglob("*") if p.suffix.lower().lstrip(".") in IMAGE_EXTENSIONS)
         names, encode = [str(path) for path in found], model.encode_image
@@ -47,10 +47,20 @@ def listed(model: Model, args: argparse.Namespace) -> tuple[int, Rows]:
     return len(names), ((part, encode(part, size).numpy()) for part in parts)
 
 
+def lines_of(file: str) -> list[str]:
+    """The lines of a text file as wc counts them: a rarer separator inside a caption makes no row of its own."""
+    try:
+        text = Path(file).read_bytes().decode("utf-8-sig").replace("\r\n", "\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--texts: {file}: expected a file with one text a line, in UTF-8, got: {error}") from error
+    return text.removesuffix("\n").split("\n") if text else []
+
+
 def of_shards(model: Model, args: argparse.Namespace) -> tuple[int, Rows]:
     """The samples of a data set in the order of ids: how many, and their rows."""
     caption = args.caption or model.config.data.caption
-    split = EvaluationSplit(args.shards, model.config.data.model_copy(update={"caption": caption}))
+    squash = model.config.evaluation.resize == "squash"
+    split = EvaluationSplit(args.shards, model.config.data.model_copy(update={"caption": caption}), squash=squash)
 
     def rows() -> Rows:
         if args.side == "text":
@@ -70,7 +80,9 @@ def write(out: Path, total: int, width: int, rows: Rows) -> None:
     """One file or two, by the ending, batch by batch."""
     with ExitStack() as stack:
         if out.suffix == ".npy":
-            names_file = stack.enter_context(out.with_suffix(".txt").open("w", encoding="utf-8"))
+            names_file = stack.enter_context(
+                out.with_suffix(".txt").open("w", encoding="utf-8", errors="surrogateescape")
+            )
             table = np.lib.format.open_memmap(out, mode="w+", dtype=np.float32, shape=(total, width))
             done = 0
             for names, embedded in rows:

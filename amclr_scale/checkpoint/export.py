@@ -56,7 +56,7 @@ def export(path: Path, out: Path) -> Path:
         UserError: no valid checkpoint at the path, or `out` holds something already.
     """
     checkpoint = locate(path)
-    if out.exists() and any(out.iterdir()):
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"--out: expected a new or an empty folder, got {out}")
     out.mkdir(parents=True, exist_ok=True)
     state = read_state(checkpoint)

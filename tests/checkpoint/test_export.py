@@ -115,8 +115,10 @@ def test_an_exported_folder_can_be_moved(run, tmp_path):
     card = (tmp_path / "elsewhere" / "README.md").read_text()
     assert "80 samples seen (2.00 epochs of 40)" in card
     assert "| emoji/R@1 | 0.5000 |" in card
-    with pytest.raises(UserError, match="--out: expected a new or an empty folder"):
-        export(run[0], tmp_path / "elsewhere")
+    (tmp_path / "file").touch()
+    for taken in ("elsewhere", "file"):
+        with pytest.raises(UserError, match="--out: expected a new or an empty folder"):
+            export(run[0], tmp_path / taken)
 
 
 def test_transformers_reads_it(run, tmp_path):
@@ -207,13 +209,21 @@ def test_embedding_to_parquet(run, tmp_path):
     parquet = pytest.importorskip("pyarrow.parquet")
     from tools import embed
 
-    (tmp_path / "texts.txt").write_text("a\nb\nc\n")
+    texts = ["a", "", "b\u2028b\x0b\rb", "c"]  # four lines, though str.splitlines would make seven of them
+    (tmp_path / "texts.txt").write_bytes(("\n".join(texts) + "\n").encode())
     words = [str(run[0]), "--texts", str(tmp_path / "texts.txt"), "--batch-size", "2"]
     assert embed.main([*words, "--out", str(tmp_path / "rows.parquet")]) == 0
     table = parquet.read_table(tmp_path / "rows.parquet").to_pydict()
-    assert table["name"] == ["a", "b", "c"]
-    want = amclr_scale.load(run[0]).encode_text(["a", "b", "c"])
+    assert table["name"] == texts
+    want = amclr_scale.load(run[0]).encode_text(texts)
     np.testing.assert_allclose(np.array(table["embedding"]), want.numpy(), atol=1e-6)
+
+
+def test_a_file_of_texts_that_is_missing_is_told(run, tmp_path, capsys):
+    from tools import embed
+
+    assert embed.main([str(run[0]), "--texts", str(tmp_path / "gone.txt"), "--out", str(tmp_path / "rows.npy")]) == 2
+    assert capsys.readouterr().err.startswith(f"--texts: {tmp_path / 'gone.txt'}: expected a file")
 
 
 def test_every_weight_is_there(run, tmp_path):
