@@ -58,8 +58,10 @@ class OnlineCLR(FullPrecision, Objective, name="onlineclr"):
         log_e, log_p = side.log_sum, -side.positive / positive_t  # (b,) each
 
         log_u_n, log_u_p = self._average(self.log_u_negative, log_e), self._average(self.log_u_positive, log_p)
-        if self.learns:
-            self.log_u_negative, self.log_u_positive = log_u_n, log_u_p
+        if self.learns:  # a step that overflows leaves no trace
+            finite = log_u_n.isfinite() & log_u_p.isfinite()
+            self.log_u_negative = torch.where(finite, log_u_n, self.log_u_negative)
+            self.log_u_positive = torch.where(finite, log_u_p, self.log_u_positive)
 
         negatives = t * (math.log(2) + log_e - log_u_n.to(log_e.dtype)).exp()
         positives = positive_t * (math.log(2) + log_p - log_u_p.to(log_p.dtype)).exp()

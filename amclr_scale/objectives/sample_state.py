@@ -7,7 +7,8 @@ holds the rows of the ids that are r modulo W, so memory is N / W, and a look-up
 column. `state_dict` holds all N rows in either layout, so a checkpoint fits any number of ranks.
 
 Where an id comes twice in a global batch, both look-ups give the old row, and the occurrence that is later in global
-batch order (rank by rank) is the one that is kept.
+batch order (rank by rank) is the one that is kept. A row that would become infinite or nan stays as it was: one step
+that overflows, and that a loss scaler skips, would otherwise be remembered for good.
 """
 
 import math
@@ -168,15 +169,19 @@ class Visit:
 
     @torch.no_grad()
     def write(self, **columns: Tensor) -> None:
-        """Set the named columns of this step's samples, (b,) or (b, width) each, on this rank and on the others."""
+        """Set the named columns of this step's samples, (b,) or (b, width) each, on this rank and on the others.
+
+        A sample of which any number is not finite keeps its row.
+        """
         state, (num_shards, shard) = self._state, self._state.shards
-        keep = _last_occurrences(self._every)
-        if num_shards > 1:
-            keep = keep[self._every[keep] % num_shards == shard]
-        rows = self._every[keep] // num_shards
         every = collectives.all_gather(
             torch.stack(list(columns.values()), dim=1)
         )  # (B, columns) or (B, columns, width)
+        keep = _last_occurrences(self._every)
+        keep = keep[every[keep].isfinite().flatten(1).all(1)]
+        if num_shards > 1:
+            keep = keep[self._every[keep] % num_shards == shard]
+        rows = self._every[keep] // num_shards
         for name, values in zip(columns, every[keep].unbind(1), strict=True):
             table: Tensor = getattr(state, name)
             table[rows.to(table.device)] = values.to(table)

@@ -223,3 +223,36 @@ def test_looking_does_not_change_the_state(name):
     objective.train()
     objective(other)
     assert any(not torch.equal(value, before[key]) for key, value in objective.state_dict().items())
+
+
+@pytest.mark.parametrize(("name", "options"), [*CONTINUED, ("amclr", {"state": "shared_mean"})])
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_a_step_that_overflows_leaves_no_trace(name, options, bad):
+    """One text that is not finite reaches the sum of every image; a loss scaler skips such a step and goes on."""
+    objective = make(name, **options)
+    objective(my_rows(global_batch(0, views=1)))
+    before = {key: value.clone() for key, value in objective.state_dict().items()}
+    overflowed = my_rows(global_batch(1, views=1))
+    overflowed.text.detach()[2] = bad
+    assert not objective(overflowed).value.isfinite()
+    for key, value in objective.state_dict().items():
+        old = before[key]
+        texts = overflowed.ids[[0, 1, 3, 4, 5, 6, 7]] if key.startswith("text_state") else []  # they met finite images
+        value[texts] = old[texts]
+        assert torch.equal(value, old), key
+
+
+def overflow_beside():
+    """The state after a visit in which sample 1 of rank 1 has a number that is not finite."""
+    state = SampleState(8, COLUMNS, layout="sharded")
+    visit = state.visit(torch.arange(2) + 2 * rank())
+    old = visit.read()
+    level = torch.tensor([1.0, torch.nan if rank() == 1 else 2.0])
+    visit.write(level=level, count=old["count"] + 1)
+    return {name: column.tolist() for name, column in state.state_dict().items()}
+
+
+def test_only_the_rows_that_overflow_stay(ranks):
+    for state in ranks(2, overflow_beside):
+        assert state["level"] == [1.0, 2.0, 1.0] + 5 * [-torch.inf]
+        assert state["count"] == 3 * [1.5] + 5 * [0.5]
