@@ -18,7 +18,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from amclr_scale.objectives.base import Layout, global_batch_size, require
+from amclr_scale.objectives.base import Layout, at_least_float32, global_batch_size, require
 from amclr_scale.objectives.sample_state import SampleState, Visit
 from amclr_scale.similarity import contrast, map_rows
 from amclr_scale.types import Embeddings
@@ -67,7 +67,8 @@ def _hinged(anchors: Tensor, keys: Tensor, temperature: Temperature, margin: flo
         expected = (weights * x.detach().scatter(1, column, 0.0)).sum(1)
         return log_g, expected
 
-    per_row = torch.as_tensor(temperature, dtype=anchors.dtype, device=anchors.device).expand(len(anchors))
+    dtype = at_least_float32(anchors).dtype  # 8 bits of 1/t would be wrong by several percent in exp(x)
+    per_row = torch.as_tensor(temperature, dtype=dtype, device=anchors.device).expand(len(anchors))
     return Centred(*map_rows(rows, anchors, keys, per_row))
 
 

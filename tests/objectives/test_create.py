@@ -107,9 +107,12 @@ def test_views_must_have_the_shape_of_their_modality():
         make("clip")(dataclasses.replace(e, text=e.text[:4]))
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_bf16_embeddings_give_float32_arithmetic(name):
-    """The value from bf16 embeddings is that of their float32 copies: nothing is computed in bf16."""
+HINGED = [(name, {"surrogate": "squared_hinge"}) for name in ("sogclr", "isogclr")]
+
+
+@pytest.mark.parametrize(("name", "options"), [*((name, {}) for name in NAMES), *HINGED])
+def test_bf16_embeddings_give_float32_arithmetic(name, options):
+    """The numbers from bf16 embeddings are those of their float32 copies: nothing is computed in bf16."""
     e = global_batch(0, views=1)
     half = {}
     for kind in (torch.bfloat16, torch.float32):
@@ -118,8 +121,11 @@ def test_bf16_embeddings_give_float32_arithmetic(name):
         full = {k: getattr(e, k).detach().float() for k in ("logit_scale", "logit_bias")}
         full |= {k: getattr(e, k).detach().float() for k in ("image_temperature", "text_temperature")}
         half[kind] = dataclasses.replace(e, **rows, **views, **full)
-    values = {kind: make(name)(x).value for kind, x in half.items()}
+    losses = {kind: make(name, **options)(x) for kind, x in half.items()}
+    values = {kind: loss.value for kind, loss in losses.items()}
     torch.testing.assert_close(values[torch.bfloat16].float(), values[torch.float32].float(), rtol=1e-5, atol=1e-6)
+    objective = {kind: loss.metrics["objective"] for kind, loss in losses.items()}  # a first step's value is constant
+    assert objective[torch.bfloat16] == pytest.approx(objective[torch.float32], rel=1e-5)
     values[torch.bfloat16].backward()
     values[torch.float32].backward()
     got, want = half[torch.bfloat16].image.grad, half[torch.float32].image.grad
