@@ -45,6 +45,10 @@ class Tracker(TorchDispatchMode):
 
     FOUND = "found"
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # nothing is compiled in here, and torch's guard against it takes longer than counting
+
     def __init__(self, device: str = "cpu", on_change: Callable[[int, int], None] | None = None):
         super().__init__()  # type: ignore[no-untyped-call]
         self.device, self.on_change = device, on_change
