@@ -20,6 +20,39 @@ class Analysed:
     against_reference: list[Comparison]
     same_batch: list[Comparison]
 
+    @property
+    def curve(self) -> list[Group]:
+        """The reference's arm at all its batch sizes."""
+        of = self.reference
+        return [] if of is None else [g for g in self.outcome.groups if (g.arm, g.variant) == (of.arm, of.variant)]
+
+
+NEAR_CHANCE = 3.0  # times what guessing scores
+FAR_BELOW_BEST = 0.1  # of the best score of the study
+FEW_STEPS = 500
+
+
+def guessing_score(study: Study, first: Analysed) -> float | None:
+    """What guessing scores, where the metric knows."""
+    chance = [value for run in study.runs if (value := first.outcome.metric.chance(run.results)) is not None]
+    return sum(chance) / len(chance) if chance and first.unit.share else None
+
+
+def hardly_trained(study: Study, first: Analysed) -> list[tuple[Group, float]]:
+    """Groups, with their scores, that a comparison can say little about: their training did not get anywhere."""
+    guessing = guessing_score(study, first)
+    means = [(group, mean.seeds.value) for group in first.outcome.groups if (mean := first.outcome.mean(group))]
+    if guessing is None or not means:
+        return []
+    least = max(NEAR_CHANCE * guessing, max(value for _, value in means) * FAR_BELOW_BEST)
+    return [(group, value) for group, value in means if value < least]
+
+
+def few_steps(study: Study) -> str:
+    """Batch sizes whose cells took few optimizer steps, in words; empty: none did."""
+    steps = {run.cell.global_batch_size: run.cell.steps for run in study.runs if run.cell.steps < FEW_STEPS}
+    return ", ".join(f"{count:,} at B = {batch:,}" for batch, count in sorted(steps.items()))
+
 
 def slug_of(metric: Metric) -> str:
     """A metric's name in file names."""

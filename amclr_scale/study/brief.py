@@ -2,8 +2,8 @@
 
 from collections.abc import Sequence
 
-from amclr_scale.study import scaling, whole_set
-from amclr_scale.study.analysis import Analysed
+from amclr_scale.study import scaling, tables, whole_set
+from amclr_scale.study.analysis import Analysed, few_steps, hardly_trained
 from amclr_scale.study.claims import scale_of
 from amclr_scale.study.comparison import Group
 from amclr_scale.study.results import Study
@@ -26,10 +26,13 @@ def brief(study: Study, question: str, analysed: Sequence[Analysed], groups: Seq
         lines.append(f"- **Scores.** {_scores(first)}")
         if first.against_reference:
             lines.append(f"- **Verdicts.** {_verdicts(first, study.margin)}")
+        lines += [f"- **Beware.** {beware}"] if (beware := _beware(study, first)) else []
+        lines += [f"- **Worth in batch size.** {worth}"] if (worth := _worth(first)) else []
     near = _near(groups)
     lines += [f"- **Gradients.** {near}"] if near else []
     speed = _speed(groups)
     lines += [f"- **Ranks.** {speed}"] if speed else []
+    lines += [f"- **Must agree.** {alike}"] if analysed and (alike := _agreement(analysed[0])) else []
     lines.append(f"- **What it cannot say.** {_cannot(study)}")
     return "\n".join(lines)
 
@@ -92,6 +95,29 @@ def _verdicts(first: Analysed, margin: float) -> str:
     return f"Margin {first.unit.margin(margin)}. {' '.join(words)}"
 
 
+def _beware(study: Study, first: Analysed) -> str:
+    """A verdict on methods that have not learned is none; a batch that took few steps may only have taken too few."""
+    words = []
+    found = [group for group, _ in hardly_trained(study, first)]
+    if found:
+        reference = ", the reference among them" if first.reference in found else ""
+        words.append(f"Hardly trained{reference}: {listed(found)}. What is said of these says little about methods.")
+    if study.held_equal == "samples" and (steps := few_steps(study)):
+        words.append(f"Few optimizer steps ({steps}): there, a low score may be too little training.")
+    return " ".join(words)
+
+
+def _worth(first: Analysed) -> str:
+    """The batch size at which the reference's arm scores what others do, where the interval has an end."""
+    words = []
+    for group in first.outcome.groups:
+        found = None if group in first.curve else first.outcome.equivalent_batch(group, first.curve)
+        if found and found.crossings and not (found.low_open and found.high_open):
+            here = f"{group.name} scores what {first.curve[0].title} does at {found.number()}"
+            words.append(f"{here} (95 %: {found.interval()})")
+    return f"{'; '.join(words)}." if words else ""
+
+
 def listed(groups: Sequence[Group]) -> str:
     """Methods, each with its batch sizes."""
     batches: dict[str, list[str]] = {}
@@ -127,6 +153,19 @@ def _speed(groups: Sequence[Group]) -> str:
         if one.ranks == most and base and (speed := scaling.ratio(one, base, per_rank=False)):
             words.append(f"{one.name} {words_of(speed, scaling.DIGITS)} times the samples/s of {base.ranks}")
     return f"On {most} ranks: {'; '.join(words)}." if words else ""
+
+
+def _agreement(first: Analysed) -> str:
+    """How far cells are apart that differ in name, or in how they were run, alone."""
+    table = tables.agreement_table(first.outcome, first.unit)
+    if not table.raw:
+        return ""
+    worst = max(table.raw, key=lambda row: float(row["largest_difference"]))
+    apart = first.unit.difference(float(worst["largest_difference"])).lstrip("+")
+    return (
+        f"{len(table.raw)} {'pair' if len(table.raw) == 1 else 'pairs'} of cells; the farthest apart on one seed: "
+        f"{worst['first']} and {worst['second']}, {apart}{' points' if first.unit.share else ''}."
+    )
 
 
 def _cannot(study: Study) -> str:

@@ -101,11 +101,10 @@ def verdicts(report: Document, study: Study, analysed: Sequence[Analysed], looks
             report.figure(figure)
 
 
-def equivalent(report: Document, first: Analysed, groups: Sequence[Group]) -> None:
+def equivalent(report: Document, first: Analysed) -> None:
     if first.reference is None:
         return
-    curve = [g for g in groups if g.arm == first.reference.arm and g.variant == first.reference.variant]
-    table = tables.equivalent_batch_table(first.outcome, curve)
+    table = tables.equivalent_batch_table(first.outcome, first.curve)
     if not table.rows:
         return
     report.say(

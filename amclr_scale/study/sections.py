@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from scipy import special
 
 from amclr_scale.study import chapters, plots, tables
-from amclr_scale.study.analysis import Analysed, analyse
+from amclr_scale.study.analysis import Analysed, analyse, few_steps, guessing_score, hardly_trained
 from amclr_scale.study.brief import LEVEL, brief, listed
 from amclr_scale.study.claims import scale_of
 from amclr_scale.study.comparison import Group, groups_of, reference_of
@@ -27,9 +27,6 @@ HELD_EQUAL = {
     "memory": "Every cell fits the same memory per device; batch sizes differ between arms.",
     "grid": "The batch that a gradient is averaged over and the number of negatives are varied apart.",
 }
-FEW_STEPS = 500
-NEAR_CHANCE = 3.0  # times what guessing scores
-FAR_BELOW_BEST = 0.1  # of the best score of the study
 
 
 def compose(study: Study, discussion: str | None = None) -> Document:
@@ -52,7 +49,7 @@ def compose(study: Study, discussion: str | None = None) -> Document:
             report.say("## Discussion", _demoted(discussion))
         chapters.scores(report, study, analysed, looks)
         chapters.verdicts(report, study, analysed, looks)
-        chapters.equivalent(report, first, groups)
+        chapters.equivalent(report, first)
         chapters.costs(report, study, first, groups, looks)
         chapters.over_ranks(report, groups)
         chapters.training(report, first, groups, looks)
@@ -131,11 +128,10 @@ def _answer(report: Document, study: Study, first: Analysed, looks: Looks) -> No
     report.figure(
         plots.score_by_batch(first.outcome, first.unit, looks, f"by_batch_{first.slug}", first.reference, study.margin)
     )
-    chance = [value for run in study.runs if (value := first.outcome.metric.chance(run.results)) is not None]
-    guessing = sum(chance) / len(chance) if chance and first.unit.share else None
+    guessing = guessing_score(study, first)
     if guessing is not None:
         report.say(f"Guessing scores {100 * guessing:.2g} %.")
-    report.say(_hardly_learned(first, guessing))
+    report.say(_hardly_trained(study, first))
 
 
 def _detectable(first: Analysed) -> str:
@@ -154,13 +150,8 @@ def _detectable(first: Analysed) -> str:
     )
 
 
-def _hardly_learned(first: Analysed, guessing: float | None) -> str:
-    """Groups that a comparison can say little about, because their training did not get anywhere."""
-    means = [(group, mean.seeds.value) for group in first.outcome.groups if (mean := first.outcome.mean(group))]
-    if guessing is None or not means:
-        return ""
-    least = max(NEAR_CHANCE * guessing, max(value for _, value in means) * FAR_BELOW_BEST)
-    found = [(group, value) for group, value in means if value < least]
+def _hardly_trained(study: Study, first: Analysed) -> str:
+    found = hardly_trained(study, first)
     if not found:
         return ""
     words = [
@@ -198,11 +189,10 @@ def _limits(report: Document, study: Study, analysed: Sequence[Analysed]) -> Non
     seeds = {cell.seed for cell in study.cells}
     if len(seeds) < 5:
         lines.append(f"- {len(seeds)} seeds; five or more are customary, and the verdict tables say how many would do.")
-    steps = {run.cell.global_batch_size: run.cell.steps for run in study.runs if run.cell.steps < FEW_STEPS}
+    steps = few_steps(study)
     if steps:
-        words = ", ".join(f"{count:,} at B = {batch:,}" for batch, count in sorted(steps.items()))
         lines.append(
-            f"- Few optimizer steps ({words}): a large batch may score less because it has taken too few steps, not "
+            f"- Few optimizer steps ({steps}): a large batch may score less because it has taken too few steps, not "
             "because of its negatives."
         )
     costs = {run.cell.title for run in study.runs if (run.cell.encoder_cost or 1) > 1}

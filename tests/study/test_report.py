@@ -300,6 +300,23 @@ def test_ranks_speed_up_a_recipe_and_are_held_to_the_same_scores(tmp_path):
     assert {row["why"] for row in tables["agreement"]} == {"one recipe, run in two ways"}
     claims = {row["id"]: row["measured_here"] for row in tables["claims"]}
     assert "CLIP, B = 256: 2 ranks 1.76 [1.72, 1.80] times the samples/s of 1" in claims["C17"]
+    apart = max(100 * row["largest_difference"] for row in tables["agreement"])
+    assert re.search(rf"- \*\*Must agree\.\*\* 18 pairs of cells;.*, {apart:.2f} points\.\n", composed.markdown)
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_the_head_says_which_batch_size_a_method_is_worth(tmp_path):
+    folder = make_study(tmp_path / "s", arms=("clip", "dcl"), batches=(128, 512, 2048), noise=0.0005, items=False)
+    composed = compose(read_study(folder))
+    head = composed.markdown.partition("## In brief")[2].partition("## Question and design")[0]
+    [rows] = [one.raw for one in composed.tables if one.name == "equivalent_batch"]
+    known = [row for row in rows if row["crossings"] and not (row["low_open"] and row["high_open"])]
+    assert known
+    for row in known:
+        batches = (
+            f"DCL, B = {row['global_batch_size']:,} scores what CLIP does at {float(row['crossings']):,.0f} (95 %: "
+        )
+        assert batches in head.partition("**Worth in batch size.**")[2]
 
 
 def test_a_study_without_a_finished_cell_has_a_report(tmp_path):
@@ -340,6 +357,8 @@ def test_a_reference_that_has_hardly_learned_is_pointed_out(tmp_path, monkeypatc
     text = compose(read_study(folder)).markdown
     assert "**Hardly trained**: CLIP, B = 128 (0.7 % after 64 steps)" in text
     assert "**The reference is among them**" in text
+    head = text.partition("## In brief")[2].partition("## Question and design")[0]
+    assert "- **Beware.** Hardly trained, the reference among them: CLIP (B = 128)." in head
 
 
 @pytest.mark.usefixtures("undrawn")
