@@ -70,12 +70,12 @@ def encode(path: Path, encoding: Encoding) -> tuple[str, bytes, tuple[int, int]]
     """
     try:
         data = path.read_bytes()
-    except OSError as error:
-        raise BadSampleError("no such image", str(error.strerror)) from error
+    except (OSError, ValueError) as error:  # ValueError: a name that no file can have
+        raise BadSampleError("no such image", str(error)) from error
     extension = path.suffix[1:].lower()
     opened = Sample({extension: data}, schema.Data().max_image_pixels, 1).image()
     size, known = opened.size, {"JPEG": "jpg", "PNG": "png", "WEBP": "webp", "PPM": "ppm", "BMP": "bmp"}
-    extension = known.get(opened.format or "", extension)
+    extension = known.get(opened.format or "", "jpg" if extension == "jpeg" else extension)
     picture = decode(opened)
     shrink = encoding.resize is not None and min(size) > encoding.resize
     if not shrink and encoding.form in ("keep", extension):
@@ -98,7 +98,7 @@ def write_shard(job: Job) -> tuple[int, int]:
     if path.is_file() and rejects_path.is_file():
         rejected = len(rejects_path.read_text().splitlines())
         return len(job.records) - rejected, rejected
-    partial = job.out / f".{path.name}.{os.getpid()}"
+    partial = job.out / f".{path.name}.{os.getpid()}"  # `check_plan` removes what an interrupted run has left
     rejects, row = list[str](), 0
     with tarfile.open(partial, "w", format=tarfile.PAX_FORMAT) as tar:
         for source_row, record in job.records:
@@ -153,6 +153,8 @@ def check_plan(out: Path, plan: dict[str, Any]) -> None:
     if file.is_file() and json.loads(file.read_text()) != plan:
         raise UserError(f"--out: {out} holds shards made with other arguments ({file}); choose an empty folder")
     file.write_text(json.dumps(plan, indent=1) + "\n")
+    for left in out.glob(".*.tar.*"):
+        left.unlink()
 
 
 def main() -> None:

@@ -26,10 +26,11 @@ from torch import Tensor
 
 from amclr_scale.config import schema
 from amclr_scale.data.command_line import run_command
-from amclr_scale.data.decoding import BadSampleError, Field, Sample
+from amclr_scale.data.decoding import BadSampleError, Field, Sample, check_whole
 from amclr_scale.data.index import Index
 from amclr_scale.data.indexing import open_index
 from amclr_scale.data.paraphrases import ParaphraseReader, paraphrase_file, write_paraphrases
+from amclr_scale.data.tokenizers import well_formed
 from amclr_scale.errors import UserError
 from amclr_scale.torchvision_ops import import_torchvision
 
@@ -116,9 +117,11 @@ def captions_of(index: Index, shard: int, field: Field) -> Iterator[str | None]:
     limits = schema.Data()
     reader = index.reader(shard)
     for row in range(index.shards[shard].num_samples):
-        members = reader.read(row, frozenset({field.member}))
         try:
-            yield Sample(members, limits.max_image_pixels, limits.max_caption_characters).captions(field)[0]
+            check_whole(reader, row)
+            members = reader.read(row, frozenset({field.member}))
+            sample = Sample(members, limits.max_image_pixels, limits.max_caption_characters)
+            yield well_formed(sample.captions(field)[0])
         except BadSampleError:
             yield None
 

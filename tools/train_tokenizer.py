@@ -10,15 +10,17 @@ does not: its entries follow the order of a hash map.)
 import argparse
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from amclr_scale.config import schema
 from amclr_scale.data.command_line import run_command
-from amclr_scale.data.decoding import BadSampleError, Field, Sample
+from amclr_scale.data.decoding import BadSampleError, Field, Sample, check_whole
 from amclr_scale.data.index import Index
 from amclr_scale.data.indexing import open_index
+from amclr_scale.data.tokenizers import well_formed
 
 SPECIAL = ["[PAD]", "[CLS]", "[SEP]"]
 
@@ -29,12 +31,12 @@ def captions_of(index: Index, fields: list[Field], limits: schema.Data) -> Itera
     for shard, entry in enumerate(index.shards):
         reader = index.reader(shard)
         for row in range(entry.num_samples):
-            sample = Sample(reader.read(row, wanted), limits.max_image_pixels, limits.max_caption_characters)
-            for field in fields:
-                try:
-                    yield from sample.captions(field)
-                except BadSampleError:
-                    continue
+            with suppress(BadSampleError):
+                check_whole(reader, row)
+                sample = Sample(reader.read(row, wanted), limits.max_image_pixels, limits.max_caption_characters)
+                for field in fields:
+                    with suppress(BadSampleError):
+                        yield from map(well_formed, sample.captions(field))
 
 
 def train(captions: Counter[str], entries: int) -> Tokenizer:

@@ -119,14 +119,18 @@ class ShardReader:
         """Extension -> bytes of those members of a sample that are there and wanted.
 
         Raises:
-            ChangedShardError: a header is not the one that was indexed.
+            ChangedShardError: a header is not the one that was indexed, or the file ends before.
+            UserError: the file cannot be read any more.
         """
         found = self.members.of_row(row)
         return {extension: self._member(row, *found[extension]) for extension in found if extension in wanted}
 
     def _member(self, row: int, offset: int, size: int, header: int) -> bytes:
-        data = os.pread(self._file, BLOCK + size, offset - BLOCK)
-        if zlib.crc32(data[:BLOCK]) != header:
+        try:
+            data = os.pread(self._file, BLOCK + size, offset - BLOCK)
+        except OSError as error:  # a file server that went away
+            raise UserError(f"{self.url}: sample {row} cannot be read: {error.strerror or error}") from error
+        if len(data) != BLOCK + size or zlib.crc32(data[:BLOCK]) != header:
             raise ChangedShardError(
                 f"{self.url}: sample {row} is not where the index says: the shard has changed since it was indexed; "
                 "restore it, or index the shards again and start a new run"

@@ -3,6 +3,7 @@
 import gzip
 import json
 import multiprocessing
+import os
 import shutil
 from pathlib import Path
 
@@ -171,6 +172,15 @@ def test_a_shard_of_the_same_size_but_other_content_is_refused_when_it_is_read(t
     write_shards(tmp_path, [3, 2])
     index = open_index(settings(str(write_own_index(tmp_path))))
     write_tar(tmp_path / "00000.tar", [m for i in (2, 1, 0) for m in pair(i)])
+    with pytest.raises(ChangedShardError, match="has changed since it was indexed"):
+        captions(index)
+
+
+def test_a_shard_that_is_cut_while_it_is_read_is_refused(tmp_path):
+    write_shards(tmp_path, [3])
+    index = open_index(settings(str(write_own_index(tmp_path))))
+    offset, size, _ = index.reader(0).members.of_row(2)["txt"]
+    os.truncate(tmp_path / "00000.tar", offset + size - 3)  # its header is there, and most of the caption
     with pytest.raises(ChangedShardError, match="has changed since it was indexed"):
         captions(index)
 

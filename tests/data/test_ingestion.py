@@ -1,6 +1,7 @@
 """Real conversions: the embedded corpus, written out in each format of the field, comes back as it was."""
 
 import csv
+import io
 import json
 import os
 import subprocess
@@ -236,6 +237,31 @@ def test_pairs_share_an_image_id_and_rejects_are_listed(corpus, tmp_path):
     split = EvaluationSplit(str(out), data)
     assert len(split.image_ids.unique()) == 17
     assert sum("\ufffd" in caption for caption in split.captions) == 1
+
+
+def test_a_picture_of_a_kind_that_its_name_does_not_say(tmp_path):
+    """Cameras write several pictures into one .jpeg, and the web calls a GIF so."""
+    from tools.make_shards import Encoding, encode
+
+    Image.new("RGB", (40, 20), "red").save(
+        tmp_path / "a.jpeg", "MPO", save_all=True, append_images=[Image.new("L", (4, 4))]
+    )
+    Image.new("P", (40, 20)).save(tmp_path / "b.jpeg", "GIF")
+    for name in ("a.jpeg", "b.jpeg"):
+        extension, data, size = encode(tmp_path / name, Encoding(10, "keep", 95, clean=False))
+        assert (extension, size, Image.open(io.BytesIO(data)).format) == ("jpg", (20, 10), "JPEG")
+
+
+def test_what_an_interrupted_run_has_left_goes(tmp_path):
+    from tools.make_shards import check_plan
+
+    check_plan(tmp_path, {"records": 1})
+    for name in (".00000.tar.1234", "00001.tar"):
+        (tmp_path / name).touch()
+    check_plan(tmp_path, {"records": 1})
+    assert {path.name for path in tmp_path.glob("*.tar*")} | {path.name for path in tmp_path.glob(".*")} == {
+        "00001.tar"
+    }
 
 
 def test_clip_benchmarks_layout_round_trips(corpus, tmp_path):
