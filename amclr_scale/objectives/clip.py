@@ -17,7 +17,8 @@ Two controls of the batch-size study are the same loss over other sets:
                   with g = B / W, what contrasting inside each rank does; in between, the grouped aggregation of
                   M2-Encoder (Guo et al., 2024, arXiv:2401.15896). g counts pairs, not ranks: the recipe alone decides.
 
-Numerics: log-sum-exp in float32 over blocks of similarities; mean_j l_ij needs only the mean key.
+Numerics: log-sum-exp in float32 over blocks of similarities, centred on the positive before the division by t, so a
+loss of 1e-6 at t = 0.01 keeps its digits, and so does the temperature's gradient; mean_j l_ij needs only the mean key.
 """
 
 from collections.abc import Mapping
@@ -79,16 +80,15 @@ class CLIP(Objective, name="clip"):
         return Loss(loss, numbers(objective=loss, temperature=t))
 
     def _pairing(self, image: Tensor, text: Tensor, t: Tensor | float, negatives: Negatives) -> Tensor:
-        both = contrast(image, text, temperature=t, negatives=negatives)
+        both = contrast(image, text, temperature=t, centred=True, negatives=negatives)
         smoothing = self.config.label_smoothing
         if not smoothing:
-            return softmax_loss(both, t)
+            return softmax_loss(both)
         x, y = at_least_float32(image), at_least_float32(text)
         mean_image = (x * column_mean(y, negatives=negatives)).sum(1)  # (b,), over all keys
         mean_text = (y * column_mean(x, negatives=negatives)).sum(1)
-        image_loss = both.image.log_sum - ((1 - smoothing) * both.image.positive + smoothing * mean_image) / t
-        text_loss = both.text.log_sum - ((1 - smoothing) * both.text.positive + smoothing * mean_text) / t
-        return (image_loss + text_loss).mean() / 2
+        spread = (2 * both.image.positive - mean_image - mean_text) * smoothing / t  # (b,), of both directions
+        return softmax_loss(both) + spread.mean() / 2
 
 
 def groups(rows: Tensor, size: int | None) -> tuple[list[slice], Negatives]:
@@ -118,11 +118,9 @@ def groups(rows: Tensor, size: int | None) -> tuple[list[slice], Negatives]:
     return [slice(None)], size // b
 
 
-def softmax_loss(both: Contrast, temperature: Tensor | float) -> Tensor:
-    """The value above without smoothing, from its statistics: a tensor (), this rank's mean."""
-    image_loss = both.image.log_sum - both.image.positive / temperature
-    text_loss = both.text.log_sum - both.text.positive / temperature
-    return (image_loss + text_loss).mean() / 2
+def softmax_loss(both: Contrast) -> Tensor:
+    """The value above without smoothing, from centred statistics: a tensor (), this rank's mean."""
+    return (both.image.log_sum + both.text.log_sum).mean() / 2
 
 
 def check_temperature(temperature: float | None) -> None:

@@ -58,8 +58,8 @@ class CyCLIP(Objective, name="cyclip"):
     def forward(self, embeddings: Embeddings) -> Loss:
         config, image, text = self.config, embeddings.image, embeddings.text
         t = learned_temperature(embeddings, config.temperature)
-        both = contrast(image, text, temperature=t)
-        contrastive = softmax_loss(both, t)
+        both = contrast(image, text, temperature=t, centred=True)
+        contrastive = softmax_loss(both)
         if config.inmodal:
             among_images = _cross_entropy(image, embeddings.image_views[0], t)
             among_texts = _cross_entropy(text, embeddings.text_views[0], t)
@@ -70,8 +70,7 @@ class CyCLIP(Objective, name="cyclip"):
 
 
 def _cross_entropy(anchors: Tensor, keys: Tensor, temperature: Tensor | float) -> Tensor:
-    side = contrast(anchors, keys, temperature=temperature).image
-    return (side.log_sum - side.positive / temperature).mean()
+    return contrast(anchors, keys, temperature=temperature, centred=True).image.log_sum.mean()
 
 
 def cyclic_sum(image: Tensor, text: Tensor, lambda_in: float, lambda_cross: float) -> Tensor:

@@ -39,9 +39,8 @@ def geometry(image: Tensor, text: Tensor) -> dict[str, float]:
 @torch.no_grad()
 def npc_multiplier(image: Tensor, text: Tensor, temperature: Tensor | float) -> dict[str, float]:
     """Mean over pairs and directions of 1 - P_ii, P the softmax over the global batch at this temperature."""
-    both = contrast(image, text, temperature=temperature)
-    of_image = -(both.image.positive / temperature - both.image.log_sum).expm1()  # (b,)
-    of_text = -(both.text.positive / temperature - both.text.log_sum).expm1()
+    both = contrast(image, text, temperature=temperature, centred=True)
+    of_image, of_text = -(-both.image.log_sum).expm1(), -(-both.text.log_sum).expm1()  # (b,) each
     return numbers(npc_multiplier=column_mean(((of_image + of_text) / 2)[:, None]).squeeze())
 
 

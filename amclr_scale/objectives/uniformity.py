@@ -52,8 +52,8 @@ class Uniformity(Objective, name="uniformity"):
     def forward(self, embeddings: Embeddings) -> Loss:
         config, image, text = self.config, embeddings.image, embeddings.text
         t = learned_temperature(embeddings, config.temperature)
-        both = contrast(image, text, temperature=t)
-        clip = softmax_loss(both, t)
+        both = contrast(image, text, temperature=t, centred=True)
+        clip = softmax_loss(both)
         align = (2 - 2 * both.image.positive).mean()
         uniform = (log_mean_potential(image, image) + log_mean_potential(text, text)) / 2
         cross = log_mean_potential(image, text)
