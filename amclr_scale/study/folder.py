@@ -6,7 +6,7 @@
     attempts.jsonl   one line per attempt at a cell
     running.json     the cells that run now and since when; what a killed study left there is an attempt too
     rates.json       samples per second by variant, from a pilot (held_equal wall_clock)
-    logs/CELL.log    its console
+    logs/CELL.log    its console; CELL.attempts.jsonl: what a job array's task tried
     runs/CELL/       its run folder
 
 Cells run from config.yaml, not from the file that the plan names: editing that file changes nothing half-way. Imports

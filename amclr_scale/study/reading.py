@@ -7,13 +7,14 @@ The folder is the one `launch/study.py` makes:
     runs/CELL/           run folders of launch/train.py
     attempts.jsonl       one line per attempt at a cell
     logs/CELL.log        its console
+    logs/CELL.attempts.jsonl  attempts of a job array's task
 
 A cell counts as finished when its run has an evaluation.json and config.yaml begins with the cell's recipe hash.
 Nothing is guessed: what a file does not say is None.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,7 @@ def read_study(folder: Path) -> Study:
             f"{folder / 'cells.json'}: expected the cells of a study as launch/study.py writes them, got: "
             f"{type(error).__name__} {error}"
         ) from error
-    attempts = _attempts(folder / "attempts.jsonl")
+    attempts = _attempts([folder / "attempts.jsonl", *sorted(folder.glob("logs/*.attempts.jsonl"))])
     runs: list[Run] = []
     missing: list[Missing] = []
     found: Run | Missing
@@ -80,17 +81,17 @@ def _metric(entry: Any) -> Metric:
     return Metric(str(entry["name"]), tuple(entry["keys"]))
 
 
-def _attempts(path: Path) -> dict[str, list[dict[str, Any]]]:
-    """Attempts by cell, in order. A line that was cut off by a kill is left out."""
+def _attempts(paths: Iterable[Path]) -> dict[str, list[dict[str, Any]]]:
+    """Attempts by cell, in order of time. A line that was cut off by a kill is left out."""
     found: dict[str, list[dict[str, Any]]] = {}
-    lines = path.read_text("utf-8", errors="replace").splitlines() if path.exists() else []
-    for line in lines:
-        try:
-            attempt = json.loads(line)
-            found.setdefault(attempt["cell"], []).append(attempt)
-        except (ValueError, KeyError, TypeError):
-            continue
-    return found
+    for path in paths:
+        for line in path.read_text("utf-8", errors="replace").splitlines() if path.exists() else []:
+            try:
+                attempt = json.loads(line)
+                found.setdefault(attempt["cell"], []).append(attempt)
+            except (ValueError, KeyError, TypeError):
+                continue
+    return {cell: sorted(tried, key=lambda one: one.get("started") or 0) for cell, tried in found.items()}
 
 
 def _read_run(folder: Path, cell: Cell, metrics: tuple[Metric, ...], attempts: list[dict[str, Any]]) -> Run | Missing:

@@ -1,7 +1,8 @@
 """A study as SLURM job arrays: a script, and a file with one command line per cell that is not finished.
 
-Cells on the same number of ranks are one array. Nothing is submitted. Every task runs one cell and goes on by itself
-after preemption and at the time limit, as launch/cluster/train.sbatch does.
+A line is the cell's name and the words of its run. Cells on the same number of ranks are one array. Nothing is
+submitted. Every task runs one cell and goes on by itself after preemption and at the time limit, as
+launch/cluster/train.sbatch does.
 """
 
 import shlex
@@ -37,13 +38,21 @@ set -u
 MOST_STARTS=50
 TASK=${{SLURM_ARRAY_JOB_ID}}_${{SLURM_ARRAY_TASK_ID}}
 eval "set -- $(sed -n "${{SLURM_ARRAY_TASK_ID}}p" {commands})"
+CELL=$1
+shift
 export MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 export MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))
 export TORCH_EXTENSIONS_DIR=${{TMPDIR:-/tmp}}/torch_extensions_$SLURM_JOB_ID # a killed compile leaves a lock
 
 cd {root} || exit 1
+started=$(date +%s)
 srun --kill-on-bad-exit=1 .venv/bin/python launch/train.py "$@"
 code=$?
+case $code in 0) status=done ;; 75) status=interrupted ;; *) status=failed ;; esac
+# each cell has a file of its own: lines that several nodes append to one file may be lost
+printf '{{"cell": "%s", "started": %d, "seconds": %d, "exit_code": %d, "status": "%s", "message": "%s"}}\n' \
+    "$CELL" "$started" "$(($(date +%s) - started))" "$code" "$status" "logs/{name}-$TASK.out" \
+    >> {quoted_logs}/"$CELL".attempts.jsonl
 if [ "$code" -ne 0 ] && [ "$code" -ne 2 ] && [ "${{SLURM_RESTART_COUNT:-0}}" -lt "$MOST_STARTS" ]; then
     scontrol requeue "$TASK"
 fi
@@ -73,7 +82,7 @@ def write_jobs(plan: StudyPlan, folder: StudyFolder, cells: Sequence[Planned], t
         name = plan.name if len(alike) == 1 else f"{plan.name}-ranks{ranks}"
         script, commands = (target.absolute() / f"{name}.{kind}" for kind in ("sbatch", "commands"))
         written[script] = _script(plan, folder, name, members, script, commands)
-        written[commands] = "".join(f"{shlex.join(cell_words(plan, folder, cell))}\n" for cell in members)
+        written[commands] = "".join(f"{shlex.join([cell.name, *cell_words(plan, folder, cell)])}\n" for cell in members)
     try:
         target.mkdir(parents=True, exist_ok=True)
         for path, text in written.items():
@@ -90,8 +99,9 @@ def _script(
     tasks = min(ranks, plan.execution.ranks_per_node)
     if ranks % tasks:
         raise UserError(f"execution.ranks: expected a multiple of execution.ranks_per_node = {tasks}, got {ranks}")
+    logs = folder.logs.absolute()
     return SCRIPT.format(
         name=name, commands=shlex.quote(str(commands)), script=shlex.quote(str(script)), cells=len(cells),
-        nodes=ranks // tasks, tasks=tasks, logs=folder.logs.absolute(), root=shlex.quote(str(ROOT)),
+        nodes=ranks // tasks, tasks=tasks, logs=logs, quoted_logs=shlex.quote(str(logs)), root=shlex.quote(str(ROOT)),
         gpus=f"#SBATCH --gpus-per-node={tasks}\n" if plan.execution.device == "cuda" else "",
     )  # fmt: skip

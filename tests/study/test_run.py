@@ -27,6 +27,7 @@ from amclr_scale.study.pilot import rate
 from amclr_scale.study.plan import StudyPlan
 from amclr_scale.study.preview import hours
 from amclr_scale.study.progress import Rates, duration
+from amclr_scale.study.reading import read_study
 from amclr_scale.study.run import Runner, command, devices
 from amclr_scale.study.slurm import write_jobs
 from tests.study.fake_study import fake_command, run_fakes
@@ -292,7 +293,7 @@ def test_a_job_array_gives_every_task_the_words_of_its_cell(tmp_path: Path) -> N
     reads = next(line for line in text.splitlines() if line.startswith("eval"))
     read = ["bash", "-c", f'SLURM_ARRAY_TASK_ID=3\n{reads}\nprintf "%s\\n" "$@"']
     found = subprocess.run(read, check=True, capture_output=True, text=True).stdout.splitlines()
-    assert found == run_module.cell_words(plan, folder, cells[2])
+    assert found == [cells[2].name, *run_module.cell_words(plan, folder, cells[2])]
     assert "data.image_view={amclr: 1.0, crop_scale: [1, 1], flip: 0}" in found
     assert shlex.join(found) in (tmp_path / "jobs" / "tiny.commands").read_text()
 
@@ -358,6 +359,12 @@ def test_a_real_cell_begins_in_a_job_array_ends_under_torchrun_and_is_reported(t
         "task 2, start 0: 1, requeued 400_2",
         "task 2, start 1: 0, left",
     ], ran.stdout + ran.stderr
+    clip, dcl = read_study(plan.place).missing
+    assert (clip.cell.cell, clip.status, clip.message) == ("clip-B32-s0", "failed", "logs/tiny-400_1.out")
+    assert (dcl.cell.cell, dcl.status) == ("dcl-B32-s0", "failed")  # its second start ended well, and left nothing
+    tried = (plan.place / "logs" / "clip-B32-s0.attempts.jsonl").read_text().splitlines()
+    assert [json.loads(line)["status"] for line in tried] == ["interrupted", "failed"]
+    assert json.loads(tried[0])["seconds"] >= 1
     study = [sys.executable, str(ROOT / "launch" / "study.py"), str(tmp_path / "tiny.yaml"), *words, f"words=[{short}]"]
     here = [f"folder={plan.place}", "batch_sizes=[32]", "execution.launcher=torchrun", "--cells", "clip-*"]
     done = launch(*study, *here)
@@ -370,4 +377,7 @@ def test_a_real_cell_begins_in_a_job_array_ends_under_torchrun_and_is_reported(t
     assert len(json.loads((run / "environment.json").read_text())["resumed"]) == 1
     assert [one["step"] for one in folder.records("clip-B32-s0")] == [1, 2]
     assert listed["metrics"][0]["keys"][0] in json.loads((run / "evaluation.json").read_text())
-    assert "| dcl-B32-s0 | not run | - |" in (plan.place / "report" / "report.md").read_text()
+    assert (
+        "| dcl-B32-s0 | failed | its last attempt ended well, but there is no evaluation.json |"
+        in (plan.place / "report" / "report.md").read_text()
+    )
