@@ -111,13 +111,20 @@ def two_states(
 ) -> tuple[SampleState, SampleState]:
     """The tables of images and of texts."""
     image = SampleState(num_samples, columns, width=width, layout=layout)
-    text = SampleState(num_samples if num_texts is None else num_texts, columns, width=width, layout=layout)
-    return image, text
+    num_texts = num_samples if num_texts is None else num_texts
+    return image, SampleState(num_texts, columns, width=width, layout=layout, of_texts=True)
 
 
 def two_visits(embeddings: Embeddings, image: SampleState, text: SampleState) -> tuple[Visit, Visit]:
     """The step's rows of both tables; texts go by `text_ids` where an image has several captions."""
     assert embeddings.ids is not None, "Objective.__call__ refuses this"
+    require(
+        embeddings.text_ids is not None or image.num_samples == text.num_samples,
+        "embeddings.text_ids",
+        f"ids of the texts, of which there are {text.num_samples} for {image.num_samples} images",
+        None,
+        fix="give them, or leave num_texts out",
+    )
     text_ids = embeddings.ids if embeddings.text_ids is None else embeddings.text_ids
     device, dtype = embeddings.image.device, embeddings.image.dtype
     return image.visit(embeddings.ids.to(device), dtype), text.visit(text_ids.to(device), dtype)

@@ -32,7 +32,13 @@ class SampleState(FullPrecision):
     """
 
     def __init__(
-        self, num_samples: int, columns: Mapping[str, float], *, width: int = 0, layout: Layout = "auto"
+        self,
+        num_samples: int,
+        columns: Mapping[str, float],
+        *,
+        width: int = 0,
+        layout: Layout = "auto",
+        of_texts: bool = False,
     ) -> None:
         """Start every row with the initial values.
 
@@ -41,13 +47,16 @@ class SampleState(FullPrecision):
             columns: name -> initial value.
             width: 0 for one number per column, (N,); otherwise that many, (N, width).
             layout: see `objectives.create`.
+            of_texts: the rows are texts, N is num_texts, and ids are text_ids: what errors call them.
 
         Raises:
             UserError: (a ValueError) num_samples is not positive.
         """
         super().__init__()
+        self.of_texts = of_texts
         if num_samples < 1:
-            raise UserError(f"num_samples: expected the size of the data set, got {num_samples}")
+            size = "num_texts: expected the number of texts" if of_texts else "num_samples: expected the size"
+            raise UserError(f"{size} of the data set, got {num_samples}")
         self.num_samples, self.columns = num_samples, dict(columns)
         self._transport: torch.device | None = None  # where tensors can cross ranks, if the table lies elsewhere
         if layout == "auto":
@@ -83,9 +92,14 @@ class SampleState(FullPrecision):
         every = collectives.all_gather(ids)  # (B,)
         outside = (every < 0) | (every >= self.num_samples)
         if outside.any():
+            ids_are, size_is, fix = (
+                ("text_ids", "num_texts", "set num_texts to the number of texts")
+                if self.of_texts
+                else ("ids", "num_samples", "ids are positions in the data set")
+            )
             raise UserError(
-                f"ids: expected ids from 0 to {self.num_samples - 1} (num_samples = {self.num_samples}), "
-                f"got {every[outside][0].item()}; ids are positions in the data set"
+                f"{ids_are}: expected ids from 0 to {self.num_samples - 1} ({size_is} = {self.num_samples}), "
+                f"got {every[outside][0].item()}; {fix}"
             )
         if dtype == torch.float64:
             self._widen()

@@ -1,5 +1,7 @@
 """Per-sample state: the same numbers replicated or sharded, saved once and loaded on any number of ranks."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -83,8 +85,6 @@ def test_an_id_outside_the_data_set_is_named_on_every_rank(ranks):
 
 
 def come_unevenly(name):
-    from dataclasses import replace
-
     e = my_rows(global_batch(0, views=1))
     if rank() == 1:
         rows = {k: getattr(e, k)[:2] for k in ("image", "text", "ids")}
@@ -101,8 +101,6 @@ def test_uneven_ranks_are_refused(ranks):
 
 def test_ids_must_fit_the_rows():
     e = my_rows(global_batch(0))
-    from dataclasses import replace
-
     for ids, message in (
         (None, r"embeddings\.ids: sogclr keeps state per sample"),
         (e.ids[:3], r"embeddings\.ids: expected \(8,\) torch\.int64, got \(3,\)"),
@@ -114,8 +112,6 @@ def test_ids_must_fit_the_rows():
 
 def test_texts_have_ids_of_their_own():
     """Two captions of one image keep separate text states; the image's is that of the later one."""
-    from dataclasses import replace
-
     objective = make("sogclr", num_texts=50)
     e = my_rows(global_batch(0))
     ids = torch.arange(8) // 2
@@ -128,6 +124,19 @@ def test_texts_have_ids_of_their_own():
     torch.testing.assert_close(
         objective.image_state.log_u[:4], alone.image_state.log_u[global_batch(0).ids[1::2]], rtol=0, atol=0
     )
+
+
+def test_mistakes_with_text_ids_name_them():
+    e = my_rows(global_batch(0))
+    with pytest.raises(
+        ValueError, match=r"text_ids: expected ids from 0 to 19 \(num_texts = 20\), got 47; set num_texts"
+    ):
+        make("sogclr")(replace(e, text_ids=torch.arange(8).flip(0) + 40))
+    with pytest.raises(
+        ValueError, match=r"embeddings\.text_ids: expected ids of the texts, .* 50 for 20 images, got None"
+    ):
+        make("sogclr", num_texts=50)(e)
+    make("sogclr", num_texts=NUM_SAMPLES)(e)
 
 
 CONTINUED = [

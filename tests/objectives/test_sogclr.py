@@ -69,7 +69,7 @@ def test_gamma_falls_from_one_along_a_cosine_by_whole_epochs():
         ({"gamma": 1.1}, "gamma: expected a weight"),
         ({"gamma_schedule": "cosine"}, "gamma_epochs: expected a positive number of epochs"),
         ({"temperature": -1.0}, "temperature: expected a positive number"),
-        ({"num_texts": 0}, "num_samples: expected the size"),
+        ({"num_texts": 0}, "num_texts: expected the number of texts"),
     ],
 )
 def test_options_are_checked(options, message):
