@@ -2,414 +2,54 @@
 
 A configuration has two halves. The *recipe* (`seed data model objective optimizer train evaluation`) says what is
 computed; `execution` and `run` say how, where and how loudly. Changing only the second half does not change the
-numbers beyond rounding. The global batch size is the only batch size in the recipe.
+numbers beyond rounding. The global batch size is the only batch size in the recipe. Its parts are in `recipe` and
+`execution`, and everything is imported from here.
 """
 
-from typing import Annotated, Any, Literal
+from typing import Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import Field
 
-Fraction = Annotated[float, Field(ge=0, le=1)]
-Positive = Annotated[int, Field(gt=0)]
-PositiveNumber = Annotated[float, Field(gt=0)]
-# a list, or its words with commas between them, as a command line has them
-Words = Annotated[list[str], BeforeValidator(lambda v: [w.strip() for w in v.split(",")] if isinstance(v, str) else v)]
+from amclr_scale.config.execution import BatchProbe, Checkpoint, Execution, Run, Similarity
+from amclr_scale.config.recipe import (
+    Data,
+    Evaluation,
+    ImageAugmentation,
+    ImageTower,
+    LearningRateFactors,
+    Model,
+    Optimizer,
+    Probe,
+    TextAugmentation,
+    TextTower,
+    Train,
+)
+from amclr_scale.config.section import Fraction, Positive, PositiveNumber, Section, Words
 
-
-class Section(BaseModel):
-    """A part of the configuration: unknown keys are errors, values do not change after loading."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, validate_default=True)
-
-
-class ImageAugmentation(Section):
-    """The base image view: torchvision v2, per sample, before normalisation."""
-
-    crop_scale: tuple[Fraction, Fraction] = (0.6, 1.0)
-    """Area share of the random resized crop, smallest and largest. [1, 1] switches cropping off."""
-    crop_ratio: tuple[PositiveNumber, PositiveNumber] = (0.75, 4 / 3)
-    """Aspect ratio of the random resized crop, smallest and largest."""
-    flip: Fraction = 0.5
-    """Probability of a left-right flip."""
-    randaugment: tuple[int, int] | None = None
-    """RandAugment's number of operations and magnitude, such as [2, 7]; null: none."""
-    color_jitter: float = 0.0
-    """Strength of brightness, contrast and saturation jitter (hue: a quarter of it)."""
-    grayscale: Fraction = 0.0
-    """Probability of turning the image grey."""
-    amclr: Fraction = 0.0
-    """Probability of one of AmCLR's eight operations (blur, flip, noise, brightness, contrast, sharpness, central crop,
-    central crop with a border), drawn per sample, on 8-bit pixels, keeping the size."""
-    amclr_strength: PositiveNumber = 1.0
-    """Strength of these operations; 1: as published (noise 0.05, brightness and contrast 0.8 .. 1.2, crop 0.9)."""
-
-
-class TextAugmentation(Section):
-    """Word-level changes to further captions, each drawn per word."""
-
-    drop: Fraction = 0.0
-    """Probability of leaving a word out (one always stays)."""
-    swap: Fraction = 0.0
-    """Probability of exchanging a word with the next one."""
-    synonym: Fraction = 0.0
-    """Probability of replacing a word that the table has."""
-    synonyms: str | None = None
-    """The table: a JSON file {"word": ["other word", ...], ...}, words in lower case."""
-
-
-class Data(Section):
-    """Which pairs, in which order, as which tensors."""
-
-    train: str | list[str] = "emoji/train"
-    """Shards to train on: a split of the embedded corpus (emoji/train), an index .json, a folder with an index.json,
-    or shard paths with brace patterns ({00000..00099}.tar). Several: a list, ids follow one another."""
-    lanes: Positive = 8
-    """Independent streams that the data set is cut into; the number of ranks must divide it."""
-    weights: list[PositiveNumber] | None = None
-    """How often an epoch passes over each name of a list in `train`, such as [1, 2, 0.5]; null: once. Fractional passes
-    go on in the next epoch."""
-    shuffle_window: Positive = 16
-    """Shards whose samples are mixed with one another inside a lane. Costs 16 bytes per sample and worker; of remote
-    shards, the cache must hold two windows of every lane."""
-    image_size: Positive = 224
-    """Side of the square image that the image tower sees, in pixels."""
-    image_mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
-    """Channel means for normalisation, on the device (default: CLIP's)."""
-    image_std: tuple[PositiveNumber, PositiveNumber, PositiveNumber] = (0.26862954, 0.26130258, 0.27577711)
-    """Channel standard deviations for normalisation."""
-    augmentation: ImageAugmentation = ImageAugmentation()
-    """Of the base view of every image."""
-    tokenizer: str = "emoji"
-    """emoji (byte-pair encoding trained on the embedded corpus), clip (needs open_clip_torch), a tokenizer.json, or a
-    local folder of a transformers tokenizer."""
-    context_length: Annotated[int, Field(ge=4)] = 32
-    """Tokens per caption; longer ones are cut, shorter ones padded."""
-    caption: str | Annotated[list[str], Field(min_length=1)] = "txt"
-    """Where a sample's caption is: txt, or json.FIELD (a string, or a list of which one is drawn per epoch). A list of
-    such places: every epoch draws the place too; evaluation uses the first, which every sample must have."""
-    image_id: str | None = None
-    """Where samples that share an image say which: json.FIELD, numbers 0, 1, ... per data set (tools/make_shards.py
-    writes image_id). Per-sample state of images then goes by image, that of texts by sample; null: one caption per
-    image."""
-    image_views: Annotated[int, Field(ge=0)] = 0
-    """Further augmented views of every image (AmCLR's omega)."""
-    image_view: ImageAugmentation | None = None
-    """How further image views are made; null: like the base view, from other random numbers."""
-    image_view_from: Literal["image", "base"] = "image"
-    """What further image views are made of: the image itself, or its base view (AmCLR)."""
-    text_views: Annotated[int, Field(ge=0)] = 0
-    """Further captions of every sample, drawn from `text_view`."""
-    text_view: str | list[str] = "json.captions"
-    """Where further captions come from: json.FIELD (a string or a list), `paraphrases`, or a list of such places."""
-    text_augmentation: TextAugmentation = TextAugmentation()
-    """Word-level changes to further captions."""
-    paraphrases: str | None = None
-    """Folder that tools/paraphrase.py wrote for these shards: makes `paraphrases` a place for text_view."""
-    max_bad_fraction: Fraction = 0.01
-    """Share of unreadable samples past which the run stops. Each is replaced by another sample, and logged."""
-    max_image_pixels: Positive = 100_000_000
-    """Images with more pixels count as unreadable: decompression bombs."""
-    max_caption_characters: Positive = 10_000
-    """Longer captions count as unreadable."""
-    cache: str | None = None
-    """Folder for unpacked shards, fetched shards and indexes that training had to make; null: amclr_scale in
-    $XDG_CACHE_HOME or ~/.cache. Does not change results."""
-    cache_gib: PositiveNumber = 50.0
-    """Bound on the fetched remote shards in the cache, per machine, in GiB. Does not change results."""
-    stream: bool = False
-    """Remote shards go through shared memory instead of the cache: read front to back, two windows per lane held
-    at once, fetched again in every epoch. Does not change results."""
-    allow_pipe: bool = False
-    """Whether shards named pipe:COMMAND may run that shell command."""
-
-
-class ImageTower(Section):
-    """The image encoder."""
-
-    name: str = "small_resnet"
-    """small_resnet (for CPU), torchvision/NAME (such as torchvision/resnet50) or timm/NAME."""
-    width: Positive = 16
-    """small_resnet: channels of the first stage."""
-    depth: Positive = 10
-    """small_resnet: 10 or 18 layers."""
-    norm: Literal["default", "group", "batch", "sync", "frozen"] = "default"
-    """Normalisation of convolutional towers. batch: each rank's micro-batch by itself, which breaks the invariance to
-    ranks and micro-batch; sync: over all ranks (not under the gradient cache); frozen: stored statistics; group: per
-    sample. default: group for small_resnet, the library's own elsewhere (a BatchNorm there must be chosen by name)."""
-    weights: str | None = None
-    """Local file (.safetensors, .pt) with the tower's weights; null: random."""
-    projection: Literal["linear", "mlp"] = "linear"
-    """Head from the tower's features to the embedding."""
-    dropout: Fraction = 0.0
-    """Dropout before the head."""
-
-
-class TextTower(Section):
-    """The text encoder."""
-
-    name: str = "small_transformer"
-    """small_transformer (for CPU), or transformers/PATH: a local folder with config.json (and weights, used when
-    `pretrained`), or transformers/TYPE such as transformers/distilbert for that type's default size, random weights."""
-    width: Positive = 64
-    """small_transformer: width."""
-    layers: Positive = 1
-    """small_transformer: number of blocks."""
-    heads: Positive = 2
-    """small_transformer: attention heads."""
-    pretrained: bool = False
-    """transformers/PATH: load the weights in that folder."""
-    pooling: Literal["default", "mean", "first", "last"] = "default"
-    """How token features become one: mean over tokens, the first or the last one. default: mean for small_transformer
-    and decoder-like models, first for BERT-like ones."""
-    projection: Literal["linear", "mlp"] = "linear"
-    """Head from the tower's features to the embedding."""
-    dropout: Fraction = 0.0
-    """Dropout inside small_transformer and before the head."""
-
-
-class Model(Section):
-    """Two towers, two heads, one learned scale."""
-
-    embedding_width: Positive = 128
-    """D, the width of the common space."""
-    image: ImageTower = ImageTower()
-    text: TextTower = TextTower()
-    temperature: PositiveNumber = 0.07
-    """Start value of the learned temperature; logit_scale = 1 / temperature is clamped to [1, 100] after each step."""
-    logit_bias: float = -10.0
-    """Start value of the learned bias (objectives that have one: siglip)."""
-
-
-class LearningRateFactors(Section):
-    """Multipliers of the learning rate for parts of the model; 0 freezes a part."""
-
-    image_tower: Annotated[float, Field(ge=0)] = 1.0
-    """Of the image encoder."""
-    text_tower: Annotated[float, Field(ge=0)] = 1.0
-    """Of the text encoder."""
-    heads: Annotated[float, Field(ge=0)] = 1.0
-    """Of both projection heads."""
-    temperature: Annotated[float, Field(ge=0)] = 1.0
-    """Of logit_scale, logit_bias and generated temperatures."""
-
-
-class Optimizer(Section):
-    """Update rule and learning-rate schedule. Schedules count samples, not steps."""
-
-    name: Literal["adamw", "sgd", "adamp", "lamb", "lars", "lion", "nadam", "radam"] = "adamw"
-    """Update rule. All are right at every ZeRO stage."""
-    lr: PositiveNumber = 1e-3
-    """Peak learning rate, at this global batch size or, with `lr_rule`, at `lr_reference_batch`."""
-    lr_rule: Literal["none", "sqrt", "linear"] = "none"
-    """How lr grows with the global batch size B: not at all, by sqrt(B / reference), or by B / reference."""
-    lr_reference_batch: Positive = 256
-    """The batch size that lr is meant for when lr_rule is sqrt or linear."""
-    lr_factors: LearningRateFactors = LearningRateFactors()
-    min_lr: Annotated[float, Field(ge=0)] = 0.0
-    """Learning rate at the end of the cosine."""
-    schedule: Literal["cosine", "constant", "step"] = "cosine"
-    """Course of the learning rate after warm-up."""
-    step_samples: tuple[Positive, ...] = ()
-    """schedule step: the samples seen at which the learning rate is multiplied by step_factor."""
-    step_factor: PositiveNumber = 0.1
-    """schedule step: the multiplier at each of step_samples."""
-    warmup_samples: Annotated[int, Field(ge=0)] = 0
-    """Samples over which the learning rate rises linearly from 0."""
-    weight_decay: Annotated[float, Field(ge=0)] = 0.1
-    """Decoupled weight decay; never on biases, norms, logit_scale and logit_bias."""
-    betas: tuple[Fraction, Fraction] = (0.9, 0.98)
-    """Decay of the first and second moment (all Adam-like rules, lion)."""
-    momentum: Fraction = 0.9
-    """sgd, lars: momentum."""
-    nesterov: bool = True
-    """sgd, adamp: Nesterov's look-ahead."""
-    eps: PositiveNumber = 1e-8
-    """Adam's epsilon."""
-    max_grad_norm: Annotated[float, Field(ge=0)] = 0.0
-    """Gradients are scaled down to this global L2 norm; 0: no clipping."""
-
-
-class Train(Section):
-    """How much, and in which portions."""
-
-    global_batch_size: Annotated[int, Field(ge=2)] = 128
-    """Pairs contrasted with one another in one step, over all ranks. The only batch size of the recipe."""
-    samples: Positive | None = None
-    """Length of the run in samples seen. Give this or `epochs`."""
-    epochs: PositiveNumber | None = None
-    """Length of the run in passes over the data. Give this or `samples`."""
-    max_hours: PositiveNumber | None = None
-    """Hours after which this process saves and ends with exit code 75, to be resumed; null: none. Does not change
-    results."""
-
-
-class Probe(Section):
-    """Classifiers that learn from frozen image features: a linear one, and nearest neighbours."""
-
-    train: str
-    """Labelled images to learn from, named like evaluation.splits."""
-    test: str
-    """Labelled images to measure on."""
-    classes: str = "json.group"
-    """Where a sample's class is in shards (json.FIELD or cls)."""
-    methods: list[Literal["linear", "knn"]] = ["linear", "knn"]
-    """linear: logistic regression; knn: a weighted vote of the nearest training images."""
-    features: list[Literal["embedding", "tower"]] = ["embedding", "tower"]
-    """embedding: after the projection head; tower: before it."""
-    validation: Annotated[float, Field(gt=0, lt=1)] = 0.1
-    """Share of the training images on which penalty, neighbours and temperature are chosen."""
-    l2: list[PositiveNumber] = [1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1]
-    """Penalties to choose from, on the squared weights beside the mean loss."""
-    neighbours: list[Positive] = [1, 5, 20, 200]
-    """Numbers of neighbours to choose from."""
-    neighbour_temperatures: list[PositiveNumber] = [0.02, 0.07, 0.1]
-    """Temperatures of the vote to choose from."""
-
-
-class Evaluation(Section):
-    """What is measured, and when. The last step is always evaluated when something is to be measured."""
-
-    splits: list[str] = []
-    """Held-out pairs and labelled images for retrieval and zero-shot: emoji/val_style, an index, shards, a folder of
-    CLIP_benchmark, a folder with one folder of images per class, CIFAR's binary files (FOLDER#train for that part), or
-    annotations (.json): Karpathy's (FILE.json#val for another split than test) or a list of {image, caption,
-    [image_id], [negatives]} as ALBEF's and SogCLR's."""
-    every_samples: Positive | None = None
-    """Also evaluate each time that many samples have been seen; null: at the end only."""
-    caption: str | None = None
-    """Where a sample's captions are in shards, as data.caption; null: the same. All of a list, or of several lines,
-    count."""
-    resize: Literal["crop", "squash"] = "crop"
-    """How an image becomes a square. crop: shorter side resized, centre cut out (CLIP, CLIP_benchmark); squash: both
-    sides resized, nothing cut off, proportions lost (ALBEF, SogCLR, iSogCLR, AmCLR)."""
-    clean_captions: bool = False
-    """Retrieval and composition with captions as ALBEF, SogCLR, iSogCLR and AmCLR clean them: lower case, without
-    , . ' ! ? " ( ) * # : ; ~, hyphens and slashes as spaces, at most 30 words. false: as they stand."""
-    image_root: str | None = None
-    """Folder that the image paths of annotations begin in; null: the annotation file's own folder."""
-    classes: str | None = "json.concept"
-    """Zero-shot classification of shards: where a sample's class is (json.FIELD or cls). null: no zero-shot at all."""
-    class_names: str | None = None
-    """A file with one class name a line, or imagenet (1,000 names, needs open_clip_torch); null: the data set's own."""
-    templates: list[str] | str | None = None
-    """Prompts that a class name is put into, {} or {c} for the name; their normalised features are averaged. A list, a
-    file with one a line, or imagenet (80 prompts, needs open_clip_torch). null: the data set's own, or customary
-    ones."""
-    batch_size: Positive = 256
-    """Samples encoded at once per rank during evaluation; does not change results."""
-    resamples: Annotated[int, Field(ge=0)] = 1000
-    """Bootstrap resamples behind every 95 % interval; 0: no intervals."""
-    geometry: bool = False
-    """Also measure alignment, uniformity, modality gap, diversity, tolerance and effective rank of each split."""
-    probes: list[Probe] = []
-    """Classifiers to learn from frozen features."""
-
-
-class Similarity(Section):
-    """How the similarity engine works through B x B similarities. Never changes results beyond rounding."""
-
-    chunk: Positive | Literal["auto"] = "auto"
-    """Rows of similarities alive at once."""
-    gather: Literal["all", "ring"] = "all"
-    """all: gather every rank's features; ring: pass them round, memory for one rank's block only."""
-    backend: Literal["auto", "torch"] = "auto"
-    """Who computes the blocks."""
-    distribution: Literal["auto", "column_sums", "two_blocks", "reduce_scatter"] = "auto"
-    """How ranks share the matrix products (docs/similarity.md)."""
-    cache_mib: Annotated[int, Field(ge=0)] = 0
-    """Memory per rank in MiB to keep similarity blocks in, instead of computing them again in backward."""
-
-
-class Execution(Section):
-    """How the recipe is run. Nothing here changes the numbers beyond rounding."""
-
-    auto: bool = False
-    """`execution: auto`, or execution=auto as a word, sets it: at the start, choose the fastest zero_stage, offload,
-    recomputation, micro_batch_size, kept_micro_batches, similarity.gather and similarity.chunk that the devices' free
-    memory holds. What is given, in a file or as a word, stays as given."""
-    micro_batch_size: Positive | None = None
-    """Samples one rank encodes at once; null: its whole share of the global batch. When it is smaller, the gradient
-    cache makes the step the same as with the whole share, at 4/3 of the cost."""
-    text_micro_batch_size: Positive | None = None
-    """Texts encoded at once, when not as many as images; null: micro_batch_size."""
-    kept_micro_batches: Annotated[int, Field(ge=0)] | Literal["auto"] = 1
-    """Micro-batches whose activations are kept between the two passes of the gradient cache: memory for less
-    recomputation. With n micro-batches, k kept ones save k/n of the second forward. auto: as many as free memory holds
-    by the memory account, the same number on every rank."""
-    recompute_image: Literal["none", "full"] | Positive = "none"
-    """Activation recomputation in the image tower: none, full (every block), or k: every k-th block."""
-    recompute_text: Literal["none", "full"] | Positive = "none"
-    """Activation recomputation in the text tower."""
-    compile: bool = False
-    """torch.compile both towers."""
-    profile: Annotated[int, Field(ge=0)] = 0
-    """Steps to profile (after the first three): torch.profiler traces in the run folder, and DeepSpeed's summaries of
-    floating-point operations and of messages between ranks. 0: none."""
-    memory_report: bool = False
-    """Measure what the first three steps hold, by phase, beside what was predicted: memory.json and memory.md in the
-    run folder, and on CUDA a snapshot for PyTorch's viewer (docs/memory.md)."""
-    zero_stage: Literal[0, 1, 2, 3] = 0
-    """DeepSpeed ZeRO stage, what is partitioned over ranks: 0 nothing, 1 optimizer states, 2 also gradients, 3 also
-    parameters."""
-    offload: Literal["none", "optimizer", "parameters"] = "none"
-    """Keep in host memory: optimizer states (stages 1 to 3), or parameters as well (stage 3)."""
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """Of parameters and activations; bf16 and fp16 need zero_stage 1 or more. Similarities, log-sums and optimizer
-    states stay fp32. fp16 scales the loss and skips steps that overflow."""
-    workers: Annotated[int, Field(ge=0)] = 0
-    """Processes per rank that read and decode; 0: the rank itself. Does not change the batches."""
-    threads: Positive | None = None
-    """CPU threads per rank; null: the machine's cores over its ranks."""
-    sample_state: Literal["auto", "replicated", "sharded"] = "auto"
-    """Per-sample state of the objective: on every rank, or cut over ranks by id."""
-    similarity: Similarity = Similarity()
-
-
-class Checkpoint(Section):
-    """When the whole state of a run is saved. One is saved at the end and before a signal ends the run, always."""
-
-    every_samples: Positive | None = None
-    """Save whenever so many samples more have been seen; null: by time alone."""
-    every_minutes: PositiveNumber | None = 30.0
-    """Save when the last save is so long ago; null: by samples alone."""
-    keep: Positive = 2
-    """Checkpoints that are kept: the newest ones."""
-    keep_every: Positive | None = None
-    """Every k-th checkpoint is kept for ever; null: none."""
-    asynchronous: bool = True
-    """Write beside training, from a copy in host memory; false: training waits for the disk."""
-    on_failure: Literal["continue", "stop"] = "continue"
-    """When one cannot be written (a full disk): say so and train on, or end the run. Earlier ones stay in any case."""
-
-
-class BatchProbe(Section):
-    """Measure on a fixed set of training samples what batches get wrong (docs/objectives.md)."""
-
-    samples: Annotated[int, Field(ge=0)] = 0
-    """Samples in the set, a multiple of train.global_batch_size; 0: no probe. Each measurement encodes them all."""
-    every_samples: Positive | None = None
-    """Training samples between two measurements; null: one pass over the data. The end of a run is measured too."""
-
-
-class Run(Section):
-    """Where results go, and what is said meanwhile."""
-
-    folder: str = "runs"
-    """Run folders are made in here."""
-    name: str | None = None
-    """Name of this run's folder; null: configuration name, objective, batch size and time."""
-    log_every_steps: Positive = 10
-    """Steps between two lines on the console and in metrics.jsonl."""
-    diagnostics: bool = False
-    """Also log, at each logged step, alignment, uniformity, modality gap, gradient norm per modality, the spread of
-    per-sample temperatures, and what the batch size does to a pair's gradient (docs/objectives.md)."""
-    probe: BatchProbe = BatchProbe()
-    wandb: Literal["off", "offline", "online"] = "off"
-    """Also log to Weights & Biases; offline writes files to sync later."""
-    wandb_project: str = "amclr_scale"
-    """Project name there."""
-    wandb_group: str | None = None
-    """Runs of one group are shown together there; null: none."""
+__all__ = [
+    "BatchProbe",
+    "Checkpoint",
+    "Config",
+    "Data",
+    "Evaluation",
+    "Execution",
+    "Fraction",
+    "ImageAugmentation",
+    "ImageTower",
+    "LearningRateFactors",
+    "Model",
+    "Optimizer",
+    "Positive",
+    "PositiveNumber",
+    "Probe",
+    "Run",
+    "Section",
+    "Similarity",
+    "TextAugmentation",
+    "TextTower",
+    "Train",
+    "Words",
+]
 
 
 class Config(Section):
@@ -419,7 +59,7 @@ class Config(Section):
     """Of everything random: initial weights, order, augmentation, dropout."""
     data: Data = Data()
     model: Model = Model()
-    objective: dict[str, Any] = {"name": "clip"}
+    objective: dict[str, Any] = Field({"name": "clip"})
     """name, and that objective's own options (docs/objectives.md)."""
     optimizer: Optimizer = Optimizer()
     train: Train = Train()
@@ -429,8 +69,8 @@ class Config(Section):
     resume: str = "never"
     """never; auto: go on from the newest valid checkpoint of this recipe, in run.name if that is given, or begin where
     there is none; or a path: a run folder or one of its checkpoints (docs/checkpoints.md)."""
-    resume_changed: Words = []
+    resume_changed: Words = Field([])
     """Keys of the recipe that may differ from the checkpoint's, such as resume_changed=optimizer.lr,train.epochs."""
     run: Run = Run()
-    deepspeed: dict[str, Any] = {}
+    deepspeed: dict[str, Any] = Field({})
     """Further keys for DeepSpeed's own configuration; may not contradict what the keys above generate."""

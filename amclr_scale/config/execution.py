@@ -1,0 +1,114 @@
+"""How, where and how loudly a recipe is run. Nothing here changes its numbers beyond rounding. Imports no torch."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from amclr_scale.config.section import Positive, PositiveNumber, Section
+
+
+class Similarity(Section):
+    """How the similarity engine works through B x B similarities. Never changes results beyond rounding."""
+
+    chunk: Positive | Literal["auto"] = "auto"
+    """Rows of similarities alive at once."""
+    gather: Literal["all", "ring"] = "all"
+    """all: gather every rank's features; ring: pass them round, memory for one rank's block only."""
+    backend: Literal["auto", "torch"] = "auto"
+    """Who computes the blocks."""
+    distribution: Literal["auto", "column_sums", "two_blocks", "reduce_scatter"] = "auto"
+    """How ranks share the matrix products (docs/similarity.md)."""
+    cache_mib: Annotated[int, Field(ge=0)] = 0
+    """Memory per rank in MiB to keep similarity blocks in, instead of computing them again in backward."""
+
+
+class Execution(Section):
+    """How the recipe is run. Nothing here changes the numbers beyond rounding."""
+
+    auto: bool = False
+    """`execution: auto`, or execution=auto as a word, sets it: at the start, choose the fastest zero_stage, offload,
+    recomputation, micro_batch_size, kept_micro_batches, similarity.gather and similarity.chunk that the devices' free
+    memory holds. What is given, in a file or as a word, stays as given."""
+    micro_batch_size: Positive | None = None
+    """Samples one rank encodes at once; null: its whole share of the global batch. When it is smaller, the gradient
+    cache makes the step the same as with the whole share, at 4/3 of the cost."""
+    text_micro_batch_size: Positive | None = None
+    """Texts encoded at once, when not as many as images; null: micro_batch_size."""
+    kept_micro_batches: Annotated[int, Field(ge=0)] | Literal["auto"] = 1
+    """Micro-batches whose activations are kept between the two passes of the gradient cache: memory for less
+    recomputation. With n micro-batches, k kept ones save k/n of the second forward. auto: as many as free memory holds
+    by the memory account, the same number on every rank."""
+    recompute_image: Literal["none", "full"] | Positive = "none"
+    """Activation recomputation in the image tower: none, full (every block), or k: every k-th block."""
+    recompute_text: Literal["none", "full"] | Positive = "none"
+    """Activation recomputation in the text tower."""
+    compile: bool = False
+    """torch.compile both towers."""
+    profile: Annotated[int, Field(ge=0)] = 0
+    """Steps to profile (after the first three): torch.profiler traces in the run folder, and DeepSpeed's summaries of
+    floating-point operations and of messages between ranks. 0: none."""
+    memory_report: bool = False
+    """Measure what the first three steps hold, by phase, beside what was predicted: memory.json and memory.md in the
+    run folder, and on CUDA a snapshot for PyTorch's viewer (docs/memory.md)."""
+    zero_stage: Literal[0, 1, 2, 3] = 0
+    """DeepSpeed ZeRO stage, what is partitioned over ranks: 0 nothing, 1 optimizer states, 2 also gradients, 3 also
+    parameters."""
+    offload: Literal["none", "optimizer", "parameters"] = "none"
+    """Keep in host memory: optimizer states (stages 1 to 3), or parameters as well (stage 3)."""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Of parameters and activations; bf16 and fp16 need zero_stage 1 or more. Similarities, log-sums and optimizer
+    states stay fp32. fp16 scales the loss and skips steps that overflow."""
+    workers: Annotated[int, Field(ge=0)] = 0
+    """Processes per rank that read and decode; 0: the rank itself. Does not change the batches."""
+    threads: Positive | None = None
+    """CPU threads per rank; null: the machine's cores over its ranks."""
+    sample_state: Literal["auto", "replicated", "sharded"] = "auto"
+    """Per-sample state of the objective: on every rank, or cut over ranks by id."""
+    similarity: Similarity = Similarity()
+
+
+class Checkpoint(Section):
+    """When the whole state of a run is saved. One is saved at the end and before a signal ends the run, always."""
+
+    every_samples: Positive | None = None
+    """Save whenever so many samples more have been seen; null: by time alone."""
+    every_minutes: PositiveNumber | None = 30.0
+    """Save when the last save is so long ago; null: by samples alone."""
+    keep: Positive = 2
+    """Checkpoints that are kept: the newest ones."""
+    keep_every: Positive | None = None
+    """Every k-th checkpoint is kept for ever; null: none."""
+    asynchronous: bool = True
+    """Write beside training, from a copy in host memory; false: training waits for the disk."""
+    on_failure: Literal["continue", "stop"] = "continue"
+    """When one cannot be written (a full disk): say so and train on, or end the run. Earlier ones stay in any case."""
+
+
+class BatchProbe(Section):
+    """Measure on a fixed set of training samples what batches get wrong (docs/objectives.md)."""
+
+    samples: Annotated[int, Field(ge=0)] = 0
+    """Samples in the set, a multiple of train.global_batch_size; 0: no probe. Each measurement encodes them all."""
+    every_samples: Positive | None = None
+    """Training samples between two measurements; null: one pass over the data. The end of a run is measured too."""
+
+
+class Run(Section):
+    """Where results go, and what is said meanwhile."""
+
+    folder: str = "runs"
+    """Run folders are made in here."""
+    name: str | None = None
+    """Name of this run's folder; null: configuration name, objective, batch size and time."""
+    log_every_steps: Positive = 10
+    """Steps between two lines on the console and in metrics.jsonl."""
+    diagnostics: bool = False
+    """Also log, at each logged step, alignment, uniformity, modality gap, gradient norm per modality, the spread of
+    per-sample temperatures, and what the batch size does to a pair's gradient (docs/objectives.md)."""
+    probe: BatchProbe = BatchProbe()
+    wandb: Literal["off", "offline", "online"] = "off"
+    """Also log to Weights & Biases; offline writes files to sync later."""
+    wandb_project: str = "amclr_scale"
+    """Project name there."""
+    wandb_group: str | None = None
+    """Runs of one group are shown together there; null: none."""
