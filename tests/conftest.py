@@ -1,5 +1,7 @@
 """Pools of CPU ranks over gloo, started once a session: `ranks(n, fn, *args)` runs fn on n ranks.
 
+`gpu(fn, *args)` runs it on one rank with a GPU over NCCL.
+
 `fn` is a function of a test module (it travels by name) and may use torch.distributed freely. The answers come
 back in rank order; an error in any rank is raised in the test with that rank's traceback.
 """
@@ -27,12 +29,15 @@ def _seeded() -> None:
     torch.manual_seed(0)
 
 
-def _serve(rank: int, world_size: int, store: str, pipe: Connection) -> None:
+def _serve(rank: int, world_size: int, store: str, pipe: Connection, device: str) -> None:
     import torch.distributed as dist
 
     torch.set_num_threads(1)
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), DS_ACCELERATOR="cpu")
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size)
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), DS_ACCELERATOR=device)
+    if device == "cuda":
+        torch.cuda.set_device(rank)
+    backend = "nccl" if device == "cuda" else "gloo"
+    dist.init_process_group(backend, init_method=f"file://{store}", rank=rank, world_size=world_size)
     while True:
         fn, args, kwargs = pipe.recv()
         try:
@@ -44,13 +49,13 @@ def _serve(rank: int, world_size: int, store: str, pipe: Connection) -> None:
 class RankPool:
     """`world_size` processes that wait for functions to run."""
 
-    def __init__(self, world_size: int, folder: str):
+    def __init__(self, world_size: int, folder: str, device: str = "cpu"):
         context = mp.get_context("spawn")
         store = os.path.join(folder, f"store{world_size}")  # a file, not a port: nothing to collide with
         self.pipes, self.processes = [], []
         for rank in range(world_size):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(rank, world_size, store, theirs), daemon=True)
+            process = context.Process(target=_serve, args=(rank, world_size, store, theirs, device), daemon=True)
             process.start()
             theirs.close()
             self.pipes.append(ours)
@@ -98,3 +103,12 @@ def ranks() -> Iterator[Callable[..., list[Any]]]:
         yield run
         for pool in pools.values():
             pool.close()
+
+
+@pytest.fixture(scope="module")
+def gpu() -> Iterator[Callable[..., Any]]:
+    """`gpu(fn, *args, **kwargs)`: fn in a process with a GPU, the only rank over NCCL."""
+    with tempfile.TemporaryDirectory() as folder:
+        pool = RankPool(1, folder, "cuda")
+        yield lambda fn, *args, **kwargs: pool(fn, *args, **kwargs)[0]
+        pool.close()

@@ -30,7 +30,7 @@ from amclr_scale import objectives
 from amclr_scale.config.load import load
 from amclr_scale.config.schema import Config
 from amclr_scale.data.tokenizers import load_tokenizer
-from amclr_scale.encoders.build import build_model
+from amclr_scale.engine.assembly import model_of
 from amclr_scale.engine.distributed import seed_everything, start
 from amclr_scale.engine.loop import peak_memory_gib
 from amclr_scale.engine.place import Place
@@ -54,11 +54,7 @@ def make_step(config: Config, micro_batch: int, kept: int) -> tuple[TrainStep, i
     device = start(Place(), config.execution.threads)
     tokenizer = load_tokenizer(config.data.tokenizer, config.data.context_length)
     seed_everything(config.seed)
-    data = config.data
-    model = build_model(
-        config.model, vocab_size=tokenizer.vocab_size, pad_id=tokenizer.pad_id, context_length=data.context_length,
-        image_size=data.image_size, image_mean=data.image_mean, image_std=data.image_std,
-    )  # fmt: skip
+    model = model_of(config, tokenizer)
     prepare_towers(model, config.execution)
     engine, _ = build_engine(config, model, no_decay=model.no_weight_decay(), device=device, world_size=1)
     objective = objectives.create("clip").to(device)

@@ -29,8 +29,8 @@ from amclr_scale import objectives
 from amclr_scale.config.load import load
 from amclr_scale.config.schema import Config
 from amclr_scale.data.tokenizers import load_tokenizer
-from amclr_scale.encoders.build import build_model
 from amclr_scale.engine.accumulation import GradientSums
+from amclr_scale.engine.assembly import model_of
 from amclr_scale.engine.distributed import seed_everything, start
 from amclr_scale.engine.place import Place
 from amclr_scale.engine.setup import build_engine, prepare_towers
@@ -45,12 +45,9 @@ def gradients(
     """What the optimizer gets for each parameter, and, with sums, what the backward passes left, added in float64."""
     from deepspeed.utils import safe_get_full_grad
 
-    tokenizer, data = load_tokenizer(config.data.tokenizer, config.data.context_length), config.data
+    tokenizer = load_tokenizer(config.data.tokenizer, config.data.context_length)
     seed_everything(config.seed)
-    model = build_model(
-        config.model, vocab_size=tokenizer.vocab_size, pad_id=tokenizer.pad_id, context_length=data.context_length,
-        image_size=data.image_size, image_mean=data.image_mean, image_std=data.image_std,
-    )  # fmt: skip
+    model = model_of(config, tokenizer)
     prepare_towers(model, config.execution)
     engine, _ = build_engine(config, model, no_decay=model.no_weight_decay(), device=device, world_size=1)
     parameters: list[Any] = [p for p in model.parameters() if p.requires_grad]

@@ -66,6 +66,23 @@ class Trainer:
         return sum(getattr(p, "ds_numel", p.numel()) for p in self.model.parameters())
 
 
+def model_of(config: Config, tokenizer: Tokenizer, *, weights: bool = True) -> DualEncoder:
+    """The recipe's towers and heads; seed torch before.
+
+    Args:
+        weights: load those that the configuration names.
+
+    Raises:
+        UserError: a key of model is not usable here.
+    """
+    data = config.data
+    return build_model(
+        config.model, vocab_size=tokenizer.vocab_size, pad_id=tokenizer.pad_id, end_id=tokenizer.end_id,
+        context_length=data.context_length, image_size=data.image_size, image_mean=data.image_mean,
+        image_std=data.image_std, weights=weights,
+    )  # fmt: skip
+
+
 def build_trainer(
     config: Config, inputs: Inputs, *, device: torch.device, world_size: int, folder: Path, stopwatch: Stopwatch
 ) -> Trainer:
@@ -80,12 +97,7 @@ def build_trainer(
     seed_everything(config.seed)
     stage, first = config.execution.zero_stage, rank() == 0
     with shape_only(stage, rank()):
-        model = build_model(
-            config.model, vocab_size=inputs.tokenizer.vocab_size, pad_id=inputs.tokenizer.pad_id,
-            end_id=inputs.tokenizer.end_id, context_length=config.data.context_length,
-            image_size=config.data.image_size, image_mean=config.data.image_mean, image_std=config.data.image_std,
-            weights=first or stage < 3,
-        )  # fmt: skip
+        model = model_of(config, inputs.tokenizer, weights=first or stage < 3)
     options = {key: value for key, value in config.objective.items() if key != "name"}
     objective = objectives.create(
         config.objective["name"], num_samples=inputs.loader.num_samples,

@@ -128,11 +128,9 @@ def _timm(name: str, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
     return getattr(timm.optim, name)(*args, **kwargs)
 
 
-def plain_run(
-    settings: Config, steps: int, dtype: torch.dtype = torch.float32
-) -> tuple[dict[str, Tensor], list[float]]:
+def plain_run(settings: Config, steps: int, device: torch.device = CPU) -> tuple[dict[str, Tensor], list[float]]:
     """What the engine must equal: one process, one big batch, torch and nothing else."""
-    model = towers().to(dtype)
+    model = towers().to(device)
     size = settings.train.global_batch_size
     o = settings.optimizer
     groups = parameter_groups(model.named_parameters(), model.no_weight_decay(), o)
@@ -140,9 +138,9 @@ def plain_run(
     losses = []
     for step in range(steps):
         batch = global_batch(step, size)
-        out = model(batch.images, batch.texts)
+        out = model(*((views[0].to(device),) for views in (batch.images, batch.texts)))
         logits = out["logit_scale"] * out["image"] @ out["text"].T
-        labels = torch.arange(size)
+        labels = torch.arange(size, device=device)
         loss = (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
         optimizer.zero_grad()
         loss.backward()
@@ -154,28 +152,35 @@ def plain_run(
         with torch.no_grad():
             model.logit_scale.clamp_(0, math.log(100))
         losses.append(loss.item())
-    return {name: p.detach().float() for name, p in model.named_parameters()}, losses
+    return {name: p.detach().float().cpu() for name, p in model.named_parameters()}, losses
 
 
 def engine_run(
-    settings: Config, micro_batch_sizes: tuple[int, int], kept: int, steps: int
+    settings: Config,
+    micro_batch_sizes: tuple[int, int],
+    kept: int,
+    steps: int,
+    *,
+    device: torch.device = CPU,
+    dropout: float = 0.0,
 ) -> tuple[dict[str, Tensor], list[float]]:
     """The same through DeepSpeed's engine and the gradient cache, on this rank's share of each batch.
 
     Returns:
         The whole weights after the last step, and the loss of every step as this rank has it.
     """
-    model: Any = towers()
+    model: Any = towers(dropout)
     prepare_towers(model, settings.execution)
-    size = settings.train.global_batch_size
-    engine, _ = build_engine(settings, model, no_decay=model.no_weight_decay(), device=CPU, world_size=world_size())
-    clip, phases = objectives.create("clip"), Phases(CPU)
-    step = TrainStep(engine, clip, micro_batch_sizes=micro_batch_sizes, device=CPU, phases=phases, kept=kept)
+    size, no_decay = settings.train.global_batch_size, model.no_weight_decay()
+    engine, _ = build_engine(settings, model, no_decay=no_decay, device=device, world_size=world_size())
+    clip, phases = objectives.create("clip"), Phases(device)
+    step = TrainStep(engine, clip, micro_batch_sizes=micro_batch_sizes, device=device, phases=phases, kept=kept)
+    torch.manual_seed(rank())
     losses = []
     for n in range(steps):
         lr = learning_rate(settings.optimizer, (n + 0.5) * size, 1000, size)
         losses.append(step(local_batch(n, size, rank(), world_size()), lr).loss.value.item())
-    weights = {name: full_fp32(p) for name, p in model.named_parameters()}
+    weights = {name: full_fp32(p).cpu() for name, p in model.named_parameters()}
     engine.destroy()
     return weights, losses
 
