@@ -137,7 +137,8 @@ def _fit(config: Any, tower: TextTower, *, vocab_size: int, pad_id: int, context
                 f"data.tokenizer: its {vocab_size} words do not fit the {config.vocab_size} of {tower.name}; use the "
                 "tokenizer in that folder"
             )
-        if config.pad_token_id is not None and config.pad_token_id != pad_id:
+        indifferent = "clip" in config.model_type  # causal: its number for padding says nothing, and is often wrong
+        if config.pad_token_id is not None and config.pad_token_id != pad_id and not indifferent:
             raise UserError(
                 f"data.tokenizer: pads with {pad_id}, and {tower.name} was trained with {config.pad_token_id}; use the "
                 "tokenizer in that folder"

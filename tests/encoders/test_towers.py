@@ -7,7 +7,7 @@ import torch
 
 from amclr_scale.config.schema import ImageTower, TextTower
 from amclr_scale.encoders.image_towers import build_image_tower
-from amclr_scale.encoders.text_towers import PooledTower
+from amclr_scale.encoders.text_towers import PooledTower, build_text_tower
 from amclr_scale.errors import UserError
 from tests.encoders.test_dual_encoder import B, D, L, images, model, tokens
 
@@ -113,6 +113,24 @@ def test_weights_that_do_not_fit(tmp_path):
     for name, message in (("broken.pt", "cannot be read"), ("nowhere.pt", "does not exist")):
         with pytest.raises(UserError, match=rf"^model.image.weights: .*{message}"):
             model(image=ImageTower(width=8, weights=str(tmp_path / name)))
+
+
+def test_the_text_tower_of_a_whole_clip(tmp_path):
+    """OpenAI's on the hub: it pads with its end token, and its configuration names another number for that."""
+    from transformers import CLIPConfig, CLIPModel
+
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+    numbers = {"vocab_size": 50, "max_position_embeddings": 10, "pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2}
+    torch.manual_seed(0)
+    whole = CLIPModel(CLIPConfig(text_config={**sizes, **numbers}, vision_config={**sizes, "image_size": 32})).eval()
+    whole.save_pretrained(tmp_path)
+    tower = TextTower(name=f"transformers/{tmp_path}", pretrained=True)
+    ours, width = build_text_tower(tower, vocab_size=50, pad_id=49, end_id=49, context_length=10)
+    ids = torch.tensor([[48, 7, 1, 49, 49, 49], [48, 3, 4, 5, 6, 49]])
+    with torch.no_grad():
+        tokens = whole.text_model(input_ids=ids).last_hidden_state
+        torch.testing.assert_close(ours.eval()(ids), tokens[[0, 1], [3, 5]], rtol=1e-5, atol=1e-6)
+    assert width == 32
 
 
 def test_transformers_folders(small_transformers, tmp_path):
