@@ -13,7 +13,8 @@ import os
 import sys
 import time
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from amclr_scale.checkpoint.signals import EXIT_RESUMABLE, Signals, StoppedError
@@ -26,7 +27,12 @@ from amclr_scale.metrics.run_folder import check_writable, create, name_run
 from amclr_scale.metrics.stopwatch import Stopwatch
 
 if TYPE_CHECKING:
+    from amclr_scale.engine.assembly import Inputs, Trainer
+    from amclr_scale.evaluation.run import Evaluator
     from amclr_scale.memory.account import Account
+    from amclr_scale.memory.settle import Unsettled
+    from amclr_scale.metrics.log import RunLog
+    from amclr_scale.types import Batch
 
 
 def arguments(argv: list[str]) -> argparse.Namespace:
@@ -45,49 +51,70 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     return parser.parse_intermixed_args(argv)
 
 
-def run(config: Config, source: str | None, place: Place, stopwatch: Stopwatch, signals: Signals) -> None:
-    """The flow: data -> encoders -> engine -> objective -> loop -> results."""
-    from amclr_scale.checkpoint.keeper import Keeper
-    from amclr_scale.checkpoint.start import agree_on_start, lock_new
-    from amclr_scale.checkpoint.state import put_back
-    from amclr_scale.checkpoint.weights import save_weights
-    from amclr_scale.engine.assembly import build_trainer, open_data
-    from amclr_scale.engine.distributed import seed_everything, start, stop
-    from amclr_scale.engine.loop import train
-    from amclr_scale.engine.plan import make_plan
-    from amclr_scale.engine.probe import Probe, read_probe
-    from amclr_scale.engine.profiling import StepProfiler
-    from amclr_scale.engine.setup import throughput
-    from amclr_scale.engine.step import TrainStep
-    from amclr_scale.engine.watch import Watch
-    from amclr_scale.evaluation.items import FILE as ITEMS
-    from amclr_scale.evaluation.items import save_items
+@dataclass(frozen=True)
+class Prepared:
+    """What is read and checked before there is a process group."""
+
+    inputs: "Inputs"
+    probed: "Batch | None"  # of run.probe
+    evaluator: "Evaluator | None"  # None: nothing is to be measured
+    unsettled: "Unsettled | None"  # keys of execution that wait for the device's free memory
+
+
+def prepare(config: Config, place: Place) -> Prepared:
+    """Open what is trained and measured on.
+
+    Raises:
+        UserError: data, tokenizer or evaluation are not usable.
+    """
+    from amclr_scale.engine.assembly import open_data
+    from amclr_scale.engine.probe import read_probe
     from amclr_scale.evaluation.run import Evaluator
-    from amclr_scale.metrics.curve import draw_if_possible
-    from amclr_scale.metrics.log import RunLog
-    from amclr_scale.metrics.phases import Phases
 
-    stopwatch.lap("imports")
-
-    # Data first: mistakes in it are found before any process waits for another.
     inputs = open_data(config, place)
     probed = read_probe(config, place)
-    loader, tokenizer = inputs.loader, inputs.tokenizer
     measured = config.evaluation.splits or config.evaluation.probes
     evaluator = Evaluator(config, rank=place.rank, world_size=place.world_size) if measured else None
     unsettled = None
     if config.execution.auto or config.execution.kept_micro_batches == "auto":
         from amclr_scale.memory.settle import Unsettled  # takes seconds, which other runs need not spend
 
-        unsettled = Unsettled(config, place, loader.num_samples)
+        unsettled = Unsettled(config, place, inputs.loader.num_samples)
     elif config.execution.memory_report and place.rank == 0:
-        foresee(config, place, loader.num_samples)  # remembered; ranks can be pretended only while there are none
+        foresee(
+            config, place, inputs.loader.num_samples
+        )  # remembered; ranks can be pretended only while there are none
+    return Prepared(inputs, probed, evaluator, unsettled)
+
+
+def run(config: Config, source: str | None, place: Place, stopwatch: Stopwatch, signals: Signals) -> None:
+    """The flow: data -> encoders -> engine -> objective -> loop -> results."""
+    from amclr_scale.checkpoint.keeper import Keeper
+    from amclr_scale.checkpoint.start import agree_on_start, lock_new
+    from amclr_scale.checkpoint.state import put_back
+    from amclr_scale.engine.assembly import build_trainer
+    from amclr_scale.engine.distributed import seed_everything, start, stop
+    from amclr_scale.engine.loop import train
+    from amclr_scale.engine.plan import make_plan
+    from amclr_scale.engine.probe import Probe
+    from amclr_scale.engine.profiling import StepProfiler
+    from amclr_scale.engine.setup import throughput
+    from amclr_scale.engine.step import TrainStep
+    from amclr_scale.engine.watch import Watch
+    from amclr_scale.metrics.log import RunLog
+    from amclr_scale.metrics.phases import Phases
+
+    stopwatch.lap("imports")
+
+    # Data first: mistakes in it are found before any process waits for another.
+    prepared = prepare(config, place)
+    loader, tokenizer, evaluator = prepared.inputs.loader, prepared.inputs.tokenizer, prepared.evaluator
     stopwatch.lap("data")
     device = start(place, config.execution.threads)
     watch = Watch(place)
-    config, settled = unsettled.settle(device) if unsettled else (config, [])
+    config, settled = prepared.unsettled.settle(device) if prepared.unsettled else (config, [])
     plan = make_plan(config, loader.samples_per_epoch, place.world_size)
-    inputs = replace(inputs, plan=plan)
+    inputs = replace(prepared.inputs, plan=plan)
     found, folder, lock = agree_on_start(config, name_run(config, source), loader.fingerprint, tokenizer, place.rank)
     begin = found.step(config) if found else 0
     loader.seek(begin)
@@ -118,8 +145,8 @@ def run(config: Config, source: str | None, place: Place, stopwatch: Stopwatch, 
     )  # fmt: skip
     step.steps = begin
     probe = None
-    if probed is not None:
-        probe = Probe(config, probed, micro_batch_sizes=plan.micro_batch_sizes, device=device)
+    if prepared.probed is not None:
+        probe = Probe(config, prepared.probed, micro_batch_sizes=plan.micro_batch_sizes, device=device)
 
     with (
         lock,
@@ -159,17 +186,35 @@ def run(config: Config, source: str | None, place: Place, stopwatch: Stopwatch, 
         except StoppedError:
             watch.leave()  # all ranks stop at one step: none of them is missing
             raise
-        save_weights(folder, trainer.model, objective, speaks=place.rank == 0)
-        if place.rank == 0:
-            if evaluator:
-                save_items(folder / ITEMS, evaluator.numbers)
-                log.say(evaluator.table(results))
-            (folder / "evaluation.json").write_text(json.dumps(results, indent=1) + "\n")  # the sign of a finished run
-            log.say(draw_if_possible(folder))
-            log.say(f"run folder {folder}")
+        conclude(folder, trainer, evaluator, results, log, speaks=place.rank == 0)
     loader.close()
     watch.leave()
     stop()
+
+
+def conclude(
+    folder: Path,
+    trainer: "Trainer",
+    evaluator: "Evaluator | None",
+    results: dict[str, float],
+    log: "RunLog",
+    *,
+    speaks: bool,
+) -> None:
+    """Leave the model and its numbers in the run folder. All ranks call it together."""
+    from amclr_scale.checkpoint.weights import save_weights
+    from amclr_scale.evaluation.items import FILE, save_items
+    from amclr_scale.metrics.curve import draw_if_possible
+
+    save_weights(folder, trainer.model, trainer.objective, speaks=speaks)
+    if not speaks:
+        return
+    if evaluator:
+        save_items(folder / FILE, evaluator.numbers)
+        log.say(evaluator.table(results))
+    (folder / "evaluation.json").write_text(json.dumps(results, indent=1) + "\n")  # the sign of a finished run
+    log.say(draw_if_possible(folder))
+    log.say(f"run folder {folder}")
 
 
 def main(argv: list[str]) -> int:
