@@ -90,12 +90,15 @@ ALTERNATIVES = {"samples": "epochs", "epochs": "samples"}
 
 
 def merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
-    """`above` over `below`, section by section. A section whose `name` changes loses the options of the old name."""
+    """`above` over `below`, section by section. An objective whose name changes loses the old one's options.
+
+    Elsewhere a name changes alone: another optimizer keeps the learning rate, another run.name the folder.
+    """
     merged = {key: value for key, value in below.items() if ALTERNATIVES.get(key) not in above}
     for key, value in above.items():
         old = merged.get(key)
         if isinstance(old, dict) and isinstance(value, dict):
-            another = "name" in old and "name" in value and old["name"] != value["name"]
+            another = key == "objective" and "name" in old and "name" in value and old["name"] != value["name"]
             merged[key] = merge({} if another else old, value)
         else:
             merged[key] = value

@@ -84,6 +84,19 @@ def test_options_of_one_objective_do_not_outlive_a_change_of_name(tmp_path):
     assert load(tmp_path / "base.yaml", ["objective.gamma=0.25"]).objective["gamma"] == 0.25
 
 
+def test_another_name_elsewhere_changes_nothing_else(tmp_path):
+    (tmp_path / "a.yaml").write_text(
+        "train: {epochs: 1}\nrun: {name: a, folder: /data/runs, wandb: offline}\n"
+        "optimizer: {name: adamw, lr: 0.5, weight_decay: 0.3, warmup_samples: 64}\n"
+        "model: {image: {name: small_resnet, norm: group, dropout: 0.1}}\n"
+    )
+    words = ["run.name=b", "optimizer.name=lamb", "model.image.name=timm/resnet18"]
+    before, after = load(tmp_path / "a.yaml"), load(tmp_path / "a.yaml", words)
+    assert after.run == before.run.model_copy(update={"name": "b"})
+    assert after.optimizer == before.optimizer.model_copy(update={"name": "lamb"})
+    assert after.model.image == before.model.image.model_copy(update={"name": "timm/resnet18"})
+
+
 def test_samples_and_epochs_exclude_one_another_and_the_last_word_counts(tmp_path):
     (tmp_path / "a.yaml").write_text("train: {epochs: 3}\n")
     config = load(tmp_path / "a.yaml", ["train.samples=4096"])
