@@ -22,7 +22,7 @@ from amclr_scale.objectives.amclr import paired_average
 from amclr_scale.objectives.base import Layout, Objective, numbers, require
 from amclr_scale.objectives.estimator import check_gamma, gamma_at, two_states, two_visits
 from amclr_scale.objectives.pairings import Pairings
-from amclr_scale.objectives.temperatures import Descent, temperature_gradient
+from amclr_scale.objectives.temperatures import Descent, check_robust, temperature_gradient
 from amclr_scale.types import Embeddings, Loss
 
 
@@ -151,6 +151,7 @@ def _check(config: AmCLRDRO.Config | XAmCLRDRO.Config) -> None:
     require(config.temperature > 0, "temperature", "a positive number", config.temperature)
     check_gamma(config.gamma, config.gamma_schedule, config.gamma_epochs)
     _descent(config)
+    check_robust(config.rho, config.temperature, config.temperature_min, config.temperature_max)
 
 
 def _descent(config: AmCLRDRO.Config | XAmCLRDRO.Config) -> Descent:

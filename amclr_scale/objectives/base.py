@@ -5,6 +5,7 @@ An objective returns this rank's mean over its own rows and never asks how many 
 """
 
 import dataclasses
+import math
 import types
 import typing
 from collections.abc import Callable, Mapping
@@ -181,7 +182,7 @@ def _as_type(option: str, hint: Any, value: Any) -> Any:
             if value in typing.get_args(choice):
                 return value
         elif choice is float:
-            if isinstance(value, int | float) and not isinstance(value, bool):
+            if isinstance(value, int | float) and not isinstance(value, bool) and not math.isnan(value):
                 return float(value)
         elif choice is int:
             if isinstance(value, int) and not isinstance(value, bool):

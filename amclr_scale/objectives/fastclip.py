@@ -41,7 +41,7 @@ from amclr_scale.objectives.estimator import (
     two_states,
     two_visits,
 )
-from amclr_scale.objectives.temperatures import temperature_gradient
+from amclr_scale.objectives.temperatures import check_robust, temperature_gradient
 from amclr_scale.similarity import map_rows
 from amclr_scale.types import Embeddings, Loss
 
@@ -86,12 +86,25 @@ class FastCLIP(Objective, name="fastclip"):
             require(self.gradient_clip > 0, "gradient_clip", "a positive bound", self.gradient_clip)
             low, high = self.temperature_min, self.temperature_max
             require(0 < low <= high, "temperature_min", "0 < temperature_min <= temperature_max", low)
+            require(self.temperature_lr >= 0, "temperature_lr", "a step size of at least 0", self.temperature_lr)
+            if self.version == "v2":
+                check_robust(self.radius, self.first_temperature, low, high)
+            require(self.radius >= 0, "rho", "a divergence of at least 0", self.rho)
+
+        @property
+        def radius(self) -> float:
+            """The option rho, or the version's own."""
+            return self.rho if self.rho is not None else {"v2": 7.0, "v3": 6.5}.get(self.version, 0.0)
+
+        @property
+        def first_temperature(self) -> float:
+            """The option temperature, or the version's own; 0 where the model learns it."""
+            return self.temperature or {"v1": 0.07, "v2": 0.03}.get(self.version, 0.0)
 
     def __init__(self, config: Config, sample_state: Layout = "auto") -> None:
         super().__init__()
         self.config = config
-        self.rho = config.rho if config.rho is not None else {"v2": 7.0, "v3": 6.5}.get(config.version, 0.0)
-        self.first_temperature = config.temperature or {"v1": 0.07, "v2": 0.03}.get(config.version, 0.0)
+        self.rho, self.first_temperature = config.radius, config.first_temperature
         columns = {"log_u": -math.inf}
         if config.version == "v2":
             columns |= {"temperature": self.first_temperature, "m": 0.0, "v": 0.0, "visits": 0.0}

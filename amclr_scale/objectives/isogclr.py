@@ -29,7 +29,7 @@ from amclr_scale.objectives.estimator import (
     two_states,
     two_visits,
 )
-from amclr_scale.objectives.temperatures import Descent, temperature_gradient
+from amclr_scale.objectives.temperatures import Descent, check_robust, temperature_gradient
 from amclr_scale.similarity import map_rows
 from amclr_scale.types import Embeddings, Loss
 
@@ -65,6 +65,7 @@ class ISogCLR(Objective, name="isogclr"):
             require(self.temperature > 0, "temperature", "a positive number", self.temperature)
             check_gamma(self.gamma, self.gamma_schedule, self.gamma_epochs)
             self.descent()
+            check_robust(self.rho, self.temperature, self.temperature_min, self.temperature_max)
 
         def descent(self) -> Descent:
             """The temperatures' rule."""
@@ -141,6 +142,7 @@ class ISogCLRNet(Objective, name="isogclr_net"):
 
         def __post_init__(self) -> None:
             check_gamma(self.gamma, self.gamma_schedule, self.gamma_epochs)
+            require(self.rho >= 0, "rho", "a divergence of at least 0", self.rho)
             require(self.diversity >= 0, "diversity", "a weight of at least 0", self.diversity)
             low, high = self.temperature_min, self.temperature_max
             require(0 < low < high, "temperature_min", "0 < temperature_min < temperature_max", low)

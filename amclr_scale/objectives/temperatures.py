@@ -25,6 +25,13 @@ def temperature_gradient(log_u: Tensor, log_g: Tensor, expected: Tensor, rho: fl
     return log_u + rho - (log_g - log_u).exp() * expected
 
 
+def check_robust(rho: float, first: float, lowest: float, highest: float) -> None:
+    """Raise where a radius is negative, or samples would start outside the bounds on their temperatures."""
+    require(rho >= 0, "rho", "a divergence of at least 0", rho)
+    within = f"a number from temperature_min {lowest:g} to temperature_max {highest:g}"
+    require(lowest <= first <= highest, "temperature", within, first, fix="widen the bounds or start inside")
+
+
 @dataclass(frozen=True)
 class Descent:
     """The rule that turns r into the next temperature."""
@@ -40,6 +47,7 @@ class Descent:
 
     def __post_init__(self) -> None:
         require(self.eta >= 0, "eta", "a step size of at least 0", self.eta)
+        require(self.eta_min >= 0, "eta_min", "a step size of at least 0", self.eta_min)
         require(0 < self.beta <= 1, "beta", "a weight in (0, 1]", self.beta)
         require(self.clip > 0, "gradient_clip", "a positive bound", self.clip)
         require(

@@ -75,6 +75,20 @@ def test_every_objective_takes_num_samples_and_gives_finite_gradients(name):
         (lambda: objectives.create("sogclr"), "num_samples: sogclr needs it, got nothing"),
         (lambda: make("sogclr", temperature="hot"), "temperature: expected float, got 'hot'"),
         (lambda: make("clip", temperature="hot"), "temperature: expected float or None, got 'hot'"),
+        (lambda: make("sogclr", margin=math.nan), "margin: expected float, got nan"),
+        (lambda: make("isogclr", temperature=0.07), r"temperature: expected a number from temperature_min 0\.005 to"),
+        (lambda: make("xamclr_dro", temperature=0.001), "temperature: expected a number from temperature_min"),
+        (lambda: make("fastclip", version="v2", temperature=5), "temperature: expected a number from temperature_min"),
+        (
+            lambda: make("fastclip", version="v2", temperature_min=0.04),
+            r"temperature: .* from temperature_min 0\.04 .*03;",
+        ),
+        (lambda: make("fastclip", temperature_lr=-1), "temperature_lr: expected a step size of at least 0"),
+        (lambda: make("isogclr", eta_min=-1), "eta_min: expected a step size of at least 0"),
+        *(
+            (lambda name=name: make(name, rho=-1), "rho: expected a divergence of at least 0, got -1")
+            for name in ("isogclr", "isogclr_net", "amclr_dro", "xamclr_dro", "fastclip")
+        ),
         (lambda: make("amclr", reduce="some"), "reduce: expected 'mean' or 'sum', got 'some'"),
         (lambda: make("amclr", omega=1.5), r"omega: expected int, got 1\.5"),
         (lambda: make("cyclip", inmodal=1), "inmodal: expected bool, got 1"),
