@@ -60,7 +60,8 @@ def keep_float32() -> None:
 def stop() -> None:
     """Leave the process group, so that the last messages of all ranks are through before any ends."""
     if dist.is_initialized():
-        dist.barrier()
+        if dist.get_world_size() > 1:
+            dist.barrier()
         dist.destroy_process_group()
 
 

@@ -24,7 +24,7 @@ def trained(stage: int, compiled: bool, kept: int) -> tuple[list[Tensor], bool]:
         with mock.patch.object(nn.Module, "compile", without_code_generation(nn.Module.compile)):
             prepare_towers(model, Execution(compile=compiled))
 
-    weights = real_run(stage, prepare, layers=1, dropout=0.0, micro=4, kept=kept)
+    weights = real_run(stage, prepare, layers=1, dropout=0.2, micro=4, kept=kept)
     return weights, torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
 
 
