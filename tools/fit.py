@@ -330,4 +330,6 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
+    # timm imports wandb where it is installed, for a quarter of a second, and nothing is logged here.
+    sys.modules["wandb"] = None  # type: ignore[assignment]
     sys.exit(main(sys.argv[1:]))

@@ -77,10 +77,12 @@ class _GroupNorm(torch.autograd.Function):
 
 
 class _Layouts(TorchDispatchMode):
-    """Convolutions lay out their results as real kernels do, on CPU and CUDA alike; fake ones forget it. GroupNorm too.
+    """Convolutions lay out their results as real kernels do, on CPU and CUDA alike; meta ones forget it. GroupNorm too.
 
     Where pixels of the input are channels last, so are those of the output and all gradients. Autograd then copies the
     gradient of a weight into the weight's own layout, and that copy is memory.
+
+    And to a tower that asks whether a mask is all true, and so needless, the answer is no: texts are padded.
     """
 
     _ruled_by: ClassVar = {  # the arguments whose layout decides
@@ -98,6 +100,8 @@ class _Layouts(TorchDispatchMode):
         super().__init__()  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten._local_scalar_dense.default and args[0].dtype is torch.bool and args[0].is_meta:
+            return False
         out = func(*args, **(kwargs or {}))
         if func not in self._ruled_by or not any(map(_channels_last, args[self._ruled_by[func]])):
             return out

@@ -170,6 +170,10 @@ class _Counter(MessageCounter):
             frame = frame.f_back
         return "statistics"
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # nothing is compiled in here, and torch's guard against it takes longer than counting
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = super().__torch_dispatch__(func, types, args, kwargs)
         name = func._schema.name.partition("::")[2].strip("_")

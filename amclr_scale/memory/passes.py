@@ -22,7 +22,7 @@ from amclr_scale.engine.plan import Plan
 from amclr_scale.memory.components import Component, Phase
 from amclr_scale.memory.gathering import Limits
 from amclr_scale.memory.replay import LOOKED_AT, Both, Calls, Replay, fewer, looked_at, replay
-from amclr_scale.memory.towers import MODALITIES, PRECISIONS, Gathered, Modality, Peak, Tower, skeleton, trace
+from amclr_scale.memory.towers import MODALITIES, PRECISIONS, Gathered, Modality, Peak, Tower, parameter_sizes, trace
 
 NOTHING: dict[Modality, Gathered] = {}  # is gathered in a call
 NONE: tuple[None, None] = (None, None)
@@ -94,7 +94,7 @@ class Passes:
     def _follow(self, config: Config, trained: Sequence[int]) -> Replay:
         """What stage 3 gathers in these passes."""
         item, limits = PRECISIONS[config.execution.precision].itemsize, Limits.of(config.deepspeed)
-        sizes = [p.numel() for p in skeleton(config).parameters()]
+        sizes = parameter_sizes(config)
         others = (Counter(trained) - Counter(sizes)).elements()  # what belongs to neither tower
         coordinator = (*sizes, *others), item, self.plan.world_size, limits
         towers = self.towers["image"], self.towers["text"]

@@ -5,7 +5,7 @@ The hooks of the towers' traces (`visits.py`) are called in the order in which a
 a micro-batch, so one replay holds for all of them.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 
@@ -14,7 +14,7 @@ import torch
 
 from amclr_scale.memory.components import Phase
 from amclr_scale.memory.gathering import Bytes, Coordinator, Limits, Visit
-from amclr_scale.memory.towers import Gathered, Modality, Timeline, Tower
+from amclr_scale.memory.towers import Gathered, Modality, Tower
 
 STEPS = 3  # the first one sees an order of modules that no later one does
 LOOKED_AT = 4  # of equal calls in a row: the first ones, which differ, and the last
@@ -45,7 +45,7 @@ class Replay:
 
 def fewer(calls: Calls, *towers: Tower) -> Calls:
     """Fewer calls that behave the same: where no graph holds on to parameters, those between make no difference."""
-    if any(end > visit.at for tower in towers for visit in tower.with_graph.visits for end in visit.held_until):
+    if any(tower.with_graph.holds for tower in towers):
         return calls
     return tuple((kinds, min(count, LOOKED_AT)) for kinds, count in calls)
 
@@ -148,7 +148,7 @@ class _Steps:
         for modality in call.modalities:
             tower = self.towers[modality]
             timeline = tower.with_graph if graph else tower.without_graph
-            visits = list(_first_visits(timeline))
+            visits = timeline.forward_visits
             if modality != call.modalities[0]:  # the call of the whole model has begun
                 visits = visits[1:]
             if modality != call.modalities[-1]:  # and goes on
@@ -161,7 +161,7 @@ class _Steps:
         found: dict[Modality, Gathered] = {}
         for modality in reversed(call.modalities):
             timeline = self.towers[modality].with_graph
-            visits = timeline.visits[sum(1 for _ in _first_visits(timeline)) :]
+            visits = timeline.visits[len(timeline.forward_visits) :]
             if modality != call.modalities[-1]:  # the backward of the whole model has begun
                 visits = tuple(v for v in visits if v.module)
             found[modality] = self._follow(call, modality, visits, timeline.end, graph=True)
@@ -217,11 +217,3 @@ class _Steps:
     def _held(self) -> int:
         """Bytes that all graphs hold where they stand."""
         return sum(call.stands_for * call.held(m) for call in self._graphs for m in call.at)
-
-
-def _first_visits(timeline: Timeline) -> Iterator[Visit]:
-    """Those of the forward."""
-    for visit in timeline.visits:
-        if not visit.forward:
-            return
-        yield visit

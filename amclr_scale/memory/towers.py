@@ -1,20 +1,21 @@
 """What a tower needs for one micro-batch, from running it once on tensors that have a shape and no memory.
 
 The tower is built without weights (accelerate's `init_empty_weights`), so that one of ten billion parameters is traced
-on a laptop in seconds. Its forward and backward then run on fake tensors of the meta device under a `Tracker`, which
-gives the sequence of allocations and releases, a micro-batch of m = 10,007 samples at a time: sizes that m divides grow
-with the micro-batch, the others do not (m is prime, and no parameter has a multiple of m elements). So what is alive at
-each moment is known for any micro-batch, and the peak is the largest of these affine functions, exact also where the
-moment of the peak moves.
+on a laptop in seconds. Its forward and backward then run on tensors of the meta device under a `Tracker`, which gives
+the sequence of allocations and releases, a micro-batch of m = 10,007 samples at a time: sizes that m divides grow with
+the micro-batch, the others do not (m is prime, and no parameter has a multiple of m elements). So what is alive at each
+moment is known for any micro-batch, and the peak is the largest of these affine functions, exact also where the moment
+of the peak moves.
 """
 
 import copy
 import gc
+import itertools
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -35,6 +36,7 @@ from amclr_scale.memory.visits import Events, Visits
 Modality = Literal["image", "text"]
 MODALITIES: tuple[Modality, ...] = ("image", "text")
 PRIMES = (10_007, 10_009, 10_037, 10_039)
+CLIP = (49_408, 0, 49_407)  # entries, padding and end of data.tokenizer: clip, whose package takes a second to import
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -85,6 +87,16 @@ class Timeline:
     def end(self) -> int:
         """How many events there are."""
         return len(self.slope) - 1
+
+    @cached_property
+    def forward_visits(self) -> tuple[Visit, ...]:
+        """Those of the forward: the first ones."""
+        return tuple(itertools.takewhile(lambda visit: visit.forward, self.visits))
+
+    @cached_property
+    def holds(self) -> bool:
+        """Whether the graph holds on to the memory of a parameter."""
+        return any(end > visit.at for visit in self.visits for end in visit.held_until)
 
     @lru_cache(maxsize=4096)  # noqa: B019  traces are few and stay
     def kept(self, m: int) -> int:
@@ -159,6 +171,16 @@ def skeleton(config: schema.Config) -> DualEncoder:
     return _skeleton(_key(config))
 
 
+def parameter_sizes(config: schema.Config) -> tuple[int, ...]:
+    """Elements of each parameter of the model, in its order. Cached."""
+    return _parameter_sizes(_key(config))
+
+
+@lru_cache(maxsize=16)
+def _parameter_sizes(key: str) -> tuple[int, ...]:
+    return tuple(p.numel() for p in _skeleton(key).parameters())
+
+
 def _key(config: schema.Config) -> str:
     """What the towers depend on."""
     data = {"tokenizer", "context_length", "image_size", "image_views", "text_views"}
@@ -170,36 +192,62 @@ def _skeleton(key: str) -> DualEncoder:
     from accelerate import init_empty_weights
 
     recipe = json.loads(key)
-    data, tokenizer = recipe["data"], load_tokenizer(recipe["data"]["tokenizer"], recipe["data"]["context_length"])
+    data = recipe["data"]
+    vocab_size, pad_id, end_id = _vocabulary(data["tokenizer"], data["context_length"])
     with init_empty_weights(include_buffers=False):
         model = build_model(
-            schema.Model(**recipe["model"]), vocab_size=tokenizer.vocab_size, pad_id=tokenizer.pad_id,
-            end_id=tokenizer.end_id, context_length=data["context_length"], image_size=data["image_size"],
+            schema.Model(**recipe["model"]), vocab_size=vocab_size, pad_id=pad_id, end_id=end_id,
+            context_length=data["context_length"], image_size=data["image_size"],
             image_mean=(0.0, 0.0, 0.0), image_std=(1.0, 1.0, 1.0), weights=False,
         )  # fmt: skip
     return model.to("meta")
+
+
+def _vocabulary(spec: str, length: int) -> tuple[int, int, int]:
+    """Size, padding and end of a tokenizer's vocabulary."""
+    if spec == "clip":
+        return CLIP
+    tokenizer = load_tokenizer(spec, length)
+    return tokenizer.vocab_size, tokenizer.pad_id, tokenizer.end_id
 
 
 @lru_cache(maxsize=64)
 def _trace(
     key: str, modality: Modality, recomputation: Recomputation, precision: str, device: str, partitioned: bool
 ) -> Tower:
-    model, data = _skeleton(key), json.loads(key)["data"]
-    model = _copy_of(model).to(PRECISIONS[precision])
+    wanted = key, modality, recomputation, precision, device, partitioned
+    try:
+        return _traced(*wanted, nullcontext())
+    except (RuntimeError, NotImplementedError):  # the tower asks for numbers, unless it sees that there are none
+        return _traced(*wanted, FakeTensorMode(allow_non_fake_inputs=True))
+
+
+def _traced(
+    key: str, modality: Modality, recomputation: Recomputation, precision: str, device: str, partitioned: bool,
+    mode: AbstractContextManager[Any],
+) -> Tower:  # fmt: skip
+    """Run the tower under a mode: none, or fake tensors, which give the same in twice the time."""
+    data = json.loads(key)["data"]
+    model = _copy_of(_skeleton(key)).to(PRECISIONS[precision])
     set_recomputation(getattr(model, f"{modality}_tower"), recomputation)
     m = next(p for p in PRIMES if all(numel % p for numel in (x.numel() for x in model.parameters())))
     views = 1 + data[f"{modality}_views"]
-    with _fake(model), kernels_of(device):
+    with _uncollected(), mode, kernels_of(device):
+        if isinstance(mode, FakeTensorMode):
+            model._apply(mode.from_tensor)  # type: ignore[no-untyped-call]
         if modality == "image":
             side = data["image_size"]
             inputs = [torch.empty(m, 3, side, side, dtype=torch.uint8, device="meta") for _ in range(views)]
         else:
             length = data["context_length"]
             inputs = [torch.empty(m, length, dtype=torch.int64, device="meta") for _ in range(views)]
-        counter = FlopCounterMode(display=False)
-        visits = Visits(model, lambda: _encode(model, modality, inputs)) if partitioned else None
+        visits = Visits(model) if partitioned else None
+        while True:
+            counter = FlopCounterMode(display=False)
+            without_graph = _record(model, modality, inputs, visits, counter=counter)
+            if visits is None or not visits.learned():
+                break
         with_graph = _record(model, modality, inputs, visits)
-        without_graph = _record(model, modality, inputs, visits, counter=counter)
         if visits is not None:
             visits.close()
     return Tower(_timeline(with_graph, m), _timeline(without_graph, m), counter.get_total_flops() / m)
@@ -211,15 +259,12 @@ def _copy_of(model: DualEncoder) -> DualEncoder:
 
 
 @contextmanager
-def _fake(model: DualEncoder) -> Iterator[None]:
-    """Inside it, operations compute shapes only; the model's tensors become fake ones."""
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
+def _uncollected() -> Iterator[None]:
+    """Without Python's collector: what waits for it would be alive for longer in one trace than in another."""
     collecting = gc.isenabled()
-    gc.disable()  # what waits for a collection would be alive for longer in one trace than in another
+    gc.disable()
     try:
-        with mode:
-            model._apply(mode.from_tensor)  # type: ignore[no-untyped-call]
-            yield
+        yield
     finally:
         if collecting:
             gc.enable()

@@ -5,7 +5,7 @@ the graph keeps of it beyond that shows: a view of it that was saved for backwar
 there is decided by what came before, and followed in `gathering.py`.)
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -52,11 +52,10 @@ class Visits:
     """Stands for DeepSpeed's coordinator. `with visits.listen(events):` around a trace, `visits.take(events)` after it.
 
     Args:
-        model: on fake tensors, for good: its parameters have no memory outside of their modules any more.
-        encode: runs the model once, so that parameters which a module takes from elsewhere become known.
+        model: on tensors without memory; its parameters are empty outside of their modules from now on.
     """
 
-    def __init__(self, model: nn.Module, encode: Callable[[], object]):
+    def __init__(self, model: nn.Module):
         from deepspeed.runtime.zero import parameter_offload as zero  # seconds of imports, which stage 3 alone needs
 
         self._events: Events = []
@@ -85,9 +84,17 @@ class Visits:
         depth = len(zero.FWD_MODULE_STACK)
         self._offload.setup_zero_stage3_hooks()
         self._stack, self._depth = zero.FWD_MODULE_STACK, depth
-        with torch.no_grad(), _as_partitioned():
-            encode()
+        self._model, self._external = model, 0
         self._reset()
+
+    def learned(self) -> bool:
+        """Whether what ran since the last question used parameters of other modules for the first time.
+
+        DeepSpeed knows them from then on, so that what was listened to has to be run again.
+        """
+        before, modules = self._external, list[Any](self._model.modules())
+        self._external = sum(len(list(module.ds_external_parameters())) for module in modules)
+        return self._external > before
 
     @contextmanager
     def listen(self, events: Events) -> Iterator[None]:
