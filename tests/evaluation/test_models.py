@@ -118,7 +118,7 @@ def test_a_transformers_model(tmp_path, pad):
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPVisionConfig, PreTrainedTokenizerFast
 
-    words = {word: i for i, word in enumerate(["<pad>", "<s>", "</s>", "<unk>", "a", "cat", "two", "dogs"])}
+    words = {word: i for i, word in enumerate(["<pad>", "<s>", "<unk>", "</s>", "a", "cat", "two", "dogs"])}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     fast = PreTrainedTokenizerFast(
@@ -127,7 +127,7 @@ def test_a_transformers_model(tmp_path, pad):
     fast.save_pretrained(tmp_path)
     text = CLIPTextConfig(
         vocab_size=8, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
-        max_position_embeddings=10, pad_token_id=words[pad], bos_token_id=1, eos_token_id=2,
+        max_position_embeddings=10, pad_token_id=words[pad], bos_token_id=1, eos_token_id=3,
     )  # fmt: skip
     vision = CLIPVisionConfig(
         hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, image_size=32, patch_size=8
@@ -139,7 +139,7 @@ def test_a_transformers_model(tmp_path, pad):
     (tmp_path / "preprocessor_config.json").write_text(json.dumps({**seen, "size": {"shortest_edge": 32}}))
     loaded = load_model(f"transformers/{tmp_path}")
     assert (loaded.config.data.image_size, loaded.config.data.context_length) == (32, 10)
-    ids = torch.tensor([[1, 4, 5, 2, words[pad], words[pad]], [1, 6, 7, 3, 3, 2]])
+    ids = torch.tensor([[1, 4, 5, 3, words[pad], words[pad]], [1, 6, 7, 2, 2, 3]])
     mask = torch.tensor([[1, 1, 1, 1, 0, 0], [1, 1, 1, 1, 1, 1]])
     images = (pixels().float() / 255 - torch.tensor([0.5, 0.4, 0.3]).view(3, 1, 1)) / torch.tensor(
         [0.2, 0.2, 0.3]
