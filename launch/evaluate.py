@@ -46,6 +46,7 @@ def arguments(argv: list[str]) -> argparse.Namespace:
 def laid_over(config: Config, suites: list[str], words: list[str]) -> Config:
     """A model's configuration with the suites' and the command line's keys over it."""
     tree: dict[str, Any] = config.model_dump(mode="json")
+    tree["data"]["allow_pipe"] = False  # a folder from elsewhere must not choose a shell command and allow it too
     for suite in suites:
         above = read_file(Path(suite))
         foreign = set(above) - {"evaluation", "data"}

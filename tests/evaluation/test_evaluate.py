@@ -214,6 +214,14 @@ def test_mistakes_are_one_line_and_code_2(main, runs, tmp_path, capsys):
         "evaluation.resize: expected one value for all models that are compared, got 'crop' and 'squash'"
     )
     assert "evaluation.split: no such key" in said(str(runs / "first"), "--set", "evaluation.split=x")
+    trap = tmp_path / "sprung"
+    chosen = {
+        "data": loaded.config.data.model_copy(update={"allow_pipe": True}),
+        "evaluation": loaded.config.evaluation.model_copy(update={"splits": [f"pipe:touch {trap}"]}),
+    }
+    write_run(tmp_path / "from elsewhere", loaded.model, loaded.config.model_copy(update=chosen))
+    assert said(str(tmp_path / "from elsewhere")).startswith("data.allow_pipe: pipe:touch")
+    assert not trap.exists()
 
 
 def sheet(folder: Path) -> tuple[bytes, tuple[int, int]]:
