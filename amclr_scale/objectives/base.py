@@ -50,6 +50,7 @@ class Objective(nn.Module):
     needs_temperatures: bool = False
     whole_set_options: ClassVar[Mapping[str, Any]] = {}
     epoch: float = 0.0
+    _lengths_seen: bool = False
 
     def __init_subclass__(cls, *, name: str | None = None, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -62,9 +63,11 @@ class Objective(nn.Module):
         """`forward`, after checking that the embeddings hold what this objective reads.
 
         Raises:
-            UserError: (a ValueError) a field is missing, or rows do not match.
+            UserError: (a ValueError) a field is missing, rows do not match, or, at the first call, rows that should
+                have unit length do not.
         """
         self._check(embeddings)
+        self._check_lengths(embeddings)
         loss: Loss = super().__call__(embeddings)
         return loss
 
@@ -77,11 +80,31 @@ class Objective(nn.Module):
         """Whether this forward may change state: in training mode, and with gradients on."""
         return self.training and torch.is_grad_enabled()
 
+    def _check_lengths(self, embeddings: Embeddings) -> None:
+        if self._lengths_seen or not self.needs_unit_rows or embeddings.image.device.type == "meta":
+            return
+        self._lengths_seen = True  # once: on an accelerator the look is a wait
+        for field in ("image", "text"):
+            rows: Tensor = getattr(embeddings, field).detach()
+            lengths = torch.linalg.vector_norm(rows, dim=1, dtype=at_least_float32(rows[:0]).dtype)
+            wrong = ((lengths - 1).abs() > 0.02) & (lengths > 0) & lengths.isfinite()  # bfloat16 is right to 0.004
+            if wrong.any():
+                raise UserError(
+                    f"embeddings.{field}: {self.name} expects rows of length 1, got one of length "
+                    f"{lengths[wrong][0].item():.3g}; use torch.nn.functional.normalize(rows, dim=1)"
+                )
+
     def _check(self, embeddings: Embeddings) -> None:
         image, text = embeddings.image, embeddings.text
         if image.ndim != 2 or image.shape != text.shape:
             got = f"{tuple(image.shape)} and {tuple(text.shape)}"
             raise UserError(f"embeddings.image, embeddings.text: expected two of one shape (b, D), got {got}")
+        for field, rows in (("image", image), ("text", text)):
+            if not rows.is_floating_point() or rows.device != image.device:
+                raise UserError(
+                    f"embeddings.{field}: expected floating-point numbers, on the device of the images "
+                    f"({image.device}), got {rows.dtype} on {rows.device}"
+                )
         for field, views in (("image_views", embeddings.image_views), ("text_views", embeddings.text_views)):
             if len(views) < self.needs_views:
                 raise UserError(
@@ -128,6 +151,12 @@ def learned_temperature(embeddings: Embeddings, fixed: float | None) -> Tensor |
             "embeddings.logit_scale: expected the model's learned scale, got None; "
             "learn one, or give the objective a fixed temperature"
         )
+    require(
+        embeddings.logit_scale.numel() == 1,
+        "embeddings.logit_scale",
+        "one number, shape () or (1,)",
+        tuple(embeddings.logit_scale.shape),
+    )
     return 1 / at_least_float32(embeddings.logit_scale)
 
 

@@ -45,7 +45,8 @@ class VICReg(Objective, name="vicreg"):
 
     def forward(self, embeddings: Embeddings) -> Loss:
         image, text = at_least_float32(embeddings.image), at_least_float32(embeddings.text)
-        require(global_batch_size(image) > 1, "batch", "at least 2 samples, for a variance to exist", 1)
+        B = global_batch_size(image)
+        require(B > 1, "batch", "at least 2 samples, for a variance to exist", B)
         image_variance, image_covariance = _moments(image)
         text_variance, text_covariance = _moments(text)
         invariance = (image - text).square().mean()

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from amclr_scale.similarity import settings
-from amclr_scale.similarity.backends import similarity_dtype
+from amclr_scale.similarity.backends import check_features, similarity_dtype
 from amclr_scale.similarity.collectives import Negatives, check_even, group
 from amclr_scale.similarity.distribution import choose
 from amclr_scale.similarity.log_sums import LogSums, Plan
@@ -91,7 +91,7 @@ def contrast(
         negatives: whose keys count: "all" ranks', "local", or those of a group of so many consecutive ranks.
 
     Raises:
-        ValueError: shapes or temperatures that cannot be, an uneven batch, or no key left.
+        ValueError: shapes, types, devices or temperatures that cannot be, an uneven batch, or no key left.
     """
     ranks = group(negatives)
     _check(image, text, extra_image_keys, extra_text_keys)
@@ -142,10 +142,7 @@ def _per_anchor(temperature: Temperature, anchors: Tensor, dtype: torch.dtype) -
 
 
 def _check(image: Tensor, text: Tensor, extra_image_keys: Tensor | None, extra_text_keys: Tensor | None) -> None:
-    if image.ndim != 2 or image.shape[0] == 0:
-        raise ValueError(f"image: expected (b, D) with at least one row, got {tuple(image.shape)}")
-    if text.shape != image.shape:
-        raise ValueError(f"text: expected {tuple(image.shape)}, the shape of image, got {tuple(text.shape)}")
+    check_features(image, text)
     for name, extra in (("extra_image_keys", extra_image_keys), ("extra_text_keys", extra_text_keys)):
         if extra is None:
             continue

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from amclr_scale.similarity import settings
-from amclr_scale.similarity.backends import blocks_for, similarity_dtype
+from amclr_scale.similarity.backends import blocks_for, check_features, similarity_dtype
 from amclr_scale.similarity.blocks import Sigmoid
 from amclr_scale.similarity.collectives import Group, Negatives, all_gather, check_even, group
 from amclr_scale.similarity.distribution import choose
@@ -45,10 +45,9 @@ def pairwise(
         (), to be differentiated once, and with one factor on all ranks: its gradients are made with it.
 
     Raises:
-        ValueError: shapes that cannot be, or an uneven batch.
+        ValueError: shapes, types or devices that cannot be, or an uneven batch.
     """
-    if image.ndim != 2 or text.shape != image.shape:
-        raise ValueError(f"text: expected (b, D), the shape of image {tuple(image.shape)}, got {tuple(text.shape)}")
+    check_features(image, text)
     for name, x in (("logit_scale", logit_scale), ("logit_bias", logit_bias)):
         if x.numel() != 1:
             raise ValueError(f"{name}: expected one number, shape () or (1,), got {tuple(x.shape)}")

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import nn
 
 from amclr_scale import objectives
@@ -75,7 +76,7 @@ def all_measured(rows: int) -> list[dict[str, object]]:
             made = objectives.create(
                 str(options["name"]), num_samples=rows * world_size(), sample_state=layout, **plain
             )
-            views = [torch.randn(rows, D).requires_grad_() for _ in range(4)]
+            views = [F.normalize(torch.randn(rows, D), dim=1).requires_grad_() for _ in range(4)]
             scale, bias = (torch.full((1,), x).requires_grad_() for x in (10.0, -10.0))
             embeddings = Embeddings(
                 views[0], views[1], ids=torch.arange(rows) + rank() * rows, logit_scale=scale, logit_bias=bias,

@@ -124,6 +124,35 @@ def test_views_must_have_the_shape_of_their_modality():
 HINGED = [(name, {"surrogate": "squared_hinge"}) for name in ("sogclr", "isogclr")]
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda e: {"text": e.text.detach().long()},
+            r"embeddings\.text: expected floating-point .* got torch\.int64 on cpu",
+        ),
+        (lambda e: {"text": e.text.to("meta")}, r"embeddings\.text: expected .* of the images \(cpu\), got .* on meta"),
+        (lambda e: {"text": 5 * e.text}, r"embeddings\.text: clip expects rows of length 1, got one of length 5"),
+        (
+            lambda e: {"image": 0.9 * e.image},
+            r"embeddings\.image: clip expects rows of length 1, got one of length 0\.9",
+        ),
+        (lambda e: {"logit_scale": torch.ones(8)}, r"embeddings\.logit_scale: expected one number, .* got \(8,\)"),
+    ],
+)
+def test_embeddings_that_cannot_be_are_answered_in_words(change, message):
+    e = global_batch(0)
+    with pytest.raises(ValueError, match=message):
+        make("clip")(dataclasses.replace(e, **change(e)))
+
+
+def test_lengths_are_for_objectives_that_need_them():
+    """Zeros are what normalising a dead tower's output gives, and not a mistake of the loop; VICReg wants lengths."""
+    e = global_batch(0)
+    make("clip")(dataclasses.replace(e, image=torch.zeros_like(e.image), text=e.text.to(torch.bfloat16)))
+    make("vicreg")(dataclasses.replace(e, image=5 * e.image))
+
+
 @pytest.mark.parametrize(("name", "options"), [*((name, {}) for name in NAMES), *HINGED])
 def test_bf16_embeddings_give_float32_arithmetic(name, options):
     """The numbers from bf16 embeddings are those of their float32 copies: nothing is computed in bf16."""

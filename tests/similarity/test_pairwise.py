@@ -116,6 +116,8 @@ def test_autocast_and_16_bits():
     ("arguments", "message"),
     [
         ({"text": torch.ones(4, 4)}, "text: expected"),
+        ({"text": torch.ones(3, 4, dtype=torch.int64)}, r"text: expected floating-point features, got torch\.int64"),
+        ({"image": torch.ones(0, 4), "text": torch.ones(0, 4)}, "image: expected .* at least one row"),
         ({"logit_scale": torch.ones(3)}, "logit_scale: expected one number"),
         ({"logit_bias": torch.ones(2)}, "logit_bias: expected one number"),
     ],
