@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from amclr_scale.study import scaling, tables, whole_set
-from amclr_scale.study.analysis import Analysed, few_steps, hardly_trained
+from amclr_scale.study.analysis import Analysed, few_steps, guessing_score, hardly_trained
 from amclr_scale.study.claims import scale_of
 from amclr_scale.study.comparison import Group
 from amclr_scale.study.results import Study
@@ -102,6 +102,12 @@ def _beware(study: Study, first: Analysed) -> str:
     if found:
         reference = ", the reference among them" if first.reference in found else ""
         words.append(f"Hardly trained{reference}: {listed(found)}. What is said of these says little about methods.")
+    guessing = guessing_score(study, first)
+    mean = first.outcome.mean(first.reference) if first.reference else None
+    if guessing is not None and mean and first.reference and mean.seeds.value - guessing <= study.margin:
+        words.append(
+            f"{first.reference.name} scores no more than the margin above guessing: who has learned nothing matches it."
+        )
     if study.held_equal == "samples" and (steps := few_steps(study)):
         words.append(f"Few optimizer steps ({steps}): there, a low score may be too little training.")
     return " ".join(words)

@@ -134,6 +134,7 @@ def test_the_head_says_what_was_asked_found_and_cannot_be_said(folder, markdown)
     undecided = sum(row["verdict"] == "undecided" for row in decided)
     assert f"undecided: {undecided}, which is no evidence for equality" in head
     assert "at B = 128 from 0.99 (" in head
+    assert "above guessing" not in head  # CLIP has learned here
     assert "3 seeds find large ones only" in head
 
 
@@ -359,6 +360,7 @@ def test_a_reference_that_has_hardly_learned_is_pointed_out(tmp_path, monkeypatc
     assert "**The reference is among them**" in text
     head = text.partition("## In brief")[2].partition("## Question and design")[0]
     assert "- **Beware.** Hardly trained, the reference among them: CLIP (B = 128)." in head
+    assert "CLIP, B = 128 scores no more than the margin above guessing" in head
 
 
 @pytest.mark.usefixtures("undrawn")
