@@ -1,5 +1,6 @@
 """Combinations of keys that would fail later, or train wrongly in silence: refused before any process starts."""
 
+import math
 from typing import Any
 
 from amclr_scale.config.schema import Config
@@ -8,6 +9,8 @@ from amclr_scale.config.schema import Config
 def check(config: Config, world_size: int) -> list[str]:
     """One line per mistake, the key to change first; empty when all is well."""
     return [
+        *_finite(config.model_dump(), ""),
+        *_augmentation(config),
         *_length(config),
         *_shares(config, world_size),
         *_views(config),
@@ -16,6 +19,39 @@ def check(config: Config, world_size: int) -> list[str]:
         *_execution(config, world_size),
         *_deepspeed(config),
     ]
+
+
+def _finite(tree: dict[str, Any], prefix: str) -> list[str]:
+    """Numbers that YAML can write and no key means."""
+    lines = []
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            lines += _finite(value, f"{prefix}{key}.")
+        elif any(
+            isinstance(n, float) and not math.isfinite(n) for n in (value if isinstance(value, tuple) else [value])
+        ):
+            lines.append(f"{prefix}{key}: expected finite numbers, got {value}")
+    return lines
+
+
+def _augmentation(config: Config) -> list[str]:
+    lines = []
+    for name in ("augmentation", "image_view"):
+        recipe = getattr(config.data, name)
+        if recipe is None:
+            continue
+        for key, (smallest, largest) in (("crop_scale", recipe.crop_scale), ("crop_ratio", recipe.crop_ratio)):
+            if not smallest <= largest or not largest:
+                lines.append(f"data.{name}.{key}: expected the smallest, then the largest, got [{smallest}, {largest}]")
+        operations, magnitude = recipe.randaugment or (0, 0)
+        if operations < 0 or not 0 <= magnitude <= 30:
+            lines.append(
+                f"data.{name}.randaugment: expected [operations, magnitude], the magnitude from 0 to 30, "
+                f"got [{operations}, {magnitude}]"
+            )
+        if recipe.color_jitter < 0:
+            lines.append(f"data.{name}.color_jitter: expected 0 (none) or more, got {recipe.color_jitter}")
+    return lines
 
 
 def _length(config: Config) -> list[str]:
@@ -105,6 +141,8 @@ def _execution(config: Config, world_size: int) -> list[str]:
             f"expected this rank's whole share of {local}, got {execution.micro_batch_size}; choose norm group, frozen "
             "or batch"
         )
+    if max(config.optimizer.betas) >= 1:
+        lines.append(f"optimizer.betas: expected two numbers below 1, got {list(config.optimizer.betas)}")
     if config.optimizer.schedule == "step" and not config.optimizer.step_samples:
         lines.append("optimizer.step_samples: schedule step needs the samples at which the rate falls, got none")
     return lines

@@ -208,8 +208,11 @@ def _explain(error: ErrorDetails, prefix: str, root: type[BaseModel]) -> str:
         return f"{key}: this key is needed, and there is none"
     message = error["msg"].replace("Input should be", "expected").replace("Value error, ", "")
     got = error["input"]
-    quote = isinstance(got, int | float) and error["type"] == "string_type"
-    fix = f"; put it in quotes where it is a name (as a word of a command line: {key}='\"...\"')" if quote else ""
+    fix = ""
+    if isinstance(got, int | float) and error["type"] == "string_type":
+        fix = f"; put it in quotes where it is a name (as a word of a command line: {key}='\"...\"')"
+    if isinstance(got, str) and error["type"] == "list_type":
+        fix = f"; put it in brackets: {key}=[{got}]"
     return f"{key}: {message}, got {got!r}{fix}"
 
 

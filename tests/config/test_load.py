@@ -207,6 +207,14 @@ def test_building_from_a_tree_checks_it_too():
         (["model.image.norm=sync", "execution.micro_batch_size=8"], "expected this rank's whole share of 128, got 8"),
         (["optimizer.schedule=step"], "optimizer.step_samples: schedule step needs"),
         (["objective.name=amclr"], "data.image_views: objective amclr with omega = 1 needs 1, got 0"),
+        (["optimizer.lr=.inf"], "optimizer.lr: expected finite numbers, got inf"),
+        (["model.image.dropout=0", "data.image_mean=[0, .nan, 0]"], "data.image_mean: expected finite numbers"),
+        (["optimizer.betas=[0.9, 1]"], "optimizer.betas: expected two numbers below 1, got [0.9, 1.0]"),
+        (["data.augmentation.crop_scale=[0.9, 0.5]"], "data.augmentation.crop_scale: expected the smallest, then"),
+        (["data.image_view={crop_ratio: [2, 1]}"], "data.image_view.crop_ratio: expected the smallest, then"),
+        (["data.augmentation.randaugment=[2, 31]"], "data.augmentation.randaugment: expected [operations, magnitude]"),
+        (["data.augmentation.color_jitter=-1"], "data.augmentation.color_jitter: expected 0 (none) or more, got -1.0"),
+        (["evaluation.splits=emoji/val_style"], "put it in brackets: evaluation.splits=[emoji/val_style]"),
     ],
 )
 def test_what_would_train_wrongly_is_refused(words, said):
