@@ -55,6 +55,16 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     return parser.parse_intermixed_args(argv)
 
 
+def check_numbers(options: argparse.Namespace) -> None:
+    """Refuse what no search could answer, before anything takes seconds."""
+    for name in ("gpus", "per_node", "batch", "num_samples", "top"):
+        given = getattr(options, name)
+        if given is not None and given < 1:
+            raise UserError(f"--{name.replace('_', '-')}: expected at least 1, got {given}")
+    if options.json and not options.json.resolve().parent.is_dir():
+        raise UserError(f"--json: expected a file in a folder that exists, got {options.json}")
+
+
 def samples_of(config: Config) -> int:
     """N, from the index of the training data."""
     from amclr_scale.data.loader import TrainLoader
@@ -83,8 +93,6 @@ def make_fit(options: argparse.Namespace) -> Any:
     from amclr_scale.memory.units import in_bytes
     from amclr_scale.metrics.devices import find_profile, measure_cpu
 
-    if options.gpus < 1:
-        raise UserError(f"--gpus: expected at least 1, got {options.gpus}")
     config = changed(load(options.config, ["execution=auto", *options.words], options.gpus), auto=False)
     cpu = options.device.lower() == "cpu"
     per_node = min(options.per_node or (options.gpus if cpu else 8), options.gpus)
@@ -93,7 +101,10 @@ def make_fit(options: argparse.Namespace) -> Any:
         profile = measure_cpu(threads=threads, ranks=per_node)
         memory = round(CPU_SHARE * psutil.virtual_memory().available / per_node)
     else:
-        profile = find_profile(options.device)
+        try:
+            profile = find_profile(options.device)
+        except UserError as error:
+            raise UserError(f"--{error}") from error
         memory = profile.memory_bytes - CUDA_RESERVE
     rates = default_rates(profile)
     if options.utilisation is not None:
@@ -318,6 +329,7 @@ def main(argv: list[str]) -> int:
             return 0
         if options.verify and (options.device.lower() != "cpu" or options.batch):
             raise UserError("--verify: runs the largest batch on this CPU; expected --device cpu and no --batch")
+        check_numbers(options)
         begin = time.perf_counter()
         gc.set_threshold(100_000, 20, 50)  # traces make millions of small objects, and hardly any in circles
         fit = make_fit(options)

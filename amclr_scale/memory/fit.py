@@ -15,6 +15,7 @@ the towers to take about that time, nothing is to be gained, and their traces ar
 """
 
 import itertools
+import re
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -297,7 +298,7 @@ class Fit:
             UserError: not even the smallest fits.
         """
         step = self.config.data.lanes
-        low = max(step, -(-2 // step) * step) // step
+        low = self._least_batch() // step
         self._check_batch(low * step)
         if not self._some_fit(low * step):
             raise UserError(self._nothing_fits(low * step))
@@ -321,11 +322,25 @@ class Fit:
                 f"host_memory: a global batch of {batch} needs {in_words(found.host_bytes)} of the host's memory per "
                 f"rank, got {in_words(self.host_memory or 0)}; use a smaller train.global_batch_size or more ranks"
             )
+        top, least = found.largest(), self._least_batch()
+        # What the search decides, it has tried; the other keys are the user's to turn.
+        first = re.match(r"execution\.([\w.]+)", top.knob)
+        tried = first is not None and first[1] in set(KEYS) - set(self.fixed)
+        ways = [
+            *([] if tried else [top.knob]),
+            "use more ranks",
+            "a smaller train.global_batch_size" if batch > least else "a smaller model: no global batch is smaller",
+        ]
         return (
             f"memory: a global batch of {batch} on {self.world_size} ranks needs {in_words(found.peak_bytes)} per rank "
-            f"at the least, got {in_words(self.memory)}; {found.advice(self.memory)}, or use more ranks or a smaller "
-            "train.global_batch_size"
+            f"at the least, got {in_words(self.memory)}; largest: {top.name}, "
+            f"{in_words(top.by_phase.get(found.peak_phase, 0))} in phase {found.peak_phase}; {', or '.join(ways)}"
         )
+
+    def _least_batch(self) -> int:
+        """The smallest global batch: a multiple of data.lanes, and of two samples at least."""
+        step = self.config.data.lanes
+        return max(step, -(-2 // step) * step)
 
 
 def _order(choice: Choice) -> tuple[float, bool, int]:

@@ -2,16 +2,19 @@
 
 import json
 import time
+from contextlib import nullcontext
 
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from amclr_scale import objectives
 from amclr_scale.config.load import load
 from amclr_scale.config.schema import Config
+from amclr_scale.data.tokenizers import load_tokenizer
 from amclr_scale.errors import UserError
-from amclr_scale.memory import formulas
+from amclr_scale.memory import formulas, towers
 from amclr_scale.memory.account import account
 from amclr_scale.memory.components import PHASES
 from amclr_scale.memory.momentum import momentum_peaks
@@ -286,3 +289,25 @@ def test_groups_of_pairs_of_any_size_that_a_run_may_have(batch, world_size):
         assert 0 < grouped.in_phase("objective") <= 1.02 * whole.in_phase("objective")
     same = found("objective.name=clip", f"objective.group_size={batch}", batch=batch, world_size=world_size)
     assert same.by_phase == whole.by_phase
+
+
+# --- traces -----------------------------------------------------------------------------------------------------------
+
+
+def test_meta_and_fake_tensors_give_the_same_trace():
+    given = config("model.image.name=timm/vit_tiny_patch16_224", "model.text.layers=2")
+    for modality, recomputation, partitioned in (("image", "none", False), ("text", "full", True)):
+        wanted = towers._key(given), modality, recomputation, "fp32", "cuda", partitioned
+        mode = FakeTensorMode(allow_non_fake_inputs=True)
+        one, two = towers._traced(*wanted, nullcontext()), towers._traced(*wanted, mode)
+        assert one.flops == two.flops
+        for a, b in ((one.with_graph, two.with_graph), (one.without_graph, two.without_graph)):
+            assert torch.equal(a.slope, b.slope)
+            assert torch.equal(a.constant, b.constant)
+            assert torch.equal(a.gradients, b.gradients)
+            assert (a.forward_end, a.visits) == (b.forward_end, b.visits)
+
+
+def test_the_vocabulary_of_clip_is_known_without_its_package():
+    tokenizer = load_tokenizer("clip", 77)
+    assert (tokenizer.vocab_size, tokenizer.pad_id, tokenizer.end_id) == towers.CLIP

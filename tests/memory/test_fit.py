@@ -100,8 +100,20 @@ def test_where_nothing_fits_the_largest_component_and_its_knob_are_named():
     assert message.startswith("memory: a global batch of 4096 on 2 ranks needs")
     assert "largest: " in message
     assert "got 2.0 MiB" in message
-    with pytest.raises(UserError, match="memory: a global batch of 8 "):
+    assert message.endswith("or a smaller train.global_batch_size")
+    with pytest.raises(
+        UserError, match=r"memory: a global batch of 8 .* or a smaller model: no global batch is smaller"
+    ):
         fit_of(1).largest()
+
+
+def test_where_nothing_fits_only_what_was_not_tried_is_proposed():
+    fixed = ("micro_batch_size", "recompute_image", "recompute_text")
+    with pytest.raises(UserError, match=r"largest: image activations.*; execution.micro_batch_size below 1024, or"):
+        fit_of(20 * MIB, fixed=fixed, micro_batch_size=1024).fastest(4096)
+    with pytest.raises(UserError) as error:
+        fit_of(2 * MIB).fastest(2**24)
+    assert "execution." not in str(error.value)
 
 
 def test_the_hosts_memory_is_a_limit_of_its_own():
@@ -150,7 +162,11 @@ def test_the_command_line_answers_and_says_what_is_wrong(capsys, tmp_path):
     assert f"execution.micro_batch_size={best['settings']['micro_batch_size']}" in out
     assert best["peak_bytes"] <= 250 * MIB
     for wrong, key in (
-        (["--gpus", "2", "--device", "h10000"], "device: expected cpu"),
+        (["--gpus", "2", "--device", "h10000"], "--device: expected cpu"),
+        (["--gpus", "0"], "--gpus: expected at least 1, got 0"),
+        ([*asked, "--top", "0"], "--top: expected at least 1"),
+        ([*asked, "--num-samples", "-5"], "--num-samples: expected at least 1"),
+        ([*asked, "--json", "/nowhere/found.json"], "--json: expected a file in a folder that exists"),
         ([*asked, "--memory", "much"], "--memory: expected a size"),
         ([*asked, "--utilisation", "2"], "--utilisation: expected a share"),
         ([*asked, "--verify"], "--verify: runs the largest batch on this CPU"),
