@@ -6,6 +6,7 @@ stays near one batch per rank. Parts come back in the order they were asked for,
 
 import logging
 import multiprocessing
+import os
 import warnings
 from collections import Counter
 from collections.abc import Iterator
@@ -139,7 +140,10 @@ class TrainLoader:
         if any(is_remote(shard.url) for shard in self.index.shards):
             share = data.lanes // world_size
             own = range(rank * share, (rank + 1) * share)
-            self._prefetcher = Prefetcher(self.index, self.order, own, global_batch_size // data.lanes)
+            here = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or "1"  # as launchers say it
+            self._prefetcher = Prefetcher(
+                self.index, self.order, own, global_batch_size // data.lanes, min(int(here), world_size)
+            )
         self._source: Iterator[Part | str] | None = None
 
     def seek(self, step: int) -> None:

@@ -16,26 +16,28 @@ class Prefetcher:
     Args:
         lanes: those that the rank serves.
         per_step: samples that each lane serves at a step.
+        ranks_here: ranks of this machine, which share its cache and its memory.
 
     Raises:
-        UserError: the cache cannot hold even these windows, so every shard would be fetched again and again.
+        UserError: there is no room even for these windows of all ranks here: shards would be fetched time and again.
     """
 
-    def __init__(self, index: Index, order: Order, lanes: range, per_step: int):
+    def __init__(self, index: Index, order: Order, lanes: range, per_step: int, ranks_here: int = 1):
         self.index, self.order, self.lanes, self.per_step = index, order, lanes, per_step
         self._asked: set[int] = set()
         self._threads = ThreadPoolExecutor(_AT_ONCE, thread_name_prefix="fetch")
         sizes = sorted((shard.file_size or 0 for shard in index.shards if is_remote(shard.url)), reverse=True)
         at_once = len(lanes) * order.window * 2
-        needed, stream = sum(sizes[:at_once]), index.storage.stream
-        if stream:
-            stream.check_room(needed)
-            index.storage.fetched_bytes = needed
-        bound = index.storage.fetched_bytes
-        if needed > bound:
+        stream, bound = index.storage.stream, index.storage.fetched_bytes
+        together = sizes[: at_once * ranks_here]  # of different ranks: one that several read is there once
+        if stream:  # every rank by itself
+            index.storage.fetched_bytes = sum(sizes[:at_once])
+            stream.check_room(index.storage.fetched_bytes * ranks_here)
+        elif sum(together) > bound:
+            whose = "a rank's lanes read" if ranks_here == 1 else f"the lanes of this machine's {ranks_here} ranks read"
             raise UserError(
-                f"data.cache_gib: expected room for the {min(at_once, len(sizes))} shards that a rank's lanes read "
-                f"at once ({needed / 2**30:.3g} GiB), got {bound / 2**30:.3g}; raise data.cache_gib, or lower "
+                f"data.cache_gib: expected room for the {len(together)} shards that {whose} at once "
+                f"({sum(together) / 2**30:.3g} GiB), got {bound / 2**30:.3g}; raise data.cache_gib, or lower "
                 "data.shuffle_window"
             )
         index.open_shards = max(8, at_once)  # a removed shard's space is free once nobody has it open

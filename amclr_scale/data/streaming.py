@@ -68,9 +68,9 @@ class Stream:
         free = shutil.disk_usage(self.folder()).free
         if needed > free:
             raise UserError(
-                f"data.stream: expected {needed / 2**30:.3g} GiB of shared memory for the shards that a rank's lanes "
-                f"read at once, got {free / 2**30:.3g} in {self._memory}; lower data.shuffle_window, make the shards "
-                "smaller, or give the container more (--shm-size)"
+                f"data.stream: expected {needed / 2**30:.3g} GiB of shared memory for the shards that the lanes of "
+                f"this machine's ranks read at once, got {free / 2**30:.3g} in {self._memory}; lower "
+                "data.shuffle_window, make the shards smaller, or give the container more (--shm-size)"
             )
 
     def close(self) -> None:

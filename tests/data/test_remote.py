@@ -130,6 +130,20 @@ def test_a_cache_that_is_too_small_is_told(served):
         TrainLoader(settings(f"{address}/{{00000..00003}}.tar", cache_gib=1e-5), seed=0, global_batch_size=8)
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_the_ranks_of_a_machine_share_its_cache_and_its_memory(served, memory, tmp_path, monkeypatch, stream):
+    """Room for one rank's windows alone: all of them would fetch every shard for every sample."""
+    index, _, size = indexed(served, tmp_path, [6] * 12)
+    room = int(3.5 * size)  # a rank reads two shards at once
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=room))
+    data = settings(index, shuffle_window=1, cache=str(tmp_path / "cache"), cache_gib=room / 2**30, stream=stream)
+    TrainLoader(data, seed=0, global_batch_size=4, world_size=4).close()
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    words = r"data\.stream: .* machine's ranks" if stream else r"data\.cache_gib: .* 4 shards .* machine's 2 ranks"
+    with pytest.raises(UserError, match=f"^{words} read at once"):
+        TrainLoader(data, seed=0, global_batch_size=4, world_size=4)
+
+
 @pytest.mark.parametrize("way", ["refuse", "cut"])
 def test_a_store_that_stumbles_is_asked_again(served, caplog, way):
     folder, address, handler = served
