@@ -56,7 +56,7 @@ def top_k(queries: Tensor, keys: Tensor, k: int, *, exclude_self: bool = False) 
                 for column in range(0, size, c):
                     tile = left @ theirs[column : column + c].to(dtype).T  # (r, c)
                     if exclude_self and owner == ranks.rank:
-                        tile.diagonal(column - start).fill_(-torch.inf)
+                        tile.diagonal(start - column).fill_(-torch.inf)
                     tile_values, columns = _largest(tile, k)
                     values[part], rows[part] = _order(
                         torch.cat([values[part], tile_values], dim=1),

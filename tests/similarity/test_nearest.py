@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from amclr_scale.similarity import rank, top_k, using, world_size
+from amclr_scale.similarity import nearest, rank, top_k, using, world_size
 
 
 def whole_numbers(rows, D, seed):
@@ -31,6 +31,16 @@ def test_it_is_a_full_sort(q, n, k, seed, chunk):
         got = top_k(queries, keys, min(k, n))
     for x, y in zip(got, by_sorting(queries, keys, min(k, n)), strict=True):
         assert torch.equal(x, y)
+
+
+@pytest.mark.parametrize("tile", [(2, 3), (5, 2), (3, 3)])
+def test_nobody_is_its_own_neighbour_in_tiles_of_any_shape(tile, monkeypatch):
+    monkeypatch.setattr(nearest, "tile_shape", lambda *_: tile)
+    keys = whole_numbers(11, 4, 0)
+    values, rows = top_k(keys, keys, 4, exclude_self=True)
+    want_values, want_rows = by_sorting(keys, keys, 4, torch.arange(11))
+    assert torch.equal(rows, want_rows)
+    assert torch.equal(values, want_values)
 
 
 def one_rank(sizes, k, chunk, exclude_self):
