@@ -45,6 +45,7 @@ def all_runs(name: str, stage: int) -> dict[str, Any]:
         changes = {"zero_stage": stage, "recompute_image": again, "recompute_text": again}
         settings = config(SIZE, **recipe(name), **{f"execution__{key}": value for key, value in changes.items()})
         found[f"micro-batches {sizes}, {kept} kept, recomputation {again}"] = engine_run(settings, sizes, kept, STEPS)
+    gc.unfreeze()
     return found
 
 
