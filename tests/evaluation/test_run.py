@@ -146,4 +146,4 @@ def test_mistakes(split, tmp_path: Path):
     refused(r"^evaluation.templates: expected at least one", split, templates=[])
     write_tar(tmp_path / "plain.tar", [{"png": b"", "json": {"concept": "red"}}])
     refused(r"^data.caption: .*expected captions in .txt", str(tmp_path / "plain.tar"))
-    refused(r"^evaluation.splits: .*json.colour", split, classes="json.colour")
+    refused(r"^evaluation.classes: .*json.colour", split, classes="json.colour")
