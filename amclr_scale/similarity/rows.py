@@ -35,8 +35,12 @@ def map_rows(
         negatives: whose keys are columns: "all" ranks', "local", or those of a group of so many consecutive ranks.
 
     Raises:
-        ValueError: shapes that do not fit.
+        ValueError: shapes that do not fit, or a row function that returns something else.
     """
+    if anchors.ndim != 2 or keys.shape[1:] != anchors.shape[1:]:
+        raise ValueError(
+            f"keys: expected (b, D) like anchors, which are {tuple(anchors.shape)}, got {tuple(keys.shape)}"
+        )
     for name, x in (("keys", keys), *((f"per_row[{i}]", x) for i, x in enumerate(per_row))):
         if len(x) != len(anchors):
             raise ValueError(f"{name}: expected {len(anchors)} rows, as many as anchors, got {len(x)}")
@@ -49,7 +53,11 @@ def map_rows(
 
     def block_of(rows: Tensor, columns: Tensor, positive: Tensor, *extra: Tensor) -> tuple[Tensor, ...]:
         with torch.autocast(device, enabled=False):
-            return fn(rows.to(dtype) @ columns.T, positive, *extra)
+            found = fn(rows.to(dtype) @ columns.T, positive, *extra)
+        if not isinstance(found, tuple) or any(x.shape[:1] != rows.shape[:1] for x in found):
+            got = [tuple(x.shape) for x in found] if isinstance(found, tuple) else type(found).__name__
+            raise ValueError(f"fn: expected a tuple of tensors with {len(rows)} rows, as many as the block, got {got}")
+        return found
 
     chunk = settings.current().chunk
     size = max(1, 2**21 // len(columns)) if chunk == "auto" else chunk

@@ -90,3 +90,18 @@ def test_mistakes_are_named():
         map_rows(lambda block, positive: (block.sum(1),), torch.ones(3, 2), torch.ones(4, 2))
     with pytest.raises(ValueError, match=r"per_row\[0\]: expected 3 rows"):
         map_rows(lambda block, positive, x: (x,), torch.ones(3, 2), torch.ones(3, 2), torch.ones(2))
+    with pytest.raises(ValueError, match=r"keys: expected \(b, D\) like anchors, which are \(3, 2\), got \(3, 4\)"):
+        map_rows(lambda block, positive: (block.sum(1),), torch.ones(3, 2), torch.ones(3, 4))
+
+
+@pytest.mark.parametrize(
+    ("fn", "got"),
+    [
+        (lambda block, positive: block.exp(), "Tensor"),  # would be taken apart row by row
+        (lambda block, positive: (block.sum(1), block.sum()), r"\[\(2,\), \(\)\]"),
+        (lambda block, positive: (block.sum(1, keepdim=True).T,), r"\[\(1, 2\)\]"),  # one row per block, not per anchor
+    ],
+)
+def test_a_row_function_answers_for_every_row(fn, got):
+    with using(chunk=2), pytest.raises(ValueError, match=rf"fn: expected a tuple of tensors with 2 rows, .* got {got}"):
+        map_rows(fn, torch.ones(4, 3), torch.ones(4, 3))
