@@ -42,14 +42,22 @@ def start(place: Place, threads: int | None = None) -> torch.device:
     keep_float32()
 
     import deepspeed
-    import deepspeed.ops
 
-    # DeepSpeed would compile shared-memory collectives at first use: minutes of waiting for what gloo does already,
-    # and a compile that is killed leaves a lock behind that hangs every later run.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    leave_messages_to_gloo()
     if not dist.is_initialized():
         deepspeed.init_distributed(dist_backend="nccl" if cuda else "gloo", auto_mpi_discovery=False, verbose=False)
     return device
+
+
+def leave_messages_to_gloo() -> None:
+    """Keep DeepSpeed from compiling shared-memory collectives for CPUs at first use.
+
+    Minutes of waiting for what gloo does already, and a compile that is killed leaves a lock behind that hangs every
+    later run.
+    """
+    import deepspeed.ops
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
 def keep_float32() -> None:

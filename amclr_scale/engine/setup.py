@@ -11,6 +11,7 @@ from amclr_scale.config.load import merge
 from amclr_scale.config.schema import Config, Execution
 from amclr_scale.encoders.dual_encoder import DualEncoder
 from amclr_scale.encoders.recomputation import recomputed_share, set_recomputation
+from amclr_scale.engine.distributed import leave_messages_to_gloo
 from amclr_scale.engine.layerwise import attach
 from amclr_scale.engine.optimizers import build_optimizer, parameter_groups
 from amclr_scale.engine.partitioned import partition
@@ -106,6 +107,7 @@ def build_engine(
     whole, and other ranks than 0 get new Parameter objects. `folder` is the run's, for profiles.
     """
     quieten()
+    leave_messages_to_gloo()  # for those who come with a process group of their own
     import deepspeed
 
     if config.execution.precision == "fp16" and not deepspeed.accelerator.get_accelerator().is_fp16_supported():
