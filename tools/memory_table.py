@@ -23,6 +23,8 @@ MODEL = [
 ]  # fmt: skip
 CARDS = (24, 80, 141)  # GiB: RTX 4090, A100 and H100, H200
 MOST_RANKS = 512
+# Methods that add to another one, and that one.
+ADDED = {"+ state per sample": "gradient cache", "+ queue": "gradient cache", "+ momentum encoder": "+ queue"}
 
 
 def arguments(argv: list[str]) -> argparse.Namespace:
@@ -48,7 +50,7 @@ def table(head: str, columns: list[str], curves: dict[str, list[int]]) -> str:
 
 
 def plot(path: Path, title: str, panels: list[tuple[str, list[Any], dict[str, list[int]]]]) -> None:
-    """Three panels: against the batch, against ranks (both logarithmic), and bars by stage."""
+    """Lines against the batch and against ranks (both logarithmic), bars by stage, and what further methods add."""
     try:
         import matplotlib as mpl
     except ImportError as error:
@@ -56,34 +58,45 @@ def plot(path: Path, title: str, panels: list[tuple[str, list[Any], dict[str, li
     mpl.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, 3, figsize=(16, 5.2), width_ratios=(4, 4, 3), layout="constrained")
+    figure, axes = plt.subplots(1, 4, figsize=(18, 5), width_ratios=(4, 4, 3, 2.4), layout="constrained")
     # Where lines lie on one another, thinner ones on top of thicker ones keep all of them in sight.
-    styles = [("-", 2.5), ("-", 5.0), ("-", 1.8), ("-", 6.0), ("-", 4.0), ("--", 2.2), (":", 2.2)]
+    styles = {"all B x B on every rank": 2.0, "local rows, b x B": 5.5, "blocks": 2.0, "gradient cache": 3.5}
     for axis, (label, xs, curves) in zip(axes[:2], panels[:2], strict=True):
-        for (name, sizes), (style, width) in zip(curves.items(), styles, strict=True):
-            axis.plot(xs, [size / 2**30 for size in sizes], style, linewidth=width, label=name)
+        for name, width in styles.items():
+            axis.plot(xs, [size / 2**30 for size in curves[name]], linewidth=width, label=name)
+        sizes = [size / 2**30 for name in styles for size in curves[name]]
         axis.set_xscale("log", base=2)
         axis.set_yscale("log", base=2)
-        axis.set_xticks(xs, [f"{x:,}" for x in xs], rotation=45)
-        axis.set_yticks([4**k for k in range(7)], [f"{4**k:,}" for k in range(7)])
-        axis.set_ylim(1, 2**13)
+        axis.set_xticks(xs, [f"{x:,}" for x in xs], rotation=45, ha="right", rotation_mode="anchor")
+        axis.set_yticks([4**k for k in range(-3, 9)], [f"{4.0**k:,g}" for k in range(-3, 9)])
+        axis.set_ylim(0.7 * min(sizes), 1.6 * max(sizes))
         axis.set_xlabel(label)
+        axis.legend(fontsize=9, loc="upper left" if axis is axes[0] else "upper right")
     label, names, curves = panels[2]
-    for index, (name, sizes) in enumerate(curves.items()):
-        axes[2].bar([i + 0.4 * index - 0.2 for i in range(len(names))], [s / 2**30 for s in sizes], 0.38, label=name)
+    for index, (name, found) in enumerate(curves.items()):
+        heights = [size / 2**30 for size in found]
+        bars = axes[2].bar([i + 0.4 * index - 0.2 for i in range(len(names))], heights, 0.38, label=name)
+        axes[2].bar_label(bars, fmt="%.1f", fontsize=9)
     axes[2].set_xticks(range(len(names)), names)
     axes[2].set_xlabel(label)
-    axes[2].set_ylim(0, 1.25 * axes[2].get_ylim()[1])
-    for axis in axes:
+    axes[2].set_ylim(0, 1.3 * axes[2].get_ylim()[1])
+    axes[2].legend(fontsize=9, loc="upper right")
+    for axis in axes[:3]:
         low, high = axis.get_ylim()
         for card in CARDS:
-            if card < high:
+            if low < card < high:
                 axis.axhline(card, color="black", linewidth=0.8, linestyle=(0, (4, 3)))
-                axis.annotate(f"{card} GiB", (0.005, card), xycoords=("axes fraction", "data"), va="bottom", fontsize=8)
-        axis.set_ylim(low, high)
+                axis.annotate(f"{card} GiB", (0.005, card), xycoords=("axes fraction", "data"), va="bottom", fontsize=9)
         axis.set_ylabel("GiB per rank")
         axis.grid(alpha=0.25)
-        axis.legend(fontsize=8, loc="upper left" if axis is axes[0] else "upper right")
+    _, _, by_batch = panels[0]
+    added = {name: (by_batch[name][-1] - by_batch[before][-1]) / 2**20 for name, before in ADDED.items()}
+    bars = axes[3].bar(range(len(added)), list(added.values()), 0.6, color="tab:purple")
+    axes[3].bar_label(bars, fmt="%.0f", fontsize=9)
+    axes[3].set_xticks(range(len(added)), [name.removeprefix("+ ").replace(" ", "\n") for name in added])
+    axes[3].set_xlabel("further methods, on top of the cache")
+    axes[3].set_ylabel("MiB per rank")
+    axes[3].grid(axis="y", alpha=0.25)
     figure.suptitle(title)
     figure.savefig(path, dpi=110)
 

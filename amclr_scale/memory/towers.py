@@ -34,6 +34,7 @@ from amclr_scale.memory.tracker import Tracker
 from amclr_scale.memory.visits import Events, Visits
 
 Modality = Literal["image", "text"]
+Partitioned = Literal["no", "yes", "plain linear"]  # whether stage 3 cuts parameters, and which linear layers it leaves
 MODALITIES: tuple[Modality, ...] = ("image", "text")
 PRIMES = (10_007, 10_009, 10_037, 10_039)
 CLIP = (49_408, 0, 49_407)  # entries, padding and end of data.tokenizer: clip, whose package takes a second to import
@@ -163,7 +164,9 @@ def trace(config: schema.Config, modality: Modality, device: str = "cuda", *, pa
         partitioned: parameters are, as at ZeRO's stage 3 on several ranks.
     """
     recomputation = config.execution.recompute_image if modality == "image" else config.execution.recompute_text
-    return _trace(_key(config), modality, recomputation, config.execution.precision, device, partitioned)
+    wrapped = config.deepspeed.get("zero_optimization", {}).get("memory_efficient_linear", True)
+    cut: Partitioned = "no" if not partitioned else "yes" if wrapped else "plain linear"
+    return _trace(_key(config), modality, recomputation, config.execution.precision, device, cut)
 
 
 def skeleton(config: schema.Config) -> DualEncoder:
@@ -213,7 +216,7 @@ def _vocabulary(spec: str, length: int) -> tuple[int, int, int]:
 
 @lru_cache(maxsize=64)
 def _trace(
-    key: str, modality: Modality, recomputation: Recomputation, precision: str, device: str, partitioned: bool
+    key: str, modality: Modality, recomputation: Recomputation, precision: str, device: str, partitioned: Partitioned
 ) -> Tower:
     wanted = key, modality, recomputation, precision, device, partitioned
     try:
@@ -223,7 +226,7 @@ def _trace(
 
 
 def _traced(
-    key: str, modality: Modality, recomputation: Recomputation, precision: str, device: str, partitioned: bool,
+    key: str, modality: Modality, recomputation: Recomputation, precision: str, device: str, partitioned: Partitioned,
     mode: AbstractContextManager[Any],
 ) -> Tower:  # fmt: skip
     """Run the tower under a mode: none, or fake tensors, which give the same in twice the time."""
@@ -241,7 +244,8 @@ def _traced(
         else:
             length = data["context_length"]
             inputs = [torch.empty(m, length, dtype=torch.int64, device="meta") for _ in range(views)]
-        visits = Visits(model) if partitioned else None
+        plain = partitioned == "plain linear"
+        visits = None if partitioned == "no" else Visits(model, linear_saves_weight=not plain)
         while True:
             counter = FlopCounterMode(display=False)
             without_graph = _record(model, modality, inputs, visits, counter=counter)

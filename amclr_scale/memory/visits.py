@@ -33,7 +33,7 @@ class _Seen:
 
 
 @contextmanager
-def _as_partitioned() -> Iterator[None]:
+def _as_partitioned(linear_saves_weight: bool) -> Iterator[None]:
     """What DeepSpeed changes once parameters are partitioned: linear layers save the weight, not a view of it.
 
     And no messages: they ask which rank this is, and there is none.
@@ -41,7 +41,7 @@ def _as_partitioned() -> Iterator[None]:
     from deepspeed.runtime.zero import linear, parameter_offload, utils
 
     with (
-        mock.patch.object(F, "linear", linear.zero3_linear_wrap),
+        mock.patch.object(F, "linear", linear.zero3_linear_wrap if linear_saves_weight else F.linear),
         mock.patch.object(parameter_offload, "print_rank_0"),
         mock.patch.object(utils, "warned", True, create=True),
     ):
@@ -53,9 +53,10 @@ class Visits:
 
     Args:
         model: on tensors without memory; its parameters are empty outside of their modules from now on.
+        linear_saves_weight: DeepSpeed's `memory_efficient_linear`.
     """
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: nn.Module, *, linear_saves_weight: bool = True):
         from deepspeed.runtime.zero import parameter_offload as zero  # seconds of imports, which stage 3 alone needs
 
         self._events: Events = []
@@ -85,6 +86,7 @@ class Visits:
         self._offload.setup_zero_stage3_hooks()
         self._stack, self._depth = zero.FWD_MODULE_STACK, depth
         self._model, self._external = model, 0
+        self._linear_saves_weight = linear_saves_weight
         self._reset()
 
     def learned(self) -> bool:
@@ -101,7 +103,7 @@ class Visits:
         """Note the hooks of what runs inside, in terms of the events that a tracker writes down."""
         self._events, self._seen = events, []
         self._births, self._gathered = {}, set()
-        with _as_partitioned():
+        with _as_partitioned(self._linear_saves_weight):
             yield
         self._reset()
 

@@ -296,7 +296,7 @@ def test_groups_of_pairs_of_any_size_that_a_run_may_have(batch, world_size):
 
 def test_meta_and_fake_tensors_give_the_same_trace():
     given = config("model.image.name=timm/vit_tiny_patch16_224", "model.text.layers=2")
-    for modality, recomputation, partitioned in (("image", "none", False), ("text", "full", True)):
+    for modality, recomputation, partitioned in (("image", "none", "no"), ("text", "full", "yes")):
         wanted = towers._key(given), modality, recomputation, "fp32", "cuda", partitioned
         mode = FakeTensorMode(allow_non_fake_inputs=True)
         one, two = towers._traced(*wanted, nullcontext()), towers._traced(*wanted, mode)
