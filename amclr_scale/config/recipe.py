@@ -144,8 +144,8 @@ class TextTower(Section):
     pretrained: bool = False
     """transformers/PATH: load the weights in that folder."""
     pooling: Literal["default", "mean", "first", "last"] = "default"
-    """How token features become one: mean over tokens, the first or the last one. default: mean for small_transformer
-    and decoder-like models, first for BERT-like ones."""
+    """How token features become one: mean over tokens, the first or the last one. default: mean for small_transformer,
+    first for BERT-like models, last for causal ones."""
     projection: Literal["linear", "mlp"] = "linear"
     """Head from the tower's features to the embedding."""
     dropout: Fraction = 0.0
