@@ -129,8 +129,11 @@ def run(config: Config, source: str | None, place: Place, stopwatch: Stopwatch, 
         create(folder, config, str(device), place.world_size, resumed_at=begin if found else None)
         tokenizer.save(folder / "tokenizer")
     seed_everything(config.seed, place.rank + 1)  # dropout differs between ranks
+    probe = None
+    if prepared.probed is not None:
+        probe = Probe(config, prepared.probed, micro_batch_sizes=plan.micro_batch_sizes, device=device)
     if found:
-        put_back(found.checkpoint, engine, objective, device)
+        put_back(found.checkpoint, engine, objective, device, probe)
         stopwatch.lap("checkpoint")
     phases, memory = Phases(device), None
     if config.execution.memory_report:
@@ -144,9 +147,6 @@ def run(config: Config, source: str | None, place: Place, stopwatch: Stopwatch, 
         advice=lambda phase: advise_about(config, place, loader.num_samples, str(device), phase),
     )  # fmt: skip
     step.steps = begin
-    probe = None
-    if prepared.probed is not None:
-        probe = Probe(config, prepared.probed, micro_batch_sizes=plan.micro_batch_sizes, device=device)
 
     with (
         lock,
@@ -155,7 +155,7 @@ def run(config: Config, source: str | None, place: Place, stopwatch: Stopwatch, 
         StepProfiler(folder, config.execution.profile, place.rank) as profiler,
         Keeper(
             folder, config, plan, engine=engine, objective=objective, fingerprint=loader.fingerprint,
-            tokenizer=tokenizer, log=log, signals=signals, device=device, found=found,
+            tokenizer=tokenizer, log=log, signals=signals, device=device, probe=probe, found=found,
         ) as keeper,
         memory or nullcontext(),
     ):  # fmt: skip

@@ -23,6 +23,7 @@ from amclr_scale.config.load import recipe_hash
 from amclr_scale.config.schema import Config
 from amclr_scale.data.tokenizers import Tokenizer
 from amclr_scale.engine.plan import Plan
+from amclr_scale.engine.probe import Probe
 from amclr_scale.metrics.log import RunLog
 from amclr_scale.metrics.run_folder import installed_packages
 from amclr_scale.similarity import all_sum
@@ -62,6 +63,7 @@ class Keeper:
         folder: the run's.
         fingerprint: of the data.
         tokenizer: that captions go through; saved with every checkpoint.
+        probe: that of `run.probe`, whose last measurement is saved.
         found: what the run goes on from.
     """
 
@@ -78,11 +80,12 @@ class Keeper:
         log: RunLog,
         signals: Signals,
         device: torch.device,
+        probe: Probe | None = None,
         found: Found | None = None,
     ):
         self.folder, self.config, self.plan = folder / CHECKPOINTS, config, plan
         self.engine, self.objective, self.fingerprint = engine, objective, fingerprint
-        self.log, self.signals, self.device = log, signals, device
+        self.log, self.signals, self.device, self.probe = log, signals, device, probe
         self.number = found.number if found else 0
         self.rank = int(engine.global_rank)
         self.tokenizer, self._tokenizer_files = tokenizer.fingerprint(), tokenizer.files()
@@ -142,7 +145,9 @@ class Keeper:
             self._failed(done, problem or "rank 0 cannot make the folder")
             return
         self.number += 1
-        snapshot = state.take(self.engine, self.objective, self._state(done), self.device, self._tokenizer_files)
+        snapshot = state.take(
+            self.engine, self.objective, self._state(done), self.device, self._tokenizer_files, self.probe
+        )
         self._writing = _Writing(snapshot, here, done, time.perf_counter() - began)
         self._saved_at = time.monotonic()
         if not self.config.checkpoint.asynchronous:

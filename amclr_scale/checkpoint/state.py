@@ -2,6 +2,7 @@
 
     state.json                  step, samples, resolved configuration, fingerprint of the data, versions, layout
     objective.safetensors       per-sample estimators and temperatures, all N rows whatever the number of ranks
+    probe.safetensors           what run.probe goes on from, where there is one
     rank_00000.safetensors ...  that rank's pieces of parameters and optimizer states, buffers, random generators
     tokenizer/                  the files of the tokenizer, from which it can be made again
 
@@ -14,7 +15,7 @@ import random
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -25,8 +26,12 @@ from amclr_scale.checkpoint import pieces
 from amclr_scale.checkpoint.files import Written, describe, write_json
 from amclr_scale.errors import UserError
 
+if TYPE_CHECKING:
+    from amclr_scale.engine.probe import Probe
+
 STATE = "state.json"
 OBJECTIVE = "objective.safetensors"
+PROBE = "probe.safetensors"
 TOKENIZER = "tokenizer"
 
 
@@ -37,14 +42,15 @@ class Snapshot:
     state: dict[str, Any]
     tensors: dict[str, Tensor]
     notes: dict[str, Any]
-    objective: dict[str, Tensor]
+    shared: dict[str, dict[str, Tensor]]  # by file: what rank 0 writes for all
     rank: int
     tokenizer: Mapping[str, bytes] = field(default_factory=dict)  # its files by name
 
     @property
     def bytes(self) -> int:
         """Of all tensors."""
-        return sum(t.nbytes for t in (*self.tensors.values(), *self.objective.values()))
+        parts = (self.tensors, *self.shared.values())
+        return sum(t.nbytes for part in parts for t in part.values())
 
     def write(self, folder: Path) -> list[Written]:
         """Write this rank's files; rank 0's are also those that all ranks share.
@@ -56,9 +62,10 @@ class Snapshot:
         save_file(self.tensors, file, metadata={"notes": json.dumps(self.notes)})
         written = [describe(file)]
         if self.rank == 0:
-            if self.objective:
-                save_file(self.objective, folder / OBJECTIVE)
-                written.append(describe(folder / OBJECTIVE))
+            for name, tensors in self.shared.items():
+                if tensors:
+                    save_file(tensors, folder / name)
+                    written.append(describe(folder / name))
             for name, content in self.tokenizer.items():
                 path = folder / TOKENIZER / name
                 path.parent.mkdir(parents=True, exist_ok=True)
@@ -79,12 +86,14 @@ def take(
     state: dict[str, Any],
     device: torch.device,
     tokenizer: Mapping[str, bytes] | None = None,
+    probe: "Probe | None" = None,
 ) -> Snapshot:
     """Copy everything that training changes. All ranks call it together, between two steps.
 
     Args:
         state: what goes into state.json.
         tokenizer: its files, which rank 0 writes.
+        probe: the run's, if it has one.
     """
     rank, world_size = int(engine.global_rank), int(engine.world_size)
     tensors, notes = pieces.collect(engine, rank, world_size)
@@ -98,7 +107,8 @@ def take(
         tensors["random/cuda"] = torch.cuda.get_rng_state(device)
     legacy: Any = np.random.get_state(legacy=True)
     notes["random"] = {"python": random.getstate(), "numpy": [legacy[0], legacy[1].tolist(), *legacy[2:]]}
-    return Snapshot({**state, "ranks": world_size}, tensors, notes, own, rank, tokenizer or {})
+    shared = {OBJECTIVE: own, PROBE: {} if probe is None else probe.state_dict()}
+    return Snapshot({**state, "ranks": world_size}, tensors, notes, shared, rank, tokenizer or {})
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
@@ -113,7 +123,9 @@ def open_pieces(checkpoint: Path) -> pieces.PieceReader:
     return pieces.PieceReader([checkpoint / file_of(rank) for rank in range(ranks)])
 
 
-def put_back(checkpoint: Path, engine: Any, objective: nn.Module, device: torch.device) -> None:
+def put_back(
+    checkpoint: Path, engine: Any, objective: nn.Module, device: torch.device, probe: "Probe | None" = None
+) -> None:
     """Continue from a checkpoint, in any layout. All ranks call it together, after the engine is built.
 
     A rank that the checkpoint has no random generators of (more ranks than wrote it) keeps its own.
@@ -125,11 +137,12 @@ def put_back(checkpoint: Path, engine: Any, objective: nn.Module, device: torch.
     reader = open_pieces(checkpoint)
     try:
         pieces.restore(engine, reader, rank)
-        saved = load_file(checkpoint / OBJECTIVE) if (checkpoint / OBJECTIVE).exists() else {}
-        objective.load_state_dict(saved)
+        objective.load_state_dict(_load(checkpoint / OBJECTIVE))
     except (ValueError, RuntimeError) as error:
         words = str(error).removeprefix("checkpoint: ")
         raise UserError(f"resume: {checkpoint} does not fit this run: {words}") from error
+    if probe is not None:
+        probe.load_state_dict(_load(checkpoint / PROBE))
     cpu, cuda = reader.tensor("random/cpu", rank), reader.tensor("random/cuda", rank)
     if cpu is not None:
         torch.set_rng_state(cpu)
@@ -140,3 +153,7 @@ def put_back(checkpoint: Path, engine: Any, objective: nn.Module, device: torch.
         np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))
     if cuda is not None and device.type == "cuda":
         torch.cuda.set_rng_state(cuda, device)
+
+
+def _load(file: Path) -> dict[str, Tensor]:
+    return load_file(file) if file.exists() else {}

@@ -104,7 +104,8 @@ class Run(Section):
     """Steps between two lines on the console and in metrics.jsonl."""
     diagnostics: bool = False
     """Also log, at each logged step, alignment, uniformity, modality gap, gradient norm per modality, the spread of
-    per-sample temperatures, and what the batch size does to a pair's gradient (docs/objectives.md)."""
+    per-sample temperatures, what the batch size does to a pair's gradient, and how many samples of the batch are
+    duplicates or false negatives (docs/objectives.md)."""
     probe: BatchProbe = BatchProbe()
     wandb: Literal["off", "offline", "online"] = "off"
     """Also log to Weights & Biases; offline writes files to sync later."""

@@ -79,7 +79,7 @@ def train(
             rates = throughput.record((samples - logged_at) / seconds)
             record = {**_record(report, phases, seconds, bad_samples(), device), **rates}
             if config.run.diagnostics:
-                found = diagnostics.of_step(objective, report.embeddings)
+                found = diagnostics.of_step(objective, report.embeddings, batch.texts[0])
                 record |= {f"diagnostics/{name}": value for name, value in found.items()}
             place = {"step": done, "samples": samples, "epoch": samples / plan.samples_per_epoch, "lr": lr}
             log.step({**place, **record}, plan.total_steps)

@@ -2,11 +2,12 @@
 
 The samples are the first K that another seed's order would give, augmented once: the same for every objective, batch
 size, number of ranks and moment of a run. They are encoded in evaluation mode with the present weights;
-objectives/whole_set.py says what is then compared. Nothing that trains is changed: weights, per-sample state and random
-numbers are afterwards what they were.
+objectives/whole_set.py says what is then compared. How far the embeddings have moved since the measurement before is
+their drift, mean |f_t(x) - f_(t-dt)(x)|^2: what makes stored averages, queues and banks stale. Nothing that trains is
+changed: weights, per-sample state and random numbers are afterwards what they were.
 
-Costs K forward passes, host memory for K / W samples as the loader gives them, and on every rank K embeddings and
-gradients of every view.
+Costs K forward passes, host memory for K / W samples as the loader gives them and for K embeddings, and on every rank K
+embeddings and gradients of every view.
 """
 
 from typing import Any
@@ -22,7 +23,7 @@ from amclr_scale.engine.micro_batches import on_device, split
 from amclr_scale.engine.place import Place
 from amclr_scale.engine.random_state import RandomState
 from amclr_scale.errors import UserError
-from amclr_scale.objectives.base import Objective
+from amclr_scale.objectives.base import Objective, numbers
 from amclr_scale.objectives.whole_set import compare_with_whole_set
 from amclr_scale.similarity import all_gather
 from amclr_scale.types import Batch, Embeddings
@@ -61,9 +62,13 @@ class Probe:
     def __init__(self, config: Config, batch: Batch, *, micro_batch_sizes: tuple[int, int], device: torch.device):
         self.config, self.batch = config, batch
         self.micro_batch_sizes, self.device = micro_batch_sizes, device
+        self._before: dict[str, Tensor] = {}  # (K, D) on the host, by modality: embeddings of the last measurement
 
     def __call__(self, engine: Any, objective: Objective) -> dict[str, float]:
-        """Measure; see `compare_with_whole_set`. All ranks call it, between two steps."""
+        """Measure; see `compare_with_whole_set`. All ranks call it, between two steps.
+
+        From the second measurement on also `drift_image` and `drift_text`, from 0 to 4 for unit rows.
+        """
         training = engine.training
         engine.eval()
         try:
@@ -71,13 +76,28 @@ class Probe:
                 embeddings = self._encode(engine)
         finally:
             engine.train(training)
-        return compare_with_whole_set(
+        found = compare_with_whole_set(
             objective,
             self._whole(objective),
             embeddings,
             global_batch_size=self.config.train.global_batch_size,
             seed=self.config.seed,
         )
+        return found | self._drift(embeddings)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """What the next measurement needs of the last one, the same on every rank; goes into a checkpoint."""
+        return dict(self._before)
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Continue; the state of a probe of another size is left aside, as it says nothing about these samples."""
+        K = self.config.run.probe.samples
+        self._before = state if all(len(x) == K for x in state.values()) else {}
+
+    def _drift(self, embeddings: Embeddings) -> dict[str, float]:
+        now = {"image": embeddings.image.float().cpu(), "text": embeddings.text.float().cpu()}
+        before, self._before = self._before, now
+        return numbers(**{f"drift_{side}": (now[side] - x).square().sum(1).mean() for side, x in before.items()})
 
     def _whole(self, objective: Objective) -> Objective:
         """One that has seen nothing yet, for a data set of K samples."""

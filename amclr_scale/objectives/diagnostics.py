@@ -5,12 +5,14 @@
     npc_multiplier       mean of 1 - P_ii, the factor that softmax losses put on a pair's gradient and DCL takes away
     temperature_spread   temperatures of the samples visited so far
     gradient_norms       norm of the gradient that reaches each modality's embeddings
+    collisions           samples that a batch holds twice, and negatives that are positives as ids and captions tell
     of_step              what of these a single step can answer
 
 Every function returns floats about the global batch, the same on every rank, and has to be called by all ranks.
 """
 
 import math
+from itertools import combinations
 
 import torch
 from torch import Tensor
@@ -87,12 +89,51 @@ def temperature_spread(objective: Objective) -> dict[str, float]:
     return spread
 
 
-def of_step(objective: Objective, embeddings: Embeddings) -> dict[str, float]:
-    """All of the above that one step's embeddings, after backward, can answer: what the trainer logs now and then."""
+@torch.no_grad()
+def collisions(ids: Tensor, captions: Tensor, text_ids: Tensor | None = None) -> dict[str, float]:
+    """How often the global batch contradicts itself.
+
+    `duplicates` is the share of its samples that it holds more than once; `false_negatives` the share of its ordered
+    pairs i != j, which softmax losses treat as negatives, with the same sample, the same text or the same caption word
+    for word. A lower bound: two captions may say the same in other words. Both are 0 for a single sample.
+
+    Args:
+        ids: (b,) int64, this rank's samples.
+        captions: (b, L) int64, token ids of the captions.
+        text_ids: (b,) int64, where an image has several captions.
+    """
+    keys = [all_gather(ids), all_gather(captions).unique(dim=0, return_inverse=True)[1]]  # (B,) each
+    if text_ids is not None:
+        keys.append(all_gather(text_ids))
+
+    def groups(*of: Tensor) -> Tensor:
+        """Sizes of the groups of samples that agree in all of these."""
+        sizes: Tensor = torch.stack(of, 1).unique(dim=0, return_counts=True)[1]
+        return sizes.double()
+
+    # pairs that agree in one key at least: those of every key, less those of every two keys, plus ...
+    same, sign = torch.zeros((), dtype=torch.float64, device=ids.device), 1
+    for size in range(1, len(keys) + 1):
+        for some in combinations(keys, size):
+            count = groups(*some)
+            same += sign * (count * (count - 1)).sum()
+        sign = -sign
+    B, count = len(keys[0]), groups(keys[0])
+    return numbers(duplicates=count[count > 1].sum() / B, false_negatives=same / max(1, B * (B - 1)))
+
+
+def of_step(objective: Objective, embeddings: Embeddings, captions: Tensor | None = None) -> dict[str, float]:
+    """All of the above that one step's embeddings, after backward, can answer: what the trainer logs now and then.
+
+    Args:
+        captions: (b, L) token ids of the step's captions, on any device; None leaves `collisions` out.
+    """
     image, text = embeddings.image.detach(), embeddings.text.detach()
     found = gradient_norms(image=embeddings.image.grad, text=embeddings.text.grad) | temperature_spread(objective)
     if objective.needs_unit_rows:
         found |= geometry(image, text)
         if embeddings.logit_scale is not None:
             found |= npc_multiplier(image, text, 1 / at_least_float32(embeddings.logit_scale.detach()))
+    if captions is not None and embeddings.ids is not None:
+        found |= collisions(embeddings.ids, captions.to(image.device), embeddings.text_ids)
     return found

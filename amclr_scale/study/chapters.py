@@ -201,7 +201,10 @@ def against_whole_set(report: Document, groups: Sequence[Group], looks: Looks) -
     )  # fmt: skip
     report.figure(whole_set.by_batch(probed, looks))
     report.table(whole_set.last_table(probed))
-    for quantity in (whole_set.ERROR, whole_set.LOG_RATIO, whole_set.COSINE, whole_set.NORM):
+    for quantity in (
+        whole_set.ERROR, whole_set.LOG_RATIO, whole_set.COSINE, whole_set.NORM, whole_set.DRIFT_IMAGE,
+        whole_set.DRIFT_TEXT,
+    ):  # fmt: skip
         report.figure(whole_set.curve(probed, looks, quantity))
 
 

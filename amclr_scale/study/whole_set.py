@@ -49,7 +49,13 @@ EXPECTED_COSINE = Quantity("expected_gradient_cosine", "cosine, expected gradien
 EXPECTED_NORM = Quantity(
     "expected_gradient_norm_ratio", "norm over the whole set's, expected gradient", "norm ratio, expected", ".3f"
 )
-QUANTITIES = (ERROR, ERROR_P90, LOG_RATIO, VISITED, COSINE, NORM, EXPECTED_COSINE, EXPECTED_NORM)
+DRIFT_IMAGE, DRIFT_TEXT = (
+    Quantity(f"drift_{side}", f"squared distance that {side} embeddings moved", f"drift, {side}", ideal=0.0)
+    for side in ("image", "text")
+)  # since the measurement before
+QUANTITIES = (
+    ERROR, ERROR_P90, LOG_RATIO, VISITED, COSINE, NORM, EXPECTED_COSINE, EXPECTED_NORM, DRIFT_IMAGE, DRIFT_TEXT
+)  # fmt: skip
 BY_BATCH = ((COSINE, NORM), (EXPECTED_COSINE, EXPECTED_NORM))
 WIDE_RANGE = 20.0  # largest over smallest value from which an axis is logarithmic
 

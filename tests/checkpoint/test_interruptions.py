@@ -2,16 +2,18 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 
 import psutil
+import pytest
 
 from amclr_scale.checkpoint import files
 from tests.checkpoint.trainer import ROOT
-from tests.launch.test_train import LAUNCHERS, SMALL, free_port
+from tests.launch.test_train import LAUNCHERS, SMALL, free_port, probed
 
 
 def launch(folder, *words, launcher="deepspeed"):
@@ -98,3 +100,25 @@ def test_a_signal_to_one_rank_and_a_time_limit_save_and_end_with_75(tmp_path):
     assert "resume_changed=optimizer.lr" in said
     assert "optimizer.lr: 0.002 in the checkpoint, 0.5 now" in said
     assert "Traceback" not in said
+
+
+def test_a_resumed_run_measures_the_drift_that_the_whole_run_measures(tmp_path):
+    """Also on another number of ranks: the last measurement is in the checkpoint."""
+    words = ["run.probe.samples=128", "run.probe.every_samples=256", "checkpoint.every_samples=320"]
+    run = launch(tmp_path, *words, launcher="python")
+    said, _ = run.communicate(timeout=120)
+    assert run.returncode == 0, said
+    whole = probed(tmp_path / "a")
+    assert [("probe/drift_image" in whole[step], "probe/drift_text" in whole[step]) for step in (8, 16, 20)] == [
+        (False, False), (True, True), (True, True)
+    ]  # fmt: skip
+    assert 0 < whole[20]["probe/drift_image"] < whole[16]["probe/drift_image"] < 4  # four steps of a falling rate
+
+    shutil.rmtree(tmp_path / "a" / "checkpoints" / files.name_of(20))  # back to step 10, after the first measurement
+    again = launch(tmp_path, *words, launcher="torchrun")
+    said, _ = again.communicate(timeout=120)
+    assert again.returncode == 0, said
+    resumed = probed(tmp_path / "a")
+    assert list(resumed) == [8, 16, 20]
+    for step, found in resumed.items():
+        assert found == pytest.approx(whole[step], rel=1e-3)

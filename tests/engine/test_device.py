@@ -83,7 +83,9 @@ def train(name: str, options: dict[str, Any], device: torch.device) -> dict[str,
                     if isinstance(x, Tensor) and x.grad is not None:
                         left[f"{key} {field.name} {index}"] = x.grad.cpu()
             left[f"{key} metrics"] = dict(loss.metrics)
-            left[f"{key} diagnostics"] = diagnostics.of_step(objective, embeddings)
+            left[f"{key} diagnostics"] = diagnostics.of_step(
+                objective, embeddings, torch.arange(2 * len(embeddings.image)).view(-1, 2)
+            )
             for column, values in objective.state_dict().items():
                 left[f"{gather} {layout} {column}"] = values.cpu()
     return left

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from amclr_scale.objectives import diagnostics
+from amclr_scale.similarity import rank, world_size
 from tests.objectives.harness import B, global_batch, make, my_rows
 
 
@@ -82,3 +83,32 @@ def test_a_step_answers_what_it_can():
     free = make("vicreg")
     free(e).value.backward()
     assert set(diagnostics.of_step(free, e)) == {"gradient_norm_image", "gradient_norm_text"}
+
+
+IDS = torch.tensor([3, 7, 3, 9, 11, 9, 9, 2])
+CAPTIONS = torch.tensor([[1, 2, 0], [1, 2, 3], [1, 2, 0], [4, 0, 0], [1, 2, 3], [5, 0, 0], [4, 0, 0], [6, 7, 8]])
+TEXT_IDS = torch.tensor([30, 70, 31, 90, 110, 91, 90, 70])
+
+
+def found_collisions(with_texts):
+    ids, captions, text_ids = (x.chunk(world_size())[rank()] for x in (IDS, CAPTIONS, TEXT_IDS))
+    return diagnostics.collisions(ids, captions, text_ids if with_texts else None)
+
+
+@pytest.mark.parametrize("with_texts", [False, True])
+def test_collisions_count_pairs_that_agree_in_any_way(ranks, with_texts):
+    keys = [IDS, CAPTIONS, TEXT_IDS[:, None]][: 3 if with_texts else 2]
+    pairs = [(i, j) for i in range(8) for j in range(8) if i != j]
+    same = sum(any(torch.equal(key[i], key[j]) for key in keys) for i, j in pairs)
+    assert same == (12 if with_texts else 10)
+    want = {"duplicates": 5 / 8, "false_negatives": same / 56}
+    for got in (found_collisions(with_texts), *ranks(2, found_collisions, with_texts)):
+        assert got == pytest.approx(want, rel=1e-12)
+
+
+def test_a_batch_without_collisions_has_none():
+    assert diagnostics.collisions(torch.arange(4), torch.arange(8).view(4, 2)) == {
+        "duplicates": 0.0,
+        "false_negatives": 0.0,
+    }
+    assert diagnostics.collisions(torch.tensor([5]), torch.tensor([[1, 2]]))["false_negatives"] == 0.0

@@ -176,6 +176,8 @@ def probed(arm: str, batch: int, seed: int, samples: int) -> dict[str, float | N
         "probe/gradient_cosine": 1 - (1 + seed / 10) / batch, "probe/gradient_norm_ratio": 1 + 10 / batch,
         "probe/expected_gradient_cosine": 1 - 0.5 / batch,
         "probe/expected_gradient_norm_ratio": None if batch == 128 else 1.0,  # left out where estimates contradict
+        "probe/drift_image": None if samples == 2048 else 0.3 * (1 - share),  # the first has nothing before it
+        "probe/drift_text": None if samples == 2048 else 0.2 * (1 - share),
     }  # fmt: skip
     if arm not in ("sogclr", "amclr"):
         return gradient
