@@ -152,7 +152,8 @@ def from_words(words: Sequence[str]) -> dict[str, Any]:
     for word in words:
         key, equals, value = word.partition("=")
         if not equals or not key:
-            raise UserError(f"{word}: expected key=value, such as train.global_batch_size=1024")
+            file = f"; a file is named by --config {word}" if word.endswith((".yaml", ".yml")) else ""
+            raise UserError(f"{word}: expected key=value, such as train.global_batch_size=1024{file}")
         above: Any = _parse(value, key, "; put text in quotes, inside the shell's own")
         for part in reversed(key.split(".")):
             above = {part: above}

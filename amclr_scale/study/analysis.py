@@ -60,11 +60,16 @@ def slug_of(metric: Metric) -> str:
 
 
 def analyse(study: Study, groups: Sequence[Group]) -> list[Analysed]:
-    """Every metric of the plan: all groups against the reference, and against the reference's arm at the same batch."""
+    """Every metric of the plan: all groups against the reference, and against the reference's arm at the same batch.
+
+    Where these are the same pairs (a study of one batch size), the second family is empty.
+    """
     reference = reference_of(study, groups)
     arm = reference.arm if reference else study.reference.get("arm", "clip")
     same = [(g, base) for g in groups if g.arm != arm and (base := baseline_of(study, groups, g))]
     far = [(g, reference) for g in groups if reference is not None and g is not reference]
+    if [(one.name, base.name) for one, base in same] == [(one.name, base.name) for one, base in far]:
+        same = []
     found = []
     for metric in study.metrics:
         outcome = Outcome(metric, groups)

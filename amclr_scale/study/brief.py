@@ -40,10 +40,11 @@ def brief(study: Study, question: str, analysed: Sequence[Analysed], groups: Seq
 def _ran(study: Study, groups: Sequence[Group]) -> str:
     seeds = len({cell.seed for cell in study.cells})
     batches = ", ".join(f"{batch:,}" for batch in sorted({cell.global_batch_size for cell in study.cells}))
+    sizes = "sizes" if "," in batches else "size"
     methods = len(dict.fromkeys(cell.title for cell in study.cells))
     missing = f"; {len(study.missing)} of its {len(study.cells)} cells have no result yet" if study.missing else ""
     return (
-        f"{methods} {'method' if methods == 1 else 'methods'} at global batch sizes {batches}, {seeds} "
+        f"{methods} {'method' if methods == 1 else 'methods'} at global batch {sizes} {batches}, {seeds} "
         f"{'seed' if seeds == 1 else 'seeds'} each, with equal {study.held_equal.replace('_', ' ')}{missing}."
         if study.held_equal != "grid"
         else f"{methods} methods over a grid of gradient batches and negatives, {seeds} seeds each{missing}."

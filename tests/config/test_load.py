@@ -126,6 +126,7 @@ def test_broken_files(tmp_path, text, message):
 def test_a_missing_file_and_a_word_without_a_value():
     assert "--config: expected a YAML file, got nowhere.yaml" in refused(path="nowhere.yaml")
     assert "train.epochs: expected key=value" in refused("train.epochs")
+    assert refused("configs/a.yaml").endswith("; a file is named by --config configs/a.yaml")
     assert """run.name='"...\"'""" in refused("train.epochs=1", "run.name=20261122")
     assert load(None, ["train.epochs=1", "run.name='20261122'"]).run.name == "20261122"
     assert "data.train: not readable as YAML" in (said := refused("train.epochs=1", "data.train={00..31}.tar"))

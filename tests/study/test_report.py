@@ -390,3 +390,11 @@ def test_pictures_of_a_discussion_travel_with_the_page(tmp_path):
     assert "data:image/png;base64,iVBORw==" in text
     assert 'src="gone.png"' in text
     assert "<title>A</title>" in text
+
+
+@pytest.mark.usefixtures("undrawn")
+@pytest.mark.parametrize(("batches", "tables"), [((128,), 1), ((128, 256), 2)])
+def test_at_one_batch_size_a_comparison_is_told_once(tmp_path, batches, tables):
+    composed = compose(read_study(make_study(tmp_path / "s", arms=("clip", "dcl"), batches=batches)))
+    assert sum(table.name.startswith("verdicts_") for table in composed.tables) == tables
+    assert f"- global batch size{'s' if tables == 2 else ''}: 128" in composed.markdown
