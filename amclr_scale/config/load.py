@@ -208,6 +208,7 @@ def _explain(error: ErrorDetails, prefix: str, root: type[BaseModel]) -> str:
     if error["type"] == "missing":
         return f"{key}: this key is needed, and there is none"
     message = error["msg"].replace("Input should be", "expected").replace("Value error, ", "")
+    message = "expected true or false" if error["type"].startswith("bool_") else message
     got = error["input"]
     fix = ""
     if isinstance(got, int | float) and error["type"] == "string_type":
@@ -237,7 +238,8 @@ def _check_objective(objective: Any) -> tuple[dict[str, Any], list[str]]:
     """The objective's section with its defaults filled in, and what is wrong with it."""
     models = option_models()
     if not isinstance(objective, dict) or not isinstance(objective.get("name"), str):
-        return {}, ["objective.name: this key is needed, such as objective.name=clip"]
+        beside = f" beside objective.{next(iter(objective))}" if isinstance(objective, dict) and objective else ""
+        return {}, [f"objective.name: this key is needed{beside}, such as objective.name=clip"]
     name, options = objective["name"], {k: v for k, v in objective.items() if k != "name"}
     if name not in models:
         return {}, [f"objective.name: no such objective '{name}'{_nearest(name, list(models))}"]

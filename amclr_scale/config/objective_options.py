@@ -10,7 +10,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal, Optional, Union
 
-from pydantic import BaseModel, ConfigDict, create_model
+from pydantic import BaseModel, create_model
+
+from amclr_scale.config.section import Checked
 
 OBJECTIVES = Path(__file__).parent.parent / "objectives"
 
@@ -59,5 +61,5 @@ def option_models() -> dict[str, type[BaseModel]]:
             config = next((n for n in node.body if isinstance(n, ast.ClassDef) and n.name == "Config"), None)
             fields = _options(config) if config else {}
             fields.pop("num_samples", None)  # the trainer takes it from the index
-            models[name] = create_model(name, __config__=ConfigDict(extra="forbid"), **fields)  # type: ignore[call-overload]
+            models[name] = create_model(name, __base__=Checked, **fields)  # type: ignore[call-overload]
     return models

@@ -82,7 +82,8 @@ def _design(report: Document, study: Study, groups: Sequence[Group]) -> None:
         "\n".join([
             f"- cells: {done} of {planned} finished",
             f"- methods: {'; '.join(arms)}",
-            f"- global batch size{'s'[: len(batches) - 1]}: {', '.join(f'{b:,}' for b in batches)}; seeds: {', '.join(map(str, seeds))}",
+            f"- global batch size{'s'[: len(batches) - 1]}: {', '.join(f'{b:,}' for b in batches)}; "
+            f"seeds: {', '.join(map(str, seeds))}",
             f"- held equal: {study.held_equal}. {HELD_EQUAL.get(study.held_equal, '')}",
             f"- outcome: {'; '.join(_metric_words(study, i) for i in range(len(study.metrics)))}",
             f"- margin of equivalence, declared in the plan: {Unit(share).margin(study.margin)}",

@@ -25,7 +25,7 @@ def test_numbers_are_numbers():
 
 def test_off_is_a_word_and_true_is_not():
     assert load(None, ["train.epochs=1", "run.wandb=off"]).run.wandb == "off"
-    assert "model.text.pretrained: expected a valid boolean" in refused("train.epochs=1", "model.text.pretrained=7")
+    assert "model.text.pretrained: expected true or false" in refused("train.epochs=1", "model.text.pretrained=7")
 
 
 def test_what_looks_like_octal_minutes_or_a_date_is_not():
@@ -220,3 +220,23 @@ def test_building_from_a_tree_checks_it_too():
 )
 def test_what_would_train_wrongly_is_refused(words, said):
     assert said in refused("train.epochs=1", *words)
+
+
+@pytest.mark.parametrize(
+    ("word", "said"),
+    [
+        ("seed=true", "seed: expected a value that is not true or false, got True"),
+        ("optimizer.max_grad_norm=false", "optimizer.max_grad_norm: expected a value that is not true or false"),
+        ("objective={name: clip, temperature: true}", "objective.temperature: expected a value that is not true"),
+        ("run.diagnostics=maybe", "run.diagnostics: expected true or false, got 'maybe'"),
+        ("objective.temperature=0.1", "objective.name: this key is needed beside objective.temperature"),
+    ],
+)
+def test_true_is_no_number(word, said):
+    assert said in refused("train.epochs=1", word)
+
+
+def test_a_key_that_may_be_true_takes_it():
+    config = load(None, ["train.epochs=1", "objective={name: fastclip, compat: true}", "execution.compile=true"])
+    assert config.execution.compile is True
+    assert config.objective["compat"] is True
