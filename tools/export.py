@@ -12,29 +12,41 @@ code in any of them.
 
 import argparse
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from amclr_scale.checkpoint.export import export
 from amclr_scale.errors import UserError
 
 
+def _transformers() -> Callable[[Path], None]:
+    from amclr_scale.checkpoint import as_transformers
+
+    return as_transformers.write
+
+
+def _open_clip() -> Callable[[Path], None]:
+    from amclr_scale.checkpoint import as_open_clip
+
+    return as_open_clip.write
+
+
+FORMS: dict[str, Callable[[], Callable[[Path], None] | None]] = {
+    "safetensors": lambda: None,
+    "transformers": _transformers,
+    "open_clip": _open_clip,
+}
+
+
 def main(argv: list[str]) -> int:
     """Exit codes: 0 done, 2 a mistake, told in words."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", type=Path, help="a run folder, or one of its checkpoints")
-    parser.add_argument("--to", choices=["safetensors", "transformers", "open_clip"], default="safetensors")
+    parser.add_argument("--to", choices=list(FORMS), default="safetensors")
     parser.add_argument("--out", type=Path, required=True, help="a new folder")
     args = parser.parse_args(argv)
     try:
-        used = export(args.checkpoint, args.out)
-        if args.to == "transformers":
-            from amclr_scale.checkpoint import as_transformers
-
-            as_transformers.write(args.out)
-        elif args.to == "open_clip":
-            from amclr_scale.checkpoint import as_open_clip
-
-            as_open_clip.write(args.out)
+        used = export(args.checkpoint, args.out, FORMS[args.to]())
     except UserError as error:
         print(error, file=sys.stderr)
         return 2

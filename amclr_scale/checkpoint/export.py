@@ -8,6 +8,8 @@
 """
 
 import json
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -49,8 +51,13 @@ def weights_of(checkpoint: Path) -> dict[str, Tensor]:
     return {**weights, **reader.buffers(rank=0)}
 
 
-def export(path: Path, out: Path) -> Path:
-    """Write the folder described above; returns the checkpoint that was used.
+def export(path: Path, out: Path, further: Callable[[Path], None] | None = None) -> Path:
+    """Write the folder described above, or nothing; returns the checkpoint that was used.
+
+    Args:
+        path: a run folder or a checkpoint.
+        out: a new or an empty folder.
+        further: writes more into the folder, such as another library's files.
 
     Raises:
         UserError: no valid checkpoint at the path, or `out` holds something already.
@@ -59,6 +66,17 @@ def export(path: Path, out: Path) -> Path:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"--out: expected a new or an empty folder, got {out}")
     out.mkdir(parents=True, exist_ok=True)
+    try:
+        _write(checkpoint, out)
+        if further is not None:
+            further(out)
+    except BaseException:  # what is there now cannot be told from a whole export
+        shutil.rmtree(out)
+        raise
+    return checkpoint
+
+
+def _write(checkpoint: Path, out: Path) -> None:
     state = read_state(checkpoint)
     config = build(state["config"])
     save_file(weights_of(checkpoint), out / "weights.safetensors", metadata={"format": "pt"})
@@ -72,7 +90,6 @@ def export(path: Path, out: Path) -> Path:
         (out / "text_tower").mkdir()
         (out / "text_tower" / "config.json").write_text((Path(name) / "config.json").read_text("utf-8"))
     (out / "README.md").write_text(card(state, config, _results(checkpoint.parent.parent)))
-    return checkpoint
 
 
 def _results(run: Path) -> dict[str, Any]:
