@@ -25,7 +25,7 @@ Numerics: log u, so the published overflow at small temperatures cannot happen; 
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal
 
 import torch
@@ -45,6 +45,7 @@ from amclr_scale.objectives.temperatures import check_robust, temperature_gradie
 from amclr_scale.similarity import map_rows
 from amclr_scale.types import Embeddings, Loss
 
+OF_V2 = ("temperature_lr", "temperature_min", "temperature_max", "gradient_clip")
 BETA1, BETA2, ADAM_EPS = 0.9, 0.999, 1e-8
 LOG_UNSEEN = math.log(1e-35)  # compat: a smaller u counts as never visited
 
@@ -90,6 +91,13 @@ class FastCLIP(Objective, name="fastclip"):
             if self.version == "v2":
                 check_robust(self.radius, self.first_temperature, low, high)
             require(self.radius >= 0, "rho", "a divergence of at least 0", self.rho)
+            robust = self.version in ("v2", "v3")
+            require(robust or self.rho is None, "rho", f"null for {self.version}, which has no robust loss", self.rho)
+            unused = () if self.version == "v2" else OF_V2
+            defaults = {option.name: option.default for option in fields(self)}
+            for key in unused:
+                got = getattr(self, key)
+                require(got == defaults[key], key, f"{defaults[key]} for {self.version}: only v2 uses it", got)
 
         @property
         def radius(self) -> float:
