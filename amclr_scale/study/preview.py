@@ -45,13 +45,11 @@ def first_seeds(cells: Sequence[Planned]) -> list[Planned]:
 
 def held(plan: StudyPlan, cells: Sequence[Planned], epoch: float) -> str:
     """What every cell shares, and what differs."""
-    few, many = (pick(cells, key=lambda cell: cell.samples) for pick in (min, max))
-    samples = f"{few.samples:,}" + (f" to {many.samples:,}" if many.samples > few.samples else "")
-    epochs = f"{few.epochs:.4g}" + (f" to {many.epochs:.4g}" if many.samples > few.samples else "")
-    steps = sorted(cell.steps for cell in cells)
+    samples = _from_to([cell.samples for cell in cells], ",")
+    epochs = _from_to([cell.epochs for cell in cells], ".4g")
+    steps = _from_to([cell.steps for cell in cells], ",")
     lines = [
-        f"held equal: {plan.held_equal}; {samples} samples = {epochs} epochs of {epoch:,.0f}, in {steps[0]:,} to "
-        f"{steps[-1]:,} steps"
+        f"held equal: {plan.held_equal}; {samples} samples = {epochs} epochs of {epoch:,.0f}, in {steps} steps",
     ]
     longer = [f"{arm.name} x {arm.budget_factor:g}" for arm in plan.arms if arm.budget_factor != 1]
     lines += [f"another share of the budget: {', '.join(longer)}"] if longer else []
@@ -65,6 +63,11 @@ def held(plan: StudyPlan, cells: Sequence[Planned], epoch: float) -> str:
     shared = ", ".join([*sorted(temperatures), *([f"learned by {', '.join(learned)}"] if learned else [])])
     lines.append(f"temperature: {shared}")
     return "\n".join(lines)
+
+
+def _from_to(numbers: Sequence[float], form: str) -> str:
+    least, most = format(min(numbers), form), format(max(numbers), form)
+    return least if least == most else f"{least} to {most}"
 
 
 def _shared(cells: Sequence[Planned]) -> Iterator[str]:

@@ -166,6 +166,9 @@ def test_every_ready_plan_is_planned_without_its_data_and_says_how_long_it_takes
     assert expectation(plan.expected, cells).partition(" (two")[0] in file.read_text().replace("\n# ", " ")
     assert plan.question
     assert f"{len(cells)} cells" in said
+    fewest, most = min(cell.steps for cell in cells), max(cell.steps for cell in cells)
+    steps = f", in {fewest:,} steps\n" if fewest == most else f", in {fewest:,} to {most:,} steps\n"
+    assert steps in said
     mini = file.stem.startswith("mini_")
     twin = re.search(r"mini_\w+\.yaml", file.read_text())
     assert mini or (twin and (PLANS / twin[0]).is_file())
