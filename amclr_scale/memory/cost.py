@@ -30,7 +30,7 @@ from amclr_scale.encoders.recomputation import Recomputation, recomputed_share
 from amclr_scale.engine.plan import make_plan
 from amclr_scale.memory.messages import Messages
 from amclr_scale.memory.towers import Modality, Timeline, Tower, skeleton, trace
-from amclr_scale.memory.wire import BYTES, host_traffic, kept_of, objective_trace, sizes_of, zero_messages
+from amclr_scale.memory.wire import BYTES, fetches, host_traffic, kept_of, objective_trace, parameters_of, zero_messages
 from amclr_scale.metrics.devices import DeviceProfile
 from amclr_scale.metrics.flops import ModelFlops
 
@@ -128,11 +128,11 @@ def estimate(
         tiles = min(1.0, execution.similarity.cache_mib * 2**20 / (b * b * world_size * 4))
         objective *= 1 - tiles / 4
 
-    sizes = sizes_of(config)
+    parameters, gathered = parameters_of(config), fetches(config, plan, profile.type)
     messages = gathers = 0.0
     wire = 0.0
     if world_size > 1:
-        own, zero = work.messages(b), zero_messages(config, sizes, world_size, calls)
+        own, zero = work.messages(b), zero_messages(config, world_size, gathered)
         fetched = Messages(tuple(m for m in zero if m.purpose == "parameters" and execution.zero_stage == 3))
         others = Messages(tuple(m for m in zero if m not in fetched.found))
         messages = _seconds(own + others, profile, rates, world_size, ranks_per_node)
@@ -140,11 +140,11 @@ def estimate(
         wire = (own + zero).wire_bytes
     exposed = max(0.0, gathers - towers) if profile.type == "cuda" else gathers
 
-    share = sizes.all / (world_size if execution.zero_stage else 1)
+    share = parameters / (world_size if execution.zero_stage else 1)
     states = 1 + MOMENTS.get(config.optimizer.name, 2)
-    touched = share * 4 * (2 * states + 1) + sizes.all * (BYTES[execution.precision] + 4)
+    touched = share * 4 * (2 * states + 1) + parameters * (BYTES[execution.precision] + 4)
     offloaded = execution.offload != "none" and profile.type == "cuda"
-    to_host, from_host = host_traffic(config, sizes, world_size, calls) if offloaded else (0, 0)
+    to_host, from_host = host_traffic(config, world_size, gathered) if offloaded else (0, 0)
     return Cost(
         towers=towers,
         objective=objective,

@@ -104,6 +104,7 @@ class Coordinator:
         bytes: gathered now: whole parameters, and buffers in which they arrive.
         highest: of `bytes`, since somebody set it.
         given_up: parameters, and the bytes of each, since somebody cleared it.
+        sent: of every message so far that gathered parameters, the elements with their padding.
     """
 
     sizes: Sequence[int]
@@ -114,6 +115,7 @@ class Coordinator:
     highest: int = 0
     whole: dict[int, int] = field(default_factory=dict)  # available parameters, and their bytes
     given_up: list[tuple[int, int]] = field(default_factory=list)
+    sent: list[int] = field(default_factory=list)
     _mode: Literal["unknown", "recording", "known"] = "unknown"
     _order: _Order | None = None
     _recorded: list[tuple[int, tuple[int, ...]]] = field(default_factory=list)
@@ -187,6 +189,7 @@ class Coordinator:
         small = [p for p, size in enumerate(self.sizes) if size <= self.limits.persistent]
         self.whole = {p: self.sizes[p] * self.item for p in small}
         self._add(sum(self.whole.values()))
+        self.sent += [self._padded(p) for p in small]  # one by one
 
     def _not_needed(self, visit: Visit) -> tuple[int, ...]:
         """The parameters of a module that go after it.
@@ -213,11 +216,16 @@ class Coordinator:
         if not parameters:
             return
         self._live += sum(self.sizes[p] for p in parameters)
-        padded = sum(-(-self.sizes[p] // self.world_size) * self.world_size for p in parameters) * self.item
+        elements = sum(self._padded(p) for p in parameters)
+        self.sent.append(elements)
+        padded = elements * self.item
         alone = len(parameters) == 1
         arrival = _Arrival(tuple(parameters), 0 if alone else padded, len(parameters))
         self._arriving.update(dict.fromkeys(parameters, arrival))
         self._add(padded)
+
+    def _padded(self, parameter: int) -> int:
+        return -(-self.sizes[parameter] // self.world_size) * self.world_size
 
     def _complete(self, arrival: _Arrival) -> None:
         """Its parameters are there: copied out of the buffer."""
@@ -230,7 +238,7 @@ class Coordinator:
                 self.whole[parameter] = size * self.item
                 self._add(size * self.item)
             else:
-                self.whole[parameter] = -(-size // self.world_size) * self.world_size * self.item
+                self.whole[parameter] = self._padded(parameter) * self.item
 
     def _gather_ahead(self, visit: Visit) -> None:
         unasked = {p for p in visit.parameters if self._asked_for.get(p, -1) < self._place}

@@ -84,23 +84,16 @@ class Passes:
         self.towers: dict[Modality, Tower] = {m: trace(config, m, device, partitioned=cut) for m in MODALITIES}
         views = {"image": 1 + config.data.image_views, "text": 1 + config.data.text_views}
         self._row = {m: 4 * config.model.embedding_width * views[m] for m in MODALITIES}  # bytes of a sample's outputs
-        self.runs = list(_runs(plan))
-        kept = config.execution.kept_micro_batches
-        self.kept = min(1 if kept == "auto" else kept, plan.micro_batches)
-        self._without, self._with = _cut(self.runs, plan.micro_batches - self.kept)
+        self.kept = _kept(config, plan)
+        self._without, self._with = _cut(list(_runs(plan)), plan.micro_batches - self.kept)
         self.leaf_bytes = plan.local_batch_size * sum(self._row.values())
-        self._replay = self._follow(config, sizes) if cut else None
+        self._replay = self._follow(config, device, sizes) if cut else None
 
-    def _follow(self, config: Config, trained: Sequence[int]) -> Replay:
+    def _follow(self, config: Config, device: str, trained: Sequence[int]) -> Replay:
         """What stage 3 gathers in these passes."""
-        item, limits = PRECISIONS[config.execution.precision].itemsize, Limits.of(config.deepspeed)
-        sizes = parameter_sizes(config)
-        others = (Counter(trained) - Counter(sizes)).elements()  # what belongs to neither tower
-        coordinator = (*sizes, *others), item, self.plan.world_size, limits
-        towers = self.towers["image"], self.towers["text"]
-        found = replay(*towers, coordinator, *(fewer(_kinds(runs), *towers) for runs in (self._without, self._with)))
+        found, (without, _) = _replayed(config, self.plan, device, trained, self._without, self._with)
         entries = list(_entries(self._without))
-        entries += _entries(self._with, sum(min(count, LOOKED_AT) for _, count in _kinds(self._without)))
+        entries += _entries(self._with, sum(min(count, LOOKED_AT) for _, count in without))
         return replace(
             found,
             first_pass=[found.first_pass[entry] for entry in entries],
@@ -220,6 +213,39 @@ class Passes:
 
     def _outputs(self, runs: Iterable[Run]) -> int:
         return sum(count * self._row[modality] * m for call, count in runs for modality, m in call)
+
+
+def gathers(config: Config, plan: Plan, device: str) -> Counter[int]:
+    """Messages by which stage 3 gathers parameters in a step, by their elements: followed as DeepSpeed decides them.
+
+    Args:
+        device: cpu or cuda.
+    """
+    cut = _cut(list(_runs(plan)), plan.micro_batches - _kept(config, plan))
+    found, calls = _replayed(config, plan, device, parameter_sizes(config), *cut)
+    return found.sent_in(calls[0] + calls[1])
+
+
+def _kept(config: Config, plan: Plan) -> int:
+    kept = config.execution.kept_micro_batches
+    return min(1 if kept == "auto" else kept, plan.micro_batches)
+
+
+def _replayed(
+    config: Config, plan: Plan, device: str, trained: Sequence[int], without: list[Run], kept: list[Run]
+) -> tuple[Replay, tuple[Calls, Calls]]:
+    """What stage 3 gathers in calls of which no graph is kept and then in calls of which it is, and their kinds.
+
+    Args:
+        trained: elements of each parameter, also of what belongs to neither tower, in any order.
+    """
+    item, limits = PRECISIONS[config.execution.precision].itemsize, Limits.of(config.deepspeed)
+    sizes = parameter_sizes(config)
+    others = (Counter(trained) - Counter(sizes)).elements()
+    coordinator = (*sizes, *others), item, plan.world_size, limits
+    image, text = (trace(config, modality, device, partitioned=True) for modality in MODALITIES)
+    calls = _kinds(without), _kinds(kept)
+    return replay(image, text, coordinator, *(fewer(several, image, text) for several in calls)), calls
 
 
 def widening(config: Config, plan: Plan) -> int:

@@ -5,9 +5,11 @@ The hooks of the towers' traces (`visits.py`) are called in the order in which a
 a micro-batch, so one replay holds for all of them.
 """
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -28,6 +30,11 @@ def looked_at(count: int) -> list[int]:
     return [*range(min(count, LOOKED_AT - 1)), *([count - 1] if count >= LOOKED_AT else [])]
 
 
+def _stands_for(index: int, count: int) -> int:
+    """Calls that one of those that are looked at stands for: the last but one, for all in between."""
+    return count - LOOKED_AT + 1 if index == LOOKED_AT - 2 and count > LOOKED_AT else 1
+
+
 @dataclass(frozen=True)
 class Replay:
     """Bytes of gathered parameters.
@@ -36,11 +43,21 @@ class Replay:
         first_pass: of each call that is looked at, by modality: during its forward.
         second_pass: the same; (during the second forward, or None where the graph was kept; during the backward).
         between: in the phases data, objective and reduce.
+        sent: elements of each message, in each call of the first pass, then in each of the second, and after them.
     """
 
     first_pass: list[dict[Modality, Gathered]]
     second_pass: list[Both]
     between: dict[Phase, int]
+    sent: list[list[int]]
+
+    def sent_in(self, calls: Calls) -> Counter[int]:
+        """Messages by their elements in a step of all these calls, which may be more than were followed."""
+        weights = [_stands_for(index, count) for _, count in calls for index in looked_at(count)]
+        found = Counter[int]()
+        for weight, messages in zip([*weights, *weights, 1], self.sent, strict=True):
+            found.update({elements: weight * several for elements, several in Counter(messages).items()})
+        return found
 
 
 def fewer(calls: Calls, *towers: Tower) -> Calls:
@@ -74,7 +91,8 @@ def replay(
         first.append({m: Gathered(torch.stack([call[m].bytes for call in calls]).amax(0)) for m in calls[0]})
     for both in zip(*(step.second_pass for step in found), strict=True):
         second.append({m: (worst(call[m][0] for call in both), worst(call[m][1] for call in both)) for m in both[0]})
-    return Replay(first, second, {phase: max(s.between[phase] for s in found) for phase in found[0].between})
+    between = {phase: max(step.between[phase] for step in found) for phase in found[0].between}
+    return Replay(first, second, between, found[-1].sent)
 
 
 @dataclass
@@ -116,15 +134,16 @@ class _Steps:
 
     def run(self, without: Calls, kept: Calls) -> Replay:
         """One step."""
-        data = self.coordinator.bytes
+        data, marks = self.coordinator.bytes, [len(self.coordinator.sent)]
         first, second = list[dict[Modality, Gathered]](), list[Both]()
         for modalities, count in without:
             for _ in looked_at(count):
                 first.append(self._forward(_Call(modalities), graph=False))
+                marks.append(len(self.coordinator.sent))
         for modalities, count in kept:
             for index in looked_at(count):
-                between = count - LOOKED_AT if index == LOOKED_AT - 2 and count > LOOKED_AT else 0
-                first.append(self._forward(_Call(modalities, 1 + between), graph=True))
+                first.append(self._forward(_Call(modalities, _stands_for(index, count)), graph=True))
+                marks.append(len(self.coordinator.sent))
         objective, graphs = self.coordinator.bytes + self._held(), list(self._graphs)
         for modalities, count in without:
             for _ in looked_at(count):
@@ -132,13 +151,16 @@ class _Steps:
                 forward = self._forward(call, graph=True)
                 backward = self._backward(call)
                 second.append({m: (forward[m], backward[m]) for m in modalities})
+                marks.append(len(self.coordinator.sent))
         for call in graphs:
             backward = self._backward(call)
             second.append({m: (None, backward[m]) for m in call.modalities})
+            marks.append(len(self.coordinator.sent))
         reduce = self.coordinator.bytes
         self.coordinator.step()
         self._saved = {}
-        return Replay(first, second, {"data": data, "objective": objective, "reduce": reduce})
+        sent = [self.coordinator.sent[begin:end] for begin, end in pairwise([*marks, None])]
+        return Replay(first, second, {"data": data, "objective": objective, "reduce": reduce}, sent)
 
     def _forward(self, call: _Call, *, graph: bool) -> dict[Modality, Gathered]:
         self.coordinator.begin()

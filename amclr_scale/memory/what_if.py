@@ -28,7 +28,7 @@ from amclr_scale.config.schema import Config
 from amclr_scale.memory.account import Account, account
 from amclr_scale.memory.fit import changed, with_batch
 from amclr_scale.memory.formulas import gathered_features, momentum_copy, queue, similarity_matrix
-from amclr_scale.memory.wire import sizes_of
+from amclr_scale.memory.wire import parameters_of
 
 DENSE = 4
 MICRO_BATCH = 64
@@ -72,7 +72,7 @@ def methods(config: Config, batch: int, world_size: int, num_samples: int) -> di
         "gradient cache": cached.peak_bytes,
         "+ state per sample": stateful,
         "+ queue": queued,
-        "+ momentum encoder": queued + momentum_copy(sizes_of(config).all, itemsize=itemsize),
+        "+ momentum encoder": queued + momentum_copy(parameters_of(config), itemsize=itemsize),
     }
 
 

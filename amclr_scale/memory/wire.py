@@ -11,34 +11,32 @@ is exact. DeepSpeed's part (0.19), as payloads of collectives:
     stage 0       all_reduce of P gradients, 4 bytes each
     stage 1, 2    all_reduce of P gradients, 4 bytes each (a bucket goes to all ranks, each keeps its share), and
                   all_gather of P parameters, e bytes each
-    stage 3       reduce_scatter of P gradients, 4 bytes each, all_gather of P - L parameters once, and
-                  all_gather of L parameters 3 (n - k) + 2 k times: in each first forward, second forward and backward.
-                  k = n = 1 and P below stage3_max_reuse_distance: once, they stay between forward and backward.
-                  0 < k < n, 1 < k, or towers with micro-batches of their own: P parameters once more, since DeepSpeed
-                  records the irregular order anew
+    stage 3       reduce_scatter of P gradients, 4 bytes each, and all_gather of parameters. Which and how often follows
+                  from the order of modules over both passes, and DeepSpeed's decisions are followed one by one
+                  (replay.py). In a regular order, k = 0, they come to P - L parameters once and L parameters 3 n times:
+                  in each first forward, second forward and backward. k = n = 1 and P below
+                  stage3_max_reuse_distance: each once, as they stay between forward and backward
 
-e is 2 for bf16 and fp16. Large tensors have more than stage3_param_persistence_threshold elements (default 100,000);
-recomputed activations fetch nothing more. Held against measurement in tests: stages 0 to 2, and 3 with k = 0 or n = 1,
-within 1 %; the irregular orders of stage 3 within 35 %. Left out: norms, overflow flags, losses (some numbers each),
-sums of layerwise optimizers (two per layer), BatchNorm's of norm=sync.
+e is 2 for bf16 and fp16. Large tensors, L, have more than stage3_param_persistence_threshold elements (default
+100,000); recomputed activations fetch nothing more. Held against measurement in tests, within 0.5 %. Left out: norms,
+overflow flags, losses (some numbers each), sums of layerwise optimizers (two per layer), BatchNorm's of norm=sync.
 
 Offload, to and from the host, beside that: gradients down and parameters up per step, and at stage 3 with
 offload=parameters a rank's share of every fetch.
 """
 
+from collections import Counter
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
-from torch import nn
 
 from amclr_scale import objectives
 from amclr_scale.config.schema import Config
-from amclr_scale.encoders.dual_encoder import DualEncoder
-from amclr_scale.engine.plan import make_plan
+from amclr_scale.engine.plan import Plan, make_plan
 from amclr_scale.memory.messages import Message, Messages
 from amclr_scale.memory.objective_trace import ObjectiveTrace, trace_objective
-from amclr_scale.memory.towers import skeleton
+from amclr_scale.memory.passes import gathers
+from amclr_scale.memory.towers import parameter_sizes
 from amclr_scale.memory.units import in_words
 from amclr_scale.objectives.base import Layout
 from amclr_scale.objectives.sample_state import REPLICATED_BYTES, SampleState
@@ -46,30 +44,7 @@ from amclr_scale.similarity.collectives import Group
 from amclr_scale.similarity.distribution import choose
 
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
-PERSISTENCE_THRESHOLD, MAX_REUSE_DISTANCE = 100_000, 1_000_000_000  # DeepSpeed's defaults, in elements
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """Numbers of elements of the model's parameters: all, and those of large tensors by tower."""
-
-    all: int
-    large_image: int
-    large_text: int
-
-    @property
-    def large(self) -> int:
-        return self.large_image + self.large_text
-
-    @classmethod
-    def of(cls, model: nn.Module, threshold: int = PERSISTENCE_THRESHOLD) -> "Sizes":
-        """Of a model, also one without memory; `threshold` separates large tensors from small ones, in elements."""
-
-        def large(part: str) -> int:
-            named = model.named_parameters()
-            return sum(p.numel() for name, p in named if name.startswith(part) and p.numel() > threshold)
-
-        return cls(sum(p.numel() for p in model.parameters()), large("image_"), large("text_"))
+Fetches = Counter[int]  # messages that gather parameters, by their elements
 
 
 @dataclass(frozen=True)
@@ -115,24 +90,22 @@ def on_the_wire(
     """
     plan = make_plan(config, num_samples, world_size)
     trace = objective_trace(config, world_size, num_samples, device_type, ranks_per_node)
-    calls = tuple(-(-plan.local_batch_size // size) for size in plan.micro_batch_sizes)
-    sizes = sizes_of(config)
-    to_host, from_host = host_traffic(config, sizes, world_size, calls)
+    fetched = fetches(config, plan, device_type)
+    to_host, from_host = host_traffic(config, world_size, fetched)
     messages = trace.messages(plan.local_batch_size)
     if world_size > 1:
-        messages += zero_messages(config, sizes, world_size, calls)
+        messages += zero_messages(config, world_size, fetched)
     return Wire(messages.merged(), to_host, from_host)
 
 
-def sizes_of(config: Config) -> Sizes:
-    """The parameters of a configuration's model."""
-    zero = config.deepspeed.get("zero_optimization", {})
-    return _sizes(skeleton(config), zero.get("stage3_param_persistence_threshold", PERSISTENCE_THRESHOLD))
+def parameters_of(config: Config) -> int:
+    """P: elements of all parameters of a configuration's model."""
+    return sum(parameter_sizes(config))
 
 
-@lru_cache(maxsize=16)
-def _sizes(model: DualEncoder, threshold: int) -> Sizes:
-    return Sizes.of(model, threshold)
+def fetches(config: Config, plan: Plan, device_type: str) -> Fetches:
+    """What stage 3 gathers in a step, from other ranks or the host; nothing at the other stages."""
+    return gathers(config, plan, device_type) if config.execution.zero_stage == 3 else Fetches()
 
 
 def objective_trace(
@@ -174,58 +147,34 @@ def kept_of(config: Config) -> int:
     return kept
 
 
-def _fetches(config: Config, sizes: Sizes, calls: tuple[int, ...]) -> list[int]:
-    """Parameters that stage 3 gathers in a step: elements of each gathering."""
-    kept = kept_of(config)
-    reuse = config.deepspeed.get("zero_optimization", {}).get("stage3_max_reuse_distance", MAX_REUSE_DISTANCE)
-    images, texts = calls
-    same = images == texts
-    n = images if same else images + texts
-    k = min(kept, n)
-    if n == 1 and k == 1 and sizes.all <= reuse:
-        return [sizes.large, sizes.all - sizes.large]
-    if same:
-        gathered = [sizes.large] * (3 * (n - k) + 2 * k)
-    else:  # images come first, texts last: those are the ones that are kept
-        kept_texts, kept_images = min(k, texts), max(0, k - texts)
-        gathered = [sizes.large_image] * (3 * (images - kept_images) + 2 * kept_images)
-        gathered += [sizes.large_text] * (3 * (texts - kept_texts) + 2 * kept_texts)
-    again = [sizes.all] if 0 < k < n or k > 1 or not same else []
-    return [*gathered, *again, sizes.all - sizes.large]
+def zero_messages(config: Config, world_size: int, fetched: Fetches) -> Messages:
+    """What DeepSpeed sends in a step, by the rules above."""
+    stage, e, parameters = config.execution.zero_stage, BYTES[config.execution.precision], parameters_of(config)
 
-
-def zero_messages(config: Config, sizes: Sizes, world_size: int, calls: tuple[int, ...]) -> Messages:
-    """What DeepSpeed sends in a step, by the rules above.
-
-    Args:
-        calls: forward calls of the image and of the text tower per step and rank; equal numbers: together.
-    """
-    stage, e = config.execution.zero_stage, BYTES[config.execution.precision]
-
-    def message(collective: str, elements: int, itemsize: int, purpose: str) -> Message:
-        return Message(collective, world_size, elements * itemsize, purpose=purpose)
+    def message(collective: str, elements: int, itemsize: int, purpose: str, calls: int = 1) -> Message:
+        return Message(collective, world_size, elements * itemsize, calls, purpose)
 
     if stage == 3:
-        found = [message("reduce_scatter", sizes.all, 4, "gradients")]
-        found += [message("all_gather", size, e, "parameters") for size in _fetches(config, sizes, calls) if size]
-        return Messages(tuple(found)).merged()
-    found = [message("all_reduce", sizes.all, 4, "gradients")]
+        found = [message("reduce_scatter", parameters, 4, "gradients")]
+        found += [message("all_gather", size, e, "parameters", calls) for size, calls in fetched.items()]
+        return Messages(tuple(found))
+    found = [message("all_reduce", parameters, 4, "gradients")]
     if stage > 0:
-        found.append(message("all_gather", sizes.all, e, "parameters"))
+        found.append(message("all_gather", parameters, e, "parameters"))
     return Messages(tuple(found))
 
 
-def host_traffic(config: Config, sizes: Sizes, world_size: int, calls: tuple[int, ...]) -> tuple[int, int]:
+def host_traffic(config: Config, world_size: int, fetched: Fetches) -> tuple[int, int]:
     """Bytes per step and rank from the device to the host and back, for offloaded states; inputs are not counted."""
     execution = config.execution
     if execution.offload == "none":
         return 0, 0
-    e = BYTES[execution.precision]
+    e, parameters = BYTES[execution.precision], parameters_of(config)
 
     def share(elements: int) -> int:
         return -(-elements // world_size)
 
-    up = share(sizes.all) * e
+    up = share(parameters) * e
     if execution.offload == "parameters":
-        up = sum(share(size) for size in _fetches(config, sizes, calls)) * e
-    return share(sizes.all) * 4, up
+        up = sum(share(size) * calls for size, calls in fetched.items()) * e
+    return share(parameters) * 4, up

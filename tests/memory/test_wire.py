@@ -1,6 +1,7 @@
-"""What is predicted to cross the wire does cross it: the objective's part to the byte, DeepSpeed's within margins."""
+"""What is predicted to cross the wire does: the objective's part to the byte, DeepSpeed's within half a percent."""
 
 import json
+from collections import Counter
 
 import pytest
 import torch
@@ -11,13 +12,15 @@ from torch import nn
 from amclr_scale import objectives
 from amclr_scale.config.load import build
 from amclr_scale.config.schema import Config
+from amclr_scale.data.tokenizers import load_tokenizer
 from amclr_scale.encoders.build import build_model
 from amclr_scale.engine.distributed import seed_everything
+from amclr_scale.engine.plan import make_plan
 from amclr_scale.engine.setup import build_engine, prepare_towers
 from amclr_scale.engine.step import TrainStep
 from amclr_scale.memory.messages import Message, MessageCounter, Messages
 from amclr_scale.memory.objective_trace import trace_objective
-from amclr_scale.memory.wire import Sizes, host_traffic, on_the_wire, zero_messages
+from amclr_scale.memory.wire import fetches, host_traffic, on_the_wire, parameters_of, zero_messages
 from amclr_scale.metrics.phases import Phases
 from amclr_scale.similarity import settings
 from amclr_scale.similarity.collectives import rank, world_size
@@ -149,16 +152,21 @@ def trace_inside() -> str:
     return "traced"
 
 
-# (stage, micro-batch, text micro-batch, kept, precision) -> margin of the prediction
+# stage, micro-batch, text micro-batch, kept, precision: regular orders of modules, and irregular ones
 STAGES = [
-    ((0, 8, None, 1, "fp32"), 0.01),
-    ((1, 2, None, 0, "fp32"), 0.01),
-    ((2, 4, None, 1, "bf16"), 0.01),
-    ((3, 8, None, 1, "fp32"), 0.01),
-    ((3, 2, None, 0, "fp32"), 0.01),
-    ((3, 4, None, 1, "bf16"), 0.35),
-    ((3, 4, 2, 0, "fp32"), 0.35),
+    (0, 8, None, 1, "fp32"),
+    (1, 2, None, 0, "fp32"),
+    (2, 4, None, 1, "bf16"),
+    (3, 8, None, 1, "fp32"),
+    (3, 2, None, 0, "fp32"),
+    (3, 4, None, 1, "bf16"),
+    (3, 2, None, 4, "fp32"),
+    (3, 1, None, 3, "fp32"),
+    (3, 1, None, 6, "fp32"),
+    (3, 4, 2, 0, "fp32"),
+    (3, 1, 2, 5, "fp32"),
 ]
+LEFT_OUT = 2  # all-gathers of a loss and the like
 
 
 def settings_of(stage: int, micro: int, text: int | None, kept: int, precision: str) -> Config:
@@ -186,14 +194,15 @@ def settings_of(stage: int, micro: int, text: int | None, kept: int, precision: 
 
 def model_of(config: Config) -> nn.Module:
     seed_everything(0)
+    tokenizer = load_tokenizer(config.data.tokenizer, 8)
     return build_model(
-        config.model, vocab_size=200, pad_id=0, context_length=8, image_size=16,
+        config.model, vocab_size=tokenizer.vocab_size, pad_id=tokenizer.pad_id, context_length=8, image_size=16,
         image_mean=(0.5, 0.5, 0.5), image_std=(0.2, 0.2, 0.2),
     )  # fmt: skip
 
 
-def trained(case: tuple[int, int, int | None, int, str]) -> tuple[dict[str, int], float]:
-    """Payloads of a training step by collective, without the objective's, and what DeepSpeed's own logger adds up."""
+def trained(case: tuple[int, int, int | None, int, str]) -> tuple[dict[str, tuple[int, int]], float]:
+    """Payloads and calls of a training step by collective, and what DeepSpeed's own logger adds up."""
     import deepspeed.comm as ds_comm
 
     config = settings_of(*case)
@@ -215,28 +224,31 @@ def trained(case: tuple[int, int, int | None, int, str]) -> tuple[dict[str, int]
     logged = sum(size * calls[0] for by_size in logger.comms_dict.values() for size, calls in by_size.items())
     ds_comm.configure(enabled=False)
     engine.destroy()
-    return {name: found.payload_bytes for name, found in counter.messages.by_collective().items()}, logged
+    found = counter.messages.by_collective()
+    return {name: (messages.payload_bytes, messages.calls) for name, messages in found.items()}, logged
 
 
-def all_trained() -> list[tuple[dict[str, int], float]]:
-    return [trained(case) for case, _ in STAGES]
+def all_trained() -> list[tuple[dict[str, tuple[int, int]], float]]:
+    return [trained(case) for case in STAGES]
 
 
 def test_zero_sends_what_was_predicted(ranks):
     measured = ranks(2, all_trained)[0]
-    for (case, margin), (found, _) in zip(STAGES, measured, strict=True):
+    for case, (found, _) in zip(STAGES, measured, strict=True):
         config = settings_of(*case)
-        sizes = Sizes.of(model_of(config), 2000)
-        assert 0 < sizes.large < sizes.all
         objective = trace_objective(
             {"name": "clip"}, world_size=2, width=16, local_rows=8,
             distribution="column_sums", gather="all", layout="replicated",
         )  # fmt: skip
-        calls = (-(-8 // case[1]), -(-8 // (case[2] or case[1])))
-        predicted = zero_messages(config, sizes, 2, calls) + objective.messages(8)
+        fetched = fetches(config, make_plan(config, 1000, 2), "cpu")
+        predicted = zero_messages(config, 2, fetched) + objective.messages(8)
         for name, messages in predicted.by_collective().items():
-            assert found[name] == pytest.approx(messages.payload_bytes, rel=margin), (case, name)
-        assert sum(found.values()) == pytest.approx(predicted.payload_bytes, rel=margin), case
+            assert found[name][0] == pytest.approx(messages.payload_bytes, rel=0.005), (case, name)
+        ratio = sum(size for size, _ in found.values()) / predicted.payload_bytes
+        print(*case, f"measured over predicted {ratio:.5f}")  # pytest -s
+        assert ratio == pytest.approx(1, abs=0.005), case
+        if case[0] == 3:
+            assert found["all_gather"][1] - LEFT_OUT == predicted.by_collective()["all_gather"].calls, case
 
 
 def test_deepspeeds_logger_sees_the_gradients_and_not_the_objective(ranks):
@@ -244,16 +256,23 @@ def test_deepspeeds_logger_sees_the_gradients_and_not_the_objective(ranks):
     found, logged = ranks(2, trained, case)[0]
     gradients = sum(p.numel() for p in model_of(settings_of(*case)).parameters()) * 4
     assert logged >= gradients
-    assert logged < sum(found.values())
+    assert logged < sum(size for size, _ in found.values())
 
 
 def test_offload_moves_gradients_down_and_parameters_up():
     config = settings_of(3, 4, None, 0, "bf16")
-    sizes = Sizes(all=1000, large_image=300, large_text=500)
-    assert host_traffic(config, sizes, 2, (2, 2)) == (0, 0)
-    for offload, up in (("optimizer", 1000), ("parameters", 6 * 800 + 200)):
+    P, fetched = parameters_of(config), Counter({101: 3, 40: 1})
+    assert host_traffic(config, 2, fetched) == (0, 0)
+    for offload, up in (("optimizer", -(-P // 2)), ("parameters", 51 * 3 + 20)):
         moved = config.model_copy(update={"execution": config.execution.model_copy(update={"offload": offload})})
-        assert host_traffic(moved, sizes, 2, (2, 2)) == (1000 // 2 * 4, up // 2 * 2)
+        assert host_traffic(moved, 2, fetched) == (-(-P // 2) * 4, up * 2)
+
+
+def test_one_rank_fetches_from_its_host():
+    config = settings_of(3, 4, None, 0, "bf16")
+    plan = make_plan(config, 1000, 1)
+    assert sum(fetches(config, plan, "cpu").elements()) > 3 * plan.micro_batches * parameters_of(config) * 0.9
+    assert not fetches(settings_of(2, 4, None, 0, "bf16"), plan, "cpu")
 
 
 def test_the_whole_prediction_of_a_configuration_is_a_table():
