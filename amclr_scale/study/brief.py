@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from amclr_scale.study import scaling, tables, whole_set
 from amclr_scale.study.analysis import Analysed, few_steps, guessing_score, hardly_trained
 from amclr_scale.study.claims import scale_of
-from amclr_scale.study.comparison import Group
+from amclr_scale.study.comparison import Group, find
 from amclr_scale.study.results import Study
 from amclr_scale.study.statistics import Verdict
 from amclr_scale.study.units import words_of
@@ -65,10 +65,9 @@ def _scores(first: Analysed) -> str:
         sign = -1 if first.outcome.metric.lower_is_better else 1
         best, value = max(here, key=lambda one: sign * one[1])
         said = f"at B = {batch:,} {best.title} {first.unit.score(value)}{first.unit.name and ' ' + first.unit.name}"
-        arm = first.reference.arm if first.reference else ""
-        base = next((score for group, score in here if group.arm == arm), None)
-        if base is not None and best.arm != arm:
-            said += f" ({next(group.title for group, _ in here if group.arm == arm)} {first.unit.score(base)})"
+        base = find([group for group, _ in here], first.reference.arm) if first.reference else None
+        if base is not None and best.arm != base.arm:
+            said += f" ({base.title} {first.unit.score(dict(here)[base])})"
         words.append(said)
     return f"Highest {first.outcome.metric.name}, mean over seeds: {'; '.join(words)}."
 

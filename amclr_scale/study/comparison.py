@@ -20,6 +20,7 @@ from amclr_scale.study.resampling import item_draws, over_seeds, spread
 from amclr_scale.study.results import SWEPT, Axes, Metric, Run, Study
 from amclr_scale.study.selection import Selection, select
 from amclr_scale.study.statistics import Decision, Estimate, decide, estimate, with_items
+from amclr_scale.study.variants import GROUPS
 
 Array = NDArray[np.float64]
 
@@ -226,7 +227,8 @@ def compare(outcome: Outcome, pairs: Sequence[tuple[Group, Group]], margin: floa
 def find(groups: Sequence[Group], arm: str, batch: int | None = None, variant: Axes = ()) -> Group | None:
     """The group of an arm at a batch size (None: the first) that comes nearest to a variant.
 
-    An axis that both have must have the same value; among those that are left, the one with the fewest other axes.
+    An axis that both have must have the same value; among those that are left, the one with the fewest other axes, and
+    in a grid of batches and groups the one with the largest groups: the whole batch, where the plan has it.
     """
     wanted = dict(variant)
     fitting = [
@@ -236,7 +238,11 @@ def find(groups: Sequence[Group], arm: str, batch: int | None = None, variant: A
         and batch in (None, group.global_batch_size)
         and all(wanted.get(key, value) == value for key, value in group.variant)
     ]
-    return min(fitting, key=lambda group: sum(key not in wanted for key, _ in group.variant), default=None)
+
+    def strangeness(group: Group) -> tuple[int, float]:
+        return sum(key not in wanted for key, _ in group.variant), -float(dict(group.variant).get(GROUPS, 0))
+
+    return min(fitting, key=strangeness, default=None)
 
 
 def reference_of(study: Study, groups: Sequence[Group]) -> Group | None:

@@ -12,7 +12,7 @@ import yaml
 from amclr_scale.errors import UserError
 from amclr_scale.study import curves, plots, scaling, whole_set
 from amclr_scale.study.claims import NOT_MEASURED, load_claims, measures_of
-from amclr_scale.study.comparison import Outcome, groups_of
+from amclr_scale.study.comparison import Outcome, groups_of, reference_of
 from amclr_scale.study.document import Figure, csv_text, escape, page
 from amclr_scale.study.reading import read_study
 from amclr_scale.study.report import write_report
@@ -264,6 +264,9 @@ def test_an_axis_and_a_grid_speak(tmp_path):
     (grid / "cells.json").write_text(json.dumps(cells))
     study = read_study(grid)
     found = Outcome(study.metrics[0], groups_of(study))
+    reference = reference_of(study, found.groups)
+    assert reference.variant == (("objective.group_size", 128),)  # the largest groups, wherever they come in the plan
+    assert reference.global_batch_size == 256
     figure = plots.heat_map(found, unit_of(study.metrics[0], study.runs), "grid")
     assert {(row["global_batch_size"], row["negatives"]) for row in figure.raw} == {
         (batch, size - 1) for batch in (128, 256) for size in (64, 128)
