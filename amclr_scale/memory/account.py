@@ -260,18 +260,23 @@ def _side(settings: Settings, device: str, threads: int) -> int:
 def _input_components(config: Config, plan: Plan, device: str) -> list[Component]:
     """Batches: the one in use and the next one while it is made; parts that workers make ahead."""
     data, workers, b = config.data, config.execution.workers, plan.local_batch_size
-    image = (1 + data.image_views) * 3 * data.image_size**2
-    text = (1 + data.text_views) * data.context_length * 8
-    ids = 8 * (2 if data.image_id else 1)
-    batch = b * (image + text + ids)
-    place = "host" if device == "cuda" else "device"
+    tensors = [3 * data.image_size**2] * (1 + data.image_views) + [8 * data.context_length] * (1 + data.text_views)
+    image, text = (sum(size) for size in (tensors[: 1 + data.image_views], tensors[1 + data.image_views :]))
+    tensors += [8] * (2 if data.image_id else 1)  # ids
+    row = sum(tensors)
+    batch = b * row
     knob = "train.global_batch_size over more ranks"
-    made = 2 if b > PART or device == "cuda" else 1  # in parts, and joined
-    found = [Component("batch", {**always(batch), "data": (1 + made) * batch}, knob, "input", place)]  # type: ignore[arg-type]
+    if device == "cuda":
+        # Pinned memory comes in powers of two and is kept for reuse: that of the batch in use and of the next one.
+        pinned = 2 * sum(1 << (b * size - 1).bit_length() for size in tensors)
+        found = [Component("batch", {**always(pinned), "data": pinned + batch}, knob, "input", "host")]
+    else:
+        made = 2 if b > PART else 1  # in parts, and joined
+        found = [Component("batch", {**always(batch), "data": (1 + made) * batch}, knob, "input", "device")]
     if workers:
         per_worker = math.ceil(math.ceil(b / PART) / workers)
         parts = max(2, per_worker) * workers
-        ahead = always(parts * min(PART, b) * (image + text + ids))
+        ahead = always(parts * min(PART, b) * row)
         found.append(Component("parts made ahead", ahead, "execution.workers: fewer", "input", "host"))
     if device == "cuda":
         images, texts = plan.micro_batch_sizes

@@ -202,6 +202,13 @@ def test_cuda_adds_workspace_and_inputs_and_keeps_batches_on_the_host():
     assert component(of, "workspace and fragmentation") > 0
 
 
+def test_pinned_memory_comes_in_powers_of_two_and_stays():
+    [of] = [c for c in found(device="cuda", batch=96).components if c.name == "batch"]
+    pixels, tokens, ids = 96 * 3 * 32 * 32, 96 * 16 * 8, 96 * 8  # 294,912, 12,288 and 768 bytes
+    assert of.by_phase["pass_1"] == 2 * (2**19 + 2**14 + 2**10)
+    assert of.by_phase["data"] == of.by_phase["pass_1"] + pixels + tokens + ids
+
+
 def test_ten_billion_parameters_in_seconds(tmp_path):
     sizes = {"vocab_size": 4096, "hidden_size": 6144, "intermediate_size": 24_576, "num_hidden_layers": 24,
              "num_attention_heads": 48, "max_position_embeddings": 64}  # fmt: skip
