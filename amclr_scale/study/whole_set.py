@@ -50,7 +50,7 @@ EXPECTED_NORM = Quantity(
     "expected_gradient_norm_ratio", "norm over the whole set's, expected gradient", "norm ratio, expected", ".3f"
 )
 DRIFT_IMAGE, DRIFT_TEXT = (
-    Quantity(f"drift_{side}", f"squared distance that {side} embeddings moved", f"drift, {side}", ideal=0.0)
+    Quantity(f"drift_{side}", f"squared movement of {side} embeddings", f"drift, {side}", ideal=0.0)
     for side in ("image", "text")
 )  # since the measurement before
 QUANTITIES = (
