@@ -4,7 +4,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from amclr_scale.study.comparison import Comparison, Group, Outcome, baseline_of, compare, reference_of
+from amclr_scale.study.comparison import Comparison, Group, Outcome, baseline_of, compare, find, reference_of
 from amclr_scale.study.results import Metric, Study
 from amclr_scale.study.units import Unit, unit_of
 
@@ -19,6 +19,7 @@ class Analysed:
     reference: Group | None
     against_reference: list[Comparison]
     same_batch: list[Comparison]
+    pairs: list[Comparison]
 
     @property
     def curve(self) -> list[Group]:
@@ -60,9 +61,9 @@ def slug_of(metric: Metric) -> str:
 
 
 def analyse(study: Study, groups: Sequence[Group]) -> list[Analysed]:
-    """Every metric of the plan: all groups against the reference, and against the reference's arm at the same batch.
+    """Every metric of the plan: all groups against the reference, against its arm at the same batch, and named pairs.
 
-    Where these are the same pairs (a study of one batch size), the second family is empty.
+    Where the first two are the same comparisons (a study of one batch size), the second family is empty.
     """
     reference = reference_of(study, groups)
     arm = reference.arm if reference else study.reference.get("arm", "clip")
@@ -70,6 +71,12 @@ def analyse(study: Study, groups: Sequence[Group]) -> list[Analysed]:
     far = [(g, reference) for g in groups if reference is not None and g is not reference]
     if [(one.name, base.name) for one, base in same] == [(one.name, base.name) for one, base in far]:
         same = []
+    named = [
+        (one, base)
+        for first, second in study.plan.get("pairs") or ()
+        for one in groups
+        if one.arm == first and (base := find(groups, second, one.global_batch_size, one.variant))
+    ]
     found = []
     for metric in study.metrics:
         outcome = Outcome(metric, groups)
@@ -77,6 +84,7 @@ def analyse(study: Study, groups: Sequence[Group]) -> list[Analysed]:
             Analysed(
                 outcome, unit_of(metric, study.runs), slug_of(metric), reference,
                 compare(outcome, far, study.margin), compare(outcome, same, study.margin),
+                compare(outcome, named, study.margin),
             )
         )  # fmt: skip
     return found

@@ -89,6 +89,8 @@ def _verdicts(first: Analysed, margin: float) -> str:
             open_ = sum(one.decision.verdict == Verdict.UNDECIDED for one in compared)
             decided += [f"undecided: {open_}, which is no evidence for equality"] if open_ else []
             words.append(f"Of {len(compared)} against {against}, {'; '.join(decided)}.")
+    decided = [f"{one.pair}: {one.decision.verdict}" for one in first.pairs]
+    words += [f"Pairs that the plan names: {'; '.join(decided)}."] if decided else []
     not_worse = [one.group for one in first.against_reference if one.decision.p_not_worse < LEVEL]
     if not_worse:
         words.append(f"Shown not to be worse than {reference} by the margin or more: {listed(not_worse)}.")

@@ -89,14 +89,18 @@ def verdicts(report: Document, study: Study, analysed: Sequence[Analysed], looks
         for kind, compared, words in (
             ("reference", one.against_reference, f"against {one.reference.name}" if one.reference else ""),
             ("same_batch", one.same_batch, "against the reference's arm at the same batch size"),
+            ("pairs", one.pairs, "the pairs that the plan names"),
         ):
             if not compared:
                 continue
             report.say(f"### {name}, {words}")
-            report.table(tables.verdict_table(compared, one.unit, study.margin, f"verdicts_{kind}_{one.slug}"))
+            both = kind == "pairs"
+            report.table(
+                tables.verdict_table(compared, one.unit, study.margin, f"verdicts_{kind}_{one.slug}", both=both)
+            )
             caption = f"{one.outcome.metric.name}, {words}: thick over seeds, thin over seeds and items, 95 %."
             figure = plots.differences(
-                compared, one.unit, looks, f"differences_{kind}_{one.slug}", caption, study.margin
+                compared, one.unit, looks, f"differences_{kind}_{one.slug}", caption, study.margin, both=both
             )
             report.figure(figure)
 

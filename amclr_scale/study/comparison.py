@@ -212,6 +212,11 @@ class Comparison:
     decision: Decision
     with_items: Decision | None
 
+    @property
+    def pair(self) -> str:
+        """Both, where the base is not the same for all."""
+        return f"{self.group.name}, against {self.base.title}"
+
 
 def compare(outcome: Outcome, pairs: Sequence[tuple[Group, Group]], margin: float) -> list[Comparison]:
     """Decide a family of comparisons, group against base."""

@@ -97,6 +97,12 @@ def _check_arms(plan: StudyPlan) -> Iterator[str]:
             yield f"arms: no such arm '{known}'; {hint} The arms there are: {', '.join(CONTROLS)}"
     if plan.reference.arm not in names:
         yield f"reference.arm: expected one of the arms ({', '.join(names)}), got {plan.reference.arm}"
+    for first, second in plan.pairs:
+        for named in (first, second):
+            if named not in names:
+                yield f"pairs: expected two of the arms ({', '.join(names)}), got {named}"
+        if first == second:
+            yield f"pairs: expected two arms, got {first} twice"
 
 
 # What the plan says itself; a word would be overruled in silence.

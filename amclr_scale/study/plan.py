@@ -169,6 +169,9 @@ class StudyPlan(Section):
     """Two arms match when their difference lies within +- this, in the metric's own unit (0.005: half a point).
     Declared before the first cell runs."""
     reference: Reference = Reference()
+    pairs: tuple[tuple[str, str], ...] = ()
+    """Arms to compare beside that, such as [[amclr_dro, amclr]]: the first against the second at the same batch size
+    and the same values of the axes that both have. A family of their own."""
     skip: tuple[str, ...] = ()
     """Cells to leave out, by name or pattern, such as xamclr-B4096-*."""
     execution: Execution = Execution()

@@ -146,9 +146,16 @@ def score_by_batch(
 
 
 def differences(
-    compared: Sequence[Comparison], unit: Unit, looks: Looks, name: str, caption: str, margin: float
+    compared: Sequence[Comparison],
+    unit: Unit,
+    looks: Looks,
+    name: str,
+    caption: str,
+    margin: float,
+    *,
+    both: bool = False,
 ) -> Figure:
-    """Every difference with both its intervals, over the margin of equivalence."""
+    """Every difference with both its intervals, over the margin of equivalence; `both` as in the table."""
     plt = pyplot()
     figure, axes = plt.subplots(figsize=(WIDTH, 1.1 + 0.26 * len(compared)), layout="constrained")
     axes.axvspan(-unit.factor * margin, unit.factor * margin, color="0.5", alpha=0.18, linewidth=0)
@@ -162,7 +169,7 @@ def differences(
                       alpha=alpha, solid_capstyle="butt")  # fmt: skip
         axes.plot(unit.factor * one.difference.seeds.value, place, marker=look["marker"], color=look["color"],
                   markeredgecolor="white", markeredgewidth=0.6, markersize=6.5)  # fmt: skip
-        labels.append(f"{one.group.name} ({one.decision.verdict})")
+        labels.append(f"{one.pair if both else one.group.name} ({one.decision.verdict})")
         raw.append({"arm": one.group.name, "against": one.base.name, **raw_estimate("difference", one.difference),
                     "verdict": one.decision.verdict, "margin": margin})  # fmt: skip
     axes.set_yticks(range(len(compared)), labels)

@@ -102,8 +102,8 @@ def matrix(outcome: Outcome, unit: Unit, name: str) -> Table:
     return Table(name, ["arm", *(f"B = {batch:,}" for batch in batches)], rows, raw)
 
 
-def verdict_table(compared: Sequence[Comparison], unit: Unit, margin: float, name: str) -> Table:
-    """What each comparison has shown."""
+def verdict_table(compared: Sequence[Comparison], unit: Unit, margin: float, name: str, *, both: bool = False) -> Table:
+    """What each comparison has shown; `both` names what it is against, too."""
     header = [
         "arm", "seeds", f"difference{', points' if unit.share else ''} [95 %, seeds]", "[95 %, seeds, items]",
         "verdict", "p equal", "p match", "p not worse", "with new items", "seeds needed",
@@ -114,7 +114,7 @@ def verdict_table(compared: Sequence[Comparison], unit: Unit, margin: float, nam
         low, high = wide.interval() if wide else (math.nan, math.nan)
         needed = needed_seeds(seeds, margin)
         rows.append([
-            one.group.name, str(seeds.n), unit.change(seeds),
+            one.pair if both else one.group.name, str(seeds.n), unit.change(seeds),
             DASH if math.isnan(low) else f"[{unit.difference(low)}, {unit.difference(high)}]",
             decision.verdict, _p(decision.p_different), _p(decision.p_equivalent), _p(decision.p_not_worse),
             one.with_items.verdict if one.with_items else DASH, needed_words(needed),

@@ -86,6 +86,8 @@ def test_what_decides_the_answer_has_no_default(plan_file: Path, key: str, tmp_p
         (["group_sizes=[16]"], "group_sizes: has no meaning when held_equal is samples"),
         (["batch_sizes=[32, 32]"], "batch_sizes: expected different values, got [32, 32]"),
         (["reference.arm=dcl"], "reference.arm: expected one of the arms (clip, sogclr), got dcl"),
+        (["pairs=[[sogclr, dcl]]"], "pairs: expected two of the arms (clip, sogclr), got dcl"),
+        (["pairs=[[clip, clip]]"], "pairs: expected two arms, got clip twice"),
         (
             ["reference.global_batch_size=128"],
             "reference: expected one of the cells (clip at 32, clip at 64), got clip",

@@ -12,7 +12,7 @@ import yaml
 from amclr_scale.errors import UserError
 from amclr_scale.study import curves, plots, scaling, whole_set
 from amclr_scale.study.claims import NOT_MEASURED, load_claims, measures_of
-from amclr_scale.study.comparison import Outcome, groups_of, reference_of
+from amclr_scale.study.comparison import Outcome, compare, groups_of, reference_of
 from amclr_scale.study.document import Figure, csv_text, escape, page
 from amclr_scale.study.reading import read_study
 from amclr_scale.study.report import write_report
@@ -401,3 +401,28 @@ def test_at_one_batch_size_a_comparison_is_told_once(tmp_path, batches, tables):
     composed = compose(read_study(make_study(tmp_path / "s", arms=("clip", "dcl"), batches=batches)))
     assert sum(table.name.startswith("verdicts_") for table in composed.tables) == tables
     assert f"- global batch size{'s' if tables == 2 else ''}: 128" in composed.markdown
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_pairs_that_a_plan_names_are_a_family_of_their_own(tmp_path):
+    folder = make_study(tmp_path / "s", arms=("clip", "sogclr", "amclr"), batches=(128, 256))
+    plan = yaml.safe_load((folder / "study.yaml").read_text())
+    (folder / "study.yaml").write_text(yaml.safe_dump(plan | {"pairs": [["amclr", "sogclr"]]}))
+    study = read_study(folder)
+    composed = compose(study)
+    [rows] = [one.raw for one in composed.tables if one.name.startswith("verdicts_pairs_")]
+    assert [(row["arm"], row["against"]) for row in rows] == [
+        (f"AmCLR, B = {batch}", f"SogCLR, B = {batch}") for batch in (128, 256)
+    ]
+    found = Outcome(study.metrics[0], groups_of(study))
+    pairs = [
+        tuple(
+            next(g for g in found.groups if (g.arm, g.global_batch_size) == (arm, batch)) for arm in ("amclr", "sogclr")
+        )
+        for batch in (128, 256)
+    ]
+    for row, one in zip(rows, compare(found, pairs, study.margin), strict=True):
+        assert row["difference"] == one.difference.seeds.value
+        assert row["p_different_holm"] == one.decision.p_different
+    head = composed.markdown.partition("## Question and design")[0]
+    assert "Pairs that the plan names: AmCLR, B = 128, against SogCLR: better; AmCLR, B = 256, against SogCLR: " in head
