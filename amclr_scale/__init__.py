@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from amclr_scale.checkpoint.model import load
+    from amclr_scale.trained.model import load
 
 __all__ = ["load"]
 
@@ -13,7 +13,7 @@ __all__ = ["load"]
 def __getattr__(name: str) -> Any:
     """`amclr_scale.load`, imported when it is asked for: checking a configuration needs no torch."""
     if name == "load":
-        from amclr_scale.checkpoint.model import load
+        from amclr_scale.trained.model import load
 
         return load
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -52,7 +52,7 @@ class Embeddings:
 class Loss:
     """What an objective returns: the number to differentiate, and plain numbers to log.
 
-    `value` is this rank's mean over its own rows (similarity/collectives.py states the rule). Where the number
+    `value` is this rank's mean over its own rows (distributed/collectives.py states the rule). Where the number
     that is differentiated is a surrogate, `metrics["objective"]` holds the objective's own value.
     """
 

@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
 
-from amclr_scale.similarity import collectives
+from amclr_scale.distributed import collectives
 
 CPU, DEVICE = torch.device("cpu"), torch.device("meta")
 

@@ -30,11 +30,11 @@ from amclr_scale import objectives
 from amclr_scale.config.load import load
 from amclr_scale.config.schema import Config
 from amclr_scale.data.tokenizers import load_tokenizer
-from amclr_scale.engine.assembly import model_of
-from amclr_scale.engine.distributed import seed_everything, start
+from amclr_scale.distributed.launcher import Place
+from amclr_scale.distributed.process_group import seed_everything, start
+from amclr_scale.engine.build import model_of
+from amclr_scale.engine.deepspeed_setup import build_engine, prepare_towers
 from amclr_scale.engine.loop import peak_memory_gib
-from amclr_scale.engine.place import Place
-from amclr_scale.engine.setup import build_engine, prepare_towers
 from amclr_scale.engine.step import TrainStep
 from amclr_scale.metrics.phases import Phases
 from amclr_scale.types import Batch

@@ -28,7 +28,7 @@ from amclr_scale.config.load import load
 from amclr_scale.config.schema import Config
 from amclr_scale.memory.account import Account, account
 from amclr_scale.memory.components import PHASES
-from amclr_scale.memory.measure import MemoryReport, Peak
+from amclr_scale.memory.measured.phase_peaks import MemoryReport, Peak
 from amclr_scale.memory.units import in_words
 
 SAMPLES, STEPS = 4096, 3
@@ -132,8 +132,8 @@ def measure(config: Config, world_size: int, rank: int, *, look: bool = True) ->
     from amclr_scale import objectives
     from amclr_scale.data.tokenizers import load_tokenizer
     from amclr_scale.encoders.build import build_model
-    from amclr_scale.engine.plan import make_plan
-    from amclr_scale.engine.setup import adapt_to_objective, build_engine, prepare_towers
+    from amclr_scale.engine.batch_plan import make_plan
+    from amclr_scale.engine.deepspeed_setup import adapt_to_objective, build_engine, prepare_towers
     from amclr_scale.engine.step import TrainStep
     from amclr_scale.metrics.phases import Phases
     from amclr_scale.similarity import configure

@@ -36,13 +36,13 @@ from torch import Tensor, nn
 from amclr_scale import objectives
 from amclr_scale.config.load import load
 from amclr_scale.config.schema import Optimizer
-from amclr_scale.engine import setup
-from amclr_scale.engine.distributed import seed_everything, start, stop
+from amclr_scale.distributed.launcher import Place
+from amclr_scale.distributed.process_group import seed_everything, start, stop
+from amclr_scale.engine import deepspeed_setup as setup
+from amclr_scale.engine.deepspeed_setup import build_engine
 from amclr_scale.engine.optimizers import build_optimizer
-from amclr_scale.engine.place import Place
-from amclr_scale.engine.setup import build_engine
 from amclr_scale.engine.step import TrainStep
-from amclr_scale.engine.weights import full_fp32
+from amclr_scale.engine.zero.master_weights import full_fp32
 from amclr_scale.metrics.phases import Phases
 from amclr_scale.torchvision_ops import import_torchvision
 from amclr_scale.types import Batch

@@ -8,8 +8,8 @@ stage. Printed is the relative error |g - e| / |e| of the gradient g that the op
     summation   e is the float64 sum of the very gradients that the backward passes left, in the parameters' type
     whole       e is the fp32 gradient of the same weights and batch, so that the rounding of activations counts too
 
-with sums in fp32, as the engine takes them (engine/accumulation.py), and with sums in the parameters' own type. Stage 0
-keeps no fp32 masters and takes fp32 only, which is the last column's e.
+with sums in fp32, as the engine takes them (engine/zero/gradient_sums.py), and with sums in the parameters' own type.
+Stage 0 keeps no fp32 masters and takes fp32 only, which is the last column's e.
 """
 
 import argparse
@@ -29,12 +29,12 @@ from amclr_scale import objectives
 from amclr_scale.config.load import load
 from amclr_scale.config.schema import Config
 from amclr_scale.data.tokenizers import load_tokenizer
-from amclr_scale.engine.accumulation import GradientSums
-from amclr_scale.engine.assembly import model_of
-from amclr_scale.engine.distributed import seed_everything, start
-from amclr_scale.engine.place import Place
-from amclr_scale.engine.setup import build_engine, prepare_towers
+from amclr_scale.distributed.launcher import Place
+from amclr_scale.distributed.process_group import seed_everything, start
+from amclr_scale.engine.build import model_of
+from amclr_scale.engine.deepspeed_setup import build_engine, prepare_towers
 from amclr_scale.engine.step import TrainStep
+from amclr_scale.engine.zero.gradient_sums import GradientSums
 from amclr_scale.metrics.phases import Phases
 from amclr_scale.types import Batch
 

@@ -104,11 +104,11 @@ def plot(path: Path, title: str, panels: list[tuple[str, list[Any], dict[str, li
 def run(options: argparse.Namespace) -> None:
     """Print the tables, draw the picture."""
     if options.worked_examples:
-        from amclr_scale.memory.worked_examples import page
+        from tools.memory_pages.worked_examples import page
 
         options.worked_examples.write_text(page())
         return
-    from amclr_scale.memory.what_if import MICRO_BATCH, QUEUE, STAGES, against_batch, against_ranks, against_stage
+    from tools.memory_pages.what_if import MICRO_BATCH, QUEUE, STAGES, against_batch, against_ranks, against_stage
 
     words = [*([] if options.config else MODEL), f"data.lanes={max(MOST_RANKS, options.gpus)}", *options.words]
     words.append(f"train.global_batch_size={options.batch}")

@@ -22,8 +22,8 @@ from amclr_scale.checkpoint.signals import Signals, StoppedError
 from amclr_scale.config.load import recipe_hash
 from amclr_scale.config.schema import Config
 from amclr_scale.data.tokenizers import Tokenizer
-from amclr_scale.engine.plan import Plan
-from amclr_scale.engine.probe import Probe
+from amclr_scale.engine.batch_plan import Plan
+from amclr_scale.engine.batch_probe import Probe
 from amclr_scale.metrics.log import RunLog
 from amclr_scale.metrics.run_folder import installed_packages
 from amclr_scale.similarity import all_sum

@@ -21,7 +21,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from amclr_scale.engine.shards import shards_of
+from amclr_scale.engine.zero.flat_shards import shards_of
 
 MASTER = "parameter"
 COUNTERS = ("global_steps", "global_samples", "micro_steps", "skipped_steps")

@@ -27,7 +27,7 @@ from amclr_scale.checkpoint.files import Written, describe, write_json
 from amclr_scale.errors import UserError
 
 if TYPE_CHECKING:
-    from amclr_scale.engine.probe import Probe
+    from amclr_scale.engine.batch_probe import Probe
 
 STATE = "state.json"
 OBJECTIVE = "objective.safetensors"

@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterator
 import torch
 
 from amclr_scale.config.schema import Config
-from amclr_scale.engine.plan import Plan
+from amclr_scale.distributed.collectives import all_sum, world_size
+from amclr_scale.engine.batch_plan import Plan
 from amclr_scale.engine.profiling import StepProfiler
 from amclr_scale.engine.schedules import learning_rate
 from amclr_scale.engine.step import StepReport, TrainStep
@@ -16,7 +17,6 @@ from amclr_scale.metrics.phases import Phases
 from amclr_scale.metrics.throughput import Throughput
 from amclr_scale.objectives import diagnostics
 from amclr_scale.objectives.base import Objective
-from amclr_scale.similarity.collectives import all_sum, world_size
 from amclr_scale.types import Batch
 
 WAIT_WARNING = 0.2  # share of the time spent waiting for data above which the log says what to turn

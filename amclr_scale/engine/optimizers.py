@@ -1,7 +1,7 @@
 """Parameter groups, and optimizers by name.
 
 Elementwise rules (adamw, sgd, lion, nadam, radam) do not see how ZeRO cuts parameters. adamp, lamb and lars do, and
-are ours (engine/layerwise.py): a library's would be silently wrong on ZeRO's flat shards.
+are ours (engine/zero/layerwise.py): a library's would be silently wrong on ZeRO's flat shards.
 """
 
 from collections.abc import Collection, Iterable
@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from amclr_scale.config.schema import Optimizer
-from amclr_scale.engine.layerwise import LAMB, LARS, AdamP
+from amclr_scale.engine.zero.layerwise import LAMB, LARS, AdamP
 from amclr_scale.torchvision_ops import import_torchvision
 
 Groups = list[dict[str, Any]]

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from amclr_scale.encoders.dual_encoder import LOG_SCALE_BOUNDS
 from amclr_scale.encoders.norms import keep_statistics
-from amclr_scale.engine.accumulation import GradientSums
 from amclr_scale.engine.gradient_cache import CachedStep, cached_backward
 from amclr_scale.engine.optimizers import set_learning_rate
-from amclr_scale.engine.weights import clamp_
+from amclr_scale.engine.zero.gradient_sums import GradientSums
+from amclr_scale.engine.zero.master_weights import clamp_
 from amclr_scale.metrics.phases import Phases
 from amclr_scale.types import Batch, Embeddings, Loss
 

@@ -25,9 +25,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from amclr_scale.distributed.collectives import rank
 from amclr_scale.evaluation.numbers import Number, mean_of, number
 from amclr_scale.evaluation.shares import gather_rows, sum_over_ranks
-from amclr_scale.similarity.collectives import rank
 
 KS = (1, 5, 10)
 TILE = {"cpu": (512, 1024), "cuda": (4096, 16384)}  # on CPU it stays in the cache between product and counting

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from amclr_scale.similarity.collectives import all_gather, all_sum, rank, world_size
+from amclr_scale.distributed.collectives import all_gather, all_sum, rank, world_size
 
 
 def share(n: int, of_rank: int | None = None) -> range:

@@ -22,8 +22,8 @@ import torch
 
 from amclr_scale import objectives
 from amclr_scale.config.schema import Config
+from amclr_scale.engine.batch_plan import Plan, make_plan
 from amclr_scale.engine.optimizers import parameter_groups
-from amclr_scale.engine.plan import Plan, make_plan
 from amclr_scale.memory.components import PHASES, Component, Phase, always
 from amclr_scale.memory.objective_memory import objective_memory, sample_state_bytes
 from amclr_scale.memory.passes import Passes

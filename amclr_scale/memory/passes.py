@@ -18,11 +18,11 @@ from functools import cached_property
 from itertools import groupby, repeat
 
 from amclr_scale.config.schema import Config
-from amclr_scale.engine.plan import Plan
+from amclr_scale.engine.batch_plan import Plan
 from amclr_scale.memory.components import Component, Phase
-from amclr_scale.memory.gathering import Limits
-from amclr_scale.memory.replay import LOOKED_AT, Both, Calls, Replay, fewer, looked_at, replay
+from amclr_scale.memory.stage3_gathers import LOOKED_AT, Both, Calls, Replay, fewer, looked_at, replay
 from amclr_scale.memory.towers import MODALITIES, PRECISIONS, Gathered, Modality, Peak, Tower, parameter_sizes, trace
+from amclr_scale.memory.zero3.coordinator import Limits
 
 NOTHING: dict[Modality, Gathered] = {}  # is gathered in a call
 NONE: tuple[None, None] = (None, None)
@@ -249,7 +249,7 @@ def _replayed(
 
 
 def widening(config: Config, plan: Plan) -> int:
-    """Bytes of a summed gradient's element over those of a parameter's (engine/accumulation.py)."""
+    """Bytes of a summed gradient's element over those of a parameter's (engine/zero/gradient_sums.py)."""
     several = min(plan.micro_batch_sizes) < plan.local_batch_size
     return 4 // PRECISIONS[config.execution.precision].itemsize if several else 1
 

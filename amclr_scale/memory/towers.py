@@ -28,10 +28,10 @@ from amclr_scale.data.tokenizers import load_tokenizer
 from amclr_scale.encoders.build import build_model
 from amclr_scale.encoders.dual_encoder import DualEncoder
 from amclr_scale.encoders.recomputation import Recomputation, set_recomputation
-from amclr_scale.memory.gathering import Visit
 from amclr_scale.memory.kernels import kernels_of
 from amclr_scale.memory.tracker import Tracker
-from amclr_scale.memory.visits import Events, Visits
+from amclr_scale.memory.zero3.coordinator import Visit
+from amclr_scale.memory.zero3.hooks import Events, Visits
 
 Modality = Literal["image", "text"]
 Partitioned = Literal["no", "yes", "plain linear"]  # whether stage 3 cuts parameters, and which linear layers it leaves

@@ -1,7 +1,7 @@
 """What an objective is: a module that turns `Embeddings` into a `Loss`, known by a name, with typed options.
 
 An objective returns this rank's mean over its own rows and never asks how many ranks there are;
-`similarity/collectives.py` states the rule that makes this the gradient of one global batch.
+`distributed/collectives.py` states the rule that makes this the gradient of one global batch.
 """
 
 import dataclasses

@@ -28,6 +28,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
+from amclr_scale.distributed.collectives import Negatives
 from amclr_scale.objectives.base import (
     Objective,
     at_least_float32,
@@ -37,7 +38,6 @@ from amclr_scale.objectives.base import (
     require,
 )
 from amclr_scale.similarity import Contrast, column_mean, contrast
-from amclr_scale.similarity.collectives import Negatives
 from amclr_scale.types import Embeddings, Loss
 
 

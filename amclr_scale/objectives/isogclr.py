@@ -19,7 +19,6 @@ from typing import Literal
 
 from torch import Tensor
 
-from amclr_scale.encoders.temperature import TempGenerator, TempGenerators
 from amclr_scale.objectives.base import Layout, Objective, at_least_float32, numbers, require
 from amclr_scale.objectives.estimator import (
     centred,
@@ -29,6 +28,7 @@ from amclr_scale.objectives.estimator import (
     two_states,
     two_visits,
 )
+from amclr_scale.objectives.temperature_generator import TempGenerator, TempGenerators
 from amclr_scale.objectives.temperatures import Descent, check_robust, temperature_gradient
 from amclr_scale.similarity import map_rows
 from amclr_scale.types import Embeddings, Loss

@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from amclr_scale.distributed import collectives
 from amclr_scale.errors import UserError
 from amclr_scale.objectives.base import FullPrecision, Layout
-from amclr_scale.similarity import collectives
 
 REPLICATED_BYTES = 256 * 2**20  # "auto" shards a state that is larger than this
 

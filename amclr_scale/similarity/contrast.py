@@ -23,9 +23,9 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from amclr_scale.distributed.collectives import Negatives, check_even, group
 from amclr_scale.similarity import settings
 from amclr_scale.similarity.backends import check_features, similarity_dtype
-from amclr_scale.similarity.collectives import Negatives, check_even, group
 from amclr_scale.similarity.distribution import choose
 from amclr_scale.similarity.log_sums import LogSums, Plan
 

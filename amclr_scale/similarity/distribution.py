@@ -17,7 +17,7 @@ import os
 
 import torch
 
-from amclr_scale.similarity.collectives import Group, world_size
+from amclr_scale.distributed.collectives import Group, world_size
 from amclr_scale.similarity.settings import Distribution
 
 CPU_OPERATIONS, CPU_LINK = 1e11, 1e9  # one core; 10 Gbit/s

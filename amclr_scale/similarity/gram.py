@@ -11,8 +11,8 @@ CyCLIP's cyclic terms and VICReg's covariances are functions of these. Sums are 
 import torch
 from torch import Tensor
 
+from amclr_scale.distributed.collectives import Negatives, all_sum, group
 from amclr_scale.similarity.backends import similarity_dtype
-from amclr_scale.similarity.collectives import Negatives, all_sum, group
 
 
 def gram(x: Tensor, y: Tensor, *, negatives: Negatives = "all") -> Tensor:

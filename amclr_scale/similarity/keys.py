@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from amclr_scale.similarity.collectives import Group, all_gather, pass_on, reduce_scatter
+from amclr_scale.distributed.collectives import Group, all_gather, pass_on, reduce_scatter
 from amclr_scale.similarity.settings import Gather
 
 

@@ -21,10 +21,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from amclr_scale.distributed.collectives import Group, all_gather, exchange
+from amclr_scale.distributed.first_order import first_order_only
 from amclr_scale.similarity.backends import blocks_for
 from amclr_scale.similarity.blocks import Blocks, Statistics, TileCache, Weights
-from amclr_scale.similarity.collectives import Group, all_gather, exchange
-from amclr_scale.similarity.first_order import first_order_only
 from amclr_scale.similarity.keys import GatheredKeys, Keys, keys_of
 from amclr_scale.similarity.settings import Distribution, Settings
 

@@ -10,9 +10,9 @@ answer depends neither on tiles nor on ranks.
 import torch
 from torch import Tensor
 
+from amclr_scale.distributed.collectives import broadcast, gather_numbers, group
 from amclr_scale.similarity import settings
 from amclr_scale.similarity.backends import similarity_dtype
-from amclr_scale.similarity.collectives import broadcast, gather_numbers, group
 from amclr_scale.similarity.torch_backend import tile_shape
 
 

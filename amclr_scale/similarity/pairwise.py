@@ -19,12 +19,12 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from amclr_scale.distributed.collectives import Group, Negatives, all_gather, check_even, group
+from amclr_scale.distributed.first_order import first_order_only
 from amclr_scale.similarity import settings
 from amclr_scale.similarity.backends import blocks_for, check_features, similarity_dtype
 from amclr_scale.similarity.blocks import Sigmoid
-from amclr_scale.similarity.collectives import Group, Negatives, all_gather, check_even, group
 from amclr_scale.similarity.distribution import choose
-from amclr_scale.similarity.first_order import first_order_only
 from amclr_scale.similarity.keys import keys_of
 from amclr_scale.similarity.settings import Distribution, Settings
 

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from amclr_scale.distributed.collectives import Negatives, check_even, gather, group
 from amclr_scale.similarity import settings
 from amclr_scale.similarity.backends import similarity_dtype
-from amclr_scale.similarity.collectives import Negatives, check_even, gather, group
 
 RowFunction = Callable[..., tuple[Tensor, ...]]
 

@@ -13,7 +13,7 @@ import pytest
 
 from amclr_scale.checkpoint import files
 from tests.checkpoint.trainer import ROOT
-from tests.launch.test_train import LAUNCHERS, SMALL, free_port, probed
+from tests.commands.test_train import LAUNCHERS, SMALL, free_port, probed
 
 
 def launch(folder, *words, launcher="deepspeed"):

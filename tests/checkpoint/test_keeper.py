@@ -13,7 +13,7 @@ from amclr_scale.checkpoint import files, state
 from amclr_scale.checkpoint.keeper import Keeper
 from amclr_scale.checkpoint.signals import Signals, StoppedError
 from amclr_scale.data.tokenizers import load_tokenizer
-from amclr_scale.engine.plan import make_plan
+from amclr_scale.engine.batch_plan import make_plan
 from amclr_scale.metrics.log import RunLog
 from tests.checkpoint.trainer import CPU, ROOT, SAMPLES, SIZE, Trainer
 

@@ -9,11 +9,11 @@ from torch import Tensor
 from amclr_scale import objectives
 from amclr_scale.checkpoint import files, state
 from amclr_scale.config.load import build
-from amclr_scale.engine.distributed import seed_everything
+from amclr_scale.distributed.process_group import seed_everything
+from amclr_scale.engine.deepspeed_setup import build_engine
 from amclr_scale.engine.schedules import learning_rate
-from amclr_scale.engine.setup import build_engine
 from amclr_scale.engine.step import TrainStep
-from amclr_scale.engine.weights import full_fp32
+from amclr_scale.engine.zero.master_weights import full_fp32
 from amclr_scale.metrics.phases import Phases
 from amclr_scale.similarity import all_gather, all_sum, rank, world_size
 from amclr_scale.types import Batch

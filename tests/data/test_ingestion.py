@@ -241,7 +241,7 @@ def test_pairs_share_an_image_id_and_rejects_are_listed(corpus, tmp_path):
 
 def test_a_picture_of_a_kind_that_its_name_does_not_say(tmp_path):
     """Cameras write several pictures into one .jpeg, and the web calls a GIF so."""
-    from tools.make_shards import Encoding, encode
+    from amclr_scale.commands.make_shards import Encoding, encode
 
     Image.new("RGB", (40, 20), "red").save(
         tmp_path / "a.jpeg", "MPO", save_all=True, append_images=[Image.new("L", (4, 4))]
@@ -253,7 +253,7 @@ def test_a_picture_of_a_kind_that_its_name_does_not_say(tmp_path):
 
 
 def test_what_an_interrupted_run_has_left_goes(tmp_path):
-    from tools.make_shards import check_plan
+    from amclr_scale.commands.make_shards import check_plan
 
     check_plan(tmp_path, {"records": 1})
     for name in (".00000.tar.1234", "00001.tar"):

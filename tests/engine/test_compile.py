@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from amclr_scale.config.schema import Execution
 from amclr_scale.encoders.dual_encoder import DualEncoder
-from amclr_scale.engine.setup import prepare_towers
+from amclr_scale.engine.deepspeed_setup import prepare_towers
 from tests.engine.towers import real_run
 
 

@@ -13,11 +13,11 @@ import torch
 import torch.nn.functional as F
 
 from amclr_scale import objectives
-from amclr_scale.engine.distributed import keep_float32
+from amclr_scale.distributed.process_group import keep_float32
+from amclr_scale.engine.deepspeed_setup import build_engine
 from amclr_scale.engine.micro_batches import MicroBatch, on_device
 from amclr_scale.engine.optimizers import build_optimizer, parameter_groups
 from amclr_scale.engine.random_state import RandomState
-from amclr_scale.engine.setup import build_engine
 from amclr_scale.engine.step import OutOfMemoryError, TrainStep
 from amclr_scale.metrics.phases import Phases
 from amclr_scale.types import Embeddings, Loss

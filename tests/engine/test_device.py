@@ -18,8 +18,8 @@ from amclr_scale.config.schema import Config
 from amclr_scale.encoders.norms import keep_statistics
 from amclr_scale.encoders.recomputation import set_recomputation
 from amclr_scale.engine.gradient_cache import cached_backward
-from amclr_scale.engine.layerwise import LAMB, AdamP
-from amclr_scale.engine.shards import Piece, Shard
+from amclr_scale.engine.zero.flat_shards import Piece, Shard
+from amclr_scale.engine.zero.layerwise import LAMB, AdamP
 from amclr_scale.evaluation import probe
 from amclr_scale.evaluation.run import Evaluator
 from amclr_scale.objectives import diagnostics

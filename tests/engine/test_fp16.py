@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from amclr_scale import objectives
-from amclr_scale.engine.setup import build_engine
+from amclr_scale.distributed.collectives import rank, world_size
+from amclr_scale.engine.deepspeed_setup import build_engine
 from amclr_scale.engine.step import NonFiniteError, TrainStep
-from amclr_scale.engine.weights import full_fp32
+from amclr_scale.engine.zero.master_weights import full_fp32
 from amclr_scale.metrics.phases import Phases
-from amclr_scale.similarity.collectives import rank, world_size
 from amclr_scale.types import Embeddings, Loss
 from tests.engine.towers import config, local_batch, plain_run, towers
 

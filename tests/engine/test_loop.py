@@ -6,8 +6,8 @@ from unittest import mock
 
 import torch
 
+from amclr_scale.engine.batch_plan import Plan
 from amclr_scale.engine.loop import train
-from amclr_scale.engine.plan import Plan
 from amclr_scale.engine.step import StepReport
 from amclr_scale.metrics.phases import Phases
 from amclr_scale.types import Embeddings, Loss

@@ -7,11 +7,11 @@ import deepspeed
 import torch
 
 from amclr_scale import objectives
+from amclr_scale.distributed.collectives import rank, world_size
+from amclr_scale.engine.deepspeed_setup import build_engine
 from amclr_scale.engine.profiling import SKIPPED, StepProfiler
-from amclr_scale.engine.setup import build_engine
 from amclr_scale.engine.step import TrainStep
 from amclr_scale.metrics.phases import Phases
-from amclr_scale.similarity.collectives import rank, world_size
 from tests.engine.towers import CPU, config, local_batch, towers
 
 SIZE, STEPS = 16, 2

@@ -6,9 +6,9 @@ import pytest
 
 from amclr_scale.config.load import load
 from amclr_scale.config.schema import LearningRateFactors, Optimizer
+from amclr_scale.distributed.launcher import Place, find_place
+from amclr_scale.engine.batch_plan import make_plan
 from amclr_scale.engine.optimizers import parameter_groups, set_learning_rate
-from amclr_scale.engine.place import Place, find_place
-from amclr_scale.engine.plan import make_plan
 from amclr_scale.engine.schedules import learning_rate
 from amclr_scale.errors import UserError
 from amclr_scale.metrics.flops import ModelFlops

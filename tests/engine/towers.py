@@ -11,15 +11,15 @@ from torch import Tensor, nn
 from amclr_scale import objectives
 from amclr_scale.config.load import build
 from amclr_scale.config.schema import Config, ImageTower, Model, TextTower
+from amclr_scale.distributed.collectives import rank, world_size
 from amclr_scale.encoders.build import build_model
 from amclr_scale.encoders.dual_encoder import DualEncoder
+from amclr_scale.engine.deepspeed_setup import build_engine, prepare_towers
 from amclr_scale.engine.optimizers import parameter_groups
 from amclr_scale.engine.schedules import learning_rate
-from amclr_scale.engine.setup import build_engine, prepare_towers
 from amclr_scale.engine.step import TrainStep
-from amclr_scale.engine.weights import full_fp32
+from amclr_scale.engine.zero.master_weights import full_fp32
 from amclr_scale.metrics.phases import Phases
-from amclr_scale.similarity.collectives import rank, world_size
 from amclr_scale.torchvision_ops import import_torchvision
 from amclr_scale.types import Batch
 

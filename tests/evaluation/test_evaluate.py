@@ -15,13 +15,13 @@ from PIL import Image
 from rich.console import Console
 from safetensors.torch import save_file
 
+from amclr_scale.distributed.collectives import rank, world_size
 from amclr_scale.encoders.dual_encoder import Normalise
 from amclr_scale.evaluation.models import load_model
 from amclr_scale.evaluation.progress import EvaluationProgress
 from amclr_scale.evaluation.run import Evaluator
 from amclr_scale.evaluation.sheet import text_to_image_sheet
 from amclr_scale.evaluation.table import DETAILS
-from amclr_scale.similarity.collectives import rank, world_size
 from tests.evaluation.shards import write_split
 from tests.evaluation.test_models import write_run
 from tests.evaluation.test_run import model, recipe

@@ -11,11 +11,11 @@ import torch
 from PIL import Image
 
 from amclr_scale.config.schema import Config
+from amclr_scale.distributed.collectives import rank, world_size
 from amclr_scale.errors import UserError
 from amclr_scale.evaluation.composition import composition
 from amclr_scale.evaluation.run import Evaluator, gallery
 from amclr_scale.evaluation.shares import share
-from amclr_scale.similarity.collectives import rank, world_size
 from tests.evaluation.shards import COLOURS, picture, write_split, write_tar
 from tests.evaluation.test_run import model, recipe
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from amclr_scale.distributed.collectives import rank, world_size
 from amclr_scale.evaluation.retrieval import Ranks, retrieval
-from amclr_scale.similarity.collectives import rank, world_size
 from amclr_scale.torchvision_ops import import_torchvision
 
 N, D = 11, 4

@@ -8,10 +8,10 @@ import torch.nn.functional as F
 
 from amclr_scale.config.schema import Config
 from amclr_scale.data.tokenizers import load_tokenizer
+from amclr_scale.distributed.collectives import rank, world_size
 from amclr_scale.encoders.build import build_model
 from amclr_scale.errors import UserError
 from amclr_scale.evaluation.run import Evaluator
-from amclr_scale.similarity.collectives import rank, world_size
 from tests.evaluation.shards import write_split, write_tar
 
 N = 23

@@ -14,10 +14,9 @@ from amclr_scale.config.load import load
 from amclr_scale.config.schema import Config
 from amclr_scale.data.tokenizers import load_tokenizer
 from amclr_scale.errors import UserError
-from amclr_scale.memory import formulas, towers
+from amclr_scale.memory import towers
 from amclr_scale.memory.account import account
 from amclr_scale.memory.components import PHASES
-from amclr_scale.memory.momentum import momentum_peaks
 from amclr_scale.memory.objective_memory import (
     create,
     objective_memory,
@@ -30,6 +29,8 @@ from amclr_scale.memory.towers import skeleton, trace
 from amclr_scale.memory.tracker import Tracker
 from amclr_scale.memory.units import GIB, MIB, in_bytes, in_words
 from amclr_scale.similarity import using
+from tools.memory_pages import formulas
+from tools.memory_pages.momentum import momentum_peaks
 
 N = 4096
 

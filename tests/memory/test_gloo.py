@@ -5,7 +5,7 @@ import time
 import torch
 import torch.distributed as dist
 
-from amclr_scale.memory.gloo import WaitingTracker
+from amclr_scale.memory.measured.gloo import WaitingTracker
 
 
 def _exchange(times: int) -> list[int]:

@@ -13,8 +13,8 @@ from torch import nn
 from amclr_scale.config.load import load
 from amclr_scale.memory.account import account
 from amclr_scale.memory.components import PHASES
-from amclr_scale.memory.measure import MemoryReport
-from amclr_scale.memory.report import STEPS, StepMemory
+from amclr_scale.memory.measured.phase_peaks import MemoryReport
+from amclr_scale.memory.measured.report import STEPS, StepMemory
 from amclr_scale.metrics.phases import Phases
 
 TOOL = Path(__file__).parents[2] / "tools/benchmark_memory.py"

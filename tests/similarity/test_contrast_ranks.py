@@ -6,7 +6,8 @@ import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from amclr_scale.similarity import all_sum, collectives, contrast, rank, using, world_size
+from amclr_scale.distributed import collectives
+from amclr_scale.similarity import all_sum, contrast, rank, using, world_size
 from tests.similarity.definition import both_sides, draw, relative_error
 
 DISTRIBUTIONS = ["reduce_scatter", "column_sums", "two_blocks"]

@@ -5,8 +5,8 @@ import threading
 import pytest
 import torch
 
+from amclr_scale.distributed.collectives import Group
 from amclr_scale.similarity import configure, current, distribution, using
-from amclr_scale.similarity.collectives import Group
 from amclr_scale.similarity.distribution import choose
 
 

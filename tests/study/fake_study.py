@@ -6,11 +6,11 @@ python -m tests.study.fake_study PLAN FOLDER HOW [key=value ...]
 import sys
 from pathlib import Path
 
-from amclr_scale.study.cells import Planned, base_tree, make_cells
-from amclr_scale.study.folder import StudyFolder
-from amclr_scale.study.load import load_plan
-from amclr_scale.study.plan import StudyPlan
-from amclr_scale.study.run import Outcome, Runner
+from amclr_scale.study.planning.cells import Planned, base_tree, make_cells
+from amclr_scale.study.planning.load import load_plan
+from amclr_scale.study.planning.plan import StudyPlan
+from amclr_scale.study.running.folder import StudyFolder
+from amclr_scale.study.running.run import Outcome, Runner
 
 FAKE = str(Path(__file__).with_name("fake_training.py"))
 

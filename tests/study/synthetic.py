@@ -13,7 +13,7 @@ from amclr_scale.config.load import dump, load, recipe_hash
 from amclr_scale.evaluation.items import FILE, save_items
 from amclr_scale.evaluation.numbers import number
 from amclr_scale.evaluation.run import flatten
-from amclr_scale.study.plan import RANKS
+from amclr_scale.study.planning.plan import RANKS
 
 SPLIT = "emoji/val_style"
 KEYS = [f"{SPLIT}/image_to_text_R@1", f"{SPLIT}/text_to_image_R@1"]

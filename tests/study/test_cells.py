@@ -7,12 +7,12 @@ import pytest
 
 from amclr_scale.config.load import merge, recipe
 from amclr_scale.errors import UserError
-from amclr_scale.study import cells as cells_module
-from amclr_scale.study.cells import Planned, base_tree, make_cells, reference_of
-from amclr_scale.study.controls import CONTROLS
-from amclr_scale.study.cost import encoder_flops, pairwise_flops
-from amclr_scale.study.load import load_plan
-from amclr_scale.study.warnings import warnings
+from amclr_scale.study.planning import cells as cells_module
+from amclr_scale.study.planning.arms import CONTROLS
+from amclr_scale.study.planning.cells import Planned, base_tree, make_cells, reference_of
+from amclr_scale.study.planning.cost import encoder_flops, pairwise_flops
+from amclr_scale.study.planning.load import load_plan
+from amclr_scale.study.planning.warnings import warnings
 from tests.study.test_plan import PLAN
 
 N = 4938.0
@@ -65,7 +65,7 @@ def test_equal_compute_halves_the_samples_of_two_views(tmp_path: Path) -> None:
 
 def test_operations_are_those_that_training_counts(tmp_path: Path) -> None:
     from amclr_scale.encoders.build import build_model
-    from amclr_scale.engine.setup import sample_views
+    from amclr_scale.engine.deepspeed_setup import sample_views
     from amclr_scale.metrics.flops import count
 
     config = planned(tmp_path, "arms=[clip, amclr]")["amclr-B32-s0"].config

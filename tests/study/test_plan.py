@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 
 from amclr_scale.errors import UserError
-from amclr_scale.study.cells import Planned, base_tree, make_cells
-from amclr_scale.study.folder import StudyFolder
-from amclr_scale.study.lengths import samples_per_epoch
-from amclr_scale.study.load import dump_plan, load_plan
-from amclr_scale.study.plan import StudyPlan
-from amclr_scale.study.preview import expectation, preview
-from amclr_scale.study.warnings import warnings
+from amclr_scale.study.planning.cells import Planned, base_tree, make_cells
+from amclr_scale.study.planning.lengths import samples_per_epoch
+from amclr_scale.study.planning.load import dump_plan, load_plan
+from amclr_scale.study.planning.plan import StudyPlan
+from amclr_scale.study.planning.warnings import warnings
+from amclr_scale.study.running.folder import StudyFolder
+from amclr_scale.study.running.preview import expectation, preview
 
 PLANS = Path(__file__).parents[2] / "configs" / "studies"
 PLAN = f"""

@@ -10,15 +10,16 @@ import pytest
 import yaml
 
 from amclr_scale.errors import UserError
-from amclr_scale.study import curves, plots, scaling, whole_set
-from amclr_scale.study.claims import NOT_MEASURED, load_claims, measures_of
-from amclr_scale.study.comparison import Outcome, compare, groups_of, reference_of
-from amclr_scale.study.document import Figure, csv_text, escape, page
-from amclr_scale.study.reading import read_study
-from amclr_scale.study.report import write_report
-from amclr_scale.study.sections import compose
-from amclr_scale.study.statistics import estimate
-from amclr_scale.study.units import unit_of
+from amclr_scale.study.analysis.comparison import Outcome, compare, groups_of, reference_of
+from amclr_scale.study.analysis.reading import read_study
+from amclr_scale.study.analysis.units import unit_of
+from amclr_scale.study.report.claims import NOT_MEASURED, load_claims, measures_of
+from amclr_scale.study.report.compose import compose
+from amclr_scale.study.report.document import Figure, csv_text, escape, page
+from amclr_scale.study.report.write import curves, plots, write_report
+from amclr_scale.study.report.write import probe_figures as whole_set
+from amclr_scale.study.report.write import rank_scaling as scaling
+from amclr_scale.study.statistics.decisions import estimate
 from tests.study import synthetic
 from tests.study.synthetic import KEYS, make_study
 
@@ -377,7 +378,7 @@ def test_a_wide_range_of_costs_is_drawn_on_a_log_axis(tmp_path):
 
 
 def test_a_missing_package_names_the_extra(tmp_path, monkeypatch):
-    monkeypatch.setattr("amclr_scale.study.report.NEEDED", {"no_such_module": "no-such-package"})
+    monkeypatch.setattr("amclr_scale.study.report.write.NEEDED", {"no_such_module": "no-such-package"})
     with pytest.raises(UserError, match=r"no-such-package: expected .* pip install 'amclr_scale\[report\]'"):
         write_report(tmp_path)
 

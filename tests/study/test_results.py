@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 
 from amclr_scale.errors import UserError
-from amclr_scale.study.comparability import differences, surroundings, uneven_rate
-from amclr_scale.study.comparison import Outcome, baseline_of, compare, find, groups_of, reference_of
-from amclr_scale.study.reading import read_study
-from amclr_scale.study.results import Metric
-from amclr_scale.study.selection import select
-from amclr_scale.study.statistics import Verdict, paired
-from amclr_scale.study.tables import needed_seeds, same_mathematics, sensitivity_table
-from amclr_scale.study.units import unit_of
+from amclr_scale.study.analysis.comparability import differences, surroundings, uneven_rate
+from amclr_scale.study.analysis.comparison import Outcome, baseline_of, compare, find, groups_of, reference_of
+from amclr_scale.study.analysis.reading import read_study
+from amclr_scale.study.analysis.results import Metric
+from amclr_scale.study.analysis.units import unit_of
+from amclr_scale.study.report.tables import needed_seeds, same_mathematics, sensitivity_table
+from amclr_scale.study.statistics.decisions import Verdict, paired
+from amclr_scale.study.statistics.selection import select
 from tests.study.synthetic import ITEMS, KEYS, SAMPLES, make_study
 
 
@@ -290,7 +290,7 @@ def test_a_machine_that_did_other_work_shows(tmp_path):
 
 
 def test_seeds_needed_carries_the_uncertainty_of_the_spread():
-    from amclr_scale.study.statistics import estimate
+    from amclr_scale.study.statistics.decisions import estimate
 
     middle, least, most = needed_seeds(estimate([0.0, 0.01, 0.02]), 0.01)
     assert least < middle < most

@@ -18,18 +18,18 @@ import pytest
 from amclr_scale.checkpoint import lock
 from amclr_scale.config.load import dump
 from amclr_scale.errors import UserError
-from amclr_scale.study import pilot
-from amclr_scale.study import run as run_module
-from amclr_scale.study.cells import Planned, base_tree, make_cells
-from amclr_scale.study.folder import StudyFolder
-from amclr_scale.study.load import load_plan
-from amclr_scale.study.pilot import rate
-from amclr_scale.study.plan import StudyPlan
-from amclr_scale.study.preview import hours
-from amclr_scale.study.progress import Rates, duration
-from amclr_scale.study.reading import read_study
-from amclr_scale.study.run import Runner, command, devices
-from amclr_scale.study.slurm import write_jobs
+from amclr_scale.study.analysis.reading import read_study
+from amclr_scale.study.planning.cells import Planned, base_tree, make_cells
+from amclr_scale.study.planning.load import load_plan
+from amclr_scale.study.planning.plan import StudyPlan
+from amclr_scale.study.running import pilot
+from amclr_scale.study.running import run as run_module
+from amclr_scale.study.running.folder import StudyFolder
+from amclr_scale.study.running.pilot import rate
+from amclr_scale.study.running.preview import hours
+from amclr_scale.study.running.progress import Rates, duration
+from amclr_scale.study.running.run import Runner, command, devices
+from amclr_scale.study.running.slurm import write_jobs
 from tests.study.fake_study import fake_command, run_fakes
 from tests.study.test_plan import PLAN
 

@@ -7,14 +7,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from amclr_scale.study.power import (
-    detectable_difference,
-    power_of_difference,
-    power_of_equivalence,
-    seeds_needed,
-    seeds_needed_for_equivalence,
-)
-from amclr_scale.study.statistics import (
+from amclr_scale.study.statistics.decisions import (
     Estimate,
     Verdict,
     decide,
@@ -22,6 +15,13 @@ from amclr_scale.study.statistics import (
     holm,
     paired,
     with_items,
+)
+from amclr_scale.study.statistics.power import (
+    detectable_difference,
+    power_of_difference,
+    power_of_equivalence,
+    seeds_needed,
+    seeds_needed_for_equivalence,
 )
 
 STUDIES = 6000

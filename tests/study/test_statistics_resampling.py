@@ -5,10 +5,10 @@ import pytest
 import torch
 
 from amclr_scale.evaluation.numbers import Number, Part, intervals, mean_of, number
-from amclr_scale.study.equivalent_batch import equivalent_batch
-from amclr_scale.study.resampling import item_draws, over_items_and_seeds, over_seeds, spread
-from amclr_scale.study.selection import select
-from amclr_scale.study.statistics import estimate, with_items
+from amclr_scale.study.statistics.decisions import estimate, with_items
+from amclr_scale.study.statistics.equivalent_batch import equivalent_batch
+from amclr_scale.study.statistics.resampling import item_draws, over_items_and_seeds, over_seeds, spread
+from amclr_scale.study.statistics.selection import select
 
 STUDIES, RESAMPLES, CLUSTERS = 400, 400, 120
 

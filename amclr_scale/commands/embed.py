@@ -1,0 +1,139 @@
+"""Embed a folder of images, the lines of a text file, or the pairs of a data set with a trained model.
+
+    python tools/embed.py my_model --images photos/ --out photos.npy
+    python tools/embed.py my_model --texts captions.txt --out captions.parquet
+    python tools/embed.py my_model --shards /data/cc3m --side image --out cc3m.npy
+
+--shards takes what data.train does: an index, a folder, brace patterns, urls. Rows are then in the order of ids, and
+named by shard and key; --side text embeds each sample's first caption. Beside NAME.npy (float32, one row each, unit
+length) a NAME.txt names the rows; a .parquet (needs pyarrow) holds both columns, `name` and `embedding`. Rows are
+written as they are made.
+"""
+
+import argparse
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from torch import Tensor
+
+import amclr_scale
+from amclr_scale.data.evaluation_split import EvaluationSplit
+from amclr_scale.data.indexing import IMAGE_EXTENSIONS
+from amclr_scale.errors import UserError
+from amclr_scale.trained.model import Model
+
+Rows = Iterator[tuple[list[str], npt.NDArray[np.float32]]]
+
+
+def listed(model: Model, args: argparse.Namespace) -> tuple[int, Rows]:
+    """The images below a folder in the order of their names, or the lines of a file: how many, and their rows."""
+    encode: Callable[[list[str], int], Tensor]
+    if args.texts:
+        names, encode = lines_of(args.texts), model.encode_text
+    else:
+        found = sorted(p for p in Path(args.images).rglob("*") if p.suffix.lower().lstrip(".") in IMAGE_EXTENSIONS)
+        names, encode = [str(path) for path in found], model.encode_image
+    if not names:
+        kind, what = ("--texts", "a file with lines") if args.texts else ("--images", "a folder with images")
+        raise UserError(f"{kind}: expected {what}, got {args.texts or args.images}")
+    size = args.batch_size
+    parts = (names[start : start + size] for start in range(0, len(names), size))
+    return len(names), ((part, encode(part, size).numpy()) for part in parts)
+
+
+def lines_of(file: str) -> list[str]:
+    """The lines of a text file as wc counts them: a rarer separator inside a caption makes no row of its own."""
+    try:
+        text = Path(file).read_bytes().decode("utf-8-sig").replace("\r\n", "\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--texts: {file}: expected a file with one text a line, in UTF-8, got: {error}") from error
+    return text.removesuffix("\n").split("\n") if text else []
+
+
+def of_shards(model: Model, args: argparse.Namespace) -> tuple[int, Rows]:
+    """The samples of a data set in the order of ids: how many, and their rows."""
+    caption = args.caption or model.config.data.caption
+    squash = model.config.evaluation.resize == "squash"
+    split = EvaluationSplit(args.shards, model.config.data.model_copy(update={"caption": caption}), squash=squash)
+
+    def rows() -> Rows:
+        if args.side == "text":
+            for start in range(0, split.num_samples, args.batch_size):
+                part = split.captions[start : start + args.batch_size]
+                ids = range(start, start + len(part))
+                yield [split.key(sample) for sample in ids], model.encode_text(part, args.batch_size).numpy()
+        else:
+            for batch in split.batches(args.batch_size):
+                embedded = model.encode_image(batch.images[0], args.batch_size).numpy()
+                yield [split.key(sample) for sample in batch.ids.tolist()], embedded
+
+    return split.num_samples, rows()
+
+
+def write(out: Path, total: int, width: int, rows: Rows) -> None:
+    """One file or two, by the ending, batch by batch."""
+    with ExitStack() as stack:
+        if out.suffix == ".npy":
+            names_file = stack.enter_context(
+                out.with_suffix(".txt").open("w", encoding="utf-8", errors="surrogateescape")
+            )
+            table = np.lib.format.open_memmap(out, mode="w+", dtype=np.float32, shape=(total, width))
+            done = 0
+            for names, embedded in rows:
+                table[done : done + len(names)] = embedded
+                done += len(names)
+                names_file.write("".join(f"{name}\n" for name in names))
+            table.flush()
+            return
+        pa, pq = _pyarrow(out)
+        schema = pa.schema([("name", pa.string()), ("embedding", pa.list_(pa.float32(), width))])
+        writer = stack.enter_context(pq.ParquetWriter(out, schema))
+        for names, embedded in rows:
+            column = pa.FixedSizeListArray.from_arrays(pa.array(embedded.reshape(-1)), width)
+            writer.write_table(pa.table({"name": names, "embedding": column}, schema=schema))
+
+
+def _pyarrow(out: Path) -> tuple[Any, Any]:
+    try:
+        return import_module("pyarrow"), import_module("pyarrow.parquet")
+    except ImportError as error:
+        raise UserError(f"--out: {out} needs pyarrow: pip install pyarrow ({error})") from error
+
+
+def main(argv: list[str]) -> int:
+    """Exit codes: 0 done, 2 a mistake, told in words."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", help="a run folder, a checkpoint, or an exported folder")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--images", help="a folder")
+    what.add_argument("--texts", help="a file with one text a line")
+    what.add_argument("--shards", help="a data set, named as in data.train")
+    parser.add_argument("--side", choices=["image", "text"], default="image", help="with --shards: which half")
+    parser.add_argument("--caption", help="with --shards: where captions are, as data.caption; default: the model's")
+    parser.add_argument("--out", type=Path, required=True, help="NAME.npy or NAME.parquet")
+    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--device", default="cpu")
+    args = parser.parse_args(argv)
+    try:
+        if args.out.suffix not in (".npy", ".parquet"):
+            raise UserError(f"--out: expected a name that ends in .npy or .parquet, got {args.out}")
+        if args.out.suffix == ".parquet":
+            _pyarrow(args.out)  # before the work
+        model = amclr_scale.load(args.model, args.device)
+        total, rows = of_shards(model, args) if args.shards else listed(model, args)
+        write(args.out, total, model.config.model.embedding_width, rows)
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return 2
+    print(f"{total:,} rows -> {args.out}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,171 @@
+"""Evaluate trained models: retrieval, zero-shot, probes, geometry, with intervals, beside one another.
+
+    python launch/evaluate.py runs/NAME
+    python launch/evaluate.py runs/A runs/B --suite configs/evaluation/emoji.yaml
+    torchrun --nproc-per-node 8 launch/evaluate.py open_clip/ViT-B-32:FILE --suite configs/evaluation/retrieval.yaml
+
+A suite is a YAML file with a section `evaluation` (and `data`, where captions are elsewhere); without one, what the
+run itself measured is measured again. Several models are compared item by item with the first.
+"""
+
+import argparse
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from amclr_scale.config.load import build, from_words, merge, read_file
+from amclr_scale.config.schema import Config
+from amclr_scale.distributed.launcher import Place, end_with_launcher, find_place
+from amclr_scale.errors import UserError
+
+
+def arguments(argv: list[str]) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="evaluate.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "checkpoints",
+        nargs="+",
+        help="run folders, their checkpoints, exported folders, open_clip/ARCHITECTURE:FILE, transformers/FOLDER",
+    )
+    parser.add_argument("--suite", action="append", default=[], metavar="FILE", help="what to measure; may be repeated")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="such as evaluation.batch_size=512"
+    )
+    parser.add_argument("--output", metavar="FOLDER", help="results go here (a run: evaluation/ in its folder)")
+    parser.add_argument(
+        "--sheet", type=int, default=0, metavar="N", help="draw N captions found and N missed per split"
+    )
+    parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
+    return parser.parse_args(argv)
+
+
+def laid_over(config: Config, suites: list[str], words: list[str]) -> Config:
+    """A model's configuration with the suites' and the command line's keys over it."""
+    tree: dict[str, Any] = config.model_dump(mode="json")
+    tree["data"]["allow_pipe"] = False  # a folder from elsewhere must not choose a shell command and allow it too
+    for suite in suites:
+        above = read_file(Path(suite))
+        foreign = set(above) - {"evaluation", "data"}
+        if foreign:
+            raise UserError(
+                f"{suite}: expected the sections evaluation and data only, got {', '.join(sorted(foreign))}"
+            )
+        tree = merge(tree, above)
+    return build(merge(tree, from_words(words)))
+
+
+SAME = ("resize", "clean_captions", "caption", "classes", "class_names", "templates")
+
+
+def check_same_measure(first: Config, other: Config) -> None:
+    """Raise `UserError` where two models would be compared by different measures."""
+    sections = [
+        config.evaluation.model_copy(update={"caption": config.evaluation.caption or config.data.caption})
+        for config in (first, other)
+    ]
+    for key in SAME:
+        here, there = (getattr(section, key) for section in sections)
+        if here != there:
+            raise UserError(
+                f"evaluation.{key}: expected one value for all models that are compared, got {here!r} and {there!r}; "
+                f"say which in a suite, or by --set evaluation.{key}=..."
+            )
+
+
+def run(options: argparse.Namespace, place: Place) -> None:
+    """The flow: models -> splits -> numbers -> table, files, sheets."""
+    import torch
+
+    from amclr_scale.distributed.process_group import keep_float32, start, stop
+    from amclr_scale.evaluation.models import use_statistics
+    from amclr_scale.evaluation.progress import EvaluationProgress
+    from amclr_scale.evaluation.report import comparison_lines, comparisons, histogram_lines, write
+    from amclr_scale.evaluation.run import Evaluator
+    from amclr_scale.evaluation.sheet import text_to_image_sheet
+    from amclr_scale.evaluation.temperatures import Histogram, read_temperatures
+    from amclr_scale.trained.model import open_model
+
+    keep_float32()  # as in training
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if place.world_size > 1:
+        device = start(place)
+    speaks = place.rank == 0
+    results: dict[str, dict[str, float]] = {}
+    measured: dict[str, Any] = {}
+    compared: dict[str, Any] = {}
+    learned: dict[str, dict[str, Histogram]] = {}
+    folder: Path | None = Path(options.output) if options.output else None
+    resamples = 0
+    first_config: Config | None = None
+    for checkpoint in options.checkpoints:
+        loaded = open_model(checkpoint)
+        config = laid_over(loaded.config, options.suite, options.set)
+        if not config.evaluation.splits and not config.evaluation.probes:
+            raise UserError("--suite: expected something to measure; give a suite, or --set evaluation.splits=[...]")
+        first_config = first_config or config
+        check_same_measure(first_config, config)
+        folder = folder or (loaded.folder or Path("runs")) / "evaluation" / loaded.step
+        evaluator = Evaluator(config, rank=place.rank, world_size=place.world_size)
+        use_statistics(loaded, config.data)
+        model = loaded.model.to(device)
+        begin = time.perf_counter()
+        name = checkpoint if loaded.name in results else loaded.name
+        with EvaluationProgress(checkpoint, evaluator.items(), speaks=speaks) as progress:
+            encode = progress.watch(model)
+            results[name], measured[name] = evaluator.measure(encode), evaluator.numbers
+            for number, task in enumerate(evaluator.tasks if options.sheet else []):
+                if task.retrieval:
+                    progress.more(task.pairs_here())
+                    sheet = text_to_image_sheet(encode, task, config.evaluation.batch_size, options.sheet)
+                    if speaks:
+                        folder.mkdir(parents=True, exist_ok=True)
+                        sheet.save(folder / f"sheet_{len(results)}_{number}.png")
+        if speaks:
+            print(
+                f"{checkpoint}, {time.perf_counter() - begin:.1f} s\n\n{evaluator.table(results[name])}\n", flush=True
+            )
+            if sides := read_temperatures(loaded.state):
+                learned[name] = sides
+                print("\n".join(histogram_lines(sides)), end="\n\n", flush=True)
+        resamples = config.evaluation.resamples
+    first = next(iter(results))
+    for name in list(results)[1:]:
+        pair = f"{name} against {first}"
+        compared[pair] = comparisons(measured[first], measured[name], resamples=resamples or 1000)
+        if speaks:
+            print(
+                f"{pair}: percentage points, paired, 95 % interval\n  " + "\n  ".join(comparison_lines(compared[pair]))
+            )
+    if speaks and folder is not None:
+        write(folder, results, compared, learned)
+        print(f"results.json and results.md in {folder}")
+    if place.world_size > 1:
+        stop()
+
+
+def main(argv: list[str]) -> int:
+    """Run, and say a user's mistake in one line."""
+    place = Place()
+    options = arguments(argv)
+    try:
+        place = find_place()
+        if place.world_size > 1:
+            end_with_launcher()  # before the seconds that imports take
+        run(options, place)
+    except UserError as error:
+        if place.local_rank:
+            time.sleep(5)
+        print(f"\n{error}", file=sys.stderr, flush=True)
+        if place.world_size > 1:
+            sys.stdout.flush()
+            os._exit(2)  # others may be waiting in a collective
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,58 @@
+"""Turn a checkpoint, or the newest one of a run, into a folder that others can use.
+
+    python tools/export.py runs/quickstart --out my_model
+    python tools/export.py runs/quickstart/checkpoints/step_00001000 --to transformers --out my_model
+
+--to safetensors: plain weights with config.yaml, tokenizer and a card; read by `amclr_scale.load(FOLDER)`.
+--to transformers: also what `transformers.AutoModel.from_pretrained(FOLDER)` reads, once
+`amclr_scale.trained.as_transformers` is imported. --to open_clip: also what
+`open_clip.create_model_and_transforms("local-dir:FOLDER")` reads, for timm towers beside BERT-like ones. No pickles, no
+code in any of them.
+"""
+
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from amclr_scale.errors import UserError
+from amclr_scale.trained.export import export
+
+
+def _transformers() -> Callable[[Path], None]:
+    from amclr_scale.trained import as_transformers
+
+    return as_transformers.write
+
+
+def _open_clip() -> Callable[[Path], None]:
+    from amclr_scale.trained import as_open_clip
+
+    return as_open_clip.write
+
+
+FORMS: dict[str, Callable[[], Callable[[Path], None] | None]] = {
+    "safetensors": lambda: None,
+    "transformers": _transformers,
+    "open_clip": _open_clip,
+}
+
+
+def main(argv: list[str]) -> int:
+    """Exit codes: 0 done, 2 a mistake, told in words."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", type=Path, help="a run folder, or one of its checkpoints")
+    parser.add_argument("--to", choices=list(FORMS), default="safetensors")
+    parser.add_argument("--out", type=Path, required=True, help="a new folder")
+    args = parser.parse_args(argv)
+    try:
+        used = export(args.checkpoint, args.out, FORMS[args.to]())
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return 2
+    print(f"{used} -> {args.out}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,104 @@
+"""Run a study: arms x batch sizes x seeds from one plan, with what is held equal, and a report at the end.
+
+    .venv/bin/python launch/study.py configs/studies/mini_amclr.yaml
+
+Finished cells are skipped, broken ones go on, failing ones are recorded. Exit codes: 0 all cells are finished, 1 some
+failed, 2 a mistake in the plan, told in words, 75 asked to end: the same command goes on.
+"""
+
+import argparse
+import contextlib
+import fnmatch
+import sys
+from pathlib import Path
+
+from amclr_scale.errors import UserError
+
+
+def arguments(argv: list[str]) -> argparse.Namespace:
+    """The command line."""
+    from amclr_scale.study.planning.help import describe
+
+    parser = argparse.ArgumentParser(
+        prog="study.py", description=__doc__, epilog=describe(), formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("plan", metavar="PLAN", help="YAML file, such as configs/studies/mini_amclr.yaml")
+    parser.add_argument("words", nargs="*", metavar="key=value", help="overrides of the plan, such as budget.epochs=4")
+    parser.add_argument("--dry-run", action="store_true", help="check everything, print the cells, stop")
+    parser.add_argument("--report", action="store_true", help="only write the report of what is there")
+    parser.add_argument("--pilot", action="store_true", help="only measure the rates that held_equal wall_clock needs")
+    parser.add_argument("--slurm", metavar="DIR", help="write job arrays into DIR instead of running; submits nothing")
+    parser.add_argument("--cells", metavar="PATTERN", default="*", help="only cells with such names, as 'sogclr-*-s0'")
+    return parser.parse_intermixed_args(argv)
+
+
+def main(argv: list[str]) -> int:
+    """Everything, with a mistake of the user told in words."""
+    try:
+        return study(arguments(argv))
+    except UserError as error:
+        print(f"\n{error}", file=sys.stderr, flush=True)
+        return 2
+
+
+def study(options: argparse.Namespace) -> int:
+    """The flow: plan -> cells -> run -> report."""
+    from amclr_scale.study.planning.cells import base_tree, make_cells
+    from amclr_scale.study.planning.lengths import samples_per_epoch
+    from amclr_scale.study.planning.load import load_plan
+    from amclr_scale.study.running.folder import StudyFolder
+    from amclr_scale.study.running.pilot import run_pilot
+    from amclr_scale.study.running.preview import preview
+    from amclr_scale.study.running.run import Runner
+    from amclr_scale.study.running.slurm import write_jobs
+
+    plan = load_plan(Path(options.plan), options.words)
+    folder = StudyFolder(plan.place)
+    if options.report:
+        return report(folder.path)
+    tree = base_tree(plan)
+    epoch = samples_per_epoch(plan, tree)
+    measures = options.pilot or (plan.held_equal == "wall_clock" and not options.dry_run)
+    cells = [] if measures else make_cells(plan, tree, epoch, rates=folder.rates)
+    with contextlib.nullcontext() if options.dry_run else folder.lock():
+        if measures:
+            piloted = run_pilot(plan, tree, epoch, folder, say)
+            if options.pilot or (piloted and piloted.interrupted):
+                return piloted.exit_code if piloted else 0
+            cells = make_cells(plan, tree, epoch, rates=folder.rates)
+        chosen = [cell for cell in cells if fnmatch.fnmatchcase(cell.name, options.cells)]
+        if not chosen:
+            raise UserError(f"--cells: no cell is called {options.cells}; names are such as {cells[0].name}")
+        folder.check(plan, cells)
+        say(preview(plan, folder, cells, epoch, memory=options.dry_run))
+        if options.dry_run:
+            return 0
+
+        folder.write(plan, tree, cells)
+        if options.slurm:
+            for script in write_jobs(plan, folder, chosen, Path(options.slurm)):
+                say(f"sbatch {script}")
+            return 0
+        outcome = Runner(plan, folder, chosen, say).run()
+        failed = f"; failed: {', '.join(outcome.failed)}" if outcome.failed else ""
+        say(f"{outcome.done} of {len(chosen)} cells are finished{failed}")
+        if outcome.done and not outcome.interrupted:
+            report(folder.path)
+        return outcome.exit_code
+
+
+def report(folder: Path) -> int:
+    """Write the report and say where it is."""
+    from amclr_scale.study.report.write import write_report
+
+    say(f"report: {write_report(folder)}")
+    return 0
+
+
+def say(line: str) -> None:
+    """A line on the console, at once."""
+    print(line, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

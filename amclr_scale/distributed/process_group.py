@@ -1,0 +1,89 @@
+"""The process group, the device, and the seeds of one rank."""
+
+import os
+import random
+from typing import TypeVar
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from amclr_scale.distributed.launcher import Place, end_with_launcher, export
+from amclr_scale.errors import UserError
+
+T = TypeVar("T")
+
+
+def start(place: Place, threads: int | None = None) -> torch.device:
+    """Join the process group (NCCL on CUDA, gloo on CPU) and take this rank's device.
+
+    Args:
+        place: this process among the others.
+        threads: CPU threads of this rank; None: the machine's cores over the ranks on it.
+
+    Raises:
+        UserError: this rank has no device of its own.
+    """
+    cuda = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
+    if cuda and place.local_rank >= torch.cuda.device_count():
+        raise UserError(
+            f"CUDA_VISIBLE_DEVICES: expected a device for each of the {place.local_world_size} ranks on this node, got "
+            f"{torch.cuda.device_count()} for local rank {place.local_rank}; start no more ranks than devices, and let "
+            "every rank see all of its node's (SLURM: --gpus-per-node, not --gpus-per-task)"
+        )
+    export(place)
+    if place.world_size > 1:
+        end_with_launcher()
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if cuda else "cpu")
+    torch.set_num_threads(threads or max(1, len(os.sched_getaffinity(0)) // place.local_world_size))
+    device = torch.device("cuda", place.local_rank) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    keep_float32()
+
+    import deepspeed
+
+    leave_messages_to_gloo()
+    if not dist.is_initialized():
+        deepspeed.init_distributed(dist_backend="nccl" if cuda else "gloo", auto_mpi_discovery=False, verbose=False)
+    return device
+
+
+def leave_messages_to_gloo() -> None:
+    """Keep DeepSpeed from compiling shared-memory collectives for CPUs at first use.
+
+    Minutes of waiting for what gloo does already, and a compile that is killed leaves a lock behind that hangs every
+    later run.
+    """
+    import deepspeed.ops
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def keep_float32() -> None:
+    """Convolutions of float32 in float32 on CUDA, as matrix products are: torch's default rounds to TF32's ten bits."""
+    torch.backends.cudnn.allow_tf32 = False
+
+
+def stop() -> None:
+    """Leave the process group, so that the last messages of all ranks are through before any ends."""
+    if dist.is_initialized():
+        if dist.get_world_size() > 1:
+            dist.barrier()
+        dist.destroy_process_group()
+
+
+def seed_everything(seed: int, rank: int = 0) -> None:
+    """Seed python, numpy and torch (all devices). Ranks with different numbers draw different dropout masks."""
+    random.seed(seed * 1_000_003 + rank)
+    np.random.seed((seed * 1_000_003 + rank) % 2**32)
+    torch.manual_seed(seed * 1_000_003 + rank)
+
+
+def broadcast_object(value: T | None) -> T:
+    """Rank 0's object, on every rank."""
+    box = [value]
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.broadcast_object_list(box, src=0)
+    assert box[0] is not None
+    return box[0]

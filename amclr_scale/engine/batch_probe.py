@@ -1,0 +1,119 @@
+"""Now and then during training: what do batches of B get wrong, measured on a fixed set of K training samples?
+
+The samples are the first K that another seed's order would give, augmented once: the same for every objective, batch
+size, number of ranks and moment of a run. They are encoded in evaluation mode with the present weights;
+objectives/whole_set.py says what is then compared. How far the embeddings have moved since the measurement before is
+their drift, mean |f_t(x) - f_(t-dt)(x)|^2: what makes stored averages, queues and banks stale. Nothing that trains is
+changed: weights, per-sample state and random numbers are afterwards what they were.
+
+Costs K forward passes, host memory for K / W samples as the loader gives them and for K embeddings, and on every rank K
+embeddings and gradients of every view.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from amclr_scale import objectives
+from amclr_scale.config.schema import Config
+from amclr_scale.data.loader import TrainLoader
+from amclr_scale.distributed.launcher import Place
+from amclr_scale.engine.gradient_cache import SHARED, as_embeddings, flat_outputs
+from amclr_scale.engine.micro_batches import on_device, split
+from amclr_scale.engine.random_state import RandomState
+from amclr_scale.errors import UserError
+from amclr_scale.objectives.base import Objective, numbers
+from amclr_scale.objectives.whole_set import compare_with_whole_set
+from amclr_scale.similarity import all_gather
+from amclr_scale.types import Batch, Embeddings
+
+ANOTHER_SEED = 1_000_003  # added to the run's: the probe is not what training begins with
+
+
+def read_probe(config: Config, place: Place) -> Batch | None:
+    """This rank's share of the probe's samples, or None where there is no probe; no process group yet.
+
+    Raises:
+        UserError: the data set has fewer samples.
+    """
+    K = config.run.probe.samples
+    if not K:
+        return None
+    loader = TrainLoader(
+        config.data, seed=config.seed + ANOTHER_SEED, global_batch_size=K,
+        rank=place.rank, world_size=place.world_size, workers=config.execution.workers,
+    )  # fmt: skip
+    if loader.num_samples < K:
+        raise UserError(f"run.probe.samples: expected at most the {loader.num_samples} samples of the data, got {K}")
+    batch = next(loader)
+    loader.close()
+    return batch
+
+
+class Probe:
+    """`probe(engine, objective)`: numbers that say how far batches of B are from the whole set.
+
+    Args:
+        batch: this rank's share of the samples, from `read_probe`.
+        micro_batch_sizes: images and texts encoded at once.
+    """
+
+    def __init__(self, config: Config, batch: Batch, *, micro_batch_sizes: tuple[int, int], device: torch.device):
+        self.config, self.batch = config, batch
+        self.micro_batch_sizes, self.device = micro_batch_sizes, device
+        self._before: dict[str, Tensor] = {}  # (K, D) on the host, by modality: embeddings of the last measurement
+
+    def __call__(self, engine: Any, objective: Objective) -> dict[str, float]:
+        """Measure; see `compare_with_whole_set`. All ranks call it, between two steps.
+
+        From the second measurement on also `drift_image` and `drift_text`, from 0 to 4 for unit rows.
+        """
+        training = engine.training
+        engine.eval()
+        try:
+            with RandomState(self.device):
+                embeddings = self._encode(engine)
+        finally:
+            engine.train(training)
+        found = compare_with_whole_set(
+            objective,
+            self._whole(objective),
+            embeddings,
+            global_batch_size=self.config.train.global_batch_size,
+            seed=self.config.seed,
+        )
+        return found | self._drift(embeddings)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """What the next measurement needs of the last one, the same on every rank; goes into a checkpoint."""
+        return dict(self._before)
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Continue; the state of a probe of another size is left aside, as it says nothing about these samples."""
+        K = self.config.run.probe.samples
+        self._before = state if all(len(x) == K for x in state.values()) else {}
+
+    def _drift(self, embeddings: Embeddings) -> dict[str, float]:
+        now = {"image": embeddings.image.float().cpu(), "text": embeddings.text.float().cpu()}
+        before, self._before = self._before, now
+        return numbers(**{f"drift_{side}": (now[side] - x).square().sum(1).mean() for side, x in before.items()})
+
+    def _whole(self, objective: Objective) -> Objective:
+        """One that has seen nothing yet, for a data set of K samples."""
+        options = {key: value for key, value in self.config.objective.items() if key not in ("name", "num_texts")}
+        options |= {**objective.whole_set_options, "num_samples": self.config.run.probe.samples}
+        whole = objectives.create(objective.name, sample_state="replicated", **options)
+        return whole.to(self.device)
+
+    @torch.no_grad()
+    def _encode(self, engine: Any) -> Embeddings:
+        """All K embeddings, on every rank."""
+        parts: dict[str, list[Tensor]] = {}
+        for micro_batch in on_device(split(self.batch, *self.micro_batch_sizes), self.device):
+            for name, output in flat_outputs(engine(micro_batch.images, micro_batch.texts)).items():
+                parts.setdefault(name, []).append(output)
+        rows = {name: found[0] if name in SHARED else all_gather(torch.cat(found)) for name, found in parts.items()}
+        ids = all_gather(self.batch.ids.to(self.device))
+        text_ids = None if self.batch.text_ids is None else all_gather(self.batch.text_ids.to(self.device))
+        return as_embeddings(rows, ids, text_ids)

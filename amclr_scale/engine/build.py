@@ -1,0 +1,120 @@
+"""From a configuration to what trains: first the data, then model, objective and engine.
+
+In two parts, since mistakes in the data are found before any process waits for another, and the second part needs the
+process group.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from amclr_scale import objectives
+from amclr_scale.config.schema import Config
+from amclr_scale.data.loader import TrainLoader
+from amclr_scale.data.tokenizers import Tokenizer, load_tokenizer
+from amclr_scale.distributed.launcher import Place
+from amclr_scale.distributed.process_group import broadcast_object, seed_everything
+from amclr_scale.encoders.build import build_model
+from amclr_scale.encoders.dual_encoder import DualEncoder
+from amclr_scale.engine.batch_plan import Plan, make_plan
+from amclr_scale.engine.deepspeed_setup import adapt_to_objective, build_engine, prepare_towers, sample_views
+from amclr_scale.engine.zero.stage3_init import shape_only
+from amclr_scale.metrics.flops import ModelFlops, count
+from amclr_scale.metrics.stopwatch import Stopwatch
+from amclr_scale.objectives.base import Objective
+from amclr_scale.similarity import configure, rank
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """This rank's batches, how captions become tokens, and the arithmetic of the run."""
+
+    loader: TrainLoader
+    tokenizer: Tokenizer
+    plan: Plan
+
+
+def open_data(config: Config, place: Place) -> Inputs:
+    """Open the training data; no process group yet.
+
+    Raises:
+        UserError: shards, captions or the tokenizer are not usable.
+    """
+    loader = TrainLoader(
+        config.data, seed=config.seed, global_batch_size=config.train.global_batch_size,
+        rank=place.rank, world_size=place.world_size, workers=config.execution.workers,
+    )  # fmt: skip
+    tokenizer = load_tokenizer(config.data.tokenizer, config.data.context_length)
+    return Inputs(loader, tokenizer, make_plan(config, loader.samples_per_epoch, place.world_size))
+
+
+@dataclass(frozen=True)
+class Trainer:
+    """What trains: the model inside DeepSpeed's engine, and the objective beside it."""
+
+    model: DualEncoder
+    objective: Objective
+    engine: Any
+    optimizer: str  # its name, and who provides it
+    flops: ModelFlops  # of one sample
+
+    @property
+    def parameters(self) -> int:
+        """Numbers that are learned, over all ranks."""
+        return sum(getattr(p, "ds_numel", p.numel()) for p in self.model.parameters())
+
+
+def model_of(config: Config, tokenizer: Tokenizer, *, weights: bool = True) -> DualEncoder:
+    """The recipe's towers and heads; seed torch before.
+
+    Args:
+        weights: load those that the configuration names.
+
+    Raises:
+        UserError: a key of model is not usable here.
+    """
+    data = config.data
+    return build_model(
+        config.model, vocab_size=tokenizer.vocab_size, pad_id=tokenizer.pad_id, end_id=tokenizer.end_id,
+        context_length=data.context_length, image_size=data.image_size, image_mean=data.image_mean,
+        image_std=data.image_std, weights=weights,
+    )  # fmt: skip
+
+
+def build_trainer(
+    config: Config, inputs: Inputs, *, device: torch.device, world_size: int, folder: Path, stopwatch: Stopwatch
+) -> Trainer:
+    """Build the model from the recipe's seed, the objective, and the engine around the model. All ranks call it.
+
+    Args:
+        folder: the run's, for profiles.
+
+    Raises:
+        UserError: a key of model, objective, optimizer or execution is not usable here.
+    """
+    seed_everything(config.seed)
+    stage, first = config.execution.zero_stage, rank() == 0
+    with shape_only(stage, rank()):
+        model = model_of(config, inputs.tokenizer, weights=first or stage < 3)
+    options = {key: value for key, value in config.objective.items() if key != "name"}
+    objective = objectives.create(
+        config.objective["name"], num_samples=inputs.loader.num_samples,
+        sample_state=config.execution.sample_state, **options,
+    ).to(device)  # fmt: skip
+    adapt_to_objective(model, objective, config.model.embedding_width)
+    prepare_towers(model, config.execution)
+    flops = broadcast_object(count(model, *sample_views(config)) if first else None)
+    stopwatch.lap("model")
+
+    similarity = config.execution.similarity
+    configure(
+        chunk=similarity.chunk, gather=similarity.gather, backend=similarity.backend,
+        distribution=similarity.distribution, cache_bytes=similarity.cache_mib * 2**20,
+    )  # fmt: skip
+    engine, optimizer = build_engine(
+        config, model, no_decay=model.no_weight_decay(), device=device, world_size=world_size, folder=folder
+    )
+    stopwatch.lap("engine")
+    return Trainer(model, objective, engine, optimizer, flops)

@@ -1,0 +1,148 @@
+"""DeepSpeed's configuration from ours, and an engine around the model."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from amclr_scale.config.load import merge
+from amclr_scale.config.schema import Config, Execution
+from amclr_scale.distributed.process_group import leave_messages_to_gloo
+from amclr_scale.encoders.dual_encoder import DualEncoder
+from amclr_scale.encoders.recomputation import recomputed_share, set_recomputation
+from amclr_scale.engine.batch_plan import Plan
+from amclr_scale.engine.optimizers import build_optimizer, parameter_groups
+from amclr_scale.engine.profiling import SKIPPED
+from amclr_scale.engine.zero.layerwise import attach
+from amclr_scale.engine.zero.stage3_init import partition
+from amclr_scale.errors import UserError
+from amclr_scale.metrics.devices import device_peak
+from amclr_scale.metrics.flops import ModelFlops
+from amclr_scale.metrics.throughput import Throughput
+from amclr_scale.objectives.base import Objective
+from amclr_scale.objectives.isogclr import ISogCLRNet
+
+REDUCE_BUCKET = 500_000_000  # DeepSpeed's default, in elements
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def deepspeed_config(config: Config, world_size: int, folder: Path = Path()) -> dict[str, Any]:
+    """What DeepSpeed needs to know. The gradient cache drives the micro-batches, so for DeepSpeed a step is one batch.
+
+    Keys of `config.deepspeed` are laid over it; those that would contradict it were refused when it was loaded.
+    """
+    batch, execution = config.train.global_batch_size, config.execution
+    zero: dict[str, Any] = {"stage": execution.zero_stage}
+    host = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+    if execution.offload != "none":
+        zero["offload_optimizer"] = host
+    if execution.offload == "parameters":
+        zero["offload_param"] = host
+    generated: dict[str, Any] = {
+        "train_batch_size": batch,
+        "train_micro_batch_size_per_gpu": batch // world_size,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": config.optimizer.max_grad_norm,  # DeepSpeed's default is 1.0, so zero must be said
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,  # other rules than Adam step on the host too, only slower
+        "bf16": {"enabled": execution.precision == "bf16"},
+        "fp16": {"enabled": execution.precision == "fp16"},
+        "steps_per_print": 10**9,
+    }
+    if execution.profile:
+        generated["comms_logger"] = {"enabled": True, "verbose": False}
+        flops = str(folder / "profile" / "flops.txt")
+        generated["flops_profiler"] = {"enabled": True, "profile_step": SKIPPED, "output_file": flops}
+    if execution.precision != "fp32":
+        generated["communication_data_type"] = "fp32"  # the mean over ranks is taken in fp32, whatever is sent
+    return merge(generated, config.deepspeed)
+
+
+def quieten() -> None:
+    """Warnings and errors of DeepSpeed only, but for one: optimizers that are untested there are tested here."""
+    logger = logging.getLogger("DeepSpeed")
+    logger.setLevel(logging.WARNING)
+    if not logger.filters:
+        logger.addFilter(lambda record: "untested optimizer" not in record.getMessage())
+
+
+def adapt_to_objective(model: DualEncoder, objective: Objective, embedding_width: int) -> None:
+    """Let the model give what the objective reads: generated temperatures, embeddings of their own length."""
+    model.unit_rows = objective.needs_unit_rows
+    if isinstance(objective, ISogCLRNet):
+        model.temperatures = objective.temperature_generators(embedding_width)
+
+
+def prepare_towers(model: DualEncoder, execution: Execution) -> None:
+    """Switch on activation recomputation and compilation, in this order: what is compiled then recomputes too.
+
+    Raises:
+        UserError: a tower has fewer blocks than execution.recompute_... counts.
+    """
+    for tower, recomputation in (("image", execution.recompute_image), ("text", execution.recompute_text)):
+        try:
+            set_recomputation(getattr(model, f"{tower}_tower"), recomputation)
+        except ValueError as error:
+            raise UserError(f"execution.recompute_{tower}: {str(error).removeprefix('recomputation: ')}") from error
+    if execution.compile:  # in place, so that parameters keep their names
+        model.image_tower.compile()
+        model.text_tower.compile()
+
+
+def build_engine(
+    config: Config,
+    model: nn.Module,
+    *,
+    no_decay: set[str],
+    device: torch.device,
+    world_size: int,
+    folder: Path = Path(),
+) -> tuple[Any, str]:
+    """`deepspeed.initialize` around the model, and who provides the optimizer.
+
+    Parameters are broadcast from rank 0, and live on `device`. At stage 3 the model was built under `shape_only` or
+    whole, and other ranks than 0 get new Parameter objects. `folder` is the run's, for profiles.
+    """
+    quieten()
+    leave_messages_to_gloo()  # for those who come with a process group of their own
+    import deepspeed
+
+    if config.execution.precision == "fp16" and not deepspeed.accelerator.get_accelerator().is_fp16_supported():
+        raise UserError(f"execution.precision: fp16 is not supported on {device}; choose bf16 or fp32")
+    generated = deepspeed_config(config, world_size, folder)
+    # DeepSpeed sets the whole bucket aside, 2 GB of float32, however small the model is.
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    generated["zero_optimization"].setdefault("reduce_bucket_size", min(REDUCE_BUCKET, trained))
+    if config.execution.zero_stage < 3:
+        model.to(device)
+    else:
+        partition(model, generated, DTYPES[config.execution.precision], device)
+    groups = parameter_groups(model.named_parameters(), no_decay, config.optimizer)
+    offload, stage = config.execution.offload != "none", config.execution.zero_stage
+    optimizer, provider = build_optimizer(config.optimizer, groups, device, offload=offload, zero_stage=stage)
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=generated, dist_init_required=False)
+    attach(optimizer, engine.optimizer, config.execution.zero_stage, device)
+    return engine, provider
+
+
+def sample_views(config: Config) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
+    """One sample of the shapes that the recipe trains on, to count operations with."""
+    data = config.data
+    image = torch.zeros(1, 3, data.image_size, data.image_size, dtype=torch.uint8)
+    text = torch.ones(1, data.context_length, dtype=torch.int64)
+    return (image,) * (1 + data.image_views), (text,) * (1 + data.text_views)
+
+
+def throughput(config: Config, plan: Plan, model: DualEncoder, flops: ModelFlops, device: torch.device) -> Throughput:
+    """How a rate of samples becomes rates of operations on this device."""
+    return Throughput(
+        world_size=plan.world_size,
+        flops=flops,
+        second_forwards=(plan.micro_batches - plan.kept) / plan.micro_batches,
+        recomputed_image=recomputed_share(model.image_tower, config.execution.recompute_image),
+        recomputed_text=recomputed_share(model.text_tower, config.execution.recompute_text),
+        peak=device_peak(device, config.execution.precision),
+    )

@@ -1,0 +1,188 @@
+"""What an objective sends and computes, found by running it once on a few rows in a group of ranks that pretend.
+
+    trace = trace_objective({"name": "sogclr"}, world_size=64, ...)
+    trace.messages(local_rows=512)      # exact: every message is affine in the rows of a rank
+    trace.flops(local_rows=512)         # matrix products are quadratic in them
+
+torch.distributed's `fake` process group has any number of ranks, of which this process is one, and sends nothing: every
+other rank answers with this one's data. The objective runs in it unchanged, so nothing here repeats what objectives
+or the similarity engine do, and a new objective needs no line in this file. Runs on 8, 16 and 24 rows give the rest.
+"""
+
+import json
+import math
+import os
+import sys
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from types import FrameType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+from amclr_scale import objectives
+from amclr_scale.objectives.base import Layout, Objective
+from amclr_scale.planner.messages import Message, MessageCounter, Messages
+from amclr_scale.similarity import settings
+from amclr_scale.similarity.settings import Distribution, Gather
+from amclr_scale.types import Embeddings
+
+ROWS = (8, 16, 24)  # of a rank in the three runs
+# What a message is for, by the file that asked for it; whatever else objectives send is statistics of their rows.
+PURPOSES = {"keys.py": "features", "rows.py": "features", "sample_state.py": "per-sample state", "gram.py": "moments"}
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one run did."""
+
+    messages: tuple[Message, ...]
+    flops: int  # of matrix products
+    bytes: int  # that element-wise operations read and write
+
+
+@dataclass(frozen=True)
+class ObjectiveTrace:
+    """One objective on so many ranks, for any number of rows."""
+
+    runs: tuple[Work, ...]  # with the numbers of rows in ROWS
+
+    def messages(self, local_rows: int) -> Messages:
+        """What one rank sends in a step, forward and backward."""
+        found = []
+        for calls in zip(*(run.messages for run in self.runs), strict=True):
+            first, second, third = (call.payload for call in calls)
+            assert third - second == second - first, "a message is not affine in the rows"
+            slope = (second - first) // (ROWS[1] - ROWS[0])
+            found.append(replace(calls[0], payload=first + slope * (local_rows - ROWS[0])))
+        return Messages(tuple(found))
+
+    def flops(self, local_rows: int) -> float:
+        """Operations of matrix products, forward and backward, on one rank."""
+        return _quadratic([run.flops for run in self.runs], local_rows)
+
+    def bytes(self, local_rows: int) -> float:
+        """Bytes that element-wise operations read and write on one rank; tiles that stay in a cache are counted too."""
+        return _quadratic([run.bytes for run in self.runs], local_rows)
+
+
+def _quadratic(values: list[int], rows: int) -> float:
+    """The parabola through the three runs, by Lagrange."""
+    total = 0.0
+    for i, (x, y) in enumerate(zip(ROWS, values, strict=True)):
+        others = [other for j, other in enumerate(ROWS) if j != i]
+        total += y * math.prod((rows - other) / (x - other) for other in others)
+    return total
+
+
+def trace_objective(
+    objective: dict[str, Any], *, world_size: int, width: int, local_rows: int,
+    distribution: Distribution, gather: Gather, layout: Layout,
+) -> ObjectiveTrace:  # fmt: skip
+    """Run an objective on random rows. Cached; only outside of a real process group.
+
+    Args:
+        objective: name and options, as in a configuration.
+        width: D.
+        local_rows: of a rank in the job, to which groups of pairs are scaled.
+        distribution, layout: what the job will use, not auto.
+
+    Raises:
+        RuntimeError: a process group exists already and this combination has not been traced before.
+    """
+    key = json.dumps({k: v for k, v in objective.items() if k not in ("num_samples", "num_texts")}, sort_keys=True)
+    works = []
+    for rows in ROWS:
+        group = objective.get("group_size")
+        if group is not None:  # whole ranks stay whole ranks; groups inside a rank send nothing, whatever their size
+            group = group // local_rows * rows or rows
+        works.append(_run(key, world_size, width, rows, distribution, gather, layout, group))
+    return ObjectiveTrace(tuple(works))
+
+
+@lru_cache(maxsize=256)
+def _run(
+    key: str, world_size: int, width: int, rows: int,
+    distribution: Distribution, gather: Gather, layout: Layout, group_size: int | None,
+) -> Work:  # fmt: skip
+    import torch.testing._internal.distributed.fake_pg  # registers the backend called "fake"
+
+    if dist.is_initialized():
+        raise RuntimeError("trace_objective: ask before the process group starts; it pretends to be one")
+    options = json.loads(key)
+    name = options.pop("name")
+    if group_size is not None:
+        options["group_size"] = group_size
+    random_state, hook, threads = torch.get_rng_state(), sys.excepthook, torch.get_num_threads()
+    dist.init_process_group("fake", rank=0, world_size=world_size, store=torch._C._distributed_c10d.HashStore())
+    try:
+        torch.manual_seed(0)
+        torch.set_num_threads(1)  # what runs here is small
+        made = objectives.create(name, num_samples=rows * world_size, sample_state=layout, **options)
+        embeddings = _embeddings(made, rows, width, world_size)
+        with settings.using(gather=gather, distribution=distribution), _Counter() as counted:
+            made(embeddings).value.backward()
+    finally:
+        torch.set_num_threads(threads)
+        dist.destroy_process_group()
+        torch.set_rng_state(random_state)
+        sys.excepthook = hook  # which a process group replaces by one that names its rank
+    return Work(counted.messages.found, counted.flops, counted.bytes)
+
+
+def _embeddings(objective: Objective, rows: int, width: int, world_size: int) -> Embeddings:
+    def one() -> Tensor:
+        return F.normalize(torch.randn(rows, width), dim=1).requires_grad_()
+
+    def number(value: float) -> Tensor:
+        return torch.full((1,), value).requires_grad_()
+
+    temperatures = [torch.full((rows,), 0.02).requires_grad_() for _ in range(2)]
+    return Embeddings(
+        image=one(),
+        text=one(),
+        ids=torch.arange(rows) * world_size,  # of samples whose state this rank holds: nobody else answers
+        logit_scale=number(10.0),
+        logit_bias=number(-10.0),
+        image_views=tuple(one() for _ in range(objective.needs_views)),
+        text_views=tuple(one() for _ in range(objective.needs_views)),
+        image_temperature=temperatures[0],
+        text_temperature=temperatures[1],
+    )
+
+
+class _Counter(MessageCounter):
+    """Also counts operations of matrix products, and bytes of everything else that computes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.flops = self.bytes = 0
+
+    def purpose(self) -> str:
+        frame: FrameType | None = sys._getframe()
+        while frame is not None:
+            purpose = PURPOSES.get(os.path.basename(frame.f_code.co_filename))
+            if purpose is not None:
+                return purpose
+            frame = frame.f_back
+        return "statistics"
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # nothing is compiled in here, and torch's guard against it takes longer than counting
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = super().__torch_dispatch__(func, types, args, kwargs)
+        name = func._schema.name.partition("::")[2].strip("_")
+        if func.namespace != "aten":
+            return out
+        matrices = [x for x in args if isinstance(x, Tensor)]
+        if name in ("mm", "addmm", "bmm"):
+            left, right = matrices[-2:]
+            self.flops += 2 * left.numel() * right.shape[-1]
+        elif not func.is_view and isinstance(out, Tensor):
+            self.bytes += out.nbytes + sum(x.nbytes for x in matrices)
+        return out

@@ -1,0 +1,230 @@
+"""How long a step will take: a small model, good enough to put execution settings in order.
+
+    estimate(config, profile, world_size=8, num_samples=2_900_000).seconds
+
+A step is the sum of these, per rank; nothing is taken to overlap but stage 3's parameters with the towers on CUDA:
+
+    towers       for each call the larger of operations / (peak u) and bytes / memory bandwidth; backward: twice the
+                 operations, and what recomputation runs again. Launches x their time run beside that on a GPU, so the
+                 larger counts, and before it on a CPU. Operations, bytes and launches (allocations) are traced
+                 (towers.py); u is the utilisation that matrix products reach
+    objective    operations of its float32 products / (peak u) + bytes / memory bandwidth, traced (objective_trace.py)
+    messages     bytes on the wire (wire.py) / link + calls x their latency. A ring passes a node's border once, so
+                 gathering and reducing run at the smaller of the link inside and all network cards of a node together;
+                 what goes to everybody (all_to_all) or the neighbour (send) has one card
+    optimizer    every state read and written once / memory bandwidth; offloaded states at the speed of the host's link
+    host         offloaded gradients and parameters / the host's link
+
+Waiting for data and evaluation are not in it. `Rates` holds what no data sheet says; `--utilisation` of tools/fit.py or
+the hfu that a run logged replaces its first guess. Orders are more reliable than times.
+"""
+
+from dataclasses import dataclass, fields
+from functools import lru_cache
+
+import torch
+
+from amclr_scale.config.schema import Config
+from amclr_scale.encoders.dual_encoder import DualEncoder
+from amclr_scale.encoders.recomputation import Recomputation, recomputed_share
+from amclr_scale.engine.batch_plan import make_plan
+from amclr_scale.memory.towers import Modality, Timeline, Tower, skeleton, trace
+from amclr_scale.metrics.devices import DeviceProfile
+from amclr_scale.metrics.flops import ModelFlops
+from amclr_scale.planner.messages import Messages
+from amclr_scale.planner.traffic import (
+    BYTES,
+    fetches,
+    host_traffic,
+    kept_of,
+    objective_trace,
+    parameters_of,
+    zero_messages,
+)
+
+# Numbers that the optimizer keeps per parameter, beside the parameter itself.
+MOMENTS = {"sgd": 1, "lion": 1, "lars": 1}
+DIRECT = ("all_to_all", "send")  # through one network card, not round a ring that uses all of a node's
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What a job reaches of a device's peak; guesses unless measured."""
+
+    utilisation: float = 0.5  # of the peak of matrix products
+    launch: float = 1.5e-5  # seconds that the host takes for each allocation of a tower, operations between included
+    message: float = 3e-5  # seconds before a collective's first byte
+
+
+CPU_RATES = Rates(utilisation=0.7, launch=3e-5, message=2e-4)  # of a peak that was measured, not stated
+
+
+def default_rates(profile: DeviceProfile) -> Rates:
+    """For a GPU or for this machine's CPU."""
+    return CPU_RATES if profile.type == "cpu" else Rates()
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Seconds of one step on one rank, by what they are spent on, and bytes that one rank sends."""
+
+    towers: float
+    objective: float
+    messages: float
+    optimizer: float
+    host: float
+    wire_bytes: float
+    global_batch_size: int
+    flops: float  # useful operations per sample
+    bound: float  # seconds of the towers where every forward is run twice and nothing but operations costs time
+
+    @property
+    def seconds(self) -> float:
+        return self.towers + self.objective + self.messages + self.optimizer + self.host
+
+    @property
+    def samples_per_second(self) -> float:
+        """Over all ranks."""
+        return self.global_batch_size / self.seconds
+
+    @property
+    def shares(self) -> dict[str, float]:
+        """Part of the step -> seconds, the largest first."""
+        parts = {f.name: getattr(self, f.name) for f in fields(self)[:5]}
+        return dict(sorted(parts.items(), key=lambda item: -item[1]))
+
+
+def estimate(
+    config: Config,
+    profile: DeviceProfile,
+    *,
+    world_size: int,
+    num_samples: int,
+    ranks_per_node: int | None = None,
+    rates: Rates | None = None,
+) -> Cost:
+    """The cost of one step.
+
+    Args:
+        config: its kept_micro_batches is a number.
+        world_size: W.
+        num_samples: N, the size of the data set.
+        ranks_per_node: None: all ranks share one.
+        rates: None: `default_rates`.
+    """
+    rates = rates or default_rates(profile)
+    plan = make_plan(config, num_samples, world_size)
+    b, execution = plan.local_batch_size, config.execution
+    calls = tuple(-(-b // m) for m in plan.micro_batch_sizes)
+    kept = _kept_by_tower(kept_of(config), *calls)
+    towers = 0.0
+    peak = profile.peak(execution.precision) * rates.utilisation
+    modalities: tuple[Modality, Modality] = ("image", "text")
+    for modality, m, n, k in zip(modalities, plan.micro_batch_sizes, calls, kept, strict=True):
+        passes = _passes(config, modality)
+        together = sum if profile.type == "cpu" else max  # a CPU has nobody to launch for it
+        first, again, back = (
+            together((p.launches * rates.launch, max(p.flops * m / peak, p.bytes(m) / profile.memory_bandwidth)))
+            for p in passes
+        )
+        towers += b / (n * m) * ((n - k) * (first + again) + k * again + n * back)
+
+    useful = ModelFlops(*(round(trace(config, modality).flops) for modality in modalities)).useful()
+    work = objective_trace(config, world_size, num_samples, profile.type, ranks_per_node)
+    objective = work.flops(b) / (profile.peak("fp32") * rates.utilisation) + work.bytes(b) / profile.memory_bandwidth
+    if execution.similarity.cache_mib:  # kept tiles save the first of backward's products, about 1 in 4
+        tiles = min(1.0, execution.similarity.cache_mib * 2**20 / (b * b * world_size * 4))
+        objective *= 1 - tiles / 4
+
+    parameters, gathered = parameters_of(config), fetches(config, plan, profile.type)
+    messages = gathers = 0.0
+    wire = 0.0
+    if world_size > 1:
+        own, zero = work.messages(b), zero_messages(config, world_size, gathered)
+        fetched = Messages(tuple(m for m in zero if m.purpose == "parameters" and execution.zero_stage == 3))
+        others = Messages(tuple(m for m in zero if m not in fetched.found))
+        messages = _seconds(own + others, profile, rates, world_size, ranks_per_node)
+        gathers = _seconds(fetched, profile, rates, world_size, ranks_per_node)
+        wire = (own + zero).wire_bytes
+    exposed = max(0.0, gathers - towers) if profile.type == "cuda" else gathers
+
+    share = parameters / (world_size if execution.zero_stage else 1)
+    states = 1 + MOMENTS.get(config.optimizer.name, 2)
+    touched = share * 4 * (2 * states + 1) + parameters * (BYTES[execution.precision] + 4)
+    offloaded = execution.offload != "none" and profile.type == "cuda"
+    to_host, from_host = host_traffic(config, world_size, gathered) if offloaded else (0, 0)
+    return Cost(
+        towers=towers,
+        objective=objective,
+        messages=messages + exposed,
+        optimizer=touched / (profile.host_link if offloaded else profile.memory_bandwidth),
+        host=(to_host + from_host) / profile.host_link,
+        wire_bytes=wire,
+        global_batch_size=plan.global_batch_size,
+        flops=useful,
+        bound=4 / 3 * useful * b / peak,
+    )
+
+
+def _kept_by_tower(kept: int, images: int, texts: int) -> tuple[int, int]:
+    """Kept micro-batches of each tower: the last ones, and with sizes of their own texts come last."""
+    if images == texts:
+        return min(kept, images), min(kept, texts)
+    return min(images, max(0, kept - texts)), min(kept, texts)
+
+
+@dataclass(frozen=True)
+class _Pass:
+    """One call of a tower."""
+
+    flops: float  # per sample
+    slope: float  # bytes moved: slope m + constant
+    constant: float
+    launches: int
+
+    def bytes(self, m: int) -> float:
+        return self.slope * m + self.constant
+
+
+def _passes(config: Config, modality: Modality) -> tuple[_Pass, _Pass, _Pass]:
+    """The forward without a graph, the forward with one, and the backward."""
+    recomputation = config.execution.recompute_image if modality == "image" else config.execution.recompute_text
+    model = skeleton(config)
+    share, parameters = _share(model, modality, recomputation), _parameters(model, modality)
+    return _passes_of(trace(config, modality), share, parameters * BYTES[config.execution.precision])
+
+
+@lru_cache(maxsize=64)
+def _share(model: DualEncoder, modality: Modality, recomputation: Recomputation) -> float:
+    return recomputed_share(getattr(model, f"{modality}_tower"), recomputation)
+
+
+@lru_cache(maxsize=64)
+def _parameters(model: DualEncoder, modality: Modality) -> int:
+    return sum(p.numel() for name, p in model.named_parameters() if name.startswith(modality))
+
+
+@lru_cache(maxsize=64)
+def _passes_of(tower: Tower, share: float, weights: int) -> tuple[_Pass, _Pass, _Pass]:
+    def moved(timeline: Timeline, begin: int, end: int) -> tuple[float, float, int]:
+        """Bytes of what is made there, which is written once and read about twice; and how many things are made."""
+        slope, constant = (torch.diff(x.double())[begin:end].clamp(min=0) for x in (timeline.slope, timeline.constant))
+        return 3 * float(slope.sum()), 3 * float(constant.sum()) + weights, int(((slope > 0) | (constant > 0)).sum())
+
+    end, last = tower.with_graph.forward_end, tower.with_graph.end
+    first = _Pass(tower.flops, *moved(tower.without_graph, 0, tower.without_graph.end))
+    again = _Pass(tower.flops, *moved(tower.with_graph, 0, end))
+    return first, again, _Pass((2 + share) * tower.flops, *moved(tower.with_graph, end, last))
+
+
+def _seconds(
+    messages: Messages, profile: DeviceProfile, rates: Rates, world_size: int, ranks_per_node: int | None
+) -> float:
+    here = min(ranks_per_node or world_size, world_size)
+    total = 0.0
+    for message in messages:
+        link = profile.link
+        if here < world_size:
+            link = profile.node_link if message.collective in DIRECT else min(link, profile.node_link * here)
+        total += message.wire_bytes / link + message.calls * rates.message
+    return total

@@ -1,0 +1,260 @@
+"""The cells of a study: from a plan to one configuration per arm, batch size, axis value and seed.
+
+What a cell gets is derived from what the plan holds equal (lengths.py); everything else follows from the configuration
+that all arms share. Every cell's configuration is checked before the first one runs.
+"""
+
+import fnmatch
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from amclr_scale.config.load import build, from_words, merge, read_file, recipe_hash
+from amclr_scale.config.objective_options import option_models
+from amclr_scale.config.schema import Config
+from amclr_scale.engine.batch_plan import make_plan
+from amclr_scale.engine.schedules import peak_learning_rate
+from amclr_scale.errors import UserError
+from amclr_scale.study.planning.arms import CONTROLS
+from amclr_scale.study.planning.cost import encoder_cost, encoder_flops, matrices, pairwise_flops, peak_gib
+from amclr_scale.study.planning.lengths import Rates, samples_of
+from amclr_scale.study.planning.plan import RANKS, ArmPlan, StudyPlan
+from amclr_scale.study.planning.variants import combinations, kept_settings, variant_name, words_of
+
+# What every evaluation of a split can have; geometry and probes add names of their own.
+MEASURED = (
+    r"(image_to_text_|text_to_image_|text_to_image_filtered_)?R@(1|5|10|mean)|zero_shot_(top(1|3|5|10)|mean_per_class)"
+)
+
+
+@dataclass(frozen=True)
+class Planned:
+    """One cell, and the numbers that follow from it.
+
+    Attributes:
+        name: unique; also its run folder's.
+        variant: the name without the seed.
+        words: overrides of the study's configuration, all of them part of the recipe.
+        config: with its `execution`, which is no part of the recipe.
+        encoder_cost: forward passes of both towers per sample, relative to plain CLIP.
+        negatives: per anchor and term.
+        comparisons: per anchor over all terms.
+        ranks: it runs on.
+    """
+
+    name: str
+    variant: str
+    arm: str
+    label: str
+    global_batch_size: int
+    seed: int
+    axes: Mapping[str, Any]
+    words: tuple[str, ...]
+    config: Config = field(repr=False)
+    samples: int
+    steps: int
+    epochs: float
+    lr: float
+    encoder_cost: float
+    negatives: int
+    comparisons: int
+    ranks: int
+
+    @property
+    def recipe_hash(self) -> str:
+        return recipe_hash(self.config)
+
+    @property
+    def flops(self) -> tuple[float, float]:
+        """Useful operations of the whole cell: both towers, and the similarities."""
+        return encoder_flops(self.config) * self.samples, pairwise_flops(self.config) * self.samples
+
+    def entry(self) -> dict[str, Any]:
+        """Its line in cells.json."""
+        return {
+            "cell": self.name, "arm": self.arm, "label": self.label, "global_batch_size": self.global_batch_size,
+            "seed": self.seed, "axes": dict(self.axes), "recipe_hash": self.recipe_hash, "words": list(self.words),
+            "samples": self.samples, "steps": self.steps, "epochs": round(self.epochs, 4), "lr": self.lr,
+            "encoder_cost": self.encoder_cost, "negatives": self.negatives, "comparisons": self.comparisons,
+            "flops": sum(self.flops), "ranks": self.ranks,
+        }  # fmt: skip
+
+
+def base_tree(plan: StudyPlan) -> dict[str, Any]:
+    """The configuration that all arms share, before their words.
+
+    Raises:
+        UserError: the file or a word is not readable.
+    """
+    return merge(read_file(Path(plan.config), argument="config"), from_words(plan.words))
+
+
+def make_cells(
+    plan: StudyPlan, tree: Mapping[str, Any], epoch: float, *, rates: Rates | None = None, steps: int | None = None
+) -> list[Planned]:
+    """Every cell of a plan, checked; those that the plan leaves out are left out.
+
+    Args:
+        plan: the plan.
+        tree: `base_tree(plan)`.
+        epoch: samples per epoch.
+        rates: samples per second by variant, as measured here.
+        steps: of a pilot, instead of the plan's budget.
+
+    Raises:
+        UserError: one line per mistake, each with the cells it was found in.
+    """
+    cells: list[Planned] = []
+    mistakes: dict[str, list[str]] = {}
+    for arm in plan.arms:
+        found: list[Planned] = []
+        for batch, axes, seed in combinations(plan, arm, tree):
+            variant = variant_name(arm.name, batch, axes)
+            name = f"{variant}-s{seed}"
+            if any(fnmatch.fnmatchcase(name, pattern) for pattern in plan.skip):
+                continue
+            try:
+                found.append(_cell(plan, tree, arm, variant, batch, axes, seed, epoch, rates or {}, steps))
+            except UserError as error:
+                for line in str(error).splitlines():
+                    mistakes.setdefault(line, []).append(name)
+        try:
+            cells += _that_fit(plan, arm, found, epoch) if plan.held_equal == "memory" else found
+        except UserError as error:
+            mistakes.setdefault(str(error), []).append(arm.name)
+    lines = [f"{line} (in {where[0]}{_more(where)})" for line, where in mistakes.items()]
+    if not mistakes:
+        lines += list(_check(plan, cells))
+    if lines:
+        raise UserError("\n".join(lines))
+    return cells
+
+
+def reference_of(plan: StudyPlan, cells: Sequence[Planned]) -> tuple[str, int]:
+    """The arm and batch size that everything is compared with."""
+    arm = plan.reference.arm
+    batches = [cell.global_batch_size for cell in cells if cell.arm == arm]
+    return arm, plan.reference.global_batch_size or max(batches, default=0)
+
+
+def _more(where: Sequence[str]) -> str:
+    return f" and {len(where) - 1} more" if len(where) > 1 else ""
+
+
+def _cell(
+    plan: StudyPlan, tree: Mapping[str, Any], arm: ArmPlan, variant: str, batch: int, axes: Mapping[str, Any],
+    seed: int, epoch: float, rates: Rates, steps: int | None,
+) -> Planned:  # fmt: skip
+    """One cell: words in the order arm, temperature, axes, batch size, learning rate, length, warm-up, seed."""
+    ranks = int(axes.get(RANKS, plan.execution.ranks))
+    words = words_of(plan, arm, batch)
+    named = {word.partition("=")[0] for word in words}
+    objective = merge(dict(tree), from_words(words))["objective"]["name"]
+    has_temperature = "temperature" in option_models()[objective].model_fields
+    if plan.temperature is not None and has_temperature and "objective.temperature" not in named:
+        words.append(f"objective.temperature={plan.temperature!r}")
+    varied = [(key, value) for key, value in axes.items() if key != RANKS]
+    words += [f"{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in varied]
+    if "objective.omega" in axes:
+        words += [f"data.{key}={axes['objective.omega']}" for key in ("image_views", "text_views")]
+    words.append(f"train.global_batch_size={batch}")
+    words += [f"optimizer.lr_rule={plan.lr.rule}"] if plan.lr.rule else []
+    words += [f"optimizer.lr_reference_batch={plan.lr.reference_batch}"] if plan.lr.reference_batch else []
+    if plan.lr.base is not None and "optimizer.lr" not in axes:
+        words.append(f"optimizer.lr={plan.lr.base!r}")
+
+    words = [*kept_settings(tree, words), *words]
+    draft = build(merge(dict(tree), from_words([*words, f"train.samples={batch}"])), ranks)
+    samples = steps * batch if steps else samples_of(plan, draft, variant, epoch, rates, arm.budget_factor)
+    words.append(f"train.samples={samples}")
+    if plan.warmup_samples is not None:
+        words.append(f"optimizer.warmup_samples={plan.warmup_samples}")
+    if plan.warmup_share is not None:
+        words.append(f"optimizer.warmup_samples={round(plan.warmup_share * samples)}")
+    words.append(f"seed={seed}")
+
+    execution = [*plan.execution.words, *plan.execution.words_by_batch.get(batch, [])]
+    config = build(merge(dict(tree), from_words([*words, *execution])), ranks)
+    run = make_plan(config, epoch, ranks)
+    group = config.objective.get("group_size") or batch
+    return Planned(
+        name=f"{variant}-s{seed}", variant=variant, arm=arm.name,
+        label=arm.label or CONTROLS[arm.like or arm.name].label, global_batch_size=batch, seed=seed, axes=axes,
+        words=tuple(words), config=config, samples=run.total_samples, steps=run.total_steps,
+        epochs=run.total_samples / epoch, lr=peak_learning_rate(config.optimizer, batch),
+        encoder_cost=encoder_cost(config), negatives=group - 1, comparisons=matrices(config) * (group - 1),
+        ranks=ranks,
+    )  # fmt: skip
+
+
+def _that_fit(plan: StudyPlan, arm: ArmPlan, cells: Sequence[Planned], epoch: float) -> list[Planned]:
+    """Of every combination of axis values, the cells at the largest batch size that fits into `budget.gib`.
+
+    Raises:
+        UserError: not even the smallest one fits.
+    """
+    limit, chosen = plan.budget.gib or 0.0, list[Planned]()
+    known: dict[str, float] = {}  # seeds need the same
+
+    def need(cell: Planned) -> float:
+        if cell.variant not in known:
+            known[cell.variant] = predicted_gib(plan, cell, epoch)
+        return known[cell.variant]
+
+    alike: dict[str, list[Planned]] = {}
+    for cell in cells:
+        alike.setdefault(json.dumps([dict(cell.axes), cell.seed]), []).append(cell)
+    for same in alike.values():
+        same.sort(key=lambda cell: -cell.global_batch_size)
+        fitting = next((cell for cell in same if need(cell) <= limit), None)
+        if fitting is None:
+            raise UserError(
+                f"budget.gib: {arm.name} needs {need(same[-1]):.2f} GiB at its smallest batch of "
+                f"{same[-1].global_batch_size}, got {limit:g}; give a smaller batch size or execution.micro_batch_size"
+            )
+        chosen.append(fitting)
+    return chosen
+
+
+def predicted_gib(plan: StudyPlan, cell: Planned, epoch: float) -> float:
+    """Peak memory per rank, predicted."""
+    return peak_gib(cell.config, ranks=cell.ranks, num_samples=round(epoch), device=plan.execution.device)
+
+
+def _check(plan: StudyPlan, cells: Sequence[Planned]) -> Iterator[str]:
+    """What only all cells together show."""
+    if not cells:
+        yield "skip: leaves no cell to run"
+        return
+    for name in sorted({cell.name for cell in cells if sum(other.name == cell.name for other in cells) > 1}):
+        yield f"axes: two cells are called {name}; the values differ too little to be told apart in a name"
+    for key in plan.axes:
+        if not any(key in cell.axes for cell in cells):
+            yield f"axes.{key}: no arm's objective has this option"
+    arm, batch = reference_of(plan, cells)
+    if not any(cell.arm == arm and cell.global_batch_size == batch for cell in cells):
+        there = sorted({f"{cell.arm} at {cell.global_batch_size}" for cell in cells if cell.arm == arm})
+        yield f"reference: expected one of the cells ({', '.join(there) or 'none of this arm'}), got {arm} at {batch}"
+    yield from _check_metrics(plan, cells[0].config)
+
+
+def _check_metrics(plan: StudyPlan, config: Config) -> Iterator[str]:
+    """Outcomes that no evaluation of the configuration can have."""
+    evaluation = config.evaluation
+    tests = [*evaluation.splits, *(probe.test for probe in evaluation.probes)]
+    for metric in plan.metrics:
+        for key in metric.keys:
+            split = max((one for one in tests if key.startswith(f"{one}/")), key=len, default=None)
+            if split is None:
+                splits = ", ".join(tests) or "empty"
+                yield f"metrics: {key}: the configuration measures no such split; evaluation.splits is {splits}"
+                continue
+            name = key.removeprefix(f"{split}/")
+            known = re.fullmatch(MEASURED, name)
+            if not known and not evaluation.geometry and not evaluation.probes:
+                yield f"metrics: {key}: expected a number such as {split}/image_to_text_R@1 or {split}/zero_shot_top1"
+            elif name.startswith("zero_shot") and evaluation.classes is None:
+                yield f"metrics: {key}: evaluation.classes is null, so there is no zero-shot classification"

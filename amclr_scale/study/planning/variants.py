@@ -1,0 +1,81 @@
+"""Which cells a plan has, and the words that make each of them: arms, axes, batch sizes in words."""
+
+import itertools
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from amclr_scale.config.load import from_words, merge
+from amclr_scale.config.objective_options import option_models
+from amclr_scale.config.schema import Optimizer
+from amclr_scale.errors import UserError
+from amclr_scale.study.planning.arms import CONTROLS
+from amclr_scale.study.planning.plan import ArmPlan, StudyPlan
+
+GROUPS = "objective.group_size"
+
+
+def variant_name(arm: str, batch: int, axes: Mapping[str, Any]) -> str:
+    """Such as sogclr-B128-gamma0.6, or sogclr-B128-adamp where the axis is a name."""
+    parts = [f"{key.rpartition('.')[2].removesuffix('name')}{_plain(value)}" for key, value in axes.items()]
+    return "-".join([arm, f"B{batch}", *parts])
+
+
+def combinations(plan: StudyPlan, arm: ArmPlan, tree: Mapping[str, Any]) -> Iterator[tuple[int, dict[str, Any], int]]:
+    """All batch sizes, axis values and seeds; options that the arm's objective does not have are left out."""
+    objective = merge(dict(tree), from_words(words_of(plan, arm, 0, check=False)))["objective"]["name"]
+    options = option_models()[objective].model_fields
+
+    def applies(key: str) -> bool:
+        return not key.startswith("objective.") or key.removeprefix("objective.") in options
+
+    axes = {key: values for key, values in plan.axes.items() if applies(key)} | arm.axes
+    for batch in arm.batch_sizes or plan.batch_sizes:
+        sizes = [size for size in plan.group_sizes if size <= batch] if applies(GROUPS) else []
+        grid = {GROUPS: sizes} if plan.held_equal == "grid" and sizes and GROUPS not in axes else {}
+        for values in itertools.product(*axes.values(), *grid.values()):
+            for seed in plan.seeds:
+                yield batch, dict(zip([*axes, *grid], values, strict=True)), seed
+
+
+def words_of(plan: StudyPlan, arm: ArmPlan, batch: int, *, check: bool = True) -> list[str]:
+    """An arm's words; with `check`, its batch sizes put in.
+
+    Raises:
+        UserError: a batch size is not divisible as a word asks.
+    """
+    words = (*CONTROLS[arm.like or arm.name].words, *arm.words)
+    return [_batch_sizes(word, batch, min(plan.batch_sizes)) for word in words] if check else list(words)
+
+
+def _batch_sizes(word: str, batch: int, smallest: int) -> str:
+    """`B`, `B/k` and `smallest` as numbers.
+
+    Raises:
+        UserError: k does not divide B.
+    """
+    key, _, value = word.partition("=")
+    if value == "smallest":
+        return f"{key}={smallest}"
+    found = re.fullmatch(r"B(?:/([1-9]\d*))?", value)
+    if not found:
+        return word
+    divisor = int(found[1] or 1)
+    if batch % divisor:
+        raise UserError(f"batch_sizes: expected multiples of {divisor}, for {word}, got {batch}")
+    return f"{key}={batch // divisor}"
+
+
+def kept_settings(tree: Mapping[str, Any], words: Sequence[str]) -> list[str]:
+    """The shared settings of the optimizer, for a cell that names another one: a changed name would drop them."""
+    optimizer = tree.get("optimizer", {})
+    name = from_words(words).get("optimizer", {}).get("name")
+    if name is None or name == optimizer.get("name", Optimizer().name):
+        return []
+    return [f"optimizer.{key}={json.dumps(value)}" for key, value in optimizer.items() if key != "name"]
+
+
+def _plain(value: Any) -> str:
+    """A value as a part of a file name."""
+    return re.sub(r"[^A-Za-z0-9_.+]+", "_", f"{value:g}" if isinstance(value, float) else str(value)).strip("_")

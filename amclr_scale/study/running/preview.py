@@ -1,0 +1,159 @@
+"""What a study is about to do, in words and a table: what is held fixed, the cells, hours, memory, warnings."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+from amclr_scale.config.schema import Config
+from amclr_scale.study.planning.cells import Planned, predicted_gib, reference_of
+from amclr_scale.study.planning.plan import Expected, StudyPlan
+from amclr_scale.study.planning.warnings import warnings
+from amclr_scale.study.running.folder import StudyFolder
+from amclr_scale.study.running.progress import Rates, duration
+
+
+def preview(
+    plan: StudyPlan, folder: StudyFolder, cells: Sequence[Planned], epoch: float, *, memory: bool = True
+) -> str:
+    """All of it, as printed before the first cell and by --dry-run.
+
+    Args:
+        plan, folder, cells: the study.
+        epoch: samples per epoch.
+        memory: also predict memory, which takes seconds per arm.
+    """
+    arm, batch = reference_of(plan, cells)
+    gib = {one.variant: predicted_gib(plan, one, epoch) for one in first_seeds(cells)} if memory else {}
+    parts = [
+        f"study {plan.name} in {folder.path}" + (f": {plan.question}" if plan.question else ""),
+        f"{len(cells)} cells, {len(plan.seeds)} seeds; reference {arm} at a global batch of {batch}; "
+        f"outcome {plan.metrics[0].name}, equal within +- {plan.margin:g}",
+        held(plan, cells, epoch),
+        table(cells, gib),
+        hours(plan, folder, cells),
+    ]
+    parts += [f"needs: {plan.needs.strip()}"] if plan.needs else []
+    parts += [f"warning: {line}" for line in warnings(plan, cells, epoch, gib)]
+    others = folder.others(cells)
+    if others:
+        parts.append(f"note: {len(others)} runs in {folder.runs} are no cells of this plan, and stay out of its report")
+    return "\n".join(parts)
+
+
+def first_seeds(cells: Sequence[Planned]) -> list[Planned]:
+    """One cell of every variant."""
+    return list({cell.variant: cell for cell in reversed(cells)}.values())[::-1]
+
+
+def held(plan: StudyPlan, cells: Sequence[Planned], epoch: float) -> str:
+    """What every cell shares, and what differs."""
+    samples = _from_to([cell.samples for cell in cells], ",")
+    epochs = _from_to([cell.epochs for cell in cells], ".4g")
+    steps = _from_to([cell.steps for cell in cells], ",")
+    lines = [
+        f"held equal: {plan.held_equal}; {samples} samples = {epochs} epochs of {epoch:,.0f}, in {steps} steps",
+    ]
+    longer = [f"{arm.name} x {arm.budget_factor:g}" for arm in plan.arms if arm.budget_factor != 1]
+    lines += [f"another share of the budget: {', '.join(longer)}"] if longer else []
+    lines.append(f"shared: {', '.join(_shared(cells))}")
+    said = [dict(word.split("=", 1) for word in cell.words) for cell in cells]
+    keys = sorted({key for words in said for key in words})
+    different = [key for key in keys if len({words.get(key) for words in said}) > 1]
+    lines.append(f"differs between cells: {', '.join(different)}; the rest of the recipe is shared")
+    temperatures = {str(cell.config.objective.get("temperature")) for cell in cells} - {"None"}
+    learned = sorted({cell.arm for cell in cells if cell.config.objective.get("temperature") is None})
+    shared = ", ".join([*sorted(temperatures), *([f"learned by {', '.join(learned)}"] if learned else [])])
+    lines.append(f"temperature: {shared}")
+    return "\n".join(lines)
+
+
+def _from_to(numbers: Sequence[float], form: str) -> str:
+    least, most = format(min(numbers), form), format(max(numbers), form)
+    return least if least == most else f"{least} to {most}"
+
+
+def _shared(cells: Sequence[Planned]) -> Iterator[str]:
+    """Data, towers and optimizer, as far as all cells have the same."""
+
+    def same(tell: Callable[[Config], str]) -> list[str]:
+        told = {tell(cell.config) for cell in cells}
+        return [*told] if len(told) == 1 else []
+
+    yield from same(lambda config: f"data {config.data.train}")
+    yield from same(
+        lambda config: f"{config.model.image.name} from {'given' if config.model.image.weights else 'random'} weights"
+    )
+    yield from same(
+        lambda config: f"{config.model.text.name} from {'given' if config.model.text.pretrained else 'random'} weights"
+    )
+    yield from same(lambda config: f"{config.optimizer.name}, weight decay {config.optimizer.weight_decay:g}")
+    yield from same(lambda config: f"{config.optimizer.schedule} schedule")
+
+
+def table(cells: Sequence[Planned], gib: Mapping[str, float]) -> str:
+    """One line per arm, batch size and axes; seeds together.
+
+    Args:
+        cells: all of them.
+        gib: predicted peak memory per rank, by variant; empty: no such column.
+    """
+    head = (
+        "arm", "batch", "axes", "seeds", "samples", "steps", "epochs", "lr", "encoder cost", "negatives",
+        "encoder FLOPs", "similarity FLOPs", *(["GiB per rank"] if gib else []),
+    )  # fmt: skip
+    rows: list[tuple[str, ...]] = [head]
+    for one in first_seeds(cells):
+        encoders, similarities = one.flops
+        rows.append((
+            one.arm, f"{one.global_batch_size}", ", ".join(f"{key}={value}" for key, value in one.axes.items()) or "-",
+            f"{sum(other.variant == one.variant for other in cells)}", f"{one.samples:,}", f"{one.steps:,}",
+            f"{one.epochs:.2f}", f"{one.lr:.3g}", f"{one.encoder_cost:g}", f"{one.negatives:,}", f"{encoders:.3g}",
+            f"{similarities:.3g}", *([f"{gib[one.variant]:.2f}"] if gib else []),
+        ))  # fmt: skip
+    widths = [max(len(row[column]) for row in rows) for column in range(len(head))]
+    lines = ("  ".join(word.ljust(width) for word, width in zip(row, widths, strict=True)) for row in rows)
+    return "\n".join(f"  {line}".rstrip() for line in lines)
+
+
+def hours(plan: StudyPlan, folder: StudyFolder, cells: Sequence[Planned]) -> str:
+    """How long it will take: from cells that have run, else as the plan expects."""
+    rates = Rates(folder, cells)
+    left = [cell for cell in cells if not folder.is_finished(cell)]
+    done = len(cells) - len(left)
+    if not left:
+        return "every cell is finished"
+    predicted = [rates.predict(cell) for cell in left]
+    known = [seconds for seconds in predicted if seconds is not None]
+    lines = [f"{done} cells are finished"] if done else []
+    if len(known) == len(predicted):
+        jobs = plan.execution.jobs
+        lines.append(f"time: about {duration(sum(known) / jobs)} for the others, {jobs} at once, from measured ones")
+    else:
+        lines.append("time: unknown until a cell has run")
+        if all(cell.variant in folder.rates for cell in left):
+            seconds = sum(cell.samples / folder.rates[cell.variant] for cell in left) / plan.execution.jobs
+            lines.append(
+                f"by the pilot's samples/s: {duration(seconds)} of training, {plan.execution.jobs} at once; start and "
+                "evaluation of every cell come on top"
+            )
+        if plan.expected:
+            lines.append(f"expected: {expectation(plan.expected, left)}")
+    return "\n".join(lines)
+
+
+def expectation(expected: Expected, cells: Sequence[Planned]) -> str:
+    """The arithmetic from operations, or from a rate, to hours."""
+    if expected.device is None:
+        work, rate = sum(cell.samples * cell.encoder_cost for cell in cells), expected.samples_per_second or 0.0
+        seconds = work / rate + len(cells) * expected.seconds_per_cell
+        return (
+            f"{work:,.0f} samples through both towers / {rate:g} per second + {len(cells)} cells x "
+            f"{expected.seconds_per_cell:g} s = {duration(seconds)}"
+        ) + (f" ({expected.measured_on})" if expected.measured_on else "")
+    from amclr_scale.metrics.devices import find_profile
+
+    precision = cells[0].config.execution.precision
+    peak, flops = find_profile(expected.device).peak(precision), sum(sum(cell.flops) for cell in cells)
+    seconds = flops / (expected.count * peak * expected.utilisation)
+    return (
+        f"{flops:.3g} FLOPs / ({expected.count} {expected.device} x {peak:.4g} x {expected.utilisation:g}) = "
+        f"{seconds / 3600:.1f} h"
+    )

@@ -1,0 +1,92 @@
+"""Our model as one of transformers': every pair of towers, with the calls of its dual encoders.
+
+    import amclr_scale.trained.as_transformers
+    model = transformers.AutoModel.from_pretrained(FOLDER)
+    model.get_image_features(pixel_values), model.get_text_features(input_ids)        (n, D), unit length
+
+transformers' own VisionTextDualEncoder reads a text tower through a pooler that ours do not have (and knows neither
+our towers nor torchvision's), so its numbers would differ; this class keeps them. pixel_values are images in [0, 1] or
+uint8, which the model normalises itself; texts are ids of the tokenizer in FOLDER/tokenizer.
+"""
+
+import json
+from pathlib import Path
+from typing import Any, cast
+
+import yaml
+from torch import Tensor
+
+from amclr_scale.config.load import build
+from amclr_scale.data.tokenizers import load_tokenizer
+from amclr_scale.encoders.build import build_model
+from amclr_scale.torchvision_ops import import_torchvision
+
+import_torchvision()  # transformers imports it, and a build that lacks its operators must be mended before
+from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel  # noqa: E402
+
+TYPE = "amclr_scale_dual_encoder"
+
+
+class DualEncoderConfig(PretrainedConfig):  # type: ignore[misc]
+    """A resolved configuration of ours, and what of the tokenizer the towers depend on."""
+
+    model_type = TYPE
+
+    def __init__(self, recipe: dict[str, Any] | None = None, vocabulary: dict[str, Any] | None = None, **keys: Any):
+        self.recipe, self.vocabulary = recipe or {}, vocabulary or {}
+        super().__init__(**keys)
+
+
+class DualEncoderModel(PreTrainedModel):  # type: ignore[misc]
+    """The towers, in transformers' clothes."""
+
+    config_class = DualEncoderConfig
+    base_model_prefix = "model"
+    main_input_name = "pixel_values"
+
+    def __init__(self, config: DualEncoderConfig):
+        super().__init__(config)
+        ours = build(config.recipe)
+        data = ours.data
+        self.model = build_model(
+            ours.model, **config.vocabulary, context_length=data.context_length, image_size=data.image_size,
+            image_mean=data.image_mean, image_std=data.image_std,
+        )  # fmt: skip
+        self.post_init()
+
+    def _init_weights(self, module: Any) -> None:
+        """The constructor has done it."""
+
+    def get_image_features(self, pixel_values: Tensor, **_: Any) -> Tensor:
+        """(n, 3, H, W) -> (n, D), unit length."""
+        return cast(Tensor, self.model(images=(pixel_values,))["image"])
+
+    def get_text_features(self, input_ids: Tensor, **_: Any) -> Tensor:
+        """(n, L) -> (n, D), unit length."""
+        return cast(Tensor, self.model(texts=(input_ids,))["text"])
+
+    def forward(self, pixel_values: Tensor, input_ids: Tensor, **_: Any) -> dict[str, Tensor]:
+        """Both, and their similarities times the learned scale, (images, texts)."""
+        out = self.model(images=(pixel_values,), texts=(input_ids,))
+        logits = out["logit_scale"] * out["image"] @ out["text"].T
+        return {"image_embeds": out["image"], "text_embeds": out["text"], "logits_per_image": logits}
+
+
+AutoConfig.register(TYPE, DualEncoderConfig, exist_ok=True)
+AutoModel.register(DualEncoderConfig, DualEncoderModel, exist_ok=True)
+
+
+def write(folder: Path) -> None:
+    """Add transformers' files to an exported folder."""
+    from safetensors.torch import load_file, save_file
+
+    tree = yaml.safe_load((folder / "config.yaml").read_text("utf-8"))
+    tree["model"]["image"]["weights"] = None  # all weights are here
+    config = build(tree)
+    words = load_tokenizer(config.data.tokenizer, config.data.context_length)
+    vocabulary = {"vocab_size": words.vocab_size, "pad_id": words.pad_id, "end_id": words.end_id}
+    described = DualEncoderConfig(config.model_dump(mode="json"), vocabulary, architectures=["DualEncoderModel"])
+    (folder / "config.json").write_text(json.dumps(described.to_dict(), indent=1) + "\n")
+    weights = load_file(folder / "weights.safetensors")
+    kept = {f"model.{name}": value for name, value in weights.items() if not name.startswith("temperatures.")}
+    save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})

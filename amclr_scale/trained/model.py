@@ -1,0 +1,104 @@
+"""A trained model to use: pictures and captions in, unit vectors out."""
+
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from amclr_scale.checkpoint.resume import CHECKPOINTS
+from amclr_scale.checkpoint.state import OBJECTIVE, TOKENIZER, read_state
+from amclr_scale.data.decoding import BadSampleError, Sample, decode
+from amclr_scale.data.image_views import evaluation_view, to_tensor
+from amclr_scale.data.tokenizers import load_tokenizer
+from amclr_scale.errors import UserError
+from amclr_scale.evaluation.models import Loaded, load_model
+from amclr_scale.trained.export import export
+
+Images = Sequence[Any] | Tensor
+
+
+class Model:
+    """`encode_image` and `encode_text`.
+
+    Attributes:
+        config: of the run that trained it.
+        tokenizer: captions -> (n, L) int64.
+        module: the towers, in evaluation mode: `module(images=(...,), texts=(...,))`.
+    """
+
+    def __init__(self, loaded: Loaded, device: torch.device):
+        self.config, self.module, self.device = loaded.config, loaded.model.to(device), device
+        data = loaded.config.data
+        self.tokenizer = load_tokenizer(data.tokenizer, data.context_length)
+
+    @torch.no_grad()
+    def encode_image(self, images: Images, batch_size: int = 64) -> Tensor:
+        """Embed pictures, (n, D), unit length, on the CPU.
+
+        Args:
+            images: files or PIL images, which are resized and cropped as in evaluation, or a tensor (n, 3, H, W) of
+                the model's size, uint8 or float in [0, 1].
+
+        Raises:
+            UserError: a file is no image that can be read.
+        """
+        rows = []
+        for start in range(0, len(images), batch_size):
+            part = images[start : start + batch_size]
+            batch = part if isinstance(part, Tensor) else torch.stack([self._pixels(image) for image in part])
+            rows.append(self.module(images=(batch.to(self.device),))["image"].cpu())
+        return torch.cat(rows) if rows else torch.empty(0, self.config.model.embedding_width)
+
+    @torch.no_grad()
+    def encode_text(self, texts: Sequence[str], batch_size: int = 256) -> Tensor:
+        """Embed captions, (n, D), unit length, on the CPU."""
+        rows = []
+        for start in range(0, len(texts), batch_size):
+            tokens = self.tokenizer(list(texts[start : start + batch_size]))
+            rows.append(self.module(texts=(tokens.to(self.device),))["text"].cpu())
+        return torch.cat(rows) if rows else torch.empty(0, self.config.model.embedding_width)
+
+    def _pixels(self, image: Any) -> Tensor:
+        data, squash = self.config.data, self.config.evaluation.resize == "squash"
+        try:
+            if isinstance(image, str | Path):
+                content = {"jpg": Path(image).read_bytes()}
+                image = Sample(content, data.max_image_pixels, data.max_caption_characters).image()
+            return to_tensor(evaluation_view(decode(image), data.image_size, squash=squash))
+        except (OSError, BadSampleError) as error:
+            raise UserError(f"images: {image} cannot be used: {error}") from error
+
+
+def open_model(name: str) -> Loaded:
+    """What `load_model` opens; and a checkpoint, or the newest one of a run that has not come to its end.
+
+    Raises:
+        UserError: there is no such model, or it is damaged.
+    """
+    path = Path(name).expanduser()
+    ended = (path / "weights.safetensors").is_file()
+    if ended or not (path.name.startswith("step_") or (path / CHECKPOINTS).is_dir() or path.name == CHECKPOINTS):
+        return load_model(name)
+    with tempfile.TemporaryDirectory() as folder:
+        checkpoint = export(path, Path(folder))
+        loaded = load_model(folder)
+    run, config = checkpoint.parent.parent, loaded.config
+    if (checkpoint / TOKENIZER).is_dir():
+        spec = str(checkpoint / TOKENIZER)
+    else:
+        spec = str(read_state(checkpoint)["config"]["data"]["tokenizer"])
+    config = config.model_copy(update={"data": config.data.model_copy(update={"tokenizer": spec})})
+    name = f"{run.name}/{checkpoint.name}"
+    return Loaded(name, loaded.model, config, run, checkpoint.name, checkpoint / OBJECTIVE)
+
+
+def load(path: str | Path, device: str | torch.device = "cpu") -> Model:
+    """A model from a run folder, one of its checkpoints, or a folder that tools/export.py wrote.
+
+    Raises:
+        UserError: there is no such model, or it is damaged.
+    """
+    return Model(open_model(str(path)), torch.device(device))

@@ -1,0 +1,32 @@
+"""A plain file of a trained model: full fp32 weights by name, and the objective's per-sample state beside it."""
+
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from amclr_scale.engine.zero.master_weights import full_fp32
+
+
+def save_weights(folder: Path, model: nn.Module, objective: nn.Module, *, speaks: bool) -> None:
+    """Write `weights.safetensors` and, where the objective has state, `objective.safetensors`. All ranks call it.
+
+    Args:
+        folder: the run folder.
+        model: the module inside the engine.
+        objective: its state is gathered if it is cut over ranks.
+        speaks: whether this rank writes.
+    """
+    weights = {name: full_fp32(parameter).cpu() for name, parameter in model.named_parameters()}
+    weights |= {name: buffer.cpu() for name, buffer in model.named_buffers()}
+    state = {
+        name: value.cpu().contiguous()
+        for name, value in objective.state_dict().items()
+        if isinstance(value, torch.Tensor)
+    }
+    if not speaks:
+        return
+    save_file({name: value.contiguous() for name, value in weights.items()}, folder / "weights.safetensors")
+    if state:
+        save_file(state, folder / "objective.safetensors")
