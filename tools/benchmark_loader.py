@@ -24,6 +24,7 @@ import itertools
 import json
 import resource
 import statistics
+import sys
 import tarfile
 import tempfile
 import time
@@ -35,8 +36,8 @@ import numpy as np
 import torch
 from PIL import Image
 
+from amclr_scale.commands.words import run_command
 from amclr_scale.config import schema
-from amclr_scale.data.command_line import run_command
 from amclr_scale.data.decoding import Field, Sample, decode
 from amclr_scale.data.image_views import augmented_view, reduction_for, to_tensor
 from amclr_scale.data.index import Index
@@ -177,7 +178,7 @@ def shuffle_quality(shards: int, per_shard: int, lanes: int, window: int, batch:
     return same / expected_same, again / expected_again
 
 
-def main() -> None:
+def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", nargs="?", help="shards, named as in data.train")
     parser.add_argument("--photos", type=int, help="make so many pictures and use them instead")
@@ -190,7 +191,7 @@ def main() -> None:
     parser.add_argument("--lanes", type=int, default=8, help="with --shuffle")
     parser.add_argument("--window", type=int, default=4, help="with --shuffle")
     parser.add_argument("--json", type=Path, help="file for the figures")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     torch.set_num_threads(1)
     if arguments.shuffle:
         shards, _, samples = arguments.shuffle.partition("x")
@@ -232,4 +233,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    sys.exit(run_command(main, sys.argv[1:]))

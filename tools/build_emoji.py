@@ -30,7 +30,7 @@ from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
-from amclr_scale.data.command_line import run_command
+from amclr_scale.commands.words import run_command
 from amclr_scale.data.index import write_index
 from amclr_scale.data.indexing import build
 from amclr_scale.data.randomness import Draws, permutation
@@ -310,12 +310,12 @@ def compare(built: Path, shipped: Path) -> list[str]:
     return [f for f in files if not (shipped / f).is_file() or (built / f).read_bytes() != (shipped / f).read_bytes()]
 
 
-def main() -> None:
+def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="folder to write; must not exist")
     parser.add_argument("--sources", type=Path, help="folder that has the five packages already")
     parser.add_argument("--check", action="store_true", help="compare with the installed corpus")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     if not arguments.out and not arguments.check:
         raise UserError("--out: expected a folder to write (or --check)")
     if arguments.out and arguments.out.exists():
@@ -336,4 +336,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    sys.exit(run_command(main, sys.argv[1:]))

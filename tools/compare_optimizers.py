@@ -38,7 +38,7 @@ from amclr_scale.config.load import load
 from amclr_scale.config.schema import Optimizer
 from amclr_scale.distributed.launcher import Place
 from amclr_scale.distributed.process_group import seed_everything, start, stop
-from amclr_scale.engine import deepspeed_setup as setup
+from amclr_scale.engine import deepspeed_setup
 from amclr_scale.engine.deepspeed_setup import build_engine
 from amclr_scale.engine.optimizers import build_optimizer
 from amclr_scale.engine.step import TrainStep
@@ -217,7 +217,7 @@ def train_on_rank(rank: int, words: list[str], steps: int, folder: str, cpu_adam
     def on_host(o: Optimizer, groups: Any, *_: Any, **__: Any) -> tuple[Any, str]:
         return DeepSpeedCPUAdam(groups, lr=o.lr, betas=o.betas, eps=o.eps, adamw_mode=True), "DeepSpeed's CPU AdamW"
 
-    with mock.patch.object(setup, "build_optimizer", on_host) if cpu_adam else nullcontext():
+    with mock.patch.object(deepspeed_setup, "build_optimizer", on_host) if cpu_adam else nullcontext():
         engine, _ = build_engine(config, model, no_decay=no_decay, device=device, world_size=2)
     b, clip = config.train.global_batch_size // 2, objectives.create("clip")
     step = TrainStep(engine, clip, micro_batch_sizes=(b // 2, b // 2), device=device, phases=Phases(device))

@@ -1,8 +1,8 @@
 """Embed a folder of images, the lines of a text file, or the pairs of a data set with a trained model.
 
-    python tools/embed.py my_model --images photos/ --out photos.npy
-    python tools/embed.py my_model --texts captions.txt --out captions.parquet
-    python tools/embed.py my_model --shards /data/cc3m --side image --out cc3m.npy
+    amclr-scale embed my_model --images photos/ --out photos.npy
+    amclr-scale embed my_model --texts captions.txt --out captions.parquet
+    amclr-scale embed my_model --shards /data/cc3m --side image --out cc3m.npy
 
 --shards takes what data.train does: an index, a folder, brace patterns, urls. Rows are then in the order of ids, and
 named by shard and key; --side text embeds each sample's first caption. Beside NAME.npy (float32, one row each, unit
@@ -108,7 +108,9 @@ def _pyarrow(out: Path) -> tuple[Any, Any]:
 
 def main(argv: list[str]) -> int:
     """Exit codes: 0 done, 2 a mistake, told in words."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="amclr-scale embed", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("model", help="a run folder, a checkpoint, or an exported folder")
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--images", help="a folder")
@@ -133,7 +135,3 @@ def main(argv: list[str]) -> int:
         return 2
     print(f"{total:,} rows -> {args.out}")
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

@@ -1,7 +1,7 @@
 """Evaluate trained models: retrieval, zero-shot, probes, geometry, with intervals, beside one another.
 
-    python launch/evaluate.py runs/NAME
-    python launch/evaluate.py runs/A runs/B --suite configs/evaluation/emoji.yaml
+    amclr-scale evaluate runs/NAME
+    amclr-scale evaluate runs/A runs/B --suite emoji
     torchrun --nproc-per-node 8 launch/evaluate.py open_clip/ViT-B-32:FILE --suite configs/evaluation/retrieval.yaml
 
 A suite is a YAML file with a section `evaluation` (and `data`, where captions are elsewhere); without one, what the
@@ -17,6 +17,7 @@ from typing import Any
 
 from amclr_scale.config.load import build, from_words, merge, read_file
 from amclr_scale.config.schema import Config
+from amclr_scale.config.shipped import find
 from amclr_scale.distributed.launcher import Place, end_with_launcher, find_place
 from amclr_scale.errors import UserError
 
@@ -24,7 +25,7 @@ from amclr_scale.errors import UserError
 def arguments(argv: list[str]) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(
-        prog="evaluate.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="amclr-scale evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
         "checkpoints",
@@ -48,7 +49,7 @@ def laid_over(config: Config, suites: list[str], words: list[str]) -> Config:
     tree: dict[str, Any] = config.model_dump(mode="json")
     tree["data"]["allow_pipe"] = False  # a folder from elsewhere must not choose a shell command and allow it too
     for suite in suites:
-        above = read_file(Path(suite))
+        above = read_file(find(suite, "evaluation"), argument="--suite")
         foreign = set(above) - {"evaluation", "data"}
         if foreign:
             raise UserError(
@@ -165,7 +166,3 @@ def main(argv: list[str]) -> int:
             os._exit(2)  # others may be waiting in a collective
         return 2
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

@@ -1,7 +1,7 @@
 """Turn a checkpoint, or the newest one of a run, into a folder that others can use.
 
-    python tools/export.py runs/quickstart --out my_model
-    python tools/export.py runs/quickstart/checkpoints/step_00001000 --to transformers --out my_model
+    amclr-scale export runs/quickstart --out my_model
+    amclr-scale export runs/quickstart/checkpoints/step_00001000 --to transformers --out my_model
 
 --to safetensors: plain weights with config.yaml, tokenizer and a card; read by `amclr_scale.load(FOLDER)`.
 --to transformers: also what `transformers.AutoModel.from_pretrained(FOLDER)` reads, once
@@ -40,7 +40,9 @@ FORMS: dict[str, Callable[[], Callable[[Path], None] | None]] = {
 
 def main(argv: list[str]) -> int:
     """Exit codes: 0 done, 2 a mistake, told in words."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="amclr-scale export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("checkpoint", type=Path, help="a run folder, or one of its checkpoints")
     parser.add_argument("--to", choices=list(FORMS), default="safetensors")
     parser.add_argument("--out", type=Path, required=True, help="a new folder")
@@ -52,7 +54,3 @@ def main(argv: list[str]) -> int:
         return 2
     print(f"{used} -> {args.out}")
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

@@ -1,8 +1,8 @@
 """The largest global batch that fits, and the fastest execution settings for a batch. Nothing is run but --verify.
 
-    python tools/fit.py --config configs/quickstart.yaml --gpus 8 --device h100
-    python tools/fit.py --config C --gpus 64 --per-node 8 --device a100-40gb --batch 32768 --num-samples 400000000
-    python tools/fit.py --config C --gpus 2 --device cpu --memory 64MiB --verify
+    amclr-scale fit --config configs/quickstart.yaml --gpus 8 --device h100
+    amclr-scale fit --config C --gpus 64 --per-node 8 --device a100-40gb --batch 32768 --num-samples 400000000
+    amclr-scale fit --config C --gpus 2 --device cpu --memory 64MiB --verify
 
 Words (key=value) go over the configuration, as for launch/train.py; keys of `execution` that they give stay as given,
 all others are searched. docs/memory.md says what the answers rest on.
@@ -35,7 +35,7 @@ CPU_SHARE = 0.9  # of what the host has available
 def arguments(argv: list[str]) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(
-        prog="fit.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="amclr-scale fit", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--config", help="YAML file; without it, the defaults")
     parser.add_argument("--gpus", type=int, required=True, help="ranks W, over all nodes")
@@ -216,8 +216,8 @@ def rehearse(config: Config, world_size: int, limit: int) -> tuple[dict[str, flo
         path, out = Path(folder) / "config.yaml", Path(folder) / "found"
         path.write_text(dump(config))
         launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world_size}"]
-        command = [*launcher, __file__, "--gpus", str(world_size), "--config", str(path), "--rehearse", str(out),
-                   "--limit", str(limit)]  # fmt: skip
+        command = [*launcher, "-m", "amclr_scale", "fit", "--gpus", str(world_size), "--config", str(path),
+                   "--rehearse", str(out), "--limit", str(limit)]  # fmt: skip
         # Every tensor of some size is a mapping of its own, and goes back to the system at once.
         allocator = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
         environment = {**os.environ, **allocator, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
@@ -323,25 +323,31 @@ def limited(run: Callable[[], object], limit: int, told: Path) -> None:
 def main(argv: list[str]) -> int:
     """Answer; with --verify, 1 where the machine disagrees."""
     options = arguments(argv)
+    # timm imports wandb where it is installed, for a quarter of a second, and nothing is logged here.
+    hides = "wandb" not in sys.modules
+    if hides:
+        sys.modules["wandb"] = None  # type: ignore[assignment]
     try:
-        if options.rehearse:
-            rehearse_here(options)
-            return 0
-        if options.verify and (options.device.lower() != "cpu" or options.batch):
-            raise UserError("--verify: runs the largest batch on this CPU; expected --device cpu and no --batch")
-        check_numbers(options)
-        begin = time.perf_counter()
-        gc.set_threshold(100_000, 20, 50)  # traces make millions of small objects, and hardly any in circles
-        fit = make_fit(options)
-        choices = answer(options, fit)
-        print(f"answered in {time.perf_counter() - begin:.1f} s")
-        return 0 if not options.verify or verify(options, fit, choices[0]) else 1
+        return run(options)
     except UserError as error:
         print(f"\n{error}", file=sys.stderr, flush=True)
         return 2
+    finally:
+        if hides:
+            del sys.modules["wandb"]
 
 
-if __name__ == "__main__":
-    # timm imports wandb where it is installed, for a quarter of a second, and nothing is logged here.
-    sys.modules["wandb"] = None  # type: ignore[assignment]
-    sys.exit(main(sys.argv[1:]))
+def run(options: argparse.Namespace) -> int:
+    """The flow: configuration -> search -> answer."""
+    if options.rehearse:
+        rehearse_here(options)
+        return 0
+    if options.verify and (options.device.lower() != "cpu" or options.batch):
+        raise UserError("--verify: runs the largest batch on this CPU; expected --device cpu and no --batch")
+    check_numbers(options)
+    begin = time.perf_counter()
+    gc.set_threshold(100_000, 20, 50)  # traces make millions of small objects, and hardly any in circles
+    fit = make_fit(options)
+    choices = answer(options, fit)
+    print(f"answered in {time.perf_counter() - begin:.1f} s")
+    return 0 if not options.verify or verify(options, fit, choices[0]) else 1

@@ -1,8 +1,8 @@
 """Write the index of some shards: counts, a fingerprint, and where every member lies.
 
-    python tools/index_shards.py FOLDER                               FOLDER/index.json
-    python tools/index_shards.py '/data/cc3m/{00000..00331}.tar' --workers 16
-    python tools/index_shards.py 'https://host/{00000..00331}.tar' --out index/index.json
+    amclr-scale shards index FOLDER                               FOLDER/index.json
+    amclr-scale shards index '/data/cc3m/{00000..00331}.tar' --workers 16
+    amclr-scale shards index 'https://host/{00000..00331}.tar' --out index/index.json
 
 Shards may be .tar or .tar.gz, local or remote. Each is read once, its member table is written at once (members/ beside
 the index), and an interrupted run goes on where it stopped. Damage is listed and does not stop the run: what is whole
@@ -14,8 +14,8 @@ import re
 import sys
 from pathlib import Path
 
+from amclr_scale.commands.words import run_command
 from amclr_scale.config import schema
-from amclr_scale.data.command_line import run_command
 from amclr_scale.data.index import Index, write_index
 from amclr_scale.data.indexing import build
 from amclr_scale.data.sources import is_remote, resolve_all, shards_in
@@ -40,14 +40,17 @@ def table_name(url: str) -> str:
     return re.sub(r"[^A-Za-z0-9._-]+", "_", url.rstrip("/").rsplit("/", 1)[-1]) + ".npz"
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def work(argv: list[str]) -> None:
+    """What `main` does, without the words for mistakes."""
+    parser = argparse.ArgumentParser(
+        prog="amclr-scale shards index", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("shards", nargs="+", help="a folder, paths with brace patterns, or urls")
     parser.add_argument("--out", type=Path, help="index file to write (default: index.json beside the first shard)")
     parser.add_argument("--workers", type=int, default=0, help="processes (default: this one)")
     parser.add_argument("--cache", help="folder for fetched and unpacked shards, as data.cache")
     parser.add_argument("--allow-pipe", action="store_true", help="run the commands of pipe: urls")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     urls = shards_of(arguments.shards)
     if arguments.out is None and is_remote(urls[0]):
         raise UserError("--out: expected a file to write, since the shards are remote")
@@ -68,5 +71,6 @@ def main() -> None:
     print(f"{out}: {index.num_samples:,} samples in {len(shards):,} shards, fingerprint {index.fingerprint}")
 
 
-if __name__ == "__main__":
-    run_command(main)
+def main(argv: list[str]) -> int:
+    """Exit codes: 0 done, 2 a mistake, told in words, 1 a full or closed disk."""
+    return run_command(work, argv)

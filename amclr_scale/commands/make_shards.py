@@ -1,12 +1,12 @@
 """Turn images and annotation files into shards with an index.
 
-    python tools/make_shards.py annotations --annotations cc3m_train_subset.json --images cc3m/ --out shards/cc3m
-    python tools/make_shards.py karpathy --annotations dataset_coco.json --images coco/ --split train --out out/
-    python tools/make_shards.py folder --images photos/ --out shards/photos --resize 256 --workers 8
+    amclr-scale shards make annotations --annotations cc3m_train_subset.json --images cc3m/ --out shards/cc3m
+    amclr-scale shards make karpathy --annotations dataset_coco.json --images coco/ --split train --out out/
+    amclr-scale shards make folder --images photos/ --out shards/photos --resize 256 --workers 8
 
 Formats: folder, annotations (SogCLR, iSogCLR, AmCLR, ALBEF), coco, karpathy, flickr30k, table (CC3M, CC12M with
 downloaded images); amclr_scale/data/ingestion.py says what each looks like. img2dataset's output and CLIP_benchmark's
-wds_* folders are shards already: train on them as they stand, or index them with tools/index_shards.py.
+wds_* folders are shards already: train on them as they stand, or index them with amclr-scale shards index.
 
 Samples are shuffled once, so that a shard is a fair sample. What cannot be used (no file, no caption, a broken image)
 is listed in rejects.jsonl with the reason. Each shard appears whole or not at all, and an interrupted run goes on.
@@ -28,8 +28,8 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import track
 
+from amclr_scale.commands.words import run_command
 from amclr_scale.config import schema
-from amclr_scale.data.command_line import run_command
 from amclr_scale.data.decoding import BadSampleError, Sample, decode
 from amclr_scale.data.index import write_index
 from amclr_scale.data.indexing import build
@@ -157,8 +157,11 @@ def check_plan(out: Path, plan: dict[str, Any]) -> None:
         left.unlink()
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def work(argv: list[str]) -> None:
+    """What `main` does, without the words for mistakes."""
+    parser = argparse.ArgumentParser(
+        prog="amclr-scale shards make", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("format", choices=sorted(FORMATS))
     parser.add_argument("--annotations", type=Path, help="annotation file")
     parser.add_argument("--images", type=Path, required=True, help="folder that image paths start from")
@@ -178,7 +181,7 @@ def main() -> None:
         "--clean", action="store_true", help="captions in lower case, few marks, at most 30 words (ALBEF)"
     )
     parser.add_argument("--workers", type=int, default=0, help="processes (default: this one)")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
 
     source = Annotations(arguments.annotations, arguments.images, arguments.split)
     records = read_records(arguments.format, source)
@@ -229,5 +232,6 @@ def finish(out: Path, samples: int, rejected: int, images: int) -> None:
     print(f"{out}: {samples:,} samples in {len(urls):,} shards; {rejected:,} rejected (rejects.jsonl)")
 
 
-if __name__ == "__main__":
-    run_command(main)
+def main(argv: list[str]) -> int:
+    """Exit codes: 0 done, 2 a mistake, told in words, 1 a full or closed disk."""
+    return run_command(work, argv)

@@ -1,7 +1,7 @@
 """Write K paraphrases of every caption once, with any seq2seq model of transformers, beside the shards.
 
-    python tools/paraphrase.py emoji/train --model /models/chatgpt_paraphraser_on_T5_base --out paraphrases/
-    python tools/paraphrase.py shards/cc3m --model PATH --filter /models/all-MiniLM-L6-v2 --rank 3 --ranks 8 --out ...
+    amclr-scale shards paraphrase emoji/train --model /models/chatgpt_paraphraser_on_T5_base --out paraphrases/
+    amclr-scale shards paraphrase shards/cc3m --model PATH --filter /models/all-MiniLM-L6-v2 --rank 3 --ranks 8 ...
 
     data: {text_view: paraphrases, paraphrases: paraphrases/, text_views: 1}       then in the configuration
 
@@ -24,8 +24,8 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 
+from amclr_scale.commands.words import run_command
 from amclr_scale.config import schema
-from amclr_scale.data.command_line import run_command
 from amclr_scale.data.decoding import BadSampleError, Field, Sample, check_whole
 from amclr_scale.data.index import Index
 from amclr_scale.data.indexing import open_index
@@ -153,8 +153,11 @@ def finished(out: Path, index: Index, shard: int) -> bool:
     return True
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def work(argv: list[str]) -> None:
+    """What `main` does, without the words for mistakes."""
+    parser = argparse.ArgumentParser(
+        prog="amclr-scale shards paraphrase", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("data", nargs="+", help="shards, named as in data.train")
     parser.add_argument("--model", required=True, help="seq2seq model: a local folder or a hub name")
     parser.add_argument("--out", type=Path, required=True, help="folder for the paraphrases")
@@ -173,7 +176,7 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, default=1, help="processes that share the work")
     parser.add_argument("--device", help="default: a GPU by --rank, or the CPU where there is none")
     parser.add_argument("--seed", type=int, default=0, help="of the sampling")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     if not 0 <= arguments.rank < arguments.ranks:
         raise UserError(f"--rank: expected 0 .. {arguments.ranks - 1}, got {arguments.rank}")
 
@@ -209,5 +212,6 @@ def report(out: Path, index: Index, own: range) -> None:
     print(f"{out}: {kept:,} paraphrases of {samples:,} samples kept, out of {asked:,} candidates ({share})")
 
 
-if __name__ == "__main__":
-    run_command(main)
+def main(argv: list[str]) -> int:
+    """Exit codes: 0 done, 2 a mistake, told in words, 1 a full or closed disk."""
+    return run_command(work, argv)

@@ -1,6 +1,6 @@
 """Run a study: arms x batch sizes x seeds from one plan, with what is held equal, and a report at the end.
 
-    .venv/bin/python launch/study.py configs/studies/mini_amclr.yaml
+    amclr-scale study mini_amclr
 
 Finished cells are skipped, broken ones go on, failing ones are recorded. Exit codes: 0 all cells are finished, 1 some
 failed, 2 a mistake in the plan, told in words, 75 asked to end: the same command goes on.
@@ -20,9 +20,12 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     from amclr_scale.study.planning.help import describe
 
     parser = argparse.ArgumentParser(
-        prog="study.py", description=__doc__, epilog=describe(), formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="amclr-scale study",
+        description=__doc__,
+        epilog=describe(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("plan", metavar="PLAN", help="YAML file, such as configs/studies/mini_amclr.yaml")
+    parser.add_argument("plan", metavar="PLAN", help="YAML file, or the name of a shipped plan, such as mini_amclr")
     parser.add_argument("words", nargs="*", metavar="key=value", help="overrides of the plan, such as budget.epochs=4")
     parser.add_argument("--dry-run", action="store_true", help="check everything, print the cells, stop")
     parser.add_argument("--report", action="store_true", help="only write the report of what is there")
@@ -98,7 +101,3 @@ def report(folder: Path) -> int:
 def say(line: str) -> None:
     """A line on the console, at once."""
     print(line, flush=True)
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

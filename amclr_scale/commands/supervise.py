@@ -1,6 +1,6 @@
 """Run a training command until it is done: after a crash, a dead rank or a preemption, start it again.
 
-    python tools/supervise.py --restarts 10 -- deepspeed launch/train.py --config x.yaml run.name=x resume=auto
+    amclr-scale supervise --restarts 10 -- deepspeed launch/train.py --config x.yaml run.name=x resume=auto
 
 The command must say resume=auto, and run.name so that it goes on with its own run. Exit code 2 (a mistake that words
 can mend) is not tried again, nor is a run that made no step in three starts one after another. Success is judged by
@@ -98,13 +98,11 @@ def end_group(group: int, patience: float = 60.0) -> None:
 
 def main(argv: list[str]) -> int:
     """Read the command line and supervise."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="amclr-scale supervise", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--restarts", type=int, default=10)
     parser.add_argument("--pause", type=float, default=5.0, help="seconds before a restart")
     parser.add_argument("command", nargs="+", help="after --")
     args = parser.parse_args(argv)
     return supervise(args.command, args.restarts, args.pause)
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

@@ -2,9 +2,9 @@
 
     deepspeed launch/train.py --config configs/quickstart.yaml train.global_batch_size=1024 objective.name=sogclr
 
-The same file runs under torchrun, srun, or plain python (one rank). Exit codes: 0 done, 1 failed, 2 a mistake in the
-configuration, the data or the command, told in words, 75 ended early by SIGTERM, SIGUSR1 or train.max_hours with all
-its state saved: the same command with resume=auto goes on.
+The same words follow `torchrun launch/train.py`, `srun` or, for one rank, `amclr-scale train`. Exit codes: 0 done,
+1 failed, 2 a mistake in the configuration, the data or the command, told in words, 75 ended early by SIGTERM, SIGUSR1
+or train.max_hours with all its state saved: the same command with resume=auto goes on.
 """
 
 import argparse
@@ -38,9 +38,14 @@ if TYPE_CHECKING:
 def arguments(argv: list[str]) -> argparse.Namespace:
     """The command line: a file, words that override its keys, and what launchers add."""
     parser = argparse.ArgumentParser(
-        prog="train.py", description=__doc__, epilog=describe(), formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="amclr-scale train",
+        description=__doc__,
+        epilog=describe(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--config", help="YAML file; without it, the defaults")
+    parser.add_argument(
+        "--config", help="YAML file, or a shipped one's name, such as quickstart; default: the schema's"
+    )
     parser.add_argument(
         "--dry-run", action="store_true", help="check everything, print the configuration and the arithmetic, stop"
     )
@@ -279,10 +284,6 @@ def preview(config: Config, place: Place) -> str:
 
     inputs = open_data(config, place)
     if config.execution.auto:
-        return f"{inputs.plan}\nexecution: auto is settled at the start, from free memory; tools/fit.py predicts it"
+        return f"{inputs.plan}\nexecution: auto is settled at the start, from free memory; amclr-scale fit predicts it"
     predicted = foresee(config, place, inputs.loader.num_samples)
     return f"{inputs.plan}\npredicted memory of a rank:\n{predicted.table()}\n{predicted.advice()}"
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

@@ -1,6 +1,6 @@
 """Train a byte-pair vocabulary on the captions of some shards and write it as one tokenizer.json.
 
-    python tools/train_tokenizer.py emoji/train --captions json.captions txt --out tokenizer.json
+    amclr-scale shards tokenizer emoji/train --captions json.captions txt --out tokenizer.json
 
 Sennrich et al., "Neural Machine Translation of Rare Words with Subword Units", ACL 2016, arXiv:1508.07909, on bytes,
 so that no text is unknown. The same captions give the same file, byte for byte. (WordPiece training in the same library
@@ -15,8 +15,8 @@ from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
+from amclr_scale.commands.words import run_command
 from amclr_scale.config import schema
-from amclr_scale.data.command_line import run_command
 from amclr_scale.data.decoding import BadSampleError, Field, Sample, check_whole
 from amclr_scale.data.index import Index
 from amclr_scale.data.indexing import open_index
@@ -56,13 +56,16 @@ def train(captions: Counter[str], entries: int) -> Tokenizer:
     return tokenizer
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def work(argv: list[str]) -> None:
+    """What `main` does, without the words for mistakes."""
+    parser = argparse.ArgumentParser(
+        prog="amclr-scale shards tokenizer", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("data", nargs="+", help="shards, named as in data.train")
     parser.add_argument("--captions", nargs="+", default=["txt"], help="where captions are: txt, json.FIELD")
     parser.add_argument("--entries", type=int, default=4096, help="largest size of the vocabulary")
     parser.add_argument("--out", type=Path, required=True, help="file to write")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     settings = schema.Data(train=arguments.data, caption=arguments.captions[0])
     index = open_index(settings)
     counts = Counter(captions_of(index, [Field.parse(words) for words in arguments.captions], settings))
@@ -72,5 +75,6 @@ def main() -> None:
     print(f"{arguments.out}: {entries:,} entries from {captions:,} captions ({len(counts):,} distinct)")
 
 
-if __name__ == "__main__":
-    run_command(main)
+def main(argv: list[str]) -> int:
+    """Exit codes: 0 done, 2 a mistake, told in words, 1 a full or closed disk."""
+    return run_command(work, argv)

@@ -19,6 +19,7 @@ from pydantic_core import ErrorDetails
 from amclr_scale.config.checks import check
 from amclr_scale.config.objective_options import option_models
 from amclr_scale.config.schema import Config
+from amclr_scale.config.shipped import find
 from amclr_scale.errors import UserError
 
 RECIPE = ("seed", "data", "model", "objective", "optimizer", "train", "evaluation")
@@ -122,7 +123,9 @@ def read_file(path: Path, seen: tuple[Path, ...] = (), argument: str = "--config
         UserError: no such file, not readable, or a circle of bases.
     """
     if not path.is_file():
-        raise UserError(f"{argument}: expected a YAML file, got {path}, which does not exist")
+        raise UserError(
+            f"{argument}: expected a YAML file or the name of a shipped one, got {path}, which does not exist"
+        )
     if path.resolve() in seen:
         raise UserError(f"base: {path} names itself through {seen[-1]}")
     try:
@@ -270,14 +273,14 @@ def load(path: str | Path | None, words: Sequence[str] = (), world_size: int = 1
     """Read a configuration file, put the words over it, check everything.
 
     Args:
-        path: YAML file; None: the schema's defaults.
+        path: YAML file, or the name of a shipped one; None: the schema's defaults.
         words: `section.key=value`, YAML on the right of the sign.
         world_size: number of ranks, for the checks that depend on it.
 
     Raises:
         UserError: one line per mistake, all of them, the key first.
     """
-    return build(merge(read_file(Path(path)) if path else {}, from_words(words)), world_size)
+    return build(merge(read_file(find(path)) if path else {}, from_words(words)), world_size)
 
 
 def dump(config: Config) -> str:

@@ -73,7 +73,7 @@ class Data(Section):
     """Where a sample's caption is: txt, or json.FIELD (a string, or a list of which one is drawn per epoch). A list of
     such places: every epoch draws the place too; evaluation uses the first, which every sample must have."""
     image_id: str | None = None
-    """Where samples that share an image say which: json.FIELD, numbers 0, 1, ... per data set (tools/make_shards.py
+    """Where samples that share an image say which: json.FIELD, numbers 0, 1, ... per data set (amclr-scale shards make
     writes image_id). Per-sample state of images then goes by image, that of texts by sample; null: one caption per
     image."""
     image_views: Annotated[int, Field(ge=0)] = 0
@@ -89,7 +89,7 @@ class Data(Section):
     text_augmentation: TextAugmentation = TextAugmentation()
     """Word-level changes to further captions."""
     paraphrases: str | None = None
-    """Folder that tools/paraphrase.py wrote for these shards: makes `paraphrases` a place for text_view."""
+    """Folder that amclr-scale shards paraphrase wrote for these shards: makes `paraphrases` a place for text_view."""
     max_bad_fraction: Fraction = 0.01
     """Share of unreadable samples past which the run stops. Each is replaced by another sample, and logged."""
     max_image_pixels: Positive = 100_000_000

@@ -148,7 +148,7 @@ def read_entries(path: Path) -> list[dict[str, Any]]:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"{path}: expected an index (JSON with a `shardlist` of `url` and `nsamples`), got {error!r}; "
-            "tools/index_shards.py writes one"
+            "amclr-scale shards index writes one"
         ) from error
     if not entries:
         raise UserError(f"{path}: expected at least one shard in `shardlist`, got none")

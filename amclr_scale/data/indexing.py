@@ -1,8 +1,8 @@
 """Open the index of what a configuration names, and write one where there is none.
 
 Indexing reads every tar's headers once. An index that training makes by itself goes to the cache folder, never beside
-the user's shards; tools/index_shards.py puts it there on purpose, for everybody. Each shard's member table is written
-as soon as it is known, so an interrupted run goes on where it stopped.
+the user's shards; `amclr-scale shards index` puts it there on purpose, for everybody. Each shard's member table is
+written as soon as it is known, so an interrupted run goes on where it stopped.
 """
 
 import hashlib

@@ -45,8 +45,8 @@ class ParaphraseReader:
             origin = json.loads(content.split(b"\n", 1)[0])
         except (OSError, ValueError) as error:
             raise UserError(
-                f"data.paraphrases: {self.path}: expected paraphrases of {shard.url}, got {error}; tools/paraphrase.py "
-                "writes them"
+                f"data.paraphrases: {self.path}: expected paraphrases of {shard.url}, got {error}; "
+                "amclr-scale shards paraphrase writes them"
             ) from error
         ends = [i for i, byte in enumerate(content) if byte == ord("\n")]
         if origin.get("digest") != shard.digest or len(ends) != shard.num_samples + 1:

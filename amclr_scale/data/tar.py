@@ -107,7 +107,7 @@ class Members:
             )
         except (OSError, EOFError, KeyError, ValueError, zlib.error, zipfile.BadZipFile) as error:
             raise UserError(
-                f"{path}: expected a member table written by tools/index_shards.py, got {error}; index the shards again"
+                f"{path}: expected a member table of amclr-scale shards index, got {error}; index the shards again"
             ) from error
 
 

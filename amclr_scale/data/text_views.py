@@ -69,7 +69,7 @@ class TextViews:
         self.synonyms = load_synonyms(self.recipe) if data.text_views else {}
         self.needs_paraphrases = any(field.member == "paraphrases" for field in self.further)
         if self.needs_paraphrases and data.paraphrases is None:
-            raise UserError("data.paraphrases: expected the folder that tools/paraphrase.py wrote, got none")
+            raise UserError("data.paraphrases: expected the folder that amclr-scale shards paraphrase wrote, got none")
 
     @property
     def members(self) -> frozenset[str]:

@@ -2,7 +2,7 @@
 
     emoji               byte-pair encoding trained on the embedded corpus' captions; ships with the package
     clip                OpenAI CLIP's byte-pair encoding, out of the open_clip_torch package
-    FILE.json           a tokenizer.json of the `tokenizers` library (tools/train_tokenizer.py writes one)
+    FILE.json           a tokenizer.json of the `tokenizers` library (amclr-scale shards tokenizer writes one)
     FOLDER              a transformers tokenizer (tokenizer.json, vocab.txt, ...)
 
 Every row is [start] tokens [end] padding: the last token that is not padding is the end token, also where the caption

@@ -51,12 +51,13 @@ def advise(config: Config, *, place: Place, num_samples: int, device: torch.devi
         "config": config.model_dump(mode="json"), "world_size": place.world_size, "num_samples": num_samples,
         "device": device.type, "phase": phase, "limit": limit_of(device, place.local_world_size),
     }  # fmt: skip
-    root = Path(__file__).resolve().parents[2]
+    package = str(Path(__file__).resolve().parents[2])  # found from anywhere, also where it is not installed
     command = [sys.executable, "-W", "ignore", "-m", "amclr_scale.planner.oom_advice"]
     elsewhere = os.environ | {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}  # where memory is full
+    elsewhere["PYTHONPATH"] = os.pathsep.join(path for path in (package, os.environ.get("PYTHONPATH")) if path)
     try:
         answer = subprocess.run(
-            command, input=json.dumps(asked), capture_output=True, text=True, timeout=TIMEOUT, cwd=root, check=True,
+            command, input=json.dumps(asked), capture_output=True, text=True, timeout=TIMEOUT, check=True,
             env=elsewhere,
         )  # fmt: skip
     except (subprocess.SubprocessError, OSError) as error:
@@ -87,7 +88,7 @@ def sentence(config: Config, *, world_size: int, num_samples: int, device: str, 
         if peak <= limit:
             words = " ".join(f"execution.{key}={value}" for key, value in settings.items())
             return f"{told}\n{words} fits: {in_words(peak)} of {in_words(limit)}"
-    return f"{told}\nno single key is enough: tools/fit.py --memory {in_words(limit).replace(' ', '')} looks at all"
+    return f"{told}\nno single key is enough: amclr-scale fit --memory {in_words(limit).replace(' ', '')} looks at all"
 
 
 def _changes(

@@ -15,8 +15,8 @@ A step is the sum of these, per rank; nothing is taken to overlap but stage 3's 
     optimizer    every state read and written once / memory bandwidth; offloaded states at the speed of the host's link
     host         offloaded gradients and parameters / the host's link
 
-Waiting for data and evaluation are not in it. `Rates` holds what no data sheet says; `--utilisation` of tools/fit.py or
-the hfu that a run logged replaces its first guess. Orders are more reliable than times.
+Waiting for data and evaluation are not in it. `Rates` holds what no data sheet says; `--utilisation` of `amclr-scale
+fit` or the hfu that a run logged replaces its first guess. Orders are more reliable than times.
 """
 
 from dataclasses import dataclass, fields

@@ -96,7 +96,7 @@ def open_model(name: str) -> Loaded:
 
 
 def load(path: str | Path, device: str | torch.device = "cpu") -> Model:
-    """A model from a run folder, one of its checkpoints, or a folder that tools/export.py wrote.
+    """A model from a run folder, one of its checkpoints, or a folder that amclr-scale export wrote.
 
     Raises:
         UserError: there is no such model, or it is damaged.

@@ -33,7 +33,9 @@ def start(tmp_path, what, *options, **keys):
     words = [str(tmp_path / "a"), what, f"run.folder={tmp_path}", "run.name=a", "resume=auto"]
     command = [
         sys.executable,
-        "tools/supervise.py",
+        "-m",
+        "amclr_scale",
+        "supervise",
         "--pause",
         "0",
         *options,
@@ -89,7 +91,7 @@ def test_a_signal_between_two_starts_ends_it_too(tmp_path):
 
 
 def test_the_command_must_be_resumable():
-    command = [sys.executable, "tools/supervise.py", "--", "true", "run.name=a"]
+    command = [sys.executable, "-m", "amclr_scale", "supervise", "--", "true", "run.name=a"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert "resume=auto" in done.stderr

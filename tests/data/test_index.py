@@ -27,7 +27,7 @@ def captions(index):
 
 
 def write_own_index(folder: Path) -> Path:
-    """What tools/index_shards.py does."""
+    """What amclr-scale shards index does."""
     urls = sorted(map(str, folder.glob("*.tar*")))
     tables = [folder / "members" / f"{Path(url).name}.npz" for url in urls]
     write_index(folder / "index.json", "test", build(urls, tables, Storage(folder / "cache")))

@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -22,12 +21,11 @@ from amclr_scale.data.text_views import clean_caption
 from amclr_scale.errors import UserError
 from tests.data.shards import settings, write_tar
 
-TOOLS = Path(__file__).parents[2] / "tools"
 N = 60
 
 
 def run(tool, *arguments):
-    command = [sys.executable, str(TOOLS / tool), *map(str, arguments)]
+    command = [sys.executable, "-m", "amclr_scale", "shards", tool, *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
 
 
@@ -184,7 +182,7 @@ def test_annotations_to_shards_and_back(corpus, tmp_path):
     out = tmp_path / "out"
     arguments = ["annotations", "--annotations", tmp_path / "train.json", "--images", folder / "images", "--out", out]
     arguments += ["--per-shard", 25, "--workers", 2]
-    first = run("make_shards.py", *arguments)
+    first = run("make", *arguments)
     assert first.returncode == 0, first.stderr
     assert "60 samples in 3 shards; 0 rejected" in first.stdout
     found = contents(out)
@@ -192,12 +190,12 @@ def test_annotations_to_shards_and_back(corpus, tmp_path):
     assert all(text == captions[0] for text, captions, _ in found.values())
     times = [path.stat().st_mtime_ns for path in sorted(out.glob("*.tar"))]
     (out / "00001.tar").unlink()  # as if it had been interrupted there
-    again = run("make_shards.py", *arguments)
+    again = run("make", *arguments)
     assert again.returncode == 0, again.stderr
     after = [path.stat().st_mtime_ns for path in sorted(out.glob("*.tar"))]
     assert [a == b for a, b in zip(times, after, strict=True)] == [True, False, True]
     assert contents(out).keys() == found.keys()
-    other = run("make_shards.py", *arguments, "--clean")
+    other = run("make", *arguments, "--clean")
     assert other.returncode == 2
     assert "--out:" in other.stderr
     assert "made with other arguments" in other.stderr
@@ -219,7 +217,7 @@ def test_pairs_share_an_image_id_and_rejects_are_listed(corpus, tmp_path):
     (tmp_path / "train.json").write_text(json.dumps(entries))
     out = tmp_path / "out"
     result = run(
-        "make_shards.py", "annotations", "--annotations", tmp_path / "train.json", "--images", images, "--out", out,
+        "make", "annotations", "--annotations", tmp_path / "train.json", "--images", images, "--out", out,
         "--layout", "pairs", "--resize", 32, "--encode", "png",
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
@@ -337,12 +335,12 @@ def test_the_index_tool(tmp_path):
     from tests.data.shards import write_shards
 
     write_shards(tmp_path, [3, 4])
-    result = run("index_shards.py", tmp_path, "--workers", 2)
+    result = run("index", tmp_path, "--workers", 2)
     assert result.returncode == 0, result.stderr
     assert "7 samples in 2 shards, fingerprint" in result.stdout
     index = open_index(settings(str(tmp_path)))
     assert index.shards[0].members.parent == tmp_path / "members"
     assert index.fingerprint in result.stdout
-    result = run("index_shards.py", tmp_path / "nothing.tar")
+    result = run("index", tmp_path / "nothing.tar")
     assert result.returncode == 2
     assert result.stderr.startswith("shards: no such shard")

@@ -1,15 +1,14 @@
 """Paraphrases are made once, beside the shards, and are further captions of the right samples."""
 
-import importlib.util
 import json
 import shutil
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
 
+from amclr_scale.commands import paraphrase
 from amclr_scale.config import schema
 from amclr_scale.data.indexing import open_index
 from amclr_scale.data.loader import TrainLoader
@@ -20,8 +19,6 @@ from amclr_scale.errors import UserError
 from amclr_scale.torchvision_ops import import_torchvision
 from tests.data.shards import settings, write_shards
 from tests.data.test_loader import assert_same, joined, take
-
-TOOL = Path(__file__).parents[2] / "tools/paraphrase.py"
 
 
 def write_all(data, folder, make):
@@ -104,22 +101,14 @@ class Result:
 
 
 @pytest.fixture
-def run(monkeypatch, capsys):
+def run(capsys):
     """The tool, in this process: importing transformers takes longer than everything that it does here."""
-    specification = importlib.util.spec_from_file_location("paraphrase", TOOL)
-    tool = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(tool)
 
     def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["paraphrase.py", *map(str, arguments), "--device", "cpu"])
-        try:
-            tool.run_command(tool.main)
-            code = 0
-        except SystemExit as leaving:
-            code = leaving.code
+        code = paraphrase.main([*map(str, arguments), "--device", "cpu"])
         return Result(code, *capsys.readouterr())
 
-    call.keep = tool.keep
+    call.keep = paraphrase.keep
     return call
 
 

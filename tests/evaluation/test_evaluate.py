@@ -1,6 +1,5 @@
 """launch/evaluate.py: from files to a table, results and a sheet; a second model is compared item by item."""
 
-import importlib.util
 import io
 import json
 import os
@@ -15,6 +14,7 @@ from PIL import Image
 from rich.console import Console
 from safetensors.torch import save_file
 
+from amclr_scale.commands.evaluate import main
 from amclr_scale.distributed.collectives import rank, world_size
 from amclr_scale.encoders.dual_encoder import Normalise
 from amclr_scale.evaluation.models import load_model
@@ -28,15 +28,6 @@ from tests.evaluation.test_run import model, recipe
 
 N = 20
 ROOT = Path(__file__).parents[2]
-
-
-@pytest.fixture(scope="module")
-def main():
-    path = ROOT / "launch" / "evaluate.py"
-    spec = importlib.util.spec_from_file_location("launch_evaluate", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.main
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +48,7 @@ def runs(tmp_path_factory) -> Path:
     return root
 
 
-def test_two_runs_beside_one_another(main, runs, tmp_path, capsys):
+def test_two_runs_beside_one_another(runs, tmp_path, capsys):
     suite = tmp_path / "suite.yaml"
     suite.write_text("evaluation:\n  geometry: true\n")
     words = [str(runs / "first"), str(runs / "second"), "--suite", str(suite), "--sheet", "3"]
@@ -81,14 +72,14 @@ def test_two_runs_beside_one_another(main, runs, tmp_path, capsys):
         assert Image.open(tmp_path / "out" / f"sheet_{number}_0.png").size[0] > 600
 
 
-def test_results_of_a_run_go_into_its_folder(main, runs):
+def test_results_of_a_run_go_into_its_folder(runs):
     assert main([str(runs / "first")]) == 0
     results = json.loads((runs / "first" / "evaluation" / "results.json").read_text())
     want = Evaluator(recipe(f"{runs}/split/00000.tar"))(model(recipe()))
     assert results["results"]["first"] == pytest.approx(want, abs=1e-9)
 
 
-def test_two_ranks_of_a_launcher_give_the_numbers_of_one(main, runs, tmp_path):
+def test_two_ranks_of_a_launcher_give_the_numbers_of_one(runs, tmp_path):
     """The tool itself under torchrun: every number, interval, comparison and picture."""
     words = [str(runs / "first"), str(runs / "second"), "--sheet", "2", "--set", "evaluation.geometry=true"]
     words += ["--set", "evaluation.batch_size=3", "--output"]
@@ -115,7 +106,7 @@ def test_two_ranks_of_a_launcher_give_the_numbers_of_one(main, runs, tmp_path):
         assert (tmp_path / "one" / sheet).read_bytes() == (tmp_path / "two" / sheet).read_bytes()
 
 
-def test_temperatures_of_every_sample(main, runs, tmp_path, capsys):
+def test_temperatures_of_every_sample(runs, tmp_path, capsys):
     log_u = torch.zeros(30)
     log_u[20:] = -torch.inf  # not met yet
     state = {"text_state.temperature": torch.full((30, 2), 0.03), "text_state.log_u": torch.zeros(30, 2)}
@@ -142,7 +133,7 @@ def test_temperatures_of_every_sample(main, runs, tmp_path, capsys):
     assert "## first: temperatures" in (tmp_path / "results.md").read_text()
 
 
-def test_other_statistics_of_pixels(main, runs, tmp_path):
+def test_other_statistics_of_pixels(runs, tmp_path):
     words = [str(runs / "second"), "--set", "evaluation.resamples=0", "--set", "data.image_mean=[0.1,0.9,0.5]"]
     assert main([*words, "--set", "data.image_std=[0.5,0.1,0.3]", "--output", str(tmp_path)]) == 0
     got = json.loads((tmp_path / "results.json").read_text())["results"]["second"]
@@ -191,7 +182,7 @@ def test_what_will_be_encoded_is_known(runs):
     assert evaluator.items() > small.items()
 
 
-def test_mistakes_are_one_line_and_code_2(main, runs, tmp_path, capsys):
+def test_mistakes_are_one_line_and_code_2(runs, tmp_path, capsys):
     def said(*words: str) -> str:
         assert main([*words]) == 2
         return capsys.readouterr().err.strip()

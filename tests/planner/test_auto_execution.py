@@ -11,7 +11,7 @@ from amclr_scale.engine.deepspeed_setup import build_engine
 from amclr_scale.engine.step import TrainStep
 from amclr_scale.memory.account import account
 from amclr_scale.metrics.phases import Phases
-from amclr_scale.planner import auto_execution as settle
+from amclr_scale.planner import auto_execution
 from amclr_scale.planner.auto_execution import MARGIN, Unsettled, free_memory
 from amclr_scale.planner.search import changed, with_batch
 from amclr_scale.types import Batch
@@ -30,7 +30,7 @@ def peak(config: Config, kept: int) -> int:
 def test_as_many_graphs_are_kept_as_the_fullest_rank_has_room_for(monkeypatch, wanted):
     config = with_batch(small(micro_batch_size=16, kept_micro_batches="auto"), 256)
     least = round((peak(config, wanted) + 1) / MARGIN) + 1
-    monkeypatch.setattr(settle, "gather_numbers", lambda numbers, ranks: [[10**12], [least], [10**11]])
+    monkeypatch.setattr(auto_execution, "gather_numbers", lambda numbers, ranks: [[10**12], [least], [10**11]])
     settled, words = Unsettled(config, Place(), 10_000).settle(CPU)
     assert settled.execution.kept_micro_batches == wanted
     assert make_plan(settled, 10_000, 1).kept == wanted
@@ -38,7 +38,7 @@ def test_as_many_graphs_are_kept_as_the_fullest_rank_has_room_for(monkeypatch, w
 
 
 def test_auto_settles_every_key_and_keeps_what_was_given(monkeypatch):
-    monkeypatch.setattr(settle, "free_memory", lambda device, ranks_here: 200 * MIB)
+    monkeypatch.setattr(auto_execution, "free_memory", lambda device, ranks_here: 200 * MIB)
     config = with_batch(small(auto=True, micro_batch_size=32, kept_micro_batches="auto"), 512)
     settled, words = Unsettled(config, Place(), 10_000).settle(CPU)
     execution = settled.execution
@@ -77,7 +77,9 @@ def losses(config: Config) -> list[float]:
 
 def test_a_settled_run_gives_the_numbers_of_the_run_with_that_integer(ranks, monkeypatch):
     config = with_batch(small(micro_batch_size=16, kept_micro_batches="auto"), 128)
-    monkeypatch.setattr(settle, "free_memory", lambda device, ranks_here: round((peak(config, 5) + 1) / MARGIN) + 1)
+    monkeypatch.setattr(
+        auto_execution, "free_memory", lambda device, ranks_here: round((peak(config, 5) + 1) / MARGIN) + 1
+    )
     settled, _ = Unsettled(config, Place(), 10_000).settle(CPU)
     given = with_batch(small(micro_batch_size=16, kept_micro_batches=5), 128)
     assert settled.execution.kept_micro_batches == 5

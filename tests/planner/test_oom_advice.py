@@ -13,7 +13,7 @@ from amclr_scale.engine.step import OutOfMemoryError, TrainStep
 from amclr_scale.memory.account import account
 from amclr_scale.memory.units import MIB
 from amclr_scale.metrics.phases import Phases
-from amclr_scale.planner import oom_advice as advice
+from amclr_scale.planner import oom_advice
 from amclr_scale.types import Batch
 
 CPU = torch.device("cpu")
@@ -31,7 +31,7 @@ def peak(of: Config) -> int:
 @pytest.mark.parametrize("words", [["execution.micro_batch_size=32"], ["execution.text_micro_batch_size=16"]])
 def test_the_number_that_is_named_fits_and_the_next_larger_does_not(words):
     limit = 24 * MIB
-    told = advice.sentence(config(*words), world_size=1, num_samples=256, device="cpu", phase="pass_2", limit=limit)
+    told = oom_advice.sentence(config(*words), world_size=1, num_samples=256, device="cpu", phase="pass_2", limit=limit)
     assert "more than 24.0 MiB" in told
     assert "largest: image activations" in told
     named = [word for word in told.splitlines()[1].split() if word.startswith("execution.")]
@@ -42,13 +42,13 @@ def test_the_number_that_is_named_fits_and_the_next_larger_does_not(words):
 
 
 def test_what_does_not_fit_whatever_one_key_is_says_so():
-    told = advice.sentence(config(), world_size=1, num_samples=256, device="cpu", phase="optimizer", limit=MIB)
+    told = oom_advice.sentence(config(), world_size=1, num_samples=256, device="cpu", phase="optimizer", limit=MIB)
     assert "no single key is enough" in told
-    assert "tools/fit.py --memory 1.0MiB" in told
+    assert "amclr-scale fit --memory 1.0MiB" in told
 
 
 def test_a_failed_allocation_gets_the_advice_of_another_process(monkeypatch):
-    monkeypatch.setattr(advice, "limit_of", lambda *_: 24 * MIB)
+    monkeypatch.setattr(oom_advice, "limit_of", lambda *_: 24 * MIB)
     run = config("execution.micro_batch_size=32")
 
     class Starved:
@@ -66,7 +66,7 @@ def test_a_failed_allocation_gets_the_advice_of_another_process(monkeypatch):
         Starved(),
         lambda embeddings: None,
         micro_batch_sizes=(32, 32), device=CPU, phases=Phases(CPU),
-        advice=lambda phase: advice.advise(run, place=Place(), num_samples=256, device=CPU, phase=phase),
+        advice=lambda phase: oom_advice.advise(run, place=Place(), num_samples=256, device=CPU, phase=phase),
     )  # fmt: skip
     batch = Batch(
         ids=torch.arange(64),
@@ -82,6 +82,6 @@ def test_a_failed_allocation_gets_the_advice_of_another_process(monkeypatch):
 
 
 def test_an_account_that_fails_does_not_hide_the_error(monkeypatch):
-    monkeypatch.setattr(advice, "TIMEOUT", 0.01)
-    told = advice.advise(config(), place=Place(), num_samples=256, device=CPU, phase="pass_2")
+    monkeypatch.setattr(oom_advice, "TIMEOUT", 0.01)
+    told = oom_advice.advise(config(), place=Place(), num_samples=256, device=CPU, phase="pass_2")
     assert told.startswith("the memory account gave no answer")

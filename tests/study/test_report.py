@@ -13,12 +13,11 @@ from amclr_scale.errors import UserError
 from amclr_scale.study.analysis.comparison import Outcome, compare, groups_of, reference_of
 from amclr_scale.study.analysis.reading import read_study
 from amclr_scale.study.analysis.units import unit_of
+from amclr_scale.study.report import curves, plots, probe_figures, rank_scaling
 from amclr_scale.study.report.claims import NOT_MEASURED, load_claims, measures_of
 from amclr_scale.study.report.compose import compose
 from amclr_scale.study.report.document import Figure, csv_text, escape, page
-from amclr_scale.study.report.write import curves, plots, write_report
-from amclr_scale.study.report.write import probe_figures as whole_set
-from amclr_scale.study.report.write import rank_scaling as scaling
+from amclr_scale.study.report.write import write_report
 from amclr_scale.study.statistics.decisions import estimate
 from tests.study import synthetic
 from tests.study.synthetic import KEYS, make_study
@@ -75,8 +74,8 @@ def undrawn(monkeypatch):
 
     monkeypatch.setattr(plots, "finish", finish)
     monkeypatch.setattr(curves, "finish", finish)
-    monkeypatch.setattr(whole_set, "finish", finish)
-    monkeypatch.setattr(scaling, "finish", finish)
+    monkeypatch.setattr(probe_figures, "finish", finish)
+    monkeypatch.setattr(rank_scaling, "finish", finish)
 
 
 def test_the_page_is_self_contained_and_well_formed(folder):

@@ -244,7 +244,7 @@ def test_a_study_can_be_planned_from_its_folder_alone(tmp_path: Path) -> None:
 def test_command_lines_of_the_launchers(tmp_path: Path) -> None:
     plan, cells = make(tmp_path, "execution.words=[execution.workers=1]", "wandb_group=g", "execution.jobs=2")
     words = command(plan, StudyFolder(plan.place), cells[0])
-    assert words[:2] == [sys.executable, str(ROOT / "launch" / "train.py")]
+    assert words[:4] == [sys.executable, "-m", "amclr_scale", "train"]
     assert {"resume=auto", "run.name=clip-B32-s0", "run.wandb_group=g", "execution.workers=1", "seed=0"} <= set(words)
     assert any(word.startswith("execution.threads=") for word in words)
     for launcher, part in (("torchrun", "--nproc-per-node=2"), ("deepspeed", "deepspeed.launcher.launch")):

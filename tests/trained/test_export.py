@@ -176,7 +176,15 @@ def test_embedding_a_folder_of_pictures(run, tmp_path):
         noise = np.random.default_rng(number).integers(0, 255, (40, 50, 3), dtype=np.uint8)
         Image.fromarray(noise).save(tmp_path / "pictures" / f"{number}.png")
     export(run[0], tmp_path / "out")
-    command = [sys.executable, "tools/embed.py", str(tmp_path / "out"), "--images", str(tmp_path / "pictures")]
+    command = [
+        sys.executable,
+        "-m",
+        "amclr_scale",
+        "embed",
+        str(tmp_path / "out"),
+        "--images",
+        str(tmp_path / "pictures"),
+    ]
     subprocess.run([*command, "--out", str(tmp_path / "rows.npy")], cwd=ROOT, check=True)
     rows = np.load(tmp_path / "rows.npy")
     names = (tmp_path / "rows.txt").read_text().splitlines()
@@ -187,7 +195,7 @@ def test_embedding_a_folder_of_pictures(run, tmp_path):
 
 @pytest.mark.parametrize("side", ["image", "text"])
 def test_embedding_a_data_set(run, tmp_path, monkeypatch, side):
-    from tools import embed
+    from amclr_scale.commands import embed
 
     out = tmp_path / "rows.npy"
     words = [str(run[0]), "--shards", "emoji/val_concept", "--side", side, "--out", str(out), "--batch-size", "100"]
@@ -207,7 +215,7 @@ def test_embedding_a_data_set(run, tmp_path, monkeypatch, side):
 
 def test_embedding_to_parquet(run, tmp_path):
     parquet = pytest.importorskip("pyarrow.parquet")
-    from tools import embed
+    from amclr_scale.commands import embed
 
     texts = ["a", "", "b\u2028b\x0b\rb", "c"]  # four lines, though str.splitlines would make seven of them
     (tmp_path / "texts.txt").write_bytes(("\n".join(texts) + "\n").encode())
@@ -220,7 +228,7 @@ def test_embedding_to_parquet(run, tmp_path):
 
 
 def test_a_file_of_texts_that_is_missing_is_told(run, tmp_path, capsys):
-    from tools import embed
+    from amclr_scale.commands import embed
 
     assert embed.main([str(run[0]), "--texts", str(tmp_path / "gone.txt"), "--out", str(tmp_path / "rows.npy")]) == 2
     assert capsys.readouterr().err.startswith(f"--texts: {tmp_path / 'gone.txt'}: expected a file")

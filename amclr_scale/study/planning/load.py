@@ -11,6 +11,7 @@ import yaml
 from pydantic import ValidationError
 
 from amclr_scale.config.load import from_words, merge, mistakes, read_file
+from amclr_scale.config.shipped import find
 from amclr_scale.errors import UserError
 from amclr_scale.study.planning.arms import ABSENT, CONTROLS
 from amclr_scale.study.planning.plan import RANKS, Budget, StudyPlan
@@ -22,6 +23,7 @@ def load_plan(path: Path, words: Sequence[str] = ()) -> StudyPlan:
     Raises:
         UserError: one line per mistake, all of them, the key first.
     """
+    path = find(path, "studies")
     tree = merge(read_file(path, argument="PLAN"), from_words(words))
     tree.setdefault("name", path.stem)
     if isinstance(tree.get("arms"), list):

@@ -6,10 +6,8 @@ from amclr_scale.study.analysis.comparison import Group, find
 from amclr_scale.study.analysis.families import Analysed, few_steps, guessing_score, hardly_trained
 from amclr_scale.study.analysis.results import Study
 from amclr_scale.study.analysis.units import words_of
+from amclr_scale.study.report import probe_figures, rank_scaling, tables
 from amclr_scale.study.report.claims import scale_of
-from amclr_scale.study.report.write import probe_figures as whole_set
-from amclr_scale.study.report.write import rank_scaling as scaling
-from amclr_scale.study.report.write import tables
 from amclr_scale.study.statistics.decisions import Verdict
 
 LEVEL = 0.05
@@ -139,12 +137,12 @@ def listed(groups: Sequence[Group]) -> str:
 def _near(groups: Sequence[Group]) -> str:
     """The range of the last cosines at every batch size."""
     words = []
-    probed = whole_set.probed(groups)
+    probed = probe_figures.probed(groups)
     for batch in sorted({group.global_batch_size for group in probed}):
         known = [
             (one.value, group.title)
             for group in probed
-            if group.global_batch_size == batch and (one := whole_set.last(group, whole_set.COSINE))
+            if group.global_batch_size == batch and (one := probe_figures.last(group, probe_figures.COSINE))
         ]
         if known:
             (low, least), (high, most) = min(known), max(known)
@@ -153,15 +151,15 @@ def _near(groups: Sequence[Group]) -> str:
 
 
 def _speed(groups: Sequence[Group]) -> str:
-    found = scaling.points(groups)
+    found = rank_scaling.points(groups)
     if not found:
         return ""
     most = max(one.ranks for one in found)
     words = []
     for one in found:
-        base = scaling.baseline(one, found)
-        if one.ranks == most and base and (speed := scaling.ratio(one, base, per_rank=False)):
-            words.append(f"{one.name} {words_of(speed, scaling.DIGITS)} times the samples/s of {base.ranks}")
+        base = rank_scaling.baseline(one, found)
+        if one.ranks == most and base and (speed := rank_scaling.ratio(one, base, per_rank=False)):
+            words.append(f"{one.name} {words_of(speed, rank_scaling.DIGITS)} times the samples/s of {base.ranks}")
     return f"On {most} ranks: {'; '.join(words)}." if words else ""
 
 

@@ -7,6 +7,7 @@ from amclr_scale.study.analysis.comparison import Group, Outcome
 from amclr_scale.study.analysis.families import Analysed, slug_of
 from amclr_scale.study.analysis.results import Metric, Study
 from amclr_scale.study.analysis.units import unit_of
+from amclr_scale.study.report import curves, plots, probe_figures, rank_scaling, tables
 from amclr_scale.study.report.claims import (
     SCORES,
     Speaker,
@@ -18,9 +19,6 @@ from amclr_scale.study.report.claims import (
 )
 from amclr_scale.study.report.document import Document
 from amclr_scale.study.report.plots import Looks
-from amclr_scale.study.report.write import curves, plots, tables
-from amclr_scale.study.report.write import probe_figures as whole_set
-from amclr_scale.study.report.write import rank_scaling as scaling
 from amclr_scale.study.running.progress import duration
 
 OFF_BUDGET = 0.1
@@ -163,7 +161,7 @@ def costs(report: Document, study: Study, first: Analysed, groups: Sequence[Grou
 
 
 def over_ranks(report: Document, groups: Sequence[Group]) -> None:
-    found = scaling.points(groups)
+    found = rank_scaling.points(groups)
     if not found:
         return
     report.say(
@@ -172,8 +170,8 @@ def over_ranks(report: Document, groups: Sequence[Group]) -> None:
         "are against the fewest ranks at the same global batch, where a rank's share b = B / W shrinks; *at equal b*, "
         "against the fewest ranks with the same share. Scores of these cells must agree (Checks).",
     )
-    report.figure(scaling.scaling_figure(found))
-    report.table(scaling.scaling_table(found))
+    report.figure(rank_scaling.scaling_figure(found))
+    report.table(rank_scaling.scaling_table(found))
 
 
 def training(report: Document, first: Analysed, groups: Sequence[Group], looks: Looks) -> None:
@@ -192,10 +190,10 @@ def training(report: Document, first: Analysed, groups: Sequence[Group], looks: 
 
 
 def against_whole_set(report: Document, groups: Sequence[Group], looks: Looks) -> None:
-    probed = whole_set.probed(groups)
+    probed = probe_figures.probed(groups)
     if not probed:
         return
-    sizes = " or ".join(f"{size:,}" for size in whole_set.probe_sizes(probed)) or "K"
+    sizes = " or ".join(f"{size:,}" for size in probe_figures.probe_sizes(probed)) or "K"
     report.say(
         "## Batches against the whole set",
         f"A fixed random set of K = {sizes} training samples, the same for all runs of a seed, is encoded now and then "
@@ -213,13 +211,13 @@ def against_whole_set(report: Document, groups: Sequence[Group], looks: Looks) -
             "averages is held against a batch of K.",
         ]),
     )  # fmt: skip
-    report.figure(whole_set.by_batch(probed, looks))
-    report.table(whole_set.last_table(probed))
+    report.figure(probe_figures.by_batch(probed, looks))
+    report.table(probe_figures.last_table(probed))
     for quantity in (
-        whole_set.ERROR, whole_set.LOG_RATIO, whole_set.COSINE, whole_set.NORM, whole_set.DRIFT_IMAGE,
-        whole_set.DRIFT_TEXT,
+        probe_figures.ERROR, probe_figures.LOG_RATIO, probe_figures.COSINE, probe_figures.NORM,
+        probe_figures.DRIFT_IMAGE, probe_figures.DRIFT_TEXT,
     ):  # fmt: skip
-        report.figure(whole_set.curve(probed, looks, quantity))
+        report.figure(probe_figures.curve(probed, looks, quantity))
 
 
 def checks(report: Document, study: Study, first: Analysed) -> None:

@@ -14,10 +14,10 @@ import yaml
 from amclr_scale.study.analysis.comparison import Comparison, Group, Outcome, called, compare, find
 from amclr_scale.study.analysis.results import Metric, Study
 from amclr_scale.study.analysis.units import Unit
+from amclr_scale.study.report import rank_scaling
 from amclr_scale.study.report.document import Table
 from amclr_scale.study.report.probe_figures import QUANTITIES, last
 from amclr_scale.study.report.tables import DASH, mean_of
-from amclr_scale.study.report.write import rank_scaling as scaling
 
 NOT_MEASURED = "not measured here"
 SCORES = {
@@ -153,7 +153,7 @@ class Speaker:
         ]
 
     def _ranks(self, measure: Mapping[str, Any]) -> list[str]:
-        return scaling.sentences(scaling.points(self.outcome.groups), measure["arms"])
+        return rank_scaling.sentences(rank_scaling.points(self.outcome.groups), measure["arms"])
 
     def _weights(self, _: Mapping[str, Any]) -> list[str]:
         found = {describe_towers(run.config)[1] for run in self.study.runs}

@@ -9,11 +9,11 @@ from amclr_scale.study.analysis.comparison import Group, groups_of, reference_of
 from amclr_scale.study.analysis.families import Analysed, analyse, few_steps, guessing_score, hardly_trained
 from amclr_scale.study.analysis.results import Study
 from amclr_scale.study.analysis.units import Unit, unit_of
+from amclr_scale.study.report import chapters, plots, tables
 from amclr_scale.study.report.brief import LEVEL, brief, listed
 from amclr_scale.study.report.claims import scale_of
 from amclr_scale.study.report.document import Document
 from amclr_scale.study.report.plots import Looks
-from amclr_scale.study.report.write import chapters, plots, tables
 from amclr_scale.study.statistics.decisions import Verdict
 from amclr_scale.study.statistics.power import detectable_difference
 

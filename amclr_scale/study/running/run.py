@@ -27,7 +27,7 @@ from amclr_scale.study.planning.plan import Execution, StudyPlan
 from amclr_scale.study.running.folder import StudyFolder
 from amclr_scale.study.running.progress import Progress
 
-ROOT = Path(__file__).resolve().parents[3]
+MODULE = ("-m", "amclr_scale", "train")
 FOLLOW = (sys.executable, "-ES", str(Path(__file__).with_name("follow.py")))
 POLL = 0.5  # seconds
 _TORCHRUN = re.compile(rf"exitcode\s*: {EXIT_RESUMABLE}\b")  # it ends with 1 and tells its ranks' code in words
@@ -82,7 +82,7 @@ def devices(execution: Execution, slot: int) -> list[str]:
 
 
 def cell_words(plan: StudyPlan, folder: StudyFolder, cell: Planned) -> list[str]:
-    """What launch/train.py is given for a cell."""
+    """What `amclr-scale train` is given for a cell."""
     execution = _execution(plan, cell)
     return [
         "--config",
@@ -105,22 +105,21 @@ def _threads(execution: Execution) -> int | None:
 
 
 def _launcher(execution: Execution, slot: int) -> list[str]:
-    """Up to the script. DeepSpeed's is the process that its `deepspeed` command starts on a node: that one hands
+    """Up to the words. DeepSpeed's is the process that its `deepspeed` command starts on a node: that one hands
     signals on to its ranks, and `deepspeed` itself does not.
     """
-    script = str(ROOT / "launch" / "train.py")
     match execution.launcher:
         case "python":
-            return [sys.executable, script]
+            return [sys.executable, *MODULE]
         case "torchrun":
             ranks = f"--nproc-per-node={execution.ranks}"
-            return [sys.executable, "-m", "torch.distributed.run", "--standalone", ranks, script]
+            return [sys.executable, "-m", "torch.distributed.run", "--standalone", ranks, *MODULE]
         case "deepspeed":
             own = devices(execution, slot) if execution.device == "cuda" else list(range(execution.ranks))
             world = base64.urlsafe_b64encode(json.dumps({"localhost": own}).encode()).decode()
             return [
                 sys.executable, "-u", "-m", "deepspeed.launcher.launch", f"--world_info={world}",
-                "--master_addr=127.0.0.1", f"--master_port={_free_port()}", script,
+                "--master_addr=127.0.0.1", f"--master_port={_free_port()}", "--module", *MODULE[1:],
             ]  # fmt: skip
 
 

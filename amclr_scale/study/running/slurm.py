@@ -6,6 +6,7 @@ launch/cluster/train.sbatch does.
 """
 
 import shlex
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from amclr_scale.errors import UserError
 from amclr_scale.study.planning.cells import Planned
 from amclr_scale.study.planning.plan import StudyPlan
 from amclr_scale.study.running.folder import StudyFolder
-from amclr_scale.study.running.run import ROOT, cell_words
+from amclr_scale.study.running.run import cell_words
 
 SCRIPT = """\
 #!/bin/bash
@@ -21,7 +22,7 @@ SCRIPT = """\
 #
 #   sbatch {script}
 #
-# and write the report with launch/study.py PLAN --report. Account, partition and time limit are the cluster's own:
+# and write the report with amclr-scale study PLAN --report. Account, partition and time limit are the cluster's own:
 # give them to sbatch.
 #SBATCH --job-name={name}
 #SBATCH --array=1-{cells}
@@ -44,9 +45,9 @@ export MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 export MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))
 export TORCH_EXTENSIONS_DIR=${{TMPDIR:-/tmp}}/torch_extensions_$SLURM_JOB_ID # a killed compile leaves a lock
 
-cd {root} || exit 1
+cd {here} || exit 1
 started=$(date +%s)
-srun --kill-on-bad-exit=1 .venv/bin/python launch/train.py "$@"
+srun --kill-on-bad-exit=1 {python} -m amclr_scale train "$@"
 code=$?
 case $code in 0) status=done ;; 75) status=interrupted ;; *) status=failed ;; esac
 # each cell has a file of its own: lines that several nodes append to one file may be lost
@@ -102,6 +103,7 @@ def _script(
     logs = folder.logs.absolute()
     return SCRIPT.format(
         name=name, commands=shlex.quote(str(commands)), script=shlex.quote(str(script)), cells=len(cells),
-        nodes=ranks // tasks, tasks=tasks, logs=logs, quoted_logs=shlex.quote(str(logs)), root=shlex.quote(str(ROOT)),
+        nodes=ranks // tasks, tasks=tasks, logs=logs, quoted_logs=shlex.quote(str(logs)),
+        here=shlex.quote(str(Path.cwd())), python=shlex.quote(sys.executable),
         gpus=f"#SBATCH --gpus-per-node={tasks}\n" if plan.execution.device == "cuda" else "",
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""What every data tool does around its work: mistakes in words, exit code 2, no traceback."""
+"""What data commands do around their work: mistakes in words, exit code 2, no traceback."""
 
 import errno
 import logging
@@ -10,18 +10,19 @@ from amclr_scale.errors import UserError
 _OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
 
 
-def run_command(main: Callable[[], None]) -> None:
-    """Call `main`; print a user's mistake as one line and exit with code 2, a full or closed disk with code 1."""
+def run_command(work: Callable[[list[str]], None], argv: list[str]) -> int:
+    """Do `work`; the exit code: 2 after a user's mistake, told in one line, 1 after a full or closed disk."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     try:
-        main()
+        work(argv)
     except UserError as error:
         print(error, file=sys.stderr)
-        sys.exit(2)
+        return 2
     except OSError as error:
         if error.errno not in _OF_THE_DISK:
             raise
         print(error, file=sys.stderr)
-        sys.exit(1)
+        return 1
     except KeyboardInterrupt:
-        sys.exit(130)
+        return 130
+    return 0

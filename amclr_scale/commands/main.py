@@ -1,0 +1,64 @@
+"""The command of the package: one verb, then that verb's own command line.
+
+    amclr-scale train --config quickstart train.global_batch_size=256
+    amclr-scale train --help
+
+Nothing is imported before the verb is known, so that a wrong word answers at once.
+"""
+
+import difflib
+import sys
+from importlib import import_module
+
+import amclr_scale
+
+# Verb, or verb and second word: the module in this folder whose main(argv) it calls, and what it does.
+VERBS = {
+    "train": ("train", "train a dual encoder from one configuration"),
+    "evaluate": ("evaluate", "measure trained models: retrieval, zero-shot, probes, geometry"),
+    "study": ("study", "run a plan of arms x batch sizes x seeds, and write its report"),
+    "fit": ("fit", "what fits, how fast, how many bytes travel, before there is a machine"),
+    "export": ("export", "turn a checkpoint into a folder for others (safetensors, transformers, open_clip)"),
+    "embed": ("embed", "write the embeddings of images, texts or shards"),
+    "shards make": ("make_shards", "turn images and annotation files into shards"),
+    "shards index": ("index_shards", "count, fingerprint and index shards"),
+    "shards tokenizer": ("train_tokenizer", "train a vocabulary on the captions of shards"),
+    "shards paraphrase": ("paraphrase", "write paraphrases of every caption beside shards"),
+    "supervise": ("supervise", "run a training command until it is done, through crashes and preemptions"),
+}
+
+
+def usage() -> str:
+    """The verbs, a line each."""
+    lines = [f"  {verb:<18} {what}" for verb, (_, what) in VERBS.items()]
+    return "\n".join(
+        [
+            "usage: amclr-scale VERB ...",
+            "",
+            *lines,
+            "",
+            "amclr-scale VERB --help says what each takes; --version says which this is.",
+        ]
+    )
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Call the verb's main. Exit codes: the verb's own; 2 for no such verb."""
+    words = sys.argv[1:] if argv is None else argv
+    if words[:1] == ["--version"]:
+        print(f"amclr_scale {amclr_scale.__version__}")
+        return 0
+    if not words or words[0] in ("-h", "--help"):
+        print(usage())
+        return 0 if words else 2
+    for length in (2, 1):
+        verb = " ".join(words[:length])
+        if len(words) >= length and verb in VERBS:
+            module = import_module(f"amclr_scale.commands.{VERBS[verb][0]}")
+            code: int = module.main(words[length:])
+            return code
+    wanted = " ".join(words[:2]) if any(verb.startswith(f"{words[0]} ") for verb in VERBS) else words[0]
+    near = difflib.get_close_matches(wanted, VERBS, n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    print(f"amclr-scale: no such verb {wanted!r}{hint}\n\n{usage()}", file=sys.stderr)
+    return 2
