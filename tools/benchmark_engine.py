@@ -30,7 +30,7 @@ from amclr_scale import objectives
 from amclr_scale.config.load import load
 from amclr_scale.config.schema import Config
 from amclr_scale.data.tokenizers import load_tokenizer
-from amclr_scale.distributed.launcher import Place
+from amclr_scale.distributed.launcher import RankInfo
 from amclr_scale.distributed.process_group import seed_everything, start
 from amclr_scale.engine.build import model_of
 from amclr_scale.engine.deepspeed_setup import build_engine, prepare_towers
@@ -51,7 +51,7 @@ def random_batch(config: Config, size: int, vocab_size: int) -> Batch:
 
 def make_step(config: Config, micro_batch: int, kept: int) -> tuple[TrainStep, int, torch.device]:
     """A training step on the recipe's towers, and the tokenizer's vocabulary."""
-    device = start(Place(), config.execution.threads)
+    device = start(RankInfo(), config.execution.threads)
     tokenizer = load_tokenizer(config.data.tokenizer, config.data.context_length)
     seed_everything(config.seed)
     model = model_of(config, tokenizer)

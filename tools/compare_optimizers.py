@@ -36,7 +36,7 @@ from torch import Tensor, nn
 from amclr_scale import objectives
 from amclr_scale.config.load import load
 from amclr_scale.config.schema import Optimizer
-from amclr_scale.distributed.launcher import Place
+from amclr_scale.distributed.launcher import RankInfo
 from amclr_scale.distributed.process_group import seed_everything, start, stop
 from amclr_scale.engine import deepspeed_setup
 from amclr_scale.engine.deepspeed_setup import build_engine
@@ -209,7 +209,7 @@ def train_on_rank(rank: int, words: list[str], steps: int, folder: str, cpu_adam
 
     os.environ.update(MASTER_ADDR="127.0.0.1", DS_ACCELERATOR="cpu")
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    device, config = start(Place(rank, rank, 2, 2), 1), load(None, words)
+    device, config = start(RankInfo(rank, rank, 2, 2), 1), load(None, words)
     seed_everything(config.seed)
     model = SmoothTowers()
     no_decay = {name for name, parameter in model.named_parameters() if parameter.dim() < 2}

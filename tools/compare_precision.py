@@ -29,7 +29,7 @@ from amclr_scale import objectives
 from amclr_scale.config.load import load
 from amclr_scale.config.schema import Config
 from amclr_scale.data.tokenizers import load_tokenizer
-from amclr_scale.distributed.launcher import Place
+from amclr_scale.distributed.launcher import RankInfo
 from amclr_scale.distributed.process_group import seed_everything, start
 from amclr_scale.engine.build import model_of
 from amclr_scale.engine.deepspeed_setup import build_engine, prepare_towers
@@ -98,7 +98,7 @@ def main() -> None:
     base = ["execution.threads=1", "model.text.dropout=0", "optimizer.max_grad_norm=0", *options.words]
     base.append(f"train.global_batch_size={options.batch}")
 
-    device, data = start(Place(), 1), load(options.config, base).data
+    device, data = start(RankInfo(), 1), load(options.config, base).data
     generator, b = torch.Generator().manual_seed(0), options.batch
     images = torch.randint(0, 256, (b, 3, data.image_size, data.image_size), dtype=torch.uint8, generator=generator)
     vocabulary = load_tokenizer(data.tokenizer, data.context_length).vocab_size

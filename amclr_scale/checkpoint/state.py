@@ -123,7 +123,7 @@ def open_pieces(checkpoint: Path) -> pieces.PieceReader:
     return pieces.PieceReader([checkpoint / file_of(rank) for rank in range(ranks)])
 
 
-def put_back(
+def restore(
     checkpoint: Path, engine: Any, objective: nn.Module, device: torch.device, probe: "Probe | None" = None
 ) -> None:
     """Continue from a checkpoint, in any layout. All ranks call it together, after the engine is built.

@@ -18,7 +18,7 @@ from typing import Any
 from amclr_scale.config.load import build, from_words, merge, read_file
 from amclr_scale.config.schema import Config
 from amclr_scale.config.shipped import find
-from amclr_scale.distributed.launcher import Place, end_with_launcher, find_place
+from amclr_scale.distributed.launcher import RankInfo, end_with_launcher, read_rank_info
 from amclr_scale.errors import UserError
 
 
@@ -77,7 +77,7 @@ def check_same_measure(first: Config, other: Config) -> None:
             )
 
 
-def run(options: argparse.Namespace, place: Place) -> None:
+def run(options: argparse.Namespace, rank_info: RankInfo) -> None:
     """The flow: models -> splits -> numbers -> table, files, sheets."""
     import torch
 
@@ -92,9 +92,9 @@ def run(options: argparse.Namespace, place: Place) -> None:
 
     keep_float32()  # as in training
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if place.world_size > 1:
-        device = start(place)
-    speaks = place.rank == 0
+    if rank_info.world_size > 1:
+        device = start(rank_info)
+    speaks = rank_info.rank == 0
     results: dict[str, dict[str, float]] = {}
     measured: dict[str, Any] = {}
     compared: dict[str, Any] = {}
@@ -110,7 +110,7 @@ def run(options: argparse.Namespace, place: Place) -> None:
         first_config = first_config or config
         check_same_measure(first_config, config)
         folder = folder or (loaded.folder or Path("runs")) / "evaluation" / loaded.step
-        evaluator = Evaluator(config, rank=place.rank, world_size=place.world_size)
+        evaluator = Evaluator(config, rank=rank_info.rank, world_size=rank_info.world_size)
         use_statistics(loaded, config.data)
         model = loaded.model.to(device)
         begin = time.perf_counter()
@@ -144,24 +144,24 @@ def run(options: argparse.Namespace, place: Place) -> None:
     if speaks and folder is not None:
         write(folder, results, compared, learned)
         print(f"results.json and results.md in {folder}")
-    if place.world_size > 1:
+    if rank_info.world_size > 1:
         stop()
 
 
 def main(argv: list[str]) -> int:
     """Run, and say a user's mistake in one line."""
-    place = Place()
+    rank_info = RankInfo()
     options = arguments(argv)
     try:
-        place = find_place()
-        if place.world_size > 1:
+        rank_info = read_rank_info()
+        if rank_info.world_size > 1:
             end_with_launcher()  # before the seconds that imports take
-        run(options, place)
+        run(options, rank_info)
     except UserError as error:
-        if place.local_rank:
+        if rank_info.local_rank:
             time.sleep(5)
         print(f"\n{error}", file=sys.stderr, flush=True)
-        if place.world_size > 1:
+        if rank_info.world_size > 1:
             sys.stdout.flush()
             os._exit(2)  # others may be waiting in a collective
         return 2

@@ -237,7 +237,7 @@ def data_bytes() -> int:
 
 def rehearse_here(options: argparse.Namespace) -> None:
     """One rank of `rehearse`: data, model, engine and steps as launch/train.py makes them, with the tensors tracked."""
-    from amclr_scale.distributed.launcher import find_place
+    from amclr_scale.distributed.launcher import read_rank_info
     from amclr_scale.distributed.process_group import seed_everything, start, stop
     from amclr_scale.engine.build import build_trainer, open_data
     from amclr_scale.engine.step import TrainStep
@@ -246,7 +246,7 @@ def rehearse_here(options: argparse.Namespace) -> None:
     from amclr_scale.metrics.phases import Phases
     from amclr_scale.metrics.stopwatch import Stopwatch
 
-    place = find_place()
+    rank_info = read_rank_info()
     config = build(yaml.safe_load(Path(options.config).read_text()), place.world_size)
     inputs = open_data(config, place)
     device = start(place, config.execution.threads)

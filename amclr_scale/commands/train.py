@@ -21,7 +21,7 @@ from amclr_scale.checkpoint.signals import EXIT_RESUMABLE, Signals, StoppedError
 from amclr_scale.config.help import describe
 from amclr_scale.config.load import dump, load
 from amclr_scale.config.schema import Config
-from amclr_scale.distributed.launcher import Place, end_with_launcher, export, find_place
+from amclr_scale.distributed.launcher import RankInfo, end_with_launcher, export, read_rank_info
 from amclr_scale.errors import UserError
 from amclr_scale.metrics.run_folder import check_writable, create, name_run
 from amclr_scale.metrics.stopwatch import Stopwatch
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from amclr_scale.evaluation.run import Evaluator
     from amclr_scale.memory.account import Account
     from amclr_scale.metrics.log import RunLog
-    from amclr_scale.planner.auto_execution import Unsettled
+    from amclr_scale.planner.auto_execution import AutoExecution
     from amclr_scale.types import Batch
 
 
@@ -63,10 +63,10 @@ class Prepared:
     inputs: "Inputs"
     probed: "Batch | None"  # of run.probe
     evaluator: "Evaluator | None"  # None: nothing is to be measured
-    unsettled: "Unsettled | None"  # keys of execution that wait for the device's free memory
+    auto_keys: "AutoExecution | None"  # keys of execution that wait for the device's free memory
 
 
-def prepare(config: Config, place: Place) -> Prepared:
+def prepare(config: Config, rank_info: RankInfo) -> Prepared:
     """Open what is trained and measured on.
 
     Raises:
@@ -76,29 +76,29 @@ def prepare(config: Config, place: Place) -> Prepared:
     from amclr_scale.engine.build import open_data
     from amclr_scale.evaluation.run import Evaluator
 
-    inputs = open_data(config, place)
-    probed = read_probe(config, place)
+    inputs = open_data(config, rank_info)
+    probed = read_probe(config, rank_info)
     measured = config.evaluation.splits or config.evaluation.probes
-    evaluator = Evaluator(config, rank=place.rank, world_size=place.world_size) if measured else None
-    unsettled = None
+    evaluator = Evaluator(config, rank=rank_info.rank, world_size=rank_info.world_size) if measured else None
+    auto_keys = None
     if config.execution.auto or config.execution.kept_micro_batches == "auto":
-        from amclr_scale.planner.auto_execution import Unsettled  # takes seconds, which other runs need not spend
+        from amclr_scale.planner.auto_execution import AutoExecution  # takes seconds, which other runs need not spend
 
-        unsettled = Unsettled(config, place, inputs.loader.num_samples)
-    elif config.execution.memory_report and place.rank == 0:
-        foresee(
-            config, place, inputs.loader.num_samples
+        auto_keys = AutoExecution(config, rank_info, inputs.loader.num_samples)
+    elif config.execution.memory_report and rank_info.rank == 0:
+        predict_memory(
+            config, rank_info, inputs.loader.num_samples
         )  # remembered; ranks can be pretended only while there are none
-    return Prepared(inputs, probed, evaluator, unsettled)
+    return Prepared(inputs, probed, evaluator, auto_keys)
 
 
-def run(config: Config, source: str | None, place: Place, stopwatch: Stopwatch, signals: Signals) -> None:
+def run(config: Config, source: str | None, rank_info: RankInfo, stopwatch: Stopwatch, signals: Signals) -> None:
     """The flow: data -> encoders -> engine -> objective -> loop -> results."""
-    from amclr_scale.checkpoint.keeper import Keeper
+    from amclr_scale.checkpoint.checkpointer import Checkpointer
     from amclr_scale.checkpoint.start import agree_on_start, lock_new
-    from amclr_scale.checkpoint.state import put_back
+    from amclr_scale.checkpoint.state import restore
     from amclr_scale.distributed.process_group import seed_everything, start, stop
-    from amclr_scale.distributed.watchdog import Watch
+    from amclr_scale.distributed.watchdog import Watchdog
     from amclr_scale.engine.batch_plan import make_plan
     from amclr_scale.engine.batch_probe import Probe
     from amclr_scale.engine.build import build_trainer
@@ -112,56 +112,58 @@ def run(config: Config, source: str | None, place: Place, stopwatch: Stopwatch, 
     stopwatch.lap("imports")
 
     # Data first: mistakes in it are found before any process waits for another.
-    prepared = prepare(config, place)
+    prepared = prepare(config, rank_info)
     loader, tokenizer, evaluator = prepared.inputs.loader, prepared.inputs.tokenizer, prepared.evaluator
     stopwatch.lap("data")
-    device = start(place, config.execution.threads)
-    watch = Watch(place)
-    config, settled = prepared.unsettled.settle(device) if prepared.unsettled else (config, [])
-    plan = make_plan(config, loader.samples_per_epoch, place.world_size)
+    device = start(rank_info, config.execution.threads)
+    watchdog = Watchdog(rank_info)
+    config, settled = prepared.auto_keys.resolve_auto(device) if prepared.auto_keys else (config, [])
+    plan = make_plan(config, loader.samples_per_epoch, rank_info.world_size)
     inputs = replace(prepared.inputs, plan=plan)
-    found, folder, lock = agree_on_start(config, name_run(config, source), loader.fingerprint, tokenizer, place.rank)
+    found, folder, lock = agree_on_start(
+        config, name_run(config, source), loader.fingerprint, tokenizer, rank_info.rank
+    )
     begin = found.step(config) if found else 0
     loader.seek(begin)
     stopwatch.lap("process group")
 
     trainer = build_trainer(
-        config, inputs, device=device, world_size=place.world_size, folder=folder, stopwatch=stopwatch
+        config, inputs, device=device, world_size=rank_info.world_size, folder=folder, stopwatch=stopwatch
     )
     engine, objective = trainer.engine, trainer.objective
-    lock = lock or lock_new(folder, place.rank)
-    if place.rank == 0:
-        create(folder, config, str(device), place.world_size, resumed_at=begin if found else None)
+    lock = lock or lock_new(folder, rank_info.rank)
+    if rank_info.rank == 0:
+        create(folder, config, str(device), rank_info.world_size, resumed_at=begin if found else None)
         tokenizer.save(folder / "tokenizer")
-    seed_everything(config.seed, place.rank + 1)  # dropout differs between ranks
+    seed_everything(config.seed, rank_info.rank + 1)  # dropout differs between ranks
     probe = None
     if prepared.probed is not None:
         probe = Probe(config, prepared.probed, micro_batch_sizes=plan.micro_batch_sizes, device=device)
     if found:
-        put_back(found.checkpoint, engine, objective, device, probe)
+        restore(found.checkpoint, engine, objective, device, probe)
         stopwatch.lap("checkpoint")
     phases, memory = Phases(device), None
     if config.execution.memory_report:
         from amclr_scale.memory.measured.report import StepMemory
 
-        predicted = foresee(config, place, loader.num_samples) if place.rank == 0 else None
+        predicted = predict_memory(config, rank_info, loader.num_samples) if rank_info.rank == 0 else None
         memory = StepMemory(folder, predicted, device=device, engine=engine, objective=objective, phases=phases)
     step = TrainStep(
         engine, objective, micro_batch_sizes=plan.micro_batch_sizes,
         kept=plan.kept, device=device, phases=phases,
-        advice=lambda phase: advise_about(config, place, loader.num_samples, str(device), phase),
+        advice=lambda phase: advise_about(config, rank_info, loader.num_samples, str(device), phase),
     )  # fmt: skip
     step.steps = begin
 
     with (
         lock,
         signals,  # from here on; a signal before the first step has nothing to save, and ends the process at once
-        RunLog(folder, config, speaks=place.rank == 0, total_steps=plan.total_steps) as log,
-        StepProfiler(folder, config.execution.profile, place.rank) as profiler,
-        Keeper(
+        RunLog(folder, config, speaks=rank_info.rank == 0, total_steps=plan.total_steps) as log,
+        StepProfiler(folder, config.execution.profile, rank_info.rank) as profiler,
+        Checkpointer(
             folder, config, plan, engine=engine, objective=objective, fingerprint=loader.fingerprint,
             tokenizer=tokenizer, log=log, signals=signals, device=device, probe=probe, found=found,
-        ) as keeper,
+        ) as checkpointer,
         memory or nullcontext(),
     ):  # fmt: skip
         log.say("\n".join([f"run folder {folder}", str(plan), *settled]))
@@ -178,7 +180,7 @@ def run(config: Config, source: str | None, place: Place, stopwatch: Stopwatch, 
         def step_done(done: int) -> None:
             if memory and (words := memory.step()):
                 log.say(words)
-            keeper(done)
+            checkpointer(done)
 
         try:
             results = train(
@@ -189,11 +191,11 @@ def run(config: Config, source: str | None, place: Place, stopwatch: Stopwatch, 
                 on_first_step=first_step_done, after_step=step_done, begin=begin, bad_samples=loader.counts.total,
             )  # fmt: skip
         except StoppedError:
-            watch.leave()  # all ranks stop at one step: none of them is missing
+            watchdog.leave()  # all ranks stop at one step: none of them is missing
             raise
-        conclude(folder, trainer, evaluator, results, log, speaks=place.rank == 0)
+        conclude(folder, trainer, evaluator, results, log, speaks=rank_info.rank == 0)
     loader.close()
-    watch.leave()
+    watchdog.leave()
     stop()
 
 
@@ -226,30 +228,30 @@ def main(argv: list[str]) -> int:
     """Check everything that can be checked without torch, then run."""
     stopwatch, signals = Stopwatch(), Signals()
     options = arguments(argv)
-    place = Place()
+    rank_info = RankInfo()
     try:
-        place = find_place()
-        if place.world_size > 1:
+        rank_info = read_rank_info()
+        if rank_info.world_size > 1:
             end_with_launcher()  # before the seconds that imports take
-        config = load(options.config, options.words, place.world_size)
+        config = load(options.config, options.words, rank_info.world_size)
         check_writable(config)
         if options.dry_run:
-            if place.rank == 0:
+            if rank_info.rank == 0:
                 print(dump(config))
-                print(preview(config, place))
+                print(preview(config, rank_info))
             return 0
-        run(config, options.config, place, stopwatch, signals)
+        run(config, options.config, rank_info, stopwatch, signals)
     except StoppedError as stopped:
         from amclr_scale.distributed.process_group import stop
 
-        if place.rank == 0:
+        if rank_info.rank == 0:
             print(f"\n{stopped}", file=sys.stderr, flush=True)
         stop()  # together: a launcher ends the others as soon as one has left
         return EXIT_RESUMABLE
     except UserError as error:
         # Every rank meets the same mistake, as a rule, and one voice per node is enough: the others give it time to
         # speak and the launcher time to end them. One that is alive after that has met a mistake of its own.
-        if place.local_rank:
+        if rank_info.local_rank:
             time.sleep(5)
         print(f"\n{error}", file=sys.stderr, flush=True)
         # Others may be waiting in a collective: leaving at once, without Python's own farewell, ends them too.
@@ -258,32 +260,32 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def foresee(config: Config, place: Place, num_samples: int) -> "Account":
+def predict_memory(config: Config, rank_info: RankInfo, num_samples: int) -> "Account":
     """What each rank will hold in memory, by component and phase."""
     import torch
 
     from amclr_scale.memory.account import account
 
     device = "cuda" if torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu" else "cpu"
-    export(place)  # objectives share their work by whether all ranks are on one node
-    return account(config, world_size=place.world_size, num_samples=num_samples, device=device)
+    export(rank_info)  # objectives share their work by whether all ranks are on one node
+    return account(config, world_size=rank_info.world_size, num_samples=num_samples, device=device)
 
 
-def advise_about(config: Config, place: Place, num_samples: int, device: str, phase: str) -> str:
+def advise_about(config: Config, rank_info: RankInfo, num_samples: int, device: str, phase: str) -> str:
     """What to turn down after memory has run out."""
     import torch
 
     from amclr_scale.planner.oom_advice import advise
 
-    return advise(config, place=place, num_samples=num_samples, device=torch.device(device), phase=phase)
+    return advise(config, rank_info=rank_info, num_samples=num_samples, device=torch.device(device), phase=phase)
 
 
-def preview(config: Config, place: Place) -> str:
+def preview(config: Config, rank_info: RankInfo) -> str:
     """The arithmetic of a run, from the index of its data, and the memory that it will need."""
     from amclr_scale.engine.build import open_data
 
-    inputs = open_data(config, place)
+    inputs = open_data(config, rank_info)
     if config.execution.auto:
         return f"{inputs.plan}\nexecution: auto is settled at the start, from free memory; amclr-scale fit predicts it"
-    predicted = foresee(config, place, inputs.loader.num_samples)
+    predicted = predict_memory(config, rank_info, inputs.loader.num_samples)
     return f"{inputs.plan}\npredicted memory of a rank:\n{predicted.table()}\n{predicted.advice()}"

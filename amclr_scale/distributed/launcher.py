@@ -16,7 +16,7 @@ from amclr_scale.errors import UserError
 
 
 @dataclass(frozen=True)
-class Place:
+class RankInfo:
     """One process among the others."""
 
     rank: int = 0
@@ -45,7 +45,7 @@ def _free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def find_place(environment: Mapping[str, str] | None = None) -> Place:
+def read_rank_info(environment: Mapping[str, str] | None = None) -> RankInfo:
     """Read the launcher's variables.
 
     Raises:
@@ -56,15 +56,15 @@ def find_place(environment: Mapping[str, str] | None = None) -> Place:
         if "RANK" in env and "WORLD_SIZE" in env:  # deepspeed, torchrun
             world = int(env["WORLD_SIZE"])
             local_world = env.get("LOCAL_WORLD_SIZE") or env.get("LOCAL_SIZE") or world
-            return Place(int(env["RANK"]), int(env.get("LOCAL_RANK", 0)), world, int(local_world))
+            return RankInfo(int(env["RANK"]), int(env.get("LOCAL_RANK", 0)), world, int(local_world))
         if "SLURM_STEP_NUM_TASKS" in env and "SLURM_PROCID" in env:  # srun; a batch script by itself sets no step
             tasks_here = env.get("SLURM_STEP_TASKS_PER_NODE", env["SLURM_STEP_NUM_TASKS"]).split("(")[0].split(",")[0]
-            return Place(
+            return RankInfo(
                 int(env["SLURM_PROCID"]), int(env["SLURM_LOCALID"]), int(env["SLURM_STEP_NUM_TASKS"]), int(tasks_here)
             )
     except (KeyError, ValueError) as error:
         raise UserError(f"environment: the launcher's variables do not fit together: {error}") from error
-    return Place()
+    return RankInfo()
 
 
 def end_with_launcher() -> None:
@@ -79,14 +79,14 @@ def end_with_launcher() -> None:
             os.kill(os.getpid(), signal.SIGTERM)
 
 
-def export(place: Place) -> None:
+def export(rank_info: RankInfo) -> None:
     """Set the variables that torch.distributed and DeepSpeed read, where the launcher has not."""
-    os.environ.setdefault("RANK", str(place.rank))
-    os.environ.setdefault("LOCAL_RANK", str(place.local_rank))
-    os.environ.setdefault("WORLD_SIZE", str(place.world_size))
-    os.environ.setdefault("LOCAL_WORLD_SIZE", str(place.local_world_size))
+    os.environ.setdefault("RANK", str(rank_info.rank))
+    os.environ.setdefault("LOCAL_RANK", str(rank_info.local_rank))
+    os.environ.setdefault("WORLD_SIZE", str(rank_info.world_size))
+    os.environ.setdefault("LOCAL_WORLD_SIZE", str(rank_info.local_world_size))
     if "MASTER_ADDR" not in os.environ:
-        os.environ["MASTER_ADDR"] = "127.0.0.1" if place.world_size == 1 else _first_host(os.environ)
+        os.environ["MASTER_ADDR"] = "127.0.0.1" if rank_info.world_size == 1 else _first_host(os.environ)
     if "MASTER_PORT" not in os.environ:
         job = int(os.environ.get("SLURM_JOB_ID", "0"))
-        os.environ["MASTER_PORT"] = str(_free_port() if place.world_size == 1 else 20000 + job % 20000)
+        os.environ["MASTER_PORT"] = str(_free_port() if rank_info.world_size == 1 else 20000 + job % 20000)

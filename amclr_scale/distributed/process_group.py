@@ -8,35 +8,35 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from amclr_scale.distributed.launcher import Place, end_with_launcher, export
+from amclr_scale.distributed.launcher import RankInfo, end_with_launcher, export
 from amclr_scale.errors import UserError
 
 T = TypeVar("T")
 
 
-def start(place: Place, threads: int | None = None) -> torch.device:
+def start(rank_info: RankInfo, threads: int | None = None) -> torch.device:
     """Join the process group (NCCL on CUDA, gloo on CPU) and take this rank's device.
 
     Args:
-        place: this process among the others.
+        rank_info: this process among the others.
         threads: CPU threads of this rank; None: the machine's cores over the ranks on it.
 
     Raises:
         UserError: this rank has no device of its own.
     """
     cuda = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
-    if cuda and place.local_rank >= torch.cuda.device_count():
+    if cuda and rank_info.local_rank >= torch.cuda.device_count():
         raise UserError(
-            f"CUDA_VISIBLE_DEVICES: expected a device for each of the {place.local_world_size} ranks on this node, got "
-            f"{torch.cuda.device_count()} for local rank {place.local_rank}; start no more ranks than devices, and let "
-            "every rank see all of its node's (SLURM: --gpus-per-node, not --gpus-per-task)"
+            f"CUDA_VISIBLE_DEVICES: expected a device for each of the {rank_info.local_world_size} ranks on this node, "
+            f"got {torch.cuda.device_count()} for local rank {rank_info.local_rank}; start no more ranks than devices, "
+            "and let every rank see all of its node's (SLURM: --gpus-per-node, not --gpus-per-task)"
         )
-    export(place)
-    if place.world_size > 1:
+    export(rank_info)
+    if rank_info.world_size > 1:
         end_with_launcher()
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if cuda else "cpu")
-    torch.set_num_threads(threads or max(1, len(os.sched_getaffinity(0)) // place.local_world_size))
-    device = torch.device("cuda", place.local_rank) if cuda else torch.device("cpu")
+    torch.set_num_threads(threads or max(1, len(os.sched_getaffinity(0)) // rank_info.local_world_size))
+    device = torch.device("cuda", rank_info.local_rank) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
     keep_float32()

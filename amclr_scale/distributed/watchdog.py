@@ -14,7 +14,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from amclr_scale.distributed.launcher import Place
+from amclr_scale.distributed.launcher import RankInfo
 
 LIMIT = 120.0  # seconds: longer than the longest pause of a healthy rank (a long call that holds Python's lock)
 BEAT = 3.0
@@ -22,17 +22,17 @@ ACCUSED = "accused"
 LEFT = b"left"
 
 
-class Watch:
+class Watchdog:
     """A background thread on each rank. With one rank it does nothing.
 
     Args:
-        place: this process among the others; the process group is up.
+        rank_info: this process among the others; the process group is up.
         limit: seconds without a sign of life after which a rank counts as dead.
         beat: seconds between two signs.
     """
 
-    def __init__(self, place: Place, limit: float = LIMIT, beat: float = BEAT):
-        self.rank, self.world_size, self.limit, self.beat = place.rank, place.world_size, limit, beat
+    def __init__(self, rank_info: RankInfo, limit: float = LIMIT, beat: float = BEAT):
+        self.rank, self.world_size, self.limit, self.beat = rank_info.rank, rank_info.world_size, limit, beat
         self._leaving = threading.Event()
         if self.world_size == 1:
             return

@@ -18,7 +18,7 @@ from torch import Tensor
 from amclr_scale import objectives
 from amclr_scale.config.schema import Config
 from amclr_scale.data.loader import TrainLoader
-from amclr_scale.distributed.launcher import Place
+from amclr_scale.distributed.launcher import RankInfo
 from amclr_scale.engine.gradient_cache import SHARED, as_embeddings, flat_outputs
 from amclr_scale.engine.micro_batches import on_device, split
 from amclr_scale.engine.random_state import RandomState
@@ -31,7 +31,7 @@ from amclr_scale.types import Batch, Embeddings
 ANOTHER_SEED = 1_000_003  # added to the run's: the probe is not what training begins with
 
 
-def read_probe(config: Config, place: Place) -> Batch | None:
+def read_probe(config: Config, rank_info: RankInfo) -> Batch | None:
     """This rank's share of the probe's samples, or None where there is no probe; no process group yet.
 
     Raises:
@@ -42,7 +42,7 @@ def read_probe(config: Config, place: Place) -> Batch | None:
         return None
     loader = TrainLoader(
         config.data, seed=config.seed + ANOTHER_SEED, global_batch_size=K,
-        rank=place.rank, world_size=place.world_size, workers=config.execution.workers,
+        rank=rank_info.rank, world_size=rank_info.world_size, workers=config.execution.workers,
     )  # fmt: skip
     if loader.num_samples < K:
         raise UserError(f"run.probe.samples: expected at most the {loader.num_samples} samples of the data, got {K}")

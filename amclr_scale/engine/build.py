@@ -14,7 +14,7 @@ from amclr_scale import objectives
 from amclr_scale.config.schema import Config
 from amclr_scale.data.loader import TrainLoader
 from amclr_scale.data.tokenizers import Tokenizer, load_tokenizer
-from amclr_scale.distributed.launcher import Place
+from amclr_scale.distributed.launcher import RankInfo
 from amclr_scale.distributed.process_group import broadcast_object, seed_everything
 from amclr_scale.encoders.build import build_model
 from amclr_scale.encoders.dual_encoder import DualEncoder
@@ -36,7 +36,7 @@ class Inputs:
     plan: Plan
 
 
-def open_data(config: Config, place: Place) -> Inputs:
+def open_data(config: Config, rank_info: RankInfo) -> Inputs:
     """Open the training data; no process group yet.
 
     Raises:
@@ -44,10 +44,10 @@ def open_data(config: Config, place: Place) -> Inputs:
     """
     loader = TrainLoader(
         config.data, seed=config.seed, global_batch_size=config.train.global_batch_size,
-        rank=place.rank, world_size=place.world_size, workers=config.execution.workers,
+        rank=rank_info.rank, world_size=rank_info.world_size, workers=config.execution.workers,
     )  # fmt: skip
     tokenizer = load_tokenizer(config.data.tokenizer, config.data.context_length)
-    return Inputs(loader, tokenizer, make_plan(config, loader.samples_per_epoch, place.world_size))
+    return Inputs(loader, tokenizer, make_plan(config, loader.samples_per_epoch, rank_info.world_size))
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """What a configuration leaves to the machine, settled at the start: `execution: auto` and `kept_micro_batches: auto`.
 
-    unsettled = Unsettled(config, place, num_samples)       # before the process group
-    config, words = unsettled.settle(device)                # inside it: all ranks get the same answer
+    auto_keys = AutoExecution(config, rank_info, num_samples)       # before the process group
+    config, words = auto_keys.resolve_auto(device)                # inside it: all ranks get the same answer
 
 Two steps, because objectives are traced in a process group that pretends (objective_trace.py, objective_memory.py),
 while ranks can only agree on the least free memory among them inside the real one.
@@ -15,7 +15,7 @@ import torch
 
 from amclr_scale.config.schema import Config
 from amclr_scale.distributed.collectives import gather_numbers, group
-from amclr_scale.distributed.launcher import Place, export
+from amclr_scale.distributed.launcher import RankInfo, export
 from amclr_scale.distributed.process_group import broadcast_object
 from amclr_scale.engine.batch_plan import make_plan
 from amclr_scale.memory.account import account
@@ -49,34 +49,34 @@ def given(config: Config) -> set[str]:
     return keys & set(KEYS)
 
 
-class Unsettled:
+class AutoExecution:
     """What is open in a configuration.
 
     Args:
         config: of the run.
-        place: this rank among the others.
+        rank_info: this rank among the others.
         num_samples: N, the size of the data set.
     """
 
-    def __init__(self, config: Config, place: Place, num_samples: int):
-        self.config, self.place, self.num_samples = config, place, num_samples
+    def __init__(self, config: Config, rank_info: RankInfo, num_samples: int):
+        self.config, self.rank_info, self.num_samples = config, rank_info, num_samples
         if config.execution.auto or config.execution.kept_micro_batches == "auto":
             self._trace()
 
     def _trace(self) -> None:
         """Ask what will be asked later, and is remembered, while there is no process group."""
-        export(self.place)  # whether all ranks share a node decides how objectives share their work
+        export(self.rank_info)  # whether all ranks share a node decides how objectives share their work
         kind = "cuda" if torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu" else "cpu"
         for gather in ("all", "ring") if self.config.execution.auto else (self.config.execution.similarity.gather,):
             wanted = changed(self._base(), **{"similarity.gather": gather})
-            account(wanted, world_size=self.place.world_size, num_samples=self.num_samples, device=kind)
-            objective_trace(wanted, self.place.world_size, self.num_samples, kind, self.place.local_world_size)
+            account(wanted, world_size=self.rank_info.world_size, num_samples=self.num_samples, device=kind)
+            objective_trace(wanted, self.rank_info.world_size, self.num_samples, kind, self.rank_info.local_world_size)
 
     def _base(self) -> Config:
         kept = self.config.execution.kept_micro_batches
         return changed(self.config, auto=False, kept_micro_batches=1 if kept == "auto" else kept)
 
-    def settle(self, device: torch.device) -> tuple[Config, list[str]]:
+    def resolve_auto(self, device: torch.device) -> tuple[Config, list[str]]:
         """The configuration with a number for everything, and what was chosen, in words. Every rank calls it.
 
         Raises:
@@ -85,7 +85,9 @@ class Unsettled:
         execution = self.config.execution
         if not execution.auto and execution.kept_micro_batches != "auto":
             return self.config, []
-        free = min(number for (number,) in gather_numbers([free_memory(device, self.place.local_world_size)], group()))
+        free = min(
+            number for (number,) in gather_numbers([free_memory(device, self.rank_info.local_world_size)], group())
+        )
         usable = round(MARGIN * free)
         words = [f"{in_words(free)} free on the fullest device; planned with {in_words(usable)} per rank"]
         if not execution.auto:
@@ -95,10 +97,10 @@ class Unsettled:
     def _profile(self, device: torch.device) -> DeviceProfile:
         if device.type == "cuda":
             return profile_of(device) or find_profile(STAND_IN)
-        return measure_cpu(threads=torch.get_num_threads(), ranks=self.place.local_world_size)
+        return measure_cpu(threads=torch.get_num_threads(), ranks=self.rank_info.local_world_size)
 
     def _settle_kept(self, device: torch.device, usable: int, words: list[str]) -> tuple[Config, list[str]]:
-        world_size = self.place.world_size
+        world_size = self.rank_info.world_size
         micro_batches = make_plan(self.config, self.num_samples, world_size).micro_batches
 
         def peak(kept: int) -> int:
@@ -114,12 +116,12 @@ class Unsettled:
     def _settle_all(self, device: torch.device, usable: int, words: list[str]) -> tuple[Config, list[str]]:
         fixed: Collection[str] = given(self.config)
         fit = Fit(
-            self._base(), self._profile(device), world_size=self.place.world_size, num_samples=self.num_samples,
-            memory=usable, ranks_per_node=self.place.local_world_size, fixed=fixed,
+            self._base(), self._profile(device), world_size=self.rank_info.world_size, num_samples=self.num_samples,
+            memory=usable, ranks_per_node=self.rank_info.local_world_size, fixed=fixed,
         )  # fmt: skip
         # Rank 0 decides: measured rates differ a little between ranks, and all must do the same.
         found = fit.fastest(self.config.train.global_batch_size, top=1)[0]
-        chosen = changed(self._base(), **broadcast_object(found.settings if self.place.rank == 0 else None))
+        chosen = changed(self._base(), **broadcast_object(found.settings if self.rank_info.rank == 0 else None))
         largest = found.account.largest()
         words += [
             f"execution: auto -> {' '.join(f'{key}={value}' for key, value in settings_of(chosen).items())}",

@@ -18,7 +18,7 @@ import psutil
 import torch
 
 from amclr_scale.config.schema import Config
-from amclr_scale.distributed.launcher import Place
+from amclr_scale.distributed.launcher import RankInfo
 from amclr_scale.errors import UserError
 from amclr_scale.memory.account import Account, account
 from amclr_scale.memory.components import Phase
@@ -39,7 +39,7 @@ def limit_of(device: torch.device, ranks_here: int) -> int:
     return int(psutil.Process().memory_info().rss) + int(psutil.virtual_memory().available) // ranks_here
 
 
-def advise(config: Config, *, place: Place, num_samples: int, device: torch.device, phase: str) -> str:
+def advise(config: Config, *, rank_info: RankInfo, num_samples: int, device: torch.device, phase: str) -> str:
     """A sentence for an error message. Never raises: an error is being told already.
 
     Args:
@@ -48,8 +48,8 @@ def advise(config: Config, *, place: Place, num_samples: int, device: torch.devi
         phase: where memory ran out.
     """
     asked = {
-        "config": config.model_dump(mode="json"), "world_size": place.world_size, "num_samples": num_samples,
-        "device": device.type, "phase": phase, "limit": limit_of(device, place.local_world_size),
+        "config": config.model_dump(mode="json"), "world_size": rank_info.world_size, "num_samples": num_samples,
+        "device": device.type, "phase": phase, "limit": limit_of(device, rank_info.local_world_size),
     }  # fmt: skip
     package = str(Path(__file__).resolve().parents[2])  # found from anywhere, also where it is not installed
     command = [sys.executable, "-W", "ignore", "-m", "amclr_scale.planner.oom_advice"]

@@ -89,7 +89,7 @@ class Trainer:
         return losses
 
     def save(self, folder: Path, step: int) -> None:
-        """What the keeper does, without its clock."""
+        """What the checkpointer does, without its clock."""
         here = files.staging(folder, step)
         here.mkdir(parents=True, exist_ok=True)
         snapshot = state.take(self.engine, self.objective, {"step": step, "number": 1}, CPU)
@@ -106,7 +106,7 @@ class Trainer:
         found, complaints = files.newest_valid(folder)
         assert found
         assert not complaints
-        state.put_back(found, self.engine, self.objective, CPU)
+        state.restore(found, self.engine, self.objective, CPU)
 
     def everything(self) -> dict[str, Tensor]:
         """Weights, objective state, buffers, the generator: on every rank."""

@@ -5,7 +5,7 @@ from unittest import mock
 import pytest
 import torch
 
-from amclr_scale.distributed.launcher import Place
+from amclr_scale.distributed.launcher import RankInfo
 from amclr_scale.distributed.process_group import keep_float32, start
 from amclr_scale.errors import UserError
 
@@ -17,7 +17,7 @@ def test_more_ranks_than_devices(monkeypatch):
         visible,
         pytest.raises(UserError, match=r"^CUDA_VISIBLE_DEVICES: .* 8 ranks .* got 1 for local rank 3; .*gpus-per-node"),
     ):
-        start(Place(rank=3, local_rank=3, world_size=8, local_world_size=8))
+        start(RankInfo(rank=3, local_rank=3, world_size=8, local_world_size=8))
     assert not torch.distributed.is_initialized()
 
 

@@ -11,15 +11,15 @@ ROOT = Path(__file__).parents[2]
 RANK = """
 import os, sys, time
 import torch, torch.distributed as dist
-from amclr_scale.distributed.launcher import Place
-from amclr_scale.distributed.watchdog import Watch
+from amclr_scale.distributed.launcher import RankInfo
+from amclr_scale.distributed.watchdog import Watchdog
 
 rank = int(sys.argv[1])
 dist.init_process_group("gloo", init_method=f"file://{sys.argv[2]}", rank=rank, world_size=3)
-watch = Watch(Place(rank, rank, 3, 3), limit=2.0, beat=0.2)
+watchdog = Watchdog(RankInfo(rank, rank, 3, 3), limit=2.0, beat=0.2)
 print("up", flush=True)
 if sys.argv[3] == "leave":
-    watch.leave()
+    watchdog.leave()
     sys.exit(0)
 dist.barrier() if rank else time.sleep(60)
 """

@@ -6,7 +6,7 @@ import pytest
 
 from amclr_scale.config.load import load
 from amclr_scale.config.schema import LearningRateFactors, Optimizer
-from amclr_scale.distributed.launcher import Place, find_place
+from amclr_scale.distributed.launcher import RankInfo, read_rank_info
 from amclr_scale.engine.batch_plan import make_plan
 from amclr_scale.engine.optimizers import parameter_groups, set_learning_rate
 from amclr_scale.engine.schedules import learning_rate
@@ -74,17 +74,17 @@ def test_operations_per_second():
 
 
 def test_every_launcher_is_recognised():
-    assert find_place({}) == Place(0, 0, 1, 1)
+    assert read_rank_info({}) == RankInfo(0, 0, 1, 1)
     torchrun = {"RANK": "5", "LOCAL_RANK": "1", "WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "4"}
-    assert find_place(torchrun) == Place(5, 1, 8, 4)
+    assert read_rank_info(torchrun) == RankInfo(5, 1, 8, 4)
     srun = {
         "SLURM_STEP_NUM_TASKS": "8",
         "SLURM_PROCID": "5",
         "SLURM_LOCALID": "1",
         "SLURM_STEP_TASKS_PER_NODE": "4(x2)",
     }
-    assert find_place(srun) == Place(5, 1, 8, 4)
+    assert read_rank_info(srun) == RankInfo(5, 1, 8, 4)
     batch_script = {"SLURM_NTASKS": "8", "SLURM_PROCID": "0"}  # no step: plain python in a batch script is one rank
-    assert find_place(batch_script) == Place(0, 0, 1, 1)
+    assert read_rank_info(batch_script) == RankInfo(0, 0, 1, 1)
     with pytest.raises(UserError, match="environment: the launcher's variables do not fit together"):
-        find_place({"RANK": "x", "WORLD_SIZE": "8"})
+        read_rank_info({"RANK": "x", "WORLD_SIZE": "8"})

@@ -5,14 +5,14 @@ import torch
 
 from amclr_scale import objectives
 from amclr_scale.config.schema import Config
-from amclr_scale.distributed.launcher import Place
+from amclr_scale.distributed.launcher import RankInfo
 from amclr_scale.engine.batch_plan import make_plan
 from amclr_scale.engine.deepspeed_setup import build_engine
 from amclr_scale.engine.step import TrainStep
 from amclr_scale.memory.account import account
 from amclr_scale.metrics.phases import Phases
 from amclr_scale.planner import auto_execution
-from amclr_scale.planner.auto_execution import MARGIN, Unsettled, free_memory
+from amclr_scale.planner.auto_execution import MARGIN, AutoExecution, free_memory
 from amclr_scale.planner.search import changed, with_batch
 from amclr_scale.types import Batch
 from tests.planner.test_search import MIB, small
@@ -31,7 +31,7 @@ def test_as_many_graphs_are_kept_as_the_fullest_rank_has_room_for(monkeypatch, w
     config = with_batch(small(micro_batch_size=16, kept_micro_batches="auto"), 256)
     least = round((peak(config, wanted) + 1) / MARGIN) + 1
     monkeypatch.setattr(auto_execution, "gather_numbers", lambda numbers, ranks: [[10**12], [least], [10**11]])
-    settled, words = Unsettled(config, Place(), 10_000).settle(CPU)
+    settled, words = AutoExecution(config, RankInfo(), 10_000).resolve_auto(CPU)
     assert settled.execution.kept_micro_batches == wanted
     assert make_plan(settled, 10_000, 1).kept == wanted
     assert f"auto -> {wanted} of 16" in "\n".join(words)
@@ -40,7 +40,7 @@ def test_as_many_graphs_are_kept_as_the_fullest_rank_has_room_for(monkeypatch, w
 def test_auto_settles_every_key_and_keeps_what_was_given(monkeypatch):
     monkeypatch.setattr(auto_execution, "free_memory", lambda device, ranks_here: 200 * MIB)
     config = with_batch(small(auto=True, micro_batch_size=32, kept_micro_batches="auto"), 512)
-    settled, words = Unsettled(config, Place(), 10_000).settle(CPU)
+    settled, words = AutoExecution(config, RankInfo(), 10_000).resolve_auto(CPU)
     execution = settled.execution
     assert not execution.auto
     assert execution.micro_batch_size == 32
@@ -51,7 +51,7 @@ def test_auto_settles_every_key_and_keeps_what_was_given(monkeypatch):
 
 def test_what_is_settled_already_is_left_alone():
     config = small(micro_batch_size=32)
-    assert Unsettled(config, Place(), 10_000).settle(CPU) == (config, [])
+    assert AutoExecution(config, RankInfo(), 10_000).resolve_auto(CPU) == (config, [])
 
 
 def test_free_memory_is_shared_by_the_ranks_of_a_host():
@@ -80,7 +80,7 @@ def test_a_settled_run_gives_the_numbers_of_the_run_with_that_integer(ranks, mon
     monkeypatch.setattr(
         auto_execution, "free_memory", lambda device, ranks_here: round((peak(config, 5) + 1) / MARGIN) + 1
     )
-    settled, _ = Unsettled(config, Place(), 10_000).settle(CPU)
+    settled, _ = AutoExecution(config, RankInfo(), 10_000).resolve_auto(CPU)
     given = with_batch(small(micro_batch_size=16, kept_micro_batches=5), 128)
     assert settled.execution.kept_micro_batches == 5
     assert ranks(1, losses, settled) == ranks(1, losses, given)

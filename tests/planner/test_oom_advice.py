@@ -8,7 +8,7 @@ from torch import nn
 
 from amclr_scale.config.load import load
 from amclr_scale.config.schema import Config
-from amclr_scale.distributed.launcher import Place
+from amclr_scale.distributed.launcher import RankInfo
 from amclr_scale.engine.step import OutOfMemoryError, TrainStep
 from amclr_scale.memory.account import account
 from amclr_scale.memory.units import MIB
@@ -66,7 +66,7 @@ def test_a_failed_allocation_gets_the_advice_of_another_process(monkeypatch):
         Starved(),
         lambda embeddings: None,
         micro_batch_sizes=(32, 32), device=CPU, phases=Phases(CPU),
-        advice=lambda phase: oom_advice.advise(run, place=Place(), num_samples=256, device=CPU, phase=phase),
+        advice=lambda phase: oom_advice.advise(run, rank_info=RankInfo(), num_samples=256, device=CPU, phase=phase),
     )  # fmt: skip
     batch = Batch(
         ids=torch.arange(64),
@@ -83,5 +83,5 @@ def test_a_failed_allocation_gets_the_advice_of_another_process(monkeypatch):
 
 def test_an_account_that_fails_does_not_hide_the_error(monkeypatch):
     monkeypatch.setattr(oom_advice, "TIMEOUT", 0.01)
-    told = oom_advice.advise(config(), place=Place(), num_samples=256, device=CPU, phase="pass_2")
+    told = oom_advice.advise(config(), rank_info=RankInfo(), num_samples=256, device=CPU, phase="pass_2")
     assert told.startswith("the memory account gave no answer")

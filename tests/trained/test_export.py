@@ -32,7 +32,7 @@ TREE = {
 
 
 def make_run(folder):
-    """On each rank: a model at stage 2, saved as the keeper does. Returns its embeddings."""
+    """On each rank: a model at stage 2, saved as the checkpointer does. Returns its embeddings."""
     import torch.distributed as dist
 
     config = build(TREE)

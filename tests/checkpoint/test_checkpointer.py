@@ -10,7 +10,7 @@ import pytest
 import torch.distributed as dist
 
 from amclr_scale.checkpoint import files, state
-from amclr_scale.checkpoint.keeper import Keeper
+from amclr_scale.checkpoint.checkpointer import Checkpointer
 from amclr_scale.checkpoint.signals import Signals, StoppedError
 from amclr_scale.data.tokenizers import load_tokenizer
 from amclr_scale.engine.batch_plan import make_plan
@@ -30,7 +30,7 @@ def kept(folder, steps, act=lambda done, signals: None, max_hours=None, **settin
     words, end, reached = [], "", 0
     with RunLog(folder, config, speaks=rank == 0, total_steps=steps) as log, Signals() as signals:
         log.say = words.append
-        saver = Keeper(
+        saver = Checkpointer(
             folder, config, plan, engine=trainer.engine, objective=trainer.objective, fingerprint="f",
             tokenizer=load_tokenizer("emoji", 8), log=log, signals=signals, device=CPU,
         )  # fmt: skip

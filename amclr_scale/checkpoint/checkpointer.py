@@ -56,7 +56,7 @@ class _Writing:
         self._thread.join()
 
 
-class Keeper:
+class Checkpointer:
     """Call it after every step; leave it (`with`) when the run ends.
 
     Args:
@@ -218,7 +218,7 @@ class Keeper:
         self._saved_at = time.monotonic()
         self.log.say(f"{words}; training goes on")
 
-    def __enter__(self) -> "Keeper":
+    def __enter__(self) -> "Checkpointer":
         """Clear away what an interrupted run left half-done, and what is newer than the step this one goes on from."""
         if self.rank == 0:
             files.clean(self.folder)
