@@ -247,15 +247,15 @@ def rehearse_here(options: argparse.Namespace) -> None:
     from amclr_scale.metrics.stopwatch import Stopwatch
 
     rank_info = read_rank_info()
-    config = build(yaml.safe_load(Path(options.config).read_text()), place.world_size)
-    inputs = open_data(config, place)
-    device = start(place, config.execution.threads)
+    config = build(yaml.safe_load(Path(options.config).read_text()), rank_info.world_size)
+    inputs = open_data(config, rank_info)
+    device = start(rank_info, config.execution.threads)
     inputs.loader.seek(0)
     with tempfile.TemporaryDirectory() as folder:
         trainer = build_trainer(
-            config, inputs, device=device, world_size=place.world_size, folder=Path(folder), stopwatch=Stopwatch()
+            config, inputs, device=device, world_size=rank_info.world_size, folder=Path(folder), stopwatch=Stopwatch()
         )
-        seed_everything(config.seed, place.rank + 1)
+        seed_everything(config.seed, rank_info.rank + 1)
         phases = Phases(device)
         step = TrainStep(
             trainer.engine, trainer.objective, micro_batch_sizes=inputs.plan.micro_batch_sizes,
@@ -290,9 +290,11 @@ def rehearse_here(options: argparse.Namespace) -> None:
         "seconds": seconds,
         **{phase: peaks.get(phase, 0) for phase in PHASES},
     }
-    Path(f"{options.rehearse}{place.rank}").write_text(json.dumps(found))
+    Path(f"{options.rehearse}{rank_info.rank}").write_text(json.dumps(found))
     limited(
-        lambda: step(batch, config.optimizer.lr), beside + options.limit, Path(f"{options.rehearse}{place.rank}.failed")
+        lambda: step(batch, config.optimizer.lr),
+        beside + options.limit,
+        Path(f"{options.rehearse}{rank_info.rank}.failed"),
     )
     inputs.loader.close()
     stop()
