@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from safetensors import SafetensorError
 from torch import nn
 
@@ -22,6 +21,7 @@ from amclr_scale.checkpoint.signals import Signals, StoppedError
 from amclr_scale.config.load import recipe_hash
 from amclr_scale.config.schema import Config
 from amclr_scale.data.tokenizers import Tokenizer
+from amclr_scale.distributed.process_group import gather_objects
 from amclr_scale.engine.batch_plan import Plan
 from amclr_scale.engine.batch_probe import Probe
 from amclr_scale.metrics.log import RunLog
@@ -175,11 +175,7 @@ class Checkpointer:
             return True
         began = time.perf_counter()
         writing.wait()
-        mine = (writing.files, writing.error, writing.bytes)
-        everyone = [mine]
-        if dist.is_initialized() and dist.get_world_size() > 1:
-            everyone = [mine] * dist.get_world_size()
-            dist.all_gather_object(everyone, mine)
+        everyone = gather_objects((writing.files, writing.error, writing.bytes))
         errors = [f"rank {rank}: {error}" for rank, (_, error, _) in enumerate(everyone) if error]
         problem = "; ".join(errors)
         if self.rank == 0 and not problem:

@@ -3,13 +3,12 @@
 from pathlib import Path
 from typing import TypeVar
 
-import torch.distributed as dist
-
 from amclr_scale.checkpoint import files
 from amclr_scale.checkpoint.lock import RunLock
 from amclr_scale.checkpoint.resume import Found, find
 from amclr_scale.config.schema import Config
 from amclr_scale.data.tokenizers import Tokenizer
+from amclr_scale.distributed.process_group import broadcast_object
 from amclr_scale.errors import UserError
 
 RECORDS = "metrics.jsonl"
@@ -54,7 +53,7 @@ def agree_on_start(
             words = str(error)
         if words and lock:
             lock.release()
-    found, folder, held, words = _from_rank_0((found, folder, lock is not None, words))
+    found, folder, held, words = broadcast_object((found, folder, lock is not None, words))
     if words:
         raise UserError(words)
     return found, folder, lock or (RunLock.join(folder, rank) if held else None)
@@ -78,14 +77,7 @@ def lock_new(folder: Path, rank: int) -> RunLock:
                 words = f"run.name: another job has made {folder} meanwhile; go on with it, or choose another name"
         except UserError as error:
             words = str(error)
-    (words,) = _from_rank_0((words,))
+    (words,) = broadcast_object((words,))
     if words:
         raise UserError(words)
     return lock or RunLock.join(folder, rank)
-
-
-def _from_rank_0(value: T) -> T:
-    box = [value]
-    if dist.is_initialized() and dist.get_world_size() > 1:
-        dist.broadcast_object_list(box, src=0)
-    return box[0]

@@ -81,7 +81,7 @@ def run(options: argparse.Namespace, rank_info: RankInfo) -> None:
     """The flow: models -> splits -> numbers -> table, files, sheets."""
     import torch
 
-    from amclr_scale.distributed.process_group import keep_float32, start, stop
+    from amclr_scale.distributed.process_group import device_type, keep_float32, start, stop
     from amclr_scale.evaluation.models import use_statistics
     from amclr_scale.evaluation.progress import EvaluationProgress
     from amclr_scale.evaluation.report import comparison_lines, comparisons, histogram_lines, write
@@ -91,7 +91,7 @@ def run(options: argparse.Namespace, rank_info: RankInfo) -> None:
     from amclr_scale.trained.model import open_model
 
     keep_float32()  # as in training
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(device_type())
     if rank_info.world_size > 1:
         device = start(rank_info)
     speaks = rank_info.rank == 0

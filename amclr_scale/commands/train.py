@@ -262,13 +262,11 @@ def main(argv: list[str]) -> int:
 
 def predict_memory(config: Config, rank_info: RankInfo, num_samples: int) -> "Account":
     """What each rank will hold in memory, by component and phase."""
-    import torch
-
+    from amclr_scale.distributed.process_group import device_type
     from amclr_scale.memory.account import account
 
-    device = "cuda" if torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu" else "cpu"
     export(rank_info)  # objectives share their work by whether all ranks are on one node
-    return account(config, world_size=rank_info.world_size, num_samples=num_samples, device=device)
+    return account(config, world_size=rank_info.world_size, num_samples=num_samples, device=device_type())
 
 
 def advise_about(config: Config, rank_info: RankInfo, num_samples: int, device: str, phase: str) -> str:

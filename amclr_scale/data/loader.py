@@ -6,7 +6,6 @@ stays near one batch per rank. Parts come back in the order they were asked for,
 
 import logging
 import multiprocessing
-import os
 import warnings
 from collections import Counter
 from collections.abc import Iterator
@@ -23,6 +22,7 @@ from amclr_scale.data.pipeline import Fault, Part, Pipeline
 from amclr_scale.data.prefetch import Prefetcher
 from amclr_scale.data.sources import is_remote
 from amclr_scale.data.tokenizers import load_tokenizer
+from amclr_scale.distributed.launcher import ranks_on_node
 from amclr_scale.errors import UserError
 from amclr_scale.types import Batch
 
@@ -140,9 +140,8 @@ class TrainLoader:
         if any(is_remote(shard.url) for shard in self.index.shards):
             share = data.lanes // world_size
             own = range(rank * share, (rank + 1) * share)
-            here = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or "1"  # as launchers say it
             self._prefetcher = Prefetcher(
-                self.index, self.order, own, global_batch_size // data.lanes, min(int(here), world_size)
+                self.index, self.order, own, global_batch_size // data.lanes, min(ranks_on_node(), world_size)
             )
         self._source: Iterator[Part | str] | None = None
 

@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from amclr_scale.distributed.first_order import first_order_only
+from amclr_scale.distributed.purpose import current_purpose, purpose
 
 Negatives = Literal["all", "local"] | int
 
@@ -215,7 +216,7 @@ def _bytes(x: Tensor) -> Tensor:
 class _AllSum(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, ranks: Group) -> Tensor:
-        ctx.ranks = ranks
+        ctx.ranks, ctx.purpose = ranks, current_purpose()
         out = x.detach().clone(memory_format=torch.contiguous_format)
         dist.all_reduce(out, group=ranks.process_group)
         return out
@@ -224,17 +225,19 @@ class _AllSum(torch.autograd.Function):
     @first_order_only
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None]:
         out = upstream.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(out, group=ctx.ranks.process_group)
+        with purpose(ctx.purpose):
+            dist.all_reduce(out, group=ctx.ranks.process_group)
         return out, None
 
 
 class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, ranks: Group) -> Tensor:
-        ctx.ranks = ranks
+        ctx.ranks, ctx.purpose = ranks, current_purpose()
         return all_gather(x, ranks)
 
     @staticmethod
     @first_order_only
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None]:
-        return reduce_scatter(upstream, ctx.ranks), None
+        with purpose(ctx.purpose):
+            return reduce_scatter(upstream, ctx.ranks), None

@@ -39,7 +39,8 @@ def _first_host(environment: Mapping[str, str]) -> str:
     return names.split()[0]
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port of this machine on which nobody listens at the moment."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
@@ -67,6 +68,12 @@ def read_rank_info(environment: Mapping[str, str] | None = None) -> RankInfo:
     return RankInfo()
 
 
+def ranks_on_node(environment: Mapping[str, str] | None = None) -> int:
+    """How many ranks the launcher started on this node; 1 where it does not say, as without a launcher."""
+    env = os.environ if environment is None else environment
+    return int(env.get("LOCAL_WORLD_SIZE") or env.get("LOCAL_SIZE") or 1)
+
+
 def end_with_launcher() -> None:
     """Be sent SIGTERM (Linux) when the launcher dies: without it nobody would end this rank, or see how it ends.
 
@@ -89,4 +96,4 @@ def export(rank_info: RankInfo) -> None:
         os.environ["MASTER_ADDR"] = "127.0.0.1" if rank_info.world_size == 1 else _first_host(os.environ)
     if "MASTER_PORT" not in os.environ:
         job = int(os.environ.get("SLURM_JOB_ID", "0"))
-        os.environ["MASTER_PORT"] = str(_free_port() if rank_info.world_size == 1 else 20000 + job % 20000)
+        os.environ["MASTER_PORT"] = str(free_port() if rank_info.world_size == 1 else 20000 + job % 20000)

@@ -2,7 +2,7 @@
 
 import os
 import random
-from typing import TypeVar
+from typing import Literal, TypeVar, cast
 
 import numpy as np
 import torch
@@ -12,6 +12,11 @@ from amclr_scale.distributed.launcher import RankInfo, end_with_launcher, export
 from amclr_scale.errors import UserError
 
 T = TypeVar("T")
+
+
+def device_type() -> Literal["cuda", "cpu"]:
+    """What this process trains on: CUDA where there is a GPU, unless DS_ACCELERATOR=cpu says otherwise."""
+    return "cuda" if torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu" else "cpu"
 
 
 def start(rank_info: RankInfo, threads: int | None = None) -> torch.device:
@@ -24,7 +29,7 @@ def start(rank_info: RankInfo, threads: int | None = None) -> torch.device:
     Raises:
         UserError: this rank has no device of its own.
     """
-    cuda = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
+    cuda = device_type() == "cuda"
     if cuda and rank_info.local_rank >= torch.cuda.device_count():
         raise UserError(
             f"CUDA_VISIBLE_DEVICES: expected a device for each of the {rank_info.local_world_size} ranks on this node, "
@@ -81,9 +86,17 @@ def seed_everything(seed: int, rank: int = 0) -> None:
 
 
 def broadcast_object(value: T | None) -> T:
-    """Rank 0's object, on every rank."""
+    """Rank 0's object, on every rank; what the others bring does not count."""
     box = [value]
     if dist.is_initialized() and dist.get_world_size() > 1:
         dist.broadcast_object_list(box, src=0)
-    assert box[0] is not None
-    return box[0]
+    return cast(T, box[0])
+
+
+def gather_objects(value: T) -> list[T]:
+    """Every rank's object, in rank order, on every rank."""
+    everyone = [value]
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        everyone = [value] * dist.get_world_size()
+        dist.all_gather_object(everyone, value)
+    return everyone

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
+from amclr_scale.distributed.process_group import gather_objects
 from amclr_scale.encoders.dual_encoder import LOG_SCALE_BOUNDS
 from amclr_scale.encoders.norms import keep_statistics
 from amclr_scale.engine.gradient_cache import CachedStep, cached_backward
@@ -172,10 +172,6 @@ class TrainStep:
                 if tensor is not None and len(tensor) == len(batch):
                     bad |= ~tensor.flatten(1).isfinite().all(1).cpu() if tensor.dim() > 1 else ~tensor.isfinite().cpu()
         mine = (float(done.loss.value.detach()), batch.ids.cpu()[bad].tolist())
-        everyone = [mine]
-        if dist.is_initialized():
-            everyone = [mine] * dist.get_world_size()
-            dist.all_gather_object(everyone, mine)
         lines = [
             f"  rank {rank}: loss {loss}; "
             + (
@@ -183,7 +179,7 @@ class TrainStep:
                 if ids
                 else "its features are finite"
             )
-            for rank, (loss, ids) in enumerate(everyone)
+            for rank, (loss, ids) in enumerate(gather_objects(mine))
         ]
         raise NonFiniteError(
             f"step {self.steps}: the gradient is not finite; no weight was updated. A lower optimizer.lr, a longer "

@@ -22,6 +22,7 @@ import torch
 
 from amclr_scale import objectives
 from amclr_scale.config.schema import Config
+from amclr_scale.distributed.launcher import ranks_on_node
 from amclr_scale.engine.batch_plan import Plan, make_plan
 from amclr_scale.engine.optimizers import parameter_groups
 from amclr_scale.memory.components import PHASES, Component, Phase, always
@@ -242,7 +243,7 @@ def _objective_components(config: Config, plan: Plan, num_samples: int, device: 
 
 def _distribution(config: Config, world_size: int, rows: int, device: str) -> Distribution:
     """What `auto` will choose once there are so many ranks."""
-    one_node = os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE")) == str(world_size)
+    one_node = ranks_on_node() == world_size
     wanted = config.execution.similarity.distribution
     return choose(wanted, Group(0, world_size, 0), rows, torch.device(device), one_node=one_node)
 

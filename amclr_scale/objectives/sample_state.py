@@ -19,10 +19,13 @@ import torch
 from torch import Tensor
 
 from amclr_scale.distributed import collectives
+from amclr_scale.distributed.purpose import purpose
 from amclr_scale.errors import UserError
 from amclr_scale.objectives.base import FullPrecision, Layout
 
 REPLICATED_BYTES = 256 * 2**20  # "auto" shards a state that is larger than this
+
+STATE = "per-sample state"  # the purpose of its messages
 
 
 class SampleState(FullPrecision):
@@ -70,6 +73,7 @@ class SampleState(FullPrecision):
         for name, initial in columns.items():
             self.register_buffer(name, torch.full(shape, initial, dtype=torch.float32))
 
+    @purpose(STATE)
     def visit(self, ids: Tensor, dtype: torch.dtype = torch.float32) -> "Visit":
         """Look at the rows of this step's samples. Every rank calls it, with equally many ids.
 
@@ -112,6 +116,7 @@ class SampleState(FullPrecision):
                 untouched = table == torch.tensor(initial, dtype=table.dtype)
                 setattr(self, name, table.double().masked_fill(untouched, initial))
 
+    @purpose(STATE)
     def column(self, name: str) -> Tensor:
         """All N rows of a column, (N,) or (N, width), on the CPU. Where sharded, every rank must call it."""
         local: Tensor = getattr(self, name)
@@ -166,6 +171,7 @@ class Visit:
     def __init__(self, state: SampleState, ids: Tensor, every: Tensor) -> None:
         self._state, self._ids, self._every = state, ids, every
 
+    @purpose(STATE)
     def read(self) -> dict[str, Tensor]:
         """Column -> (b,) or (b, width), as they were before this step, on the device of the ids."""
         state, (num_shards, shard) = self._state, self._state.shards
@@ -181,6 +187,7 @@ class Visit:
         here = slice(collectives.rank() * len(self._ids), (collectives.rank() + 1) * len(self._ids))
         return dict(zip(state.columns, summed[:, here].unbind(), strict=True))
 
+    @purpose(STATE)
     @torch.no_grad()
     def write(self, **columns: Tensor) -> None:
         """Set the named columns of this step's samples, (b,) or (b, width) each, on this rank and on the others.

@@ -7,7 +7,6 @@ Two steps, because objectives are traced in a process group that pretends (objec
 while ranks can only agree on the least free memory among them inside the real one.
 """
 
-import os
 from collections.abc import Collection
 
 import psutil
@@ -16,7 +15,7 @@ import torch
 from amclr_scale.config.schema import Config
 from amclr_scale.distributed.collectives import gather_numbers, group
 from amclr_scale.distributed.launcher import RankInfo, export
-from amclr_scale.distributed.process_group import broadcast_object
+from amclr_scale.distributed.process_group import broadcast_object, device_type
 from amclr_scale.engine.batch_plan import make_plan
 from amclr_scale.memory.account import account
 from amclr_scale.memory.units import in_words
@@ -66,7 +65,7 @@ class AutoExecution:
     def _trace(self) -> None:
         """Ask what will be asked later, and is remembered, while there is no process group."""
         export(self.rank_info)  # whether all ranks share a node decides how objectives share their work
-        kind = "cuda" if torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu" else "cpu"
+        kind = device_type()
         for gather in ("all", "ring") if self.config.execution.auto else (self.config.execution.similarity.gather,):
             wanted = changed(self._base(), **{"similarity.gather": gather})
             account(wanted, world_size=self.rank_info.world_size, num_samples=self.num_samples, device=kind)

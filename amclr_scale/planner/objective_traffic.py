@@ -11,11 +11,9 @@ or the similarity engine do, and a new objective needs no line in this file. Run
 
 import json
 import math
-import os
 import sys
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from types import FrameType
 from typing import Any
 
 import torch
@@ -24,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from amclr_scale import objectives
+from amclr_scale.distributed.purpose import current_purpose
 from amclr_scale.objectives.base import Layout, Objective
 from amclr_scale.planner.messages import Message, MessageCounter, Messages
 from amclr_scale.similarity import settings
@@ -31,8 +30,6 @@ from amclr_scale.similarity.settings import Distribution, Gather
 from amclr_scale.types import Embeddings
 
 ROWS = (8, 16, 24)  # of a rank in the three runs
-# What a message is for, by the file that asked for it; whatever else objectives send is statistics of their rows.
-PURPOSES = {"keys.py": "features", "rows.py": "features", "sample_state.py": "per-sample state", "gram.py": "moments"}
 
 
 @dataclass(frozen=True)
@@ -162,13 +159,7 @@ class _Counter(MessageCounter):
         self.flops = self.bytes = 0
 
     def purpose(self) -> str:
-        frame: FrameType | None = sys._getframe()
-        while frame is not None:
-            purpose = PURPOSES.get(os.path.basename(frame.f_code.co_filename))
-            if purpose is not None:
-                return purpose
-            frame = frame.f_back
-        return "statistics"
+        return current_purpose()
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:

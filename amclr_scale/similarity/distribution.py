@@ -13,11 +13,10 @@ With F operations per second and L bytes per second, a unit takes 2 b B D / F an
 from b = 2 F / L rows per rank on. That is the rule of `auto`, with these rates.
 """
 
-import os
-
 import torch
 
 from amclr_scale.distributed.collectives import Group, world_size
+from amclr_scale.distributed.launcher import ranks_on_node
 from amclr_scale.similarity.settings import Distribution
 
 CPU_OPERATIONS, CPU_LINK = 1e11, 1e9  # one core; 10 Gbit/s
@@ -40,7 +39,7 @@ def choose(
     if device.type == "cuda":
         # All ranks have to choose alike: this says the same on every node, also where nodes differ.
         if one_node is None:
-            one_node = os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE")) == str(world_size())
+            one_node = ranks_on_node() == world_size()
         rows = 2 * CUDA_OPERATIONS / (CUDA_NODE_LINK if one_node else CUDA_CLUSTER_LINK)
     else:
         rows = 2 * CPU_OPERATIONS / CPU_LINK

@@ -12,7 +12,10 @@ import torch
 from torch import Tensor
 
 from amclr_scale.distributed.collectives import Negatives, all_sum, group
+from amclr_scale.distributed.purpose import purpose
 from amclr_scale.similarity.backends import similarity_dtype
+
+MOMENTS = "moments"  # the purpose of its messages
 
 
 def gram(x: Tensor, y: Tensor, *, negatives: Negatives = "all") -> Tensor:
@@ -28,7 +31,7 @@ def gram(x: Tensor, y: Tensor, *, negatives: Negatives = "all") -> Tensor:
     """
     if len(x) != len(y):
         raise ValueError(f"y: expected {len(x)} rows, as many as x, got {len(y)}")
-    with torch.autocast(x.device.type, enabled=False):
+    with torch.autocast(x.device.type, enabled=False), purpose(MOMENTS):
         dtype = similarity_dtype(x, y)
         return all_sum(x.to(dtype).T @ y.to(dtype), group(negatives))
 
@@ -37,4 +40,5 @@ def column_mean(x: Tensor, *, negatives: Negatives = "all") -> Tensor:
     """The mean row over all ranks, differentiable: (b, D) -> (D,)."""
     ranks = group(negatives)
     x = x.to(similarity_dtype(x))
-    return all_sum(x.sum(0), ranks) / (len(x) * ranks.size)
+    with purpose(MOMENTS):
+        return all_sum(x.sum(0), ranks) / (len(x) * ranks.size)

@@ -17,8 +17,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from amclr_scale.distributed.collectives import Group, all_gather, pass_on, reduce_scatter
+from amclr_scale.distributed.collectives import Arrival, Group, all_gather, pass_on, reduce_scatter
+from amclr_scale.distributed.purpose import purpose
 from amclr_scale.similarity.settings import Gather
+
+FEATURES = "features"  # the purpose of its messages
 
 
 @dataclass(frozen=True)
@@ -51,7 +54,9 @@ class GatheredKeys:
         """The block; with a `gradient` dtype, afterwards reduce what was added to its gradient."""
         total = None if gradient is None else torch.zeros_like(self.rows, dtype=gradient)
         yield KeyBlock(0, self.rows, total)
-        self.gradient = None if total is None else reduce_scatter(total, self.ranks)
+        if total is not None:
+            with purpose(FEATURES):
+                self.gradient = reduce_scatter(total, self.ranks)
 
 
 class RingKeys:
@@ -66,16 +71,20 @@ class RingKeys:
         rows, total = self.local, None
         for step in range(self.ranks.size):
             owner = (self.ranks.rank + step) % self.ranks.size
-            coming = pass_on(rows, self.ranks) if step + 1 < self.ranks.size else None
+            coming = self._send(rows) if step + 1 < self.ranks.size else None
             here = None if gradient is None else torch.zeros_like(rows, dtype=gradient)
             yield KeyBlock(owner * len(rows), rows, here)
             if here is not None:
                 if total is not None:
                     here += total.wait()
-                total = pass_on(here, self.ranks)
+                total = self._send(here)
             if coming is not None:
                 rows = coming.wait()
         self.gradient = None if total is None else total.wait()
+
+    def _send(self, rows: Tensor) -> Arrival:
+        with purpose(FEATURES):
+            return pass_on(rows, self.ranks)
 
 
 Keys = GatheredKeys | RingKeys
@@ -85,4 +94,5 @@ def keys_of(local: Tensor, ranks: Group, gather: Gather) -> Keys:
     """All ranks' rows, of which `local` (b, D) are ours."""
     if gather == "ring" and ranks.size > 1:
         return RingKeys(local, ranks)
-    return GatheredKeys(all_gather(local, ranks), ranks)
+    with purpose(FEATURES):
+        return GatheredKeys(all_gather(local, ranks), ranks)

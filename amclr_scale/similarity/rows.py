@@ -12,8 +12,10 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from amclr_scale.distributed.collectives import Negatives, check_even, gather, group
+from amclr_scale.distributed.purpose import purpose
 from amclr_scale.similarity import settings
 from amclr_scale.similarity.backends import similarity_dtype
+from amclr_scale.similarity.keys import FEATURES
 
 RowFunction = Callable[..., tuple[Tensor, ...]]
 
@@ -47,7 +49,8 @@ def map_rows(
     ranks = group(negatives)
     check_even(len(keys), keys.shape[1], ranks)
     dtype = similarity_dtype(anchors, keys)
-    columns = gather(keys, ranks).to(dtype)  # (B, D)
+    with purpose(FEATURES):
+        columns = gather(keys, ranks).to(dtype)  # (B, D)
     positives = torch.arange(len(anchors), device=anchors.device) + ranks.rank * len(anchors)  # (b,)
     device = anchors.device.type
 

@@ -10,7 +10,6 @@ import json
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -22,6 +21,7 @@ from types import FrameType
 from typing import Any, BinaryIO
 
 from amclr_scale.checkpoint.signals import EXIT_RESUMABLE
+from amclr_scale.distributed.launcher import free_port
 from amclr_scale.study.planning.cells import Planned
 from amclr_scale.study.planning.plan import Execution, StudyPlan
 from amclr_scale.study.running.folder import StudyFolder
@@ -119,14 +119,8 @@ def _launcher(execution: Execution, slot: int) -> list[str]:
             world = base64.urlsafe_b64encode(json.dumps({"localhost": own}).encode()).decode()
             return [
                 sys.executable, "-u", "-m", "deepspeed.launcher.launch", f"--world_info={world}",
-                "--master_addr=127.0.0.1", f"--master_port={_free_port()}", "--module", *MODULE[1:],
+                "--master_addr=127.0.0.1", f"--master_port={free_port()}", "--module", *MODULE[1:],
             ]  # fmt: skip
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 class Runner:
