@@ -1,4 +1,4 @@
-"""Knowledge of ranks, launchers and ports lies in `amclr_scale/distributed` alone, and messages say what they are for."""
+"""Knowledge of launchers and ports lies in `amclr_scale/distributed` alone; messages say what they are for."""
 
 import ast
 from pathlib import Path
