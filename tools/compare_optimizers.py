@@ -51,7 +51,17 @@ SHAPES = ((512, 1024), (1024,), (256, 64, 3, 3), (256,), (30000, 64), (7,))
 LR, DECAY = 1e-2, 0.1
 SIDE, WORDS = 8, 100  # of the towers that --offload trains: pixels, and words
 LR_OF = {"lars": 1.0}  # whose step is a thousandth of that
-OTHER_RULES = {("nadam", "timm"): "another rule: without NAdam's schedule of the momentum"}
+L2 = "another rule: the decay is part of the gradient"
+RESCALED = "another rule: the decay is rescaled too"
+OTHER_RULES = {
+    ("nadam", "timm"): "another rule: without NAdam's schedule of the momentum",
+    ("sgd", "torch"): L2,
+    ("sgd", "NVIDIA apex"): L2,
+    ("lamb", "timm, as published"): RESCALED,
+    ("lamb", "DeepSpeed FusedLamb"): RESCALED,
+    ("lamb", "NVIDIA apex"): RESCALED,
+    ("lars", "timm, as published"): RESCALED,
+}
 SAME = 1e-4  # beyond it, float32 rounding is no explanation
 SAME_OF = {"lion": 1e-2}  # but for a sign that rounding turns, which moves a weight by a whole step the other way
 Make = Callable[[list[dict[str, Any]], Optimizer], Any]
@@ -97,9 +107,9 @@ PROVIDERS: dict[str, dict[str, Make]] = {
         "NVIDIA apex": _imported("apex.optimizers", "FusedAdam", *ADAM, adam_w_mode=True),
     },
     "sgd": {
-        "torch, one by one": _torch("SGD", foreach=False),
-        "torch, foreach": _torch("SGD", foreach=True),
-        "torch, fused": _torch("SGD", fused=True),
+        "timm, one by one": _timm("SGDW", "momentum", "nesterov", foreach=False),
+        "timm, foreach": _timm("SGDW", "momentum", "nesterov", foreach=True),
+        "torch": _torch("SGD"),
         "NVIDIA apex": _imported("apex.optimizers", "FusedSGD", "momentum", "nesterov"),
     },
     "nadam": {
@@ -118,11 +128,12 @@ PROVIDERS: dict[str, dict[str, Make]] = {
     },
     "adamp": {"timm": _timm("AdamP", *ADAM, "nesterov")},
     "lamb": {
-        "timm": _timm("Lamb", *ADAM, max_grad_norm=None),
+        "timm, decoupled": _timm("Lamb", *ADAM, max_grad_norm=None, decoupled_decay=True),
+        "timm, as published": _timm("Lamb", *ADAM, max_grad_norm=None),
         "DeepSpeed FusedLamb": _imported("deepspeed.ops.lamb", "FusedLamb", *ADAM),
         "NVIDIA apex": _imported("apex.optimizers", "FusedLAMB", *ADAM, max_grad_norm=0.0),
     },
-    "lars": {"timm": _timm("Lars", "momentum", trust_coeff=1e-3)},
+    "lars": {"timm, as published": _timm("Lars", "momentum", trust_coeff=1e-3)},
 }
 
 
@@ -130,7 +141,7 @@ def recipe(o: Optimizer) -> Make:
     """What a run with this name gets on this device."""
 
     def make(groups: list[dict[str, Any]], _: Optimizer) -> Any:
-        groups = [{**group, "lr_factor": 1.0} for group in groups]
+        groups = [{**group, "lr_factor": 1.0, "layerwise": group["weight_decay"] > 0} for group in groups]
         return build_optimizer(o, groups, groups[0]["params"][0].device)[0]
 
     return make

@@ -1,4 +1,4 @@
-"""Parameter groups, and optimizers by name.
+"""Parameter groups, and optimizers by name. Weight decay is decoupled in all: p <- (1 - lr decay) p beside the step.
 
 Elementwise rules (adamw, sgd, lion, nadam, radam) do not see how ZeRO cuts parameters. adamp, lamb and lars do, and
 are ours (engine/zero/layerwise.py): a library's would be silently wrong on ZeRO's flat shards.
@@ -33,19 +33,24 @@ def parameter_groups(
 ) -> Groups:
     """Groups by learning-rate factor and by whether weight decay applies (never to biases, norms, scale and bias).
 
-    Each group's `lr_factor` multiplies the schedule.
+    Each group's `lr_factor` multiplies the schedule. `layerwise`: its parameters are of those that weight decay applies
+    to, however large it is; LAMB and LARS rescale their steps.
     """
-    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
     for name, parameter in named_parameters:
         if not parameter.requires_grad:
             continue
         part = PARTS.get(name.partition(".")[0])
         factor = getattr(optimizer.lr_factors, part) if part else 1.0
-        decay = 0.0 if name in no_decay else optimizer.weight_decay
-        groups.setdefault((factor, decay), []).append(parameter)
+        groups.setdefault((factor, name not in no_decay), []).append(parameter)
     return [
-        {"params": parameters, "lr_factor": factor, "weight_decay": decay}
-        for (factor, decay), parameters in groups.items()
+        {
+            "params": parameters,
+            "lr_factor": factor,
+            "weight_decay": optimizer.weight_decay if decays else 0.0,
+            "layerwise": decays,
+        }
+        for (factor, decays), parameters in groups.items()
     ]
 
 
@@ -87,14 +92,18 @@ def build_optimizer(
                 return apex(groups, adam_w_mode=True, **adam), "NVIDIA apex's fused AdamW"
             return torch.optim.AdamW(groups, fused=cuda, **adam), f"torch's {'fused ' if cuda else ''}AdamW"
         case "sgd":
-            sgd = torch.optim.SGD(groups, lr=o.lr, momentum=o.momentum, nesterov=o.nesterov and o.momentum > 0)
-            return sgd, f"torch's {'Nesterov ' if o.nesterov else ''}SGD"
+            import_torchvision()  # timm imports it
+            from timm.optim import SGDW  # torch's own adds the decay to the gradient, and momentum multiplies it
+
+            nesterov = o.nesterov and o.momentum > 0
+            sgd = SGDW(groups, lr=o.lr, momentum=o.momentum, nesterov=nesterov)
+            return sgd, f"timm's {'Nesterov ' if nesterov else ''}SGDW"
         case "nadam":
             return torch.optim.NAdam(groups, decoupled_weight_decay=True, **adam), "torch's NAdam"
         case "radam":
             return torch.optim.RAdam(groups, decoupled_weight_decay=True, **adam), "torch's RAdam"
         case "lion":
-            import_torchvision()  # timm imports it
+            import_torchvision()
             from timm.optim import Lion
 
             return Lion(groups, lr=o.lr, betas=o.betas), "timm's Lion"

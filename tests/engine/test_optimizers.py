@@ -1,14 +1,16 @@
-"""Who provides AdamW on a GPU: NVIDIA apex where it imports and is right, DeepSpeed under offload, torch elsewhere."""
+"""One weight decay for all; who provides AdamW on a GPU: apex where it is right, DeepSpeed under offload, torch."""
 
 import sys
+import typing
 from types import ModuleType
 
 import deepspeed.ops.adam
 import pytest
 import torch
+from torch import Tensor
 
 from amclr_scale.config.schema import Optimizer
-from amclr_scale.engine.optimizers import build_optimizer
+from amclr_scale.engine.optimizers import build_optimizer, set_learning_rate
 from amclr_scale.engine.step import _is_out_of_memory
 
 CUDA = torch.device("cuda")
@@ -27,8 +29,43 @@ def provider(monkeypatch, *, apex: bool, **where) -> tuple[object, str]:
     monkeypatch.setitem(sys.modules, "apex", ModuleType("apex"))
     monkeypatch.setitem(sys.modules, "apex.optimizers", module)
     monkeypatch.setattr(deepspeed.ops.adam, "DeepSpeedCPUAdam", Recorded)
-    groups = [{"params": [torch.nn.Parameter(torch.ones(2))], "lr_factor": 1.0, "weight_decay": 0.1}]
+    groups = [{"params": [torch.nn.Parameter(torch.ones(2))], "lr_factor": 1.0, "weight_decay": 0.1, "layerwise": True}]
     return build_optimizer(Optimizer(betas=(0.8, 0.9), eps=1e-7), groups, CUDA, **where)
+
+
+NAMES = typing.get_args(Optimizer.model_fields["name"].annotation)
+FACTORS = {"adamp": 0.1}  # its own rule, of weights that its gradients are orthogonal to
+
+
+def weights_after(name: str, decay: float, gradients: list[Tensor], layerwise: bool = True) -> Tensor:
+    weight = torch.nn.Parameter(torch.linspace(-1, 1, 12, dtype=torch.float64).view(3, 4))
+    group = {"params": [weight], "lr_factor": 0.5, "weight_decay": decay, "layerwise": layerwise}
+    optimizer, _ = build_optimizer(Optimizer(name=name, momentum=0.9), [group], torch.device("cpu"))
+    for gradient in gradients:
+        set_learning_rate(optimizer.param_groups, 0.02)
+        weight.grad = gradient.clone()
+        optimizer.step()
+    return weight.detach()
+
+
+@pytest.mark.parametrize("layerwise", [True, False])
+@pytest.mark.parametrize("name", NAMES)
+def test_one_weight_decay_for_all_rules(name, layerwise):
+    """Without a gradient a weight shrinks by lr x factor x decay in every step, and nothing remembers it."""
+    start = weights_after(name, 0.1, [])
+    after = weights_after(name, 0.1, [torch.zeros_like(start)] * 50, layerwise)
+    torch.testing.assert_close(after, start * (1 - 0.02 * 0.5 * 0.1 * FACTORS.get(name, 1.0)) ** 50)
+
+
+@pytest.mark.parametrize("name", ["lamb", "lars"])
+def test_layers_are_rescaled_whether_or_not_weights_decay(name):
+    """With gradients of length 1, a step's length follows that of the weights, decay or not."""
+    gradient = torch.full((3, 4), 12**-0.5, dtype=torch.float64)
+    start = weights_after(name, 0.0, [])
+    for decay in (0.0, 1e-9):
+        step = weights_after(name, decay, [gradient]) - start
+        trust = {"lamb": 1.0, "lars": 1e-3}[name]
+        torch.testing.assert_close(step.norm(), 0.01 * trust * start.norm(), rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])

@@ -108,7 +108,7 @@ def config(size: int, **changes: object) -> Config:
     return build(tree, 1)
 
 
-# Independent implementations: torch's and timm's own.
+# Independent implementations: torch's and timm's own. Their decay is off: `plain_run` does it, decoupled.
 REFERENCES = {
     "adamw": lambda g, o: torch.optim.AdamW(g, lr=o.lr, betas=o.betas, eps=o.eps),
     "sgd": lambda g, o: torch.optim.SGD(g, lr=o.lr, momentum=o.momentum, nesterov=o.nesterov),
@@ -134,6 +134,12 @@ def plain_run(settings: Config, steps: int, device: torch.device = CPU) -> tuple
     size = settings.train.global_batch_size
     o = settings.optimizer
     groups = parameter_groups(model.named_parameters(), model.no_weight_decay(), o)
+    decays = [group.pop("weight_decay") for group in groups]
+    # LAMB and LARS rescale matrices, however large the decay is; their libraries' rules ask whether there is one.
+    groups = [{**group, "weight_decay": 0.0, "always_adapt": group["layerwise"]} for group in groups]
+    if o.name == "adamp":  # whose rule decides how much of it there is
+        groups = [{**group, "weight_decay": decay} for group, decay in zip(groups, decays, strict=True)]
+        decays = [0.0] * len(groups)
     optimizer = REFERENCES[o.name](groups, o)
     losses = []
     for step in range(steps):
@@ -148,6 +154,10 @@ def plain_run(settings: Config, steps: int, device: torch.device = CPU) -> tuple
             torch.nn.utils.clip_grad_norm_(model.parameters(), o.max_grad_norm)
         for group in optimizer.param_groups:
             group["lr"] = group["lr_factor"] * learning_rate(o, (step + 0.5) * size, 1000, size)
+        with torch.no_grad():
+            for group, decay in zip(optimizer.param_groups, decays, strict=True):
+                for p in group["params"]:
+                    p.mul_(1 - group["lr"] * decay)
         optimizer.step()
         with torch.no_grad():
             model.logit_scale.clamp_(0, math.log(100))

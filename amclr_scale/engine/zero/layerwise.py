@@ -6,6 +6,10 @@ LARS   You et al., "Large Batch Training of Convolutional Networks", 2017, arXiv
 AdamP  Heo et al., "AdamP: Slowing Down the Slowdown for Momentum Optimizers on Scale-invariant Weights", ICLR 2021,
        arXiv:2006.08217.
 
+Weight decay is decoupled, as in every other rule here, so that one value of `optimizer.weight_decay` means one thing:
+p <- (1 - lr decay) p, then the step. LAMB's and LARS's papers add decay p to what is rescaled, where the norms decide
+how much of it is left; timm calls LAMB with decoupled decay LAMBW.
+
 ZeRO hands an optimizer one flat tensor per group, this rank's part of all its parameters laid end to end. A norm taken
 over that is no layer's norm, and AdamP's projection, which needs rows, never runs: nothing raises, the weights are
 just wrong. So these optimizers are told where the pieces of each parameter lie (`Shard`), sum what they need row by
@@ -140,46 +144,48 @@ def _adam_moments(
     return moment, (state["exp_avg_sq"] / (1 - betas[1] ** state["step"])).sqrt_().add_(eps)
 
 
-def _trust_ratio(weight: Tensor, update: Tensor) -> Tensor:
-    """|w| / |u|, and 1 where either is zero. Both are squared norms, (R,)."""
-    return torch.where((weight > 0) & (update > 0), (weight / update).sqrt(), torch.ones_like(weight))
+def _trust_ratio(weight: Tensor, update: Tensor, coefficient: float = 1.0) -> Tensor:
+    """|w| / |u| times the coefficient, and 1 where either is zero. Both are squared norms, (R,)."""
+    ratio = coefficient * (weight / update).sqrt()
+    return torch.where((weight > 0) & (update > 0), ratio, torch.ones_like(weight))
 
 
 class LAMB(LayerwiseOptimizer):
-    """Adam's update of each layer, rescaled to the norm of its weights; not where there is no weight decay."""
+    """Adam's update of each layer, rescaled to the norm of its weights where its group says `layerwise`."""
 
     def __init__(self, params: Any, lr: float, betas: tuple[float, float], eps: float, weight_decay: float = 0.0):
-        super().__init__(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
+        super().__init__(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, layerwise=True)
 
     def update(self, p: Tensor, group: dict[str, Any], sums: Callable[..., RowSums]) -> None:
         moment, denominator = _adam_moments(self.state[p], p.grad, group["betas"], group["eps"])
-        change = moment.div_(denominator).add_(p, alpha=group["weight_decay"])
-        if group["weight_decay"]:
+        change = moment.div_(denominator)
+        p.mul_(1 - group["lr"] * group["weight_decay"])
+        if group["layerwise"]:
             squares = sums((p, p), (change, change))
             change *= squares.spread([_trust_ratio(w, u) for w, u in squares.per_parameter()], change, 1.0)
         p.add_(change, alpha=-group["lr"])
 
 
 class LARS(LayerwiseOptimizer):
-    """Momentum SGD, each layer's rate scaled by |w| / (|g| + wd |w|). Layers without weight decay are not rescaled."""
+    """Momentum SGD, each layer's gradient scaled by trust |w| / |g| where its group says `layerwise`."""
 
     def __init__(
         self, params: Any, lr: float, momentum: float, weight_decay: float = 0.0, trust_coefficient: float = 1e-3
     ):
         super().__init__(
-            params, lr=lr, momentum=momentum, weight_decay=weight_decay, trust_coefficient=trust_coefficient
-        )
+            params, lr=lr, momentum=momentum, weight_decay=weight_decay, trust_coefficient=trust_coefficient,
+            layerwise=True,
+        )  # fmt: skip
 
     def update(self, p: Tensor, group: dict[str, Any], sums: Callable[..., RowSums]) -> None:
-        decay, trust = group["weight_decay"], group["trust_coefficient"]
-        change = p.grad + decay * p
-        if decay:
-            squares = sums((p, p), (p.grad, p.grad))
-            ratios = [
-                torch.where((w > 0) & (g > 0), trust * w.sqrt() / (g.sqrt() + decay * w.sqrt()), torch.ones_like(w))
-                for w, g in squares.per_parameter()
-            ]
-            change *= squares.spread(ratios, change, 1.0)
+        assert p.grad is not None  # tensors without one are passed over in step()
+        change = p.grad
+        p.mul_(1 - group["lr"] * group["weight_decay"])
+        if group["layerwise"]:
+            squares = sums((p, p), (change, change))
+            trust = group["trust_coefficient"]
+            ratios = [_trust_ratio(w, g, trust) for w, g in squares.per_parameter()]
+            change = change * squares.spread(ratios, change, 1.0)
         state = self.state[p]
         if not state:
             state["momentum_buffer"] = torch.zeros_like(p)
