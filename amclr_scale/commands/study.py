@@ -29,6 +29,10 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("words", nargs="*", metavar="key=value", help="overrides of the plan, such as budget.epochs=4")
     parser.add_argument("--dry-run", action="store_true", help="check everything, print the cells, stop")
     parser.add_argument("--report", action="store_true", help="only write the report of what is there")
+    parser.add_argument(
+        "--publish", metavar="DIR",
+        help="only write the report, and into DIR its short form, to be committed: report.md, 3 pictures, report.json",
+    )  # fmt: skip
     parser.add_argument("--pilot", action="store_true", help="only measure the rates that held_equal wall_clock needs")
     parser.add_argument("--slurm", metavar="DIR", help="write job arrays into DIR instead of running; submits nothing")
     parser.add_argument("--cells", metavar="PATTERN", default="*", help="only cells with such names, as 'sogclr-*-s0'")
@@ -57,8 +61,8 @@ def study(options: argparse.Namespace) -> int:
 
     plan = load_plan(Path(options.plan), options.words)
     folder = StudyFolder(plan.place)
-    if options.report:
-        return report(folder.path)
+    if options.report or options.publish:
+        return report(folder.path, Path(options.publish) if options.publish else None)
     tree = base_tree(plan)
     epoch = samples_per_epoch(plan, tree)
     measures = options.pilot or (plan.held_equal == "wall_clock" and not options.dry_run)
@@ -90,11 +94,15 @@ def study(options: argparse.Namespace) -> int:
         return outcome.exit_code
 
 
-def report(folder: Path) -> int:
-    """Write the report and say where it is."""
-    from amclr_scale.study.report.write import write_report
+def report(folder: Path, publish: Path | None = None) -> int:
+    """Write the report and say where it is.
 
-    say(f"report: {write_report(folder)}")
+    Args:
+        publish: a folder for its short form as well.
+    """
+    from amclr_scale.study.report.write import publish_report, write_report
+
+    say(f"report: {publish_report(folder, publish) if publish else write_report(folder)}")
     return 0
 
 

@@ -46,7 +46,7 @@ def compose(study: Study, discussion: str | None = None) -> Document:
         first = analysed[0]
         _answer(report, study, first, looks)
         if discussion:
-            report.say("## Discussion", _demoted(discussion))
+            report.say("## Discussion", demoted(discussion))
         chapters.scores(report, study, analysed, looks)
         chapters.verdicts(report, study, analysed, looks)
         chapters.equivalent(report, first)
@@ -57,13 +57,13 @@ def compose(study: Study, discussion: str | None = None) -> Document:
         chapters.checks(report, study, first)
         chapters.claims(report, study, first, groups)
     elif discussion:
-        report.say("## Discussion", _demoted(discussion))
+        report.say("## Discussion", demoted(discussion))
     _missing(report, study)
     _limits(report, study, analysed)
     return report
 
 
-def _demoted(text: str) -> str:
+def demoted(text: str) -> str:
     """Headings of a hand-written chapter, below the report's own; fenced code as it is."""
     blocks = re.split(r"(^```.*?^```)", text.strip(), flags=re.DOTALL | re.MULTILINE)
     return "".join(b if b.startswith("```") else re.sub(r"^(#{1,4}) ", r"##\1 ", b, flags=re.MULTILINE) for b in blocks)

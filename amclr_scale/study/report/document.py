@@ -61,15 +61,26 @@ class Figure:
 
 @dataclass
 class Document:
-    """A report before it is written."""
+    """A report before it is written: prose, tables and figures in reading order."""
 
-    parts: list[str] = field(default_factory=list)
-    tables: list[Table] = field(default_factory=list)
-    figures: dict[str, Figure] = field(default_factory=dict)
+    parts: list[str | Table | Figure] = field(default_factory=list)
+
+    @property
+    def tables(self) -> list[Table]:
+        return [part for part in self.parts if isinstance(part, Table)]
+
+    @property
+    def figures(self) -> dict[str, Figure]:
+        """By name."""
+        return {part.name: part for part in self.parts if isinstance(part, Figure)}
 
     @property
     def markdown(self) -> str:
-        return "\n\n".join(part for part in self.parts if part) + "\n"
+        """The whole report, every table and figure with a link to its CSV."""
+        return joined(
+            part if isinstance(part, str) else f"{part.markdown()}\n\nData: [{part.name}.csv]({part.name}.csv)"
+            for part in self.parts
+        )
 
     def say(self, *parts: str) -> None:
         self.parts += parts
@@ -77,13 +88,15 @@ class Document:
     def table(self, table: Table) -> None:
         """A table, if it has rows."""
         if table.rows:
-            self.tables.append(table)
-            self.parts += [table.markdown(), f"Data: [{table.name}.csv]({table.name}.csv)"]
+            self.parts.append(table)
 
     def figure(self, figure: Figure | None) -> None:
         if figure is not None:
-            self.figures[figure.name] = figure
-            self.parts += [figure.markdown(), f"Data: [{figure.name}.csv]({figure.name}.csv)"]
+            self.parts.append(figure)
+
+
+def joined(parts: Iterable[str]) -> str:
+    return "\n\n".join(part for part in parts if part) + "\n"
 
 
 def escape(text: str) -> str:
