@@ -20,7 +20,8 @@ from amclr_scale.engine.batch_plan import make_plan
 from amclr_scale.memory.account import account
 from amclr_scale.memory.units import in_words
 from amclr_scale.metrics.devices import DeviceProfile, find_profile, measure_cpu, profile_of
-from amclr_scale.planner.search import KEYS, Fit, changed, largest_number, settings_of
+from amclr_scale.planner.search import Fit
+from amclr_scale.planner.settings import KEYS, changed, largest_number, settings_of
 from amclr_scale.planner.traffic import objective_trace
 
 MARGIN = 0.9  # share of the free memory that is planned with: the rest is for what no account sees

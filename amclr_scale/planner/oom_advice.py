@@ -23,7 +23,7 @@ from amclr_scale.errors import UserError
 from amclr_scale.memory.account import Account, account
 from amclr_scale.memory.components import Phase
 from amclr_scale.memory.units import in_words
-from amclr_scale.planner.search import changed
+from amclr_scale.planner.settings import changed
 
 TIMEOUT = 180.0  # seconds; a run that has failed waits no longer
 

@@ -16,7 +16,7 @@ the towers to take about that time, nothing is to be gained, and their traces ar
 
 import itertools
 import re
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -30,50 +30,14 @@ from amclr_scale.memory.account import Account, account, inputs_on_host
 from amclr_scale.memory.towers import skeleton
 from amclr_scale.memory.units import in_words
 from amclr_scale.metrics.devices import DeviceProfile
+from amclr_scale.planner.settings import KEYS, changed, largest_number, settings_of, with_batch
 from amclr_scale.planner.step_time import Cost, Rates, estimate
 from amclr_scale.planner.traffic import kept_of
 
-# What the search decides, as keys of execution.
-KEYS = (
-    "zero_stage", "offload", "recompute_image", "recompute_text", "micro_batch_size", "kept_micro_batches",
-    "similarity.gather", "similarity.chunk",
-)  # fmt: skip
 SMALL_CHUNK = {"cuda": 1024, "cpu": 256}  # where memory is short; larger tiles are a little faster
 WORTH_IT = 1.1  # recomputation is looked at where towers take so much longer than their operations
 MICRO_BATCHES_TRIED = 3  # the largest that fits, and its halves
 CEILING = 2**40  # of a batch size: beyond every data set
-
-
-def changed(config: Config, **settings: Any) -> Config:
-    """The configuration with these keys of `execution`; `similarity.gather` and the like are keys too. Not checked."""
-    own = {key: value for key, value in settings.items() if "." not in key}
-    inner = {key.partition(".")[2]: value for key, value in settings.items() if "." in key}
-    execution = config.execution
-    if inner:
-        own["similarity"] = execution.similarity.model_copy(update=inner)
-    return config.model_copy(update={"execution": execution.model_copy(update=own)})
-
-
-def with_batch(config: Config, global_batch_size: int) -> Config:
-    """The configuration with another global batch size. Not checked."""
-    return config.model_copy(update={"train": config.train.model_copy(update={"global_batch_size": global_batch_size})})
-
-
-def settings_of(config: Config) -> dict[str, Any]:
-    """The keys that the search decides, with their values."""
-    execution = config.execution
-    return {
-        key: getattr(execution.similarity, key.partition(".")[2]) if "." in key else getattr(execution, key)
-        for key in KEYS
-    }
-
-
-def largest_number(fits: Callable[[int], bool], low: int, high: int) -> int:
-    """The largest number between `low`, which is taken to fit, and `high` that fits."""
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle - 1)
-    return low
 
 
 @dataclass(frozen=True)

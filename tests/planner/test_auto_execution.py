@@ -13,7 +13,7 @@ from amclr_scale.memory.account import account
 from amclr_scale.metrics.phases import Phases
 from amclr_scale.planner import auto_execution
 from amclr_scale.planner.auto_execution import MARGIN, AutoExecution, free_memory
-from amclr_scale.planner.search import changed, with_batch
+from amclr_scale.planner.settings import changed, with_batch
 from amclr_scale.types import Batch
 from tests.planner.test_search import MIB, small
 from tests.planner.test_traffic import model_of

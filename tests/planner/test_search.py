@@ -9,7 +9,8 @@ from amclr_scale.config.schema import Config
 from amclr_scale.errors import UserError
 from amclr_scale.metrics.devices import find_profile
 from amclr_scale.planner.auto_execution import given
-from amclr_scale.planner.search import Fit, changed, largest_number, settings_of, with_batch
+from amclr_scale.planner.search import Fit
+from amclr_scale.planner.settings import changed, largest_number, settings_of, with_batch
 
 MIB = 2**20
 H100 = find_profile("h100")

@@ -7,7 +7,7 @@ import pytest
 from amclr_scale.memory.towers import trace
 from amclr_scale.metrics.devices import find_profile
 from amclr_scale.planner.messages import Message, Messages
-from amclr_scale.planner.search import changed, with_batch
+from amclr_scale.planner.settings import changed, with_batch
 from amclr_scale.planner.step_time import Rates, estimate
 from tests.planner.test_search import small
 

@@ -7,16 +7,11 @@ import statistics
 from html.parser import HTMLParser
 
 import pytest
-import yaml
 
 from amclr_scale.errors import UserError
-from amclr_scale.study.analysis.comparison import Outcome, compare, groups_of, reference_of
 from amclr_scale.study.analysis.reading import read_study
-from amclr_scale.study.analysis.units import unit_of
-from amclr_scale.study.report import curves, plots, probe_figures, rank_scaling
 from amclr_scale.study.report.claims import NOT_MEASURED, load_claims, measures_of
-from amclr_scale.study.report.compose import compose
-from amclr_scale.study.report.document import Figure, csv_text, escape, page
+from amclr_scale.study.report.document import csv_text, escape, page
 from amclr_scale.study.report.write import write_report
 from amclr_scale.study.statistics.decisions import estimate
 from tests.study import synthetic
@@ -62,20 +57,6 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def markdown(folder):
     return (folder / "report" / "report.md").read_text()
-
-
-@pytest.fixture
-def undrawn(monkeypatch):
-    """Figures with their numbers but without their pictures, which take seconds."""
-
-    def finish(name, caption, figure, raw):
-        plots.pyplot().close(figure)
-        return Figure(name, caption, raw, b"", b"")
-
-    monkeypatch.setattr(plots, "finish", finish)
-    monkeypatch.setattr(curves, "finish", finish)
-    monkeypatch.setattr(probe_figures, "finish", finish)
-    monkeypatch.setattr(rank_scaling, "finish", finish)
 
 
 def test_the_page_is_self_contained_and_well_formed(folder):
@@ -214,27 +195,6 @@ def test_claims_that_nothing_was_measured_for_are_listed_as_such(folder, markdow
     assert markdown.count(NOT_MEASURED) >= 14
 
 
-@pytest.mark.usefixtures("undrawn")
-def test_arms_are_known_by_what_they_began_as(tmp_path, monkeypatch):
-    base = synthetic.ARMS["sogclr"]
-    for name, optimizer in (("sogclr_adamw", "adamw"), ("sogclr_nesterov", "sgd")):
-        words = (*base[2], f"optimizer.name={optimizer}")
-        monkeypatch.setitem(synthetic.ARMS, name, (base[0], base[1], words, f"SogCLR, {optimizer}", 1.0))
-    folder = make_study(
-        tmp_path / "s", arms=("clip", "sogclr_adamw", "sogclr_nesterov"), batches=(128,), seeds=(0, 1),
-        like={"sogclr_adamw": "sogclr", "sogclr_nesterov": "sogclr"},
-    )  # fmt: skip
-    composed = compose(read_study(folder))
-    tables = {table.name: table.raw for table in composed.tables}
-    claims = {row["id"]: row["measured_here"] for row in tables["claims"]}
-    assert claims["C10"].startswith("sogclr at B = 128, by optimizer.name: adamw: ")
-    assert "SogCLR, adamw - CLIP" in claims["C6"]
-    assert "SogCLR, sgd - CLIP" not in claims["C6"]  # another optimizer
-    numbers = {row["published"]: row["here"] for row in tables["published_numbers"]}
-    assert numbers["SogCLR, AdamW"].startswith("SogCLR, adamw, B = 128")
-    assert numbers["SogCLR, Nesterov"].startswith("SogCLR, sgd, B = 128")
-
-
 def test_claims_file_is_complete():
     found = load_claims()
     kinds = {"difference", "reference", "axis", "cost", "speed", "weights", "probe", "ranks"}
@@ -247,82 +207,6 @@ def test_claims_file_is_complete():
     assert {number["batch"] for number in found["numbers"]} == {128, 256, 512}
 
 
-@pytest.mark.usefixtures("undrawn")
-def test_an_axis_and_a_grid_speak(tmp_path):
-    folder = make_study(
-        tmp_path / "s", arms=("sogclr",), batches=(128,), seeds=(0, 1), axes={"objective.gamma": [0.2, 0.8]}
-    )
-    text = compose(read_study(folder)).markdown
-    assert "sogclr at B = 128, by objective.gamma: 0.2: " in text
-    grid = make_study(
-        tmp_path / "g", arms=("clip",), batches=(128, 256), seeds=(0, 1), held_equal="grid",
-        axes={"objective.group_size": [64, 128]}, items=False,
-    )  # fmt: skip
-    cells = json.loads((grid / "cells.json").read_text())
-    for cell in cells["cells"]:
-        cell["negatives"] = cell["axes"]["objective.group_size"] - 1
-    (grid / "cells.json").write_text(json.dumps(cells))
-    study = read_study(grid)
-    found = Outcome(study.metrics[0], groups_of(study))
-    reference = reference_of(study, found.groups)
-    assert reference.variant == (("objective.group_size", 128),)  # the largest groups, wherever they come in the plan
-    assert reference.global_batch_size == 256
-    figure = plots.heat_map(found, unit_of(study.metrics[0], study.runs), "grid")
-    assert {(row["global_batch_size"], row["negatives"]) for row in figure.raw} == {
-        (batch, size - 1) for batch in (128, 256) for size in (64, 128)
-    }
-
-
-@pytest.mark.usefixtures("undrawn")
-def test_ranks_speed_up_a_recipe_and_are_held_to_the_same_scores(tmp_path):
-    folder = make_study(
-        tmp_path / "s", arms=("clip", "dcl"), batches=(128, 256, 512), axes={"execution.ranks": [1, 2, 4]},
-        unfinished=["clip-B128-s1-ranks2"],
-    )  # fmt: skip
-    composed = compose(read_study(folder))
-    [table] = [one for one in composed.tables if one.name == "scaling"]
-    rows = {(row["title"], row["global_batch_size"], row["ranks"]): row for row in table.raw}
-    assert len(rows) == 2 * 3 * 3
-    for (_, batch, ranks), row in rows.items():
-        seeds = (0, 2) if row["title"] == "CLIP" and (batch, ranks) == (128, 2) else (0, 1, 2)
-        speed = [synthetic.throughput(1, ranks, seed) / synthetic.throughput(1, 1, seed) for seed in seeds]
-        assert (row["seeds"], row["local_batch_size"]) == (len(seeds), batch / ranks)
-        assert row["speed_up"] == pytest.approx(statistics.mean(speed))
-        assert row["efficiency"] == pytest.approx(statistics.mean(speed) / ranks)
-        assert (row["efficiency_low"], row["efficiency_high"]) == pytest.approx(
-            estimate([one / ranks for one in speed]).interval()
-        )
-    # b = 128: 128 on one rank, 256 on two, 512 on four; 32 samples a rank were only run on four
-    weak = rows["DCL", 512, 4]["efficiency_at_equal_local_batch"]
-    assert weak == pytest.approx(rows["DCL", 512, 4]["efficiency"])  # throughput here does not depend on B
-    assert rows["DCL", 128, 4]["efficiency_at_equal_local_batch"] is None
-    assert {(row["line"], row["ranks"]) for row in composed.figures["by_ranks"].raw} == {
-        (f"{arm}, B = {batch}", ranks) for arm in ("CLIP", "DCL") for batch in (128, 256, 512) for ranks in (1, 2, 4)
-    }
-    tables = {one.name: one.raw for one in composed.tables}
-    assert not tables.keys() & composed.figures.keys()  # each has a CSV of its own
-    assert {row["why"] for row in tables["agreement"]} == {"one recipe, run in two ways"}
-    claims = {row["id"]: row["measured_here"] for row in tables["claims"]}
-    assert "CLIP, B = 256: 2 ranks 1.76 [1.72, 1.80] times the samples/s of 1" in claims["C17"]
-    apart = max(100 * row["largest_difference"] for row in tables["agreement"])
-    assert re.search(rf"- \*\*Must agree\.\*\* 18 pairs of cells;.*, {apart:.2f} points\.\n", composed.markdown)
-
-
-@pytest.mark.usefixtures("undrawn")
-def test_the_head_says_which_batch_size_a_method_is_worth(tmp_path):
-    folder = make_study(tmp_path / "s", arms=("clip", "dcl"), batches=(128, 512, 2048), noise=0.0005, items=False)
-    composed = compose(read_study(folder))
-    head = composed.markdown.partition("## In brief")[2].partition("## Question and design")[0]
-    [rows] = [one.raw for one in composed.tables if one.name == "equivalent_batch"]
-    known = [row for row in rows if row["crossings"] and not (row["low_open"] and row["high_open"])]
-    assert known
-    for row in known:
-        batches = (
-            f"DCL, B = {row['global_batch_size']:,} scores what CLIP does at {float(row['crossings']):,.0f} (95 %: "
-        )
-        assert batches in head.partition("**Worth in batch size.**")[2]
-
-
 def test_a_study_without_a_finished_cell_has_a_report(tmp_path):
     folder = make_study(
         tmp_path / "s", arms=("clip",), batches=(128, 256), seeds=(0,), unfinished=["clip-B128-s0", "clip-B256-s0"]
@@ -331,49 +215,6 @@ def test_a_study_without_a_finished_cell_has_a_report(tmp_path):
     assert "0 of 2 finished" in index.read_text()
     assert "| clip-B128-s0, clip-B256-s0 | not run | - |" in (folder / "report" / "report.md").read_text()
     assert "nan" not in (folder / "report" / "report.md").read_text()
-
-
-@pytest.mark.usefixtures("undrawn")
-def test_time_given_is_held_against_time_taken(tmp_path):
-    folder = make_study(
-        tmp_path / "s", arms=("clip", "amclr"), batches=(128,), seeds=(0,), held_equal="wall_clock", items=False
-    )
-    plan = yaml.safe_load((folder / "study.yaml").read_text())
-    plan["budget"] = {"hours": synthetic.SAMPLES / 400 / 3600}  # what CLIP takes; AmCLR has half the samples/s
-    (folder / "study.yaml").write_text(yaml.safe_dump(plan))
-    text = compose(read_study(folder)).markdown
-    assert "The logged steps took 100% to 200% of it. More than 10% off: amclr-B128-s0 (200%)." in text
-
-
-@pytest.mark.usefixtures("undrawn")
-def test_one_seed_decides_nothing(tmp_path):
-    folder = make_study(tmp_path / "s", arms=("clip", "amclr"), batches=(128,), seeds=(0,))
-    text = compose(read_study(folder)).markdown
-    assert "One seed: there is no interval, and nothing can be decided." in text
-    assert "**better**" not in text
-    assert not re.search(r"\bnan\b", text)
-
-
-@pytest.mark.usefixtures("undrawn")
-def test_a_reference_that_has_hardly_learned_is_pointed_out(tmp_path, monkeypatch):
-    monkeypatch.setitem(synthetic.ARMS, "clip", (0.008, 0.0, ("objective.name=clip",), "CLIP", 1.0))
-    folder = make_study(tmp_path / "s", arms=("clip", "amclr"), batches=(128,), noise=0.0)
-    text = compose(read_study(folder)).markdown
-    assert "**Hardly trained**: CLIP, B = 128 (0.7 % after 64 steps)" in text
-    assert "**The reference is among them**" in text
-    head = text.partition("## In brief")[2].partition("## Question and design")[0]
-    assert "- **Beware.** Hardly trained, the reference among them: CLIP (B = 128)." in head
-    assert "CLIP, B = 128 scores no more than the margin above guessing" in head
-
-
-@pytest.mark.usefixtures("undrawn")
-def test_a_wide_range_of_costs_is_drawn_on_a_log_axis(tmp_path):
-    study = read_study(make_study(tmp_path / "s", arms=("clip",), batches=(16, 512), seeds=(0,), items=False))
-    found = Outcome(study.metrics[0], groups_of(study))
-    looks, unit = plots.Looks(["CLIP"]), unit_of(study.metrics[0], study.runs)
-    figure = plots.score_by_cost(found, unit, looks, "optimizer_steps", "optimizer steps", "by_steps", "")
-    assert [row["optimizer_steps"] for row in figure.raw] == [512, 16]
-    assert plots.ticks_of(16, 512) == [10, 20, 50, 100, 200, 500, 1000]
 
 
 def test_a_missing_package_names_the_extra(tmp_path, monkeypatch):
@@ -393,36 +234,3 @@ def test_pictures_of_a_discussion_travel_with_the_page(tmp_path):
     assert "data:image/png;base64,iVBORw==" in text
     assert 'src="gone.png"' in text
     assert "<title>A</title>" in text
-
-
-@pytest.mark.usefixtures("undrawn")
-@pytest.mark.parametrize(("batches", "tables"), [((128,), 1), ((128, 256), 2)])
-def test_at_one_batch_size_a_comparison_is_told_once(tmp_path, batches, tables):
-    composed = compose(read_study(make_study(tmp_path / "s", arms=("clip", "dcl"), batches=batches)))
-    assert sum(table.name.startswith("verdicts_") for table in composed.tables) == tables
-    assert f"- global batch size{'s' if tables == 2 else ''}: 128" in composed.markdown
-
-
-@pytest.mark.usefixtures("undrawn")
-def test_pairs_that_a_plan_names_are_a_family_of_their_own(tmp_path):
-    folder = make_study(tmp_path / "s", arms=("clip", "sogclr", "amclr"), batches=(128, 256))
-    plan = yaml.safe_load((folder / "study.yaml").read_text())
-    (folder / "study.yaml").write_text(yaml.safe_dump(plan | {"pairs": [["amclr", "sogclr"]]}))
-    study = read_study(folder)
-    composed = compose(study)
-    [rows] = [one.raw for one in composed.tables if one.name.startswith("verdicts_pairs_")]
-    assert [(row["arm"], row["against"]) for row in rows] == [
-        (f"AmCLR, B = {batch}", f"SogCLR, B = {batch}") for batch in (128, 256)
-    ]
-    found = Outcome(study.metrics[0], groups_of(study))
-    pairs = [
-        tuple(
-            next(g for g in found.groups if (g.arm, g.global_batch_size) == (arm, batch)) for arm in ("amclr", "sogclr")
-        )
-        for batch in (128, 256)
-    ]
-    for row, one in zip(rows, compare(found, pairs, study.margin), strict=True):
-        assert row["difference"] == one.difference.seeds.value
-        assert row["p_different_holm"] == one.decision.p_different
-    head = composed.markdown.partition("## Question and design")[0]
-    assert "Pairs that the plan names: AmCLR, B = 128, against SogCLR: better; AmCLR, B = 256, against SogCLR: " in head

@@ -26,7 +26,7 @@ from typing import Any
 from amclr_scale.config.load import build
 from amclr_scale.config.schema import Config
 from amclr_scale.memory.account import Account, account
-from amclr_scale.planner.search import changed, with_batch
+from amclr_scale.planner.settings import changed, with_batch
 from amclr_scale.planner.traffic import parameters_of
 from tools.memory_pages.formulas import gathered_features, momentum_copy, queue, similarity_matrix
 
