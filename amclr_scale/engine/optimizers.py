@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from amclr_scale.config.schema import Optimizer
+from amclr_scale.engine.zero.alignment import aligned_order, granularity
 from amclr_scale.engine.zero.layerwise import LAMB, LARS, AdamP
 from amclr_scale.torchvision_ops import import_torchvision
 
@@ -34,7 +35,8 @@ def parameter_groups(
     """Groups by learning-rate factor and by whether weight decay applies (never to biases, norms, scale and bias).
 
     Each group's `lr_factor` multiplies the schedule. `layerwise`: its parameters are of those that weight decay applies
-    to, however large it is; LAMB and LARS rescale their steps.
+    to, however large it is; LAMB and LARS rescale their steps. Groups, and parameters in them, come in the order in
+    which ZeRO's flat buffers align them (engine/zero/alignment.py).
     """
     groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
     for name, parameter in named_parameters:
@@ -45,12 +47,14 @@ def parameter_groups(
         groups.setdefault((factor, name not in no_decay), []).append(parameter)
     return [
         {
-            "params": parameters,
+            "params": aligned_order(parameters),
             "lr_factor": factor,
             "weight_decay": optimizer.weight_decay if decays else 0.0,
             "layerwise": decays,
         }
-        for (factor, decays), parameters in groups.items()
+        for (factor, decays), parameters in sorted(
+            groups.items(), key=lambda group: min(map(granularity, group[1])), reverse=True
+        )
     ]
 
 

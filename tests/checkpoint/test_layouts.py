@@ -1,9 +1,14 @@
 """A run that was interrupted is the run that was not: bit for bit in the same layout, to rounding in any other."""
 
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
 import pytest
 import torch
 
-from tests.checkpoint.trainer import OPTIONS, run
+from amclr_scale.checkpoint.pieces import flats
+from tests.checkpoint.trainer import OPTIONS, Trainer, run
 
 
 def assert_equal(got, want):
@@ -57,3 +62,36 @@ def test_bf16_keeps_its_masters(ranks, tmp_path):
         (later, resumed), _ = ranks(2, run, folder, 3, 6, **how)
         assert later == losses[3:]
         assert_equal(resumed, everything)
+
+
+def resumed_in_another_order(folder: str, stage: int) -> dict[str, tuple[list[Any], list[Any]]]:
+    """Save with parameters in the order of the model's definition, as before they were sorted, and load as of today.
+
+    Returns:
+        What there was before and after: the order of the optimizer's parameters, weights, losses of further steps.
+    """
+    with (
+        mock.patch("amclr_scale.engine.zero.alignment.granularity", lambda _: 1),
+        mock.patch("amclr_scale.engine.optimizers.granularity", lambda _: 1),
+    ):
+        before = Trainer("sogclr", zero_stage=stage)
+    before.train(0, 3)
+    before.save(Path(folder), 3)
+    after = Trainer("sogclr", zero_stage=stage)
+    after.load(Path(folder))
+    trainers = (before, after)
+    orders = [[part.name for flat in flats(t.engine) for part in flat.parts] for t in trainers]
+    weights = [[x.clone() for x in t.everything().values()] for t in trainers]
+    losses = [t.train(3, 6) for t in trainers]
+    for trainer in trainers:
+        trainer.close()
+    return {"orders": (orders[0], orders[1]), "weights": (weights[0], weights[1]), "losses": (losses[0], losses[1])}
+
+
+@pytest.mark.parametrize("stage", [0, 1, 3])
+def test_checkpoints_from_before_parameters_were_sorted(ranks, tmp_path, stage):
+    for found in ranks(2, resumed_in_another_order, str(tmp_path), stage):
+        assert found["orders"][0] != found["orders"][1]
+        for want, got in zip(*found["weights"], strict=True):
+            assert torch.equal(want, got)
+        assert found["losses"][1] == pytest.approx(found["losses"][0], rel=1e-6)

@@ -1,0 +1,102 @@
+"""Every parameter starts where GPU kernels can read 16 bytes at once, in whatever flat buffer ZeRO puts it."""
+
+import logging
+
+import pytest
+import torch
+from torch import nn
+
+from amclr_scale.config.load import build
+from amclr_scale.config.schema import Config
+from amclr_scale.engine.zero.alignment import misaligned, report_misaligned
+from amclr_scale.engine.build import model_of
+from amclr_scale.engine.zero.stage3_init import shape_only
+from amclr_scale.engine.deepspeed_setup import build_engine
+from amclr_scale.distributed.collectives import rank, world_size
+from tests.engine.towers import CPU
+
+FACTORS = {"image_tower": 0.1, "text_tower": 0.5, "heads": 1.0, "temperature": 2.0}
+TOWERS = {
+    "quickstart": {},
+    "vit": {"image": {"name": "timm/vit_tiny_patch16_224"}},
+    "resnet50": {"image": {"name": "torchvision/resnet50", "norm": "group"}},
+    "distilbert": {"text": {"name": "transformers/distilbert"}},
+}
+
+
+class Vocabulary:
+    """What a model needs to know of a tokenizer; no factor of two in its size."""
+
+    vocab_size, pad_id, end_id = 101, 0, 1
+
+
+def recipe(towers: str, *, stage: int, precision: str, factors: bool, offload: str) -> Config:
+    return build(
+        {
+            "data": {"image_size": 32, "context_length": 8},
+            "model": TOWERS[towers],
+            "train": {"global_batch_size": 8, "samples": 1000},
+            "optimizer": {"lr_factors": FACTORS} if factors else {},
+            "execution": {"zero_stage": stage, "precision": precision, "offload": offload},
+        },
+        world_size(),
+    )
+
+
+def layout(towers: str, **how: object) -> tuple[list[str], int]:
+    """Misaligned parameters after `deepspeed.initialize`, and how many were looked at."""
+    settings = recipe(towers, **{"stage": 1, "precision": "bf16", "factors": False, "offload": "none", **how})
+    torch.manual_seed(0)
+    with shape_only(settings.execution.zero_stage, rank()):
+        model = model_of(settings, Vocabulary(), weights=False)
+    engine, _ = build_engine(settings, model, no_decay=model.no_weight_decay(), device=CPU, world_size=world_size())
+    named = list(model.named_parameters())
+    found = misaligned(named, world_size())
+    engine.destroy()
+    return found, len(named)
+
+
+@pytest.mark.parametrize("factors", [False, True])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("towers", ["quickstart", "vit"])
+def test_parameters_start_at_multiples_of_16_bytes(ranks, towers, stage, factors):
+    precision = "bf16" if stage else "fp32"
+    ((found, looked_at),) = ranks(1, layout, towers, stage=stage, precision=precision, factors=factors)
+    assert looked_at > 50
+    assert not found
+
+
+@pytest.mark.parametrize("towers", ["resnet50", "distilbert"])
+def test_large_towers_too(ranks, towers):
+    ((found, looked_at),) = ranks(1, layout, towers, stage=1, factors=True)
+    assert looked_at > 100
+    assert not found
+
+
+@pytest.mark.parametrize(
+    ("stage", "offload", "precision"),
+    [(1, "optimizer", "bf16"), (3, "parameters", "bf16"), (1, "none", "fp32"), (3, "none", "fp32")],
+)
+def test_offloaded_and_in_every_precision(ranks, stage, offload, precision):
+    ((found, _),) = ranks(1, layout, "quickstart", stage=stage, offload=offload, precision=precision, factors=True)
+    assert not found
+
+
+def test_two_ranks(ranks):
+    for found, _ in ranks(2, layout, "quickstart", stage=2, factors=True):
+        assert not found
+
+
+class Odd(nn.Module):
+    """What ZeRO would lay end to end: a scale of one element, then a matrix."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        flat = torch.zeros(65, dtype=torch.bfloat16)
+        self.scale, self.weight = nn.Parameter(flat[:1]), nn.Parameter(flat[1:].view(8, 8))
+
+
+def test_the_first_misaligned_parameter_is_named(caplog):
+    with caplog.at_level(logging.DEBUG, "amclr_scale.engine.zero.alignment"):
+        report_misaligned(Odd(), 1)
+    assert "1 parameters do not start at a multiple of 16 bytes, the first is weight" in caplog.text
