@@ -71,8 +71,8 @@ def resumed_in_another_order(folder: str, stage: int) -> dict[str, tuple[list[An
         What there was before and after: the order of the optimizer's parameters, weights, losses of further steps.
     """
     with (
-        mock.patch("amclr_scale.engine.zero.alignment.granularity", lambda _: 1),
-        mock.patch("amclr_scale.engine.optimizers.granularity", lambda _: 1),
+        mock.patch("amclr_scale.engine.zero.alignment.granularity", return_value=1),
+        mock.patch("amclr_scale.engine.optimizers.granularity", return_value=1),
     ):
         before = Trainer("sogclr", zero_stage=stage)
     before.train(0, 3)

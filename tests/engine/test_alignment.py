@@ -8,11 +8,11 @@ from torch import nn
 
 from amclr_scale.config.load import build
 from amclr_scale.config.schema import Config
-from amclr_scale.engine.zero.alignment import misaligned, report_misaligned
-from amclr_scale.engine.build import model_of
-from amclr_scale.engine.zero.stage3_init import shape_only
-from amclr_scale.engine.deepspeed_setup import build_engine
 from amclr_scale.distributed.collectives import rank, world_size
+from amclr_scale.engine.build import model_of
+from amclr_scale.engine.deepspeed_setup import build_engine
+from amclr_scale.engine.zero.alignment import misaligned, report_misaligned
+from amclr_scale.engine.zero.stage3_init import shape_only
 from tests.engine.towers import CPU
 
 FACTORS = {"image_tower": 0.1, "text_tower": 0.5, "heads": 1.0, "temperature": 2.0}
