@@ -43,13 +43,13 @@ def recipe(towers: str, *, stage: int, precision: str, factors: bool, offload: s
     )
 
 
-def layout(towers: str, **how: object) -> tuple[list[str], int]:
+def layout(towers: str, device: torch.device = CPU, **how: object) -> tuple[list[str], int]:
     """Misaligned parameters after `deepspeed.initialize`, and how many were looked at."""
     settings = recipe(towers, **{"stage": 1, "precision": "bf16", "factors": False, "offload": "none", **how})
     torch.manual_seed(0)
     with shape_only(settings.execution.zero_stage, rank()):
         model = model_of(settings, Vocabulary(), weights=False)
-    engine, _ = build_engine(settings, model, no_decay=model.no_weight_decay(), device=CPU, world_size=world_size())
+    engine, _ = build_engine(settings, model, no_decay=model.no_weight_decay(), device=device, world_size=world_size())
     named = list(model.named_parameters())
     found = misaligned(named, world_size())
     engine.destroy()
