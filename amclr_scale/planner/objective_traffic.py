@@ -38,6 +38,7 @@ class Work:
 
     messages: tuple[Message, ...]
     flops: int  # of matrix products
+    products: int  # elements that those of the forward pass have as their result
     bytes: int  # that element-wise operations read and write
 
 
@@ -60,6 +61,12 @@ class ObjectiveTrace:
     def flops(self, local_rows: int) -> float:
         """Operations of matrix products, forward and backward, on one rank."""
         return _quadratic([run.flops for run in self.runs], local_rows)
+
+    @property
+    def products(self) -> int:
+        """Products of all rows with all rows in the forward pass: those whose results are quadratic in the rows."""
+        first, second, third = (run.products for run in self.runs)
+        return (third - 2 * second + first) // (2 * (ROWS[1] - ROWS[0]) ** 2)
 
     def bytes(self, local_rows: int) -> float:
         """Bytes that element-wise operations read and write on one rank; tiles that stay in a cache are counted too."""
@@ -121,13 +128,15 @@ def _run(
         made = objectives.create(name, num_samples=rows * world_size, sample_state=layout, **options)
         embeddings = _embeddings(made, rows, width, world_size)
         with settings.using(gather=gather, distribution=distribution), _Counter() as counted:
-            made(embeddings).value.backward()
+            value = made(embeddings).value
+            products = counted.products
+            value.backward()
     finally:
         torch.set_num_threads(threads)
         dist.destroy_process_group()
         torch.set_rng_state(random_state)
         sys.excepthook = hook  # which a process group replaces by one that names its rank
-    return Work(counted.messages.found, counted.flops, counted.bytes)
+    return Work(counted.messages.found, counted.flops, products, counted.bytes)
 
 
 def _embeddings(objective: Objective, rows: int, width: int, world_size: int) -> Embeddings:
@@ -156,7 +165,7 @@ class _Counter(MessageCounter):
 
     def __init__(self) -> None:
         super().__init__()
-        self.flops = self.bytes = 0
+        self.flops = self.products = self.bytes = 0
 
     def purpose(self) -> str:
         return current_purpose()
@@ -174,6 +183,7 @@ class _Counter(MessageCounter):
         if name in ("mm", "addmm", "bmm"):
             left, right = matrices[-2:]
             self.flops += 2 * left.numel() * right.shape[-1]
+            self.products += out.numel()
         elif not func.is_view and isinstance(out, Tensor):
             self.bytes += out.nbytes + sum(x.nbytes for x in matrices)
         return out

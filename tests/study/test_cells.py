@@ -79,6 +79,30 @@ def test_operations_are_those_that_training_counts(tmp_path: Path) -> None:
     assert pairwise_flops(config) == 4 * 32 * (2 * 128 + 6 * 128)
 
 
+@pytest.mark.parametrize(
+    ("objective", "products", "flops"),
+    [
+        ("clip", 1, 8 * 32 * 128),
+        (
+            "uniformity",
+            4,
+            4 * 8 * 32 * 128,
+        ),  # image-text, image-image, text-text, and image-text at another temperature
+        ("siglip", 1, 6 * 32 * 128),  # keeps no log-sum: nothing is made twice
+        ("vicreg", 0, 2 * 6 * 128**2),  # two Gram matrices of D x D, no negatives at any batch size
+        ("xamclr", 6, 6 * 8 * 32 * 128),
+    ],
+)
+def test_similarities_are_counted_from_what_the_objective_multiplies(
+    tmp_path: Path, objective: str, products: int, flops: int
+) -> None:
+    views = ["data.image_views=1", "data.text_views=1"] if objective == "xamclr" else []
+    arm = f"{{name: mine, like: clip, words: [{', '.join([f'objective.name={objective}', *views])}]}}"
+    cell = planned(tmp_path, f"arms=[{arm}]", "reference.arm=mine", "seeds=[0]")["mine-B32-s0"]
+    assert (cell.negatives, cell.comparisons) == ((31, 31 * products) if products else (0, 0))
+    assert pairwise_flops(cell.config) == pytest.approx(flops)
+
+
 def test_equal_hours_follow_the_measured_rates(tmp_path: Path) -> None:
     words = ["held_equal=wall_clock", "budget={samples: null, hours: 0.01}", "batch_sizes=[32]"]
     cells = planned(tmp_path, *words, rates={"clip-B32": 100.0, "sogclr-B32": 50.0})

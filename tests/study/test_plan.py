@@ -108,7 +108,7 @@ def test_what_decides_the_answer_has_no_default(plan_file: Path, key: str, tmp_p
         (["axes={objective.omicron: [1]}"], "axes.objective.omicron: no arm's objective has this option"),
         (["axes={optimizer.lr: [0.0010000001, 0.0010000002]}"], "axes: two cells are called"),
         (["arms=[clip, local_negatives]", "batch_sizes=[32, 36]"], "batch_sizes: expected multiples of 8, for"),
-        (["config=nowhere.yaml"], "config: expected a YAML file, got"),
+        (["config=nowhere.yaml"], "config: expected a YAML file or the name of a shipped one, got"),
         (["warmup_samples=10", "warmup_share=0.1"], "warmup_share: give this or warmup_samples, not both"),
         (["execution.ranks=2"], "execution.launcher: python starts one rank, got execution.ranks 2"),
         (["axes={execution.ranks: [1, 4]}"], "execution.launcher: python starts one rank, got execution.ranks 4"),
@@ -150,8 +150,8 @@ def test_a_plan_that_is_built_on_another_one_may_have_a_name_of_its_own(plan_fil
 
 
 def test_a_study_is_planned_without_the_reports_packages(plan_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("power", "statistics"):
-        monkeypatch.delitem(sys.modules, f"amclr_scale.study.{name}", raising=False)
+    for name in ("power", "decisions"):
+        monkeypatch.delitem(sys.modules, f"amclr_scale.study.statistics.{name}", raising=False)
     monkeypatch.setitem(sys.modules, "scipy", None)
     said = list(warnings(load_plan(plan_file), plan_cells(plan_file), 4938.0))
     assert "statistics need scipy: pip install 'amclr_scale[report]'; nothing is said about seeds here" in said

@@ -19,7 +19,7 @@ from amclr_scale.engine.batch_plan import make_plan
 from amclr_scale.engine.schedules import peak_learning_rate
 from amclr_scale.errors import UserError
 from amclr_scale.study.planning.arms import CONTROLS
-from amclr_scale.study.planning.cost import encoder_cost, encoder_flops, matrices, pairwise_flops, peak_gib
+from amclr_scale.study.planning.cost import encoder_cost, encoder_flops, matrices, negatives, pairwise_flops, peak_gib
 from amclr_scale.study.planning.lengths import Rates, samples_of
 from amclr_scale.study.planning.plan import RANKS, ArmPlan, StudyPlan
 from amclr_scale.study.planning.variants import combinations, kept_settings, variant_name, words_of
@@ -40,8 +40,6 @@ class Planned:
         words: overrides of the study's configuration, all of them part of the recipe.
         config: with its `execution`, which is no part of the recipe.
         encoder_cost: forward passes of both towers per sample, relative to plain CLIP.
-        negatives: per anchor and term.
-        comparisons: per anchor over all terms.
         ranks: it runs on.
     """
 
@@ -59,13 +57,21 @@ class Planned:
     epochs: float
     lr: float
     encoder_cost: float
-    negatives: int
-    comparisons: int
     ranks: int
 
     @property
     def recipe_hash(self) -> str:
         return recipe_hash(self.config)
+
+    @property
+    def negatives(self) -> int:
+        """Per anchor and term."""
+        return negatives(self.config)
+
+    @property
+    def comparisons(self) -> int:
+        """Per anchor over all terms."""
+        return matrices(self.config) * self.negatives
 
     @property
     def flops(self) -> tuple[float, float]:
@@ -179,14 +185,12 @@ def _cell(
     execution = [*plan.execution.words, *plan.execution.words_by_batch.get(batch, [])]
     config = build(merge(dict(tree), from_words([*words, *execution])), ranks)
     run = make_plan(config, epoch, ranks)
-    group = config.objective.get("group_size") or batch
     return Planned(
         name=f"{variant}-s{seed}", variant=variant, arm=arm.name,
         label=arm.label or CONTROLS[arm.like or arm.name].label, global_batch_size=batch, seed=seed, axes=axes,
         words=tuple(words), config=config, samples=run.total_samples, steps=run.total_steps,
         epochs=run.total_samples / epoch, lr=peak_learning_rate(config.optimizer, batch),
-        encoder_cost=encoder_cost(config), negatives=group - 1, comparisons=matrices(config) * (group - 1),
-        ranks=ranks,
+        encoder_cost=encoder_cost(config), ranks=ranks,
     )  # fmt: skip
 
 

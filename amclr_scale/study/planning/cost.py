@@ -1,25 +1,34 @@
 """What a cell costs: operations and memory, from its configuration alone.
 
-Useful operations count every sample once, forward and backward: 3 x the forward of both towers with all views, and
-8 B D per anchor for each B x B matrix of similarities (2 D in forward, 6 D in backward, for each of B keys). What a
-gradient cache or recomputation does again is a choice of execution and not counted: it appears in hours.
+Useful operations count every sample once, forward and backward: 3 x the forward of both towers with all views, and the
+matrix products of the objective, counted by running it on a few rows (planner/objective_traffic.py). Most are products
+of all embeddings with all others: 8 B D per anchor for each (2 D in forward, 6 D in backward, for each of B keys). What
+a gradient cache or recomputation does again is a choice of execution and not counted: it appears in hours.
 """
 
+import json
 from functools import lru_cache
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from amclr_scale.config.schema import Config
 
+if TYPE_CHECKING:
+    from amclr_scale.planner.objective_traffic import ObjectiveTrace
 
-def views(config: Config) -> int:
-    """omega: further views per modality that the objective contrasts."""
-    return int(config.objective.get("omega") or 0)
+
+def group_of(config: Config) -> int:
+    """Pairs that share negatives: a group where the objective has groups, else the batch."""
+    return int(config.objective.get("group_size") or config.train.global_batch_size)
 
 
 def matrices(config: Config) -> int:
-    """B x B matrices of similarities per step: all pairings of views, and in xAmCLR those inside each modality."""
-    omega = views(config)
-    return (1 + omega) ** 2 + (2 * omega if config.objective["name"].startswith("xamclr") else 0)
+    """Products of all embeddings with all others per step, one for every pairing of views; 0: no negatives (VICReg)."""
+    return _trace(config).products
+
+
+def negatives(config: Config) -> int:
+    """Per anchor and term."""
+    return group_of(config) - 1 if matrices(config) else 0
 
 
 def encoder_cost(config: Config) -> float:
@@ -43,9 +52,24 @@ def _forward(config: str) -> tuple[float, float]:
 
 
 def pairwise_flops(config: Config) -> float:
-    """Useful operations of the similarities per sample."""
-    group = config.objective.get("group_size") or config.train.global_batch_size
-    return 8.0 * matrices(config) * group * config.model.embedding_width
+    """Useful operations of the objective's matrix products per sample."""
+    group = group_of(config)
+    return _trace(config).flops(group) / group
+
+
+def _trace(config: Config) -> "ObjectiveTrace":
+    return _traced(json.dumps(config.objective, sort_keys=True), config.model.embedding_width, group_of(config))
+
+
+@lru_cache(maxsize=256)
+def _traced(objective: str, width: int, group: int) -> "ObjectiveTrace":
+    from amclr_scale.planner.objective_traffic import trace_objective  # seconds of imports
+
+    options: dict[str, Any] = json.loads(objective)
+    return trace_objective(
+        options, world_size=1, width=width, local_rows=group, distribution="reduce_scatter", gather="all",
+        layout="replicated",
+    )  # fmt: skip
 
 
 def peak_gib(config: Config, *, ranks: int, num_samples: int, device: Literal["cpu", "cuda"]) -> float:
