@@ -34,7 +34,7 @@ from amclr_scale.distributed.launcher import RankInfo
 from amclr_scale.distributed.process_group import seed_everything, start
 from amclr_scale.engine.build import model_of
 from amclr_scale.engine.deepspeed_setup import build_engine, prepare_towers
-from amclr_scale.engine.loop import peak_memory_gib
+from amclr_scale.engine.records import peak_memory_gib
 from amclr_scale.engine.step import TrainStep
 from amclr_scale.metrics.phases import Phases
 from amclr_scale.types import Batch

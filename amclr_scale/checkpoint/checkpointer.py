@@ -7,8 +7,9 @@ and no background thread ever talks to another rank.
 
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from safetensors import SafetensorError
@@ -22,8 +23,8 @@ from amclr_scale.config.load import recipe_hash
 from amclr_scale.config.schema import Config
 from amclr_scale.data.tokenizers import Tokenizer
 from amclr_scale.distributed.process_group import gather_objects
-from amclr_scale.engine.batch_plan import Plan
-from amclr_scale.engine.batch_probe import Probe
+from amclr_scale.engine.batch_plan import Plan, Position
+from amclr_scale.engine.hooks import Hook
 from amclr_scale.metrics.log import RunLog
 from amclr_scale.metrics.run_folder import installed_packages
 from amclr_scale.similarity import all_sum
@@ -56,14 +57,14 @@ class _Writing:
         self._thread.join()
 
 
-class Checkpointer:
-    """Call it after every step; leave it (`with`) when the run ends.
+class Checkpointer(Hook):
+    """Saves the run when it is time to; the last of its hooks, so that it saves what the others have done.
 
     Args:
         folder: the run's.
         fingerprint: of the data.
         tokenizer: that captions go through; saved with every checkpoint.
-        probe: that of `run.probe`, whose last measurement is saved.
+        hooks: those whose state is saved.
         found: what the run goes on from.
     """
 
@@ -80,12 +81,12 @@ class Checkpointer:
         log: RunLog,
         signals: Signals,
         device: torch.device,
-        probe: Probe | None = None,
+        hooks: Sequence[Hook] = (),
         found: Found | None = None,
     ):
         self.folder, self.config, self.plan = folder / CHECKPOINTS, config, plan
         self.engine, self.objective, self.fingerprint = engine, objective, fingerprint
-        self.log, self.signals, self.device, self.probe = log, signals, device, probe
+        self.log, self.signals, self.device, self.hooks = log, signals, device, hooks
         self.number = found.number if found else 0
         self.rank = int(engine.global_rank)
         self.tokenizer, self._tokenizer_files = tokenizer.fingerprint(), tokenizer.files()
@@ -93,15 +94,15 @@ class Checkpointer:
         self._saved_at = time.monotonic()
         self._step = found.step(config) if found else 0
 
-    def __call__(self, done: int) -> None:
-        """Save if it is time to, after `done` steps.
+    def after_step(self, done: Position) -> None:
+        """Save if it is time to.
 
         Raises:
             StoppedError: a signal or train.max_hours; everything is saved.
             RuntimeError: a checkpoint could not be written, and checkpoint.on_failure is stop.
         """
-        self._step = done
-        settings, batch = self.config.checkpoint, self.plan.global_batch_size
+        self._step = done.step
+        settings = self.config.checkpoint
         limit, minutes = self.config.train.max_hours, settings.every_minutes
         signalled, late, due, writing = self._agree(
             bool(self.signals.received),
@@ -112,19 +113,18 @@ class Checkpointer:
         if self._writing is not None and not writing:
             self._finish()
         every = settings.every_samples
-        crossed = every is not None and done * batch // every > (done - 1) * batch // every
-        last = done == self.plan.total_steps
+        crossed = every is not None and self.plan.reaches(done, every)
         due = due and not writing  # one that only the clock asks for can wait for the writer
-        if not (signalled or late or due or crossed or last):
+        if not (signalled or late or due or crossed or done.last):
             return
-        self._save(done)
-        if last:
+        self._save(done.step)
+        if done.last:
             self._finish()
         elif signalled or late:
             if not self._finish():
-                raise RuntimeError(f"checkpoint: step {done} could not be saved, and the run was asked to end")
+                raise RuntimeError(f"checkpoint: step {done.step} could not be saved, and the run was asked to end")
             why = f"train.max_hours: {limit} hours are over" if late else f"{self.signals.received or 'a signal'} came"
-            raise StoppedError(f"{why}; saved after step {done} in {self.folder.parent}; go on with resume=auto")
+            raise StoppedError(f"{why}; saved after step {done.step} in {self.folder.parent}; go on with resume=auto")
 
     def _agree(self, *mine: bool) -> list[bool]:
         """Whether any rank says so, one by one."""
@@ -146,7 +146,7 @@ class Checkpointer:
             return
         self.number += 1
         snapshot = state.take(
-            self.engine, self.objective, self._state(done), self.device, self._tokenizer_files, self.probe
+            self.engine, self.objective, self._state(done), self.device, self._tokenizer_files, self.hooks
         )
         self._writing = _Writing(snapshot, here, done, time.perf_counter() - began)
         self._saved_at = time.monotonic()
@@ -214,14 +214,14 @@ class Checkpointer:
         self._saved_at = time.monotonic()
         self.log.say(f"{words}; training goes on")
 
-    def __enter__(self) -> "Checkpointer":
+    def __enter__(self) -> Self:
         """Clear away what an interrupted run left half-done, and what is newer than the step this one goes on from."""
         if self.rank == 0:
             files.clean(self.folder)
             files.set_aside_after(self.folder, self._step)
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+    def __exit__(self, *error: object) -> None:
         """Let the writer come to its end; a checkpoint that others may not have finished stays invisible."""
         if self._writing is not None:
             self._writing.wait()

@@ -2,7 +2,7 @@
 
     state.json                  step, samples, resolved configuration, fingerprint of the data, versions, layout
     objective.safetensors       per-sample estimators and temperatures, all N rows whatever the number of ranks
-    probe.safetensors           what run.probe goes on from, where there is one
+    probe.safetensors ...       what hooks go on from (run.probe's last measurement), by their names
     rank_00000.safetensors ...  that rank's pieces of parameters and optimizer states, buffers, random generators
     tokenizer/                  the files of the tokenizer, from which it can be made again
 
@@ -12,7 +12,7 @@ functions of it, so neither has a state of its own.
 
 import json
 import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,11 +27,10 @@ from amclr_scale.checkpoint.files import Written, describe, write_json
 from amclr_scale.errors import UserError
 
 if TYPE_CHECKING:
-    from amclr_scale.engine.batch_probe import Probe
+    from amclr_scale.engine.hooks import Hook
 
 STATE = "state.json"
 OBJECTIVE = "objective.safetensors"
-PROBE = "probe.safetensors"
 TOKENIZER = "tokenizer"
 
 
@@ -80,35 +79,44 @@ def file_of(rank: int) -> str:
     return f"rank_{rank:05d}.safetensors"
 
 
+def file_of_hook(hook: "Hook") -> str:
+    """The file of a hook's state."""
+    return f"{hook.name}.safetensors"
+
+
 def take(
     engine: Any,
     objective: nn.Module,
     state: dict[str, Any],
     device: torch.device,
     tokenizer: Mapping[str, bytes] | None = None,
-    probe: "Probe | None" = None,
+    hooks: "Sequence[Hook]" = (),
 ) -> Snapshot:
     """Copy everything that training changes. All ranks call it together, between two steps.
 
     Args:
         state: what goes into state.json.
         tokenizer: its files, which rank 0 writes.
-        probe: the run's, if it has one.
+        hooks: the run's.
     """
     rank, world_size = int(engine.global_rank), int(engine.world_size)
     tensors, notes = pieces.collect(engine, rank, world_size)
-    own: dict[str, Tensor] = {}
-    for name, value in objective.state_dict().items():  # gathered over ranks where it is cut
-        assert isinstance(value, Tensor), name
-        if rank == 0:
-            own[name] = value.detach().to("cpu", copy=True).contiguous()
+    states = {OBJECTIVE: objective.state_dict()}  # gathered over ranks where it is cut
+    for hook in hooks:
+        if hook.name:
+            assert file_of_hook(hook) not in states, f"two parts of a checkpoint are called {hook.name}"
+            states[file_of_hook(hook)] = hook.state_dict()
+    shared = {file: _copy(part) for file, part in states.items()} if rank == 0 else {}
     tensors["random/cpu"] = torch.get_rng_state()
     if device.type == "cuda":
         tensors["random/cuda"] = torch.cuda.get_rng_state(device)
     legacy: Any = np.random.get_state(legacy=True)
     notes["random"] = {"python": random.getstate(), "numpy": [legacy[0], legacy[1].tolist(), *legacy[2:]]}
-    shared = {OBJECTIVE: own, PROBE: {} if probe is None else probe.state_dict()}
     return Snapshot({**state, "ranks": world_size}, tensors, notes, shared, rank, tokenizer or {})
+
+
+def _copy(part: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value.detach().to("cpu", copy=True).contiguous() for name, value in part.items()}
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
@@ -124,7 +132,7 @@ def open_pieces(checkpoint: Path) -> pieces.PieceReader:
 
 
 def restore(
-    checkpoint: Path, engine: Any, objective: nn.Module, device: torch.device, probe: "Probe | None" = None
+    checkpoint: Path, engine: Any, objective: nn.Module, device: torch.device, hooks: "Sequence[Hook]" = ()
 ) -> None:
     """Continue from a checkpoint, in any layout. All ranks call it together, after the engine is built.
 
@@ -141,8 +149,9 @@ def restore(
     except (ValueError, RuntimeError) as error:
         words = str(error).removeprefix("checkpoint: ")
         raise UserError(f"resume: {checkpoint} does not fit this run: {words}") from error
-    if probe is not None:
-        probe.load_state_dict(_load(checkpoint / PROBE))
+    for hook in hooks:
+        if hook.name:
+            hook.load_state_dict(_load(checkpoint / file_of_hook(hook)))
     cpu, cuda = reader.tensor("random/cpu", rank), reader.tensor("random/cuda", rank)
     if cpu is not None:
         torch.set_rng_state(cpu)

@@ -1,9 +1,21 @@
 """The arithmetic of a run: shares, micro-batches, steps, epochs. Imports no torch."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
-from amclr_scale.config.schema import Config
+from amclr_scale.config.schema import Config, Optimizer
+from amclr_scale.engine.schedules import learning_rate
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where a run is after a step."""
+
+    step: int  # steps done
+    samples: int  # seen
+    epoch: float  # passes over the data
+    lr: float  # of the step, before the parts' factors
+    last: bool
 
 
 @dataclass(frozen=True)
@@ -16,6 +28,22 @@ class Plan:
     world_size: int
     micro_batch_sizes: tuple[int, int]  # images, texts
     kept_micro_batches: int | Literal["auto"] = 1
+    optimizer: Optimizer = field(default_factory=Optimizer)  # with the learning rate's course
+
+    def position(self, step: int) -> Position:
+        """Where the run is after so many steps, one at least."""
+        samples = step * self.global_batch_size
+        middle = samples - self.global_batch_size / 2
+        lr = learning_rate(self.optimizer, middle, self.total_samples, self.global_batch_size)
+        return Position(step, samples, self.epoch(step), lr, step == self.total_steps)
+
+    def epoch(self, step: int) -> float:
+        """Passes over the data after so many steps."""
+        return step * self.global_batch_size / self.samples_per_epoch
+
+    def reaches(self, done: Position, every: float) -> bool:
+        """Whether the step has reached a multiple of `every` samples."""
+        return done.samples // every > (done.samples - self.global_batch_size) // every
 
     @property
     def kept(self) -> int:
@@ -62,4 +90,4 @@ def make_plan(config: Config, samples_per_epoch: float, world_size: int) -> Plan
     wanted = config.execution.micro_batch_size or local
     sizes = (min(wanted, local), min(config.execution.text_micro_batch_size or wanted, local))
     kept = config.execution.kept_micro_batches
-    return Plan(samples_per_epoch, max(1, round(samples / batch)), batch, world_size, sizes, kept)
+    return Plan(samples_per_epoch, max(1, round(samples / batch)), batch, world_size, sizes, kept, config.optimizer)

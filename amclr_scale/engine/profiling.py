@@ -3,17 +3,22 @@
 import contextlib
 import io
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import deepspeed
 import torch
 from torch.profiler import ProfilerActivity, profile, schedule
 
+from amclr_scale.engine.batch_plan import Position
+from amclr_scale.engine.hooks import Hook
+from amclr_scale.engine.step import StepReport
+from amclr_scale.types import Batch
+
 SKIPPED = 3  # first steps: allocation, compilation, the loader's start
 
 
-class StepProfiler:
-    """`with StepProfiler(folder, steps, rank) as profiler`, then `profiler.step()` after each step; 0 steps: nothing.
+class StepProfiler(Hook):
+    """Profiles so many steps of a run; 0 steps: nothing.
 
     Writes into `profile/` of the run folder: `rank0.json`, one per rank, for chrome://tracing or Perfetto;
     `operators.txt`, the most expensive operators; `messages.txt`, DeepSpeed's messages between ranks by collective,
@@ -33,12 +38,11 @@ class StepProfiler:
                 profile_memory=True,
             )
 
-    def step(self) -> None:
-        """Tell that a step is done."""
+    def on_step(self, done: Position, batch: Batch, report: StepReport) -> None:
         if self._profiler is not None:
             self._profiler.step()
 
-    def __enter__(self) -> "StepProfiler":
+    def __enter__(self) -> Self:
         if self._profiler is not None:
             self._profiler.__enter__()
         return self
@@ -47,8 +51,8 @@ class StepProfiler:
         if self._profiler is None:
             return
         self._profiler.__exit__(*error)
-        if any(error):
-            return  # other ranks may be gone, and the summary below waits for them
+        if any(error) or self._profiler.profiler is None:
+            return  # other ranks may be gone, and the summary below waits for them; or there were too few steps
         summary = io.StringIO()
         with contextlib.redirect_stdout(summary):
             deepspeed.comm.log_summary()

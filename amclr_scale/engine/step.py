@@ -17,6 +17,7 @@ from amclr_scale.engine.optimizers import set_learning_rate
 from amclr_scale.engine.zero.gradient_sums import GradientSums
 from amclr_scale.engine.zero.master_weights import clamp_
 from amclr_scale.metrics.phases import Phases
+from amclr_scale.objectives.base import Objective
 from amclr_scale.types import Batch, Embeddings, Loss
 
 
@@ -59,7 +60,7 @@ class TrainStep:
     def __init__(
         self,
         engine: Any,
-        objective: Callable[[Embeddings], Loss],
+        objective: Objective,
         *,
         micro_batch_sizes: tuple[int, int],
         device: torch.device,

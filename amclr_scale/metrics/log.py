@@ -28,12 +28,15 @@ class RunLog:
     """
 
     def __init__(self, folder: Path, config: Config, *, speaks: bool, total_steps: int):
-        self.speaks = speaks
-        self.folder = folder
+        self.speaks, self.folder, self.config, self.total_steps = speaks, folder, config, total_steps
         self._wandb: Any = None
         self._progress: Progress | None = None
-        if not speaks:
-            return
+
+    def __enter__(self) -> "RunLog":
+        """Open the files; nothing is said or written before."""
+        if not self.speaks:
+            return self
+        folder, config = self.folder, self.config
         self.console = Console(highlight=False, soft_wrap=True)
         self._file = (folder / "metrics.jsonl").open("a")
         if config.run.wandb != "off":
@@ -52,8 +55,9 @@ class RunLog:
                 TimeRemainingColumn(),
             )
             self._progress = Progress(*columns, console=self.console)
-            self._task = self._progress.add_task("training", total=total_steps)
+            self._task = self._progress.add_task("training", total=self.total_steps)
             self._progress.start()
+        return self
 
     def say(self, text: Any) -> None:
         """A line, or anything rich can print."""
@@ -91,9 +95,6 @@ class RunLog:
         """Move the progress line."""
         if self._progress is not None:
             self._progress.update(self._task, completed=steps_done)
-
-    def __enter__(self) -> "RunLog":
-        return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

@@ -40,7 +40,7 @@ def kept(folder, steps, act=lambda done, signals: None, max_hours=None, **settin
                     trainer.train(done - 1, done)
                     reached = done
                     act(done, signals)
-                    saver(done)
+                    saver.after_step(plan.position(done))
         except (StoppedError, RuntimeError) as error:
             end = f"{type(error).__name__}: {error}"
     dist.barrier()

@@ -8,6 +8,7 @@ import torch
 
 from amclr_scale import objectives
 from amclr_scale.distributed.collectives import rank, world_size
+from amclr_scale.engine.batch_plan import make_plan
 from amclr_scale.engine.deepspeed_setup import build_engine
 from amclr_scale.engine.profiling import SKIPPED, StepProfiler
 from amclr_scale.engine.step import TrainStep
@@ -20,6 +21,7 @@ SIZE, STEPS = 16, 2
 def profiled(folder: Path, steps: int) -> list[float]:
     """Losses of a short run of which so many steps are profiled."""
     settings, model = config(SIZE, execution__profile=steps, execution__zero_stage=2), towers()
+    plan = make_plan(settings, 100, world_size())
     with StepProfiler(folder, steps, rank()) as profiler:
         engine, _ = build_engine(
             settings, model, no_decay=model.no_weight_decay(), device=CPU, world_size=world_size(), folder=folder
@@ -28,8 +30,10 @@ def profiled(folder: Path, steps: int) -> list[float]:
         step = TrainStep(engine, clip, micro_batch_sizes=(4, 4), device=CPU, phases=Phases(CPU))
         losses = []
         for n in range(SKIPPED + STEPS + 1):
-            losses.append(float(step(local_batch(n, SIZE, rank(), world_size()), 0.01).loss.value.detach()))
-            profiler.step()
+            batch = local_batch(n, SIZE, rank(), world_size())
+            report = step(batch, 0.01)
+            losses.append(float(report.loss.value.detach()))
+            profiler.on_step(plan.position(n + 1), batch, report)
     engine.destroy()
     deepspeed.comm.configure(enabled=False)  # its log of messages is the process's, which other tests use too
     return losses
@@ -48,3 +52,10 @@ def test_what_a_profile_writes(ranks, tmp_path):
     assert "reduce" in (folder / "messages.txt").read_text()
     assert "params" in (folder / "flops.txt").read_text()
     assert torch.isfinite(torch.tensor(plain)).all()
+
+
+def test_a_run_with_too_few_steps_to_profile_ends_well(tmp_path):
+    """Such as one that is resumed after its last step."""
+    with StepProfiler(tmp_path, STEPS, 0):
+        pass
+    assert not list((tmp_path / "profile").iterdir())

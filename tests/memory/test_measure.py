@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from amclr_scale.config.load import load
+from amclr_scale.engine.batch_plan import Plan
 from amclr_scale.memory.account import account
 from amclr_scale.memory.components import PHASES
 from amclr_scale.memory.measured.phase_peaks import MemoryReport
@@ -128,15 +129,18 @@ def test_the_report_is_written_after_three_steps(tmp_path):
     engine, objective, phases = _pieces()
     words = [*WORDS, "train.global_batch_size=32"]
     predicted = account(load(None, words, 1), world_size=1, num_samples=64, device="cpu")
-    said = []
+    said: list[tuple[int, str]] = []
     with StepMemory(
-        tmp_path, predicted, device=torch.device("cpu"), engine=engine, objective=objective, phases=phases
-    ) as memory:
-        for _ in range(STEPS + 1):
+        tmp_path, predicted, device=torch.device("cpu"), engine=engine, objective=objective, phases=phases,
+        say=lambda words: said.append((done.step, words)),
+    ) as memory:  # fmt: skip
+        for number in range(1, STEPS + 2):
+            done = Plan(64, 5, 32, 1, (32, 32)).position(number)
             _step(engine, phases)
-            said.append(memory.step())
-    assert [words is not None for words in said] == [False] * (STEPS - 1) + [True, False]
-    assert "pass_2" in said[STEPS - 1]
+            memory.after_step(done)
+    ((step, words),) = said
+    assert step == STEPS
+    assert "pass_2" in words
     written = json.loads((tmp_path / "memory.json").read_text())
     assert written["phases"]["optimizer"]["measured"] > 0
     assert written["phases"]["optimizer"]["predicted"] == predicted.by_phase["optimizer"]

@@ -5,13 +5,17 @@ Writes into the run folder: `memory.json`, every number in bytes; `memory.md`, t
 """
 
 import json
+from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import nn
 
+from amclr_scale.engine.batch_plan import Position
+from amclr_scale.engine.hooks import Hook
 from amclr_scale.memory.account import Account
 from amclr_scale.memory.components import PHASES
 from amclr_scale.memory.measured.phase_peaks import MemoryReport
@@ -22,25 +26,26 @@ STEPS = 3  # looked at; the first one is left out, in which optimizer states beg
 SNAPSHOT_ENTRIES = 200_000
 
 
-class StepMemory:
-    """`with StepMemory(folder, account, ...) as memory`, then `memory.step()` after each step.
-
-    Every rank looks on, so that all take equally long; the one with a prediction writes.
+class StepMemory(Hook):
+    """Every rank looks on, so that all take equally long; the one with a prediction writes, and says it in words.
 
     Args:
         folder: the run's.
         predicted: its account; None on other ranks than 0.
+        say: where the words go.
     """
 
     def __init__(
         self, folder: Path, predicted: Account | None, *, device: torch.device, engine: Any, objective: nn.Module,
-        phases: Phases,
+        phases: Phases, say: Callable[[str], object],
     ):  # fmt: skip
-        self.folder, self.predicted, self.device = folder, predicted, device
+        self.folder, self.predicted, self.device, self.say = folder, predicted, device, say
         self.steps = 0
-        self._report: MemoryReport | None = MemoryReport(device, engine, objective, phases)
+        self._begin = partial(MemoryReport, device, engine, objective, phases)
+        self._report: MemoryReport | None = None
 
-    def __enter__(self) -> "StepMemory":
+    def __enter__(self) -> Self:
+        self._report = self._begin()
         if self.device.type == "cuda":
             torch.cuda.memory._record_memory_history(max_entries=SNAPSHOT_ENTRIES)
         return self
@@ -49,15 +54,14 @@ class StepMemory:
         if self._report is not None:
             self._report.close()
 
-    def step(self) -> str | None:
-        """Tell that a step is done. After the last one that is looked at: the report, in words."""
+    def after_step(self, done: Position) -> None:
         if self._report is None:
-            return None
+            return
         self.steps += 1
         if self.steps == 1:
             self._report.restart()
         if self.steps < STEPS:
-            return None
+            return
         report, self._report = self._report, None
         report.close()
         if self.device.type == "cuda":
@@ -65,10 +69,10 @@ class StepMemory:
                 torch.cuda.memory._dump_snapshot(str(self.folder / "memory_snapshot.pickle"))
             torch.cuda.memory._record_memory_history(enabled=None)
         if self.predicted is None:
-            return None
+            return
         (self.folder / "memory.json").write_text(json.dumps(as_json(self.predicted, report), indent=1) + "\n")
         (self.folder / "memory.md").write_text(as_markdown(self.predicted, report))
-        return in_text(self.predicted, report)
+        self.say(in_text(self.predicted, report))
 
 
 def as_json(predicted: Account, report: MemoryReport) -> dict[str, Any]:
