@@ -12,7 +12,7 @@ CPU := CUDA_VISIBLE_DEVICES= DS_ACCELERATOR=cpu
 CONFIG ?= configs/quickstart.yaml
 RANKS ?= 2
 
-.PHONY: quickstart test check format clean
+.PHONY: quickstart test check format docs clean
 
 quickstart: $(INSTALLED)
 	$(CPU) $(BIN)/deepspeed -q --num_gpus $(RANKS) launch/train.py --config $(CONFIG) $(WORDS)
@@ -30,6 +30,14 @@ format: $(INSTALLED)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
+# The site, into site/; a warning is an error.
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build -q
+
+$(VENV)/.docs: $(INSTALLED)
+	$(PIP) --no-build-isolation -e '.[docs]'
+	touch $@
+
 # torch first and by itself: whatever build it is then stays. DeepSpeed looks at the installed torch while it is built.
 $(INSTALLED): pyproject.toml constraints.txt Makefile
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "PYTHON: expected 3.11 or newer, got $$($(PYTHON) --version); run make PYTHON=python3.11"; exit 2; }
@@ -40,4 +48,4 @@ $(INSTALLED): pyproject.toml constraints.txt Makefile
 	touch $@
 
 clean:
-	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
