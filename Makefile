@@ -32,7 +32,7 @@ format: $(INSTALLED)
 
 # The site, into site/; a warning is an error.
 docs: $(VENV)/.docs
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build -q
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
 
 $(VENV)/.docs: $(INSTALLED)
 	$(PIP) --no-build-isolation -e '.[docs]'

@@ -1,5 +1,7 @@
 """The house stays one that a stranger finds the way in: small rooms, short files, few doors to heavy packages."""
 
+import ast
+import re
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -26,3 +28,35 @@ def test_a_room_is_seen_at_one_glance():
         rooms[path.parent] = rooms.get(path.parent, 0) + 1
     crowded = {str(room): n for room, n in rooms.items() if n > MOST_MODULES and room not in ONE_METHOD_ONE_FILE}
     assert crowded == {}
+
+
+def documented(docstring: str) -> list[str]:
+    """The names under `Args:`; one line may name several."""
+    names, inside = [], False
+    for line in docstring.splitlines():
+        if not line.startswith(" ") and line:
+            inside = line.strip() == "Args:"
+        elif inside and (found := re.match(r"    ([\w, *]+): ", line)):
+            names += [name.strip(" *") for name in found[1].split(",")]
+    return names
+
+
+def test_parameters_that_a_docstring_explains_exist():
+    explained, wrong = 0, []
+    for path in sources():
+        for node in ast.walk(ast.parse((ROOT / path).read_text())):
+            if not isinstance(node, ast.ClassDef | ast.FunctionDef):
+                continue
+            names = documented(ast.get_docstring(node) or "")
+            if not names:
+                continue
+            made = [f for f in getattr(node, "body", []) if isinstance(f, ast.FunctionDef) and f.name == "__init__"]
+            fields = [f.target.id for f in node.body if isinstance(f, ast.AnnAssign) and isinstance(f.target, ast.Name)]
+            functions = [node] if isinstance(node, ast.FunctionDef) else made
+            given = [
+                name.arg for function in functions for name in ast.walk(function.args) if isinstance(name, ast.arg)
+            ]
+            explained += len(names)
+            wrong += [f"{path}:{node.lineno}: {name}" for name in names if name not in {*given, *fields}]
+    assert explained > 300
+    assert wrong == []
