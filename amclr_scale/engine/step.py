@@ -18,6 +18,7 @@ from amclr_scale.engine.zero.gradient_sums import GradientSums
 from amclr_scale.engine.zero.master_weights import clamp_
 from amclr_scale.metrics.phases import Phases
 from amclr_scale.objectives.base import Objective
+from amclr_scale.objectives.staging import staged
 from amclr_scale.types import Batch, Embeddings, Loss
 
 
@@ -108,6 +109,11 @@ class TrainStep:
             raise OutOfMemoryError(self._advice(len(batch), error)) from error
 
     def _step(self, batch: Batch) -> StepReport:
+        with staged() as commit:
+            report = self._backward_and_update(batch, commit)
+        return report
+
+    def _backward_and_update(self, batch: Batch, commit: Callable[[], None]) -> StepReport:
         done = cached_backward(
             self._encode,
             self.objective,
@@ -131,6 +137,8 @@ class TrainStep:
                 overflowed = not math.isfinite(grad_norm) or not self.engine.was_step_applied()
                 if overflowed and not self._may_skip():
                     self._fail(done, batch)
+            if self.stage == 0 or self.engine.was_step_applied():
+                commit()  # the objective's state: a skipped step leaves no trace in it
             clamp_(self.engine.module.logit_scale, *LOG_SCALE_BOUNDS)
         self.steps += 1
         return StepReport(done.loss, done.embeddings, grad_norm, float(done.leaves["logit_scale"].detach()))

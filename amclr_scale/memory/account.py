@@ -26,7 +26,7 @@ from amclr_scale.distributed.launcher import ranks_on_node
 from amclr_scale.engine.batch_plan import Plan, make_plan
 from amclr_scale.engine.optimizers import parameter_groups
 from amclr_scale.memory.components import PHASES, Component, Phase, always
-from amclr_scale.memory.objective_memory import objective_memory, sample_state_bytes
+from amclr_scale.memory.objective_memory import objective_memory, sample_state_bytes, staged_bytes
 from amclr_scale.memory.passes import Passes
 from amclr_scale.memory.state import Groups, state_components
 from amclr_scale.memory.towers import skeleton
@@ -226,9 +226,14 @@ def _objective_components(config: Config, plan: Plan, num_samples: int, device: 
     rows_at_once = max(1, 2**21 // (b * W)) if similarity.chunk == "auto" else similarity.chunk
     blocks, rest = memory.peak(b, chunk=chunk, rows_at_once=rows_at_once, cache_bytes=similarity.cache_mib * 2**20)
     gradients = passes.leaf_bytes  # counted there
+    waiting = staged_bytes(config.objective, b, W, layout)
     return [
         Component(
             "sample state", always(state), "execution.sample_state: sharded divides it by the ranks", "state",
+        ),
+        Component(
+            "changes of sample state", dict.fromkeys(("objective", "pass_2", "reduce", "optimizer"), waiting),
+            "execution.sample_state: sharded divides it by the ranks", "state",
         ),
         Component(
             "similarity blocks", {"objective": blocks},

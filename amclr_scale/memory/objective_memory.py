@@ -30,6 +30,7 @@ from torch import Tensor
 from amclr_scale import objectives
 from amclr_scale.memory.tracker import Tracker
 from amclr_scale.objectives.base import Layout, Objective
+from amclr_scale.objectives.sample_state import SampleState
 from amclr_scale.similarity import settings
 from amclr_scale.similarity.settings import Distribution, Gather
 from amclr_scale.types import Embeddings
@@ -101,6 +102,25 @@ def sample_state_bytes(
     if layout != "auto":
         return _state(_key(objective), num_samples, world_size, layout), layout
     return sizes["auto"], "replicated" if sizes["auto"] == sizes["replicated"] else "sharded"
+
+
+def staged_bytes(objective: dict[str, Any], rows: int, world_size: int, layout: Layout) -> int:
+    """Bytes of what waits for the end of a step to be written to the state of its samples, and of their positions.
+
+    Args:
+        rows: b.
+        layout: replicated or sharded, where a rank holds about as many samples of a batch as it encodes.
+    """
+    per_row = _bytes_per_sample(_key(objective))
+    return rows * (world_size if layout == "replicated" else 1) * per_row
+
+
+@lru_cache(maxsize=256)
+def _bytes_per_sample(key: str) -> int:
+    with torch.device("meta"):
+        made = create(key, 1, "replicated", None)
+    tables = [module for module in made.modules() if isinstance(module, SampleState)]
+    return sum(sum(column.nbytes for column in table.buffers()) + 8 for table in tables)
 
 
 def _key(objective: dict[str, Any]) -> str:

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from amclr_scale.objectives.base import FullPrecision, Objective, global_batch_size, numbers, require
+from amclr_scale.objectives.staging import when_applied
 from amclr_scale.similarity import all_gather, contrast
 from amclr_scale.types import Embeddings, Loss
 
@@ -58,16 +59,19 @@ class OnlineCLR(FullPrecision, Objective, name="onlineclr"):
         log_e, log_p = side.log_sum, -side.positive / positive_t  # (b,) each
 
         log_u_n, log_u_p = self._average(self.log_u_negative, log_e), self._average(self.log_u_positive, log_p)
-        if self.learns:  # a step that overflows leaves no trace
-            finite = log_u_n.isfinite() & log_u_p.isfinite()
-            self.log_u_negative = torch.where(finite, log_u_n, self.log_u_negative)
-            self.log_u_positive = torch.where(finite, log_u_p, self.log_u_positive)
+        if self.learns:
+            when_applied(lambda: self._keep(log_u_n, log_u_p))
 
         negatives = t * (math.log(2) + log_e - log_u_n.to(log_e.dtype)).exp()
         positives = positive_t * (math.log(2) + log_p - log_u_p.to(log_p.dtype)).exp()
         # the mean over ranks of these means times B is the sum over all pairs
         value = global_batch_size(embeddings.image) * (negatives + positives).mean()
         return Loss(value, numbers(objective=(t * log_u_n + positive_t * log_u_p)))
+
+    def _keep(self, log_u_n: Tensor, log_u_p: Tensor) -> None:
+        finite = log_u_n.isfinite() & log_u_p.isfinite()
+        self.log_u_negative = torch.where(finite, log_u_n, self.log_u_negative)
+        self.log_u_positive = torch.where(finite, log_u_p, self.log_u_positive)
 
     def _average(self, old: Tensor, log_terms: Tensor) -> Tensor:
         gamma = self.config.gamma

@@ -7,8 +7,8 @@ holds the rows of the ids that are r modulo W, so memory is N / W, and a look-up
 column. `state_dict` holds all N rows in either layout, so a checkpoint fits any number of ranks.
 
 Where an id comes twice in a global batch, both look-ups give the old row, and the occurrence that is later in global
-batch order (rank by rank) is the one that is kept. A row that would become infinite or nan stays as it was: one step
-that overflows, and that a loss scaler skips, would otherwise be remembered for good.
+batch order (rank by rank) is the one that is kept. Rows change once their step has been applied (staging.py). A row
+that would become infinite or nan stays as it was.
 """
 
 import math
@@ -22,6 +22,7 @@ from amclr_scale.distributed import collectives
 from amclr_scale.distributed.purpose import purpose
 from amclr_scale.errors import UserError
 from amclr_scale.objectives.base import FullPrecision, Layout
+from amclr_scale.objectives.staging import when_applied
 
 REPLICATED_BYTES = 256 * 2**20  # "auto" shards a state that is larger than this
 
@@ -192,7 +193,8 @@ class Visit:
     def write(self, **columns: Tensor) -> None:
         """Set the named columns of this step's samples, (b,) or (b, width) each, on this rank and on the others.
 
-        A sample of which any number is not finite keeps its row.
+        Inside of `staged` they are set when the step is committed. A sample of which any number is not finite keeps its
+        row.
         """
         state, (num_shards, shard) = self._state, self._state.shards
         every = collectives.all_gather(
@@ -202,10 +204,15 @@ class Visit:
         keep = keep[every[keep].isfinite().flatten(1).all(1)]
         if num_shards > 1:
             keep = keep[self._every[keep] % num_shards == shard]
-        rows = self._every[keep] // num_shards
-        for name, values in zip(columns, every[keep].unbind(1), strict=True):
-            table: Tensor = getattr(state, name)
-            table[rows.to(table.device)] = values.to(table)
+        rows, kept, names = self._every[keep] // num_shards, every[keep], tuple(columns)
+        when_applied(lambda: _set_rows(state, rows, names, kept))
+
+
+@torch.no_grad()
+def _set_rows(state: SampleState, rows: Tensor, names: tuple[str, ...], kept: Tensor) -> None:
+    for name, values in zip(names, kept.unbind(1), strict=True):
+        table: Tensor = getattr(state, name)
+        table[rows.to(table.device)] = values.to(table)
 
 
 def _at(table: Tensor, rows: Tensor) -> Tensor:

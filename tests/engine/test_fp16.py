@@ -24,18 +24,27 @@ SIZE = 16
 CPU = torch.device("cpu")
 
 
-def half_run(stage: int, power: int, steps: int, poison: int | None = None) -> tuple[dict[str, Tensor], list[Any]]:
-    """Train; returns the fp32 weights, and per step (was it applied, the loss scale, a weight) or what was raised."""
+def half_run(
+    stage: int, power: int, steps: int, poison: int | None = None, **options: Any
+) -> tuple[dict[str, Tensor], list[Any]]:
+    """Train; returns the fp32 weights, and per step what it left, or what was raised.
+
+    Args:
+        options: name and options of the objective, clip if there are none.
+
+    Returns:
+        Of a step: was it applied, the loss scale, a weight, and the objective's state.
+    """
     tree = config(SIZE, execution__zero_stage=stage, execution__precision="fp16", optimizer__lr=0.002)
     settings = tree.model_copy(update={"deepspeed": {"fp16": {"initial_scale_power": power, "hysteresis": 1}}})
     model = towers()
     accelerator = type(deepspeed.accelerator.get_accelerator())
     with mock.patch.object(accelerator, "is_fp16_supported", return_value=True):
         engine, _ = build_engine(settings, model, no_decay=model.no_weight_decay(), device=CPU, world_size=world_size())
-    clip = objectives.create("clip")
+    made = objectives.create(**({"name": "clip"} | options))
 
     def objective(embeddings: Embeddings) -> Loss:
-        loss = clip(embeddings)
+        loss = made(embeddings)
         return Loss(loss.value * float("nan"), loss.metrics) if len(told) == poison and rank() == 0 else loss
 
     step = TrainStep(engine, objective, micro_batch_sizes=(3, 3), device=CPU, phases=Phases(CPU), kept=1)
@@ -46,7 +55,10 @@ def half_run(stage: int, power: int, steps: int, poison: int | None = None) -> t
         except NonFiniteError as error:
             told.append(str(error))
             break
-        told.append((engine.was_step_applied(), float(engine.optimizer.cur_scale), full_fp32(model.words.weight)))
+        state = {name: value.clone() for name, value in made.state_dict().items()}
+        told.append(
+            (engine.was_step_applied(), float(engine.optimizer.cur_scale), full_fp32(model.words.weight), state)
+        )
     weights = {name: full_fp32(p) for name, p in model.named_parameters()}
     engine.destroy()
     return weights, told
@@ -67,11 +79,33 @@ def test_an_overflow_is_skipped_on_every_rank_and_the_scale_falls(ranks, stage):
         applied = [one for one, *_ in told]
         assert not applied[0], "a scale of 2**24 overflows in half precision"
         assert applied[-1], "and training goes on with a smaller one"
-        scales = [scale for _, scale, _ in told]
+        scales = [scale for _, scale, *_ in told]
         assert scales[-1] < scales[0]
         first = applied.index(True)
-        skipped = [weight for _, _, weight in told[:first]]
+        skipped = [weight for _, _, weight, _ in told[:first]]
         assert all(torch.equal(weight, skipped[0]) for weight in skipped)
+
+
+STATEFUL = (
+    {"name": "isogclr", "num_samples": 40, "sample_state": "sharded"},
+    {"name": "fastclip", "version": "v2", "num_samples": 40, "sample_state": "replicated"},
+    {"name": "onlineclr", "temperature": 0.05},
+)
+
+
+@pytest.mark.parametrize("options", STATEFUL, ids=lambda options: options["name"])
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_a_skipped_step_leaves_no_trace_in_the_objectives_state(ranks, stage, options):
+    """Embeddings and loss are finite: it is the scaled gradient that overflows."""
+    for _, told in ranks(2, half_run, stage, 22, 12, **options):
+        applied, states = [one for one, *_ in told], [state for *_, state in told]
+        assert not applied[0]
+        assert any(applied)
+        fresh = objectives.create(**options).state_dict()
+        assert all(torch.equal(states[0][name], value) for name, value in fresh.items())
+        for was_applied, before, after in zip(applied[1:], states, states[1:], strict=False):
+            moved = [name for name, value in after.items() if not torch.equal(value, before[name])]
+            assert moved == (list(after) if was_applied else [])
 
 
 @pytest.mark.parametrize("stage", [2, 3])

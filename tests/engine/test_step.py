@@ -36,6 +36,7 @@ def test_texts_may_be_encoded_all_at_once_beside_images_in_parts(ranks, stage):
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_a_gradient_that_is_not_finite_names_step_rank_and_ids_and_touches_nothing(ranks, stage):
+    """Neither a weight nor the state of a sample."""
     for message, moved in ranks(2, poisoned_run, stage):
         assert "step 2" in message
         assert "rank 0: loss" in message
@@ -49,22 +50,28 @@ def poisoned_run(stage: int) -> tuple[str, float]:
     model = towers()
     engine, _ = build_engine(settings, model, no_decay=model.no_weight_decay(), device=CPU, world_size=world_size())
     poisoned: list[int] = []
+    sogclr = objectives.create("sogclr", num_samples=40)
 
     def objective(embeddings: Embeddings) -> Loss:
         image = embeddings.image
         if poisoned and rank() == 1:
             image = image * torch.ones(len(image), 1).index_fill(0, torch.tensor([0]), torch.nan)
-        return objectives.create("clip")(dataclasses.replace(embeddings, image=image))
+        return sogclr(dataclasses.replace(embeddings, image=image))
 
     step = TrainStep(engine, objective, micro_batch_sizes=(4, 4), device=CPU, phases=Phases(CPU))
     for n in range(2):
         step(local_batch(n, SIZE, rank(), world_size()), 0.01)
-    before = {name: full_fp32(p) for name, p in model.named_parameters()}
+
+    def everything() -> dict[str, Tensor]:
+        weights = {name: full_fp32(p) for name, p in model.named_parameters()}
+        return weights | {name: state.clone().nan_to_num(neginf=-1e3) for name, state in sogclr.state_dict().items()}
+
+    before = everything()
     poisoned.append(1)
     try:
         step(local_batch(2, SIZE, rank(), world_size()), 0.01)
     except NonFiniteError as error:
-        after = {name: full_fp32(p) for name, p in model.named_parameters()}
+        after = everything()
         engine.destroy()
         return str(error), max(float((after[name] - before[name]).abs().max()) for name in before)
     raise AssertionError("the step went through")

@@ -23,11 +23,13 @@ from amclr_scale.memory.objective_memory import (
     pretended,
     random_embeddings,
     sample_state_bytes,
+    staged_bytes,
     tensors_of,
 )  # fmt: skip
 from amclr_scale.memory.towers import skeleton, trace
 from amclr_scale.memory.tracker import Tracker
 from amclr_scale.memory.units import GIB, MIB, in_bytes, in_words
+from amclr_scale.objectives.staging import staged
 from amclr_scale.similarity import using
 from tools.memory_pages import formulas
 from tools.memory_pages.momentum import momentum_peaks
@@ -148,6 +150,20 @@ def test_every_objective_on_other_rows_than_it_was_run_on(name, world_size):
         with tracker:
             made(embeddings).value.backward()
     assert sum(memory.peak(rows, chunk=chunk, rows_at_once=chunk)) == pytest.approx(tracker.peak - before, rel=0.02)
+
+
+@pytest.mark.parametrize("name", ["sogclr", "isogclr", "amclr_dro"])
+def test_changes_of_state_that_wait_for_the_end_of_a_step(name):
+    made = create(json.dumps({"name": name}), 48, "replicated", None)
+    embeddings = random_embeddings(made, 48, 32, 1)
+    tracker = Tracker()
+    tracker.add([*made.buffers(), *tensors_of(embeddings)], "before")
+    with tracker:
+        with staged():
+            made(embeddings).value.backward()
+            held = tracker.total
+        held -= tracker.total
+    assert held == staged_bytes({"name": name}, 48, 1, "replicated")
 
 
 def test_more_ranks_follow_from_few():
