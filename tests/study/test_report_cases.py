@@ -108,10 +108,8 @@ def test_the_head_says_which_batch_size_a_method_is_worth(tmp_path):
     known = [row for row in rows if row["crossings"] and not (row["low_open"] and row["high_open"])]
     assert known
     for row in known:
-        batches = (
-            f"DCL, B = {row['global_batch_size']:,} scores what CLIP does at {float(row['crossings']):,.0f} (95 %: "
-        )
-        assert batches in head.partition("**Worth in batch size.**")[2]
+        same = f"scores what CLIP scores at B = {float(row['crossings']):,.0f} (95 % interval: "
+        assert f"DCL, B = {row['global_batch_size']:,} {same}" in head.partition("**Equivalent batch size.**")[2]
 
 
 @pytest.mark.usefixtures("undrawn")

@@ -27,7 +27,7 @@ def brief(study: Study, question: str, analysed: Sequence[Analysed], groups: Seq
         if first.against_reference:
             lines.append(f"- **Verdicts.** {_verdicts(first, study.margin)}")
         lines += [f"- **Beware.** {beware}"] if (beware := _beware(study, first)) else []
-        lines += [f"- **Worth in batch size.** {worth}"] if (worth := _worth(first)) else []
+        lines += [f"- **Equivalent batch size.** {worth}"] if (worth := _worth(first)) else []
     near = _near(groups)
     lines += [f"- **Gradients.** {near}"] if near else []
     speed = _speed(groups)
@@ -121,8 +121,10 @@ def _worth(first: Analysed) -> str:
     for group in first.outcome.groups:
         found = None if group in first.curve else first.outcome.equivalent_batch(group, first.curve)
         if found and found.crossings and not (found.low_open and found.high_open):
-            here = f"{group.name} scores what {first.curve[0].title} does at {found.number()}"
-            words.append(f"{here} (95 %: {found.interval()})")
+            first_one, *others = (f"{value:,.0f}" for value in found.crossings)
+            again = f" and, as its curve bends, again at {' and '.join(others)}" if others else ""
+            here = f"{group.name} scores what {first.curve[0].title} scores at B = {first_one}{again}"
+            words.append(f"{here} (95 % interval: {found.interval()})")
     return f"{'; '.join(words)}." if words else ""
 
 
