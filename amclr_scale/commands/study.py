@@ -10,9 +10,14 @@ import argparse
 import contextlib
 import fnmatch
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from amclr_scale.errors import UserError
+
+if TYPE_CHECKING:
+    from amclr_scale.study.planning.plan import StudyPlan
 
 
 def arguments(argv: list[str]) -> argparse.Namespace:
@@ -27,15 +32,16 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("plan", metavar="PLAN", help="YAML file, or the name of a shipped plan, such as mini_amclr")
     parser.add_argument("words", nargs="*", metavar="key=value", help="overrides of the plan, such as budget.epochs=4")
-    parser.add_argument("--dry-run", action="store_true", help="check everything, print the cells, stop")
-    parser.add_argument("--report", action="store_true", help="only write the report of what is there")
-    parser.add_argument(
+    one = parser.add_mutually_exclusive_group()
+    one.add_argument("--dry-run", action="store_true", help="check everything, print the cells, stop")
+    one.add_argument("--report", action="store_true", help="only write the report of what is there")
+    one.add_argument(
         "--publish", metavar="DIR",
         help="only write the report, and into DIR its short form, to be committed: report.md, 3 pictures, report.json",
     )  # fmt: skip
-    parser.add_argument("--pilot", action="store_true", help="only measure the rates that held_equal wall_clock needs")
-    parser.add_argument("--slurm", metavar="DIR", help="write job arrays into DIR instead of running; submits nothing")
-    parser.add_argument("--cells", metavar="PATTERN", default="*", help="only cells with such names, as 'sogclr-*-s0'")
+    one.add_argument("--pilot", action="store_true", help="only measure samples/s of every arm and batch size")
+    one.add_argument("--slurm", metavar="DIR", help="write job arrays into DIR instead of running; submits nothing")
+    parser.add_argument("--cells", metavar="PATTERN", help="only cells with such names, as 'sogclr-*-s0'")
     return parser.parse_intermixed_args(argv)
 
 
@@ -51,32 +57,36 @@ def main(argv: list[str]) -> int:
 def study(options: argparse.Namespace) -> int:
     """The flow: plan -> cells -> run -> report."""
     from amclr_scale.study.planning.cells import base_tree, make_cells
-    from amclr_scale.study.planning.lengths import samples_per_epoch
     from amclr_scale.study.planning.load import load_plan
     from amclr_scale.study.running.folder import StudyFolder
+    from amclr_scale.study.running.margin import check_margin
     from amclr_scale.study.running.pilot import run_pilot
-    from amclr_scale.study.running.preview import preview
+    from amclr_scale.study.running.preview import hours, preview
     from amclr_scale.study.running.run import Runner
     from amclr_scale.study.running.slurm import write_jobs
 
+    if options.report or options.publish:
+        return report(reported_folder(options), Path(options.publish) if options.publish else None)
     plan = load_plan(Path(options.plan), options.words)
     folder = StudyFolder(plan.place)
-    if options.report or options.publish:
-        return report(folder.path, Path(options.publish) if options.publish else None)
     tree = base_tree(plan)
-    epoch = samples_per_epoch(plan, tree)
+    epoch = epoch_of(plan, tree)
     measures = options.pilot or (plan.held_equal == "wall_clock" and not options.dry_run)
     cells = [] if measures else make_cells(plan, tree, epoch, rates=folder.rates)
     with contextlib.nullcontext() if options.dry_run else folder.lock():
         if measures:
             piloted = run_pilot(plan, tree, epoch, folder, say)
-            if options.pilot or (piloted and piloted.interrupted):
-                return piloted.exit_code if piloted else 0
+            if piloted and piloted.interrupted:
+                return piloted.exit_code
             cells = make_cells(plan, tree, epoch, rates=folder.rates)
-        chosen = [cell for cell in cells if fnmatch.fnmatchcase(cell.name, options.cells)]
+            if options.pilot:
+                say(hours(plan, folder, cells))
+                return 0
+        chosen = [cell for cell in cells if fnmatch.fnmatchcase(cell.name, options.cells or "*")]
         if not chosen:
             raise UserError(f"--cells: no cell is called {options.cells}; names are such as {cells[0].name}")
         folder.check(plan, cells)
+        check_margin(plan, folder, cells)
         say(preview(plan, folder, cells, epoch, memory=options.dry_run))
         if options.dry_run:
             return 0
@@ -92,6 +102,45 @@ def study(options: argparse.Namespace) -> int:
         if outcome.done and not outcome.interrupted:
             report(folder.path)
         return outcome.exit_code
+
+
+def epoch_of(plan: "StudyPlan", tree: Mapping[str, Any]) -> float:
+    """Samples per epoch.
+
+    Raises:
+        UserError: the data is not usable; with what is wrong with the cells' configurations besides.
+    """
+    from amclr_scale.study.planning.cells import configuration_mistakes
+    from amclr_scale.study.planning.lengths import samples_per_epoch
+
+    try:
+        return samples_per_epoch(plan, tree)
+    except UserError as error:
+        lines = str(error).splitlines()
+        lines += [line for line in configuration_mistakes(plan) if not line.startswith(tuple(lines))]
+        raise UserError("\n".join(lines)) from error
+
+
+def reported_folder(options: argparse.Namespace) -> Path:
+    """The folder whose report is asked for.
+
+    Raises:
+        UserError: something else is asked for that a report would take no notice of.
+    """
+    from amclr_scale.study.planning.load import plan_tree
+
+    tree = plan_tree(Path(options.plan), options.words)
+    folder = Path(tree.get("folder") or f"studies/{tree['name']}")
+    lines = [
+        f"{word.partition('=')[0]}: a report takes the plan that was run, {folder / 'study.yaml'}, so {word} would "
+        "change nothing; leave it out"
+        for word in options.words
+        if word.partition("=")[0] not in ("folder", "name")
+    ]
+    lines += ["--cells: a report is of all cells that are there; leave it out"] if options.cells is not None else []
+    if lines:
+        raise UserError("\n".join(lines))
+    return folder
 
 
 def report(folder: Path, publish: Path | None = None) -> int:

@@ -27,7 +27,7 @@ held_equal: samples
 budget: {{samples: 640}}
 num_samples: 4938
 metrics: [{{name: R@1, keys: [emoji/val_style/image_to_text_R@1]}}]
-margin: 0.01
+margin: 1 point
 execution: {{device: cpu}}
 """
 
@@ -63,6 +63,28 @@ def test_all_mistakes_are_told_at_once_and_begin_with_their_key(plan_file: Path)
     assert {line.partition(":")[0] for line in told} == {"marginn", "held_equal", "seeds", "execution.job"}
     assert "did you mean 'margin'?" in "\n".join(told)
     assert "did you mean 'jobs'?" in "\n".join(told)
+
+
+def test_mistakes_of_the_plan_of_its_cells_and_of_the_configuration_are_told_together(plan_file: Path) -> None:
+    told = refusal(
+        plan_file, "marginn=0.1", "arms=[clip, sogcrl, {name: mine, like: dcl, words: [objective.gama=1]}]", "sigma=1",
+        "budget.steps=10", "reference.arm=dcl", "metrics=[{name: x, keys: [coco/R@1]}]", "execution.job=2",
+        "words=['evaluation.splits=[emoji/val_style]']", "lr={base: 1e-3, rul: sqrt}",
+    ).splitlines()  # fmt: skip
+    assert sorted(line.partition(":")[0] for line in told) == [
+        "arms", "budget.steps", "execution.job", "lr.rul", "marginn", "metrics", "objective.gama",
+        "reference.arm", "sigma",
+    ]  # fmt: skip
+
+
+def test_a_margin_and_a_spread_are_in_the_unit_of_the_outcome(plan_file: Path) -> None:
+    for words, value in ((["margin=0.5 points"], 0.005), (["margin='1 point'"], 0.01), (["margin=.5points"], 0.005)):
+        assert load_plan(plan_file, words).equal_within == value
+    rank = "metrics=[{name: x, keys: [emoji/val_style/image_to_text_median_rank]}]"
+    plan = load_plan(plan_file, [rank, "margin=2 ranks", "sigma=1 rank"])
+    assert (plan.equal_within, plan.margin, plan.sigma) == (2.0, "2 ranks", "1 rank")
+    plain = load_plan(plan_file, ["metrics=[{name: x, keys: [emoji/val_style/alignment]}]", "margin=0.1"])
+    assert (plain.equal_within, plain.margin) == (0.1, "0.1")
 
 
 @pytest.mark.parametrize("key", ["held_equal", "margin", "arms", "metrics", "budget"])
@@ -109,6 +131,33 @@ def test_what_decides_the_answer_has_no_default(plan_file: Path, key: str, tmp_p
         (["axes={optimizer.lr: [0.0010000001, 0.0010000002]}"], "axes: two cells are called"),
         (["arms=[clip, local_negatives]", "batch_sizes=[32, 36]"], "batch_sizes: expected multiples of 8, for"),
         (["config=nowhere.yaml"], "config: expected a YAML file or the name of a shipped one, got"),
+        (
+            ["margin=0.5"],
+            "margin: expected a number with its unit, got 0.5: '50 points' if that is a share of one, as R@1",
+        ),
+        (["sigma=0.01"], "sigma: expected a number with its unit, got 0.01: '1 point' if that is a share of one"),
+        (["margin=2 ranks"], "margin: R@1 is in points; expected such as '2 points', got 2 ranks"),
+        (["margin=1 pint"], "margin: expected a number above 0 with its unit, such as '0.5 points', got '1 pint'"),
+        (
+            ["margin=-1 points"],
+            "margin: expected a number above 0 with its unit, such as '0.5 points', got '-1 points'",
+        ),
+        (["margin=50 points"], "margin: expected less than 50 points, half of everything that can be scored, got 50 p"),
+        (
+            ["metrics=[{name: x, keys: [emoji/val_style/image_to_text_median_rank]}]", "margin=1 point"],
+            "margin: x is in ranks; expected such as '1 ranks', got 1 point",
+        ),
+        (
+            ["metrics=[{name: x, keys: [emoji/val_style/R@mean, emoji/val_style/image_to_text_median_rank]}]"],
+            "metrics: x is the mean of results in different units; give one outcome each",
+        ),
+        (
+            [
+                "metrics=[{name: x, keys: [emoji/val_style/R@1]}, {name: y, keys: [emoji/val_style/alignment]}]",
+                "words=['evaluation.splits=[emoji/val_style]', evaluation.geometry=true]",
+            ],
+            "metrics: one margin decides all outcomes, got y (no unit) beside points",
+        ),
         (["warmup_samples=10", "warmup_share=0.1"], "warmup_share: give this or warmup_samples, not both"),
         (["execution.ranks=2"], "execution.launcher: python starts one rank, got execution.ranks 2"),
         (["axes={execution.ranks: [1, 4]}"], "execution.launcher: python starts one rank, got execution.ranks 4"),
@@ -143,9 +192,10 @@ def test_the_configuration_is_found_from_the_plans_folder() -> None:
 
 def test_a_plan_that_is_built_on_another_one_may_have_a_name_of_its_own(plan_file: Path, tmp_path: Path) -> None:
     above = tmp_path / "above.yaml"
-    above.write_text("base: tiny.yaml\nname: another\nmargin: 0.02\n")
+    above.write_text("base: tiny.yaml\nname: another\nmargin: 2 points\n")
     plan = load_plan(above, ["budget.epochs=2"])
-    assert (plan.name, plan.margin, plan.seeds) == ("another", 0.02, [0, 1])
+    assert (plan.name, plan.margin, plan.seeds) == ("another", "2 points", [0, 1])
+    assert plan.equal_within == 0.02
     assert (plan.budget.samples, plan.budget.epochs) == (None, 2)
 
 

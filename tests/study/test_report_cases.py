@@ -142,7 +142,19 @@ def test_a_reference_that_has_hardly_learned_is_pointed_out(tmp_path, monkeypatc
     assert "**The reference is among them**" in text
     head = text.partition("## In brief")[2].partition("## Question and design")[0]
     assert "- **Beware.** Hardly trained, the reference among them: CLIP (B = 128)." in head
-    assert "CLIP, B = 128 scores no more than the margin above guessing" in head
+    assert "The margin is 600% of what CLIP, B = 128 scores above guessing, and nothing is said to match it." in head
+
+
+@pytest.mark.usefixtures("undrawn")
+@pytest.mark.parametrize(("margin", "matches"), [(0.2, False), (0.14, True)])
+def test_an_arm_that_learned_half_as_much_matches_at_no_margin(tmp_path, monkeypatch, margin, matches):
+    """`matches` at a margin of 20 points, were a margin of two thirds of the reference's score to decide."""
+    monkeypatch.setitem(synthetic.ARMS, "amclr", (0.18, *synthetic.ARMS["amclr"][1:]))
+    folder = make_study(tmp_path / "s", arms=("clip", "amclr"), batches=(128,), noise=0.003, margin=margin, items=False)
+    composed = compose(read_study(folder))
+    [rows] = [one.raw for one in composed.tables if one.name.startswith("verdicts_reference")]
+    assert [row["verdict"] for row in rows] == ["matches" if matches else "worse"]
+    assert ("nothing is said to match it" in composed.markdown) is not matches
 
 
 @pytest.mark.usefixtures("undrawn")

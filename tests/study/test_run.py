@@ -173,8 +173,8 @@ def test_runs_of_another_recipe_are_refused_with_the_keys_that_differ(tmp_path: 
     assert "optimizer.lr: there 0.002, in the plan 0.0003 (in 4 cells, such as clip-B32-s0)" in str(told.value)
     more, cells_more = make(tmp_path, "seeds=[0, 1, 2]")
     folder.check(more, cells_more)  # more cells are welcome
-    strict, same = make(tmp_path, "margin=0.02")
-    with pytest.raises(UserError, match=r"margin: .* has finished cells under margin 0.01, got 0.02"):
+    strict, same = make(tmp_path, "margin=2 points")
+    with pytest.raises(UserError, match=r"margin: .* beside the reference's under margin 1 point, got 2 points"):
         folder.check(strict, same)
     _, fewer = make(tmp_path, "seeds=[0]")
     assert folder.others(fewer) == ["clip-B32-s1", "sogclr-B32-s1"]

@@ -7,6 +7,7 @@ Differences are paired over the seeds that both groups have. Every estimate come
 over seeds and test items together (`statistics.with_items`), where items were kept.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -16,6 +17,7 @@ from numpy.typing import NDArray
 
 from amclr_scale.errors import UserError
 from amclr_scale.study.analysis.results import SWEPT, Axes, Metric, Run, Study
+from amclr_scale.study.planning.amounts import MOST_OF_EFFECT
 from amclr_scale.study.planning.variants import GROUPS
 from amclr_scale.study.statistics.decisions import Decision, Estimate, decide, estimate, with_items
 from amclr_scale.study.statistics.equivalent_batch import EquivalentBatch, equivalent_batch
@@ -143,6 +145,20 @@ class Outcome:
             self.clusters = len(known[0].parts[0].sums)
             self._draws = {id(run): draws[:, k] for k, run in enumerate(runs)}
 
+    @cached_property
+    def guessing(self) -> float | None:
+        """What guessing scores, where the metric knows."""
+        runs = [run for found, _ in self._chosen.values() for run in found.values()]
+        chance = [value for run in runs if (value := self.metric.chance(run.results)) is not None]
+        return sum(chance) / len(chance) if chance else None
+
+    def share_of_effect(self, group: Group, margin: float) -> float | None:
+        """A margin over what a group scores above guessing; None where that is not known."""
+        if self.guessing is None or not self.scores[group]:
+            return None
+        effect = float(np.mean(list(self.scores[group].values()))) - self.guessing
+        return margin / effect if effect > 0 else math.inf
+
     def selection(self, group: Group) -> Selection | None:
         return self._chosen[group][1]
 
@@ -219,14 +235,18 @@ class Comparison:
 
 
 def compare(outcome: Outcome, pairs: Sequence[tuple[Group, Group]], margin: float) -> list[Comparison]:
-    """Decide a family of comparisons, group against base."""
+    """Decide a family of comparisons, group against base. Nothing matches a base whose effect the margin swallows."""
     found = [(group, base, outcome.difference(group, base)) for group, base in pairs]
     known = [(group, base, both) for group, base, both in found if both is not None]
     sign = -1 if outcome.metric.lower_is_better else 1
-    seeds = decide([replace(both.seeds, value=sign * both.seeds.value) for *_, both in known], margin)
+    may_match = [(outcome.share_of_effect(base, margin) or 0) <= MOST_OF_EFFECT for _, base, _ in known]
+    seeds = [replace(both.seeds, value=sign * both.seeds.value) for *_, both in known]
     items = [replace(both.items, value=sign * both.items.value) for *_, both in known if both.items is not None]
-    wide: Sequence[Decision | None] = decide(items, margin) if len(items) == len(known) else [None] * len(known)
-    return [Comparison(*one, decision, also) for one, decision, also in zip(known, seeds, wide, strict=True)]
+    decided = decide(seeds, margin, may_match=may_match)
+    wide: Sequence[Decision | None] = [None] * len(known)
+    if len(items) == len(known):
+        wide = decide(items, margin, may_match=may_match)
+    return [Comparison(*one, decision, also) for one, decision, also in zip(known, decided, wide, strict=True)]
 
 
 def find(groups: Sequence[Group], arm: str, batch: int | None = None, variant: Axes = ()) -> Group | None:

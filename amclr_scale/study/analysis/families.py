@@ -33,15 +33,9 @@ FAR_BELOW_BEST = 0.1  # of the best score of the study
 FEW_STEPS = 500
 
 
-def guessing_score(study: Study, first: Analysed) -> float | None:
-    """What guessing scores, where the metric knows."""
-    chance = [value for run in study.runs if (value := first.outcome.metric.chance(run.results)) is not None]
-    return sum(chance) / len(chance) if chance and first.unit.share else None
-
-
-def hardly_trained(study: Study, first: Analysed) -> list[tuple[Group, float]]:
+def hardly_trained(first: Analysed) -> list[tuple[Group, float]]:
     """Groups, with their scores, that a comparison can say little about: their training did not get anywhere."""
-    guessing = guessing_score(study, first)
+    guessing = first.outcome.guessing
     means = [(group, mean.seeds.value) for group in first.outcome.groups if (mean := first.outcome.mean(group))]
     if guessing is None or not means:
         return []

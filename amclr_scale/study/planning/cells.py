@@ -113,9 +113,35 @@ def make_cells(
     Raises:
         UserError: one line per mistake, each with the cells it was found in.
     """
+    cells, lines = _collect(plan, plan.arms, tree, epoch, rates or {}, steps)
+    if not lines:
+        lines += list(_check(plan, cells))
+    elif cells:
+        lines += list(_check_metrics(plan, cells[0].config))
+    if lines:
+        raise UserError("\n".join(lines))
+    return cells
+
+
+def configuration_mistakes(plan: StudyPlan) -> list[str]:
+    """What the configurations of a plan's cells are refused for, whatever else is wrong with the plan."""
+    try:
+        tree = base_tree(plan)
+    except UserError as error:
+        return str(error).splitlines()
+    known = [arm for arm in plan.arms if (arm.like or arm.name) in CONTROLS]
+    any_length = plan.model_copy(update={"held_equal": "samples"})
+    cells, lines = _collect(any_length, known, tree, 1e6, {}, 1)
+    return lines + (list(_check_metrics(plan, cells[0].config)) if cells else [])
+
+
+def _collect(
+    plan: StudyPlan, arms: Sequence[ArmPlan], tree: Mapping[str, Any], epoch: float, rates: Rates, steps: int | None
+) -> tuple[list[Planned], list[str]]:
+    """The cells that can be made, and one line per mistake with the cells it was found in."""
     cells: list[Planned] = []
     mistakes: dict[str, list[str]] = {}
-    for arm in plan.arms:
+    for arm in arms:
         found: list[Planned] = []
         for batch, axes, seed in combinations(plan, arm, tree):
             variant = variant_name(arm.name, batch, axes)
@@ -123,7 +149,7 @@ def make_cells(
             if any(fnmatch.fnmatchcase(name, pattern) for pattern in plan.skip):
                 continue
             try:
-                found.append(_cell(plan, tree, arm, variant, batch, axes, seed, epoch, rates or {}, steps))
+                found.append(_cell(plan, tree, arm, variant, batch, axes, seed, epoch, rates, steps))
             except UserError as error:
                 for line in str(error).splitlines():
                     mistakes.setdefault(line, []).append(name)
@@ -131,12 +157,7 @@ def make_cells(
             cells += _that_fit(plan, arm, found, epoch) if plan.held_equal == "memory" else found
         except UserError as error:
             mistakes.setdefault(str(error), []).append(arm.name)
-    lines = [f"{line} (in {where[0]}{_more(where)})" for line, where in mistakes.items()]
-    if not mistakes:
-        lines += list(_check(plan, cells))
-    if lines:
-        raise UserError("\n".join(lines))
-    return cells
+    return cells, [f"{line} (in {where[0]}{_more(where)})" for line, where in mistakes.items()]
 
 
 def reference_of(plan: StudyPlan, cells: Sequence[Planned]) -> tuple[str, int]:

@@ -4,8 +4,9 @@ A plan may name another plan in `base:` and then holds differences only. Imports
 """
 
 import difflib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import yaml
 from pydantic import ValidationError
@@ -13,15 +14,16 @@ from pydantic import ValidationError
 from amclr_scale.config.load import from_words, merge, mistakes, read_file
 from amclr_scale.config.shipped import find
 from amclr_scale.errors import UserError
+from amclr_scale.study.planning.amounts import MOST_OF_EFFECT, POINTS, amount, unit_of_keys, written
 from amclr_scale.study.planning.arms import ABSENT, CONTROLS
 from amclr_scale.study.planning.plan import RANKS, Budget, StudyPlan
 
 
-def load_plan(path: Path, words: Sequence[str] = ()) -> StudyPlan:
-    """Read a plan, put `key=value` words over it, check what can be checked without the configuration.
+def plan_tree(path: Path, words: Sequence[str] = ()) -> dict[str, Any]:
+    """The keys of a plan as they are written, with `key=value` words over them.
 
     Raises:
-        UserError: one line per mistake, all of them, the key first.
+        UserError: the file or a word is not readable.
     """
     path = find(path, "studies")
     tree = merge(read_file(path, argument="PLAN"), from_words(words))
@@ -30,14 +32,47 @@ def load_plan(path: Path, words: Sequence[str] = ()) -> StudyPlan:
         tree["arms"] = [{"name": arm} if isinstance(arm, str) else arm for arm in tree["arms"]]
     if isinstance(tree.get("config"), str):
         tree["config"] = str((path.parent / tree["config"]).resolve())
-    try:
-        plan = StudyPlan.model_validate(tree)
-    except ValidationError as error:
-        raise UserError("\n".join(mistakes(error, root=StudyPlan))) from error
-    lines = list(_check(plan))
+    return tree
+
+
+def load_plan(path: Path, words: Sequence[str] = ()) -> StudyPlan:
+    """Read a plan, put `key=value` words over it, check what can be checked without the training data.
+
+    Raises:
+        UserError: one line per mistake, all of them, the key first: those of the plan, and where it has any, those of
+            the configurations that it would make, too.
+    """
+    tree = plan_tree(path, words)
+    plan, lines, wrong = _validated(tree)
+    for check, keys in _CHECKS:
+        if not wrong & set(keys):
+            lines += check(plan)
+    ranks = any(line.partition(":")[0].endswith(RANKS) for line in lines)
+    if lines and not ranks and not wrong & {"config", "arms", "batch_sizes", "metrics"}:
+        from amclr_scale.study.planning.cells import configuration_mistakes
+
+        lines += configuration_mistakes(plan)
     if lines:
         raise UserError("\n".join(lines))
     return plan
+
+
+# What stands in for a key that is needed and wrong, while the others are checked.
+_STAND_INS: dict[str, Any] = {
+    "name": "plan", "config": "", "arms": [{"name": "clip"}], "batch_sizes": [1], "seeds": [0], "budget": {},
+    "held_equal": "samples", "metrics": [{"name": "R@mean", "keys": ["R@mean"]}], "margin": "1 point",
+}  # fmt: skip
+
+
+def _validated(tree: dict[str, Any]) -> tuple[StudyPlan, list[str], set[str]]:
+    """The plan, what is wrong with its keys, and which of them are: those have their default or a stand-in."""
+    try:
+        return StudyPlan.model_validate(tree), [], set()
+    except ValidationError as error:
+        wrong = {str(detail["loc"][0]) for detail in error.errors()}
+        right = {key: value for key, value in tree.items() if key not in wrong}
+        stand_ins = {key: value for key, value in _STAND_INS.items() if key in wrong}
+        return StudyPlan.model_validate(right | stand_ins), mistakes(error, root=StudyPlan), wrong
 
 
 _BUDGET = {
@@ -50,11 +85,7 @@ _BUDGET = {
 }
 
 
-def _check(plan: StudyPlan) -> Iterator[str]:
-    """Mistakes that no single key shows."""
-    yield from _check_arms(plan)
-    yield from _check_budget(plan)
-    yield from _check_words(plan)
+def _check_numbers(plan: StudyPlan) -> Iterator[str]:
     if plan.expected and (plan.expected.device is None) == (plan.expected.samples_per_second is None):
         yield "expected: needs exactly one of expected.device and expected.samples_per_second"
     for key, values in (("batch_sizes", plan.batch_sizes), ("seeds", plan.seeds)):
@@ -62,7 +93,38 @@ def _check(plan: StudyPlan) -> Iterator[str]:
             yield f"{key}: expected different values, got {values}"
     if plan.warmup_samples is not None and plan.warmup_share is not None:
         yield "warmup_share: give this or warmup_samples, not both"
-    yield from _check_ranks(plan)
+
+
+def _check_amounts(plan: StudyPlan) -> Iterator[str]:
+    """Whether the margin and the spread are in the outcomes' unit, and a margin that any arm would meet."""
+    units = {metric.name: unit_of_keys(metric.keys) for metric in plan.metrics}
+    for name in (name for name, unit in units.items() if unit is None):
+        yield f"metrics: {name} is the mean of results in different units; give one outcome each"
+    unit = next(iter(units.values()))
+    if unit is None:
+        return
+    others = [f"{name} ({found or 'no unit'})" for name, found in units.items() if found not in (unit, None)]
+    if others:
+        yield f"metrics: one margin decides all outcomes, got {', '.join(others)} beside {unit or 'no unit'}"
+    for key, given in (("margin", plan.margin), ("sigma", plan.sigma)):
+        if given is None or amount(given)[1] == unit:
+            continue
+        name, number = plan.metrics[0].name, given.partition(" ")[0]
+        if not unit:
+            yield f"{key}: {name} has no unit; expected a number alone, such as {number}, got {given}"
+        elif unit == POINTS and number == given:
+            share = written(float(number), POINTS)
+            yield (
+                f"{key}: expected a number with its unit, got {given}: '{share}' if that is a share of one, as {name} "
+                f"is stored, or '{number} points' if it is hundredths, as tables show it"
+            )
+        else:
+            yield f"{key}: {name} is in {unit}; expected such as '{number} {unit}', got {given}"
+    if unit == POINTS == amount(plan.margin)[1] and plan.equal_within >= MOST_OF_EFFECT:
+        yield (
+            f"margin: expected less than {written(MOST_OF_EFFECT, POINTS)}, half of everything that can be scored, got "
+            f"{plan.margin}; name how far two scores may lie apart and still be the same to you"
+        )
 
 
 def _check_ranks(plan: StudyPlan) -> Iterator[str]:
@@ -152,6 +214,17 @@ def _check_budget(plan: StudyPlan) -> Iterator[str]:
         yield f"group_sizes: has no meaning when held_equal is {plan.held_equal}; use held_equal: grid"
     if plan.held_equal == "memory" and plan.budget.gib is None:
         yield "budget.gib: held_equal memory needs the peak GiB per rank, got none"
+
+
+# Each with the keys that it reads: where one of them is wrong, the check would say nothing new.
+_CHECKS: tuple[tuple[Callable[[StudyPlan], Iterator[str]], tuple[str, ...]], ...] = (
+    (_check_arms, ("arms", "reference", "pairs")),
+    (_check_budget, ("held_equal", "budget", "group_sizes")),
+    (_check_words, ("words", "axes", "arms", "execution")),
+    (_check_numbers, ("expected", "batch_sizes", "seeds", "warmup_samples", "warmup_share")),
+    (_check_amounts, ("metrics", "margin", "sigma")),
+    (_check_ranks, ("axes", "arms", "execution")),
+)
 
 
 def dump_plan(plan: StudyPlan) -> str:

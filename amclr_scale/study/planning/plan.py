@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from amclr_scale.config.schema import Fraction, Positive, PositiveNumber, Section
+from amclr_scale.study.planning.amounts import Amount, amount
 
 Axis = Annotated[list[Any], Field(min_length=1)]
 RANKS = "execution.ranks"  # the one axis that is no key of the configuration
@@ -47,7 +48,8 @@ class Budget(Section):
     hours: PositiveNumber | None = None
     """held_equal wall_clock: hours of training on this machine, from the rate that a pilot measures."""
     pilot_steps: Annotated[int, Field(ge=5)] = 30
-    """held_equal wall_clock: steps of the pilot of every arm and batch size; the first three are not counted."""
+    """Steps of the pilot of every arm and batch size (--pilot; held_equal wall_clock needs one); the first three are
+    not counted."""
     gib: PositiveNumber | None = None
     """held_equal memory: peak GiB per rank; each arm gets the largest of its batch sizes that fits."""
 
@@ -162,12 +164,13 @@ class StudyPlan(Section):
     """Pairs in the training data, N, where the data is not on this machine yet; null: read from its index."""
     metrics: Annotated[list[Metric], Field(min_length=1)]
     """The outcomes. Verdicts are about the first one."""
-    sigma: PositiveNumber | None = None
-    """Standard deviation of the paired differences over seeds, from an earlier study; with it the plan says whether
-    its seeds suffice for the margin."""
-    margin: PositiveNumber
-    """Two arms match when their difference lies within +- this, in the metric's own unit (0.005: half a point).
-    Declared before the first cell runs."""
+    sigma: Amount | None = None
+    """Standard deviation of the paired differences over seeds, from an earlier study, with its unit as the margin's;
+    with it the plan says whether its seeds suffice for the margin."""
+    margin: Amount
+    """Two arms match when their difference lies within +- this. A number with its unit: 0.5 points (hundredths of a
+    share, such as R@1), 2 ranks, or a plain number for outcomes that have no unit. Declared before the first
+    comparison; at most half of what the reference scores above guessing."""
     reference: Reference = Reference()
     pairs: tuple[tuple[str, str], ...] = ()
     """Arms to compare beside that, such as [[amclr_dro, amclr]]: the first against the second at the same batch size
@@ -183,6 +186,11 @@ class StudyPlan(Section):
     """From which to say how long it takes before a cell has run."""
     wandb_group: str | None = None
     """Group of the cells' runs in Weights & Biases, where run.wandb is on; null: the study's name."""
+
+    @property
+    def equal_within(self) -> float:
+        """The margin in the outcome's own unit, in which a share is one at most."""
+        return amount(self.margin)[0]
 
     @property
     def place(self) -> Path:

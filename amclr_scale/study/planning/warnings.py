@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 
+from amclr_scale.study.planning.amounts import amount, written
 from amclr_scale.study.planning.cells import Planned
 from amclr_scale.study.planning.plan import StudyPlan
 
@@ -89,20 +90,21 @@ def _seeds(plan: StudyPlan) -> Iterator[str]:
     if seeds < 2:
         yield "1 seed: no spread over seeds is seen, so there will be no verdict; 5 seeds or more are customary"
         return
+    margin, unit = amount(plan.margin)
     if plan.sigma is not None:
-        needed = seeds_needed_for_equivalence(plan.sigma, plan.margin, power=POWER)
+        needed = seeds_needed_for_equivalence(amount(plan.sigma)[0], margin, power=POWER)
         if needed is None or needed > seeds:
             yield (
-                f"{seeds} seeds: to show that two arms match within {plan.margin:g}, when they do and differences "
-                f"spread by {plan.sigma:g} over seeds, takes {needed or 'more than 100,000'} seeds at {POWER:.0%} power"
+                f"{seeds} seeds: to show that two arms match within {plan.margin}, when they do and differences "
+                f"spread by {plan.sigma} over seeds, takes {needed or 'more than 100,000'} seeds at {POWER:.0%} power"
             )
         return
     # the largest spread that so many seeds can deal with, by halving an interval
-    low, high = 0.0, plan.margin * seeds**0.5
+    low, high = 0.0, margin * seeds**0.5
     for _ in range(30):
         middle = (low + high) / 2
-        low, high = (middle, high) if power_of_equivalence(middle, plan.margin, seeds) >= POWER else (low, middle)
+        low, high = (middle, high) if power_of_equivalence(middle, margin, seeds) >= POWER else (low, middle)
     yield (
-        f"{seeds} seeds show a match within {plan.margin:g}, at {POWER:.0%} power, only where paired differences "
-        f"spread by at most {low:.2g} over seeds"
+        f"{seeds} seeds show a match within {plan.margin}, at {POWER:.0%} power, only where paired differences "
+        f"spread by at most {written(float(f'{low:.2g}'), unit)} over seeds"
     )

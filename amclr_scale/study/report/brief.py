@@ -1,16 +1,19 @@
 """The head of a report: what was asked, what was found and what that cannot say, for a reader with one minute."""
 
+import math
 from collections.abc import Sequence
 
 from amclr_scale.study.analysis.comparison import Group, find
-from amclr_scale.study.analysis.families import Analysed, few_steps, guessing_score, hardly_trained
+from amclr_scale.study.analysis.families import Analysed, few_steps, hardly_trained
 from amclr_scale.study.analysis.results import Study
 from amclr_scale.study.analysis.units import words_of
+from amclr_scale.study.planning.amounts import MOST_OF_EFFECT
 from amclr_scale.study.report import probe_figures, rank_scaling, tables
 from amclr_scale.study.report.claims import scale_of
 from amclr_scale.study.statistics.decisions import Verdict
 
 LEVEL = 0.05
+LARGE_SHARE = 0.2  # of what the reference scores above guessing: a margin to be told about
 MEANING = {
     Verdict.MATCHES: "shown to match",
     Verdict.BETTER: "shown to be better",
@@ -100,19 +103,26 @@ def _verdicts(first: Analysed, margin: float) -> str:
 def _beware(study: Study, first: Analysed) -> str:
     """A verdict on methods that have not learned is none; a batch that took few steps may only have taken too few."""
     words = []
-    found = [group for group, _ in hardly_trained(study, first)]
+    found = [group for group, _ in hardly_trained(first)]
     if found:
         reference = ", the reference among them" if first.reference in found else ""
         words.append(f"Hardly trained{reference}: {listed(found)}. What is said of these says little about methods.")
-    guessing = guessing_score(study, first)
-    mean = first.outcome.mean(first.reference) if first.reference else None
-    if guessing is not None and mean and first.reference and mean.seeds.value - guessing <= study.margin:
-        words.append(
-            f"{first.reference.name} scores no more than the margin above guessing: who has learned nothing matches it."
-        )
+    words += [wide] if (wide := wide_margin(study, first)) else []
     if study.held_equal == "samples" and (steps := few_steps(study)):
         words.append(f"Few optimizer steps ({steps}): there, a low score may be too little training.")
     return " ".join(words)
+
+
+def wide_margin(study: Study, first: Analysed) -> str:
+    """A margin that is a large part of what the reference has learned, and what follows for its verdicts."""
+    of = first.reference
+    share = first.outcome.share_of_effect(of, study.margin) if of else None
+    if of is None or share is None or share < LARGE_SHARE:
+        return ""
+    if math.isinf(share):
+        return f"{of.name} scores no more than guessing, and nothing is said to match it."
+    told = f"The margin is {share:.0%} of what {of.name} scores above guessing"
+    return f"{told}{', and nothing is said to match it' if share > MOST_OF_EFFECT else ''}."
 
 
 def _worth(first: Analysed) -> str:

@@ -86,9 +86,10 @@ def verdicts(report: Document, study: Study, analysed: Sequence[Analysed], looks
         f"{margin} either way. *better*, *worse*: a difference is shown, and a match is not. *undecided*: neither is, "
         "which is not evidence for equality. p-values (of no difference, of a match, of not being worse by the margin "
         "or more) are adjusted by Holm within each table and kind of test, at level 5 %; intervals are not adjusted. "
-        "The verdict holds for this test set; *with new items* also lets the test items vary. *Seeds needed*: to "
-        "show a match with 80 % power if there is no difference, at the spread measured here and at both ends of "
-        "that spread's own 95 % interval.",
+        "No match is said with a method when the margin is more than half of what it scores above guessing. The "
+        "verdict holds for this test set; *with new items* also lets the test items vary. *Seeds needed*: to show a "
+        "match with 80 % power if there is no difference, at the spread measured here and at both ends of that "
+        "spread's own 95 % interval.",
     )
     for place, one in enumerate(analysed):
         name = one.outcome.metric.name

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from scipy import special
 
 from amclr_scale.study.analysis.comparison import Group, groups_of, reference_of
-from amclr_scale.study.analysis.families import Analysed, analyse, few_steps, guessing_score, hardly_trained
+from amclr_scale.study.analysis.families import Analysed, analyse, few_steps, hardly_trained
 from amclr_scale.study.analysis.results import Study
 from amclr_scale.study.analysis.units import Unit, unit_of
 from amclr_scale.study.report import chapters, plots, tables
@@ -129,10 +129,10 @@ def _answer(report: Document, study: Study, first: Analysed, looks: Looks) -> No
     report.figure(
         plots.score_by_batch(first.outcome, first.unit, looks, f"by_batch_{first.slug}", first.reference, study.margin)
     )
-    guessing = guessing_score(study, first)
+    guessing = first.outcome.guessing
     if guessing is not None:
         report.say(f"Guessing scores {100 * guessing:.2g} %.")
-    report.say(_hardly_trained(study, first))
+    report.say(_hardly_trained(first))
 
 
 def _detectable(first: Analysed) -> str:
@@ -151,8 +151,8 @@ def _detectable(first: Analysed) -> str:
     )
 
 
-def _hardly_trained(study: Study, first: Analysed) -> str:
-    found = hardly_trained(study, first)
+def _hardly_trained(first: Analysed) -> str:
+    found = hardly_trained(first)
     if not found:
         return ""
     words = [

@@ -15,6 +15,7 @@ no torch.
 
 import contextlib
 import json
+import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -25,6 +26,7 @@ import yaml
 from amclr_scale.checkpoint.lock import RunLock
 from amclr_scale.config.load import build, recipe
 from amclr_scale.errors import UserError
+from amclr_scale.study.planning.amounts import amount, written
 from amclr_scale.study.planning.cells import Planned, reference_of
 from amclr_scale.study.planning.load import dump_plan
 from amclr_scale.study.planning.plan import StudyPlan
@@ -69,7 +71,8 @@ class StudyFolder:
         """Refuse a plan that does not go with the runs that are here.
 
         Raises:
-            UserError: a run with a cell's name is of another recipe; or the margin changed after a cell was finished.
+            UserError: a run with a cell's name is of another recipe; or the margin changed after a cell beside the
+                reference was finished.
         """
         lines: dict[str, list[str]] = {}
         for cell in cells:
@@ -84,10 +87,15 @@ class StudyFolder:
                 "Choose another folder=..., or move those runs away"
             )
         before = self._listed()
-        if before and before["margin"] != plan.margin and any(self.is_finished(cell) for cell in cells):
+        reference = reference_of(plan, cells)
+        compared = [
+            cell for cell in cells if (cell.arm, cell.global_batch_size) != reference and self.is_finished(cell)
+        ]
+        if before and compared and not math.isclose(before["margin"], plan.equal_within):
+            there = written(before["margin"], amount(plan.margin)[1])
             raise UserError(
-                f"margin: {self.path} has finished cells under margin {before['margin']:g}, got {plan.margin:g}; a "
-                "margin is declared before the first result: keep it, or begin another study with folder=..."
+                f"margin: {self.path} has results beside the reference's under margin {there}, got {plan.margin}; a "
+                "margin is declared before the first comparison: keep it, or begin another study with folder=..."
             )
 
     def _differences(self, cell: Planned) -> Iterator[str]:
@@ -123,7 +131,7 @@ class StudyFolder:
             "plan": plan.name,
             "held_equal": plan.held_equal,
             "metrics": [metric.model_dump() for metric in plan.metrics],
-            "margin": plan.margin,
+            "margin": plan.equal_within,
             "reference": {"arm": arm, "global_batch_size": batch},
             "cells": [cell.entry() for cell in cells],
         }

@@ -25,7 +25,7 @@ def preview(
     parts = [
         f"study {plan.name} in {folder.path}" + (f": {plan.question}" if plan.question else ""),
         f"{len(cells)} cells, {len(plan.seeds)} seeds; reference {arm} at a global batch of {batch}; "
-        f"outcome {plan.metrics[0].name}, equal within +- {plan.margin:g}",
+        f"outcome {plan.metrics[0].name}, equal within +- {plan.margin}",
         held(plan, cells, epoch),
         table(cells, gib),
         hours(plan, folder, cells),
@@ -127,8 +127,10 @@ def hours(plan: StudyPlan, folder: StudyFolder, cells: Sequence[Planned]) -> str
         jobs = plan.execution.jobs
         lines.append(f"time: about {duration(sum(known) / jobs)} for the others, {jobs} at once, from measured ones")
     else:
-        lines.append("time: unknown until a cell has run")
-        if all(cell.variant in folder.rates for cell in left):
+        measured = all(cell.variant in folder.rates for cell in left)
+        offer = f"; --pilot measures samples/s in {plan.budget.pilot_steps} steps of every arm and batch size"
+        lines.append(f"time: unknown until a cell has run{'' if measured else offer}")
+        if measured:
             seconds = sum(cell.samples / folder.rates[cell.variant] for cell in left) / plan.execution.jobs
             lines.append(
                 f"by the pilot's samples/s: {duration(seconds)} of training, {plan.execution.jobs} at once; start and "

@@ -192,14 +192,20 @@ class Decision:
     p_not_worse: float
 
 
-def decide(family: Sequence[Estimate], margin: float, alpha: float = 0.05) -> list[Decision]:
+def decide(
+    family: Sequence[Estimate], margin: float, alpha: float = 0.05, *, may_match: Sequence[bool] | None = None
+) -> list[Decision]:
     """A verdict for every comparison of a family.
 
     matches: equivalence shown, even if a difference smaller than the margin is shown as well. better, worse: a
     difference shown, equivalence not. undecided: neither, which is not evidence for equality.
+
+    Args:
+        may_match: of which comparisons equivalence can be said at all; None: of all. The p-value of the others is nan.
     """
+    asked = may_match or [True] * len(family)
     different = holm([one.p_different() for one in family])
-    equivalent = holm([one.p_equivalent(margin) for one in family])
+    equivalent = holm([one.p_equivalent(margin) if ask else math.nan for one, ask in zip(family, asked, strict=True)])
     not_worse = holm([one.p_not_worse(margin) for one in family])
     found = []
     for one, p_d, p_e, p_n in zip(family, different, equivalent, not_worse, strict=True):

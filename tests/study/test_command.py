@@ -1,0 +1,95 @@
+"""What `amclr-scale study` answers before a cell runs: mistakes, margins beside scores, what a report would ignore."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from amclr_scale.commands.study import main
+from amclr_scale.errors import UserError
+from amclr_scale.study.planning.cells import Planned, base_tree, make_cells
+from amclr_scale.study.planning.load import load_plan
+from amclr_scale.study.planning.plan import StudyPlan
+from amclr_scale.study.running.folder import StudyFolder
+from amclr_scale.study.running.margin import check_margin
+from amclr_scale.study.running.preview import hours
+from tests.study.synthetic import make_study
+from tests.study.test_plan import PLAN
+
+KEY = "emoji/val_style/image_to_text_R@1"
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    file = tmp_path / "tiny.yaml"
+    file.write_text(PLAN + f"folder: {tmp_path / 'study'}\n")
+    return file
+
+
+def planned(file: Path, *words: str) -> tuple[StudyPlan, StudyFolder, list[Planned]]:
+    plan = load_plan(file, words)
+    return plan, StudyFolder(plan.place), make_cells(plan, base_tree(plan), 4938.0)
+
+
+def finish(folder: StudyFolder, cell: Planned, score: float) -> None:
+    run = folder.runs / cell.name
+    run.mkdir(parents=True)
+    (run / "config.yaml").write_text(f"# recipe {cell.recipe_hash}\n")
+    (run / "evaluation.json").write_text(json.dumps({KEY: score, f"{KEY}/chance": 0.001}))
+
+
+def test_a_report_refuses_what_it_would_take_no_notice_of(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(file), "margin=2 points", "--report", "seeds=[0]", "--cells", "clip-*"]) == 2
+    told = capsys.readouterr().err.strip().splitlines()
+    assert [line.partition(":")[0] for line in told] == ["margin", "seeds", "--cells"]
+    assert "so margin=2 points would change nothing; leave it out" in told[0]
+    with pytest.raises(SystemExit) as refused:
+        main([str(file), "--report", "--dry-run"])
+    assert refused.value.code == 2
+
+
+def test_a_report_of_another_folder_needs_no_plan_that_is_valid_today(file: Path, tmp_path: Path) -> None:
+    make_study(tmp_path / "old", arms=("clip",), batches=(128,), seeds=(0,), items=False)
+    file.write_text(PLAN.replace("margin: 1 point", "margin: 0.01"))
+    assert main([str(file), "--report", f"folder={tmp_path / 'old'}"]) == 0
+    assert (tmp_path / "old" / "report" / "report.md").is_file()
+
+
+def test_what_is_wrong_with_data_plan_and_cells_is_told_at_once(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["num_samples=null", "words=['evaluation.splits=[emoji/val_style]', data.train=/nowhere]"]
+    arms = "arms=[clip, {name: mine, like: dcl, words: [objective.gama=1]}]"
+    assert main([str(file), *words, arms, "--dry-run"]) == 2
+    told = capsys.readouterr().err.strip().splitlines()
+    assert [line.partition(":")[0] for line in told] == ["data.train", "objective.gama"]
+
+
+def test_a_margin_that_swallows_half_of_what_the_reference_scores_is_refused(file: Path) -> None:
+    plan, folder, cells = planned(file, "margin=20 points")
+    reference, other = (next(c for c in cells if c.name == name) for name in ("clip-B64-s0", "sogclr-B64-s0"))
+    check_margin(plan, folder, cells)  # nothing has run: nothing is known
+    finish(folder, reference, 0.301)
+    with pytest.raises(UserError) as told:
+        check_margin(plan, folder, cells)
+    assert str(told.value).startswith(
+        "margin: expected at most 15 points, half of what clip-B64-s0 scores above guessing (30.1 - 0.1), got 20 points"
+    )
+    folder.write(plan, {}, [])
+    narrow, _, _ = planned(file, "margin=2 points")
+    folder.check(narrow, cells)  # nothing has been compared yet: the margin may still change
+    check_margin(narrow, folder, cells)
+    finish(folder, other, 0.3)
+    with pytest.raises(UserError, match=r"margin: .* has results beside the reference's under margin 20 points, got 2"):
+        folder.check(narrow, cells)
+    check_margin(plan, folder, cells)  # too late to change it: the report says no match
+
+
+def test_a_first_preview_offers_a_pilot_for_its_hours(file: Path) -> None:
+    plan, folder, cells = planned(file)
+    told = "time: unknown until a cell has run; --pilot measures samples/s in 30 steps of every arm and batch size"
+    assert hours(plan, folder, cells) == told
+    folder.path.mkdir()
+    folder.write_rates({cell.variant: 100.0 for cell in cells})
+    assert hours(plan, folder, cells).splitlines() == [
+        "time: unknown until a cell has run",
+        "by the pilot's samples/s: 51 s of training, 1 at once; start and evaluation of every cell come on top",
+    ]
