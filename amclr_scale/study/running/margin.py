@@ -24,10 +24,10 @@ def check_margin(plan: StudyPlan, folder: StudyFolder, cells: Sequence[Planned])
     finished = [cell for cell in cells if folder.is_finished(cell)]
     if any((cell.arm, cell.global_batch_size) != reference for cell in finished):
         return
-    scores = [(score, cell.name) for cell in finished if (score := _above_guessing(plan, folder.runs / cell.name))]
-    if not scores:
+    known = [(found, cell.name) for cell in finished if (found := _above_guessing(plan, folder.runs / cell.name))]
+    if not known:
         return
-    (effect, score), name = max(scores)
+    (effect, score), name = max(known)
     most = MOST_OF_EFFECT * max(effect, 0.0)
     if plan.equal_within <= most:
         return
