@@ -24,7 +24,7 @@ from torch import Tensor
 
 import amclr_scale
 from amclr_scale.data.evaluation_split import EvaluationSplit
-from amclr_scale.data.indexing import IMAGE_EXTENSIONS
+from amclr_scale.data.formats.picture_files import find_pictures
 from amclr_scale.errors import UserError
 from amclr_scale.trained.model import Model
 
@@ -37,7 +37,10 @@ def listed(model: Model, args: argparse.Namespace) -> tuple[int, Rows]:
     if args.texts:
         names, encode = lines_of(args.texts), model.encode_text
     else:
-        found = sorted(p for p in Path(args.images).rglob("*") if p.suffix.lower().lstrip(".") in IMAGE_EXTENSIONS)
+        pictures = find_pictures(Path(args.images))
+        found = pictures.pictures
+        if pictures.passed_over:
+            print(pictures.told(), file=sys.stderr)
         names, encode = [str(path) for path in found], model.encode_image
     if not names:
         kind, what = ("--texts", "a file with lines") if args.texts else ("--images", "a folder with images")

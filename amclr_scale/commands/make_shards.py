@@ -18,9 +18,11 @@ import io
 import json
 import multiprocessing
 import os
+import sys
 import tarfile
+from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +33,11 @@ from rich.progress import track
 from amclr_scale.commands.words import run_command
 from amclr_scale.config import schema
 from amclr_scale.data.decoding import BadSampleError, Sample, decode
+from amclr_scale.data.formats.tables import SEPARATORS
+from amclr_scale.data.formats.typed_tables import StoredPicture, read_pictures
 from amclr_scale.data.index import write_index
-from amclr_scale.data.indexing import build
-from amclr_scale.data.ingestion import FORMATS, Annotations, Record, pairs, read_records
+from amclr_scale.data.indexing import IMAGE_EXTENSIONS, build
+from amclr_scale.data.ingestion import FORMATS, Annotations, Record, Reject, pairs, read_records
 from amclr_scale.data.randomness import permutation
 from amclr_scale.data.storage import make_storage
 from amclr_scale.data.text_views import clean_caption
@@ -57,37 +61,58 @@ class Job:
 
     out: Path
     number: int
-    records: list[tuple[int, Record]]  # (row in the annotation file, record)
+    records: list[Record]
     images: Path
     encoding: Encoding
 
 
-def encode(path: Path, encoding: Encoding) -> tuple[str, bytes, tuple[int, int]]:
+_WRITTEN = {"jpg": "JPEG", "webp": "WEBP", "png": "PNG", "ppm": "PPM", "bmp": "BMP"}
+_EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "JPEG2000": "jp2", "DIB": "bmp"}
+
+
+def picture_of(record: Record, images: Path, stored: dict[StoredPicture, bytes | str | None]) -> bytes:
+    """The bytes of a record's picture.
+
+    Raises:
+        BadSampleError: there is no such file, or nothing is stored.
+    """
+    held = stored[record.stored] if record.stored else record.image
+    if isinstance(held, bytes):
+        return held
+    try:
+        if held is None:
+            raise ValueError("neither bytes nor a path are stored")
+        return (images / held).read_bytes()
+    except (OSError, ValueError) as error:  # ValueError: also a name that no file can have
+        raise BadSampleError("no such image", str(error)) from error
+
+
+def encode(data: bytes, encoding: Encoding) -> tuple[str, bytes, tuple[int, int]]:
     """(extension, bytes, (width, height)) of a picture; decoded in any case, so that a broken one is found.
+
+    What is written anew and of a kind that is only read (GIF, TIFF, HEIF) becomes PNG, which changes no pixel.
 
     Raises:
         BadSampleError: it cannot be read.
     """
-    try:
-        data = path.read_bytes()
-    except (OSError, ValueError) as error:  # ValueError: a name that no file can have
-        raise BadSampleError("no such image", str(error)) from error
-    extension = path.suffix[1:].lower()
-    opened = Sample({extension: data}, schema.Data().max_image_pixels, 1).image()
-    size, known = opened.size, {"JPEG": "jpg", "PNG": "png", "WEBP": "webp", "PPM": "ppm", "BMP": "bmp"}
-    extension = known.get(opened.format or "", "jpg" if extension == "jpeg" else extension)
+    opened = Sample({"jpg": data}, schema.Data().max_image_pixels, 1).image()
+    size, kind = opened.size, opened.format or ""
+    extension = _EXTENSIONS.get(kind, kind.lower())
     picture = decode(opened)
     shrink = encoding.resize is not None and min(size) > encoding.resize
-    if not shrink and encoding.form in ("keep", extension):
+    portable = extension in IMAGE_EXTENSIONS and kind != "HEIF"  # which takes a package more to read
+    if not shrink and portable and encoding.form in ("keep", extension):
         return extension, data, size
     if shrink and encoding.resize is not None:
         scale = encoding.resize / min(size)
         size = (max(encoding.resize, round(size[0] * scale)), max(encoding.resize, round(size[1] * scale)))
         picture = picture.resize(size, Image.Resampling.BICUBIC)
-    extension = extension if encoding.form == "keep" else encoding.form
+    if encoding.form != "keep":
+        extension = encoding.form
+    elif extension not in _WRITTEN:
+        extension = "png"
     out = io.BytesIO()
-    kinds = {"jpg": "JPEG", "webp": "WEBP", "png": "PNG", "ppm": "PPM", "bmp": "BMP"}
-    picture.save(out, kinds[extension], quality=encoding.quality)
+    picture.save(out, _WRITTEN[extension], quality=encoding.quality)
     return extension, out.getvalue(), size
 
 
@@ -100,20 +125,21 @@ def write_shard(job: Job) -> tuple[int, int]:
         return len(job.records) - rejected, rejected
     partial = job.out / f".{path.name}.{os.getpid()}"  # `check_plan` removes what an interrupted run has left
     rejects, row = list[str](), 0
+    stored = dict(read_pictures(record.stored for record in job.records if record.stored))
     with tarfile.open(partial, "w", format=tarfile.PAX_FORMAT) as tar:
-        for source_row, record in job.records:
+        for record in job.records:
             clean = clean_caption if job.encoding.clean else str.strip
             captions = [caption for caption in map(clean, map(well_formed, record.captions)) if caption]
             try:
                 if not captions:
                     raise BadSampleError("missing caption")
-                extension, data, (width, height) = encode(job.images / record.image, job.encoding)
+                extension, data, (width, height) = encode(picture_of(record, job.images, stored), job.encoding)
             except BadSampleError as error:
-                words = {"row": source_row, "image": record.image, "kind": error.kind, "detail": error.detail}
-                rejects.append(json.dumps(words))
+                reject = Reject(record.row, error.kind, error.detail, record.image)
+                rejects.append(json.dumps(asdict(reject)))
                 continue
             key = f"{job.number:05d}{row:05d}"
-            content: dict[str, Any] = {"key": key, "captions": captions, "source": record.image, "row": source_row}
+            content: dict[str, Any] = {"key": key, "captions": captions, "source": record.image, "row": record.row}
             content |= {"width": width, "height": height, **record.fields}
             content |= {} if record.image_id is None else {"image_id": record.image_id}
             text = json.dumps(content, ensure_ascii=False)
@@ -133,9 +159,11 @@ def number_images(records: list[Record]) -> list[Record]:
     names = [record.image if record.image_id is None else str(record.image_id) for record in records]
     numbers: dict[str, int] = {}
     dense = [numbers.setdefault(name, len(numbers)) for name in names]
-    if len(numbers) == len(records):
-        return [Record(r.image, r.captions, None, r.fields | _original(r)) for r in records]
-    return [Record(r.image, r.captions, n, r.fields | _original(r)) for r, n in zip(records, dense, strict=True)]
+    alone = len(numbers) == len(records)
+    return [
+        replace(record, image_id=None if alone else number, fields=record.fields | _original(record))
+        for record, number in zip(records, dense, strict=True)
+    ]
 
 
 def _original(record: Record) -> dict[str, Any]:
@@ -163,10 +191,20 @@ def work(argv: list[str]) -> None:
         prog="amclr-scale shards make", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("format", choices=sorted(FORMATS))
-    parser.add_argument("--annotations", type=Path, help="annotation file")
-    parser.add_argument("--images", type=Path, required=True, help="folder that image paths start from")
+    parser.add_argument(
+        "--annotations", type=Path, help="annotation file, or a folder saved by Hugging Face's datasets"
+    )
+    parser.add_argument(
+        "--images", type=Path, help="folder that image paths start from (default: that of the annotation file)"
+    )
     parser.add_argument("--out", type=Path, required=True, help="folder for the shards and their index")
-    parser.add_argument("--split", help="karpathy, flickr30k: which, such as train,restval")
+    parser.add_argument("--split", help="karpathy, flickr30k, datasets: which, such as train,restval")
+    parser.add_argument(
+        "--separator", choices=list(SEPARATORS), help="table: what stands between cells; default: decided"
+    )
+    parser.add_argument("--quoting", choices=("csv", "none"), help="table: whether quotes hold cells together")
+    parser.add_argument("--image-column", metavar="NAME", help="table: name, or number from 0 without a header")
+    parser.add_argument("--caption-column", metavar="NAME", help="table: name, or number from 0 without a header")
     parser.add_argument(
         "--layout", choices=("images", "pairs"), default="images", help="a sample per image, or per caption"
     )
@@ -183,9 +221,16 @@ def work(argv: list[str]) -> None:
     parser.add_argument("--workers", type=int, default=0, help="processes (default: this one)")
     arguments = parser.parse_args(argv)
 
-    source = Annotations(arguments.annotations, arguments.images, arguments.split)
-    records = read_records(arguments.format, source)
-    records = number_images(pairs(records) if arguments.layout == "pairs" else records)
+    if arguments.images is None and arguments.annotations is None:
+        raise UserError("--images: expected the folder of the images, got none")
+    images = arguments.images or arguments.annotations.parent
+    source = Annotations(
+        arguments.annotations, images, arguments.split, arguments.separator, arguments.quoting,
+        arguments.image_column, arguments.caption_column,
+    )  # fmt: skip
+    found = read_records(arguments.format, source)
+    print(f"{found.decided}: {len(found.records):,} records", file=sys.stderr)
+    records = number_images(pairs(found.records) if arguments.layout == "pairs" else found.records)
     seed = arguments.shuffle_seed
     order = range(len(records)) if seed < 0 else permutation(len(records), seed).tolist()
     encoding = Encoding(arguments.resize, arguments.encode, arguments.quality, arguments.clean)
@@ -197,8 +242,8 @@ def work(argv: list[str]) -> None:
         Job(
             arguments.out,
             number,
-            [(i, records[i]) for i in order[start : start + arguments.per_shard]],
-            arguments.images,
+            [records[i] for i in order[start : start + arguments.per_shard]],
+            source.images,
             encoding,
         )
         for number, start in enumerate(range(0, len(records), arguments.per_shard))
@@ -209,27 +254,48 @@ def work(argv: list[str]) -> None:
             done = list(track(pool.map(write_shard, jobs), "Writing shards", total=len(jobs), console=console))
     else:
         done = [write_shard(job) for job in track(jobs, "Writing shards", console=console)]
-    images = 1 + max((record.image_id for record in records if isinstance(record.image_id, int)), default=-1)
-    finish(arguments.out, sum(n for n, _ in done), sum(n for _, n in done), images)
+    numbers = 1 + max((record.image_id for record in records if isinstance(record.image_id, int)), default=-1)
+    finish(arguments.out, len(records), sum(n for n, _ in done), numbers, found.rejects)
 
 
-def finish(out: Path, samples: int, rejected: int, images: int) -> None:
-    """Join the lists of rejects, index the shards, say what was done.
+def finish(out: Path, read: int, written: int, images: int, unread: list[Reject]) -> None:
+    """Join the lists of rejects, index the shards, say what was done: read = written + rejected.
+
+    Args:
+        read: records that were to be written.
+        images: largest image number + 1.
+        unread: rows and captions of the annotation file that are no records.
 
     Raises:
-        UserError: so much was rejected that image numbers do not fit below the number of samples.
+        UserError: nothing is left, or so little that image numbers do not fit below the number of samples.
     """
-    parts = sorted((out / "rejects").glob("*.jsonl"))
-    (out / "rejects.jsonl").write_text("".join(part.read_text() for part in parts))
-    if images > samples:
+    lines = [json.dumps(asdict(reject), ensure_ascii=False) for reject in unread]
+    parts = [line for part in sorted((out / "rejects").glob("*.jsonl")) for line in part.read_text().splitlines()]
+    (out / "rejects.jsonl").write_text("".join(f"{line}\n" for line in [*lines, *parts]), "utf-8")
+    kinds = Counter(reject.kind for reject in unread if not reject.of_caption)
+    kinds.update(json.loads(line)["kind"] for line in parts)
+    rejected = kinds.total()
+    if read != written + len(parts):
+        raise RuntimeError(f"{read} records, {written} written, {len(parts)} rejected: {out} is not what was read")
+    why = (
+        f" ({', '.join(f'{number:,} {kind}' for kind, number in kinds.most_common())}; rejects.jsonl)" if kinds else ""
+    )
+    if not written:
+        raise UserError(f"--annotations: all {rejected:,} of {rejected:,} records were rejected{why}")
+    if images > written:
         raise UserError(
-            f"--annotations: {rejected:,} records were rejected, which leaves {samples:,} samples for image numbers up "
+            f"--annotations: {rejected:,} records were rejected, which leaves {written:,} samples for image numbers up "
             f"to {images - 1:,}; take what {out / 'rejects.jsonl'} lists out of the file, and start in a new folder"
         )
     urls = [str(path.absolute()) for path in sorted(out.glob("*.tar"))]
     tables = [out.absolute() / "members" / f"{Path(url).name}.npz" for url in urls]
     write_index(out.absolute() / "index.json", out.name, build(urls, tables, make_storage(schema.Data())))
-    print(f"{out}: {samples:,} samples in {len(urls):,} shards; {rejected:,} rejected (rejects.jsonl)")
+    captions = Counter(reject.kind for reject in unread if reject.of_caption)
+    beside = f"; left out {', '.join(f'{n:,} {kind}' for kind, n in captions.most_common())}" if captions else ""
+    print(
+        f"{out}: read {written + rejected:,}, wrote {written:,} samples in {len(urls):,} shards, rejected "
+        f"{rejected:,}{why}{beside}"
+    )
 
 
 def main(argv: list[str]) -> int:

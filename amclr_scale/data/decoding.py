@@ -7,28 +7,34 @@ shard and key are logged. Nothing is ever unpickled, and no format is read that 
 import io
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
+from importlib import import_module
 from typing import Any
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, PngImagePlugin, UnidentifiedImageError
 
 from amclr_scale.data.indexing import IMAGE_EXTENSIONS
 from amclr_scale.data.storage import ShardReader
 from amclr_scale.data.tar import Flag
 
 # What a picture may be, whatever its member is called.
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "PPM", "TIFF", "AVIF", "JPEG2000", "ICO")
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "PPM", "TIFF", "AVIF", "JPEG2000", "ICO", "HEIF")
 PARAPHRASES = "paraphrases"  # a member that lies beside the shard (data/paraphrases.py)
 
 Image.MAX_IMAGE_PIXELS = None  # our own limit is `data.max_image_pixels`, checked before any pixel is decoded
+# Programs that draw pictures write their whole settings into them: text is no reason to refuse whole pixels.
+PngImagePlugin.MAX_TEXT_CHUNK, PngImagePlugin.MAX_TEXT_MEMORY = 2**24, 2**26
 
 
 @cache
-def _formats() -> tuple[str, ...]:
-    """Those of `FORMATS` that this build of Pillow knows."""
+def readable_formats() -> tuple[str, ...]:
+    """Those of `FORMATS` that this build of Pillow knows; HEIF where pillow-heif is installed."""
     Image.init()
+    with suppress(ImportError):
+        import_module("pillow_heif").register_heif_opener()
     return tuple(name for name in FORMATS if name in Image.OPEN)
 
 
@@ -85,9 +91,10 @@ class Sample:
         if not self.members[extension]:
             raise BadSampleError("empty member", f".{extension}")
         try:
-            image = Image.open(io.BytesIO(self.members[extension]), formats=_formats())
+            image = Image.open(io.BytesIO(self.members[extension]), formats=readable_formats())
         except UnidentifiedImageError as error:
-            raise BadSampleError("corrupt image", "no known format") from error
+            words = "HEIC, which needs pillow-heif" if self.members[extension][4:10] == b"ftyphe" else "no known format"
+            raise BadSampleError("corrupt image", words) from error
         except Exception as error:  # decoders of broken files raise whatever they like
             raise BadSampleError("corrupt image", str(error)) from error
         if image.width * image.height > self.max_image_pixels:
@@ -151,19 +158,40 @@ def decode(image: Image.Image, reduction: int = 1) -> Image.Image:
     Raises:
         BadSampleError: the data is damaged.
     """
-    if image.mode == "F":
-        raise BadSampleError("corrupt image", "floating-point pixels, which may have any range")
+    wide = image.mode == "F" or (image.mode == "I" and image.format == "TIFF")
     try:
         if reduction > 1 and image.format == "JPEG":
             image.draft("RGB", (image.width // reduction, image.height // reduction))
         image.load()
         if image.mode == "RGB":
             return image
+        if wide:
+            return _scaled(image)
         if image.mode[0] == "I":  # 16 bits, of which Pillow's own conversion shows all above 255 as white
             return Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8)).convert("RGB")
         if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
             canvas = Image.new("RGBA", image.size, "white")
             return Image.alpha_composite(canvas, image.convert("RGBA")).convert("RGB")
         return image.convert("RGB")
+    except BadSampleError:
+        raise
     except Exception as error:  # decoders of broken files raise whatever they like
         raise BadSampleError("corrupt image", str(error)) from error
+
+
+_SMALLEST, _LARGEST = 340, 341  # TIFF tags SMinSampleValue and SMaxSampleValue
+
+
+def _scaled(image: Image.Image) -> Image.Image:
+    """Pixels of 32 bits, which may have any range, by the range that the file itself names.
+
+    Raises:
+        BadSampleError: it names none.
+    """
+    tags = getattr(image, "tag_v2", {})
+    if _SMALLEST not in tags or _LARGEST not in tags:
+        kind = "floating-point" if image.mode == "F" else "32-bit integer"
+        raise BadSampleError("pixels of unknown range", f"{kind} pixels, and no SMinSampleValue, SMaxSampleValue")
+    low, high = (float(np.max(tags[tag])) for tag in (_SMALLEST, _LARGEST))
+    values = (np.asarray(image, dtype=np.float64) - low) / max(high - low, np.finfo(float).tiny)
+    return Image.fromarray((values.clip(0, 1) * 255).round().astype(np.uint8)).convert("RGB")

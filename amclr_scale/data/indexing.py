@@ -26,7 +26,11 @@ from amclr_scale.errors import UserError
 
 log = logging.getLogger(__name__)
 
-IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "ppm", "bmp")
+# What pictures are called; what they are, their bytes say.
+IMAGE_EXTENSIONS = (
+    "jpg", "jpeg", "png", "webp", "ppm", "bmp", "jpe", "jfif", "gif", "tif", "tiff", "avif", "jp2", "j2k", "ico", "dib",
+    "pgm", "pnm", "heic", "heif",
+)  # fmt: skip
 _HASHED_ALWAYS = (".gz", ".tgz")  # their checksum names the unpacked copy
 
 

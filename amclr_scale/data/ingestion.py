@@ -4,162 +4,244 @@
     annotations   JSON list of {"image", "caption": string or list, "image_id"?}: SogCLR, iSogCLR, AmCLR, ALBEF
     coco          captions_*.json: {"images": [...], "annotations": [...]}
     karpathy      dataset_coco.json, dataset_flickr30k.json: {"images": [{"filename", "split", "sentences"}]}
-    flickr30k     results.csv (image_name| comment_number| comment), or any CSV with image and caption columns
-    table         TSV or CSV of caption and image, with or without a header: CC3M, CC12M with downloaded images
+    flickr30k     results.csv (image_name| comment_number| comment), or any table with image and caption columns: rows
+                  of one image become one record
+    table         an image and its captions per row: .csv, .tsv, .txt, .jsonl, .parquet, .arrow, or a folder that the
+                  library `datasets` of Hugging Face has saved; pictures are paths, urls whose files were downloaded
+                  (CC3M, CC12M), or inside the parquet or arrow file
 
-Each record stands for one image file or one pair, in the order of the annotation file.
+Each record stands for one image file or one pair, in the order of the annotation file. What cannot become a record is a
+reject with its reason: everything that was read is either of the two.
 """
 
-import csv
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from amclr_scale.data.indexing import IMAGE_EXTENSIONS
+from amclr_scale.data.formats.annotation_files import Entry, Kind, entries, path_of, read_json, strings
+from amclr_scale.data.formats.picture_files import find_pictures
+from amclr_scale.data.formats.tables import (
+    HeaderWords,
+    Quoting,
+    Row,
+    Table,
+    column_name,
+    looks_like_picture,
+    read_table,
+)
+from amclr_scale.data.formats.typed_tables import StoredPicture, is_typed, read_typed_table
 from amclr_scale.errors import UserError
+
+_WHERE = "--annotations"
 
 
 @dataclass(frozen=True)
 class Record:
     """One image and what is said about it."""
 
-    image: str  # path below the image folder
+    row: int  # in the file, from 0
+    image: str  # path below the image folder, or what a stored picture is called
     captions: tuple[str, ...]
     image_id: str | int | None = None  # what the annotation file calls the image
     fields: dict[str, Any] = field(default_factory=dict)  # further content for the sample's JSON
+    stored: StoredPicture | None = None  # where the picture is, if not in a file of its own
+
+
+@dataclass(frozen=True)
+class Reject:
+    """What was read and is no record."""
+
+    row: int  # in the file, from 0
+    kind: str
+    detail: str = ""
+    image: str = ""
+    of_caption: bool = False  # one caption of a record that has others
+
+
+@dataclass
+class Records:
+    """All that an annotation file holds."""
+
+    records: list[Record] = field(default_factory=list)
+    rejects: list[Reject] = field(default_factory=list)
+    decided: str = ""  # how the file was read, in words
+
+    def add(self, found: Iterable[Record | Reject]) -> None:
+        for one in found:
+            if isinstance(one, Record):
+                self.records.append(one)
+            else:
+                self.rejects.append(one)
 
 
 @dataclass(frozen=True)
 class Annotations:
-    """Where records come from."""
+    """Where records come from, and what the user says about a table beside its name."""
 
     file: Path | None
     images: Path
     split: str | None = None
+    separator: str | None = None
+    quoting: Quoting | None = None
+    image_column: str | None = None
+    caption_column: str | None = None
+
+    def wants(self, split: str | None) -> bool:
+        """Whether records of this split were asked for."""
+        return self.split is None or split in self.split.split(",")
 
 
-def _json(file: Path | None) -> Any:
-    if file is None:
-        raise UserError("--annotations: expected the annotation file, got none")
-    try:
-        return json.loads(file.read_text("utf-8-sig"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"--annotations: {file}: expected JSON, got {error}") from error
+def _given(source: Annotations) -> Path:
+    if source.file is None:
+        raise UserError(f"{_WHERE}: expected the annotation file, got none")
+    return source.file
 
 
-def _strings(value: Any) -> tuple[str, ...]:
-    listed = value if isinstance(value, list) else [value]
-    return tuple(caption for caption in listed if isinstance(caption, str))
+def _record(entry: Entry, fields: dict[str, Any], stored: StoredPicture | None = None) -> Iterator[Record | Reject]:
+    """An entry as a record, and its captions that are none; or as a reject."""
+    if entry.image is None:
+        yield Reject(entry.number, "no image path", entry.words or "; ".join(entry.left_out))
+    elif not entry.captions:
+        yield Reject(entry.number, "no caption", "; ".join(entry.left_out), entry.image)
+    else:
+        yield Record(entry.number, entry.image, entry.captions, entry.image_id, fields, stored)
+        yield from (Reject(entry.number, words, image=entry.image, of_caption=True) for words in entry.left_out)
 
 
-def _annotations(source: Annotations) -> Iterator[Record]:
-    content = _json(source.file)
-    if not isinstance(content, list):
-        raise UserError(f"--annotations: {source.file}: expected a list of {{image, caption}}, got another JSON value")
-    for number, entry in enumerate(content):
-        if not isinstance(entry, dict) or not isinstance(entry.get("image"), str) or "caption" not in entry:
-            raise UserError(f"--annotations: {source.file}: entry {number}: expected image and caption, got {entry!r}")
-        yield Record(entry["image"], _strings(entry["caption"]), entry.get("image_id"))
+def _from_json(kind: Kind, source: Annotations, into: Records) -> None:
+    file = _given(source)
+    into.decided = f"{file.name}: JSON"
+    for entry in entries(read_json(file, _WHERE), kind, f"{_WHERE}: {file}"):
+        if entry.split is None or source.wants(entry.split):
+            into.add(_record(entry, {} if entry.split is None else {"split": entry.split}))
 
 
-def _coco(source: Annotations) -> Iterator[Record]:
-    content = _json(source.file)
-    try:
-        captions: dict[int, list[str]] = {image["id"]: [] for image in content["images"]}
-        for annotation in content["annotations"]:
-            captions[annotation["image_id"]].append(annotation["caption"])
-        for image in content["images"]:
-            yield Record(image["file_name"], tuple(captions[image["id"]]), image["id"])
-    except (KeyError, TypeError) as error:
-        raise UserError(
-            f"--annotations: {source.file}: expected COCO captions (images, annotations), missing {error}"
-        ) from error
+_IMAGE_COLUMNS = (
+    "image", "image_name", "filename", "filepath", "file_path", "image_path", "image_file", "path", "file", "file_name",
+    "img", "picture", "photo", "jpg", "url", "image_url",
+)  # fmt: skip
+_CAPTION_COLUMNS = (
+    "caption", "comment", "raw", "title", "text", "captions", "sentence", "sentences", "description", "alt_text", "alt",
+)  # fmt: skip
+_KNOWN = frozenset((*_IMAGE_COLUMNS, *_CAPTION_COLUMNS, "split", "comment_number"))
 
 
-def _karpathy(source: Annotations) -> Iterator[Record]:
-    try:
-        for image in _json(source.file)["images"]:
-            if source.split is None or image["split"] in source.split.split(","):
-                name = f"{image['filepath']}/{image['filename']}" if image.get("filepath") else image["filename"]
-                captions = tuple(sentence["raw"] for sentence in image["sentences"])
-                yield Record(name, captions, image.get("cocoid", image.get("imgid")), {"split": image["split"]})
-    except (KeyError, TypeError) as error:
-        raise UserError(f"--annotations: {source.file}: expected a Karpathy split, missing {error}") from error
+def _read_table(source: Annotations, into: Records) -> Table:
+    file = _given(source)
+    if is_typed(file):
+        table = read_typed_table(file, source.split)
+    else:
+        named = [name for name in (source.image_column, source.caption_column) if name and not name.isdecimal()]
+        words = HeaderWords(_KNOWN, frozenset(map(column_name, named)))
+        table = read_table(file, words, source.separator, source.quoting)
+    into.decided = f"{file.name}: {table.dialect}"
+    into.add(Reject(row.number, row.kind, f"line {row.line}: {row.detail}") for row in table.rejected)
+    return table
 
 
-_IMAGE_COLUMNS = ("image", "image_name", "filename", "filepath", "path", "file", "url")
-_CAPTION_COLUMNS = ("caption", "comment", "raw", "title", "text")
+def _column(columns: list[str], wanted: str | None, known: tuple[str, ...], option: str, file: Path) -> int:
+    """Where a column is: the one that was asked for, or the first that is known."""
+    exact, loose = [name.lower().strip() for name in columns], [column_name(name) for name in columns]
+    for name in [wanted.lower().strip()] if wanted else known:
+        for names in (exact, loose):
+            if name in names:
+                return names.index(name)
+    if wanted and wanted.isdecimal() and int(wanted) < len(columns):
+        return int(wanted)
+    asked = wanted or f"a column {', '.join(known)}"
+    raise UserError(f"{option}: {file}: expected {asked}, got the columns {', '.join(columns)}; {option} names it")
 
 
-def _rows(file: Path | None) -> tuple[list[str] | None, list[list[str]]]:
-    """The header, where there is one, and the rows of a file separated by tabs, bars or commas."""
-    if file is None:
-        raise UserError("--annotations: expected the annotation file, got none")
-    try:
-        with file.open(encoding="utf-8-sig", newline="") as lines:  # spreadsheets write a byte order mark in front
-            first = lines.readline()
-            separator = next((mark for mark in "\t|," if mark in first), ",")
-            lines.seek(0)
-            if separator == ",":
-                table = csv.reader(lines)
-            else:
-                table = csv.reader(lines, delimiter=separator, quoting=csv.QUOTE_NONE)
-            rows = [[cell.strip() for cell in row] for row in table if row]
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"--annotations: {file}: expected a table, got {error}") from error
-    header = [cell.lower() for cell in rows[0]] if rows else []
-    known = {*_IMAGE_COLUMNS, *_CAPTION_COLUMNS}
-    return (header, rows[1:]) if len(known & set(header)) >= 2 else (None, rows)
+def _columns(table: Table, source: Annotations, otherwise: tuple[int, int]) -> tuple[int, int]:
+    """(image, caption): which columns they are; of a table without header, `otherwise` or the numbers given."""
+    file = _given(source)
+    cells = table.rows[0].cells if table.rows else ()
+    stored = tuple(i for i, cell in enumerate(cells) if isinstance(cell, StoredPicture))
+    if table.columns is not None:
+        names = table.columns
+        of_pictures = tuple(column_name(names[i]) for i in stored)
+        found = (
+            _column(names, source.image_column, of_pictures + _IMAGE_COLUMNS, "--image-column", file),
+            _column(names, source.caption_column, _CAPTION_COLUMNS, "--caption-column", file),
+        )
+    else:
+        names = [str(number) for number in range(max(2, len(cells)))]
+        found = (
+            _column(names, source.image_column or str(otherwise[0]), (), "--image-column", file),
+            _column(names, source.caption_column or str(otherwise[1]), (), "--caption-column", file),
+        )
+    table.dialect += f"; images in column {names[found[0]]}, captions in {names[found[1]]}"
+    return found
 
 
-def _column(header: list[str], known: tuple[str, ...], file: Path | None) -> int:
-    for name in known:
-        if name in header:
-            return header.index(name)
-    raise UserError(f"--annotations: {file}: expected a column {', '.join(known)}, got {', '.join(header)}")
+def _entry(row: Row, image: int, caption: int) -> tuple[Entry, StoredPicture | None]:
+    captions, left_out = strings(_texts(row.cells[caption]))
+    cell = row.cells[image]
+    if isinstance(cell, StoredPicture):
+        return Entry(row.number, str(cell), captions, left_out), cell
+    return Entry(row.number, path_of(cell), captions, left_out), None
 
 
-def _flickr30k(source: Annotations) -> Iterator[Record]:
+def _texts(cell: Any) -> Any:
+    """What stands in a cell for captions: a text, a list of them, or of {raw}; or such a list written as JSON."""
+    if isinstance(cell, str) and cell.startswith("["):
+        try:
+            found = json.loads(cell)
+        except ValueError:  # not every bracket begins a list
+            return cell
+        cell = found if isinstance(found, list) else cell
+    if isinstance(cell, list):
+        return [one.get("raw", one) if isinstance(one, dict) else one for one in cell]
+    return cell
+
+
+def _flickr30k(source: Annotations, into: Records) -> None:
     """All captions of an image as one record, whether they stand in as many rows or in one JSON list."""
-    header, rows = _rows(source.file)
-    if header is None:
-        raise UserError(f"--annotations: {source.file}: expected a header such as image_name| comment_number| comment")
-    image, caption = _column(header, _IMAGE_COLUMNS, source.file), _column(header, _CAPTION_COLUMNS, source.file)
-    split = header.index("split") if "split" in header else None
-    captions: dict[str, list[str]] = {}
-    for row in rows:
-        if len(row) <= max(image, caption):  # the published file has one such row
+    table = _read_table(source, into)
+    if table.columns is None:
+        raise UserError(f"{_WHERE}: {source.file}: expected a header such as image_name| comment_number| comment")
+    image, caption = _columns(table, source, (0, 1))
+    into.decided = f"{_given(source).name}: {table.dialect}"
+    split = next((i for i, name in enumerate(table.columns) if column_name(name) == "split"), None)
+    images: dict[str, Record] = {}
+    for row in table.rows:
+        if split is not None and not source.wants(row.cells[split]):
             continue
-        if source.split and split is not None and row[split] not in source.split.split(","):
-            continue
-        captions.setdefault(row[image], []).extend(_listed(row[caption]))
-    yield from (Record(name, tuple(found)) for name, found in captions.items())
+        entry, stored = _entry(row, image, caption)
+        for one in _record(entry, {}, stored):
+            if isinstance(one, Record):
+                before = images.get(one.image)
+                images[one.image] = replace(before, captions=before.captions + one.captions) if before else one
+            else:
+                into.add([one])
+    into.add(images.values())
 
 
-def _listed(cell: str) -> list[str]:
-    """The captions of a JSON list; or the one that a cell holds, which may begin with a bracket too."""
-    try:
-        found = json.loads(cell) if cell.startswith("[") else None
-    except ValueError:
-        found = None
-    return [str(caption) for caption in found] if isinstance(found, list) else [cell]
+def _table(source: Annotations, into: Records) -> None:
+    """An image and its captions per row; an image may be a path, a url whose file was downloaded, or stored inside."""
+    table = _read_table(source, into)
+    looks_like_path = table.columns is None and bool(table.rows) and _path_first(table.rows)
+    image, caption = _columns(table, source, (0, 1) if looks_like_path else (1, 0))
+    into.decided = f"{_given(source).name}: {table.dialect}"
+    found = [_entry(row, image, caption) for row in table.rows]
+    urls = {entry.number: entry.image for entry, _ in found if entry.image and "://" in entry.image}
+    downloaded = _downloaded(source.images, urls)
+    for entry, stored in found:
+        if entry.number in urls:
+            there = replace(entry, image=downloaded.get(entry.number, entry.image))
+            into.add(_record(there, {"url": entry.image}, stored))
+        else:
+            into.add(_record(entry, {}, stored))
 
 
-def _table(source: Annotations) -> Iterator[Record]:
-    """A caption and an image per row; an image may be a path, or a url whose file was downloaded."""
-    header, rows = _rows(source.file)
-    caption, image = (0, 1) if header is None else (
-        _column(header, _CAPTION_COLUMNS, source.file),
-        _column(header, _IMAGE_COLUMNS, source.file),
-    )  # fmt: skip
-    whole = {number: row for number, row in enumerate(rows) if len(row) > max(caption, image)}
-    downloaded = _downloaded(source.images, {n: row[image] for n, row in whole.items() if "://" in row[image]})
-    for number, row in whole.items():
-        url = {"url": row[image]} if "://" in row[image] else {}
-        yield Record(downloaded.get(number, row[image]), (row[caption],), fields=url)
+def _path_first(rows: list[Row]) -> bool:
+    """Whether the first column of a table without header holds the images: more of its cells look like pictures'."""
+    paths = [sum(looks_like_picture(str(row.cells[i])) for row in rows[:100]) for i in (0, 1)]
+    return paths[0] > paths[1]
 
 
 def _downloaded(images: Path, urls: dict[int, str]) -> dict[int, str]:
@@ -171,7 +253,7 @@ def _downloaded(images: Path, urls: dict[int, str]) -> dict[int, str]:
     """
     if not urls:
         return {}
-    files = [path for path in images.rglob("*") if path.suffix[1:].lower() in IMAGE_EXTENSIONS]
+    files = find_pictures(images).pictures
     by_number = {path.stem.lstrip("0") or "0": str(path.relative_to(images)) for path in files}
     by_name = {path.name: str(path.relative_to(images)) for path in files}
     last = {url: url.split("?", 1)[0].rstrip("/").rsplit("/", 1)[-1] for url in urls.values()}
@@ -181,46 +263,49 @@ def _downloaded(images: Path, urls: dict[int, str]) -> dict[int, str]:
     return {n: by_number[str(n)] for n in urls if str(n) in by_number}
 
 
-def _folder(source: Annotations) -> Iterator[Record]:
-    files = [path for path in source.images.rglob("*") if path.suffix[1:].lower() in IMAGE_EXTENSIONS]
-    for path in sorted(files):
+def _folder(source: Annotations, into: Records) -> None:
+    found = find_pictures(source.images)
+    into.decided = "; ".join(filter(None, ("a folder of pictures", found.told())))
+    for number, path in enumerate(found.pictures):
         text = path.with_suffix(".txt")
         name = str(path.relative_to(source.images))
+        fields = {}
         if text.is_file():
-            lines = [line.strip() for line in text.read_text("utf-8", "replace").splitlines()]
-            yield Record(name, tuple(line for line in lines if line))
+            captions, left_out = strings(text.read_text("utf-8", "replace").splitlines())
         elif path.parent != source.images:
-            label = path.parent.name
-            yield Record(name, (label.replace("_", " "),), fields={"class": label})
+            fields = {"class": path.parent.name}
+            captions, left_out = strings(path.parent.name.replace("_", " "))
         else:
-            yield Record(name, ())
+            captions, left_out = (), ()
+        into.add(_record(Entry(number, name, captions, tuple(w for w in left_out if w != "blank caption")), fields))
 
 
-FORMATS: dict[str, Callable[[Annotations], Iterator[Record]]] = {
+FORMATS: dict[str, Callable[[Annotations, Records], None]] = {
     "folder": _folder,
-    "annotations": _annotations,
-    "coco": _coco,
-    "karpathy": _karpathy,
+    "annotations": partial(_from_json, "list"),
+    "coco": partial(_from_json, "coco"),
+    "karpathy": partial(_from_json, "karpathy"),
     "flickr30k": _flickr30k,
     "table": _table,
 }
 
 
-def read_records(kind: str, source: Annotations) -> list[Record]:
-    """All records of an annotation file.
+def read_records(kind: str, source: Annotations) -> Records:
+    """All that an annotation file holds.
 
     Raises:
         UserError: the image folder or the file is missing, or the file is not of that format.
     """
     if not source.images.is_dir():
         raise UserError(f"--images: expected the folder of the images, got {source.images}, which is none")
-    records = list(FORMATS[kind](source))
-    if not records:
+    found = Records()
+    FORMATS[kind](source, found)
+    if not found.records and not found.rejects:
         chosen = f" of split {source.split}" if source.split else ""
-        raise UserError(f"--annotations: {source.file or source.images}: expected records{chosen}, found none")
-    return records
+        raise UserError(f"{_WHERE}: {source.file or source.images}: expected records{chosen}, found none")
+    return found
 
 
 def pairs(records: list[Record]) -> list[Record]:
     """One record per caption, instead of one per image."""
-    return [Record(r.image, (caption,), r.image_id, r.fields) for r in records for caption in r.captions]
+    return [replace(record, captions=(caption,)) for record in records for caption in record.captions]

@@ -2,6 +2,7 @@
 
     Karpathy's JSON     {"images": [{"split", "filename", ["filepath"], ["imgid"], "sentences": [{"raw"}]}]}
                         Karpathy & Fei-Fei, CVPR 2015, arXiv:1412.2306: COCO and Flickr30k, split `test` by custom
+    COCO's JSON         captions_val2017.json, all of it
     a JSON list         [{"image", "caption": one or several, ["image_id"], ["negatives"]}]: ALBEF's coco_test.json,
                         flickr30k_test.json and the like
     folders             CLASS/*.jpg, classes in the order of the folders' names, as torchvision's ImageFolder
@@ -9,7 +10,8 @@
 Images are seen as those of shards are.
 """
 
-import json
+import logging
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -20,8 +22,9 @@ from torch import Tensor
 
 from amclr_scale.config.schema import Data
 from amclr_scale.data.decoding import BadSampleError, Sample, decode
+from amclr_scale.data.formats.annotation_files import entries, kind_of
+from amclr_scale.data.formats.picture_files import FoundPictures, find_pictures, is_hidden
 from amclr_scale.data.image_views import evaluation_view, to_tensor
-from amclr_scale.data.indexing import IMAGE_EXTENSIONS
 from amclr_scale.data.text_views import clean_caption
 from amclr_scale.data.tokenizers import load_tokenizer
 from amclr_scale.errors import UserError
@@ -29,6 +32,7 @@ from amclr_scale.evaluation.shares import share
 from amclr_scale.types import Batch
 
 _KEY = "evaluation.splits"
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -38,7 +42,7 @@ class Item:
     path: Path
     captions: list[str] = field(default_factory=list)
     label: str | None = None
-    image_id: Any = None  # images with the same one are the same image; None: this one is alone
+    image_id: Any = None  # images with the same one are the same image; None: those with the same path are
     negatives: dict[str, list[str]] = field(default_factory=dict)  # wrong captions by what is wrong with them
 
     def cleaned(self) -> "Item":
@@ -65,7 +69,7 @@ class ImageFiles:
         self.caption_lists = [item.captions for item in items]
         self.labels: list[Any] | None = [item.label for item in items] if items[0].label is not None else None
         numbers: dict[Any, int] = {}
-        keys = [("file", i) if item.image_id is None else ("id", item.image_id) for i, item in enumerate(items)]
+        keys = [("path", item.path) if item.image_id is None else ("id", item.image_id) for item in items]
         self.image_ids = torch.tensor([numbers.setdefault(key, len(numbers)) for key in keys])
 
     def batches(self, batch_size: int) -> Iterator[Batch]:
@@ -86,88 +90,68 @@ class ImageFiles:
 
 
 def is_class_folders(path: Path) -> bool:
-    """Whether a folder holds folders of images."""
-    return any(_images(folder) for folder in sorted(path.iterdir())[:3] if folder.is_dir())
+    """Whether a folder holds folders of images, directly or one further down (CLASS/images/*.jpg)."""
+    folders = _class_names(path)
+    return any(find_pictures(folder).pictures for folder in folders[:3])
+
+
+def _class_names(path: Path) -> list[Path]:
+    return sorted(folder for folder in path.iterdir() if folder.is_dir() and not is_hidden(folder))
 
 
 def class_folders(path: Path) -> list[Item]:
-    """Every image of every class folder, in the order of names.
+    """Every image of every class folder, at any depth below it, in the order of names.
 
     Raises:
         UserError: a class without images.
     """
     items: list[Item] = []
-    for folder in sorted(folder for folder in path.iterdir() if folder.is_dir()):
-        images = _images(folder)
-        if not images:
-            raise UserError(f"{_KEY}: {path}: the class {folder.name} has no images; remove the folder or fill it")
-        items += [Item(image, label=folder.name) for image in images]
+    passed_over: Counter[str] = Counter()
+    for folder in _class_names(path):
+        found = find_pictures(folder)
+        passed_over += found.passed_over
+        if not found.pictures:
+            raise UserError(
+                f"{_KEY}: {path}: the class {folder.name} has no images; remove the folder or fill it"
+                f"{'; ' + found.told() if found.passed_over else ''}"
+            )
+        items += [Item(image, label=folder.name) for image in found.pictures]
+    if passed_over:
+        log.warning("%s: %s: %s", _KEY, path, FoundPictures([], passed_over).told())
     return items
 
 
-def _images(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.iterdir() if path.suffix.lower().lstrip(".") in IMAGE_EXTENSIONS)
-
-
 def annotations(name: str, content: Any, root: Path, split: str) -> list[Item]:
-    """The items of either kind of JSON.
+    """The items of a JSON list, of COCO's captions or of a Karpathy split; entries of one image are one item.
 
     Args:
         split: which of Karpathy's splits.
 
     Raises:
-        UserError: neither kind, an item without captions, or no such split.
+        UserError: none of these, an image without captions, or no such split.
     """
-    if isinstance(content, dict) and isinstance(content.get("images"), list):
-        return _karpathy(name, content["images"], root, split)
-    if not isinstance(content, list):
-        raise UserError(
-            f"{_KEY}: {name}: expected a list of {{image, caption}} or Karpathy's {{images: [...]}}, got neither"
-        )
-    items = []
-    for number, entry in enumerate(content):
-        if not isinstance(entry, dict) or not isinstance(entry.get("image"), str):
-            raise UserError(f"{_KEY}: {name}: entry {number}: expected image and caption, got {_short(entry)}")
-        captions = _strings(entry.get("caption"))
-        if not captions:
-            raise UserError(f"{_KEY}: {name}: entry {number} ({entry['image']}) has no caption")
-        negatives = entry.get("negatives") or {}
-        kinds = negatives if isinstance(negatives, dict) else {"negatives": negatives}
-        wrong = {str(kind): _strings(texts) for kind, texts in kinds.items()}
-        items.append(Item(root / entry["image"], captions, image_id=entry.get("image_id"), negatives=wrong))
-    return items
-
-
-def _karpathy(name: str, images: list[Any], root: Path, split: str) -> list[Item]:
-    wrong = next((i for i, entry in enumerate(images) if not isinstance(entry, dict) or "split" not in entry), None)
-    if wrong is not None:
-        raise UserError(
-            f"{_KEY}: {name}: images[{wrong}]: expected an image with its split, got {_short(images[wrong])}"
-        )
-    found = sorted({str(entry["split"]) for entry in images})
-    if split not in found:
-        raise UserError(f"{_KEY}: {name}: expected one of the splits {', '.join(found)}, got {split}")
-    items = []
-    for number, entry in enumerate(images):
-        if entry["split"] == split:
-            try:
-                captions = [str(sentence["raw"]).strip() for sentence in entry["sentences"]]
-                path = root / entry.get("filepath", "") / entry["filename"]
-            except (KeyError, TypeError) as error:
-                raise UserError(
-                    f"{_KEY}: {name}: images[{number}]: expected filename and sentences with raw, got {_short(entry)}"
-                ) from error
-            if not captions:
-                raise UserError(f"{_KEY}: {name}: images[{number}] ({entry['filename']}) has no caption")
-            items.append(Item(path, captions, image_id=entry.get("imgid")))
-    return items
-
-
-def _strings(value: Any) -> list[str]:
-    listed = [value] if isinstance(value, str) else value if isinstance(value, list) else []
-    return [text.strip() for text in listed if isinstance(text, str) and text.strip()]
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value, default=str)
-    return text if len(text) < 80 else f"{text[:77]}..."
+    where = f"{_KEY}: {name}"
+    kind = kind_of(content, where)
+    found = list(entries(content, kind, where))
+    splits = sorted({entry.split for entry in found if entry.split is not None})
+    if splits and split not in splits:
+        raise UserError(f"{where}: expected one of the splits {', '.join(splits)}, got {split}")
+    items: dict[Any, Item] = {}
+    left_out: Counter[str] = Counter()
+    for entry in found:
+        if entry.split not in (None, split):
+            continue
+        if entry.image is None:
+            raise UserError(f"{where}: entry {entry.number}: expected image and caption, got {entry.words}")
+        left_out.update(entry.left_out)
+        negatives = {kind: list(texts) for kind, texts in entry.negatives.items()}
+        # Wrong captions belong to their own caption: such an entry is an item, though others show the same image.
+        key = (entry.number, entry.image) if negatives else entry.image
+        item = items.setdefault(key, Item(root / entry.image, image_id=entry.image_id, negatives=negatives))
+        item.captions.extend(entry.captions)
+    bare = next((item.path for item in items.values() if not item.captions), None)
+    if bare is not None:
+        raise UserError(f"{where}: {bare} has no caption; take it out of the file, or give it one")
+    if left_out:
+        log.warning("%s: left out %s", where, ", ".join(f"{n:,} {words}" for words, n in left_out.most_common()))
+    return list(items.values())

@@ -1,6 +1,5 @@
 """What `evaluation.splits` may name, opened: images with captions, labels or both, and the names of their classes."""
 
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -12,6 +11,7 @@ from torch import Tensor
 
 from amclr_scale.config.schema import Data, Evaluation
 from amclr_scale.data.evaluation_split import EvaluationSplit, class_names
+from amclr_scale.data.formats.annotation_files import read_json
 from amclr_scale.data.sources import embedded_splits
 from amclr_scale.data.tokenizers import Tokenizer
 from amclr_scale.errors import UserError
@@ -77,9 +77,9 @@ def open_task(
     squash, clean = options.resize == "squash", options.clean_captions
     sharded = partial(EvaluationSplit, rank=rank, world_size=world_size, squash=squash, clean=clean)
     split: Split
-    if path.suffix == ".json" and path.is_file() and not _is_index(path):
+    if path.suffix in (".json", ".jsonl") and path.is_file() and not _is_index(path):
         root = Path(options.image_root).expanduser() if options.image_root else path.parent
-        items = annotations(name, _json(path), root, part or "test")
+        items = annotations(name, read_json(path, _KEY), root, part or "test")
         split = ImageFiles(name, data, [item.cleaned() for item in items] if clean else items, squash=squash)
         retrieval = True
     elif path.is_dir() and (path / "test").is_dir() and list((path / "test").glob("*.tar")):
@@ -111,13 +111,6 @@ def open_task(
 def _is_index(path: Path) -> bool:
     with path.open("rb") as file:
         return b'"shardlist"' in file.read(4096)
-
-
-def _json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text("utf-8-sig"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{_KEY}: {path}: expected annotations in JSON, got: {error}") from error
 
 
 def _clip_benchmark(

@@ -1,0 +1,94 @@
+"""Which files of a folder are pictures: by their bytes, whatever they are called; and what was passed over.
+
+found = find_pictures(Path("photos"))
+found.pictures                        # sorted
+found.told()                          # "passed over 3 files: 2 .heic (needs pillow-heif), 1 .mov"
+"""
+
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from PIL import Image
+
+from amclr_scale.data.decoding import readable_formats
+from amclr_scale.data.indexing import IMAGE_EXTENSIONS
+
+# What lies beside pictures on purpose, and what systems leave behind: not worth a word.
+_BESIDE = {
+    "txt", "json", "jsonl", "csv", "tsv", "parquet", "npz", "npy", "md", "xml", "yaml", "yml", "tar", "gz", "html",
+}  # fmt: skip
+_LEFT_BEHIND = {"thumbs.db", "desktop.ini", "icon\r", "__macosx", "@eadir", "$recycle.bin"}
+_NEEDS = {"heic": "pillow-heif", "heif": "pillow-heif", "svg": "cairosvg", "jxl": "pillow-jxl-plugin"}
+_HEAD = 32  # bytes by which Pillow's formats know themselves
+
+
+@dataclass
+class FoundPictures:
+    """The pictures of a folder."""
+
+    pictures: list[Path] = field(default_factory=list)
+    passed_over: Counter[str] = field(default_factory=Counter)  # by extension
+
+    def told(self) -> str:
+        """What was passed over, in words; empty where nothing was."""
+        if not self.passed_over:
+            return ""
+        kinds = [
+            f"{number:,} {kind or 'without extension'}{_how(kind)}" for kind, number in self.passed_over.most_common()
+        ]
+        return f"passed over {self.passed_over.total():,} files that are no readable pictures: {', '.join(kinds)}"
+
+
+def _how(extension: str) -> str:
+    package = _NEEDS.get(extension.removeprefix("."))
+    return f" (needs {package})" if package else ""
+
+
+def is_hidden(path: Path) -> bool:
+    """Whether a name is a system's or an editor's own: .ipynb_checkpoints, ._photo.jpg, __MACOSX, Thumbs.db."""
+    return path.name.startswith(".") or path.name.lower() in _LEFT_BEHIND
+
+
+def find_pictures(folder: Path, *, recursive: bool = True) -> FoundPictures:
+    """All pictures in a folder, and below it if `recursive`."""
+    found = FoundPictures()
+    for path in sorted(folder.iterdir()):
+        if is_hidden(path):
+            continue
+        if path.is_dir():
+            if recursive:
+                inside = find_pictures(path)
+                found.pictures += inside.pictures
+                found.passed_over += inside.passed_over
+        elif is_picture(path):
+            found.pictures.append(path)
+        elif path.suffix[1:].lower() not in _BESIDE:
+            found.passed_over[path.suffix.lower()] += 1
+    found.pictures.sort()
+    return found
+
+
+def is_picture(path: Path) -> bool:
+    """Whether a file is one: its name says so, or its first bytes do. A name may promise what cannot be kept: such a
+    file is listed, and told when it is opened; one that takes a decoder which is not installed is none.
+    """
+    extension = path.suffix[1:].lower()
+    if extension in IMAGE_EXTENSIONS and extension not in _NEEDS:
+        return True
+    if extension in _BESIDE:
+        return False
+    try:
+        with path.open("rb") as file:
+            head = file.read(_HEAD)
+    except OSError:
+        return False
+    return any(_accepts(name, head) for name in readable_formats())
+
+
+def _accepts(name: str, head: bytes) -> bool:
+    accept = Image.OPEN[name][1]
+    try:
+        return accept is not None and accept(head) is True
+    except Exception:  # a format's own look at bytes that are too few for it
+        return False
