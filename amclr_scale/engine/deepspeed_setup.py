@@ -16,6 +16,7 @@ from amclr_scale.engine.batch_plan import Plan
 from amclr_scale.engine.optimizers import build_optimizer, parameter_groups
 from amclr_scale.engine.profiling import SKIPPED
 from amclr_scale.engine.zero.alignment import report_misaligned
+from amclr_scale.engine.zero.gradient_norm import fuse_norm
 from amclr_scale.engine.zero.layerwise import attach
 from amclr_scale.engine.zero.stage3_init import partition
 from amclr_scale.errors import UserError
@@ -126,6 +127,7 @@ def build_engine(
     optimizer, provider = build_optimizer(config.optimizer, groups, device, offload=offload, zero_stage=stage)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=generated, dist_init_required=False)
     attach(optimizer, engine.optimizer, config.execution.zero_stage, device)
+    fuse_norm(engine.optimizer, stage)
     report_misaligned(model, world_size)
     return engine, provider
 

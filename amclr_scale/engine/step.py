@@ -44,7 +44,12 @@ class StepReport:
     loss: Loss
     embeddings: Embeddings  # what the objective saw, with gradients
     grad_norm: float  # L2, of the whole gradient, before clipping
-    logit_scale: float  # 1 / temperature, as it was in this step
+    scale: Tensor  # 1 / temperature, as it was in this step
+
+    @property
+    def logit_scale(self) -> float:
+        """1 / temperature as a number; the first look waits for the device."""
+        return float(self.scale)
 
 
 class TrainStep:
@@ -141,7 +146,7 @@ class TrainStep:
                 commit()  # the objective's state: a skipped step leaves no trace in it
             clamp_(self.engine.module.logit_scale, *LOG_SCALE_BOUNDS)
         self.steps += 1
-        return StepReport(done.loss, done.embeddings, grad_norm, float(done.leaves["logit_scale"].detach()))
+        return StepReport(done.loss, done.embeddings, grad_norm, done.leaves["logit_scale"].detach())
 
     def _advice(self, local_batch: int, error: BaseException) -> str:
         largest = max(self.micro_batch_sizes)
