@@ -1,4 +1,7 @@
-"""What a user can mend, told in words."""
+"""What a user can mend, told in words. Imports no torch."""
+
+import difflib
+from collections.abc import Iterable
 
 
 class UserError(ValueError):
@@ -7,3 +10,20 @@ class UserError(ValueError):
     The message begins with the key, path or argument to change, then says what was expected, what was got and how
     to mend it. `launch/` prints it without a traceback and exits with code 2.
     """
+
+
+def one_of(names: Iterable[str]) -> str:
+    """`a, b or c`."""
+    *most, last = names
+    return f"{', '.join(most)} or {last}" if most else last
+
+
+def nearest(word: str, known: Iterable[str], n: int = 1, cutoff: float = 0.6) -> list[str]:
+    """The n known words that a misspelt one is nearest to; none that is further away than `cutoff`."""
+    return difflib.get_close_matches(word, list(known), n=n, cutoff=cutoff)
+
+
+def did_you_mean(word: str, known: Iterable[str], n: int = 1) -> str:
+    """`; did you mean 'sogclr'?`, for the end of a message; "" where nothing is near."""
+    near = nearest(word, known, n)
+    return f"; did you mean {one_of(map(repr, near))}?" if near else ""

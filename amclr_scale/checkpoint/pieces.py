@@ -141,9 +141,13 @@ def _counts_in_groups(optimizer: torch.optim.Optimizer) -> bool:
 
 
 def _set_counter(optimizer: torch.optim.Optimizer, tensor: Tensor, key: str, saved: dict[str, Any]) -> None:
-    """Put a counter where this optimizer looks for it and in its form, whoever saved it (offload changes the rule)."""
-    value = saved["value"]
-    if type(optimizer).__module__.startswith("torch.optim."):  # tensors; on the CPU unless fused or capturable
+    """Put a counter where this optimizer looks for it and in its form, whoever saved it (offload changes the rule).
+
+    torch's optimizers hold it as a tensor, DeepSpeed's as a number, apex's in its groups; others as they saved it.
+    """
+    value, kind = saved["value"], type(optimizer).__module__
+    if kind.startswith("torch.optim.") or ("dtype" in saved and not kind.startswith(("deepspeed.", "apex."))):
+        # on the CPU unless fused or capturable
         beside = optimizer.defaults.get("fused") or optimizer.defaults.get("capturable")
         shape, dtype = tuple(saved.get("shape", ())), getattr(torch, saved.get("dtype", "float32"))
         optimizer.state[tensor][key] = torch.full(shape, value, dtype=dtype, device=tensor.device if beside else "cpu")

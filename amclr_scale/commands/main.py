@@ -6,11 +6,11 @@
 Nothing is imported before the verb is known, so that a wrong word answers at once.
 """
 
-import difflib
 import sys
 from importlib import import_module
 
 import amclr_scale
+from amclr_scale.errors import did_you_mean
 
 # Verb, or verb and second word: the module in this folder whose main(argv) it calls, and what it does.
 VERBS = {
@@ -58,7 +58,5 @@ def main(argv: list[str] | None = None) -> int:
             code: int = module.main(words[length:])
             return code
     wanted = " ".join(words[:2]) if any(verb.startswith(f"{words[0]} ") for verb in VERBS) else words[0]
-    near = difflib.get_close_matches(wanted, VERBS, n=1)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
-    print(f"amclr-scale: no such verb {wanted!r}{hint}\n\n{usage()}", file=sys.stderr)
+    print(f"amclr-scale: no such verb {wanted!r}{did_you_mean(wanted, VERBS)}\n\n{usage()}", file=sys.stderr)
     return 2

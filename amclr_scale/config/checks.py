@@ -3,7 +3,9 @@
 import math
 from typing import Any
 
+from amclr_scale.config.optimizers import RULES
 from amclr_scale.config.schema import Config
+from amclr_scale.errors import one_of
 
 
 def check(config: Config, world_size: int) -> list[str]:
@@ -129,11 +131,13 @@ def _execution(config: Config, world_size: int) -> list[str]:
         lines.append("execution.offload: optimizer states move to the host at zero_stage 1, 2 or 3, got 0")
     if offload == "parameters" and stage != 3 and not chosen_later:
         lines.append(f"execution.offload: parameters move to the host at zero_stage 3 only, got {stage}")
-    if offload != "none" and config.optimizer.name not in ("adamw", "adamp", "lamb", "lars", "sgd"):
-        lines.append(
-            f"execution.offload: expected optimizer.name adamw, sgd, adamp, lamb or lars with it, "
-            f"got {config.optimizer.name}"
-        )
+    rule = config.optimizer.rule
+    if offload != "none" and not rule.offloadable:
+        able = one_of(name for name, other in RULES.items() if other.offloadable)
+        lines.append(f"execution.offload: expected optimizer.name {able} with it, got {config.optimizer.name}")
+    if stage not in rule.stages and not chosen_later:
+        right = one_of(map(str, rule.stages))
+        lines.append(f"execution.zero_stage: expected {right} with optimizer.name={config.optimizer.name}, got {stage}")
     local = config.train.global_batch_size // world_size
     if config.model.image.norm == "sync" and (execution.micro_batch_size or local) < local:
         lines.append(

@@ -5,6 +5,7 @@ import textwrap
 from pydantic import BaseModel
 
 from amclr_scale.config.objective_options import option_models
+from amclr_scale.config.optimizers import RULES
 from amclr_scale.config.schema import Config
 
 
@@ -26,6 +27,10 @@ def describe() -> str:
     """The keys of a configuration, one paragraph each."""
     lines = ["keys (give them in the file or as words; docs/objectives.md explains each objective's options):"]
     lines += section(Config, "")
+    lines.append("optimizers and the keys that each reads, beside lr and weight_decay:")
+    for name, rule in sorted(RULES.items()):
+        own = [f"options.{key}" for key in (rule.options.model_fields if rule.options else ())]
+        lines.append(f"  {name}: {', '.join([*rule.keys, *own])}")
     lines.append("objectives and their options:")
     for name, model in sorted(option_models().items()):
         options = ", ".join(

@@ -4,7 +4,6 @@ A file may name another one in `base:` and then holds differences only. Imports 
 answers in milliseconds and no process group starts on a mistake.
 """
 
-import difflib
 import hashlib
 import json
 import re
@@ -19,8 +18,9 @@ from pydantic_core import ErrorDetails
 from amclr_scale.config.checks import check
 from amclr_scale.config.objective_options import option_models
 from amclr_scale.config.schema import Config
+from amclr_scale.config.section import Section
 from amclr_scale.config.shipped import find
-from amclr_scale.errors import UserError
+from amclr_scale.errors import UserError, did_you_mean, nearest
 
 RECIPE = ("seed", "data", "model", "objective", "optimizer", "train", "evaluation")
 # Keys in those sections that say how fast or how long at a time, and change no result.
@@ -93,14 +93,16 @@ ALTERNATIVES = {"samples": "epochs", "epochs": "samples"}
 def merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
     """`above` over `below`, section by section. An objective whose name changes loses the old one's options.
 
-    Elsewhere a name changes alone: another optimizer keeps the learning rate, another run.name the folder.
+    Elsewhere a name changes alone: another optimizer keeps the learning rate, another run.name the folder. But
+    `options` are of what the name beside them stands for, and go with it.
     """
     merged = {key: value for key, value in below.items() if ALTERNATIVES.get(key) not in above}
     for key, value in above.items():
         old = merged.get(key)
         if isinstance(old, dict) and isinstance(value, dict):
-            another = key == "objective" and "name" in old and "name" in value and old["name"] != value["name"]
-            merged[key] = merge({} if another else old, value)
+            if "name" in old and "name" in value and old["name"] != value["name"]:
+                old = {} if key == "objective" else {name: kept for name, kept in old.items() if name != "options"}
+            merged[key] = merge(old, value)
         else:
             merged[key] = value
     return merged
@@ -188,10 +190,9 @@ def all_keys(model: type[BaseModel] = Config, prefix: str = "") -> Iterator[str]
 
 
 def _nearest(name: str, names: Sequence[str], elsewhere: Sequence[str] = ()) -> str:
-    near = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
-    if near:
-        return f"; did you mean '{near[0]}'?"
-    same_word = [key for key in elsewhere if difflib.get_close_matches(name, [key.rpartition(".")[2]], cutoff=0.8)]
+    if near := did_you_mean(name, names):
+        return near
+    same_word = [key for key in elsewhere if nearest(name, [key.rpartition(".")[2]], cutoff=0.8)]
     if same_word:
         return f"; did you mean {same_word[0]}?"
     return f"; known: {', '.join(names)}" if names and len(names) <= 20 else ""
@@ -252,6 +253,19 @@ def _check_objective(objective: Any) -> tuple[dict[str, Any], list[str]]:
         return {}, mistakes(error, "objective.", models[name])
 
 
+def _own_options(config: Config) -> tuple[Config, list[str]]:
+    """With the defaults of the optimizer's own options filled in, and what is wrong with those given."""
+    optimizer = config.optimizer
+    model, given = optimizer.rule.options or Section, optimizer.options
+    if optimizer.rule.options is None and given:
+        return config, [f"optimizer.options.{next(iter(given))}: {optimizer.name} has no options of its own"]
+    try:
+        options = model(**given).model_dump(mode="json")
+    except ValidationError as error:
+        return config, mistakes(error, "optimizer.options.", model)
+    return config.model_copy(update={"optimizer": optimizer.model_copy(update={"options": options})}), []
+
+
 def build(tree: dict[str, Any], world_size: int = 1) -> Config:
     """Check a tree of sections and fill in the defaults.
 
@@ -263,7 +277,8 @@ def build(tree: dict[str, Any], world_size: int = 1) -> Config:
         config = Config.model_validate({**tree, "objective": objective})
     except ValidationError as error:
         raise UserError("\n".join(mistakes(error) + lines)) from error
-    lines += check(config, world_size)
+    config, wrong = _own_options(config)
+    lines += [*wrong, *check(config, world_size)]
     if lines:
         raise UserError("\n".join(lines))
     return config

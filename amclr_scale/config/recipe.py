@@ -1,10 +1,12 @@
 """The recipe: what is computed. Every key of `data model optimizer train evaluation`. Imports no torch."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
+from amclr_scale.config.optimizers import RULES, UpdateRule
 from amclr_scale.config.section import Fraction, Positive, PositiveNumber, Section
+from amclr_scale.errors import did_you_mean, one_of
 
 
 class ImageAugmentation(Section):
@@ -181,8 +183,8 @@ class LearningRateFactors(Section):
 class Optimizer(Section):
     """Update rule and learning-rate schedule. Schedules count samples, not steps."""
 
-    name: Literal["adamw", "sgd", "adamp", "lamb", "lars", "lion", "nadam", "radam"] = "adamw"
-    """Update rule. All are right at every ZeRO stage."""
+    name: str = "adamw"
+    """Update rule: one of those listed below, with the keys that each reads."""
     lr: PositiveNumber = 1e-3
     """Peak learning rate, at this global batch size or, with `lr_rule`, at `lr_reference_batch`."""
     lr_rule: Literal["none", "sqrt", "linear"] = "none"
@@ -213,6 +215,20 @@ class Optimizer(Section):
     """Adam's epsilon."""
     max_grad_norm: Annotated[float, Field(ge=0)] = 0.0
     """Gradients are scaled down to this global L2 norm; 0: no clipping."""
+    options: dict[str, Any] = Field({})
+    """Keys of the rule's own, where it has some."""
+
+    @field_validator("name")
+    @classmethod
+    def _known(cls, name: str) -> str:
+        if name not in RULES:
+            raise ValueError(f"expected {one_of(RULES)}{did_you_mean(name, RULES)}")
+        return name
+
+    @property
+    def rule(self) -> UpdateRule:
+        """What `name` stands for."""
+        return RULES[self.name]
 
 
 class Train(Section):

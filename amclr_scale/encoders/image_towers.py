@@ -1,6 +1,5 @@
 """Image towers by name: our small ResNet, and torchvision's and timm's models without their classifier."""
 
-import difflib
 import warnings
 from typing import cast
 
@@ -10,7 +9,7 @@ from amclr_scale.config.schema import ImageTower
 from amclr_scale.encoders.norms import NOTES, convert_batch_norm, has_batch_norm
 from amclr_scale.encoders.small_resnet import SmallResNet
 from amclr_scale.encoders.weights import load_weights
-from amclr_scale.errors import UserError
+from amclr_scale.errors import UserError, did_you_mean
 from amclr_scale.torchvision_ops import import_torchvision
 
 CLASSIFIERS = ("fc", "heads", "classifier", "head")  # torchvision's names for what follows the features
@@ -72,7 +71,7 @@ def _torchvision(name: str, image_size: int) -> tuple[nn.Module, int]:
         ) from error
     known = models.list_models(module=models)
     if name not in known:
-        raise UserError(f"model.image.name: torchvision has no model {name}{_nearest(name, known)}")
+        raise UserError(f"model.image.name: torchvision has no model {name}{did_you_mean(name, known, 3)}")
     fixed = {"image_size": image_size} if name.startswith("vit_") else {}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # two old models announce other initial weights, unasked
@@ -117,7 +116,7 @@ def _timm(name: str, image_size: int) -> tuple[nn.Module, int]:
     except ImportError as error:
         raise UserError(f"model.image.name: timm/{name} needs timm: pip install timm ({error})") from error
     if not timm.is_model(name):
-        raise UserError(f"model.image.name: timm has no model {name}{_nearest(name, timm.list_models())}")
+        raise UserError(f"model.image.name: timm has no model {name}{did_you_mean(name, timm.list_models(), 3)}")
     config = timm.get_pretrained_cfg(name)
     sized = {"img_size": image_size} if config is not None and config.fixed_input_size else {}
     try:
@@ -127,8 +126,3 @@ def _timm(name: str, image_size: int) -> tuple[nn.Module, int]:
     except (ValueError, AssertionError) as error:
         raise UserError(f"data.image_size: timm/{name} cannot be built for {image_size} pixels: {error}") from error
     return module, int(getattr(module, "head_hidden_size", None) or cast(Tensor, module.num_features))
-
-
-def _nearest(name: str, known: list[str]) -> str:
-    close = difflib.get_close_matches(name, known, n=3)
-    return f"; did you mean {' or '.join(close)}?" if close else ""

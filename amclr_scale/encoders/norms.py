@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from amclr_scale.errors import UserError
+from amclr_scale.precision import HALF
 
 Norm = Literal["group", "batch", "sync", "frozen"]
 
@@ -35,9 +36,6 @@ NOTES = {
 def group_norm(channels: int) -> nn.GroupNorm:
     """GroupNorm in groups of 8 channels, or one group where 8 does not divide them."""
     return nn.GroupNorm(channels // CHANNELS_PER_GROUP if channels % CHANNELS_PER_GROUP == 0 else 1, channels)
-
-
-HALF = (torch.bfloat16, torch.float16)
 
 
 class BatchNorm(_BatchNorm):

@@ -3,7 +3,6 @@
 The hub is never asked: a name that is neither a known type nor a folder is an error at once.
 """
 
-import difflib
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 
 from amclr_scale.config.schema import TextTower
 from amclr_scale.encoders.small_transformer import SmallTransformer
-from amclr_scale.errors import UserError
+from amclr_scale.errors import UserError, did_you_mean
 from amclr_scale.torchvision_ops import import_torchvision
 
 Pooling = Literal["mean", "first", "last"]
@@ -114,10 +113,9 @@ def _config(name: str) -> Any:
         return AutoConfig.from_pretrained(name, local_files_only=True).get_text_config()
     types = list(CONFIG_MAPPING.keys())
     if name not in types:
-        close = difflib.get_close_matches(name, types, n=3)
         raise UserError(
             f"model.text.name: expected a local folder or a type of transformers, got {name}, which is neither"
-            f"{'; did you mean ' + ' or '.join(close) + '?' if close else ''}. Nothing is downloaded: fetch a model of "
+            f"{did_you_mean(name, types, 3)}. Nothing is downloaded: fetch a model of "
             f"the hub beforehand (hf download {name} --local-dir FOLDER) and name it transformers/FOLDER"
         )
     return AutoConfig.for_model(name).get_text_config()

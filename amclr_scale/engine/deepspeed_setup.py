@@ -25,9 +25,9 @@ from amclr_scale.metrics.flops import ModelFlops
 from amclr_scale.metrics.throughput import Throughput
 from amclr_scale.objectives.base import Objective
 from amclr_scale.objectives.isogclr import ISogCLRNet
+from amclr_scale.precision import DTYPES
 
 REDUCE_BUCKET = 500_000_000  # DeepSpeed's default, in elements
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def deepspeed_config(config: Config, world_size: int, folder: Path = Path()) -> dict[str, Any]:

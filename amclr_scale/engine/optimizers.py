@@ -1,10 +1,13 @@
-"""Parameter groups, and optimizers by name. Weight decay is decoupled in all: p <- (1 - lr decay) p beside the step.
+"""Parameter groups, and the builders of the update rules that config/optimizers.py lists.
+
+Weight decay is decoupled in all: p <- (1 - lr decay) p beside the step.
 
 Elementwise rules (adamw, sgd, lion, nadam, radam) do not see how ZeRO cuts parameters. adamp, lamb and lars do, and
 are ours (engine/zero/layerwise.py): a library's would be silently wrong on ZeRO's flat shards.
 """
 
 from collections.abc import Collection, Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -73,48 +76,87 @@ def _apex_fused_adam() -> Any:
     return FusedAdam
 
 
+@dataclass(frozen=True)
+class Where:
+    """Where an optimizer is to work."""
+
+    device: torch.device
+    offload: bool = False  # its states live on the CPU (ZeRO offload)
+    zero_stage: int = 0
+
+    @property
+    def cuda(self) -> bool:
+        return self.device.type == "cuda"
+
+
+Built = tuple[torch.optim.Optimizer, str]
+
+
 def build_optimizer(
     o: Optimizer, groups: Groups, device: torch.device, *, offload: bool = False, zero_stage: int = 0
-) -> tuple[torch.optim.Optimizer, str]:
-    """The update rule that the recipe names, and who provides it (for the log).
+) -> Built:
+    """The update rule that the recipe names, and who provides it (for the log)."""
+    built: Built = o.rule.builder()(o, groups, Where(device, offload, zero_stage))
+    return built
 
-    Args:
-        offload: its states live on the CPU (ZeRO offload), where DeepSpeed's own Adam is the fast one.
-        zero_stage: 3 steps one piece at a time, with every other group empty. apex counts steps by the calls and
-            looks at each group's first tensor: it would fail, or correct its moments for steps that never were.
+
+def _adam(o: Optimizer) -> dict[str, Any]:
+    return {"lr": o.lr, "betas": o.betas, "eps": o.eps}
+
+
+def adamw(o: Optimizer, groups: Groups, where: Where) -> Built:
+    """DeepSpeed's own under offload, apex's or torch's fused one on CUDA, torch's plain one on a CPU.
+
+    Stage 3 steps one piece at a time, with every other group empty. apex counts steps by the calls and looks at each
+    group's first tensor: it would fail, or correct its moments for steps that never were.
     """
-    adam: dict[str, Any] = {"lr": o.lr, "betas": o.betas, "eps": o.eps}
-    cuda = device.type == "cuda"
-    match o.name:
-        case "adamw" if offload and cuda:  # compiled at first use, which a run without a GPU need not wait for
-            from deepspeed.ops.adam import DeepSpeedCPUAdam
+    if where.offload and where.cuda:  # compiled at first use, which a run without a GPU need not wait for
+        from deepspeed.ops.adam import DeepSpeedCPUAdam
 
-            return DeepSpeedCPUAdam(groups, adamw_mode=True, **adam), "DeepSpeed's CPU AdamW"
-        case "adamw":
-            apex = _apex_fused_adam() if cuda and zero_stage < 3 else None
-            if apex is not None:
-                return apex(groups, adam_w_mode=True, **adam), "NVIDIA apex's fused AdamW"
-            return torch.optim.AdamW(groups, fused=cuda, **adam), f"torch's {'fused ' if cuda else ''}AdamW"
-        case "sgd":
-            import_torchvision()  # timm imports it
-            from timm.optim import SGDW  # torch's own adds the decay to the gradient, and momentum multiplies it
+        return DeepSpeedCPUAdam(groups, adamw_mode=True, **_adam(o)), "DeepSpeed's CPU AdamW"
+    apex = _apex_fused_adam() if where.cuda and where.zero_stage < 3 else None
+    if apex is not None:
+        return apex(groups, adam_w_mode=True, **_adam(o)), "NVIDIA apex's fused AdamW"
+    return torch.optim.AdamW(groups, fused=where.cuda, **_adam(o)), f"torch's {'fused ' if where.cuda else ''}AdamW"
 
-            nesterov = o.nesterov and o.momentum > 0
-            sgd = SGDW(groups, lr=o.lr, momentum=o.momentum, nesterov=nesterov)
-            return sgd, f"timm's {'Nesterov ' if nesterov else ''}SGDW"
-        case "nadam":
-            return torch.optim.NAdam(groups, decoupled_weight_decay=True, **adam), "torch's NAdam"
-        case "radam":
-            return torch.optim.RAdam(groups, decoupled_weight_decay=True, **adam), "torch's RAdam"
-        case "lion":
-            import_torchvision()
-            from timm.optim import Lion
 
-            return Lion(groups, lr=o.lr, betas=o.betas), "timm's Lion"
-        case "adamp":
-            return AdamP(groups, nesterov=o.nesterov, **adam), "our AdamP"
-        case "lamb":
-            return LAMB(groups, **adam), "our LAMB"
-        case "lars":
-            return LARS(groups, lr=o.lr, momentum=o.momentum), "our LARS"
-    raise AssertionError(o.name)
+def sgd(o: Optimizer, groups: Groups, where: Where) -> Built:
+    """timm's: torch's own adds the decay to the gradient, and momentum multiplies it."""
+    import_torchvision()  # timm imports it
+    from timm.optim import SGDW
+
+    nesterov = o.nesterov and o.momentum > 0
+    return SGDW(groups, lr=o.lr, momentum=o.momentum, nesterov=nesterov), f"timm's {'Nesterov ' * nesterov}SGDW"
+
+
+def nadam(o: Optimizer, groups: Groups, where: Where) -> Built:
+    """Torch's."""
+    return torch.optim.NAdam(groups, decoupled_weight_decay=True, **_adam(o)), "torch's NAdam"
+
+
+def radam(o: Optimizer, groups: Groups, where: Where) -> Built:
+    """Torch's."""
+    return torch.optim.RAdam(groups, decoupled_weight_decay=True, **_adam(o)), "torch's RAdam"
+
+
+def lion(o: Optimizer, groups: Groups, where: Where) -> Built:
+    """Timm's."""
+    import_torchvision()
+    from timm.optim import Lion
+
+    return Lion(groups, lr=o.lr, betas=o.betas), "timm's Lion"
+
+
+def adamp(o: Optimizer, groups: Groups, where: Where) -> Built:
+    """Ours: row by row on ZeRO's flat shards."""
+    return AdamP(groups, nesterov=o.nesterov, **_adam(o)), "our AdamP"
+
+
+def lamb(o: Optimizer, groups: Groups, where: Where) -> Built:
+    """Ours: layer by layer on ZeRO's flat shards."""
+    return LAMB(groups, **_adam(o)), "our LAMB"
+
+
+def lars(o: Optimizer, groups: Groups, where: Where) -> Built:
+    """Ours: layer by layer on ZeRO's flat shards."""
+    return LARS(groups, lr=o.lr, momentum=o.momentum), "our LARS"

@@ -21,8 +21,9 @@ from amclr_scale.config.schema import Config
 from amclr_scale.engine.batch_plan import Plan
 from amclr_scale.memory.components import Component, Phase
 from amclr_scale.memory.stage3_gathers import LOOKED_AT, Both, Calls, Replay, fewer, looked_at, replay
-from amclr_scale.memory.towers import MODALITIES, PRECISIONS, Gathered, Modality, Peak, Tower, parameter_sizes, trace
+from amclr_scale.memory.towers import MODALITIES, Gathered, Modality, Peak, Tower, parameter_sizes, trace
 from amclr_scale.memory.zero3.coordinator import Limits
+from amclr_scale.precision import DTYPES
 
 NOTHING: dict[Modality, Gathered] = {}  # is gathered in a call
 NONE: tuple[None, None] = (None, None)
@@ -239,7 +240,7 @@ def _replayed(
     Args:
         trained: elements of each parameter, also of what belongs to neither tower, in any order.
     """
-    item, limits = PRECISIONS[config.execution.precision].itemsize, Limits.of(config.deepspeed)
+    item, limits = DTYPES[config.execution.precision].itemsize, Limits.of(config.deepspeed)
     sizes = parameter_sizes(config)
     others = (Counter(trained) - Counter(sizes)).elements()
     coordinator = (*sizes, *others), item, plan.world_size, limits
@@ -251,7 +252,7 @@ def _replayed(
 def widening(config: Config, plan: Plan) -> int:
     """Bytes of a summed gradient's element over those of a parameter's (engine/zero/gradient_sums.py)."""
     several = min(plan.micro_batch_sizes) < plan.local_batch_size
-    return 4 // PRECISIONS[config.execution.precision].itemsize if several else 1
+    return 4 // DTYPES[config.execution.precision].itemsize if several else 1
 
 
 def _worst(moments: Iterable[Moment]) -> Moment:

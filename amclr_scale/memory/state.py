@@ -24,8 +24,8 @@ import torch
 from amclr_scale.config.schema import Config, Optimizer
 from amclr_scale.engine.optimizers import build_optimizer
 from amclr_scale.memory.components import Component, Place, always
-from amclr_scale.memory.towers import PRECISIONS
 from amclr_scale.memory.tracker import Tracker
+from amclr_scale.precision import DTYPES
 
 BUCKET = 500_000_000  # DeepSpeed's default, in elements
 
@@ -71,7 +71,7 @@ def state_components(
     zero = config.deepspeed.get("zero_optimization", {})
     execution, cuda = config.execution, device == "cuda"
     step = _step_costs(config.optimizer.model_dump_json(), cuda)
-    item, stage = PRECISIONS[execution.precision].itemsize, execution.zero_stage
+    item, stage = DTYPES[execution.precision].itemsize, execution.zero_stage
     total = sum(map(sum, groups))
     parts = tuple(_part(group, world_size, stage) for group in groups)
     sizes = Sizes(
@@ -214,20 +214,20 @@ class StepCosts:
 
 @lru_cache(maxsize=32)
 def _step_costs(optimizer: str, cuda: bool) -> StepCosts:
-    """Found by stepping a small parameter twice. On CUDA, AdamW is fused: one kernel, no temporaries."""
+    """States as the rule says; temporaries are found by stepping a small parameter twice."""
     options = Optimizer.model_validate_json(optimizer)
+    rule, size = options.rule, 4 * options.rule.moments(options)
+    if cuda and rule.on_cuda == "fused":
+        return StepCosts(size, 0, together=False)
+    together = cuda and rule.on_cuda == "together"
     weight = torch.nn.Parameter(torch.ones(128, 128))
     group: dict[str, Any] = {"params": [weight], "lr_factor": 1.0, "weight_decay": options.weight_decay}
     made, _ = build_optimizer(options, [group], torch.device("cpu"))
-    together = cuda and options.name in ("sgd", "nadam", "radam")  # torch's own: foreach is its choice on CUDA
     if together:
         made.param_groups[0]["foreach"] = True
     weight.grad = torch.ones_like(weight)
     made.step()
     states = [v for state in made.state.values() for v in state.values() if isinstance(v, torch.Tensor)]
-    size = sum(v.nbytes for v in states) // weight.numel()
-    if cuda and options.name == "adamw":
-        return StepCosts(size, 0, together=False)
     tracker = Tracker("cpu")
     tracker.add([weight, weight.grad, *states], "before")
     before = tracker.total

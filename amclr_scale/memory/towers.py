@@ -32,13 +32,13 @@ from amclr_scale.memory.kernels import kernels_of
 from amclr_scale.memory.tracker import Tracker
 from amclr_scale.memory.zero3.coordinator import Visit
 from amclr_scale.memory.zero3.hooks import Events, Visits
+from amclr_scale.precision import DTYPES
 
 Modality = Literal["image", "text"]
 Partitioned = Literal["no", "yes", "plain linear"]  # whether stage 3 cuts parameters, and which linear layers it leaves
 MODALITIES: tuple[Modality, ...] = ("image", "text")
 PRIMES = (10_007, 10_009, 10_037, 10_039)
 CLIP = (49_408, 0, 49_407)  # entries, padding and end of data.tokenizer: clip, whose package takes a second to import
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True, eq=False)
@@ -231,7 +231,7 @@ def _traced(
 ) -> Tower:  # fmt: skip
     """Run the tower under a mode: none, or fake tensors, which give the same in twice the time."""
     data = json.loads(key)["data"]
-    model = _copy_of(_skeleton(key)).to(PRECISIONS[precision])
+    model = _copy_of(_skeleton(key)).to(DTYPES[precision])
     set_recomputation(getattr(model, f"{modality}_tower"), recomputation)
     m = next(p for p in PRIMES if all(numel % p for numel in (x.numel() for x in model.parameters())))
     views = 1 + data[f"{modality}_views"]

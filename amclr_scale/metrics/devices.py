@@ -7,7 +7,6 @@
 A data sheet's figures are peaks. What of them a job reaches is the business of whoever uses a profile.
 """
 
-import difflib
 import os
 import socket
 import threading
@@ -21,7 +20,8 @@ import psutil
 import torch
 import yaml
 
-from amclr_scale.errors import UserError
+from amclr_scale.errors import UserError, nearest
+from amclr_scale.precision import DTYPES
 
 FILE = Path(__file__).with_name("devices.yaml")
 GIGA, TERA, GIB = 1e9, 1e12, 2**30
@@ -86,8 +86,7 @@ def find_profile(name: str) -> DeviceProfile:
     known = {plain(key): profile for key, profile in profiles().items()}
     found = known.get(plain(name)) or next((p for key, p in known.items() if key.startswith(plain(name) or "?")), None)
     if found is None:
-        near = difflib.get_close_matches(plain(name), list(known), n=1)
-        hint = f"; did you mean {known[near[0]].name}?" if near else ""
+        hint = "".join(f"; did you mean {known[key].name!r}?" for key in nearest(plain(name), known))
         raise UserError(f"device: expected cpu or one of {', '.join(profiles())}, got {name!r}{hint}")
     return found
 
@@ -146,7 +145,7 @@ def measure_cpu(*, threads: int, ranks: int = 1) -> DeviceProfile:
     torch.set_num_threads(threads)
     try:
         peaks = {}
-        for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16)):
+        for name, dtype in DTYPES.items():
             n = 1024 if dtype == torch.float32 else 256
             a, b = (torch.randn(n, n).to(dtype) for _ in range(2))
             peaks[name] = 2 * n**3 / _best(partial(torch.mm, a, b))

@@ -33,7 +33,6 @@ from amclr_scale.metrics.devices import DeviceProfile
 from amclr_scale.metrics.flops import ModelFlops
 from amclr_scale.planner.messages import Messages
 from amclr_scale.planner.traffic import (
-    BYTES,
     fetches,
     host_traffic,
     kept_of,
@@ -41,9 +40,9 @@ from amclr_scale.planner.traffic import (
     parameters_of,
     zero_messages,
 )
+from amclr_scale.precision import DTYPES
 
 # Numbers that the optimizer keeps per parameter, beside the parameter itself.
-MOMENTS = {"sgd": 1, "lion": 1, "lars": 1}
 DIRECT = ("all_to_all", "send")  # through one network card, not round a ring that uses all of a node's
 
 
@@ -149,8 +148,8 @@ def estimate(
     exposed = max(0.0, gathers - towers) if profile.type == "cuda" else gathers
 
     share = parameters / (world_size if execution.zero_stage else 1)
-    states = 1 + MOMENTS.get(config.optimizer.name, 2)
-    touched = share * 4 * (2 * states + 1) + parameters * (BYTES[execution.precision] + 4)
+    states = 1 + config.optimizer.rule.moments(config.optimizer)
+    touched = share * 4 * (2 * states + 1) + parameters * (DTYPES[execution.precision].itemsize + 4)
     offloaded = execution.offload != "none" and profile.type == "cuda"
     to_host, from_host = host_traffic(config, world_size, gathered) if offloaded else (0, 0)
     return Cost(
@@ -191,7 +190,7 @@ def _passes(config: Config, modality: Modality) -> tuple[_Pass, _Pass, _Pass]:
     recomputation = config.execution.recompute_image if modality == "image" else config.execution.recompute_text
     model = skeleton(config)
     share, parameters = _share(model, modality, recomputation), _parameters(model, modality)
-    return _passes_of(trace(config, modality), share, parameters * BYTES[config.execution.precision])
+    return _passes_of(trace(config, modality), share, parameters * DTYPES[config.execution.precision].itemsize)
 
 
 @lru_cache(maxsize=64)

@@ -41,9 +41,9 @@ from amclr_scale.objectives.base import Layout
 from amclr_scale.objectives.sample_state import REPLICATED_BYTES, SampleState
 from amclr_scale.planner.messages import Message, Messages
 from amclr_scale.planner.objective_traffic import ObjectiveTrace, trace_objective
+from amclr_scale.precision import DTYPES
 from amclr_scale.similarity.distribution import choose
 
-BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 Fetches = Counter[int]  # messages that gather parameters, by their elements
 
 
@@ -149,7 +149,8 @@ def kept_of(config: Config) -> int:
 
 def zero_messages(config: Config, world_size: int, fetched: Fetches) -> Messages:
     """What DeepSpeed sends in a step, by the rules above."""
-    stage, e, parameters = config.execution.zero_stage, BYTES[config.execution.precision], parameters_of(config)
+    execution, parameters = config.execution, parameters_of(config)
+    stage, e = execution.zero_stage, DTYPES[execution.precision].itemsize
 
     def message(collective: str, elements: int, itemsize: int, purpose: str, calls: int = 1) -> Message:
         return Message(collective, world_size, elements * itemsize, calls, purpose)
@@ -169,7 +170,7 @@ def host_traffic(config: Config, world_size: int, fetched: Fetches) -> tuple[int
     execution = config.execution
     if execution.offload == "none":
         return 0, 0
-    e, parameters = BYTES[execution.precision], parameters_of(config)
+    e, parameters = DTYPES[execution.precision].itemsize, parameters_of(config)
 
     def share(elements: int) -> int:
         return -(-elements // world_size)

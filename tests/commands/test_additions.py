@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
 SMALL = [
     "--config", "quickstart", "train.epochs=null", "train.samples=256", "train.global_batch_size=64",
@@ -13,30 +15,57 @@ SMALL = [
 ]  # fmt: skip
 
 
-def run(folder, names, *runs, codes=None):
-    """Run jobs with these additions, one after the other."""
+ADDITIONS = ["hook", "optimizer"]
+ALL = ["optimizer.name=signum", "optimizer.options.forget=0.5", "optimizer.lr=1e-4", "execution.zero_stage=2"]
+JOBS = {  # a run's name -> its further words
+    "whole": ALL,
+    "stopped": [*ALL, "train.max_hours=1e-9"],  # after its first step
+    "stopped again": [*ALL, "resume=auto"],
+    "another": [*ALL, "optimizer.options.forget=0.9"],
+}
+
+
+@pytest.fixture(scope="module")
+def jobs(tmp_path_factory):
+    """The folder of the runs, and what was said."""
+    folder = tmp_path_factory.mktemp("runs")
     environment = {**os.environ, "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         environment.pop(name, None)
-    words = "".join(json.dumps([*SMALL, f"run.folder={folder}", *words]) + "\n" for words in runs)
-    command = [sys.executable, "-m", "tests.commands.additions.job", *names]
+    lines = [[*SMALL, f"run.folder={folder}", f"run.name={name.split()[0]}", *words] for name, words in JOBS.items()]
+    command = [sys.executable, "-m", "tests.commands.additions.job", *ADDITIONS]
     done = subprocess.run(
-        command, cwd=ROOT, env=environment, input=words, capture_output=True, text=True, timeout=200, check=False
-    )
-    ended = [int(line.split()[-1]) for line in done.stdout.splitlines() if line.startswith("exit code ")]
-    assert ended == (codes or [0] * len(runs)), done.stderr + done.stdout
-    return done.stdout
+        command, cwd=ROOT, env=environment, input="".join(json.dumps(words) + "\n" for words in lines),
+        capture_output=True, text=True, timeout=280, check=False,
+    )  # fmt: skip
+    codes = [int(line.split()[-1]) for line in done.stdout.splitlines() if line.startswith("exit code ")]
+    assert codes == [75 if name == "stopped" else 0 for name in JOBS], done.stderr + done.stdout
+    return folder, done.stdout
 
 
 def numbers(folder):
     return json.loads((folder / "evaluation.json").read_text())
 
 
-def test_a_hook(tmp_path):
-    """One with a state, in a run that is stopped after its first step and goes on."""
-    stopped = ["run.name=stopped", "train.max_hours=1e-9"]
-    run(tmp_path, ["hook"], ["run.name=whole"], stopped, ["run.name=stopped", "resume=auto"], codes=[0, 75, 0])
-    whole = numbers(tmp_path / "whole")
+def losses(folder):
+    return [r["loss"] for r in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines()) if "loss" in r]
+
+
+def test_a_hook(jobs):
+    """One with a state, which goes on where a stopped run left it."""
+    folder, _ = jobs
+    whole = numbers(folder / "whole")
     assert whole["mean_scale_steps"] == 4
-    assert numbers(tmp_path / "stopped") == whole
-    assert (tmp_path / "stopped/checkpoints/step_00000001/mean_scale.safetensors").exists()
+    assert numbers(folder / "stopped") == whole
+    assert (folder / "stopped/checkpoints/step_00000001/mean_scale.safetensors").exists()
+
+
+def test_an_optimizer(jobs):
+    """One with an option and a state of its own, under ZeRO."""
+    folder, said = jobs
+    assert "objective clip, our own Signum, on cpu" in said
+    whole, goes_on, another = (losses(folder / name) for name in ("whole", "stopped", "another"))
+    assert goes_on == whole
+    assert whole[0] == another[0]
+    assert whole[-1] != another[-1]
+    assert "options:\n    forget: 0.5" in (folder / "whole/config.yaml").read_text()

@@ -2,12 +2,15 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import yaml
 
 from amclr_scale.config.load import build, dump, load, recipe_hash
 from amclr_scale.config.objective_options import option_models
+from amclr_scale.config.optimizers import RULES
+from amclr_scale.config.section import Fraction, Section
 from amclr_scale.errors import UserError
 
 
@@ -46,11 +49,32 @@ def test_every_mistake_is_told_at_once():
     assert "did you mean 'zero_stage'" in told["execution.zero_stag"]
     assert "did you mean 'optimizer'" in told["optimizr"]
     assert "did you mean 'sogclr'" in told["objective.name"]
-    assert "adamw" in told["optimizer.name"]
+    assert "did you mean 'adamw'?" in told["optimizer.name"]
     assert told["optimizer.name"].endswith("got 'adamwx'")
     assert told["optimizer.lr"].endswith("got 'fast'")
     assert "or expected 'auto', got 'many'" in told["execution.similarity.chunk"]
     assert "1.5" in told["train.samples"]
+
+
+class Own(Section):
+    rho: Fraction = 0.3
+
+
+def test_an_optimizers_own_options(monkeypatch):
+    """Filled in, checked, part of the recipe, and gone with the optimizer's name."""
+    assert load(None, ["train.epochs=1"]).optimizer.options == {}
+    assert "adamw has no options" in refused("train.epochs=1", "optimizer.options.rho=0.2")
+    monkeypatch.setitem(RULES, "toy", replace(RULES["sgd"], options=Own, stages=(0, 1), offloadable=False))
+    words = ["train.epochs=1", "optimizer.name=toy"]
+    first, second = load(None, words), load(None, [*words, "optimizer.options.rho=0.2"])
+    assert first.optimizer.options == {"rho": 0.3}
+    assert second.optimizer.options == {"rho": 0.2}
+    assert recipe_hash(first) != recipe_hash(second)
+    assert build(yaml.safe_load(dump(second))) == second
+    assert refused(*words, "optimizer.options.rho=2").startswith("optimizer.options.rho: ")
+    assert "optimizer.options.rh: no such key; did you mean 'rho'?" in refused(*words, "optimizer.options.rh=0.2")
+    assert refused(*words, "execution.zero_stage=2").startswith("execution.zero_stage: expected 0 or 1 with ")
+    assert load(None, [*words, "optimizer.options.rho=0.2", "optimizer.name=lamb"]).optimizer.options == {}
 
 
 def test_a_key_in_the_wrong_section_is_found():
@@ -124,7 +148,9 @@ def test_broken_files(tmp_path, text, message):
 
 
 def test_a_missing_file_and_a_word_without_a_value():
-    assert "--config: expected a YAML file, got nowhere.yaml" in refused(path="nowhere.yaml")
+    assert "--config: expected a YAML file or the name of a shipped one, got nowhere.yaml" in refused(
+        path="nowhere.yaml"
+    )
     assert "train.epochs: expected key=value" in refused("train.epochs")
     assert refused("configs/a.yaml").endswith("; a file is named by --config configs/a.yaml")
     assert """run.name='"...\"'""" in refused("train.epochs=1", "run.name=20261122")

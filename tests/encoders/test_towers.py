@@ -163,7 +163,7 @@ def test_transformers_folders(small_transformers, tmp_path):
 
 
 BAD_NAMES = [
-    (ImageTower(name="torchvision/resnet51"), r"^model.image.name: .*did you mean resnet50"),
+    (ImageTower(name="torchvision/resnet51"), r"^model.image.name: .*did you mean 'resnet50"),
     (ImageTower(name="torchvision/inception_v3"), r"^model.image.name: .*several outputs"),
     (ImageTower(name="timm/vit_tiny_patch16"), r"^model.image.name: .*did you mean"),
     (ImageTower(name="timm/hf_hub:timm/resnet50"), r"^model.image.name: .*model.image.weights a local file"),
@@ -171,7 +171,7 @@ BAD_NAMES = [
     (ImageTower(name="torchvision/vit_b_16", norm="batch"), r"^model.image.norm: "),
     (ImageTower(depth=12), r"^model.image.depth: expected 10 or 18, got 12"),
     (TextTower(name="transformers/bert-base-uncased"), r"^model.text.name: .*Nothing is downloaded"),
-    (TextTower(name="transformers/distillbert"), r"^model.text.name: .*did you mean distilbert"),
+    (TextTower(name="transformers/distillbert"), r"^model.text.name: .*did you mean 'distilbert"),
     (TextTower(name="transformers/t5"), r"^model.text.name: t5 has a decoder"),
     (TextTower(name="bert"), r"^model.text.name: expected small_transformer"),
     (TextTower(heads=3, width=16), r"^model.text.heads: expected a divisor of model.text.width = 16"),

@@ -2,6 +2,7 @@
 
 import sys
 import typing
+from pathlib import Path
 from types import ModuleType
 
 import deepspeed.ops.adam
@@ -9,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from amclr_scale.config.optimizers import RULES
 from amclr_scale.config.schema import Optimizer
 from amclr_scale.engine.optimizers import build_optimizer, set_learning_rate
 from amclr_scale.engine.step import _is_out_of_memory
@@ -33,19 +35,54 @@ def provider(monkeypatch, *, apex: bool, **where) -> tuple[object, str]:
     return build_optimizer(Optimizer(betas=(0.8, 0.9), eps=1e-7), groups, CUDA, **where)
 
 
-NAMES = typing.get_args(Optimizer.model_fields["name"].annotation)
+NAMES = list(RULES)
 FACTORS = {"adamp": 0.1}  # its own rule, of weights that its gradients are orthogonal to
 
 
-def weights_after(name: str, decay: float, gradients: list[Tensor], layerwise: bool = True) -> Tensor:
+def weights_after(
+    name: str, decay: float, gradients: list[Tensor], layerwise: bool = True, **options: typing.Any
+) -> Tensor:
     weight = torch.nn.Parameter(torch.linspace(-1, 1, 12, dtype=torch.float64).view(3, 4))
     group = {"params": [weight], "lr_factor": 0.5, "weight_decay": decay, "layerwise": layerwise}
-    optimizer, _ = build_optimizer(Optimizer(name=name, momentum=0.9), [group], torch.device("cpu"))
+    optimizer, _ = build_optimizer(Optimizer(name=name, **options), [group], torch.device("cpu"))
     for gradient in gradients:
         set_learning_rate(optimizer.param_groups, 0.02)
         weight.grad = gradient.clone()
         optimizer.step()
     return weight.detach()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_table_says_what_is_kept(name):
+    """Beside each parameter, by what the optimizer holds after a step; and what it does not read changes nothing."""
+    for change in ({}, {"momentum": 0.0}):
+        options = Optimizer(name=name, **change)
+        weight = torch.nn.Parameter(torch.ones(64, 64))
+        group = {"params": [weight], "lr_factor": 1.0, "weight_decay": 0.1, "layerwise": True}
+        optimizer, _ = build_optimizer(options, [group], torch.device("cpu"))
+        weight.grad = torch.ones_like(weight)
+        optimizer.step()
+        kept = [x for x in optimizer.state[weight].values() if isinstance(x, Tensor) and x.shape == weight.shape]
+        assert len(kept) == RULES[name].moments(options)
+
+
+@pytest.mark.parametrize("key", ["betas", "eps", "momentum", "nesterov"])
+@pytest.mark.parametrize("name", NAMES)
+def test_the_table_says_what_is_read(name, key):
+    other = {"betas": (0.5, 0.6), "eps": 1.0, "momentum": 0.3, "nesterov": False}[key]
+    gradients = [torch.linspace(-1, 2, 12, dtype=torch.float64).view(3, 4) * n for n in (1.0, -0.2, 0.5) * 3]
+    same = torch.equal(weights_after(name, 0.1, gradients), weights_after(name, 0.1, gradients, **{key: other}))
+    assert same == (key not in RULES[name].keys)
+
+
+def test_the_documentation_has_the_table():
+    page = (Path(__file__).parents[2] / "docs" / "engine.md").read_text()
+    for name, rule in RULES.items():
+        source = f"`{rule.source}`" if rule.source.endswith(".py") else rule.source
+        stages = ", ".join(map(str, rule.stages)) + (", by layers" if rule.layerwise else "")
+        cells = [name, source, ", ".join(rule.keys), str(rule.moments(Optimizer(name=name))),
+                 "yes" if rule.offloadable else "no", stages]  # fmt: skip
+        assert f"| {' | '.join(cells)} |" in page
 
 
 @pytest.mark.parametrize("layerwise", [True, False])

@@ -16,7 +16,7 @@ def test_found_by_any_spelling(words, name):
 
 
 def test_an_unknown_name_is_answered_with_the_nearest():
-    with pytest.raises(UserError, match=r"device: expected cpu or one of H100.*did you mean RTX 4090"):
+    with pytest.raises(UserError, match=r"device: expected cpu or one of H100.*did you mean 'RTX 4090"):
         find_profile("rtx 4091")
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-HALF = (torch.bfloat16, torch.float16)
+from amclr_scale.precision import HALF
 
 
 class GradientSums:

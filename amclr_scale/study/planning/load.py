@@ -3,7 +3,6 @@
 A plan may name another plan in `base:` and then holds differences only. Imports no torch.
 """
 
-import difflib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from pydantic import ValidationError
 
 from amclr_scale.config.load import from_words, merge, mistakes, read_file
 from amclr_scale.config.shipped import find
-from amclr_scale.errors import UserError
+from amclr_scale.errors import UserError, did_you_mean
 from amclr_scale.study.planning.amounts import MOST_OF_EFFECT, POINTS, amount, unit_of_keys, written
 from amclr_scale.study.planning.arms import ABSENT, CONTROLS
 from amclr_scale.study.planning.plan import RANKS, Budget, StudyPlan
@@ -156,9 +155,8 @@ def _check_arms(plan: StudyPlan) -> Iterator[str]:
         if known in ABSENT:
             yield f"arms: {known}: {ABSENT[known]} yet; the arms there are: {', '.join(CONTROLS)}"
         else:
-            near = difflib.get_close_matches(known, CONTROLS, n=1, cutoff=0.6)
-            hint = f"did you mean '{near[0]}'?" if near else "an arm of your own needs like: and words:"
-            yield f"arms: no such arm '{known}'; {hint} The arms there are: {', '.join(CONTROLS)}"
+            hint = did_you_mean(known, CONTROLS) or "; an arm of your own needs like: and words:"
+            yield f"arms: no such arm '{known}'{hint} The arms there are: {', '.join(CONTROLS)}"
     if plan.reference.arm not in names:
         yield f"reference.arm: expected one of the arms ({', '.join(names)}), got {plan.reference.arm}"
     for first, second in plan.pairs:
