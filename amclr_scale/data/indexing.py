@@ -21,7 +21,7 @@ from amclr_scale.config import schema
 from amclr_scale.data.index import Index, Shard, absolute, check_files, read_entries
 from amclr_scale.data.sources import Source, is_remote, resolve_all
 from amclr_scale.data.storage import ChangedShardError, Storage, address_key, locked, make_storage
-from amclr_scale.data.tar import Members, scan
+from amclr_scale.data.tar import RULE, Members, scan
 from amclr_scale.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -182,11 +182,20 @@ def check_content(shards: Sequence[Shard], caption: str, key: str) -> None:
     for shard in shards:
         if not shard.num_samples:
             continue
-        held = ", ".join(f"{n:,} .{extension}" for extension, n in sorted(shard.extensions.items())) or "nothing"
-        if not any(shard.extensions.get(extension) for extension in IMAGE_EXTENSIONS):
-            raise UserError(f"{key}: {shard.url}: expected images (.{', .'.join(IMAGE_EXTENSIONS)}), found {held}")
+        found = sorted(shard.extensions.items())
+        held = ", ".join(f"{n:,} .{extension}" for extension, n in found[:8]) or "nothing"
+        held += f" and {len(found) - 8:,} other kinds" if len(found) > 8 else ""
+        dotted = [one for one in shard.extensions if "." in one and one.rpartition(".")[2] in IMAGE_EXTENSIONS]
+        rule = f"; {RULE}" if dotted else ""
+        images = sum(shard.extensions.get(extension, 0) for extension in IMAGE_EXTENSIONS)
+        if not images:
+            raise UserError(
+                f"{key}: {shard.url}: expected images (.{', .'.join(IMAGE_EXTENSIONS)}), found {held}{rule}"
+            )
         if not shard.extensions.get(member):
             raise UserError(
                 f"data.caption: {shard.url}: expected captions in .{member} members, found {held}; set data.caption to "
-                "where they are (txt or json.FIELD)"
+                f"where they are (txt or json.FIELD){rule}"
             )
+        if dotted and images < shard.num_samples:
+            log.warning("%s: members such as .%s are no images of their samples: %s", shard.url, dotted[0], RULE)

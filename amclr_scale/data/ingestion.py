@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from amclr_scale.data.formats.annotation_files import Entry, Kind, entries, path_of, read_json, strings
-from amclr_scale.data.formats.picture_files import find_pictures
+from amclr_scale.data.formats.picture_files import Classes, find_pictures
 from amclr_scale.data.formats.tables import (
     HeaderWords,
     Quoting,
@@ -266,15 +266,16 @@ def _downloaded(images: Path, urls: dict[int, str]) -> dict[int, str]:
 def _folder(source: Annotations, into: Records) -> None:
     found = find_pictures(source.images)
     into.decided = "; ".join(filter(None, ("a folder of pictures", found.told())))
+    classes = Classes(source.images, found.pictures)
     for number, path in enumerate(found.pictures):
         text = path.with_suffix(".txt")
         name = str(path.relative_to(source.images))
         fields = {}
         if text.is_file():
             captions, left_out = strings(text.read_text("utf-8", "replace").splitlines())
-        elif path.parent != source.images:
-            fields = {"class": path.parent.name}
-            captions, left_out = strings(path.parent.name.replace("_", " "))
+        elif folder := classes.folder(path):
+            fields = {"class": folder.name}
+            captions, left_out = strings(folder.name.replace("_", " "))
         else:
             captions, left_out = (), ()
         into.add(_record(Entry(number, name, captions, tuple(w for w in left_out if w != "blank caption")), fields))

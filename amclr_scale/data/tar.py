@@ -15,7 +15,7 @@ import os
 import zipfile
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +26,7 @@ from amclr_scale.errors import UserError
 BLOCK = 512
 _ZEROS = bytes(BLOCK)
 _FILES = b"0\x007"  # the type flags of regular files
+_HARD_LINK = b"1"
 
 
 class Flag(enum.IntEnum):
@@ -166,8 +167,10 @@ class _Scanner:
         self.headers = 0
 
     def members(self) -> Iterator[_Member]:
-        at, long_name, records = 0, None, dict[str, str]()
+        at, records = 0, dict[str, str]()
+        long = {b"L": "", b"K": ""}  # GNU's long name and long link of the member that follows
         last: _Member | None = None
+        known: dict[str, _Member] = {}  # by name, for the hard links that follow
         ended = False
         while at + BLOCK <= self.end:
             block = self.data[at : at + BLOCK]
@@ -177,27 +180,39 @@ class _Scanner:
             if not _is_header(block):
                 resumed = self._next_header(at + BLOCK)
                 self.damage.append(f"no valid tar header at byte {at:,}, {resumed - at:,} bytes skipped")
-                at, long_name, records = resumed, None, {}
+                at, long, records = resumed, {b"L": "", b"K": ""}, {}
                 continue
             self.hash.update(block)
             self.headers += 1
             size, kind, data_at = _octal(block[124:136]), block[156:157], at + BLOCK
             size = int(records.get("size", size)) if kind in _FILES else size
             at = data_at + -(-size // BLOCK) * BLOCK
-            if kind == b"L":
-                long_name = _text(self.data[data_at : data_at + size])
+            if kind in long:
+                long[kind] = _text(self.data[data_at : data_at + size])
             elif kind == b"x":
                 try:
                     records = _pax(self.data[data_at : data_at + size])
                 except ValueError:  # of the short name and size in the member's own header nothing is lost
                     self.damage.append(f"no valid extended header at byte {data_at:,}, ignored")
             else:
+                prefix = _text(block[345:500]) if block[257:262] == b"ustar" and block[262:263] == b"\0" else ""
+                name = records.get("path") or long[b"L"] or (f"{prefix}/" if prefix else "") + _text(block[:100])
                 if kind in _FILES:
-                    prefix = _text(block[345:500]) if block[257:262] == b"ustar" and block[262:263] == b"\0" else ""
-                    name = records.get("path") or long_name or (f"{prefix}/" if prefix else "") + _text(block[:100])
-                    last = _Member(name, data_at, size, zlib.crc32(block), data_at + size > self.end)
+                    last = known[name] = _Member(name, data_at, size, zlib.crc32(block), data_at + size > self.end)
                     yield last
-                long_name, records = None, {}
+                elif kind == _HARD_LINK:
+                    yield from self._linked(name, records.get("linkpath") or long[b"K"] or _text(block[157:257]), known)
+                long, records = {b"L": "", b"K": ""}, {}
+        self._say_how_it_ends(last, at, ended=ended)
+
+    def _linked(self, name: str, target: str, known: dict[str, _Member]) -> Iterator[_Member]:
+        """A hard link: the bytes of an earlier member under another name."""
+        if target in known:
+            yield replace(known[target], name=name)
+        else:
+            self.damage.append(f"{name} is a hard link to {target}, which is not in the file before it")
+
+    def _say_how_it_ends(self, last: _Member | None, at: int, *, ended: bool) -> None:
         if last and last.cut:
             self.damage.append(f"the file ends at byte {self.end:,}, inside {last.name}")
         elif self.end % BLOCK:
@@ -214,6 +229,9 @@ class _Scanner:
                 return at
             at += BLOCK
         return self.end
+
+
+RULE = "the key ends at the first dot of a file's name: use _ or - instead of dots in names, but for the last"
 
 
 def split_name(name: str) -> tuple[str, str]:
@@ -241,7 +259,8 @@ def scan(path: Path) -> Members:
 def _table(scanner: _Scanner, path: Path) -> Members:
     extensions: dict[str, int] = {}
     row_start, flags, columns = [0], list[int](), list[tuple[int, int, int, int]]()
-    seen: set[str] = set()
+    seen: dict[str, set[str]] = {}
+    apart: dict[str, str] = {}  # samples whose members are not neighbours, and a member of each that lies elsewhere
     current, present = None, set[str]()
     for member in scanner.members():
         key, extension = split_name(member.name)
@@ -251,8 +270,10 @@ def _table(scanner: _Scanner, path: Path) -> Members:
             if current is not None:
                 row_start.append(len(columns))
             flags.append(Flag.DUPLICATE_KEY if key in seen else Flag.WHOLE)
-            seen.add(key)
+            if key in seen and extension not in seen[key]:
+                apart.setdefault(key, member.name)
             current, present = key, set()
+            seen.setdefault(key, present)
         present.add(extension)
         columns.append((member.offset, member.size, member.header, extensions.setdefault(extension, len(extensions))))
         if member.cut:
@@ -264,7 +285,21 @@ def _table(scanner: _Scanner, path: Path) -> Members:
             f"{path}: expected a tar of samples, got a file without any; is it complete, or another format?"
         )
     if len(extensions) > 256:
-        raise UserError(f"{path}: expected samples of like members, got {len(extensions)} different extensions")
+        raise UserError(
+            f"{path}: expected samples of like members, got {len(extensions)} different extensions, such as "
+            f"{', '.join(f'.{one}' for one in list(extensions)[:3])}; {RULE}"
+        )
+    if len(apart) > len(seen) / 2:
+        raise UserError(
+            f"{path}: expected the members of a sample side by side, got {next(iter(apart.values()))} apart from the "
+            f"others of its sample, and so in {len(apart):,} of {len(seen):,} samples; sort the members by name "
+            "(tar --sort=name)"
+        )
+    if apart:
+        scanner.damage.append(
+            f"{len(apart):,} samples have members apart from the others, the first is {next(iter(apart.values()))}: "
+            "what lies apart is left out; sort the members by name (tar --sort=name)"
+        )
     table = np.array(columns, dtype=np.int64).reshape(-1, 4)
     return Members(
         row_start=np.array(row_start, dtype=np.int64),

@@ -5,7 +5,7 @@
     COCO's JSON         captions_val2017.json, all of it
     a JSON list         [{"image", "caption": one or several, ["image_id"], ["negatives"]}]: ALBEF's coco_test.json,
                         flickr30k_test.json and the like
-    folders             CLASS/*.jpg, classes in the order of the folders' names, as torchvision's ImageFolder
+    folders             CLASS/*.jpg or CLASS/images/*.jpg, classes in the order of the folders' names
 
 Images are seen as those of shards are.
 """
@@ -23,7 +23,7 @@ from torch import Tensor
 from amclr_scale.config.schema import Data
 from amclr_scale.data.decoding import BadSampleError, Sample, decode
 from amclr_scale.data.formats.annotation_files import entries, kind_of
-from amclr_scale.data.formats.picture_files import FoundPictures, find_pictures, is_hidden
+from amclr_scale.data.formats.picture_files import Classes, FoundPictures, find_pictures, holds_picture, is_hidden
 from amclr_scale.data.image_views import evaluation_view, to_tensor
 from amclr_scale.data.text_views import clean_caption
 from amclr_scale.data.tokenizers import load_tokenizer
@@ -90,35 +90,42 @@ class ImageFiles:
 
 
 def is_class_folders(path: Path) -> bool:
-    """Whether a folder holds folders of images, directly or one further down (CLASS/images/*.jpg)."""
-    folders = _class_names(path)
-    return any(find_pictures(folder).pictures for folder in folders[:3])
+    """Whether a folder holds folders of images, at any depth."""
+    return any(holds_picture(folder) for folder in _folders(path))
 
 
-def _class_names(path: Path) -> list[Path]:
+def _folders(path: Path) -> list[Path]:
     return sorted(folder for folder in path.iterdir() if folder.is_dir() and not is_hidden(folder))
 
 
 def class_folders(path: Path) -> list[Item]:
-    """Every image of every class folder, at any depth below it, in the order of names.
+    """Every image of every class folder, in the order of the classes' names.
 
     Raises:
-        UserError: a class without images.
+        UserError: a folder without images, or two that give a class the same name.
     """
-    items: list[Item] = []
-    passed_over: Counter[str] = Counter()
-    for folder in _class_names(path):
-        found = find_pictures(folder)
-        passed_over += found.passed_over
-        if not found.pictures:
+    found = FoundPictures()
+    for folder in _folders(path):
+        inside = find_pictures(folder)
+        if not inside.pictures:
             raise UserError(
                 f"{_KEY}: {path}: the class {folder.name} has no images; remove the folder or fill it"
-                f"{'; ' + found.told() if found.passed_over else ''}"
+                f"{'; ' + inside.told() if inside.passed_over else ''}"
             )
-        items += [Item(image, label=folder.name) for image in found.pictures]
-    if passed_over:
-        log.warning("%s: %s: %s", _KEY, path, FoundPictures([], passed_over).told())
-    return items
+        found.pictures += inside.pictures
+        found.passed_over += inside.passed_over
+    if found.passed_over:
+        log.warning("%s: %s: %s", _KEY, path, found.told())
+    classes = Classes(path, found.pictures)
+    named: dict[str, Path] = {}
+    items: list[Item] = []
+    for picture in found.pictures:
+        folder = classes.folder(picture) or path
+        if named.setdefault(folder.name, folder) != folder:
+            both = " and ".join(str(one.relative_to(path)) for one in (named[folder.name], folder))
+            raise UserError(f"{_KEY}: {path}: both {both} hold the class {folder.name}; name the folder of one of them")
+        items.append(Item(picture, label=folder.name))
+    return sorted(items, key=lambda item: (str(item.label), item.path))
 
 
 def annotations(name: str, content: Any, root: Path, split: str) -> list[Item]:

@@ -6,6 +6,7 @@ found.told()                          # "passed over 3 files: 2 .heic (needs pil
 """
 
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -34,9 +35,8 @@ class FoundPictures:
         """What was passed over, in words; empty where nothing was."""
         if not self.passed_over:
             return ""
-        kinds = [
-            f"{number:,} {kind or 'without extension'}{_how(kind)}" for kind, number in self.passed_over.most_common()
-        ]
+        counts = sorted(self.passed_over.items(), key=lambda one: (-one[1], one[0]))
+        kinds = [f"{number:,} {kind or 'without extension'}{_how(kind)}" for kind, number in counts]
         return f"passed over {self.passed_over.total():,} files that are no readable pictures: {', '.join(kinds)}"
 
 
@@ -67,6 +67,38 @@ def find_pictures(folder: Path, *, recursive: bool = True) -> FoundPictures:
             found.passed_over[path.suffix.lower()] += 1
     found.pictures.sort()
     return found
+
+
+def holds_picture(folder: Path) -> bool:
+    """Whether there is one in a folder or below it; stops at the first."""
+    inside = sorted(path for path in folder.iterdir() if not is_hidden(path))
+    return any(is_picture(path) for path in inside if path.is_file()) or any(
+        holds_picture(path) for path in inside if path.is_dir()
+    )
+
+
+class Classes:
+    """Folders of pictures as classes.
+
+    A picture's class is its folder; one that is alone in another (class/images/*.jpg) stands for that.
+
+    Args:
+        root: the folder that holds them.
+        pictures: all pictures below it.
+    """
+
+    def __init__(self, root: Path, pictures: Iterable[Path]):
+        self.root = root
+        self._direct = {path.parent for path in pictures}
+        folders = {folder for one in self._direct for folder in (one, *one.parents) if folder.is_relative_to(root)}
+        self._inside = Counter(folder.parent for folder in folders - {root})
+
+    def folder(self, picture: Path) -> Path | None:
+        """The folder that names a picture's class; None for a picture that lies in no folder of its own."""
+        found = picture.parent
+        while self.root not in (found, found.parent) and self._inside[found.parent] == 1:
+            found = found.parent
+        return None if found == self.root else found
 
 
 def is_picture(path: Path) -> bool:
