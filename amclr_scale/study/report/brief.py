@@ -134,7 +134,8 @@ def _worth(first: Analysed) -> str:
             first_one, *others = (f"{value:,.0f}" for value in found.crossings)
             again = f" and, as its curve bends, again at {' and '.join(others)}" if others else ""
             here = f"{group.name} scores what {first.curve[0].title} scores at B = {first_one}{again}"
-            words.append(f"{here} (95 % interval: {found.interval()})")
+            why = f"; {found.warning()}" if found.warning() else ""
+            words.append(f"{here} (95 % interval: {found.interval()}{why})")
     return f"{'; '.join(words)}." if words else ""
 
 

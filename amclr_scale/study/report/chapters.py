@@ -125,7 +125,9 @@ def equivalent(report: Document, first: Analysed) -> None:
         f"The batch size at which {first.reference.title} scores what another method scores at B, on straight lines in "
         "log2 B between the batch sizes that were run. A curve that is not monotone can have several answers. The "
         "interval holds all batch sizes within the range at which a paired t test (seeds and items) does not tell the "
-        "two apart. Outside the range nothing was measured; a number for it is called extrapolated.",
+        "method apart from every curve that may lie there: from the straight line to twice the bend that three "
+        "neighbouring sizes show. Sizes more than 2 times apart are told: what lies between was not measured. Outside "
+        "the range nothing was measured; a number for it is called extrapolated.",
     )
     report.table(table)
 

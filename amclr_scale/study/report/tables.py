@@ -200,16 +200,21 @@ def equivalent_batch_table(outcome: Outcome, curve: Sequence[Group]) -> Table:
         found = None if group in curve else outcome.equivalent_batch(group, curve)
         if found is None:
             continue
-        rows.append([group.title, f"{group.global_batch_size:,}", found.number(), found.interval()])
+        rows.append([
+            group.title, f"{group.global_batch_size:,}", found.number(), found.interval(), found.warning() or DASH,
+        ])  # fmt: skip
         raw.append({
             "arm": group.arm, "title": group.title, "global_batch_size": group.global_batch_size,
             "crossings": " ".join(f"{value:.6g}" for value in found.crossings), "low": found.low, "high": found.high,
             "low_open": found.low_open, "high_open": found.high_open, "higher_than_all": found.above,
             "lower_than_all": found.below,
             "extrapolated_not_measured": " ".join(f"{value:.6g}" for value in found.extrapolated),
+            "neighbours_apart": found.gap, "bend_low": found.bend and found.bend[0],
+            "bend_high": found.bend and found.bend[1],
         })  # fmt: skip
     label = curve[0].title if curve else "reference"
-    return Table("equivalent_batch", ["arm", "B", f"equivalent batch size of {label}", "95 %"], rows, raw, words=(2, 3))
+    header = ["arm", "B", f"equivalent batch size of {label}", "95 %", "what was not measured"]
+    return Table("equivalent_batch", header, rows, raw, words=(2, 3, 4))
 
 
 def agreement_table(outcome: Outcome, unit: Unit) -> Table:

