@@ -89,6 +89,7 @@ class TrainStep:
         if self.stage == 0:  # no coalesce_grad_reduction here: the boundary says when ranks exchange gradients
             self.engine.set_gradient_accumulation_boundary(last)
         self.engine.backward(surrogate, scale_wrt_gas=False)
+        self.sums.flush()
 
     @contextmanager
     def _one_reduction(self, local_batch: int) -> Iterator[None]:

@@ -23,6 +23,7 @@ import torch
 
 from amclr_scale.config.schema import Config, Optimizer
 from amclr_scale.engine.optimizers import build_optimizer
+from amclr_scale.engine.zero.gradient_sums import AT_ONCE
 from amclr_scale.memory.components import Component, Place, always
 from amclr_scale.memory.tracker import Tracker
 from amclr_scale.precision import DTYPES
@@ -114,6 +115,13 @@ def state_components(
     if widening > 1:
         reduction = max(reduction, item * _rounding_peak(sizes, widening))
     found.append(Component("gradients", {"pass_2": gradients_in_pass_2, "reduce": reduction}, knob, "gradients"))
+    if cuda and widening > 1:
+        waiting = min(AT_ONCE + AT_ONCE // 8, sum(n for n in sizes.numels if n <= AT_ONCE // 8))
+        found.append(
+            Component(
+                "gradients on their way into sums", {"pass_2": (item + 4) * waiting}, "a smaller model", "gradients"
+            )
+        )
     found.append(
         Component(
             "optimizer step", {"optimizer": _step_peak(sizes)},

@@ -103,3 +103,27 @@ def test_a_sum_too_large_for_fp16_is_infinite():
         for _ in range(3):
             (weight * 30000).sum().backward()
     assert weight.grad.isinf()
+
+
+def test_gradients_that_wait_are_added_like_those_that_do_not(monkeypatch):
+    """The way of CUDA, on CPU tensors: which gradients wait is all that differs."""
+    drawn = torch.Generator().manual_seed(0)
+    shapes = [(3,), (40, 5), (2000,), (7, 7)]
+
+    def summed(waits: bool) -> list[Tensor]:
+        parameters = [torch.nn.Parameter(torch.zeros(shape, dtype=torch.bfloat16)) for shape in shapes]
+        sums = GradientSums(parameters)
+        monkeypatch.setattr(GradientSums, "_may_wait", lambda self, gradient: waits and gradient.numel() < 1000)
+        drawn.manual_seed(0)
+        with sums:
+            for _ in range(50):
+                terms = [(p * torch.randn(p.shape, generator=drawn)).sum() for p in parameters]
+                torch.stack(terms).sum().backward()
+                sums.flush()
+            found = [p.fp32_gradient_sum.clone() for p in parameters]
+        return found
+
+    monkeypatch.setattr("amclr_scale.engine.zero.gradient_sums.AT_ONCE", 100)  # some are added on the way
+    for together, one_by_one in zip(summed(True), summed(False), strict=True):
+        assert together.dtype == torch.float32
+        assert torch.equal(together, one_by_one)
