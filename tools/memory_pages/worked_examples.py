@@ -51,7 +51,7 @@ def _states() -> list[Example]:
     return [
         Example(
             f"Parameters, gradients and Adam of P = 90.6 M in mixed precision, W = {ranks}, ZeRO {stage}",
-            "our own planning", f"{megabytes:,} MB", megabytes * 1e6, model_states(P, ranks, stage), 0.02,
+            "our own design", f"{megabytes:,} MB", megabytes * 1e6, model_states(P, ranks, stage), 0.02,
         )
         for (ranks, stage), megabytes in claims.items()
     ]  # fmt: skip
@@ -68,10 +68,10 @@ def _similarities() -> list[Example]:
     return [
         Example("One B x B of similarities, B = 32,768, float32", "customary", "4.0 GiB", 4 * GIB,
                 similarity_matrix(B, B)),
-        Example("xAmCLR at omega = 1: six of them", "our own planning", "24 GiB", 24 * GIB,
+        Example("xAmCLR at omega = 1: six of them", "our own design", "24 GiB", 24 * GIB,
                 similarity_matrix(B, B, matrices=6)),
-        Example("Blocks of 1,024 rows of it", "our own planning", "128 MiB", 128 * MIB, similarity_matrix(1024, B)),
-        Example("Gathered features of both modalities, B = 32,768, D = 256, float32", "our own planning", "64 MiB",
+        Example("Blocks of 1,024 rows of it", "our own design", "128 MiB", 128 * MIB, similarity_matrix(1024, B)),
+        Example("Gathered features of both modalities, B = 32,768, D = 256, float32", "our own design", "64 MiB",
                 64 * MIB, gathered_features(B, 256)),
         *(Example(f"{what}, {rows:,} x {columns:,}: {DENSE} float32 tensors", "Inf-CL, arXiv:2410.17243, table 1",
                   f"{gigabytes} GB", gigabytes * 1e9, similarity_matrix(rows, columns, matrices=DENSE), 0.05)
@@ -94,14 +94,14 @@ def _banks() -> list[Example]:
                 + queue(CC3M_MIX, 768, banks=2)),
         Example("A bank of width 128", thesis, "1.67 GB", 1.67e9, queue(CC3M_MIX, 128)),
         Example("Free memory of a 24 GB card of which 98 % is used", thesis, "1.2 GB", 1.2e9, 0.02 * 24e9),
-        Example("Momentum copy of P = 90.6 M, float32", "our own planning", "362 MB", 362e6, momentum_copy(P)),
+        Example("Momentum copy of P = 90.6 M, float32", "our own design", "362 MB", 362e6, momentum_copy(P)),
     ]  # fmt: skip
 
 
 def _tables() -> list[Example]:
     claims = ((100_000, "1.6 MB", 1.6e6), (2_900_000, "46.4 MB", 46.4e6), (400_000_000, "6.4 GB", 6.4e9))
     return [
-        Example(f"SogCLR's tables, N = {samples:,}", "our own planning", claimed, value, sample_state(samples, 4))
+        Example(f"SogCLR's tables, N = {samples:,}", "our own design", claimed, value, sample_state(samples, 4))
         for samples, claimed, value in claims
     ]
 
