@@ -150,7 +150,7 @@ def _found(checkpoint: Path, complaints: list[str], config: Config) -> Found:
 def differences(saved: dict[str, Any], config: Config) -> dict[str, str]:
     """Keys of the recipe that differ between a saved configuration and this one, each with words for both values."""
     try:
-        before, now = recipe(build(saved)), recipe(config)
+        before, now = recipe(build(saved, trusted=False)), recipe(config)
     except UserError as error:
         raise UserError(f"resume: the checkpoint's configuration is not one of this version's\n{error}") from error
     return {

@@ -56,7 +56,7 @@ def laid_over(config: Config, suites: list[str], words: list[str]) -> Config:
                 f"{suite}: expected the sections evaluation and data only, got {', '.join(sorted(foreign))}"
             )
         tree = merge(tree, above)
-    return build(merge(tree, from_words(words)))
+    return build(merge(tree, from_words(words)), trusted=False)
 
 
 SAME = ("resize", "clean_captions", "caption", "classes", "class_names", "templates")

@@ -3,20 +3,27 @@
 import math
 from typing import Any
 
+from amclr_scale.config.objective_options import declared
 from amclr_scale.config.optimizers import RULES
 from amclr_scale.config.schema import Config
+from amclr_scale.declarations import KINDS
 from amclr_scale.errors import one_of
 
+_NO_KEY = object()
 
-def check(config: Config, world_size: int) -> list[str]:
-    """One line per mistake, the key to change first; empty when all is well."""
+
+def check(config: Config, world_size: int, *, objective: bool = True) -> list[str]:
+    """One line per mistake, the key to change first; empty when all is well.
+
+    Args:
+        objective: ask the objective too, which runs what it declares.
+    """
     return [
         *_finite(config.model_dump(), ""),
         *_augmentation(config),
         *_length(config),
         *_shares(config, world_size),
-        *_views(config),
-        *_groups(config, world_size),
+        *(_objective(config, world_size) if objective else ()),
         *_probe(config),
         *_execution(config, world_size),
         *_deepspeed(config),
@@ -85,26 +92,35 @@ def _shares(config: Config, world_size: int) -> list[str]:
     return lines
 
 
-def _views(config: Config) -> list[str]:
-    omega = config.objective.get("omega")
-    if omega is None:
-        return []
-    return [
-        f"data.{key}: objective {config.objective['name']} with omega = {omega} needs {omega}, got {value}"
-        for key, value in (("image_views", config.data.image_views), ("text_views", config.data.text_views))
-        if value != omega
-    ]
+def _objective(config: Config, world_size: int) -> list[str]:
+    """What the objective reads and nobody provides, and what it says itself."""
+    batch, name = config.train.global_batch_size, config.objective["name"]
+    found = declared(config.objective)
+    lines = []
+    for kind, (key, there) in _provided(config).items():
+        wanted = found.inputs.count(kind)
+        if there is None and wanted:
+            lines.append(
+                f"{key}: objective {name} reads {kind}, and no configuration provides them: there is no such key yet; "
+                "choose another objective"
+            )
+        elif there is not None and there != wanted and (wanted or KINDS[kind].several):
+            lines.append(f"{key}: objective {name} needs {wanted or 'none'}, got {there}")
+    return lines + [f"objective.{line}" for line in found.mistakes(batch, batch // world_size)]
 
 
-def _groups(config: Config, world_size: int) -> list[str]:
-    size, batch = config.objective.get("group_size"), config.train.global_batch_size
-    local = batch // world_size
-    if size is None or size < 1 or (batch % size == 0 and (local % size == 0 or size % local == 0)):
-        return []
-    return [
-        f"objective.group_size: expected a divisor of train.global_batch_size = {batch} that divides a rank's share of "
-        f"{local} or is a multiple of it, got {size}"
-    ]
+def _provided(config: Config) -> dict[str, tuple[str, int | None]]:
+    """Kind of input -> the key that provides it, and how many it provides; None: this version has no such key."""
+
+    def value(key: str) -> int | None:
+        section: Any = config
+        for part in key.split("."):
+            section = getattr(section, part, _NO_KEY)
+        if section is _NO_KEY:
+            return None
+        return section if isinstance(section, int) else int(bool(section))
+
+    return {name: (kind.key, value(kind.key)) for name, kind in KINDS.items() if kind.key}
 
 
 def _probe(config: Config) -> list[str]:

@@ -16,7 +16,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from amclr_scale.config.checks import check
-from amclr_scale.config.objective_options import option_models
+from amclr_scale.config.objective_options import NOT_OPTIONS, digest, option_models, outside, source_of
 from amclr_scale.config.schema import Config
 from amclr_scale.config.section import Section
 from amclr_scale.config.shipped import find
@@ -26,6 +26,7 @@ RECIPE = ("seed", "data", "model", "objective", "optimizer", "train", "evaluatio
 # Keys in those sections that say how fast or how long at a time, and change no result.
 NEUTRAL = (
     "data.cache", "data.cache_gib", "data.stream", "data.allow_pipe", "evaluation.batch_size", "train.max_hours",
+    "objective.module",  # where the file lies; objective.module_sha256 says what is in it
 )  # fmt: skip
 
 
@@ -137,6 +138,7 @@ def read_file(path: Path, seen: tuple[Path, ...] = (), argument: str = "--config
     tree = _parse(text, str(path)) or {}
     if not isinstance(tree, dict):
         raise UserError(f"{path}: expected sections with keys, got {type(tree).__name__}")
+    _module_beside(tree, path)
     base = tree.pop("base", None)
     if base is not None and not isinstance(base, str):
         raise UserError(f"base: expected the path of a YAML file in {path}, got {base!r}")
@@ -145,6 +147,14 @@ def read_file(path: Path, seen: tuple[Path, ...] = (), argument: str = "--config
         if base
         else _spelt_out(tree)
     )
+
+
+def _module_beside(tree: dict[str, Any], path: Path) -> None:
+    """`objective.module` is a path from here, or else from the file that names it."""
+    objective = tree.get("objective")
+    module = objective.get("module") if isinstance(objective, dict) else None
+    if isinstance(module, str) and not Path(module).expanduser().is_file() and (path.parent / module).is_file():
+        tree["objective"] = {**tree["objective"], "module": str((path.parent / module).resolve())}
 
 
 def from_words(words: Sequence[str]) -> dict[str, Any]:
@@ -240,17 +250,28 @@ def mistakes(error: ValidationError, prefix: str = "", root: type[BaseModel] = C
 
 def _check_objective(objective: Any) -> tuple[dict[str, Any], list[str]]:
     """The objective's section with its defaults filled in, and what is wrong with it."""
-    models = option_models()
     if not isinstance(objective, dict) or not isinstance(objective.get("name"), str):
         beside = f" beside objective.{next(iter(objective))}" if isinstance(objective, dict) and objective else ""
         return {}, [f"objective.name: this key is needed{beside}, such as objective.name=clip"]
-    name, options = objective["name"], {k: v for k, v in objective.items() if k != "name"}
-    if name not in models:
-        return {}, [f"objective.name: no such objective '{name}'{_nearest(name, list(models))}"]
+    which, models = {"name": objective["name"]}, option_models()
+    if objective.get("module") is not None:
+        try:
+            file = Path(str(objective["module"])).expanduser().resolve()
+            models = {name: source.options for name, source in outside(file).items()}
+            which |= {"module": str(file), "module_sha256": digest(source_of(file))}
+        except UserError as error:
+            return {}, [str(error)]
+    if which["name"] not in models:
+        where = f" in {which['module']}" if "module" in which else ""
+        return {}, [
+            f"objective.name: no such objective '{which['name']}'{where}{_nearest(which['name'], list(models))}"
+        ]
+    options = {key: value for key, value in objective.items() if key not in NOT_OPTIONS}
+    model = models[which["name"]]
     try:
-        return {"name": name, **models[name](**options).model_dump()}, []
+        return {**which, **model(**options).model_dump()}, []
     except ValidationError as error:
-        return {}, mistakes(error, "objective.", models[name])
+        return {}, mistakes(error, "objective.", model)
 
 
 def _own_options(config: Config) -> tuple[Config, list[str]]:
@@ -266,36 +287,47 @@ def _own_options(config: Config) -> tuple[Config, list[str]]:
     return config.model_copy(update={"optimizer": optimizer.model_copy(update={"options": options})}), []
 
 
-def build(tree: dict[str, Any], world_size: int = 1) -> Config:
+def build(tree: dict[str, Any], world_size: int = 1, *, trusted: bool = True) -> Config:
     """Check a tree of sections and fill in the defaults.
+
+    Args:
+        trusted: False for a folder that is only opened, perhaps from elsewhere: whether its objective could be trained
+            is not asked, and an `objective.module` is taken as it stands, for what it declares is code.
 
     Raises:
         UserError: one line per mistake, all of them.
     """
-    objective, lines = _check_objective(tree.get("objective", {"name": "clip"}))
+    given = tree.get("objective", {"name": "clip"})
+    closed = not trusted and isinstance(given, dict) and given.get("module") is not None
+    objective, lines = (given, []) if closed else _check_objective(given)
     try:
         config = Config.model_validate({**tree, "objective": objective})
     except ValidationError as error:
         raise UserError("\n".join(mistakes(error) + lines)) from error
     config, wrong = _own_options(config)
-    lines += [*wrong, *check(config, world_size)]
+    lines += wrong
+    try:
+        lines += check(config, world_size, objective=trusted and not lines)
+    except UserError as error:  # of what the objective declares
+        lines.append(str(error))
     if lines:
         raise UserError("\n".join(lines))
     return config
 
 
-def load(path: str | Path | None, words: Sequence[str] = (), world_size: int = 1) -> Config:
+def load(path: str | Path | None, words: Sequence[str] = (), world_size: int = 1, *, trusted: bool = True) -> Config:
     """Read a configuration file, put the words over it, check everything.
 
     Args:
         path: YAML file, or the name of a shipped one; None: the schema's defaults.
         words: `section.key=value`, YAML on the right of the sign.
         world_size: number of ranks, for the checks that depend on it.
+        trusted: see `build`.
 
     Raises:
         UserError: one line per mistake, all of them, the key first.
     """
-    return build(merge(read_file(find(path)) if path else {}, from_words(words)), world_size)
+    return build(merge(read_file(find(path)) if path else {}, from_words(words)), world_size, trusted=trusted)
 
 
 def dump(config: Config) -> str:

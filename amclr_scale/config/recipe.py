@@ -175,7 +175,7 @@ class LearningRateFactors(Section):
     text_tower: Annotated[float, Field(ge=0)] = 1.0
     """Of the text encoder."""
     heads: Annotated[float, Field(ge=0)] = 1.0
-    """Of both projection heads."""
+    """Of both projection heads, and of an objective's own parts unless it says otherwise."""
     temperature: Annotated[float, Field(ge=0)] = 1.0
     """Of logit_scale, logit_bias and generated temperatures."""
 

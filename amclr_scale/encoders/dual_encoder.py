@@ -66,8 +66,7 @@ class DualEncoder(nn.Module):
 
     Attributes:
         logit_scale: (1,), the LOGARITHM of the scale; outputs carry the scale itself.
-        temperatures: gives per-sample temperatures from detached features, when an objective wants them:
-            `temperatures(image, text) -> ((b,), (b,))`; None otherwise.
+        parts: what an objective trains beside the towers, from `take_parts` (`Objective.model_parts` describes it).
         unit_rows: bring embeddings to unit length; False while training an objective that needs their length (VICReg).
     """
 
@@ -90,7 +89,7 @@ class DualEncoder(nn.Module):
         self.text_tower, self.text_head = text_tower, text_head
         self.logit_scale = nn.Parameter(torch.tensor([-math.log(temperature)]))  # (1,): DeepSpeed refuses ()
         self.logit_bias = nn.Parameter(torch.tensor([logit_bias]))
-        self.temperatures: nn.Module | None = None
+        self.parts: nn.Module | None = None
         self.unit_rows = True
         self.notes = notes
 
@@ -106,8 +105,8 @@ class DualEncoder(nn.Module):
 
         Returns:
             image (b, D) and image_views (V of (b, D)) when there are images; text and text_views when there are texts;
-            logit_scale (1,) and logit_bias (1,); image_temperature and text_temperature (b,) when there are both and
-            `temperatures` is set; image_features and text_features (b, width) of the first view when asked for.
+            logit_scale (1,) and logit_bias (1,); what `parts` makes of these; image_features and text_features
+            (b, width) of the first view when asked for.
         """
         device, dtype = self.logit_scale.device, self.logit_scale.dtype
         out: dict[str, Any] = {}
@@ -123,11 +122,7 @@ class DualEncoder(nn.Module):
                 out[f"{name}_features"] = raw[: len(views[0])]
         out["logit_scale"] = _at_least_float32(self.logit_scale).exp()
         out["logit_bias"] = _at_least_float32(self.logit_bias)
-        if self.temperatures is not None and images and texts:
-            out["image_temperature"], out["text_temperature"] = self.temperatures(
-                out["image"].detach(), out["text"].detach()
-            )
-        return out
+        return out if self.parts is None else {**out, **self.parts(out)}
 
     def _encode_images(self, images: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         raw = self.image_tower(self.normalise(images, dtype))
@@ -151,6 +146,20 @@ class DualEncoder(nn.Module):
             or any(part in name for part in POSITIONS)
         }
 
+    def take_parts(self, parts: nn.Module | None) -> None:
+        """Train an objective's parts beside the towers."""
+        self.parts = parts
+        for module in parts.modules() if parts is not None else ():
+            module.register_forward_hook(_copy_parameters)
+
+    def learning_rate_factors(self) -> dict[str, str]:
+        """Beginnings of parameters' names -> the key of optimizer.lr_factors, for parts that choose theirs."""
+        return {
+            name: getattr(module, "learning_rate_factor")  # noqa: B009 - of whatever module has one
+            for name, module in self.named_modules()
+            if hasattr(module, "learning_rate_factor")
+        }
+
     def blocks(self) -> dict[str, list[nn.Module]]:
         """The blocks that activation recomputation can wrap, by tower."""
         return {"image": blocks(self.image_tower), "text": blocks(self.text_tower)}
@@ -159,6 +168,18 @@ class DualEncoder(nn.Module):
         """Recompute none, all ("full"), or every k-th block of each tower in backward. Does not change results."""
         set_recomputation(self.image_tower, image)
         set_recomputation(self.text_tower, text)
+
+
+def _copy_parameters(module: nn.Module, inputs: Any, outputs: Any) -> Any:
+    """Copies in place of parameters that a module returns as they are: ZeRO's stage 3 empties them after its forward.
+
+    A forward hook, which runs before DeepSpeed's, as it is there before.
+    """
+    if isinstance(outputs, dict):
+        return {name: _copy_parameters(module, inputs, output) for name, output in outputs.items()}
+    if isinstance(outputs, tuple | list):
+        return tuple(_copy_parameters(module, inputs, output) for output in outputs)
+    return outputs.clone() if isinstance(outputs, nn.Parameter) else outputs
 
 
 def _at_least_float32(x: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from amclr_scale.errors import UserError
 
 CLASSIFIERS = ("fc.", "head.", "heads.", "classifier.")  # what a classification checkpoint has and a tower has not
+OF_OBJECTIVES = ("parts.", "temperatures.")  # what an objective trained beside the towers; the second before 0.2
 NESTED = ("state_dict", "model")  # where training scripts put the weights inside what they save
 
 

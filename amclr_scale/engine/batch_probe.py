@@ -19,14 +19,13 @@ from amclr_scale import objectives
 from amclr_scale.config.schema import Config
 from amclr_scale.data.loader import TrainLoader
 from amclr_scale.distributed.launcher import RankInfo
-from amclr_scale.engine.gradient_cache import SHARED, as_embeddings, flat_outputs
 from amclr_scale.engine.micro_batches import on_device, split
 from amclr_scale.engine.random_state import RandomState
 from amclr_scale.errors import UserError
 from amclr_scale.objectives.base import Objective, numbers
 from amclr_scale.objectives.whole_set import compare_with_whole_set
 from amclr_scale.similarity import all_gather
-from amclr_scale.types import Batch, Embeddings
+from amclr_scale.types import Batch, Embeddings, flatten, is_shared
 
 ANOTHER_SEED = 1_000_003  # added to the run's: the probe is not what training begins with
 
@@ -101,19 +100,17 @@ class Probe:
 
     def _whole(self, objective: Objective) -> Objective:
         """One that has seen nothing yet, for a data set of K samples."""
-        options = {key: value for key, value in self.config.objective.items() if key not in ("name", "num_texts")}
-        options |= {**objective.whole_set_options, "num_samples": self.config.run.probe.samples}
-        whole = objectives.create(objective.name, sample_state="replicated", **options)
-        return whole.to(self.device)
+        changes = {**objective.whole_set_options, "num_samples": self.config.run.probe.samples}
+        section = objectives.without_sizes(self.config.objective)
+        return objectives.from_section(section, "replicated", **changes).to(self.device)
 
     @torch.no_grad()
     def _encode(self, engine: Any) -> Embeddings:
         """All K embeddings, on every rank."""
         parts: dict[str, list[Tensor]] = {}
         for micro_batch in on_device(split(self.batch, *self.micro_batch_sizes), self.device):
-            for name, output in flat_outputs(engine(micro_batch.images, micro_batch.texts)).items():
+            for name, output in flatten(engine(micro_batch.images, micro_batch.texts)).items():
                 parts.setdefault(name, []).append(output)
-        rows = {name: found[0] if name in SHARED else all_gather(torch.cat(found)) for name, found in parts.items()}
-        ids = all_gather(self.batch.ids.to(self.device))
-        text_ids = None if self.batch.text_ids is None else all_gather(self.batch.text_ids.to(self.device))
-        return as_embeddings(rows, ids, text_ids)
+        rows = {name: found[0] if is_shared(name) else all_gather(torch.cat(found)) for name, found in parts.items()}
+        beside = {name: all_gather(found.to(self.device)) for name, found in self.batch.beside().items()}
+        return Embeddings.from_flat({**rows, **beside})

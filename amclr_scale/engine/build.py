@@ -98,11 +98,9 @@ def build_trainer(
     stage, first = config.execution.zero_stage, rank() == 0
     with shape_only(stage, rank()):
         model = model_of(config, inputs.tokenizer, weights=first or stage < 3)
-    options = {key: value for key, value in config.objective.items() if key != "name"}
-    objective = objectives.create(
-        config.objective["name"], num_samples=inputs.loader.num_samples,
-        sample_state=config.execution.sample_state, **options,
-    ).to(device)  # fmt: skip
+    objective = objectives.from_section(
+        config.objective, config.execution.sample_state, num_samples=inputs.loader.num_samples
+    ).to(device)
     adapt_to_objective(model, objective, config.model.embedding_width)
     prepare_towers(model, config.execution)
     flops = broadcast_object(count(model, *sample_views(config)) if first else None)
@@ -114,7 +112,8 @@ def build_trainer(
         distribution=similarity.distribution, cache_bytes=similarity.cache_mib * 2**20,
     )  # fmt: skip
     engine, optimizer = build_engine(
-        config, model, no_decay=model.no_weight_decay(), device=device, world_size=world_size, folder=folder
-    )
+        config, model, no_decay=model.no_weight_decay(), factors=model.learning_rate_factors(), device=device,
+        world_size=world_size, folder=folder,
+    )  # fmt: skip
     stopwatch.lap("engine")
     return Trainer(model, objective, engine, optimizer, flops)

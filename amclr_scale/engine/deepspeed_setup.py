@@ -1,6 +1,7 @@
 """DeepSpeed's configuration from ours, and an engine around the model."""
 
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,6 @@ from amclr_scale.metrics.devices import device_peak
 from amclr_scale.metrics.flops import ModelFlops
 from amclr_scale.metrics.throughput import Throughput
 from amclr_scale.objectives.base import Objective
-from amclr_scale.objectives.isogclr import ISogCLRNet
 from amclr_scale.precision import DTYPES
 
 REDUCE_BUCKET = 500_000_000  # DeepSpeed's default, in elements
@@ -72,10 +72,9 @@ def quieten() -> None:
 
 
 def adapt_to_objective(model: DualEncoder, objective: Objective, embedding_width: int) -> None:
-    """Let the model give what the objective reads: generated temperatures, embeddings of their own length."""
+    """Let the model give what the objective reads: outputs of its parts, embeddings of their own length."""
     model.unit_rows = objective.needs_unit_rows
-    if isinstance(objective, ISogCLRNet):
-        model.temperatures = objective.temperature_generators(embedding_width)
+    model.take_parts(objective.model_parts(objective.config, embedding_width))
 
 
 def prepare_towers(model: DualEncoder, execution: Execution) -> None:
@@ -99,6 +98,7 @@ def build_engine(
     model: nn.Module,
     *,
     no_decay: set[str],
+    factors: Mapping[str, str] | None = None,
     device: torch.device,
     world_size: int,
     folder: Path = Path(),
@@ -106,7 +106,8 @@ def build_engine(
     """`deepspeed.initialize` around the model, and who provides the optimizer.
 
     Parameters are broadcast from rank 0, and live on `device`. At stage 3 the model was built under `shape_only` or
-    whole, and other ranks than 0 get new Parameter objects. `folder` is the run's, for profiles.
+    whole, and other ranks than 0 get new Parameter objects. `folder` is the run's, for profiles. `no_decay` and
+    `factors` are the model's (`parameter_groups`).
     """
     quieten()
     leave_messages_to_gloo()  # for those who come with a process group of their own
@@ -122,7 +123,7 @@ def build_engine(
         model.to(device)
     else:
         partition(model, generated, DTYPES[config.execution.precision], device)
-    groups = parameter_groups(model.named_parameters(), no_decay, config.optimizer)
+    groups = parameter_groups(model.named_parameters(), no_decay, config.optimizer, factors)
     offload, stage = config.execution.offload != "none", config.execution.zero_stage
     optimizer, provider = build_optimizer(config.optimizer, groups, device, offload=offload, zero_stage=stage)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=generated, dist_init_required=False)

@@ -10,8 +10,9 @@ The graphs of the last `kept` micro-batches are kept in step 1 and need no step 
 forward costs (n - kept) / n of the first. When all are kept this is ordinary training, by the same lines of code.
 
 Everything the model returns is an output and is treated alike, whatever its name. Outputs that belong to no sample
-(the learned scale and bias) come with every micro-batch, which each push 1/n of their gradient: DeepSpeed's stage 3
-traces the order of parameters and is silently wrong where one is used in the last micro-batch only.
+(the learned scale and bias, what parts of the objective share) come with every micro-batch, which each push 1/n of
+their gradient: DeepSpeed's stage 3 traces the order of parameters and is silently wrong where one is used in the last
+micro-batch only.
 """
 
 from collections.abc import Callable, Mapping
@@ -24,12 +25,9 @@ from torch import Tensor
 from amclr_scale.engine.micro_batches import Views, on_device, split
 from amclr_scale.engine.random_state import RandomState
 from amclr_scale.metrics.phases import Phases
-from amclr_scale.types import Batch, Embeddings, Loss
+from amclr_scale.types import Batch, Embeddings, Loss, Outputs, flatten, is_shared, takes_gradient
 
-Outputs = dict[str, Tensor | Views]
 Encode = Callable[[Views, Views], Outputs]
-
-SHARED = ("logit_scale", "logit_bias")  # outputs of the whole model rather than of one sample
 
 
 @dataclass(frozen=True)
@@ -39,27 +37,6 @@ class CachedStep:
     loss: Loss
     leaves: Mapping[str, Tensor]
     embeddings: Embeddings  # the same leaves, as the objective saw them
-
-
-def flat_outputs(outputs: Outputs) -> dict[str, Tensor]:
-    """`image_views: (a, b)` becomes `image_views.0: a, image_views.1: b`."""
-    flat: dict[str, Tensor] = {}
-    for name, value in outputs.items():
-        if isinstance(value, tuple):
-            flat.update({f"{name}.{i}": part for i, part in enumerate(value)})
-        else:
-            flat[name] = value
-    return flat
-
-
-def as_embeddings(leaves: Mapping[str, Tensor], ids: Tensor, text_ids: Tensor | None) -> Embeddings:
-    def views(name: str) -> Views:
-        return tuple(leaf for key, leaf in leaves.items() if key.startswith(f"{name}."))
-
-    plain = {name: leaf for name, leaf in leaves.items() if "." not in name}
-    return Embeddings(
-        **plain, image_views=views("image_views"), text_views=views("text_views"), ids=ids, text_ids=text_ids
-    )
 
 
 def cached_backward(
@@ -100,20 +77,19 @@ def cached_backward(
         for index, micro_batch in enumerate(on_device(micro_batches, device)):
             states.append(RandomState(device))
             with nullcontext() if index >= first_kept else torch.no_grad():
-                outputs = flat_outputs(encode(micro_batch.images, micro_batch.texts))
+                outputs = flatten(encode(micro_batch.images, micro_batch.texts))
             if index >= first_kept:
                 graphs.append(outputs)
             for name, output in outputs.items():
-                parts.setdefault(name, []).append(output.detach())
+                if name not in parts or not is_shared(name):  # what is shared comes with every micro-batch
+                    parts.setdefault(name, []).append(output.detach())
 
     with phases("objective"):
-        leaves = {
-            name: (found[0].clone() if name in SHARED else torch.cat(found)).requires_grad_()
-            for name, found in parts.items()
-        }
-        ids = batch.ids.to(device, non_blocking=True)
-        text_ids = None if batch.text_ids is None else batch.text_ids.to(device, non_blocking=True)
-        embeddings = as_embeddings(leaves, ids, text_ids)
+        leaves = {name: found[0].clone() if is_shared(name) else torch.cat(found) for name, found in parts.items()}
+        for name, leaf in leaves.items():
+            leaf.requires_grad_(leaf.is_floating_point() and takes_gradient(name))
+        beside = {name: rows.to(device, non_blocking=True) for name, rows in batch.beside().items()}
+        embeddings = Embeddings.from_flat({**leaves, **beside})
         loss = objective(embeddings)
         loss.value.backward()
 
@@ -122,7 +98,7 @@ def cached_backward(
         with phases("pass_2"):
             for index, micro_batch in enumerate(on_device(micro_batches[:first_kept], device)):
                 with states[index], again():
-                    outputs = flat_outputs(encode(micro_batch.images, micro_batch.texts))
+                    outputs = flatten(encode(micro_batch.images, micro_batch.texts))
                 backward(
                     _surrogate(outputs, leaves, micro_batch.rows, len(micro_batches)), index == len(micro_batches) - 1
                 )
@@ -140,7 +116,7 @@ def cached_backward(
 def _surrogate(outputs: dict[str, Tensor], leaves: Mapping[str, Tensor], rows: slice, num_micro_batches: int) -> Tensor:
     """A number whose gradient with respect to this micro-batch's outputs is their cached gradient."""
     terms = [
-        (output * (gradient / num_micro_batches if name in SHARED else gradient[rows])).sum()
+        (output * (gradient / num_micro_batches if is_shared(name) else gradient[rows])).sum()
         for name, output in outputs.items()
         if (gradient := leaves[name].grad) is not None
     ]

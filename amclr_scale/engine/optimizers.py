@@ -6,7 +6,7 @@ Elementwise rules (adamw, sgd, lion, nadam, radam) do not see how ZeRO cuts para
 are ours (engine/zero/layerwise.py): a library's would be silently wrong on ZeRO's flat shards.
 """
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,25 +28,32 @@ PARTS = {
     "text_head": "heads",
     "logit_scale": "temperature",
     "logit_bias": "temperature",
-    "temperatures": "temperature",
+    "parts": "heads",  # of the objective
 }
 
 
 def parameter_groups(
-    named_parameters: Iterable[tuple[str, nn.Parameter]], no_decay: Collection[str], optimizer: Optimizer
+    named_parameters: Iterable[tuple[str, nn.Parameter]],
+    no_decay: Collection[str],
+    optimizer: Optimizer,
+    factors: Mapping[str, str] | None = None,
 ) -> Groups:
     """Groups by learning-rate factor and by whether weight decay applies (never to biases, norms, scale and bias).
 
     Each group's `lr_factor` multiplies the schedule. `layerwise`: its parameters are of those that weight decay applies
     to, however large it is; LAMB and LARS rescale their steps. Groups, and parameters in them, come in the order in
     which ZeRO's flat buffers align them (engine/zero/alignment.py).
+
+    Args:
+        factors: beginnings of names -> key of lr_factors, over those of `PARTS`; the longest that fits counts.
     """
+    known = {**PARTS, **(factors or {})}
     groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
     for name, parameter in named_parameters:
         if not parameter.requires_grad:
             continue
-        part = PARTS.get(name.partition(".")[0])
-        factor = getattr(optimizer.lr_factors, part) if part else 1.0
+        fitting = [beginning for beginning in known if name == beginning or name.startswith(f"{beginning}.")]
+        factor = getattr(optimizer.lr_factors, known[max(fitting, key=len)]) if fitting else 1.0
         groups.setdefault((factor, name not in no_decay), []).append(parameter)
     return [
         {

@@ -23,7 +23,7 @@ from amclr_scale.config.schema import Config, Data
 from amclr_scale.data.tokenizers import load_tokenizer
 from amclr_scale.encoders.build import build_model
 from amclr_scale.encoders.dual_encoder import Normalise
-from amclr_scale.encoders.weights import load_weights
+from amclr_scale.encoders.weights import OF_OBJECTIVES, load_weights
 from amclr_scale.errors import UserError
 from amclr_scale.torchvision_ops import import_torchvision
 
@@ -99,7 +99,7 @@ def _ours(name: str) -> Loaded:
             f"checkpoint: expected a run folder with config.yaml and weights.safetensors, open_clip/ARCHITECTURE:FILE "
             f"or transformers/FOLDER, got {name}: {missing[0]} does not exist"
         )
-    config = _with_own_files(load(folder / "config.yaml"), folder)
+    config = _with_own_files(load(folder / "config.yaml", trusted=False), folder)
     data = config.data
     tokenizer = load_tokenizer(data.tokenizer, data.context_length)
     tokenizer.check_saved(Path(data.tokenizer))
@@ -116,7 +116,7 @@ def _ours(name: str) -> Loaded:
         image_mean=data.image_mean,
         image_std=data.image_std,
     )
-    load_weights(model, str(weights), key="checkpoint", prefix="", extra=("temperatures.",))
+    load_weights(model, str(weights), key="checkpoint", prefix="", extra=OF_OBJECTIVES)
     return Loaded(folder.name, model, config, folder, state=folder / "objective.safetensors")
 
 

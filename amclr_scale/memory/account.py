@@ -20,7 +20,7 @@ from typing import Protocol
 
 import torch
 
-from amclr_scale import objectives
+from amclr_scale.config.objective_options import declared
 from amclr_scale.config.schema import Config
 from amclr_scale.distributed.launcher import ranks_on_node
 from amclr_scale.engine.batch_plan import Plan, make_plan
@@ -31,7 +31,6 @@ from amclr_scale.memory.passes import Passes
 from amclr_scale.memory.state import Groups, state_components
 from amclr_scale.memory.towers import skeleton
 from amclr_scale.memory.units import in_words
-from amclr_scale.objectives.isogclr import ISogCLRNet
 from amclr_scale.similarity import Group, Settings
 from amclr_scale.similarity.distribution import choose
 from amclr_scale.similarity.settings import Distribution
@@ -198,13 +197,9 @@ def _sizes(recipe: str) -> tuple[Groups, int]:
     """Elements of each trained parameter by optimizer group, and bytes of buffers."""
     config = Config.model_validate_json(recipe)
     model = skeleton(config)
-    options = {key: value for key, value in config.objective.items() if key != "name"}
-    if objectives.Objective.registry[config.objective["name"]].needs_temperatures:
-        with torch.device("meta"):
-            made = objectives.create(config.objective["name"], num_samples=1, **options)
-            assert isinstance(made, ISogCLRNet)
-            model.temperatures = made.temperature_generators(config.model.embedding_width)
-    groups = parameter_groups(model.named_parameters(), model.no_weight_decay(), config.optimizer)
+    groups = parameter_groups(
+        model.named_parameters(), model.no_weight_decay(), config.optimizer, model.learning_rate_factors()
+    )
     elements = tuple(tuple(p.numel() for p in group["params"]) for group in groups)
     return elements, sum(buffer.nbytes for buffer in model.buffers())
 
@@ -214,7 +209,7 @@ def _objective_components(config: Config, plan: Plan, num_samples: int, device: 
     execution, b, W = config.execution, plan.local_batch_size, plan.world_size
     similarity = execution.similarity
     state, layout = sample_state_bytes(config.objective, num_samples, W, execution.sample_state)
-    group = config.objective.get("group_size")
+    group = declared(config.objective).group_size
     memory = objective_memory(
         config.objective, width=config.model.embedding_width, world_size=W, gather=similarity.gather,
         distribution=_distribution(config, W, b, device), layout=layout,

@@ -28,12 +28,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from amclr_scale import objectives
+from amclr_scale.declarations import KINDS
 from amclr_scale.memory.tracker import Tracker
 from amclr_scale.objectives.base import Layout, Objective
 from amclr_scale.objectives.sample_state import SampleState
 from amclr_scale.similarity import settings
 from amclr_scale.similarity.settings import Distribution, Gather
-from amclr_scale.types import Embeddings
+from amclr_scale.types import Embeddings, flatten, takes_gradient
 
 GROUPS_TRACED = 4  # of more groups inside a rank, so many: each adds what the others did
 PRIMES = (13, 11)  # c; the first that does not divide D
@@ -135,11 +136,9 @@ def _state(key: str, num_samples: int, world_size: int, layout: Layout) -> int:
 
 
 def create(key: str, num_samples: int, layout: Layout, group_size: int | None) -> Objective:
-    options = json.loads(key)
-    name = options.pop("name")
-    if group_size is not None:
-        options["group_size"] = group_size
-    return objectives.create(name, num_samples=num_samples, sample_state=layout, **options)
+    section = json.loads(key)
+    changes = {} if group_size is None else {str(objectives.class_of(section).group_option): group_size}
+    return objectives.from_section(section, layout, num_samples=num_samples, **changes)
 
 
 @lru_cache(maxsize=256)
@@ -236,28 +235,33 @@ def _moments(objective: Objective, embeddings: Embeddings, areas: tuple[int, int
 
 
 def tensors_of(embeddings: Embeddings) -> list[Tensor]:
-    single = (embeddings.image, embeddings.text, embeddings.ids, embeddings.logit_scale, embeddings.logit_bias)
-    temperatures = (embeddings.image_temperature, embeddings.text_temperature)
-    return [x for x in (*single, *temperatures, *embeddings.image_views, *embeddings.text_views) if x is not None]
+    return list(embeddings.flat().values())
 
 
 def random_embeddings(objective: Objective, rows: int, width: int, world_size: int) -> Embeddings:
+    """All that the objective reads, outputs of its parts among it, as leaves: random rows of a rank."""
     torch.manual_seed(0)
+    made: dict[str, Any] = {name: _random(name, rows, width) for name in ("image", "text", *objective.inputs)}
+    for name, kind in KINDS.items():
+        if kind.several and name in objective.inputs:
+            made[name] = tuple(_random(name, rows, width) for _ in range(objective.inputs.count(name)))
+    made["logit_scale"], made["logit_bias"] = torch.full((1,), 10.0), torch.full((1,), -10.0)
+    parts = objective.model_parts(objective.config, width)
+    if parts is not None:
+        with torch.no_grad():
+            made |= parts(made)
+    made["ids"] = torch.arange(rows) * world_size  # of samples whose state this rank holds: nobody else answers
+    leaves = {name: x.detach().clone() for name, x in flatten(made).items()}
+    for name, leaf in leaves.items():
+        leaf.requires_grad_(leaf.is_floating_point() and takes_gradient(name))
+    return Embeddings.from_flat(leaves)
 
-    def one() -> Tensor:
-        return F.normalize(torch.randn(rows, width), dim=1).requires_grad_()
 
-    def per_sample() -> Tensor | None:
-        return torch.full((rows,), 0.02).requires_grad_() if objective.needs_temperatures else None
-
-    return Embeddings(
-        image=one(),
-        text=one(),
-        ids=torch.arange(rows) * world_size,  # of samples whose state this rank holds: nobody else answers
-        logit_scale=torch.full((1,), 10.0).requires_grad_(),
-        logit_bias=torch.full((1,), -10.0).requires_grad_(),
-        image_views=tuple(one() for _ in range(objective.needs_views)),
-        text_views=tuple(one() for _ in range(objective.needs_views)),
-        image_temperature=per_sample(),
-        text_temperature=per_sample(),
-    )
+def _random(name: str, rows: int, width: int) -> Tensor:
+    """Rows of a kind of input."""
+    kind, sizes = KINDS[name], {"D": width}
+    shape = [sizes[side] if isinstance(side, str) else side for side in kind.shape]
+    if kind.dtype == "float":
+        x = torch.randn(rows, *shape)
+        return F.normalize(x, dim=-1) if shape else x
+    return torch.ones(rows, *shape, dtype=getattr(torch, kind.dtype))

@@ -83,11 +83,11 @@ class Passes:
         self.widening = widening(config, plan)
         cut = config.execution.zero_stage == 3 and plan.world_size > 1
         self.towers: dict[Modality, Tower] = {m: trace(config, m, device, partitioned=cut) for m in MODALITIES}
-        views = {"image": 1 + config.data.image_views, "text": 1 + config.data.text_views}
-        self._row = {m: 4 * config.model.embedding_width * views[m] for m in MODALITIES}  # bytes of a sample's outputs
+        self._row = {m: self.towers[m].outputs for m in MODALITIES}  # bytes of a sample's outputs
         self.kept = _kept(config, plan)
         self._without, self._with = _cut(list(_runs(plan)), plan.micro_batches - self.kept)
-        self.leaf_bytes = plan.local_batch_size * sum(self._row.values())
+        shared = max(tower.shared for tower in self.towers.values())
+        self.leaf_bytes = plan.local_batch_size * sum(self._row.values()) + shared
         self._replay = self._follow(config, device, sizes) if cut else None
 
     def _follow(self, config: Config, device: str, trained: Sequence[int]) -> Replay:

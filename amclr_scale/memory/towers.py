@@ -23,6 +23,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from amclr_scale import objectives
 from amclr_scale.config import schema
 from amclr_scale.data.tokenizers import load_tokenizer
 from amclr_scale.encoders.build import build_model
@@ -33,6 +34,7 @@ from amclr_scale.memory.tracker import Tracker
 from amclr_scale.memory.zero3.coordinator import Visit
 from amclr_scale.memory.zero3.hooks import Events, Visits
 from amclr_scale.precision import DTYPES
+from amclr_scale.types import flatten, is_shared
 
 Modality = Literal["image", "text"]
 Partitioned = Literal["no", "yes", "plain linear"]  # whether stage 3 cuts parameters, and which linear layers it leaves
@@ -149,11 +151,15 @@ class Tower:
         with_graph: forward and backward.
         without_graph: the forward alone, as in the first pass of the gradient cache.
         flops: floating-point operations of one sample's forward, all of its views.
+        outputs: bytes of what the model gives per sample, embeddings of all views and outputs of an objective's parts.
+        shared: bytes of what such parts give once for all samples.
     """
 
     with_graph: Timeline
     without_graph: Timeline
     flops: float
+    outputs: int
+    shared: int
 
 
 def trace(config: schema.Config, modality: Modality, device: str = "cuda", *, partitioned: bool = False) -> Tower:
@@ -185,9 +191,10 @@ def _parameter_sizes(key: str) -> tuple[int, ...]:
 
 
 def _key(config: schema.Config) -> str:
-    """What the towers depend on."""
+    """What the towers depend on; an objective's parts are traced with that tower whose outputs they read."""
     data = {"tokenizer", "context_length", "image_size", "image_views", "text_views"}
-    return json.dumps({"model": config.model.model_dump(mode="json"), "data": config.data.model_dump(include=data)})
+    found = {"model": config.model.model_dump(mode="json"), "data": config.data.model_dump(include=data)}
+    return json.dumps(found | ({"objective": config.objective} if objectives.has_parts(config.objective) else {}))
 
 
 @lru_cache(maxsize=16)
@@ -203,6 +210,9 @@ def _skeleton(key: str) -> DualEncoder:
             context_length=data["context_length"], image_size=data["image_size"],
             image_mean=(0.0, 0.0, 0.0), image_std=(1.0, 1.0, 1.0), weights=False,
         )  # fmt: skip
+    if "objective" in recipe:
+        with torch.device("meta"):
+            model.take_parts(objectives.parts_of(recipe["objective"], recipe["model"]["embedding_width"]))
     return model.to("meta")
 
 
@@ -254,7 +264,11 @@ def _traced(
         with_graph = _record(model, modality, inputs, visits)
         if visits is not None:
             visits.close()
-    return Tower(_timeline(with_graph, m), _timeline(without_graph, m), counter.get_total_flops() / m)
+    per_sample = sum(size for name, size in with_graph.outputs.items() if not is_shared(name)) // m
+    shared = sum(size for name, size in with_graph.outputs.items() if name.startswith("shared."))
+    return Tower(
+        _timeline(with_graph, m), _timeline(without_graph, m), counter.get_total_flops() / m, per_sample, shared
+    )
 
 
 def _copy_of(model: DualEncoder) -> DualEncoder:
@@ -279,6 +293,7 @@ class _Recording:
     events: Events
     gradients: dict[int, int]  # the storages in which parameters' gradients ended, and the event at which each came
     forward_end: int
+    outputs: dict[str, int]  # bytes by flat name
     visits: tuple[Visit, ...] = ()
 
 
@@ -297,6 +312,7 @@ def _record(
     tracker.add([*model.parameters(), *model.buffers(), *inputs], "before")
     events.clear()
     came, gradients, forward_end = dict[int, int](), dict[int, int](), 0
+    sizes = dict[str, int]()
     parameters = list(model.parameters())
     hooks = [p.register_hook(lambda _, number=n: came.update({number: len(events)})) for n, p in enumerate(parameters)]
     with nullcontext() if visits is None else visits.listen(events):
@@ -308,10 +324,13 @@ def _record(
             with tracker:
                 outputs = _encode(model, modality, inputs)
                 forward_end = len(events)
-                rows = [outputs[modality], *outputs[f"{modality}_views"]]
+                flat = flatten(outputs)
+                del outputs
+                rows = [x for name, x in flat.items() if x.requires_grad and name not in ("logit_scale", "logit_bias")]
                 terms = [(x * torch.empty_like(x)).sum() for x in rows]
                 torch.stack(terms).sum().backward()
-                del outputs, rows, terms
+                sizes = {name: x.nbytes for name, x in flat.items()}
+                del flat, rows, terms
             gradients = {
                 p.grad.untyped_storage()._cdata: came[n] for n, p in enumerate(parameters) if p.grad is not None
             }
@@ -320,10 +339,10 @@ def _record(
         parameter.grad = None
         hook.remove()
     if visits is None:
-        return _Recording(recorded, gradients, forward_end)
+        return _Recording(recorded, gradients, forward_end, sizes)
     kept, seen, numbering = visits.take(recorded)
     gradients = {storage: numbering[at] for storage, at in gradients.items()}
-    return _Recording(kept, gradients, numbering[forward_end], seen)
+    return _Recording(kept, gradients, numbering[forward_end], sizes, seen)
 
 
 def _timeline(recording: _Recording, m: int) -> Timeline:

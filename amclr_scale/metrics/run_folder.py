@@ -1,5 +1,7 @@
 """A run's folder: config.yaml, environment.json, metrics.jsonl, evaluation.json, learning_curve.png, weights.
 
+An objective that is in a file outside the package leaves a copy of it there, objective.py, which config.yaml names.
+
 Imports no torch: whether the folder can be written is checked before any process group starts.
 """
 
@@ -15,11 +17,13 @@ from typing import Any
 import psutil
 
 from amclr_scale.config.load import dump, recipe_hash
+from amclr_scale.config.objective_options import digest, source_of
 from amclr_scale.config.schema import Config
 from amclr_scale.errors import UserError
 
 PACKAGES = ("amclr_scale", "torch", "torchvision", "deepspeed", "transformers", "timm", "webdataset", "numpy", "triton")
 METRICS = "metrics.jsonl"
+MODULE = "objective.py"
 DROPPED = "metrics_dropped.jsonl"
 
 
@@ -116,7 +120,7 @@ def create(folder: Path, config: Config, device: str, world_size: int, resumed_a
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.yaml").write_text(f"# recipe {recipe_hash(config)}\n{dump(config)}")
+        (folder / "config.yaml").write_text(f"# recipe {recipe_hash(config)}\n{dump(keep_module(folder, config))}")
         file, now = folder / "environment.json", environment(device, world_size)
         if resumed_at is not None:
             first = json.loads(file.read_text("utf-8")) if file.exists() else {}
@@ -125,6 +129,23 @@ def create(folder: Path, config: Config, device: str, world_size: int, resumed_a
         file.write_text(json.dumps(now, indent=1) + "\n")
     except OSError as error:
         raise UserError(f"run.folder: {folder} cannot be written: {error}") from error
+
+
+def keep_module(folder: Path, config: Config) -> Config:
+    """Copy the file of an objective outside the package; returns the configuration that names the copy beside it.
+
+    Raises:
+        UserError: the file has changed since the configuration was read.
+        OSError: the copy cannot be written.
+    """
+    module = config.objective.get("module")
+    if module is None:
+        return config
+    text = source_of(Path(module))
+    if digest(text) != config.objective["module_sha256"]:
+        raise UserError(f"objective.module: {module} has changed since the configuration was read; start again")
+    (folder / MODULE).write_text(text, "utf-8")
+    return config.model_copy(update={"objective": {**config.objective, "module": MODULE}})
 
 
 def drop_records_after(folder: Path, step: int) -> None:

@@ -27,31 +27,58 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from amclr_scale.objectives.base import Layout, Objective, numbers, require
-from amclr_scale.objectives.estimator import check_gamma, gamma_at, log_moving_average, two_states, two_visits
+from amclr_scale.objectives.base import Layout, numbers, require
+from amclr_scale.objectives.estimator import (
+    EstimatorOptions,
+    KeepsEstimates,
+    log_moving_average,
+    two_states,
+    two_visits,
+)
 from amclr_scale.objectives.pairings import Pairings
 from amclr_scale.types import Embeddings, Loss
 
 State = Literal["per_pair", "shared_sequential", "shared_mean"]
 
 
-class PairedSogCLR(Objective):
-    """What AmCLR and xAmCLR share: the value, and the state."""
+@dataclass(frozen=True, kw_only=True)
+class PairedOptions(EstimatorOptions):
+    """Options of every objective over all pairings of views."""
 
-    needs_ids = True
+    temperature: float = 0.01  # fixed, shared by all samples; every sample's first one where it is learned
+    omega: int = 1  # further views per modality, 1 to 8
+    state: Literal["per_pair", "shared_sequential", "shared_mean"] = "per_pair"  # shared_sequential: as published
+    reduce: Literal["mean", "sum"] = "sum"  # sum: as published; mean: the scale of SogCLR for any omega
+
+    def __post_init__(self) -> None:
+        require(self.temperature > 0, "temperature", "a positive number", self.temperature)
+        super().__post_init__()
+
+
+class Paired(KeepsEstimates):
+    """An objective over all pairings of views."""
+
     whole_set_options: ClassVar[Mapping[str, Any]] = {"state": "per_pair"}
 
-    def __init__(self, config: "AmCLR.Config | XAmCLR.Config", pairings: Pairings, layout: Layout) -> None:
+    @staticmethod
+    def inputs_of(options: Any) -> Mapping[str, Any]:
+        return {"ids": True, "image_views": options.omega, "text_views": options.omega}
+
+
+class PairedSogCLR(Paired):
+    """What AmCLR and xAmCLR share: the value, and the state."""
+
+    def __init__(self, config: PairedOptions, pairings: Pairings, layout: Layout) -> None:
         super().__init__()
-        self.paired_config, self.pairings, self.needs_views = config, pairings, pairings.omega
+        self.config, self.pairings = config, pairings
         width = len(pairings.weights) if config.state == "per_pair" else 1
         self.image_state, self.text_state = two_states(
             config.num_samples, config.num_texts, {"log_u": -float("inf")}, layout, width=width
         )
 
     def forward(self, embeddings: Embeddings) -> Loss:
-        config, t = self.paired_config, self.paired_config.temperature
-        gamma = gamma_at(self.epoch, config.gamma, config.gamma_schedule, config.gamma_epochs)
+        config, t = self.config, self.config.temperature
+        gamma = config.gamma_at(self.epoch)
         sides = self.pairings.compare(embeddings, t, t)
         weights = sides[0].log_g.new_tensor(self.pairings.weights)  # (K,)
         if config.reduce == "mean":
@@ -71,22 +98,8 @@ class AmCLR(PairedSogCLR, name="amclr"):
     """SogCLR over all pairings of original and augmented images and texts."""
 
     @dataclass(frozen=True, kw_only=True)
-    class Config:
+    class Config(PairedOptions):
         """Options of `amclr`."""
-
-        num_samples: int  # images in the data set
-        num_texts: int | None = None  # texts in the data set, where that is another number
-        temperature: float = 0.01  # fixed, shared by all samples
-        gamma: float = 0.8  # weight of the newest batch in u
-        gamma_schedule: Literal["constant", "cosine"] = "constant"  # cosine: from 1 in epoch 0 to gamma
-        gamma_epochs: float | None = None  # epochs the cosine takes
-        omega: int = 1  # further views per modality, 1 to 8
-        state: Literal["per_pair", "shared_sequential", "shared_mean"] = "per_pair"  # shared_sequential: as published
-        reduce: Literal["mean", "sum"] = "sum"  # sum: as published; mean: the scale of SogCLR for any omega
-
-        def __post_init__(self) -> None:
-            require(self.temperature > 0, "temperature", "a positive number", self.temperature)
-            check_gamma(self.gamma, self.gamma_schedule, self.gamma_epochs)
 
     def __init__(self, config: Config, sample_state: Layout = "auto") -> None:
         super().__init__(config, Pairings(config.omega), sample_state)
@@ -96,23 +109,10 @@ class XAmCLR(PairedSogCLR, name="xamclr"):
     """AmCLR plus the pairings of a sample's views inside each modality."""
 
     @dataclass(frozen=True, kw_only=True)
-    class Config:
+    class Config(PairedOptions):
         """Options of `xamclr`."""
 
-        num_samples: int  # images in the data set
-        num_texts: int | None = None  # texts in the data set, where that is another number
-        temperature: float = 0.01  # fixed, shared by all samples
-        gamma: float = 0.8  # weight of the newest batch in u
-        gamma_schedule: Literal["constant", "cosine"] = "constant"  # cosine: from 1 in epoch 0 to gamma
-        gamma_epochs: float | None = None  # epochs the cosine takes
-        omega: int = 1  # further views per modality, 1 to 8
-        state: Literal["per_pair", "shared_sequential", "shared_mean"] = "per_pair"  # shared_sequential: as published
-        reduce: Literal["mean", "sum"] = "sum"  # sum: as published; mean: the scale of SogCLR for any omega
         intra_weight: float = 1.0  # weight of a pairing inside a modality, beside 1 for image with text
-
-        def __post_init__(self) -> None:
-            require(self.temperature > 0, "temperature", "a positive number", self.temperature)
-            check_gamma(self.gamma, self.gamma_schedule, self.gamma_epochs)
 
     def __init__(self, config: Config, sample_state: Layout = "auto") -> None:
         super().__init__(config, Pairings(config.omega, config.intra_weight), sample_state)

@@ -12,30 +12,30 @@ per modality, whose gradient is the weighted mean over entries of r_ik.
 Numerics: as in iSogCLR; everything exponential is kept as a logarithm.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 
-from amclr_scale.objectives.amclr import paired_average
-from amclr_scale.objectives.base import Layout, Objective, numbers, require
-from amclr_scale.objectives.estimator import check_gamma, gamma_at, two_states, two_visits
+from amclr_scale.objectives.amclr import Paired, PairedOptions, paired_average
+from amclr_scale.objectives.base import Layout, numbers
+from amclr_scale.objectives.estimator import two_states, two_visits
 from amclr_scale.objectives.pairings import Pairings
-from amclr_scale.objectives.temperatures import Descent, check_robust, temperature_gradient
+from amclr_scale.objectives.temperatures import RobustOptions, temperature_gradient
 from amclr_scale.types import Embeddings, Loss
 
 
-class PairedISogCLR(Objective):
+@dataclass(frozen=True, kw_only=True)
+class RobustPairedOptions(PairedOptions, RobustOptions):
+    """Options of both: with a shared state, one temperature as well."""
+
+
+class PairedISogCLR(Paired):
     """What AmCLR-DRO and xAmCLR-DRO share: the value, and the state."""
 
-    needs_ids = True
-    whole_set_options: ClassVar[Mapping[str, Any]] = {"state": "per_pair"}
-
-    def __init__(self, config: "AmCLRDRO.Config | XAmCLRDRO.Config", pairings: Pairings, layout: Layout) -> None:
+    def __init__(self, config: RobustPairedOptions, pairings: Pairings, layout: Layout) -> None:
         super().__init__()
-        self.paired_config, self.pairings, self.needs_views = config, pairings, pairings.omega
-        self.descent = _descent(config)
+        self.config, self.pairings = config, pairings
+        self.descent = config.descent()
         self.image_state, self.text_state = two_states(
             config.num_samples,
             config.num_texts,
@@ -45,8 +45,8 @@ class PairedISogCLR(Objective):
         )
 
     def forward(self, embeddings: Embeddings) -> Loss:
-        config, num_entries = self.paired_config, len(self.pairings.weights)
-        gamma = gamma_at(self.epoch, config.gamma, config.gamma_schedule, config.gamma_epochs)
+        config, num_entries = self.config, len(self.pairings.weights)
+        gamma = config.gamma_at(self.epoch)
         visits = two_visits(embeddings, self.image_state, self.text_state)
         olds = [visit.read() for visit in visits]
         image_t, text_t = (old["temperature"].expand(-1, num_entries) for old in olds)  # (b, K)
@@ -84,30 +84,8 @@ class AmCLRDRO(PairedISogCLR, name="amclr_dro"):
     """AmCLR with a learned temperature for every sample (and pairing)."""
 
     @dataclass(frozen=True, kw_only=True)
-    class Config:
+    class Config(RobustPairedOptions):
         """Options of `amclr_dro`."""
-
-        num_samples: int  # images in the data set
-        num_texts: int | None = None  # texts in the data set, where that is another number
-        temperature: float = 0.01  # every sample's first temperature
-        gamma: float = 0.8  # weight of the newest batch in u
-        gamma_schedule: Literal["constant", "cosine"] = "constant"  # cosine: from 1 in epoch 0 to gamma
-        gamma_epochs: float | None = None  # epochs the cosine takes
-        omega: int = 1  # further views per modality, 1 to 8
-        state: Literal["per_pair", "shared_sequential", "shared_mean"] = "per_pair"  # shared: one temperature as well
-        reduce: Literal["mean", "sum"] = "sum"  # over pairings
-        rho: float = 8.0  # radius of the robust loss
-        eta: float = 0.03  # step size of the temperatures
-        eta_schedule: Literal["constant", "cosine", "exponential"] = "constant"  # by epoch
-        eta_min: float = 0.0001  # where the schedules of eta end
-        eta_epochs: float | None = None  # epochs the cosine of eta takes
-        beta: float = 0.9  # weight of the newest gradient in the temperatures' moving average
-        gradient_clip: float = 5.0  # bound on a temperature's gradient
-        temperature_min: float = 0.005  # bounds of the temperatures
-        temperature_max: float = 0.05
-
-        def __post_init__(self) -> None:
-            _check(self)
 
     def __init__(self, config: Config, sample_state: Layout = "auto") -> None:
         super().__init__(config, Pairings(config.omega), sample_state)
@@ -117,51 +95,10 @@ class XAmCLRDRO(PairedISogCLR, name="xamclr_dro"):
     """xAmCLR with a learned temperature for every sample (and pairing)."""
 
     @dataclass(frozen=True, kw_only=True)
-    class Config:
+    class Config(RobustPairedOptions):
         """Options of `xamclr_dro`."""
 
-        num_samples: int  # images in the data set
-        num_texts: int | None = None  # texts in the data set, where that is another number
-        temperature: float = 0.01  # every sample's first temperature
-        gamma: float = 0.8  # weight of the newest batch in u
-        gamma_schedule: Literal["constant", "cosine"] = "constant"  # cosine: from 1 in epoch 0 to gamma
-        gamma_epochs: float | None = None  # epochs the cosine takes
-        omega: int = 1  # further views per modality, 1 to 8
-        state: Literal["per_pair", "shared_sequential", "shared_mean"] = "per_pair"  # shared: one temperature as well
-        reduce: Literal["mean", "sum"] = "sum"  # over pairings
         intra_weight: float = 1.0  # weight of a pairing inside a modality, beside 1 for image with text
-        rho: float = 8.0  # radius of the robust loss
-        eta: float = 0.03  # step size of the temperatures
-        eta_schedule: Literal["constant", "cosine", "exponential"] = "constant"  # by epoch
-        eta_min: float = 0.0001  # where the schedules of eta end
-        eta_epochs: float | None = None  # epochs the cosine of eta takes
-        beta: float = 0.9  # weight of the newest gradient in the temperatures' moving average
-        gradient_clip: float = 5.0  # bound on a temperature's gradient
-        temperature_min: float = 0.005  # bounds of the temperatures
-        temperature_max: float = 0.05
-
-        def __post_init__(self) -> None:
-            _check(self)
 
     def __init__(self, config: Config, sample_state: Layout = "auto") -> None:
         super().__init__(config, Pairings(config.omega, config.intra_weight), sample_state)
-
-
-def _check(config: AmCLRDRO.Config | XAmCLRDRO.Config) -> None:
-    require(config.temperature > 0, "temperature", "a positive number", config.temperature)
-    check_gamma(config.gamma, config.gamma_schedule, config.gamma_epochs)
-    _descent(config)
-    check_robust(config.rho, config.temperature, config.temperature_min, config.temperature_max)
-
-
-def _descent(config: AmCLRDRO.Config | XAmCLRDRO.Config) -> Descent:
-    return Descent(
-        config.eta,
-        config.beta,
-        config.gradient_clip,
-        config.temperature_min,
-        config.temperature_max,
-        config.eta_schedule,
-        config.eta_min,
-        config.eta_epochs,
-    )

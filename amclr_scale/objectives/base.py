@@ -10,31 +10,33 @@ import types
 import typing
 from collections.abc import Callable, Mapping
 from difflib import get_close_matches
+from functools import cached_property
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
+from amclr_scale.declarations import KINDS, Declarations, Inputs
 from amclr_scale.errors import UserError
 from amclr_scale.similarity import world_size
 from amclr_scale.types import Embeddings, Loss
 
 Layout = Literal["auto", "replicated", "sharded"]
 HALF = (torch.float16, torch.bfloat16)
+OUTSIDE = "amclr_scale_outside_"  # begins the module's name of an objective in a file outside the package
 
 
-class Objective(nn.Module):
+class Objective(Declarations, nn.Module):
     """Subclass as `class SogCLR(Objective, name="sogclr")`, with a nested frozen dataclass `Config`.
 
     The first line of the class's docstring is its description in `available()`. `Config` holds the options, each a
-    plain annotated literal (it is also read from source, without importing this package) and checks them together
-    in `__post_init__`.
+    plain annotated literal, and checks them together in `__post_init__`; a Config may inherit options from another.
+    Options and `Declarations` are also read from source, without importing this package (docs/objectives.md).
+    The constructor takes the Config, and `sample_state` where the objective keeps state per sample.
 
     Attributes:
-        needs_ids: reads `Embeddings.ids`, because it keeps state per sample.
-        needs_views: how many further image views and text views it reads.
+        config: the options; the constructor sets it.
         needs_unit_rows: embeddings must have unit length; False for VICReg, which needs them as they are.
-        needs_temperatures: reads `Embeddings.image_temperature` and `text_temperature`, which the model generates.
         whole_set_options: options that differ where one batch is the whole data set, for they only make up for its
             not being that (whole_set.py compares the two).
         epoch: samples seen / samples in the data set, as of the last `set_epoch`.
@@ -44,10 +46,7 @@ class Objective(nn.Module):
     name: ClassVar[str]
     Config: ClassVar[Callable[..., Any]]
 
-    needs_ids: bool = False
-    needs_views: int = 0
     needs_unit_rows: bool = True
-    needs_temperatures: bool = False
     whole_set_options: ClassVar[Mapping[str, Any]] = {}
     epoch: float = 0.0
     _lengths_seen: bool = False
@@ -55,9 +54,37 @@ class Objective(nn.Module):
     def __init_subclass__(cls, *, name: str | None = None, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         if name is not None:
-            assert name not in Objective.registry, f"two objectives are called {name}"
             cls.name = name
-            Objective.registry[name] = cls
+            if not cls.__module__.startswith(OUTSIDE):  # outside.py keeps those
+                assert name not in Objective.registry, f"two objectives are called {name}"
+                Objective.registry[name] = cls
+
+    @staticmethod
+    def model_parts(options: Any, width: int) -> nn.Module | None:
+        """Modules that are trained with the towers: a network that gives temperatures, prototypes, a predictor.
+
+        They live in the model as `parts`: saved, sharded by ZeRO and accounted like any other part of it. The module is
+        called in the model's forward with what it has made for a micro-batch, and returns outputs under names of its
+        own, which the objective finds in its embeddings, with gradient back into the parts, and through them:
+
+            forward({"image": (m, D), "image_views": V of (m, D), "text": ..., "logit_scale": (1,), ...})
+                -> {"image_temperature": (m,), "shared": {"prototypes": (M, D)}}
+
+        Rows of samples stand at the top; what is one for all samples stands under "shared". Images and texts may come
+        in calls of their own, so a part gives what it can make of what is there. Where something is random or has
+        statistics, it is per micro-batch. The learning-rate factor is `optimizer.lr_factors.heads`, or that which an
+        attribute `learning_rate_factor` of the module names.
+
+        Args:
+            options: the Config.
+            width: D, of the embeddings.
+        """
+        return None
+
+    @cached_property
+    def inputs(self) -> Inputs:
+        """What this one reads."""
+        return Inputs(self.inputs_of(self.config))
 
     def __call__(self, embeddings: Embeddings) -> Loss:
         """`forward`, after checking that the embeddings hold what this objective reads.
@@ -68,7 +95,8 @@ class Objective(nn.Module):
         """
         self._check(embeddings)
         self._check_lengths(embeddings)
-        loss: Loss = super().__call__(embeddings)
+        own = {name: getattr(embeddings, kind)[k] for name, kind, k in self.inputs.own_names()}
+        loss: Loss = super().__call__(dataclasses.replace(embeddings, **own) if own else embeddings)
         return loss
 
     def set_epoch(self, epoch: float) -> None:
@@ -105,20 +133,30 @@ class Objective(nn.Module):
                     f"embeddings.{field}: expected floating-point numbers, on the device of the images "
                     f"({image.device}), got {rows.dtype} on {rows.device}"
                 )
-        for field, views in (("image_views", embeddings.image_views), ("text_views", embeddings.text_views)):
-            if len(views) < self.needs_views:
-                raise UserError(
-                    f"embeddings.{field}: {self.name} needs {self.needs_views}, got {len(views)}; set data.{field}"
-                )
-            if any(view.shape != image.shape for view in views[: self.needs_views]):
-                raise UserError(f"embeddings.{field}: expected every view to have the shape {tuple(image.shape)}")
-        if self.needs_ids:
+        if "ids" in self.inputs:
             for field, ids in (("ids", embeddings.ids), ("text_ids", embeddings.text_ids)):
-                if ids is None and field == "ids":
-                    raise UserError(f"embeddings.ids: {self.name} keeps state per sample and needs them, got None")
                 if ids is not None and (ids.shape != image.shape[:1] or ids.dtype != torch.int64):
                     got = f"{tuple(ids.shape)} {ids.dtype}"
                     raise UserError(f"embeddings.{field}: expected ({len(image)},) torch.int64, got {got}")
+        flat = embeddings.flat()
+        for name in self.inputs:
+            self._check_input(name, [rows for key, rows in flat.items() if key.partition(".")[0] == name], image)
+
+    def _check_input(self, name: str, found: list[Tensor], image: Tensor) -> None:
+        """That so many tensors of a kind are there, a row per sample, and as wide as embeddings where they are some."""
+        kind, wanted = KINDS[name], self.inputs.count(name)
+        if len(found) < wanted:
+            fix = f"; set {kind.key}" if kind.key else ""
+            got = len(found) if kind.several else None
+            raise UserError(
+                f"embeddings.{name}: {self.name} needs {wanted if kind.several else 'them'}, got {got}{fix}"
+            )
+        for rows in found[:wanted]:
+            if kind.shape == ("D",) and rows.shape != image.shape:
+                which = "every view" if kind.several else "rows"
+                raise UserError(f"embeddings.{name}: expected {which} to have the shape {tuple(image.shape)}")
+            if not kind.shared and len(rows) != len(image):
+                raise UserError(f"embeddings.{name}: expected a row per sample, {len(image)}, got {len(rows)}")
 
 
 class FullPrecision(nn.Module):

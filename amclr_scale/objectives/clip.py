@@ -21,13 +21,14 @@ Numerics: log-sum-exp in float32 over blocks of similarities, centred on the pos
 loss of 1e-6 at t = 0.01 keeps its digits, and so does the temperature's gradient; mean_j l_ij needs only the mean key.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import product
 from typing import Any, ClassVar
 
 from torch import Tensor
 
+from amclr_scale.declarations import Equal
 from amclr_scale.distributed.collectives import Negatives
 from amclr_scale.objectives.base import (
     Objective,
@@ -45,6 +46,7 @@ class CLIP(Objective, name="clip"):
     """Two-way softmax cross-entropy over the batch (InfoNCE, ITC): the large-batch reference."""
 
     whole_set_options: ClassVar[Mapping[str, Any]] = {"group_size": None}
+    group_option: ClassVar[str | None] = "group_size"
 
     @dataclass(frozen=True, kw_only=True)
     class Config:
@@ -62,9 +64,33 @@ class CLIP(Objective, name="clip"):
             enough = self.group_size is None or self.group_size > 1
             require(enough, "group_size", "at least 2 pairs, or null for the whole batch", self.group_size)
 
+    @staticmethod
+    def inputs_of(options: Any) -> Mapping[str, Any]:
+        return {"image_views": options.omega, "text_views": options.omega}
+
+    @staticmethod
+    def negatives_of(options: Any, B: int) -> int:
+        return int(options.group_size or B) - 1
+
+    @staticmethod
+    def equals(options: Any, B: int) -> Equal | None:
+        if options.group_size != B:
+            return None
+        others = {key: getattr(options, key) for key in ("temperature", "label_smoothing", "omega")}
+        return Equal("clip", others, "one group is the whole batch")
+
+    @staticmethod
+    def mistakes_of(options: Any, B: int, b: int) -> Iterable[str]:
+        size = options.group_size
+        if size is not None and size > 0 and (B % size or (b % size and size % b)):
+            yield (
+                f"group_size: expected a divisor of train.global_batch_size = {B} that divides a rank's share of {b} "
+                f"or is a multiple of it, got {size}"
+            )
+
     def __init__(self, config: Config) -> None:
         super().__init__()
-        self.config, self.needs_views = config, config.omega
+        self.config = config
 
     def forward(self, embeddings: Embeddings) -> Loss:
         t = learned_temperature(embeddings, self.config.temperature)

@@ -22,7 +22,9 @@ of an embedding with its augmented view.
 Numerics: R is small where the modalities agree, so the sums lose nothing to cancellation; all in float32.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -50,10 +52,13 @@ class CyCLIP(Objective, name="cyclip"):
             require(self.lambda_in >= 0, "lambda_in", "a weight of at least 0", self.lambda_in)
             require(self.lambda_cross >= 0, "lambda_cross", "a weight of at least 0", self.lambda_cross)
 
+    @staticmethod
+    def inputs_of(options: Any) -> Mapping[str, Any]:
+        return {"image_views": int(options.inmodal), "text_views": int(options.inmodal)}
+
     def __init__(self, config: Config) -> None:
         super().__init__()
         self.config = config
-        self.needs_views = 1 if config.inmodal else 0
 
     def forward(self, embeddings: Embeddings) -> Loss:
         config, image, text = self.config, embeddings.image, embeddings.text

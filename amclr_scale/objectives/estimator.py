@@ -12,18 +12,54 @@ however small the temperature and however wide the gap between positives and neg
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from amclr_scale.objectives.base import Layout, at_least_float32, global_batch_size, require
+from amclr_scale.objectives.base import Layout, Objective, at_least_float32, global_batch_size, require
 from amclr_scale.objectives.sample_state import SampleState, Visit
 from amclr_scale.similarity import contrast, map_rows
 from amclr_scale.types import Embeddings
 
 Temperature = float | Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class EstimatorOptions:
+    """Options of every objective that keeps u for each sample."""
+
+    num_samples: int  # images in the data set
+    num_texts: int | None = None  # texts in the data set, where that is another number
+    gamma: float = 0.8  # weight of the newest batch in u
+    gamma_schedule: Literal["constant", "cosine"] = "constant"  # cosine: from 1 in epoch 0 to gamma
+    gamma_epochs: float | None = None  # epochs the cosine takes
+
+    def __post_init__(self) -> None:
+        require(0 < self.gamma <= 1, "gamma", "a weight in (0, 1]", self.gamma)
+        require(
+            self.gamma_schedule == "constant" or (self.gamma_epochs is not None and self.gamma_epochs > 0),
+            "gamma_epochs",
+            f"a positive number of epochs for the {self.gamma_schedule} schedule",
+            self.gamma_epochs,
+        )
+
+    def gamma_at(self, epoch: float) -> float:
+        """The weight of the newest batch in u."""
+        if self.gamma_schedule == "constant":
+            return self.gamma
+        assert self.gamma_epochs is not None, "__post_init__ refuses this"
+        return cosine_from_one(epoch, self.gamma, self.gamma_epochs)
+
+
+class KeepsEstimates(Objective):
+    """An objective with a table of images and one of texts."""
+
+    @staticmethod
+    def inputs_of(options: Any) -> Mapping[str, Any]:
+        return {"ids": True}
 
 
 @dataclass(frozen=True)
@@ -85,25 +121,6 @@ def cosine_from_one(epoch: float, last: float, num_epochs: float) -> float:
     """1 in epoch 0, down half a cosine to `last` after `num_epochs`; one value per epoch, as published."""
     progress = min(math.floor(epoch) / num_epochs, 1.0)
     return last + (1 - last) * (1 + math.cos(math.pi * progress)) / 2
-
-
-def gamma_at(epoch: float, gamma: float, schedule: Literal["constant", "cosine"], num_epochs: float | None) -> float:
-    """The weight of the newest batch in u."""
-    if schedule == "constant":
-        return gamma
-    assert num_epochs is not None, "check_gamma refuses this"
-    return cosine_from_one(epoch, gamma, num_epochs)
-
-
-def check_gamma(gamma: float, schedule: str, num_epochs: float | None) -> None:
-    """Raise where the options of `gamma_at` are out of range or do not fit together."""
-    require(0 < gamma <= 1, "gamma", "a weight in (0, 1]", gamma)
-    require(
-        schedule == "constant" or (num_epochs is not None and num_epochs > 0),
-        "gamma_epochs",
-        f"a positive number of epochs for the {schedule} schedule",
-        num_epochs,
-    )
 
 
 def two_states(

@@ -31,12 +31,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from amclr_scale.objectives.base import Layout, Objective, at_least_float32, learned_temperature, numbers, require
+from amclr_scale.objectives.base import Layout, at_least_float32, learned_temperature, numbers, require
 from amclr_scale.objectives.estimator import (
     Centred,
+    EstimatorOptions,
+    KeepsEstimates,
     centred,
-    check_gamma,
-    gamma_at,
     log_moving_average,
     two_states,
     two_visits,
@@ -50,17 +50,13 @@ BETA1, BETA2, ADAM_EPS = 0.9, 0.999, 1e-8
 LOG_UNSEEN = math.log(1e-35)  # compat: a smaller u counts as never visited
 
 
-class FastCLIP(Objective, name="fastclip"):
+class FastCLIP(KeepsEstimates, name="fastclip"):
     """Global contrastive loss with a falling inner step and a temperature global or per sample, fixed or learned."""
 
-    needs_ids = True
-
     @dataclass(frozen=True, kw_only=True)
-    class Config:
+    class Config(EstimatorOptions):
         """Options of `fastclip`."""
 
-        num_samples: int  # images in the data set
-        num_texts: int | None = None  # texts in the data set, where that is another number
         version: Literal["v0", "v1", "v2", "v3"] = "v3"  # see above
         temperature: float | None = None  # v1: fixed (null: 0.07); v2: every sample's first (null: 0.03); v0, v3: null
         gamma: float = 0.2  # weight of the newest batch in u, at the end of the schedule
@@ -75,7 +71,7 @@ class FastCLIP(Objective, name="fastclip"):
         compat: bool = False  # reproduce the published code, its faults included
 
         def __post_init__(self) -> None:
-            check_gamma(self.gamma, self.gamma_schedule, self.gamma_epochs)
+            super().__post_init__()
             learned = self.version in ("v0", "v3")
             require(
                 self.temperature is None or (not learned and self.temperature > 0),
@@ -161,7 +157,7 @@ class FastCLIP(Objective, name="fastclip"):
         config = self.config
         if config.compat and self.epoch < 1:
             return 1.0
-        return gamma_at(self.epoch, config.gamma, config.gamma_schedule, config.gamma_epochs)
+        return config.gamma_at(self.epoch)
 
     def _average(self, side: Centred, old: dict[str, Tensor], anchors: Tensor, keys: Tensor) -> dict[str, Tensor]:
         """The next log u, and with it the bound on exponents that compat v2 subtracts."""

@@ -19,66 +19,30 @@ from typing import Literal
 
 from torch import Tensor
 
-from amclr_scale.objectives.base import Layout, Objective, at_least_float32, numbers, require
+from amclr_scale.objectives.base import Layout, at_least_float32, numbers, require
 from amclr_scale.objectives.estimator import (
+    EstimatorOptions,
+    KeepsEstimates,
     centred,
-    check_gamma,
-    gamma_at,
     log_moving_average,
     two_states,
     two_visits,
 )
 from amclr_scale.objectives.temperature_generator import TempGenerator, TempGenerators
-from amclr_scale.objectives.temperatures import Descent, check_robust, temperature_gradient
+from amclr_scale.objectives.temperatures import RobustOptions, temperature_gradient
 from amclr_scale.similarity import map_rows
 from amclr_scale.types import Embeddings, Loss
 
 
-class ISogCLR(Objective, name="isogclr"):
+class ISogCLR(KeepsEstimates, name="isogclr"):
     """Robust global contrastive loss: SogCLR with a learned temperature for every sample."""
 
-    needs_ids = True
-
     @dataclass(frozen=True, kw_only=True)
-    class Config:
+    class Config(RobustOptions):
         """Options of `isogclr`."""
 
-        num_samples: int  # images in the data set
-        num_texts: int | None = None  # texts in the data set, where that is another number
-        temperature: float = 0.01  # every sample's first temperature
-        gamma: float = 0.8  # weight of the newest batch in u
-        gamma_schedule: Literal["constant", "cosine"] = "constant"  # cosine: from 1 in epoch 0 to gamma
-        gamma_epochs: float | None = None  # epochs the cosine takes
-        rho: float = 8.0  # radius of the robust loss: the KL divergence that temperatures aim at
-        eta: float = 0.03  # step size of the temperatures
-        eta_schedule: Literal["constant", "cosine", "exponential"] = "constant"  # by epoch
-        eta_min: float = 0.0001  # where the schedules of eta end
-        eta_epochs: float | None = None  # epochs the cosine of eta takes
-        beta: float = 0.9  # weight of the newest gradient in the temperatures' moving average
-        gradient_clip: float = 5.0  # bound on a temperature's gradient
-        temperature_min: float = 0.005  # bounds of the temperatures
-        temperature_max: float = 0.05
         surrogate: Literal["none", "squared_hinge"] = "none"  # squared_hinge: max(0, h + margin)^2 in place of h
         margin: float = 1.0  # c of the squared hinge
-
-        def __post_init__(self) -> None:
-            require(self.temperature > 0, "temperature", "a positive number", self.temperature)
-            check_gamma(self.gamma, self.gamma_schedule, self.gamma_epochs)
-            self.descent()
-            check_robust(self.rho, self.temperature, self.temperature_min, self.temperature_max)
-
-        def descent(self) -> Descent:
-            """The temperatures' rule."""
-            return Descent(
-                self.eta,
-                self.beta,
-                self.gradient_clip,
-                self.temperature_min,
-                self.temperature_max,
-                self.eta_schedule,
-                self.eta_min,
-                self.eta_epochs,
-            )
 
     def __init__(self, config: Config, sample_state: Layout = "auto") -> None:
         super().__init__()
@@ -88,7 +52,7 @@ class ISogCLR(Objective, name="isogclr"):
 
     def forward(self, embeddings: Embeddings) -> Loss:
         config = self.config
-        gamma = gamma_at(self.epoch, config.gamma, config.gamma_schedule, config.gamma_epochs)
+        gamma = config.gamma_at(self.epoch)
         visits = two_visits(embeddings, self.image_state, self.text_state)
         olds = [visit.read() for visit in visits]
         image_t, text_t = (old["temperature"] for old in olds)  # (b,)
@@ -119,21 +83,13 @@ class ISogCLR(Objective, name="isogclr"):
         )
 
 
-class ISogCLRNet(Objective, name="isogclr_net"):
+class ISogCLRNet(KeepsEstimates, name="isogclr_net"):
     """iSogCLR whose temperatures come from a small network in the model (TempNet, "modified iSogCLR")."""
 
-    needs_ids = True
-    needs_temperatures = True
-
     @dataclass(frozen=True, kw_only=True)
-    class Config:
+    class Config(EstimatorOptions):
         """Options of `isogclr_net`."""
 
-        num_samples: int  # images in the data set
-        num_texts: int | None = None  # texts in the data set, where that is another number
-        gamma: float = 0.8  # weight of the newest batch in u
-        gamma_schedule: Literal["constant", "cosine"] = "constant"  # cosine: from 1 in epoch 0 to gamma
-        gamma_epochs: float | None = None  # epochs the cosine takes
         rho: float = 8.0  # radius of the robust loss
         num_prototypes: int = 256  # of each generator
         temperature_min: float = 0.005  # bounds of the temperatures
@@ -141,7 +97,7 @@ class ISogCLRNet(Objective, name="isogclr_net"):
         diversity: float = 0.0  # weight of the mean over pairs of max(0, z_i . z_j)^2 inside a modality: our reading
 
         def __post_init__(self) -> None:
-            check_gamma(self.gamma, self.gamma_schedule, self.gamma_epochs)
+            super().__post_init__()
             require(self.rho >= 0, "rho", "a divergence of at least 0", self.rho)
             require(self.diversity >= 0, "diversity", "a weight of at least 0", self.diversity)
             low, high = self.temperature_min, self.temperature_max
@@ -155,15 +111,16 @@ class ISogCLRNet(Objective, name="isogclr_net"):
             config.num_samples, config.num_texts, {"log_u": -float("inf")}, sample_state
         )
 
-    def temperature_generators(self, width: int) -> TempGenerators:
-        """Fresh generators for embeddings of this width; they belong into the model, as `DualEncoder.temperatures`."""
+    @staticmethod
+    def model_parts(options: Config, width: int) -> TempGenerators:
+        """A generator for images and one for texts; they give `image_temperature` and `text_temperature`."""
 
         def one() -> TempGenerator:
             return TempGenerator(
                 width,
-                num_prototypes=self.config.num_prototypes,
-                temperature_min=self.config.temperature_min,
-                temperature_max=self.config.temperature_max,
+                num_prototypes=options.num_prototypes,
+                temperature_min=options.temperature_min,
+                temperature_max=options.temperature_max,
             )
 
         return TempGenerators(one(), one())
@@ -171,7 +128,7 @@ class ISogCLRNet(Objective, name="isogclr_net"):
     def forward(self, embeddings: Embeddings) -> Loss:
         """The value is mean_i t_i g_i / u_i + r_i t_i: features see t_i as constant, and t_i's gradient is r_i / B."""
         config = self.config
-        gamma = gamma_at(self.epoch, config.gamma, config.gamma_schedule, config.gamma_epochs)
+        gamma = config.gamma_at(self.epoch)
         image_t, text_t = _generated(embeddings)
         sides = centred(embeddings.image, embeddings.text, (image_t.detach(), text_t.detach()))
 
@@ -201,19 +158,10 @@ class ISogCLRNet(Objective, name="isogclr_net"):
 
 def _generated(embeddings: Embeddings) -> tuple[Tensor, Tensor]:
     found: list[Tensor] = []
-    for field, t in (
-        ("image_temperature", embeddings.image_temperature),
-        ("text_temperature", embeddings.text_temperature),
-    ):
+    for field in ("image_temperature", "text_temperature"):
+        t: Tensor = getattr(embeddings, field)
         shape = embeddings.image.shape[:1]
-        require(
-            t is not None and t.shape == shape,
-            f"embeddings.{field}",
-            f"one temperature per sample, {tuple(shape)}",
-            None if t is None else tuple(t.shape),
-            fix="give the model its temperature_generators()",
-        )
-        assert t is not None
+        require(t.shape == shape, f"embeddings.{field}", f"one temperature per sample, {tuple(shape)}", tuple(t.shape))
         found.append(at_least_float32(t))
     return found[0], found[1]
 

@@ -14,15 +14,16 @@ Numerics: u is kept as log u, so the ratio never exceeds 1 / gamma and never sta
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from torch import Tensor
 
-from amclr_scale.objectives.base import Layout, Objective, numbers, require
+from amclr_scale.declarations import Equal
+from amclr_scale.objectives.base import Layout, numbers, require
 from amclr_scale.objectives.estimator import (
+    EstimatorOptions,
+    KeepsEstimates,
     centred,
-    check_gamma,
-    gamma_at,
     log_moving_average,
     two_states,
     two_visits,
@@ -30,27 +31,28 @@ from amclr_scale.objectives.estimator import (
 from amclr_scale.types import Embeddings, Loss
 
 
-class SogCLR(Objective, name="sogclr"):
+class SogCLR(KeepsEstimates, name="sogclr"):
     """Global contrastive loss by a moving average per sample: small batches, the whole data set's negatives."""
 
-    needs_ids = True
-
     @dataclass(frozen=True, kw_only=True)
-    class Config:
+    class Config(EstimatorOptions):
         """Options of `sogclr`."""
 
-        num_samples: int  # images in the data set
-        num_texts: int | None = None  # texts in the data set, where that is another number
         temperature: float = 0.07  # fixed, shared by all samples
-        gamma: float = 0.8  # weight of the newest batch in u; gamma = 1 is DCL
-        gamma_schedule: Literal["constant", "cosine"] = "constant"  # cosine: from 1 in epoch 0 to gamma
-        gamma_epochs: float | None = None  # epochs the cosine takes
         surrogate: Literal["none", "squared_hinge"] = "none"  # squared_hinge: max(0, h + margin)^2 in place of h
         margin: float = 1.0  # c of the squared hinge
 
         def __post_init__(self) -> None:
             require(self.temperature > 0, "temperature", "a positive number", self.temperature)
-            check_gamma(self.gamma, self.gamma_schedule, self.gamma_epochs)
+            super().__post_init__()
+
+    @staticmethod
+    def equals(options: Any, B: int) -> Equal | None:
+        if options.gamma < 1 or options.surrogate != "none":
+            return None
+        return Equal(
+            "dcl", {"temperature": options.temperature}, "at gamma = 1 SogCLR's gradient is DCL's times the temperature"
+        )
 
     def __init__(self, config: Config, sample_state: Layout = "auto") -> None:
         super().__init__()
@@ -62,7 +64,7 @@ class SogCLR(Objective, name="sogclr"):
     def forward(self, embeddings: Embeddings) -> Loss:
         config = self.config
         t = config.temperature
-        gamma = gamma_at(self.epoch, config.gamma, config.gamma_schedule, config.gamma_epochs)
+        gamma = config.gamma_at(self.epoch)
         sides = centred(embeddings.image, embeddings.text, t, config.margin if config.surrogate != "none" else None)
 
         terms: list[Tensor] = []  # (b,) each

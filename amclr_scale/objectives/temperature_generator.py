@@ -14,6 +14,8 @@ Numerics: float32 whatever the embeddings' precision; t lies strictly between it
 """
 
 import math
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -84,7 +86,8 @@ class TempGenerator(nn.Module):
         Args:
             embeddings: (b, D), of unit length. They get no gradient.
         """
-        with torch.autocast(embeddings.device.type, enabled=False):
+        where = "cpu" if embeddings.is_meta else embeddings.device.type
+        with torch.autocast(where, enabled=False):
             x = embeddings.detach().to(self.hidden.weight.dtype)  # (b, D)
             p = F.dropout(self.hidden(x).sigmoid(), self.dropout, self.training)
             q = p @ F.normalize(self.prototypes, dim=1).T  # (b, M)
@@ -95,15 +98,18 @@ class TempGenerator(nn.Module):
 
 
 class TempGenerators(nn.Module):
-    """One generator for images and one for texts: what `DualEncoder.temperatures` holds."""
+    """One generator for images and one for texts: parts of a model, as `Objective.model_parts` describes them."""
+
+    learning_rate_factor: ClassVar[str] = "temperature"
 
     def __init__(self, image: TempGenerator, text: TempGenerator) -> None:
         super().__init__()
         self.image, self.text = image, text
 
-    def forward(self, image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
-        """(b, D) and (b, D) -> temperatures (b,) of the images and (b,) of the texts."""
-        return self.image(image), self.text(text)
+    def forward(self, outputs: Mapping[str, Any]) -> dict[str, Tensor]:
+        """`image` and `text`, (b, D), as far as they are there -> `image_temperature` and `text_temperature`, (b,)."""
+        sides = {"image": self.image, "text": self.text}
+        return {f"{side}_temperature": of(outputs[side]) for side, of in sides.items() if side in outputs}
 
     @torch.no_grad()
     def start_from(self, image_features: Tensor, text_features: Tensor) -> None:

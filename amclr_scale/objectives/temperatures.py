@@ -17,6 +17,7 @@ from typing import Literal
 from torch import Tensor
 
 from amclr_scale.objectives.base import require
+from amclr_scale.objectives.estimator import EstimatorOptions
 
 
 def temperature_gradient(log_u: Tensor, log_g: Tensor, expected: Tensor, rho: float) -> Tensor:
@@ -74,3 +75,38 @@ class Descent:
         """The next (temperature, v), of the shape of r."""
         v = (1 - self.beta) * v.to(r) + self.beta * r.clamp(-self.clip, self.clip)
         return (temperature.to(r) - self.eta_at(epoch) * v).clamp(self.lowest, self.highest), v
+
+
+@dataclass(frozen=True, kw_only=True)
+class RobustOptions(EstimatorOptions):
+    """Options of an objective that learns a temperature for every sample."""
+
+    temperature: float = 0.01  # every sample's first temperature
+    rho: float = 8.0  # radius of the robust loss: the KL divergence that temperatures aim at
+    eta: float = 0.03  # step size of the temperatures
+    eta_schedule: Literal["constant", "cosine", "exponential"] = "constant"  # by epoch
+    eta_min: float = 0.0001  # where the schedules of eta end
+    eta_epochs: float | None = None  # epochs the cosine of eta takes
+    beta: float = 0.9  # weight of the newest gradient in the temperatures' moving average
+    gradient_clip: float = 5.0  # bound on a temperature's gradient
+    temperature_min: float = 0.005  # bounds of the temperatures
+    temperature_max: float = 0.05
+
+    def __post_init__(self) -> None:
+        require(self.temperature > 0, "temperature", "a positive number", self.temperature)
+        super().__post_init__()
+        self.descent()
+        check_robust(self.rho, self.temperature, self.temperature_min, self.temperature_max)
+
+    def descent(self) -> Descent:
+        """The temperatures' rule."""
+        return Descent(
+            self.eta,
+            self.beta,
+            self.gradient_clip,
+            self.temperature_min,
+            self.temperature_max,
+            self.eta_schedule,
+            self.eta_min,
+            self.eta_epochs,
+        )

@@ -14,6 +14,7 @@ Numerics: columns are centred before they are multiplied; sums are float32 over 
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
@@ -38,6 +39,10 @@ class VICReg(Objective, name="vicreg"):
         def __post_init__(self) -> None:
             for key in ("invariance", "variance", "covariance"):
                 require(getattr(self, key) >= 0, key, "a weight of at least 0", getattr(self, key))
+
+    @staticmethod
+    def negatives_of(options: Any, B: int) -> int:
+        return 0
 
     def __init__(self, config: Config) -> None:
         super().__init__()

@@ -20,10 +20,11 @@ import math
 import torch
 from torch import Tensor
 
+from amclr_scale.declarations import KINDS
 from amclr_scale.objectives.base import Objective, numbers
 from amclr_scale.objectives.sample_state import SampleState
 from amclr_scale.similarity import all_gather, all_sum, rank, world_size
-from amclr_scale.types import Embeddings
+from amclr_scale.types import Embeddings, is_shared, takes_gradient
 
 SIDES = ("image", "text")
 ESTIMATE = "log_u"  # the column that a batch estimates; others (temperatures) are what they are
@@ -137,32 +138,24 @@ def _gradient(
         batches: (B,) each, the rows of one global batch, of which this rank takes its share.
         ids: by modality, (K,), as this objective's state counts them.
     """
-    views = {
-        "image": (embeddings.image, *embeddings.image_views),
-        "text": (embeddings.text, *embeddings.text_views),
-    }
-    total = {name: [torch.zeros_like(x) for x in xs] for name, xs in views.items()}
-    shared = {"logit_scale": embeddings.logit_scale, "logit_bias": embeddings.logit_bias}
+    flat = embeddings.flat()
+    encoded = [
+        name for name in flat if name.partition(".")[0] in KINDS and takes_gradient(name) and not is_shared(name)
+    ]
+    total = {name: torch.zeros_like(flat[name]) for name in encoded}
     for batch in batches:
         b = len(batch) // world_size()
         mine = batch[rank() * b : (rank() + 1) * b]
-        leaves = {name: [x[mine].requires_grad_() for x in xs] for name, xs in views.items()}
-        of_rows = {
-            name: None if (t := getattr(embeddings, name)) is None else t[mine]
-            for name in ("image_temperature", "text_temperature")
-        }
+        rows = {name: x if is_shared(name) else x[mine] for name, x in flat.items()}
+        leaves = {name: rows[name].requires_grad_() for name in encoded}
         with torch.enable_grad():
-            seen = Embeddings(
-                leaves["image"][0], leaves["text"][0], ids["image"][mine], ids["text"][mine],
-                image_views=tuple(leaves["image"][1:]), text_views=tuple(leaves["text"][1:]), **of_rows, **shared,
-            )  # fmt: skip
+            seen = Embeddings.from_flat({**rows, "ids": ids["image"][mine], "text_ids": ids["text"][mine]})
             value = objective(seen).value
             value.backward()
-        for name, xs in leaves.items():
-            for x, into in zip(xs, total[name], strict=True):
-                if x.grad is not None:  # of the sum over ranks of their means: W times that of the global mean
-                    into[mine] += x.grad / (world_size() * len(batches))
-    return {f"{name}.{k}": all_sum(x) for name, xs in total.items() for k, x in enumerate(xs)}
+        for name, x in leaves.items():
+            if x.grad is not None:  # of the sum over ranks of their means: W times that of the global mean
+                total[name][mine] += x.grad / (world_size() * len(batches))
+    return {name: all_sum(x) for name, x in total.items()}
 
 
 def _dot(a: dict[str, Tensor], b: dict[str, Tensor]) -> Tensor:

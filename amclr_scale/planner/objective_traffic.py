@@ -16,18 +16,17 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
-import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor
 
 from amclr_scale import objectives
+from amclr_scale.config.objective_options import declared
 from amclr_scale.distributed.purpose import current_purpose
-from amclr_scale.objectives.base import Layout, Objective
+from amclr_scale.memory.objective_memory import create, random_embeddings
+from amclr_scale.objectives.base import Layout
 from amclr_scale.planner.messages import Message, MessageCounter, Messages
 from amclr_scale.similarity import settings
 from amclr_scale.similarity.settings import Distribution, Gather
-from amclr_scale.types import Embeddings
 
 ROWS = (8, 16, 24)  # of a rank in the three runs
 
@@ -97,10 +96,10 @@ def trace_objective(
     Raises:
         RuntimeError: a process group exists already and this combination has not been traced before.
     """
-    key = json.dumps({k: v for k, v in objective.items() if k not in ("num_samples", "num_texts")}, sort_keys=True)
+    key = json.dumps(objectives.without_sizes(objective), sort_keys=True)
     works = []
     for rows in ROWS:
-        group = objective.get("group_size")
+        group = declared(objective).group_size
         if group is not None:  # whole ranks stay whole ranks; groups inside a rank send nothing, whatever their size
             group = group // local_rows * rows or rows
         works.append(_run(key, world_size, width, rows, distribution, gather, layout, group))
@@ -116,17 +115,12 @@ def _run(
 
     if dist.is_initialized():
         raise RuntimeError("trace_objective: ask before the process group starts; it pretends to be one")
-    options = json.loads(key)
-    name = options.pop("name")
-    if group_size is not None:
-        options["group_size"] = group_size
     random_state, hook, threads = torch.get_rng_state(), sys.excepthook, torch.get_num_threads()
     dist.init_process_group("fake", rank=0, world_size=world_size, store=torch._C._distributed_c10d.HashStore())
     try:
-        torch.manual_seed(0)
         torch.set_num_threads(1)  # what runs here is small
-        made = objectives.create(name, num_samples=rows * world_size, sample_state=layout, **options)
-        embeddings = _embeddings(made, rows, width, world_size)
+        made = create(key, rows * world_size, layout, group_size)
+        embeddings = random_embeddings(made, rows, width, world_size)
         with settings.using(gather=gather, distribution=distribution), _Counter() as counted:
             value = made(embeddings).value
             products = counted.products
@@ -137,27 +131,6 @@ def _run(
         torch.set_rng_state(random_state)
         sys.excepthook = hook  # which a process group replaces by one that names its rank
     return Work(counted.messages.found, counted.flops, products, counted.bytes)
-
-
-def _embeddings(objective: Objective, rows: int, width: int, world_size: int) -> Embeddings:
-    def one() -> Tensor:
-        return F.normalize(torch.randn(rows, width), dim=1).requires_grad_()
-
-    def number(value: float) -> Tensor:
-        return torch.full((1,), value).requires_grad_()
-
-    temperatures = [torch.full((rows,), 0.02).requires_grad_() for _ in range(2)]
-    return Embeddings(
-        image=one(),
-        text=one(),
-        ids=torch.arange(rows) * world_size,  # of samples whose state this rank holds: nobody else answers
-        logit_scale=number(10.0),
-        logit_bias=number(-10.0),
-        image_views=tuple(one() for _ in range(objective.needs_views)),
-        text_views=tuple(one() for _ in range(objective.needs_views)),
-        image_temperature=temperatures[0],
-        text_temperature=temperatures[1],
-    )
 
 
 class _Counter(MessageCounter):

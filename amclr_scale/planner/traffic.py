@@ -132,11 +132,10 @@ def state_layout(config: Config, num_samples: int) -> Layout:
     """How the per-sample state of the largest table will lie: what `auto` comes to."""
     if config.execution.sample_state != "auto":
         return config.execution.sample_state
-    options = {key: value for key, value in config.objective.items() if key not in ("name", "num_samples", "num_texts")}
-    one = objectives.create(config.objective["name"], num_samples=1, sample_state="replicated", **options)
-    tables = [module for module in one.modules() if isinstance(module, SampleState)]
-    samples = max(num_samples, config.objective.get("num_texts") or 0)
-    largest = max((samples * sum(buffer.nbytes for buffer in table.buffers()) for table in tables), default=0)
+    with torch.device("meta"):
+        made = objectives.from_section(config.objective, "replicated", num_samples=num_samples)
+    tables = [module for module in made.modules() if isinstance(module, SampleState)]
+    largest = max((sum(buffer.nbytes for buffer in table.buffers()) for table in tables), default=0)
     return "sharded" if largest > REPLICATED_BYTES else "replicated"
 
 

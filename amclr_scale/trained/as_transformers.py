@@ -19,6 +19,7 @@ from torch import Tensor
 from amclr_scale.config.load import build
 from amclr_scale.data.tokenizers import load_tokenizer
 from amclr_scale.encoders.build import build_model
+from amclr_scale.encoders.weights import OF_OBJECTIVES
 from amclr_scale.torchvision_ops import import_torchvision
 
 import_torchvision()  # transformers imports it, and a build that lacks its operators must be mended before
@@ -46,7 +47,7 @@ class DualEncoderModel(PreTrainedModel):  # type: ignore[misc]
 
     def __init__(self, config: DualEncoderConfig):
         super().__init__(config)
-        ours = build(config.recipe)
+        ours = build(config.recipe, trusted=False)
         data = ours.data
         self.model = build_model(
             ours.model, **config.vocabulary, context_length=data.context_length, image_size=data.image_size,
@@ -82,11 +83,11 @@ def write(folder: Path) -> None:
 
     tree = yaml.safe_load((folder / "config.yaml").read_text("utf-8"))
     tree["model"]["image"]["weights"] = None  # all weights are here
-    config = build(tree)
+    config = build(tree, trusted=False)
     words = load_tokenizer(config.data.tokenizer, config.data.context_length)
     vocabulary = {"vocab_size": words.vocab_size, "pad_id": words.pad_id, "end_id": words.end_id}
     described = DualEncoderConfig(config.model_dump(mode="json"), vocabulary, architectures=["DualEncoderModel"])
     (folder / "config.json").write_text(json.dumps(described.to_dict(), indent=1) + "\n")
     weights = load_file(folder / "weights.safetensors")
-    kept = {f"model.{name}": value for name, value in weights.items() if not name.startswith("temperatures.")}
+    kept = {f"model.{name}": value for name, value in weights.items() if not name.startswith(OF_OBJECTIVES)}
     save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})

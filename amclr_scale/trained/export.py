@@ -23,6 +23,7 @@ from amclr_scale.config.load import build, dump
 from amclr_scale.config.schema import Config
 from amclr_scale.data.tokenizers import load_tokenizer
 from amclr_scale.errors import UserError
+from amclr_scale.metrics.run_folder import MODULE
 
 
 def locate(path: Path) -> Path:
@@ -78,8 +79,12 @@ def export(path: Path, out: Path, further: Callable[[Path], None] | None = None)
 
 def _write(checkpoint: Path, out: Path) -> None:
     state = read_state(checkpoint)
-    config = build(state["config"])
+    config = build(state["config"], trusted=False)
     save_file(weights_of(checkpoint), out / "weights.safetensors", metadata={"format": "pt"})
+    module = checkpoint.parent.parent / MODULE
+    if config.objective.get("module") is not None and module.is_file():
+        shutil.copyfile(module, out / MODULE)
+        config = config.model_copy(update={"objective": {**config.objective, "module": MODULE}})
     (out / "config.yaml").write_text(dump(config))
     own = checkpoint / TOKENIZER
     tokenizer = load_tokenizer(str(own) if own.is_dir() else config.data.tokenizer, config.data.context_length)

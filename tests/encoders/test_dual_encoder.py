@@ -122,24 +122,29 @@ def test_features_before_the_head_on_request():
     torch.testing.assert_close(F.normalize(encoder.image_head(out["image_features"]), dim=-1), out["image"])
 
 
-def test_generated_temperatures_see_detached_features():
-    class Generated(torch.nn.Module):
+def test_parts_are_called_with_what_is_there():
+    class Parts(torch.nn.Module):
+        learning_rate_factor = "temperature"
+
         def __init__(self):
             super().__init__()
             self.weight = torch.nn.Parameter(torch.ones(1))
 
-        def forward(self, image, text):
-            assert not image.requires_grad
-            assert not text.requires_grad
-            return self.weight * image.abs().sum(1), self.weight * text.abs().sum(1)
+        def forward(self, outputs):
+            made = {"length": self.weight * outputs["text"].abs().sum(1)} if "text" in outputs else {}
+            return {**made, "shared": {"weight": self.weight}}
 
     encoder = model()
-    encoder.temperatures = Generated()
+    encoder.take_parts(Parts())
+    assert encoder.learning_rate_factors() == {"parts": "temperature"}
+    assert "length" not in encoder((images(),))
     out = encoder((images(),), (tokens(),))
-    assert out["image_temperature"].shape == out["text_temperature"].shape == (B,)
-    (out["image_temperature"] + out["text_temperature"]).sum().backward()
-    assert encoder.temperatures.weight.grad is not None
-    assert all(p.grad is None for p in encoder.image_tower.parameters())
+    assert out["length"].shape == (B,)
+    assert out["shared"]["weight"] is not encoder.parts.weight  # which stage 3 empties after the forward
+    assert torch.equal(out["shared"]["weight"], encoder.parts.weight)
+    out["length"].sum().backward()
+    assert encoder.parts.weight.grad is not None
+    assert any(p.grad is not None for p in encoder.text_tower.parameters())  # through the part, into the tower
 
 
 def test_weight_decay_spares_what_it_should():

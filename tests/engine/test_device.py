@@ -69,7 +69,7 @@ def train(name: str, options: dict[str, Any], device: torch.device) -> dict[str,
     for step, (gather, distribution, layout) in enumerate(layouts):
         objective = objectives.create(name, num_samples=NUM_SAMPLES, sample_state=layout, **options).to(device)
         with using(gather=gather, distribution=distribution, chunk=4):
-            embeddings = on(device, my_rows(global_batch(step, views=objective.needs_views)))
+            embeddings = on(device, my_rows(global_batch(step, views=objective.inputs.count("image_views"))))
             if "num_texts" in options:
                 embeddings = replace(embeddings, text_ids=embeddings.ids + NUM_SAMPLES)
             objective.set_epoch(step)
@@ -112,7 +112,7 @@ def whole_set(name: str, device: torch.device) -> dict[str, float]:
     """What run.probe measures, after a step of training."""
     objective = objectives.create(name, num_samples=NUM_SAMPLES, sample_state="sharded").to(device)
     whole = objectives.create(name, num_samples=B, **objective.whole_set_options).to(device)
-    batch = global_batch(0, views=objective.needs_views)
+    batch = global_batch(0, views=objective.inputs.count("image_views"))
     objective(on(device, my_rows(batch)))
     with torch.no_grad():
         return compare_with_whole_set(objective, whole, on(device, batch), global_batch_size=B // 2)

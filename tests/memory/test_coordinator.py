@@ -4,6 +4,7 @@ That the real one does the same is measured in test_measure.py.
 """
 
 import pytest
+import torch
 
 from amclr_scale.memory.zero3.coordinator import Coordinator, Limits, Visit
 
@@ -83,3 +84,15 @@ def test_a_step_leaves_small_parameters_whole_and_nothing_else():
     mixed.fetch(visits(1, True, (0, 1))[0])
     mixed.step()
     assert mixed.bytes == 4 * 1001
+
+
+def test_a_trace_on_one_rank_leaves_deepspeeds_count_of_modules_as_it_was():
+    """Ranks compare the numbers of their modules, and rank 0 alone predicts its memory before it trains."""
+    from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
+
+    from amclr_scale.memory.zero3.hooks import Visits
+
+    (counter,) = DeepSpeedZeRoOffload._register_deepspeed_module.__defaults__
+    before = counter[0]
+    Visits(torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.Linear(3, 3)).to("meta")).close()
+    assert counter[0] == before

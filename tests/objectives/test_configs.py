@@ -16,7 +16,7 @@ def test_the_file_names_an_objective_and_feeds_it(path):
     options = dict(config.objective)
     objective = objectives.create(options.pop("name"), num_samples=100, **options)
     assert path.stem in (objective.name, f"{objective.name}_{options.get('version')}")
-    assert config.data.image_views == config.data.text_views == objective.needs_views
+    assert config.data.image_views == config.data.text_views == objective.inputs.count("image_views")
 
 
 def test_every_arm_of_the_comparison_is_there():

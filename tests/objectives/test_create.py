@@ -63,7 +63,7 @@ def test_every_objective_takes_num_samples_and_gives_finite_gradients(name):
     assert e.text.grad.abs().max() > 0
     assert all(type(value) is float for value in loss.metrics.values())
     assert math.isfinite(loss.metrics["objective"])
-    assert objective.needs_ids == hasattr(objective, "image_state")
+    assert ("ids" in objective.inputs) == hasattr(objective, "image_state")
 
 
 @pytest.mark.parametrize(

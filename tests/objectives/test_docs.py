@@ -1,5 +1,6 @@
 """docs/objectives.md: its example works as printed, and its table says what the code does."""
 
+import dataclasses
 import importlib.util
 import math
 import re
@@ -10,8 +11,11 @@ import torch
 import torch.nn.functional as F
 
 from amclr_scale import objectives
+from amclr_scale.config.load import all_keys
+from amclr_scale.config.objective_options import declared
+from amclr_scale.declarations import KINDS
 from amclr_scale.objectives.base import Objective
-from tests.objectives.harness import B, assert_same, defined, joined, run
+from tests.objectives.harness import B, assert_same, defined, global_batch, joined, my_rows, run
 
 DOCS = (Path(__file__).parents[2] / "docs" / "objectives.md").read_text()
 
@@ -44,6 +48,36 @@ def test_the_example_is_a_complete_objective(ranks, tmp_path):
     want = defined(definition(0.3))
     assert_same(with_example(path, run, "margin", {"margin": 0.3}, chunk=3), want)
     assert_same(joined(ranks(2, with_example, path, run, "margin", {"margin": 0.3})), want)
+
+
+def test_the_example_with_parts_runs_and_says_what_it_reads(tmp_path):
+    path = tmp_path / "foresight.py"
+    path.write_text(re.search(r"<!-- example with parts -->\n```python\n(.*?)```", DOCS, re.DOTALL).group(1))
+    section = {"name": "foresight", "module": str(path)}
+    assert declared(section).inputs.count("image_views") == 2
+    objective = objectives.from_section(section)
+    e = my_rows(global_batch(0, views=2))
+    parts = objective.model_parts(objective.config, e.image.shape[1]).double()
+    made = parts({"image": e.image, "text": e.text})
+    objective(dataclasses.replace(e, shared=made.pop("shared"), **made)).value.backward()
+    assert all(parameter.grad.abs().max() > 0 for parameter in parts.parameters())
+    assert list(parts({"image": e.image})) == ["shared"]
+
+
+def test_the_table_of_inputs_is_that_of_the_code():
+    """Names, and the keys that provide them; a key without a star exists."""
+    keys = set(all_keys())
+    table = DOCS.partition("| name | value |")[2].partition("\n\n")[0]
+    shown = {}
+    for line in table.splitlines()[2:]:
+        names, _, meaning, by = (cell.strip() for cell in re.split(r" \| ", line.strip("| ")))
+        found = re.findall(r"`(\w+)`", names) + re.findall(r"`(\w+_mask)`", meaning)
+        for number, name in enumerate(found):
+            provided = re.findall(r"`([\w.]+)`", by)
+            shown[name] = provided[number % len(provided)] if provided else ""
+            assert not shown[name] or (shown[name] in keys) == ("\\*" not in by), name
+    always = {"image", "text", "text_ids", "logit_scale", "logit_bias"}
+    assert shown == {name: kind.key for name, kind in KINDS.items() if name not in always}
 
 
 def rows():

@@ -164,11 +164,10 @@ def test_generated_temperatures_match_their_definition(ranks, diversity):
 def test_the_generators_learn_from_the_objective():
     """Their gradient is that of sum_i r_i t_i / B, which the definition above gives per sample."""
     objective = make("isogclr_net", num_prototypes=4, temperature_min=0.02, temperature_max=0.3)
-    assert objective.needs_temperatures
     torch.manual_seed(0)
-    generators = objective.temperature_generators(D).double().eval()
+    generators = objective.model_parts(objective.config, D).double().eval()
     e = my_rows(global_batch(0))
-    image_t, text_t = generators(e.image, e.text)
+    image_t, text_t = generators({"image": e.image, "text": e.text}).values()
     given = replace(e, image_temperature=image_t.detach().requires_grad_(), text_temperature=text_t.detach())
     make("isogclr_net")(given).value.backward()
     want = torch.autograd.grad(image_t, generators.image.bias, given.image_temperature.grad, retain_graph=True)[0]
@@ -180,8 +179,13 @@ def test_the_generators_learn_from_the_objective():
 
 def test_generated_temperatures_must_be_there():
     e = replace(my_rows(global_batch(0)), text_temperature=None)
-    with pytest.raises(ValueError, match=r"embeddings\.text_temperature: expected one temperature per sample"):
+    with pytest.raises(
+        ValueError,
+        match=r"embeddings\.text_temperature: the objective reads it, got nothing",
+    ):
         make("isogclr_net")(e)
+    with pytest.raises(ValueError, match=r"embeddings\.image_temperature: expected one temperature per sample"):
+        make("isogclr_net")(replace(e, image_temperature=torch.ones(3)))
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,5 @@
 """Small temperatures and wide gaps: finite, and right to 1e-4 of float64. And no B x B matrix between passes."""
 
-import dataclasses
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -43,7 +41,9 @@ def extreme(step: int, dtype: torch.dtype) -> Embeddings:
     views = (rows(side),), (rows(side * agree),)
     t = torch.full((8,), T, dtype=dtype)
     scale = torch.tensor([1 / T], dtype=dtype, requires_grad=True)
-    return Embeddings(image, text, torch.arange(8), None, scale, None, *views, t, t.clone())
+    return Embeddings(
+        image, text, torch.arange(8), None, scale, None, *views, image_temperature=t, text_temperature=t.clone()
+    )
 
 
 def final_gradients(name, options, dtype):
@@ -84,17 +84,9 @@ def test_float32_is_right_to_1e_4_of_float64(name, options):
 def final_gradients_of_float32_rows(name, options):
     objective = make(name, **options)
     for step in range(3):
-        e = extreme(step, torch.float32)
-        fields = {}
-        for field in dataclasses.fields(e):
-            value = getattr(e, field.name)
-            if isinstance(value, tuple):
-                fields[field.name] = tuple(v.detach().double().requires_grad_() for v in value)
-            elif isinstance(value, torch.Tensor) and value.is_floating_point():
-                fields[field.name] = value.detach().double().requires_grad_()
-            else:
-                fields[field.name] = value
-        e = Embeddings(**fields)
+        e = extreme(step, torch.float32).map(
+            lambda name, x: x.detach().double().requires_grad_() if x.is_floating_point() else x
+        )
         loss = objective(e)
         loss.value.backward()
     scale = torch.zeros(1) if e.logit_scale.grad is None else e.logit_scale.grad

@@ -102,7 +102,7 @@ def test_uneven_ranks_are_refused(ranks):
 def test_ids_must_fit_the_rows():
     e = my_rows(global_batch(0))
     for ids, message in (
-        (None, r"embeddings\.ids: sogclr keeps state per sample"),
+        (None, r"embeddings\.ids: sogclr needs them, got None"),
         (e.ids[:3], r"embeddings\.ids: expected \(8,\) torch\.int64, got \(3,\)"),
         (e.ids.int(), r"embeddings\.ids: expected \(8,\) torch\.int64, got \(8,\) torch\.int32"),
     ):

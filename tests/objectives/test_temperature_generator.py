@@ -83,7 +83,9 @@ def test_options_are_checked():
 def test_a_pair_serves_both_modalities():
     torch.manual_seed(0)
     image, text = (TempGenerator(WIDTH, num_prototypes=PROTOTYPES).double().eval() for _ in range(2))
-    got = TempGenerators(image, text)(rows(), -rows())
+    pair = TempGenerators(image, text)
+    got = list(pair({"image": rows(), "text": -rows()}).values())
+    assert list(pair({"text": rows()})) == ["text_temperature"]
     assert torch.equal(got[0], image(rows()))
     assert torch.equal(got[1], text(-rows()))
     assert not torch.equal(got[0], got[1])

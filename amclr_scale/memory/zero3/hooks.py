@@ -83,7 +83,11 @@ class Visits:
             zero._init_external_params(module)
         zero._inject_parameters(model, zero.ZeROOrderedDict)
         depth = len(zero.FWD_MODULE_STACK)
+        # DeepSpeed counts modules over the whole process and compares the counts of ranks; one alone may trace.
+        (counter,) = zero.DeepSpeedZeRoOffload._register_deepspeed_module.__defaults__
+        modules = counter[0]
         self._offload.setup_zero_stage3_hooks()
+        counter[0] = modules
         self._stack, self._depth = zero.FWD_MODULE_STACK, depth
         self._model, self._external = model, 0
         self._linear_saves_weight = linear_saves_weight

@@ -18,7 +18,6 @@ from numpy.typing import NDArray
 from amclr_scale.errors import UserError
 from amclr_scale.study.analysis.results import SWEPT, Axes, Metric, Run, Study
 from amclr_scale.study.planning.amounts import MOST_OF_EFFECT
-from amclr_scale.study.planning.variants import GROUPS
 from amclr_scale.study.statistics.decisions import Decision, Estimate, decide, estimate, with_items
 from amclr_scale.study.statistics.equivalent_batch import EquivalentBatch, equivalent_batch
 from amclr_scale.study.statistics.resampling import item_draws, over_seeds, spread
@@ -265,7 +264,7 @@ def find(groups: Sequence[Group], arm: str, batch: int | None = None, variant: A
     ]
 
     def strangeness(group: Group) -> tuple[int, float]:
-        return sum(key not in wanted for key, _ in group.variant), -float(dict(group.variant).get(GROUPS, 0))
+        return sum(key not in wanted for key, _ in group.variant), -float(group.runs[0].cell.negatives or 0)
 
     return min(fitting, key=strangeness, default=None)
 

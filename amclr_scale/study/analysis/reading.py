@@ -114,12 +114,15 @@ def _read_run(folder: Path, cell: Cell, metrics: tuple[Metric, ...], attempts: l
         return Missing(cell, "unmeasured", f"evaluation.json has no {', '.join(absent)}")
     seconds = [float(attempt["seconds"]) for attempt in attempts if attempt.get("seconds") is not None]
     environment = folder / "environment.json"
+    config = flatten(yaml.load(text, getattr(yaml, "CSafeLoader", yaml.SafeLoader)))
+    if config.get("objective.module"):
+        config["objective.module"] = str(folder / config["objective.module"])
     return Run(
         cell=cell,
         results=results,
         items=load_items(folder / ITEMS) if (folder / ITEMS).exists() else {},
         records=tuple(_records(folder / "metrics.jsonl")),
-        config=flatten(yaml.load(text, getattr(yaml, "CSafeLoader", yaml.SafeLoader))),
+        config=config,
         environment=_json(environment) if environment.exists() else {},
         attempted_seconds=sum(seconds) if seconds else None,
     )

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from amclr_scale.config.objective_options import Declared, declared
+from amclr_scale.errors import UserError
 from amclr_scale.evaluation.numbers import Number, mean_of
 
 Axes = tuple[tuple[str, Any], ...]
@@ -95,6 +97,15 @@ class Run:
     config: Mapping[str, Any]
     environment: Mapping[str, Any]
     attempted_seconds: float | None
+
+    @property
+    def objective(self) -> Declared | None:
+        """What its objective declares; None where this version has no such objective."""
+        section = {k.removeprefix("objective."): v for k, v in self.config.items() if k.startswith("objective.")}
+        try:
+            return declared(section)
+        except UserError:
+            return None
 
     @property
     def steps(self) -> list[Mapping[str, Any]]:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from amclr_scale.config.load import build, from_words, merge, read_file, recipe_hash
-from amclr_scale.config.objective_options import option_models
+from amclr_scale.config.objective_options import declared, find
 from amclr_scale.config.schema import Config
 from amclr_scale.engine.batch_plan import make_plan
 from amclr_scale.engine.schedules import peak_learning_rate
@@ -179,14 +179,14 @@ def _cell(
     ranks = int(axes.get(RANKS, plan.execution.ranks))
     words = words_of(plan, arm, batch)
     named = {word.partition("=")[0] for word in words}
-    objective = merge(dict(tree), from_words(words))["objective"]["name"]
-    has_temperature = "temperature" in option_models()[objective].model_fields
+    section = merge(dict(tree), from_words(words))["objective"]
+    has_temperature = "temperature" in find(section).options.model_fields
     if plan.temperature is not None and has_temperature and "objective.temperature" not in named:
         words.append(f"objective.temperature={plan.temperature!r}")
     varied = [(key, value) for key, value in axes.items() if key != RANKS]
     words += [f"{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in varied]
-    if "objective.omega" in axes:
-        words += [f"data.{key}={axes['objective.omega']}" for key in ("image_views", "text_views")]
+    if any(key.startswith("objective.") for key in axes):
+        words += further_views(merge(dict(tree), from_words(words)))
     words.append(f"train.global_batch_size={batch}")
     words += [f"optimizer.lr_rule={plan.lr.rule}"] if plan.lr.rule else []
     words += [f"optimizer.lr_reference_batch={plan.lr.reference_batch}"] if plan.lr.reference_batch else []
@@ -213,6 +213,13 @@ def _cell(
         epochs=run.total_samples / epoch, lr=peak_learning_rate(config.optimizer, batch),
         encoder_cost=encoder_cost(config), ranks=ranks,
     )  # fmt: skip
+
+
+def further_views(tree: Mapping[str, Any]) -> list[str]:
+    """Words for as many further views as the objective reads, where the sections say another number."""
+    inputs, data = declared(tree["objective"]).inputs, tree.get("data", {})
+    wanted = {key: inputs.count(key) for key in ("image_views", "text_views")}
+    return [f"data.{key}={count}" for key, count in wanted.items() if data.get(key, 0) != count]
 
 
 def _that_fit(plan: StudyPlan, arm: ArmPlan, cells: Sequence[Planned], epoch: float) -> list[Planned]:

@@ -10,6 +10,7 @@ import json
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Literal
 
+from amclr_scale.config.objective_options import declared
 from amclr_scale.config.schema import Config
 
 if TYPE_CHECKING:
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
 def group_of(config: Config) -> int:
     """Pairs that share negatives: a group where the objective has groups, else the batch."""
-    return int(config.objective.get("group_size") or config.train.global_batch_size)
+    return declared(config.objective).group_size or config.train.global_batch_size
 
 
 def matrices(config: Config) -> int:
@@ -28,7 +29,7 @@ def matrices(config: Config) -> int:
 
 def negatives(config: Config) -> int:
     """Per anchor and term."""
-    return group_of(config) - 1 if matrices(config) else 0
+    return declared(config.objective).negatives(config.train.global_batch_size)
 
 
 def encoder_cost(config: Config) -> float:

@@ -143,7 +143,7 @@ class StudyPlan(Section):
     """Global batch sizes."""
     group_sizes: tuple[Positive, ...] = ()
     """held_equal grid: pairs that share negatives, beside every batch size at least as large: gradients over B pairs,
-    negatives from a group. Arms whose objective has no objective.group_size use the whole batch."""
+    negatives from a group. Arms whose objective has no such groups (as clip has, by group_size) use the whole batch."""
     seeds: Annotated[list[int], Field(min_length=1)]
     """Seeds: initial weights, data order, augmentation. The same for every arm, so that arms are compared in pairs."""
     axes: dict[str, Axis] = Field(default_factory=dict)

@@ -7,13 +7,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from amclr_scale.config.load import from_words, merge
-from amclr_scale.config.objective_options import option_models
+from amclr_scale.config.objective_options import find
 from amclr_scale.config.schema import Optimizer
 from amclr_scale.errors import UserError
 from amclr_scale.study.planning.arms import CONTROLS
 from amclr_scale.study.planning.plan import ArmPlan, StudyPlan
-
-GROUPS = "objective.group_size"
 
 
 def variant_name(arm: str, batch: int, axes: Mapping[str, Any]) -> str:
@@ -24,16 +22,17 @@ def variant_name(arm: str, batch: int, axes: Mapping[str, Any]) -> str:
 
 def combinations(plan: StudyPlan, arm: ArmPlan, tree: Mapping[str, Any]) -> Iterator[tuple[int, dict[str, Any], int]]:
     """All batch sizes, axis values and seeds; options that the arm's objective does not have are left out."""
-    objective = merge(dict(tree), from_words(words_of(plan, arm, 0, check=False)))["objective"]["name"]
-    options = option_models()[objective].model_fields
+    objective = find(merge(dict(tree), from_words(words_of(plan, arm, 0, check=False)))["objective"])
+    options, in_groups = objective.options.model_fields, objective.declarations.group_option
+    groups = f"objective.{in_groups}"
 
     def applies(key: str) -> bool:
         return not key.startswith("objective.") or key.removeprefix("objective.") in options
 
     axes = {key: values for key, values in plan.axes.items() if applies(key)} | arm.axes
     for batch in arm.batch_sizes or plan.batch_sizes:
-        sizes = [size for size in plan.group_sizes if size <= batch] if applies(GROUPS) else []
-        grid = {GROUPS: sizes} if plan.held_equal == "grid" and sizes and GROUPS not in axes else {}
+        sizes = [size for size in plan.group_sizes if size <= batch] if in_groups else []
+        grid = {groups: sizes} if plan.held_equal == "grid" and sizes and groups not in axes else {}
         for values in itertools.product(*axes.values(), *grid.values()):
             for seed in plan.seeds:
                 yield batch, dict(zip([*axes, *grid], values, strict=True)), seed

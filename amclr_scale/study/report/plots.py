@@ -259,15 +259,17 @@ def plain_number(value: float, _: int) -> str:
 
 
 def heat_map(outcome: Outcome, unit: Unit, name: str) -> Figure | None:
-    """Gradient batch against negatives per anchor, for plain CLIP; None where these were not varied apart."""
+    """Gradient batch against negatives per anchor, for CLIP; None where these were not varied apart."""
 
-    def plain_clip(run: Run) -> bool:
-        return run.config.get("objective.name") == "clip" and not run.config.get("objective.omega")
+    def plain(run: Run) -> bool:
+        """One product of all embeddings with all others, in groups whose size is an option."""
+        grouped = run.objective is not None and run.objective.by.group_option is not None
+        return grouped and run.cell.comparisons in (None, run.cell.negatives)
 
     known = [
         (group, mean, group.runs[0].cell.negatives)
         for group in outcome.groups
-        if plain_clip(group.runs[0]) and (mean := outcome.mean(group)) and group.runs[0].cell.negatives is not None
+        if plain(group.runs[0]) and (mean := outcome.mean(group)) and group.runs[0].cell.negatives is not None
     ]
     negatives = sorted({float(count) for _, _, count in known if count is not None})
     batches = sorted({group.global_batch_size for group, *_ in known})

@@ -5,11 +5,12 @@ that is shown is in the table's CSV with all its digits, in the metric's own uni
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from scipy import special
 
+from amclr_scale.config.objective_options import declared
 from amclr_scale.study.analysis.comparability import Difference
 from amclr_scale.study.analysis.comparison import Both, Comparison, Group, Outcome, per_doubling
 from amclr_scale.study.analysis.results import Missing, Run
@@ -252,19 +253,12 @@ def same_mathematics(group: Group, other: Group) -> str:
     shared = [key for key in {*a, *b} if key.startswith(("data.", "model.", "optimizer.", "train."))]
     if any(a.get(key) != b.get(key) for key in shared):
         return ""
-    options, others = _objective(a), _objective(b)
-    if options.get("name") == "sogclr" and others.get("name") == "dcl":
-        plain = options.get("gamma") == 1 and options.get("surrogate") in (None, "none")
-        if plain and options.get("temperature") == others.get("temperature"):
-            return "at gamma = 1 SogCLR's gradient is DCL's times the temperature"
-    whole = {**others, "group_size": group.global_batch_size}
-    if options == whole and options.get("name") == "clip" and others.get("group_size") is None:
-        return "one group is the whole batch"
-    return ""
-
-
-def _objective(config: Mapping[str, Any]) -> dict[str, Any]:
-    return {key.removeprefix("objective."): value for key, value in config.items() if key.startswith("objective.")}
+    first, second = group.runs[0].objective, other.runs[0].objective
+    found = first.equals(group.global_batch_size) if first else None
+    if found is None or second is None or found.name != b["objective.name"]:
+        return ""
+    wanted = declared({"name": found.name, **found.options}).options
+    return found.why if wanted.model_dump() == second.options.model_dump() else ""
 
 
 def learning_rate_table(outcome: Outcome, unit: Unit) -> Table:

@@ -1,0 +1,148 @@
+"""What an objective says about itself before torch is imported: what it reads, and how it counts. Imports no torch.
+
+An objective (objectives/base.py) is a class with `Declarations` below among its bases. The methods here are plain
+Python on plain values, so a configuration is checked, a study planned and a report written in milliseconds on a login
+node: `config/objective_options.py` takes them, like the options, from the source file, without importing it.
+
+`KINDS` is the one place that says how each kind of input flows. A new kind is one line of it; from there the gradient
+cache, the objective's check, the configuration's check, the memory account and the traces know it.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, NamedTuple
+
+from amclr_scale.errors import did_you_mean
+
+
+@dataclass(frozen=True)
+class Kind:
+    """How one kind of input gets to an objective.
+
+    Attributes:
+        shape: of one sample's row; letters are D, the embedding width, n, tokens, and R, the width of a reference.
+        key: of the configuration that provides it; "" where every run has it.
+        several: a tuple of such tensors; an objective asks for a number of them, or gives them names of its own.
+        shared: one for the whole model rather than a row per sample.
+        gradient: the objective's gradient flows back into it.
+        dtype: of its numbers.
+    """
+
+    shape: tuple[str | int, ...] = ()
+    key: str = ""
+    several: bool = False
+    shared: bool = False
+    gradient: bool = True
+    dtype: Literal["float", "int64", "bool"] = "float"
+
+
+KINDS: dict[str, Kind] = {
+    "image": Kind(("D",)),
+    "text": Kind(("D",)),
+    "ids": Kind(gradient=False, dtype="int64"),  # position in the data set
+    "text_ids": Kind(gradient=False, dtype="int64"),  # where an image has several captions
+    "logit_scale": Kind((1,), shared=True),  # 1 / temperature
+    "logit_bias": Kind((1,), shared=True),
+    "image_views": Kind(("D",), "data.image_views", several=True),  # further views of the same samples
+    "text_views": Kind(("D",), "data.text_views", several=True),
+    "image_negatives": Kind(("D",), "data.image_negatives", several=True),  # hard ones, made for each sample
+    "text_negatives": Kind(("D",), "data.text_negatives", several=True),
+    "labels": Kind((), "data.labels", gradient=False, dtype="int64"),
+    "image_reference": Kind(("R",), "data.image_reference", gradient=False),  # of a frozen model
+    "text_reference": Kind(("R",), "data.text_reference", gradient=False),
+    "image_momentum": Kind(("D",), "model.momentum", gradient=False),  # of a moving average of the towers
+    "text_momentum": Kind(("D",), "model.momentum", gradient=False),
+    "image_layers": Kind(("D",), "model.image.taps", several=True),  # of inner layers
+    "text_layers": Kind(("D",), "model.text.taps", several=True),
+    "image_tokens": Kind(("n", "D"), "model.image.tokens"),
+    "text_tokens": Kind(("n", "D"), "model.text.tokens"),
+    "image_token_mask": Kind(("n",), "model.image.tokens", gradient=False, dtype="bool"),  # True: counts
+    "text_token_mask": Kind(("n",), "model.text.tokens", gradient=False, dtype="bool"),
+}
+
+
+class Inputs(dict[str, int | tuple[str, ...]]):
+    """What `inputs_of` asks for beside image and text: name in `KINDS` -> how many, or names for them.
+
+    Raises:
+        TypeError: an objective asks for what is not in `KINDS`, or in another way than its kind allows.
+    """
+
+    def __init__(self, asked: Mapping[str, Any]):
+        super().__init__()
+        own = list[str]()
+        for name, wanted in asked.items():
+            if name not in KINDS:
+                raise TypeError(f"inputs_of: no kind of input is called {name!r}{did_you_mean(name, KINDS)}")
+            value = tuple(wanted) if isinstance(wanted, list) else wanted
+            match KINDS[name].several, value:
+                case (True, tuple()) if all(isinstance(one, str) for one in value):
+                    own += value
+                case (True, int()) if value >= 0 and not isinstance(value, bool):
+                    pass
+                case (False, bool()):
+                    value = int(value)
+                case (several, _):
+                    fits = "a number of them, or a tuple of names" if several else "True or False"
+                    raise TypeError(f"inputs_of: {name}: expected {fits}, got {value!r}")
+            if value:
+                self[name] = value
+        if len({*own, *KINDS}) < len(own) + len(KINDS):
+            raise TypeError(f"inputs_of: expected names of its own, each once, got {', '.join(own)}")
+
+    def count(self, name: str) -> int:
+        """How many of a kind; 0 where it is not asked for."""
+        value = self.get(name, 0)
+        return value if isinstance(value, int) else len(value)
+
+    def own_names(self) -> Iterable[tuple[str, str, int]]:
+        """Names that the objective gives: (its name, kind, which one of that kind)."""
+        for kind, value in self.items():
+            for number, own in enumerate(value if isinstance(value, tuple) else ()):
+                yield own, kind, number
+
+
+class Equal(NamedTuple):
+    """Another objective whose gradient is the same, up to a factor."""
+
+    name: str
+    options: Mapping[str, Any]  # that differ from its defaults
+    why: str
+
+
+class Declarations:
+    """The declarations of an objective, with what holds where it says nothing.
+
+    Every method is a `@staticmethod` of options (with the option values as attributes) and plain numbers. It is run
+    from the source file alone: it may use builtins, `math` and the names of this module, nothing else of its file.
+    Inheritance works.
+    """
+
+    group_option: ClassVar[str | None] = None
+    """The option that counts pairs of the global batch which share negatives; null: all do."""
+
+    @staticmethod
+    def inputs_of(options: Any) -> Mapping[str, Any]:
+        """What it reads beside image and text, such as {"ids": True, "image_views": 2, "labels": True}.
+
+        Names for several of a kind, {"image_views": ("near", "far")}, are then attributes of `Embeddings`.
+        """
+        return {}
+
+    @staticmethod
+    def negatives_of(options: Any, B: int) -> int:
+        """Negatives that an anchor meets in a term, at a global batch of B."""
+        return B - 1
+
+    @staticmethod
+    def equals(options: Any, B: int) -> Equal | None:
+        """Another objective that computes the same at a global batch of B: studies check that they agree."""
+        return None
+
+    @staticmethod
+    def mistakes_of(options: Any, B: int, b: int) -> Iterable[str]:
+        """What would fail at a global batch of B with b of it on a rank: lines such as "size: expected ..., got ...".
+
+        The option to change comes first.
+        """
+        return ()

@@ -1,0 +1,191 @@
+"""What an objective declares is read from its file alone: for the package's objectives, and for a stranger's."""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from amclr_scale.config.load import build, dump, load, recipe_hash
+from amclr_scale.config.objective_options import declared, option_models
+from amclr_scale.declarations import KINDS, Inputs
+from amclr_scale.errors import UserError
+from amclr_scale.study.planning.cells import base_tree, make_cells
+from amclr_scale.study.planning.load import load_plan
+from tests.study.test_plan import PLAN
+
+TOY = Path(__file__).parents[1] / "objectives" / "toy.py"
+WORDS = ["train.epochs=1", "data.image_views=2", "objective.name=toy"]
+HEAD = """
+from dataclasses import dataclass
+from amclr_scale.objectives.base import Objective
+class Odd(Objective, name="odd"):
+    @dataclass(frozen=True, kw_only=True)
+    class Config:
+        size: int = 1
+    @staticmethod
+    def inputs_of(options):
+        return {}
+"""
+
+
+def stranger(folder: Path, inputs: str = "{}", head: str = HEAD) -> Path:
+    file = folder / "odd.py"
+    file.write_text(head.replace("return {}", f"return {inputs}"))
+    return file
+
+
+def refused(*words: str) -> str:
+    with pytest.raises(UserError) as error:
+        load(None, ["train.epochs=1", *words])
+    return str(error.value)
+
+
+SECTIONS = [*({"name": name} for name in option_models()), {"name": "toy", "module": str(TOY)}]
+
+
+@pytest.mark.parametrize("section", SECTIONS, ids=lambda section: section["name"])
+def test_both_readings_declare_the_same(section):
+    """Once from the source, once from the class, at its defaults."""
+    from amclr_scale import objectives
+
+    objective = objectives.class_of(section)
+    options = objectives.config_of(objective, {**section, "num_samples": 10})
+    read = declared(section)
+    assert read.inputs == Inputs(objective.inputs_of(options))
+    assert read.by.group_option == objective.group_option
+    for B in (8, 64):
+        assert read.negatives(B) == objective.negatives_of(options, B)
+        assert read.equals(B) == objective.equals(options, B)
+        assert read.mistakes(B, 4) == list(objective.mistakes_of(options, B, 4))
+
+
+def test_options_are_inherited_in_both_readings():
+    read = option_models()["xamclr_dro"].model_fields
+    assert {"num_texts", "gamma", "omega", "state", "rho", "eta_epochs", "intra_weight"} <= set(read)
+    softer = declared({"name": "softer", "module": str(TOY)})
+    assert softer.options.temperature == 0.2
+    assert softer.options.gamma == 0.8
+    assert softer.inputs == {"ids": 1}
+
+
+def test_equalities():
+    assert declared({"name": "sogclr", "gamma": 0.9}).equals(64) is None
+    assert declared({"name": "sogclr", "gamma": 1.0}).equals(64).name == "dcl"
+    assert declared({"name": "clip", "group_size": 64}).equals(64).name == "clip"
+    assert declared({"name": "clip", "group_size": 32}).equals(64) is None
+    assert declared({"name": "clip", "group_size": 16}).negatives(64) == 15
+    assert declared({"name": "vicreg"}).negatives(64) == 0
+
+
+def test_reading_declarations_imports_no_torch():
+    code = (
+        "import sys; from amclr_scale.config.load import load\n"
+        f"config = load(None, {[*WORDS, f'objective.module={TOY}']!r})\n"
+        "print(config.objective['prototypes'], 'torch' in sys.modules)"
+    )
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert said.stdout.split() == ["8", "False"]
+
+
+def test_a_file_is_part_of_the_recipe_and_its_place_is_not(tmp_path):
+    first = load(None, [*WORDS, f"objective.module={TOY}"])
+    moved = tmp_path / "elsewhere.py"
+    shutil.copyfile(TOY, moved)
+    again = load(None, [*WORDS, f"objective.module={moved}"])
+    assert recipe_hash(again) == recipe_hash(first)
+    assert again.objective["module"] == str(moved)
+    moved.write_text(TOY.read_text() + "\n# another file now\n")
+    assert recipe_hash(load(None, [*WORDS, f"objective.module={moved}"])) != recipe_hash(first)
+
+
+def test_a_path_may_be_one_from_the_configuration(tmp_path):
+    shutil.copyfile(TOY, tmp_path / "mine.py")
+    tree = {"objective": {"name": "toy", "module": "mine.py"}, "data": {"image_views": 2}, "train": {"epochs": 1}}
+    (tmp_path / "a.yaml").write_text(yaml.dump(tree))
+    (tmp_path / "b.yaml").write_text("base: a.yaml\nobjective: {pull: 0.5}\n")
+    config = load(tmp_path / "b.yaml")
+    assert config.objective["module"] == str(tmp_path / "mine.py")
+    assert (config.objective["pull"], config.objective["prototypes"]) == (0.5, 8)
+    (tmp_path / "c.yaml").write_text(dump(config))
+    assert load(tmp_path / "c.yaml") == config
+    assert "module" not in load(tmp_path / "b.yaml", ["objective.name=clip", "data.image_views=0"]).objective
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["objective={name: toy, module: nowhere.py}"], "objective.module: expected a Python file, got"),
+        ([f"objective={{name: tpy, module: {TOY}}}"], "objective.name: no such objective 'tpy' in"),
+        ([f"objective={{name: tpy, module: {TOY}}}"], "did you mean 'toy'?"),
+        ([f"objective={{name: toy, module: {TOY}, prototype: 3}}"], "objective.prototype: no such key; did you mean"),
+        ([f"objective={{name: toy, module: {TOY}}}"], "data.image_views: objective toy needs 2, got 0"),
+        (["data.text_views=1"], "data.text_views: objective clip needs none, got 1"),
+        (["objective={name: clip, omega: -1}"], "objective.name: clip: inputs_of: image_views: expected a number"),
+    ],
+)
+def test_what_does_not_fit_is_told(words, said):
+    assert said in refused(*words)
+
+
+@pytest.mark.parametrize("name", [name for name, kind in KINDS.items() if kind.key and "views" not in name])
+def test_an_input_that_nobody_provides_is_refused_with_its_key(tmp_path, name):
+    """Until some section of the configuration provides it; then this list is shorter."""
+    asked = 2 if KINDS[name].several else True
+    file = stranger(tmp_path, repr({name: asked}))
+    said = refused("objective.name=odd", f"objective.module={file}")
+    assert said.startswith(f"{KINDS[name].key}: objective odd reads {name}, and no configuration provides them")
+
+
+@pytest.mark.parametrize(
+    ("inputs", "said"),
+    [
+        ("{'label': True}", "no kind of input is called 'label'; did you mean 'labels'?"),
+        ("{'labels': 3}", "labels: expected True or False, got 3"),
+        ("{'image_views': True}", "image_views: expected a number of them, or a tuple of names, got True"),
+        ("{'image_views': ('a', 'a')}", "expected names of its own, each once"),
+        ("{'image_views': ('text',)}", "expected names of its own, each once"),
+        ("torch.ones(3)", "name 'torch' is not defined; declarations may use builtins, math and"),
+    ],
+)
+def test_an_author_hears_what_inputs_of_may_say(tmp_path, inputs, said):
+    assert said in refused("objective.name=odd", f"objective.module={stranger(tmp_path, inputs)}")
+
+
+@pytest.mark.parametrize(
+    ("head", "said"),
+    [
+        ("class Odd(:", "odd.py, line 1: "),
+        (HEAD.replace("size: int", "size: list"), "list: an objective's Config may hold int, float, bool, str"),
+        (
+            HEAD.replace("class Config:", "class Config(Unknown):"),
+            "Config: its base Unknown is in no file that is read",
+        ),
+    ],
+)
+def test_a_file_that_cannot_be_read(tmp_path, head, said):
+    assert said in refused("objective.name=odd", f"objective.module={stranger(tmp_path, head=head)}")
+
+
+def test_a_folder_that_is_only_opened_runs_nothing(tmp_path):
+    file = stranger(tmp_path, "open('/nowhere/at/all')")
+    section = {"name": "odd", "module": str(file), "size": 3}
+    config = build({"objective": section, "train": {"epochs": 1}}, trusted=False)
+    assert config.objective == section
+    with pytest.raises(UserError, match=r"objective\.name: odd: .*No such file"):
+        build({"objective": section, "train": {"epochs": 1}})
+
+
+def test_an_arm_of_a_study_may_be_a_file(tmp_path):
+    tree = yaml.safe_load(PLAN) | {
+        "arms": ["clip", {"name": "mine", "like": "clip", "words": ["objective.name=toy", f"objective.module={TOY}"]}],
+        "axes": {"objective.prototypes": [4, 8]}, "batch_sizes": [32], "seeds": [0],
+    }  # fmt: skip
+    (tmp_path / "plan.yaml").write_text(yaml.dump(tree))
+    plan = load_plan(tmp_path / "plan.yaml")
+    cells = {cell.name: cell for cell in make_cells(plan, base_tree(plan), 4938.0)}
+    assert set(cells) == {"clip-B32-s0", "mine-B32-prototypes4-s0", "mine-B32-prototypes8-s0"}
+    assert cells["mine-B32-prototypes4-s0"].config.data.image_views == 2  # an axis of the objective brings them along
+    assert cells["mine-B32-prototypes4-s0"].negatives == 31 + 4
