@@ -188,6 +188,8 @@ class TrainLoader:
             # A forked worker starts at once and shares what is open; it only ever reads.
             "multiprocessing_context": "fork" if "fork" in multiprocessing.get_all_start_methods() else None,
             "worker_init_fn": _one_thread,
+            # Its own: else starting the workers draws from the generator that dropout draws from.
+            "generator": torch.Generator(),
         }
         with warnings.catch_warnings():  # how many workers a machine can feed is the user's choice
             warnings.filterwarnings("ignore", "This DataLoader will create")

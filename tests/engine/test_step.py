@@ -161,11 +161,12 @@ def test_recomputation_of_a_whole_share_at_once(ranks, stage, recomputation):
         assert all(torch.equal(x, y) for x, y in zip(want, got, strict=True))
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
 @pytest.mark.parametrize("stage", [1, 2, 3])
-def test_stages_agree_on_real_towers(ranks, stage):
-    """Built on the host and cut up at stage 3: the same weights to begin with."""
+def test_stages_agree_on_real_towers(ranks, stage, dropout):
+    """Built on the host and cut up at stage 3: the same weights to begin with, and the same masks."""
     for want, got in zip(
-        ranks(2, recomputed_run, 0, "none", 0.0), ranks(2, recomputed_run, stage, 2, 0.0), strict=True
+        ranks(2, recomputed_run, 0, "none", dropout), ranks(2, recomputed_run, stage, 2, dropout), strict=True
     ):
         for x, y in zip(want, got, strict=True):
             assert (x - y).norm() <= 1e-6 * x.norm() + 1e-7
