@@ -20,6 +20,7 @@ from amclr_scale.config.objective_options import NOT_OPTIONS, digest, option_mod
 from amclr_scale.config.schema import Config
 from amclr_scale.config.section import Section
 from amclr_scale.config.shipped import find
+from amclr_scale.config.yaml_text import Dumper, parse
 from amclr_scale.errors import UserError, did_you_mean, nearest
 
 RECIPE = ("seed", "data", "model", "objective", "optimizer", "train", "evaluation")
@@ -28,63 +29,6 @@ NEUTRAL = (
     "data.cache", "data.cache_gib", "data.stream", "data.allow_pipe", "evaluation.batch_size", "train.max_hours",
     "objective.module",  # where the file lies; objective.module_sha256 says what is in it
 )  # fmt: skip
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML 1.2's idea of plain values; a key given twice is an error.
-
-    1e-4 is a number, 010 is ten; off, 1:30 and 2026-11-22 are words, where YAML 1.1 has False, 90 and a date.
-    """
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [key.value for key, _ in node.value]
-        twice = sorted({key for key in keys if keys.count(key) > 1})
-        if twice:
-            raise yaml.constructor.ConstructorError(None, None, f"{twice[0]}: given twice", node.start_mark)
-        return super().construct_mapping(node, deep)
-
-
-def _integer(loader: _Loader, node: yaml.ScalarNode) -> int:
-    text = str(loader.construct_scalar(node)).replace("_", "").lower()
-    return int(text, 16 if "0x" in text else 8 if "0o" in text else 10)
-
-
-_OTHERWISE = [f"tag:yaml.org,2002:{kind}" for kind in ("bool", "float", "int", "timestamp")]
-_Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if tag not in _OTHERWISE]
-    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:int",
-    re.compile(r"^[-+]?(\d[\d_]*|0x[\da-fA-F]+|0o[0-7]+)$"),
-    list("-+0123456789"),
-)
-_Loader.add_constructor("tag:yaml.org,2002:int", _integer)
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\.\d+|\d+(\.\d*)?([eE][-+]?\d+)|\d+\.\d*|\.inf|\.nan)$"),
-    list("-+.0123456789"),
-)
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:bool", re.compile(r"^(true|True|TRUE|false|False|FALSE)$"), list("tTfF")
-)
-
-
-class _Dumper(yaml.SafeDumper):
-    """Quotes every word that YAML 1.1 or 1.2 would read as something else."""
-
-
-_Dumper.yaml_implicit_resolvers = {
-    first: [*yaml.SafeDumper.yaml_implicit_resolvers.get(first, ()), *_Loader.yaml_implicit_resolvers.get(first, ())]
-    for first in {*yaml.SafeDumper.yaml_implicit_resolvers, *_Loader.yaml_implicit_resolvers}
-}
-
-
-def _parse(text: str, where: str, hint: str = "") -> Any:
-    try:
-        return yaml.load(text, _Loader)
-    except (yaml.YAMLError, ValueError) as error:
-        raise UserError(f"{where}: not readable as YAML: {' '.join(str(error).split())}{hint}") from error
 
 
 # Two ways of saying one thing: whichever is said last counts.
@@ -135,7 +79,7 @@ def read_file(path: Path, seen: tuple[Path, ...] = (), argument: str = "--config
         text = path.read_text("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{argument}: {path} cannot be read: {error}; expected YAML in UTF-8") from error
-    tree = _parse(text, str(path)) or {}
+    tree = parse(text, str(path)) or {}
     if not isinstance(tree, dict):
         raise UserError(f"{path}: expected sections with keys, got {type(tree).__name__}")
     _module_beside(tree, path)
@@ -169,7 +113,7 @@ def from_words(words: Sequence[str]) -> dict[str, Any]:
         if not equals or not key:
             file = f"; a file is named by --config {word}" if word.endswith((".yaml", ".yml")) else ""
             raise UserError(f"{word}: expected key=value, such as train.global_batch_size=1024{file}")
-        above: Any = _parse(value, key, "; put text in quotes, inside the shell's own")
+        above: Any = parse(value, key, "; put text in quotes, inside the shell's own")
         for part in reversed(key.split(".")):
             above = {part: above}
         tree = merge(tree, _spelt_out(above))
@@ -333,7 +277,7 @@ def load(path: str | Path | None, words: Sequence[str] = (), world_size: int = 1
 def dump(config: Config) -> str:
     """The resolved configuration as YAML that `load` reads back to an equal one."""
     tree = config.model_dump(mode="json")
-    return str(yaml.dump(tree, Dumper=_Dumper, sort_keys=False, width=110, allow_unicode=True))
+    return str(yaml.dump(tree, Dumper=Dumper, sort_keys=False, width=110, allow_unicode=True))
 
 
 def recipe(config: Config) -> dict[str, Any]:

@@ -21,7 +21,8 @@ from amclr_scale.config.schema import Config
 from amclr_scale.engine.batch_plan import Plan
 from amclr_scale.memory.components import Component, Phase
 from amclr_scale.memory.stage3_gathers import LOOKED_AT, Both, Calls, Replay, fewer, looked_at, replay
-from amclr_scale.memory.towers import MODALITIES, Gathered, Modality, Peak, Tower, parameter_sizes, trace
+from amclr_scale.memory.timeline import Gathered, Peak
+from amclr_scale.memory.towers import MODALITIES, Modality, Tower, parameter_sizes, trace
 from amclr_scale.memory.zero3.coordinator import Limits
 from amclr_scale.precision import DTYPES
 

@@ -15,7 +15,8 @@ import numpy as np
 import torch
 
 from amclr_scale.memory.components import Phase
-from amclr_scale.memory.towers import Gathered, Modality, Tower
+from amclr_scale.memory.timeline import Gathered
+from amclr_scale.memory.towers import Modality, Tower
 from amclr_scale.memory.zero3.coordinator import Bytes, Coordinator, Limits, Visit
 
 STEPS = 3  # the first one sees an order of modules that no later one does

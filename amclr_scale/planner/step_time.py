@@ -28,7 +28,8 @@ from amclr_scale.config.schema import Config
 from amclr_scale.encoders.dual_encoder import DualEncoder
 from amclr_scale.encoders.recomputation import Recomputation, recomputed_share
 from amclr_scale.engine.batch_plan import make_plan
-from amclr_scale.memory.towers import Modality, Timeline, Tower, skeleton, trace
+from amclr_scale.memory.timeline import Timeline
+from amclr_scale.memory.towers import Modality, Tower, skeleton, trace
 from amclr_scale.metrics.devices import DeviceProfile
 from amclr_scale.metrics.flops import ModelFlops
 from amclr_scale.planner.messages import Messages
