@@ -33,6 +33,7 @@ NEUTRAL = (
 
 # Two ways of saying one thing: whichever is said last counts.
 ALTERNATIVES = {"samples": "epochs", "epochs": "samples"}
+WHOLE = ("splits",)  # names of the user's own, which replace those below as a list would
 
 
 def merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
@@ -44,7 +45,7 @@ def merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
     merged = {key: value for key, value in below.items() if ALTERNATIVES.get(key) not in above}
     for key, value in above.items():
         old = merged.get(key)
-        if isinstance(old, dict) and isinstance(value, dict):
+        if isinstance(old, dict) and isinstance(value, dict) and key not in WHOLE:
             if "name" in old and "name" in value and old["name"] != value["name"]:
                 old = {} if key == "objective" else {name: kept for name, kept in old.items() if name != "options"}
             merged[key] = merge(old, value)
@@ -188,6 +189,8 @@ def mistakes(error: ValidationError, prefix: str = "", root: type[BaseModel] = C
     for detail in error.errors():
         line = _explain(detail, prefix, root)
         key = line.partition(":")[0]
+        if "put it in brackets" in lines.get(key, ""):
+            continue  # what else it might be helps nobody
         lines[key] = f"{lines[key].rpartition(', got ')[0]}, or {line.partition(': ')[2]}" if key in lines else line
     return list(lines.values())
 

@@ -252,8 +252,8 @@ class Probe(Section):
     """Labelled images to learn from, named like evaluation.splits."""
     test: str
     """Labelled images to measure on."""
-    classes: str = "json.group"
-    """Where a sample's class is in shards (json.FIELD or cls)."""
+    classes: str | None = None
+    """Where a sample's class is in shards (json.FIELD or cls). Other formats bring their classes with them."""
     methods: list[Literal["linear", "knn"]] = Field(["linear", "knn"])
     """linear: logistic regression; knn: a weighted vote of the nearest training images."""
     features: list[Literal["embedding", "tower"]] = Field(["embedding", "tower"])
@@ -271,11 +271,12 @@ class Probe(Section):
 class Evaluation(Section):
     """What is measured, and when. The last step is always evaluated when something is to be measured."""
 
-    splits: list[str] = Field([])
-    """Held-out pairs and labelled images for retrieval and zero-shot: emoji/val_style, an index, shards, a folder of
-    CLIP_benchmark, a folder with one folder of images per class, CIFAR's binary files (FOLDER#train for that part), or
-    annotations (.json): Karpathy's (FILE.json#val for another split than test) or a list of {image, caption,
-    [image_id], [negatives]} as ALBEF's and SogCLR's."""
+    splits: list[str] | dict[str, str] = Field([])
+    """Held-out pairs and labelled images for retrieval and zero-shot, as a list or by name: {photos: /data/photos}.
+    Without names they are called as their folders are. emoji/val_style, an index, shards, a folder of CLIP_benchmark, a
+    folder of pictures with a .txt beside each, a folder with one folder of images per class, CIFAR's binary files
+    (FOLDER#train for that part), or annotations (.json, .jsonl): Karpathy's (FILE.json#val for another split than
+    test), COCO's, or a list of {image, caption, [image_id], [negatives]} as ALBEF's and SogCLR's."""
     every_samples: Positive | None = None
     """Also evaluate each time that many samples have been seen; null: at the end only."""
     caption: str | None = None
@@ -289,8 +290,9 @@ class Evaluation(Section):
     , . ' ! ? " ( ) * # : ; ~, hyphens and slashes as spaces, at most 30 words. false: as they stand."""
     image_root: str | None = None
     """Folder that the image paths of annotations begin in; null: the annotation file's own folder."""
-    classes: str | None = "json.concept"
-    """Zero-shot classification of shards: where a sample's class is (json.FIELD or cls). null: no zero-shot at all."""
+    classes: str | None = None
+    """Zero-shot classification of shards: where a sample's class is (json.FIELD or cls). null: shards have none. Class
+    folders, CIFAR and CLIP_benchmark bring their classes with them."""
     class_names: str | None = None
     """A file with one class name a line, or imagenet (1,000 names, needs open_clip_torch); null: the data set's own."""
     templates: list[str] | str | None = None

@@ -135,7 +135,7 @@ class EvaluationSplit:
         return value
 
 
-def class_names(name: str, data: schema.Data, classes: str = "json.concept") -> list[str]:
+def class_names(name: str, data: schema.Data, classes: str) -> list[str]:
     """The class names behind a split's labels, in the order of the labels.
 
     The embedded corpus has them in classes.json, by field; other data sets in a classnames.txt beside their index or

@@ -268,17 +268,10 @@ def _folder(source: Annotations, into: Records) -> None:
     into.decided = "; ".join(filter(None, ("a folder of pictures", found.told())))
     classes = Classes(source.images, found.pictures)
     for number, path in enumerate(found.pictures):
-        text = path.with_suffix(".txt")
-        name = str(path.relative_to(source.images))
-        fields = {}
-        if text.is_file():
-            captions, left_out = strings(text.read_text("utf-8", "replace").splitlines())
-        elif folder := classes.folder(path):
-            fields = {"class": folder.name}
-            captions, left_out = strings(folder.name.replace("_", " "))
-        else:
-            captions, left_out = (), ()
-        into.add(_record(Entry(number, name, captions, tuple(w for w in left_out if w != "blank caption")), fields))
+        captions, folder, fields = found.captions(path), classes.folder(path), dict[str, Any]()
+        if folder and not found.has_text(path):
+            captions, fields = [folder.name.replace("_", " ")], {"class": folder.name}
+        into.add(_record(Entry(number, str(path.relative_to(source.images)), tuple(captions)), fields))
 
 
 FORMATS: dict[str, Callable[[Annotations, Records], None]] = {

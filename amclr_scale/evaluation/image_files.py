@@ -5,7 +5,8 @@
     COCO's JSON         captions_val2017.json, all of it
     a JSON list         [{"image", "caption": one or several, ["image_id"], ["negatives"]}]: ALBEF's coco_test.json,
                         flickr30k_test.json and the like
-    folders             CLASS/*.jpg or CLASS/images/*.jpg, classes in the order of the folders' names
+    folders             CLASS/*.jpg or CLASS/images/*.jpg, classes in the order of the folders' names; and pictures with
+                        a .txt of the same name beside each
 
 Images are seen as those of shards are.
 """
@@ -25,6 +26,7 @@ from amclr_scale.data.decoding import BadSampleError, Sample, decode
 from amclr_scale.data.formats.annotation_files import entries, kind_of
 from amclr_scale.data.formats.picture_files import Classes, FoundPictures, find_pictures, holds_picture, is_hidden
 from amclr_scale.data.image_views import evaluation_view, to_tensor
+from amclr_scale.data.sources import shards_in
 from amclr_scale.data.text_views import clean_caption
 from amclr_scale.data.tokenizers import load_tokenizer
 from amclr_scale.errors import UserError
@@ -89,33 +91,45 @@ class ImageFiles:
             raise UserError(f"{_KEY}: {self.name}: {path} cannot be used: {error}") from error
 
 
-def is_class_folders(path: Path) -> bool:
-    """Whether a folder holds folders of images, at any depth."""
-    return any(holds_picture(folder) for folder in _folders(path))
+def is_picture_folder(path: Path) -> bool:
+    """Whether a folder holds pictures, at any depth, and no shards."""
+    return path.is_dir() and not (path / "index.json").is_file() and not shards_in(path) and holds_picture(path)
 
 
-def _folders(path: Path) -> list[Path]:
-    return sorted(folder for folder in path.iterdir() if folder.is_dir() and not is_hidden(folder))
+def picture_folder(path: Path) -> list[Item]:
+    """Every picture of a folder, with the lines of the .txt of the same name, and its class where folders are classes.
 
-
-def class_folders(path: Path) -> list[Item]:
-    """Every image of every class folder, in the order of the classes' names.
+    They are, unless pictures with a .txt lie beside them. The order is that of classes and names.
 
     Raises:
-        UserError: a folder without images, or two that give a class the same name.
+        UserError: a class without pictures or two of one name, or pictures with neither class nor text.
     """
-    found = FoundPictures()
-    for folder in _folders(path):
-        inside = find_pictures(folder)
-        if not inside.pictures:
-            raise UserError(
-                f"{_KEY}: {path}: the class {folder.name} has no images; remove the folder or fill it"
-                f"{'; ' + inside.told() if inside.passed_over else ''}"
-            )
-        found.pictures += inside.pictures
-        found.passed_over += inside.passed_over
+    found = find_pictures(path)
     if found.passed_over:
         log.warning("%s: %s: %s", _KEY, path, found.told())
+    here = [picture for picture in found.pictures if picture.parent == path]
+    if any(map(found.has_text, here)):
+        return [Item(picture, found.captions(picture)) for picture in found.pictures]
+    folders = sorted(folder for folder in path.iterdir() if folder.is_dir() and not is_hidden(folder))
+    if not folders:
+        raise UserError(
+            f"{_KEY}: {path}: expected a .txt beside each picture, or a folder for each class, got "
+            f"{len(here):,} pictures without either"
+        )
+    if here:
+        log.warning("%s: %s: %d pictures beside the class folders are not looked at", _KEY, path, len(here))
+    found.pictures = [picture for picture in found.pictures if picture.parent != path]
+    return _of_classes(path, folders, found)
+
+
+def _of_classes(path: Path, folders: list[Path], found: FoundPictures) -> list[Item]:
+    full = {path / picture.relative_to(path).parts[0] for picture in found.pictures}
+    void = next((folder for folder in folders if folder not in full), None)
+    if void is not None:
+        told = find_pictures(void).told()
+        raise UserError(
+            f"{_KEY}: {path}: the class {void.name} has no images; remove the folder or fill it{told and '; ' + told}"
+        )
     classes = Classes(path, found.pictures)
     named: dict[str, Path] = {}
     items: list[Item] = []
@@ -124,7 +138,11 @@ def class_folders(path: Path) -> list[Item]:
         if named.setdefault(folder.name, folder) != folder:
             both = " and ".join(str(one.relative_to(path)) for one in (named[folder.name], folder))
             raise UserError(f"{_KEY}: {path}: both {both} hold the class {folder.name}; name the folder of one of them")
-        items.append(Item(picture, label=folder.name))
+        items.append(Item(picture, found.captions(picture), folder.name))
+    some = sum(bool(item.captions) for item in items)
+    if 0 < some < len(items):
+        log.warning("%s: %s: %d of %d pictures have a .txt: retrieval needs all", _KEY, path, some, len(items))
+        items = [replace(item, captions=[]) for item in items]
     return sorted(items, key=lambda item: (str(item.label), item.path))
 
 

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from amclr_scale.config.schema import Config, Probe
+from amclr_scale.data.names import probe_name, split_names
 from amclr_scale.errors import UserError
 from amclr_scale.evaluation import neighbours, probe
 from amclr_scale.evaluation.composition import composition
@@ -49,7 +50,7 @@ class Evaluator:
         self.options = options = config.evaluation
         data = config.data.model_copy(update={"caption": options.caption or config.data.caption})
         opened = partial(open_task, data=data, options=options, rank=rank, world_size=world_size)
-        self.tasks = [opened(name) for name in options.splits]
+        self.tasks = [opened(path, name=name) for name, path in split_names(options).items()]
         self.probes = [(one, *_probe_tasks(one, opened)) for one in options.probes]
         self.numbers: dict[str, dict[str, Number]] = {}
 
@@ -72,7 +73,7 @@ class Evaluator:
             results |= self._flat(task.name, numbers, plain)
         for options, train, test in self.probes:
             numbers, plain = _measure_probe(encode, options, train, test, self.options.batch_size)
-            results |= self._flat(f"{options.test} from {options.train}, {options.classes}", numbers, plain)
+            results |= self._flat(probe_name(options, self.options), numbers, plain)
         return results
 
     def items(self) -> int:
@@ -176,7 +177,10 @@ def _probe_tasks(one: Probe, opened: Callable[..., Task]) -> tuple[Task, Task]:
     for key, name in (("train", one.train), ("test", one.test)):
         task = opened(name, classes=one.classes)
         if not task.class_names:
-            raise UserError(f"evaluation.probes.{key}: expected labelled images, got {name}, which has no classes")
+            raise UserError(
+                f"evaluation.probes.{key}: expected labelled images, got {name}, which has no classes; of shards "
+                "evaluation.probes.classes says where they are"
+            )
         tasks.append(task)
     if tasks[0].class_names != tasks[1].class_names:
         raise UserError(

@@ -16,7 +16,7 @@ from amclr_scale.data.sources import embedded_splits
 from amclr_scale.data.tokenizers import Tokenizer
 from amclr_scale.errors import UserError
 from amclr_scale.evaluation.cifar import CifarFiles, find_cifar
-from amclr_scale.evaluation.image_files import ImageFiles, annotations, class_folders, is_class_folders
+from amclr_scale.evaluation.image_files import ImageFiles, annotations, is_picture_folder, picture_folder
 from amclr_scale.evaluation.shares import share
 from amclr_scale.evaluation.zero_shot import prompts
 from amclr_scale.types import Batch
@@ -59,53 +59,65 @@ class Task:
 
 
 def open_task(
-    name: str, data: Data, options: Evaluation, *, rank: int, world_size: int, classes: str | None = None
+    given: str,
+    data: Data,
+    options: Evaluation,
+    *,
+    rank: int,
+    world_size: int,
+    name: str = "",
+    classes: str | None = None,
 ) -> Task:
     """Open one of `evaluation.splits`, whatever its format. All ranks call it.
 
     Args:
+        given: its path, or what else names it.
+        name: what its numbers are called; default: the path.
         classes: overrides options.classes.
 
     Raises:
         UserError: it is none of the formats, or something in it cannot be used.
     """
     classes = classes or options.classes
-    file, _, part = name.partition("#")
+    file, _, part = given.partition("#")
     path = Path(file).expanduser()
     names: list[str] | None = None
-    templates: list[str] = EMOJI_TEMPLATES if name in embedded_splits() else PHOTO_TEMPLATES
+    templates: list[str] = EMOJI_TEMPLATES if given in embedded_splits() else PHOTO_TEMPLATES
     squash, clean = options.resize == "squash", options.clean_captions
     sharded = partial(EvaluationSplit, rank=rank, world_size=world_size, squash=squash, clean=clean)
     split: Split
     if path.suffix in (".json", ".jsonl") and path.is_file() and not _is_index(path):
         root = Path(options.image_root).expanduser() if options.image_root else path.parent
-        items = annotations(name, read_json(path, _KEY), root, part or "test")
-        split = ImageFiles(name, data, [item.cleaned() for item in items] if clean else items, squash=squash)
+        items = annotations(given, read_json(path, _KEY), root, part or "test")
+        split = ImageFiles(given, data, [item.cleaned() for item in items] if clean else items, squash=squash)
         retrieval = True
     elif path.is_dir() and (path / "test").is_dir() and list((path / "test").glob("*.tar")):
-        retrieval, split, names, own = _clip_benchmark(name, path, data, sharded)
+        retrieval, split, names, own = _clip_benchmark(given, path, data, sharded)
         templates = own or templates
     elif path.is_dir() and (folder := find_cifar(path)):
-        split = found = CifarFiles(name, folder, data, part or "test")
+        split = found = CifarFiles(given, folder, data, part or "test")
         retrieval, names = False, found.class_names
-    elif path.is_dir() and is_class_folders(path):
-        split = ImageFiles(name, data, class_folders(path), squash=squash)
-        retrieval, names = False, sorted({str(label) for label in split.labels or []})
+    elif is_picture_folder(path):
+        items = picture_folder(path)
+        split = ImageFiles(given, data, [item.cleaned() for item in items] if clean else items, squash=squash)
+        retrieval, names = all(split.caption_lists), sorted({str(label) for label in split.labels or []}) or None
     else:
-        split = sharded(name, data, classes=classes)
+        split = sharded(given, data, classes=classes)
         retrieval = True
         if classes is not None and options.class_names is None:
-            names = class_names(name, data, classes)
-    if options.classes is None and classes is None:
-        names = None
+            names = class_names(given, data, classes)
     listed = _class_names(options.class_names, split) if split.labels is not None else None
     labels = _numbered(split, names or listed) if split.labels is not None and (names or listed) else torch.empty(0)
     final = listed or names or []
     if listed and names and len(listed) != len(names):
-        raise UserError(f"evaluation.class_names: {name} has {len(names)} classes, {options.class_names} {len(listed)}")
+        raise UserError(
+            f"evaluation.class_names: {given} has {len(names)} classes, {options.class_names} {len(listed)}"
+        )
     chosen = _templates(options.templates) or templates
     prompts(final[:1] or ["x"], chosen)
-    return Task(name, split, retrieval, final, labels, chosen)
+    if not retrieval and not final:
+        raise UserError(f"{_KEY}: {given}: pictures without captions and without classes: there is nothing to measure")
+    return Task(name or given, split, retrieval, final, labels, chosen)
 
 
 def _is_index(path: Path) -> bool:

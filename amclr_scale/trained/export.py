@@ -21,6 +21,7 @@ from amclr_scale.checkpoint.resume import CHECKPOINTS
 from amclr_scale.checkpoint.state import TOKENIZER, open_pieces, read_state
 from amclr_scale.config.load import build, dump
 from amclr_scale.config.schema import Config
+from amclr_scale.data.names import short_names
 from amclr_scale.data.tokenizers import load_tokenizer
 from amclr_scale.errors import UserError
 from amclr_scale.metrics.run_folder import MODULE
@@ -103,9 +104,18 @@ def _results(run: Path) -> dict[str, Any]:
     return found
 
 
+def _tower(name: str) -> str:
+    """A tower's name; of a folder of transformers its last part."""
+    library, slash, rest = name.partition("/")
+    return f"{library}{slash}{Path(rest).name}" if "/" in rest else name
+
+
 def card(state: dict[str, Any], config: Config, results: dict[str, Any]) -> str:
     """What a reader of the folder needs to know."""
-    shards = config.data.train if isinstance(config.data.train, str) else ", ".join(config.data.train)
+    listed = [config.data.train] if isinstance(config.data.train, str) else config.data.train
+    shards = ", ".join(short_names(listed).values())  # no paths of the machine that it was made on
+    tokenizer = short_names([config.data.tokenizer])[config.data.tokenizer]
+    size = config.data.image_size
     rows = [f"| {name} | {value:.4f} |" for name, value in results.items() if isinstance(value, int | float)]
     measured = ["", "## Results", "", "| measure | value |", "|---|---|", *rows] if rows else []
     return "\n".join(
@@ -118,9 +128,9 @@ def card(state: dict[str, Any], config: Config, results: dict[str, Any]) -> str:
             f"({state['samples'] / state['num_samples']:.2f} epochs of {state['num_samples']:,}).",
             "",
             f"- data: {shards} (fingerprint {state['data_fingerprint']})",
-            f"- image tower: {config.model.image.name}, {config.data.image_size} x {config.data.image_size} pixels",
-            f"- text tower: {config.model.text.name}, {config.data.context_length} tokens",
-            f"- tokenizer: {config.data.tokenizer} (fingerprint {state.get('tokenizer_fingerprint', 'unknown')})",
+            f"- image tower: {_tower(config.model.image.name)}, {size} x {size} pixels",
+            f"- text tower: {_tower(config.model.text.name)}, {config.data.context_length} tokens",
+            f"- tokenizer: {tokenizer} (fingerprint {state.get('tokenizer_fingerprint', 'unknown')})",
             f"- embeddings: {config.model.embedding_width} wide, unit length",
             f"- recipe {state['recipe']}, saved {state['time']}; all keys are in config.yaml",
             "",

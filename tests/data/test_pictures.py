@@ -18,7 +18,7 @@ from amclr_scale.data.indexing import open_index
 from amclr_scale.data.ingestion import Annotations, read_records
 from amclr_scale.data.tar import scan
 from amclr_scale.errors import UserError
-from amclr_scale.evaluation.image_files import class_folders
+from amclr_scale.evaluation.image_files import picture_folder
 from tests.data.shards import settings, write_tar
 
 KINDS = {"jpg": "JPEG", "tif": "TIFF", "gif": "GIF", "jfif": "JPEG", "avif": "AVIF", "jp2": "JPEG2000", "jpe": "JPEG",
@@ -59,7 +59,7 @@ def test_a_picture_of_any_kind_counts_and_the_others_are_told(classes, caplog, c
     assert (len(found.pictures), found.told()) == (2 * (len(KINDS) + 1), PASSED_OVER)
     records = read_records("folder", Annotations(None, classes))
     assert [record.captions for record in records.records] == [("fire truck",)] * 10 + [("tabby cat",)] * 10
-    items = class_folders(classes)
+    items = picture_folder(classes)
     assert [item.label for item in items] == ["fire_truck"] * 10 + ["tabby_cat"] * 10
     assert PASSED_OVER in caplog.text
     assert make_shards(["folder", "--images", str(classes), "--out", str(classes / ".out"), "--encode", "png"]) == 0
@@ -68,33 +68,33 @@ def test_a_picture_of_any_kind_counts_and_the_others_are_told(classes, caplog, c
     assert "read 20, wrote 20 samples in 1 shards, rejected 0" in said.out
 
 
-def test_folders_inside_class_folders(tmp_path):
+def test_folders_inside_picture_folder(tmp_path):
     """class/images/*.jpg is the class; of train/class and val/class one has to be named."""
     for name in ("cat/images/0.jpg", "dog/images/0.jpg", "dog/images/1.jpg"):
         (tmp_path / "deep" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "deep" / name).write_bytes(saved())
-    items = class_folders(tmp_path / "deep")
+    items = picture_folder(tmp_path / "deep")
     assert [(item.label, item.path.name) for item in items] == [("cat", "0.jpg"), ("dog", "0.jpg"), ("dog", "1.jpg")]
     records = read_records("folder", Annotations(None, tmp_path / "deep")).records
     assert [record.captions for record in records] == [("cat",), ("dog",), ("dog",)]
     for name in ("animals/cat/0.jpg", "animals/dog/0.jpg", "things/cup/0.jpg", "things/jar/a/0.jpg"):
         (tmp_path / "nested" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "nested" / name).write_bytes(saved())
-    assert [item.label for item in class_folders(tmp_path / "nested")] == ["cat", "cup", "dog", "jar"]
+    assert [item.label for item in picture_folder(tmp_path / "nested")] == ["cat", "cup", "dog", "jar"]
     for name in ("train/cat/0.jpg", "train/dog/0.jpg", "val/cat/0.jpg", "val/dog/0.jpg"):
         (tmp_path / "parts" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "parts" / name).write_bytes(saved())
     with pytest.raises(
         UserError, match="both train/cat and val/cat hold the class cat; name the folder of one of them"
     ):
-        class_folders(tmp_path / "parts")
+        picture_folder(tmp_path / "parts")
     (tmp_path / "deep" / "empty").mkdir()
     (tmp_path / "deep" / "empty" / "a.mov").touch()
     with pytest.raises(UserError, match=r"the class empty has no images; .*passed over 1 files .*: 1 \.mov"):
-        class_folders(tmp_path / "deep")
+        picture_folder(tmp_path / "deep")
 
 
-def test_a_picture_beside_the_class_folders_has_no_class(tmp_path):
+def test_a_picture_beside_the_picture_folder_has_no_class(tmp_path):
     pictures = [tmp_path / "0.jpg", tmp_path / "cat" / "0.jpg"]
     assert [Classes(tmp_path, pictures).folder(one) for one in pictures] == [None, tmp_path / "cat"]
 

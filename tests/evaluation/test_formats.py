@@ -137,7 +137,7 @@ def test_cifars_binary_files(tmp_path, hundred):
     probes = [{"train": f"{folder}#train", "test": str(folder), "validation": 0.5, "l2": [0.1], "neighbours": [1]}]
     config = recipe(str(folder), probes=probes)
     results = Evaluator(config)(model(config))
-    assert {f"{folder}/zero_shot_top1", f"{folder} from {folder}#train, json.group/knn_top1"} <= set(results)
+    assert {f"{folder.name}/zero_shot_top1", f"{folder.name} from {folder.name}#train/knn_top1"} <= set(results)
     with pytest.raises(UserError, match=r"expected one of the splits train, test, got val"):
         opened(tmp_path, f"{folder.name}#val")
     file = folder / ("test.bin" if hundred else "test_batch.bin")

@@ -17,7 +17,7 @@ from amclr_scale.data.tokenizers import load_tokenizer
 from amclr_scale.encoders.build import build_model
 from amclr_scale.engine.deepspeed_setup import build_engine
 from amclr_scale.errors import UserError
-from amclr_scale.trained.export import export
+from amclr_scale.trained.export import card, export
 from amclr_scale.trained.model import open_model
 from tests.checkpoint.trainer import ROOT
 
@@ -280,3 +280,20 @@ def test_open_clip_has_no_small_towers(run, tmp_path):
     with pytest.raises(UserError, match=r"model\.image\.name: expected timm/NAME"):
         export(run[0], tmp_path / "out", as_open_clip.write)
     assert not (tmp_path / "out").exists()  # nor half of an export
+
+
+def test_a_card_shows_no_paths_of_the_machine():
+    data = {
+        "train": ["/home/me/cc3m/{000..331}.tar", "/data/photos"],
+        "tokenizer": "/home/me/models/bert/tokenizer.json",
+    }
+    tree = {**TREE, "data": {**TREE["data"], **data}, "model": {"text": {"name": "transformers//home/me/models/bert"}}}
+    state = {
+        "packages": {}, "step": 1, "total_steps": 2, "samples": 8, "num_samples": 8, "data_fingerprint": "f",
+        "recipe": "r", "time": "now",
+    }  # fmt: skip
+    said = card(state, build(tree), {"photos/image_to_text_R@1": 0.5})
+    assert "- data: cc3m, photos (fingerprint f)" in said
+    assert "- text tower: transformers/bert, 12 tokens" in said
+    assert "/home" not in said
+    assert "/data" not in said

@@ -29,7 +29,19 @@ class FoundPictures:
     """The pictures of a folder."""
 
     pictures: list[Path] = field(default_factory=list)
+    texts: set[Path] = field(default_factory=set)  # the .txt files beside them
     passed_over: Counter[str] = field(default_factory=Counter)  # by extension
+
+    def has_text(self, picture: Path) -> bool:
+        """Whether a .txt of the same name lies beside a picture."""
+        return picture.with_suffix(".txt") in self.texts
+
+    def captions(self, picture: Path) -> list[str]:
+        """The lines of that file; none where there is none."""
+        if not self.has_text(picture):
+            return []
+        lines = picture.with_suffix(".txt").read_text("utf-8", "replace").splitlines()
+        return [line.strip() for line in lines if line.strip()]
 
     def told(self) -> str:
         """What was passed over, in words; empty where nothing was."""
@@ -61,6 +73,9 @@ def find_pictures(folder: Path, *, recursive: bool = True) -> FoundPictures:
                 inside = find_pictures(path)
                 found.pictures += inside.pictures
                 found.passed_over += inside.passed_over
+                found.texts |= inside.texts
+        elif path.suffix == ".txt":
+            found.texts.add(path)
         elif is_picture(path):
             found.pictures.append(path)
         elif path.suffix[1:].lower() not in _BESIDE:

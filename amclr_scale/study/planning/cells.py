@@ -15,6 +15,8 @@ from typing import Any
 from amclr_scale.config.load import build, from_words, merge, read_file, recipe_hash
 from amclr_scale.config.objective_options import declared, find
 from amclr_scale.config.schema import Config
+from amclr_scale.data.names import probe_name, split_names
+from amclr_scale.data.sources import embedded_splits
 from amclr_scale.engine.batch_plan import make_plan
 from amclr_scale.engine.schedules import peak_learning_rate
 from amclr_scale.errors import UserError
@@ -276,17 +278,18 @@ def _check(plan: StudyPlan, cells: Sequence[Planned]) -> Iterator[str]:
 def _check_metrics(plan: StudyPlan, config: Config) -> Iterator[str]:
     """Outcomes that no evaluation of the configuration can have."""
     evaluation = config.evaluation
-    tests = [*evaluation.splits, *(probe.test for probe in evaluation.probes)]
+    splits = split_names(evaluation)
+    tests = [*splits, *(probe_name(probe, evaluation) for probe in evaluation.probes)]
     for metric in plan.metrics:
         for key in metric.keys:
             split = max((one for one in tests if key.startswith(f"{one}/")), key=len, default=None)
             if split is None:
-                splits = ", ".join(tests) or "empty"
-                yield f"metrics: {key}: the configuration measures no such split; evaluation.splits is {splits}"
+                held = ", ".join(tests) or "none"
+                yield f"metrics: {key}: the configuration measures no such split; those of evaluation.splits: {held}"
                 continue
             name = key.removeprefix(f"{split}/")
             known = re.fullmatch(MEASURED, name)
             if not known and not evaluation.geometry and not evaluation.probes:
                 yield f"metrics: {key}: expected a number such as {split}/image_to_text_R@1 or {split}/zero_shot_top1"
-            elif name.startswith("zero_shot") and evaluation.classes is None:
+            elif name.startswith("zero_shot") and evaluation.classes is None and splits.get(split) in embedded_splits():
                 yield f"metrics: {key}: evaluation.classes is null, so there is no zero-shot classification"
