@@ -21,6 +21,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from amclr_scale.encoders.weights import saved_parts
 from amclr_scale.engine.zero.flat_shards import shards_of
 
 MASTER = "parameter"
@@ -102,7 +103,7 @@ def collect(engine: Any, rank: int, world_size: int) -> tuple[dict[str, Tensor],
             value = _whole(parameter)
             if index % world_size == rank:
                 pieces[f"{MASTER}/{name}@0"] = value.reshape(-1).to("cpu", copy=True)
-    for name, buffer in engine.module.named_buffers():
+    for name, buffer in saved_parts(engine.module)[1].items():
         pieces[f"buffer/{name}"] = buffer.detach().to("cpu", copy=True).contiguous()
     notes = {
         "shapes": {name: list(getattr(p, "ds_shape", p.shape)) for name, p in parameters.items()},
@@ -244,7 +245,7 @@ def restore(engine: Any, reader: PieceReader, rank: int) -> None:
     for name, parameter in parameters.items():
         _set(parameter, reader, name, rank)
     buffers = reader.buffers(rank)
-    for name, buffer in engine.module.named_buffers():
+    for name, buffer in saved_parts(engine.module)[1].items():
         buffer.copy_(buffers[name])
     notes = reader.notes[0]
     for name, value in notes["counters"].items():

@@ -15,6 +15,7 @@ from amclr_scale.checkpoint.start import agree_on_start, lock_new
 from amclr_scale.config.schema import Config
 from amclr_scale.distributed.launcher import RankInfo, export
 from amclr_scale.distributed.process_group import device_type, seed_everything
+from amclr_scale.encoders.text_towers import save_architecture
 from amclr_scale.engine.batch_plan import make_plan
 from amclr_scale.engine.batch_probe import Probe, read_probe
 from amclr_scale.engine.build import Inputs, Trainer, build_trainer, open_data
@@ -23,6 +24,7 @@ from amclr_scale.engine.hooks import Hook
 from amclr_scale.engine.profiling import StepProfiler
 from amclr_scale.engine.records import FinalMeasurement, Measurement, TrainingRecords
 from amclr_scale.engine.step import TrainStep
+from amclr_scale.evaluation.models import TEXT_TOWER
 from amclr_scale.evaluation.run import Evaluator
 from amclr_scale.metrics.log import RunLog
 from amclr_scale.metrics.phases import Phases
@@ -137,6 +139,7 @@ def build_job(
     if rank_info.rank == 0:
         create(folder, config, str(device), rank_info.world_size, resumed_at=begin if found else None)
         tokenizer.save(folder / "tokenizer")
+        save_architecture(trainer.model.text_tower, folder / TEXT_TOWER)
     seed_everything(config.seed, rank_info.rank + 1)  # dropout differs between ranks
 
     phases = Phases(device)

@@ -1,5 +1,7 @@
 """A model from its section of the configuration."""
 
+from typing import Any
+
 from amclr_scale.config.schema import Model
 from amclr_scale.encoders.dual_encoder import DualEncoder
 from amclr_scale.encoders.heads import build_head
@@ -18,6 +20,7 @@ def build_model(
     image_std: tuple[float, float, float],
     end_id: int | None = None,
     weights: bool = True,
+    text_architecture: dict[str, Any] | None = None,
 ) -> DualEncoder:
     """Two towers and their heads. Initial weights follow torch's global generator: seed it before.
 
@@ -27,6 +30,7 @@ def build_model(
         image_size: side of the images in pixels.
         image_mean, image_std: per channel, of images in [0, 1].
         weights: load those that the configuration names; False: leave every weight random, to look at sizes alone.
+        text_architecture: the config.json of a text tower of transformers, instead of the one that its name says.
 
     Raises:
         UserError: names the key to change; nothing was downloaded.
@@ -39,6 +43,7 @@ def build_model(
         end_id=end_id,
         context_length=context_length,
         weights=weights,
+        architecture=text_architecture,
     )
     return DualEncoder(
         image_tower,

@@ -63,9 +63,19 @@ def pool(features: Tensor, visible: Tensor, pooling: Pooling) -> Tensor:
 
 
 def build_text_tower(
-    tower: TextTower, *, vocab_size: int, pad_id: int, end_id: int | None, context_length: int, weights: bool = True
+    tower: TextTower,
+    *,
+    vocab_size: int,
+    pad_id: int,
+    end_id: int | None,
+    context_length: int,
+    weights: bool = True,
+    architecture: dict[str, Any] | None = None,
 ) -> tuple[nn.Module, int]:
     """(b, L) -> (b, width): the tower, and its width.
+
+    Args:
+        architecture: of a model of transformers, instead of the one that its name says.
 
     Raises:
         UserError: an unknown name, a hub name, a tokenizer or context that does not fit, weights that do not load.
@@ -86,7 +96,9 @@ def build_text_tower(
         raise UserError(
             f"model.text.name: expected small_transformer, transformers/TYPE or transformers/PATH, got {tower.name}"
         )
-    config = _config(name)
+    config = _config(name, architecture)
+    if getattr(config, "use_cache", False):
+        config.use_cache = False  # keys and values of earlier tokens, for generating; a recomputed block adds its own
     _fit(config, tower, vocab_size=vocab_size, pad_id=pad_id, context_length=context_length)
     model = _pretrained(config, name) if tower.pretrained and weights else _random(config)
     if getattr(model, "pooler", None) is not None:
@@ -97,7 +109,15 @@ def build_text_tower(
     )
 
 
-def _config(name: str) -> Any:
+def save_architecture(tower: nn.Module, folder: Path) -> None:
+    """Write the config.json of a model of transformers into a folder; of other towers nothing."""
+    tokens = getattr(tower, "tokens", None)
+    if isinstance(tokens, TransformersModel):
+        inner: Any = tokens.model
+        inner.config.save_pretrained(folder)
+
+
+def _config(name: str, architecture: dict[str, Any] | None) -> Any:
     try:
         import_torchvision()
         from transformers import CONFIG_MAPPING, AutoConfig
@@ -105,6 +125,8 @@ def _config(name: str) -> Any:
         raise UserError(
             f"model.text.name: transformers/{name} needs transformers: pip install transformers ({error})"
         ) from error
+    if architecture is not None:
+        return CONFIG_MAPPING[architecture["model_type"]].from_dict(architecture).get_text_config()
     if Path(name).is_dir():
         if not (Path(name) / "config.json").is_file():
             raise UserError(

@@ -12,6 +12,17 @@ OF_OBJECTIVES = ("parts.", "temperatures.")  # what an objective trained beside 
 NESTED = ("state_dict", "model")  # where training scripts put the weights inside what they save
 
 
+def saved_parts(model: nn.Module) -> tuple[dict[str, nn.Parameter], dict[str, Tensor]]:
+    """The parameters and the buffers that `state_dict` names, as they are.
+
+    A tensor that stands in several places is there under each name; buffers that are made anew with every model
+    (positions, rotary frequencies) are not there. At ZeRO's stage 3 parameters are what DeepSpeed leaves of them.
+    """
+    names = set(model.state_dict())
+    parameters = {n: p for n, p in model.named_parameters(remove_duplicate=False) if n in names}
+    return parameters, {n: b for n, b in model.named_buffers(remove_duplicate=False) if n in names}
+
+
 def load_weights(tower: nn.Module, path: str, *, key: str, prefix: str, extra: tuple[str, ...] = CLASSIFIERS) -> None:
     """Copy a file's weights into a tower (or a whole model), all of them by name.
 
@@ -28,8 +39,10 @@ def load_weights(tower: nn.Module, path: str, *, key: str, prefix: str, extra: t
     if any(name.startswith(prefix) for name in state):
         state = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
     own = tower.state_dict()
+    state = _under_every_name(state, tower)
+    made_anew = dict(tower.named_buffers(remove_duplicate=False)).keys() - own.keys()  # which older runs saved
     missing = [name for name in own if name not in state]
-    foreign = [name for name in state if name not in own and not name.startswith(extra)]
+    foreign = [n for n in state if n not in own and n not in made_anew and not n.startswith(extra)]
     if missing or foreign:
         raise UserError(
             f"{key}: {path} does not hold this tower's weights: {len(missing)} of its {len(own)} tensors are missing"
@@ -42,6 +55,19 @@ def load_weights(tower: nn.Module, path: str, *, key: str, prefix: str, extra: t
             "tokenizer) that the file was made with"
         )
     tower.load_state_dict({name: state[name] for name in own})
+
+
+def _under_every_name(state: dict[str, Tensor], tower: nn.Module) -> dict[str, Tensor]:
+    """With tensors that stand in several places of the tower under all of their names, where the file has one."""
+    names: dict[int, list[str]] = {}
+    for name, part in [*tower.named_parameters(remove_duplicate=False), *tower.named_buffers(remove_duplicate=False)]:
+        names.setdefault(id(part), []).append(name)
+    found = dict(state)
+    for same in names.values():
+        known = next((name for name in same if name in state), None)
+        if known is not None:
+            found |= {name: state[known] for name in same if name not in state}
+    return found
 
 
 def _read(path: str, key: str) -> dict[str, Tensor]:

@@ -27,6 +27,8 @@ from amclr_scale.encoders.weights import OF_OBJECTIVES, load_weights
 from amclr_scale.errors import UserError
 from amclr_scale.torchvision_ops import import_torchvision
 
+TEXT_TOWER = "text_tower"  # in the folder of a run or an export: the architecture of a text tower of transformers
+
 
 @dataclass(frozen=True)
 class Loaded:
@@ -103,11 +105,8 @@ def _ours(name: str) -> Loaded:
     data = config.data
     tokenizer = load_tokenizer(data.tokenizer, data.context_length)
     tokenizer.check_saved(Path(data.tokenizer))
-    changes: dict[str, Any] = {"weights": None}  # the run's file has them all, whatever it began from
-    if config.model.image.norm == "frozen":
-        changes["norm"] = "sync"  # in evaluation the same: stored statistics
     model = build_model(
-        config.model.model_copy(update={"image": config.model.image.model_copy(update=changes)}),
+        config.model,
         vocab_size=tokenizer.vocab_size,
         pad_id=tokenizer.pad_id,
         end_id=tokenizer.end_id,
@@ -115,19 +114,19 @@ def _ours(name: str) -> Loaded:
         image_size=data.image_size,
         image_mean=data.image_mean,
         image_std=data.image_std,
+        weights=False,  # the run's file has them all, whatever it began from
     )
     load_weights(model, str(weights), key="checkpoint", prefix="", extra=OF_OBJECTIVES)
     return Loaded(folder.name, model, config, folder, state=folder / "objective.safetensors")
 
 
 def _with_own_files(config: Config, folder: Path) -> Config:
-    """Runs and exported folders have their tokenizer in them, exported ones their text tower's architecture too."""
+    """Runs and exported folders have their tokenizer in them, and the architecture of a text tower of transformers."""
     changes: dict[str, Any] = {}
     if (folder / "tokenizer").is_dir():
         changes["data"] = config.data.model_copy(update={"tokenizer": str(folder / "tokenizer")})
-    if (folder / "text_tower").is_dir():
-        moved = {"name": f"transformers/{folder / 'text_tower'}", "pretrained": False}
-        text = config.model.text.model_copy(update=moved)
+    if (folder / TEXT_TOWER).is_dir():
+        text = config.model.text.model_copy(update={"name": f"transformers/{folder / TEXT_TOWER}"})
         changes["model"] = config.model.model_copy(update={"text": text})
     return config.model_copy(update=changes)
 

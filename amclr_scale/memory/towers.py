@@ -11,7 +11,7 @@ of the peak moves.
 import copy
 import gc
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
@@ -215,14 +215,16 @@ def _record(
     sizes = dict[str, int]()
     parameters = list(model.parameters())
     hooks = [p.register_hook(lambda _, number=n: came.update({number: len(events)})) for n, p in enumerate(parameters)]
+    forward: Callable[[], AbstractContextManager[Any]] = nullcontext if visits is None else visits.forward
     with nullcontext() if visits is None else visits.listen(events):
         if counter is not None:
-            with torch.no_grad(), counter, tracker:
+            with torch.no_grad(), counter, tracker, forward():
                 outputs = _encode(model, modality, inputs)
             forward_end = len(events)
         else:
             with tracker:
-                outputs = _encode(model, modality, inputs)
+                with forward():
+                    outputs = _encode(model, modality, inputs)
                 forward_end = len(events)
                 flat = flatten(outputs)
                 del outputs

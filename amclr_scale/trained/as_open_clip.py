@@ -17,7 +17,7 @@ from torch import Tensor
 from amclr_scale.config.schema import Config
 from amclr_scale.encoders.dual_encoder import DualEncoder
 from amclr_scale.errors import UserError
-from amclr_scale.evaluation.models import load_model
+from amclr_scale.evaluation.models import TEXT_TOWER, load_model
 
 KINDS = ("bert", "roberta", "xlm-roberta", "electra", "camembert")
 POOLERS = {"first": "cls_last_hidden_state_pooler", "mean": "mean_pooler"}
@@ -45,7 +45,7 @@ def write(folder: Path) -> None:
     tower: Any = model.text_tower
     inner: Any = getattr(tower.tokens, "model", None)
     _check(config, inner, str(tower.pooling))
-    inner.config.save_pretrained(folder / "text_tower")
+    inner.config.save_pretrained(folder / TEXT_TOWER)
     data = config.data
     described = {
         "model_cfg": {
@@ -58,7 +58,7 @@ def write(folder: Path) -> None:
                 "image_size": data.image_size,
             },
             "text_cfg": {
-                "hf_model_name": str((folder / "text_tower").absolute()),
+                "hf_model_name": str((folder / TEXT_TOWER).absolute()),
                 "hf_tokenizer_name": str((folder / "tokenizer").absolute()),
                 "hf_model_pretrained": False,
                 "hf_pooler_type": POOLERS[tower.pooling],
@@ -84,7 +84,10 @@ def write(folder: Path) -> None:
 def _check(config: Config, inner: Any, pooling: str) -> None:
     image, text = config.model.image, config.model.text
     kind = inner.config.model_type if inner is not None else text.name
+    size = _fixed_size(image.name)
     wrong = {
+        f"data.image_size: expected {size}, the only size that open_clip builds {image.name} for": size
+        not in (None, config.data.image_size),
         "model.image.name: expected timm/NAME": not image.name.startswith("timm/"),
         "model.image.norm: expected another than group": image.norm == "group",
         f"model.text.name: expected a model of transformers of type {', '.join(KINDS)}": kind not in KINDS,
@@ -95,6 +98,15 @@ def _check(config: Config, inner: Any, pooling: str) -> None:
     lines = [words for words, is_wrong in wrong.items() if is_wrong]
     if lines:
         raise UserError("--to open_clip: it has not all parts of this model\n" + "\n".join(lines))
+
+
+def _fixed_size(name: str) -> int | None:
+    """The side in pixels of a timm tower that is made for one size, which open_clip leaves at its default."""
+    import timm
+
+    library, _, architecture = name.partition("/")
+    known = timm.get_pretrained_cfg(architecture) if library == "timm" and timm.is_model(architecture) else None
+    return int(known.input_size[-1]) if known is not None and known.fixed_input_size else None
 
 
 def _compare(theirs: dict[str, Tensor], ours: dict[str, Tensor]) -> None:

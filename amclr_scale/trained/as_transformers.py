@@ -19,7 +19,7 @@ from torch import Tensor
 from amclr_scale.config.load import build
 from amclr_scale.data.tokenizers import load_tokenizer
 from amclr_scale.encoders.build import build_model
-from amclr_scale.encoders.weights import OF_OBJECTIVES
+from amclr_scale.evaluation.models import TEXT_TOWER, load_model
 from amclr_scale.torchvision_ops import import_torchvision
 
 import_torchvision()  # transformers imports it, and a build that lacks its operators must be mended before
@@ -29,12 +29,18 @@ TYPE = "amclr_scale_dual_encoder"
 
 
 class DualEncoderConfig(PretrainedConfig):  # type: ignore[misc]
-    """A resolved configuration of ours, and what of the tokenizer the towers depend on."""
+    """A resolved configuration of ours, what of the tokenizer the towers depend on, a text tower's architecture."""
 
     model_type = TYPE
 
-    def __init__(self, recipe: dict[str, Any] | None = None, vocabulary: dict[str, Any] | None = None, **keys: Any):
-        self.recipe, self.vocabulary = recipe or {}, vocabulary or {}
+    def __init__(
+        self,
+        recipe: dict[str, Any] | None = None,
+        vocabulary: dict[str, Any] | None = None,
+        text_architecture: dict[str, Any] | None = None,
+        **keys: Any,
+    ):
+        self.recipe, self.vocabulary, self.text_architecture = recipe or {}, vocabulary or {}, text_architecture
         super().__init__(**keys)
 
 
@@ -51,7 +57,8 @@ class DualEncoderModel(PreTrainedModel):  # type: ignore[misc]
         data = ours.data
         self.model = build_model(
             ours.model, **config.vocabulary, context_length=data.context_length, image_size=data.image_size,
-            image_mean=data.image_mean, image_std=data.image_std,
+            image_mean=data.image_mean, image_std=data.image_std, weights=False,
+            text_architecture=config.text_architecture,
         )  # fmt: skip
         self.post_init()
 
@@ -79,15 +86,19 @@ AutoModel.register(DualEncoderConfig, DualEncoderModel, exist_ok=True)
 
 def write(folder: Path) -> None:
     """Add transformers' files to an exported folder."""
-    from safetensors.torch import load_file, save_file
+    from safetensors.torch import save_file
 
-    tree = yaml.safe_load((folder / "config.yaml").read_text("utf-8"))
-    tree["model"]["image"]["weights"] = None  # all weights are here
-    config = build(tree, trusted=False)
-    words = load_tokenizer(config.data.tokenizer, config.data.context_length)
+    loaded = load_model(str(folder))
+    config = build(yaml.safe_load((folder / "config.yaml").read_text("utf-8")), trusted=False)
+    words = load_tokenizer(loaded.config.data.tokenizer, config.data.context_length)
     vocabulary = {"vocab_size": words.vocab_size, "pad_id": words.pad_id, "end_id": words.end_id}
-    described = DualEncoderConfig(config.model_dump(mode="json"), vocabulary, architectures=["DualEncoderModel"])
+    architecture = folder / TEXT_TOWER / "config.json"
+    described = DualEncoderConfig(
+        config.model_dump(mode="json"),
+        vocabulary,
+        json.loads(architecture.read_text("utf-8")) if architecture.is_file() else None,
+        architectures=["DualEncoderModel"],
+    )
     (folder / "config.json").write_text(json.dumps(described.to_dict(), indent=1) + "\n")
-    weights = load_file(folder / "weights.safetensors")
-    kept = {f"model.{name}": value for name, value in weights.items() if not name.startswith(OF_OBJECTIVES)}
-    save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
+    weights = {f"model.{name}": value.clone() for name, value in loaded.model.state_dict().items()}
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})

@@ -24,6 +24,7 @@ from amclr_scale.config.schema import Config
 from amclr_scale.data.names import short_names
 from amclr_scale.data.tokenizers import load_tokenizer
 from amclr_scale.errors import UserError
+from amclr_scale.evaluation.models import TEXT_TOWER
 from amclr_scale.metrics.run_folder import MODULE
 
 
@@ -92,9 +93,11 @@ def _write(checkpoint: Path, out: Path) -> None:
     tokenizer.check_saved(own)
     tokenizer.save(out / "tokenizer")
     library, _, name = config.model.text.name.partition("/")
-    if library == "transformers" and Path(name).is_dir():
-        (out / "text_tower").mkdir()
-        (out / "text_tower" / "config.json").write_text((Path(name) / "config.json").read_text("utf-8"))
+    places = (checkpoint.parent.parent / TEXT_TOWER, Path(name))  # the run's own, or where it came from
+    found = next((place for place in places if (place / "config.json").is_file()), None)
+    if library == "transformers" and found is not None:
+        (out / TEXT_TOWER).mkdir()
+        (out / TEXT_TOWER / "config.json").write_text((found / "config.json").read_text("utf-8"))
     (out / "README.md").write_text(card(state, config, _results(checkpoint.parent.parent)))
 
 

@@ -6,6 +6,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from amclr_scale.encoders.weights import saved_parts
 from amclr_scale.engine.zero.master_weights import full_fp32
 
 
@@ -18,8 +19,9 @@ def save_weights(folder: Path, model: nn.Module, objective: nn.Module, *, speaks
         objective: its state is gathered if it is cut over ranks.
         speaks: whether this rank writes.
     """
-    weights = {name: full_fp32(parameter).cpu() for name, parameter in model.named_parameters()}
-    weights |= {name: buffer.cpu() for name, buffer in model.named_buffers()}
+    parameters, buffers = saved_parts(model)
+    weights = {name: full_fp32(parameter).cpu() for name, parameter in parameters.items()}
+    weights |= {name: buffer.detach().to("cpu", copy=True) for name, buffer in buffers.items()}
     state = {
         name: value.cpu().contiguous()
         for name, value in objective.state_dict().items()

@@ -93,3 +93,20 @@ def test_steps_are_counted_on(tmp_path, writer, reader):
     pieces.restore(after, pieces.PieceReader([tmp_path / "rank"]), 0)
     for got, want in zip(train(after, 3, 6), train(engine("torch"), 0, 6), strict=True):
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
+
+
+def test_buffers_that_are_made_anew_are_neither_written_nor_asked_for(tmp_path):
+    """And one tensor in two places is written once."""
+    made = engine("torch")
+    made.module.register_buffer("places", torch.arange(3), persistent=False)
+    made.module.register_buffer("seen", torch.arange(2))
+    made.module.append(made.module[1])
+    tensors, notes = pieces.collect(made, 0, 1)
+    assert [key for key in tensors if key.startswith("buffer/")] == ["buffer/seen"]
+    assert len([key for key in tensors if key.startswith("parameter/")]) == 4
+    save_file(tensors, tmp_path / "rank", metadata={"notes": json.dumps(notes)})
+    made.module.seen.zero_()
+    made.module.places.add_(1)
+    pieces.restore(made, pieces.PieceReader([tmp_path / "rank"]), 0)
+    assert made.module.seen.tolist() == [0, 1]
+    assert made.module.places.tolist() == [1, 2, 3]

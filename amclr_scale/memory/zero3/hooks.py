@@ -111,6 +111,21 @@ class Visits:
             yield
         self._reset()
 
+    @contextmanager
+    def forward(self) -> Iterator[None]:
+        """What DeepSpeed's engine does around a forward: a parameter that another module reads is gathered for it.
+
+        CLIP's text embeddings ask a child for the shape of its weight, attention of torch takes that of its projection.
+        """
+        tables: list[Any] = [module._parameters for module in self._model.modules()]
+        for table in tables:
+            table._in_forward = True
+        try:
+            yield
+        finally:
+            for table in tables:
+                table._in_forward = False
+
     def close(self) -> None:
         """DeepSpeed remembers this model no longer."""
         del self._stack[self._depth :]
