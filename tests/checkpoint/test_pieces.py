@@ -43,6 +43,8 @@ class Counting(torch.optim.Optimizer):
 class InStates(Counting):
     """As DeepSpeed's CPU Adam: a number beside the moments."""
 
+    __module__ = "deepspeed.ops.adam.cpu_adam"
+
     def count(self, group, p) -> int:
         self.state[p]["step"] = self.state[p].get("step", 0) + 1
         return self.state[p]["step"]
