@@ -12,13 +12,18 @@ CPU := CUDA_VISIBLE_DEVICES= DS_ACCELERATOR=cpu
 CONFIG ?= configs/quickstart.yaml
 RANKS ?= 2
 
-.PHONY: quickstart test check format docs clean
+.PHONY: quickstart test test-fast check format docs clean
 
 quickstart: $(INSTALLED)
 	$(CPU) $(BIN)/deepspeed -q --num_gpus $(RANKS) launch/train.py --config $(CONFIG) $(WORDS)
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest $(PYTEST)
+
+# One process, nothing that starts ranks or commands: about a minute.
+FAST := not ranks and not deepspeed and not launch and not slow and not cuda
+test-fast: $(INSTALLED)
+	$(BIN)/python -m pytest -m "$(FAST)" $(PYTEST)
 
 check: $(INSTALLED)
 	$(BIN)/ruff format --check .

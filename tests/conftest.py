@@ -23,6 +23,15 @@ torch.set_num_threads(1)
 SECONDS_PER_CALL = 240
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what starts ranks, or builds an engine, by what it uses: `make test-fast` leaves both out."""
+    for item in items:
+        if {"ranks", "gpu"} & set(getattr(item, "fixturenames", ())):
+            item.add_marker("ranks")
+        if hasattr(getattr(item, "module", None), "build_engine"):
+            item.add_marker("deepspeed")
+
+
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     """What a test draws without a seed of its own does not depend on the tests before it."""

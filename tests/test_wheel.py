@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.launch
+
 ROOT = Path(__file__).parents[1]
 SOURCES = ("amclr_scale", "configs", "pyproject.toml", "setup.py", "README.md", "LICENSE")
 SMALL = (

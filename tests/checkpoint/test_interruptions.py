@@ -15,6 +15,8 @@ from amclr_scale.checkpoint import files
 from tests.checkpoint.trainer import ROOT
 from tests.commands.test_train import LAUNCHERS, SMALL, free_port, probed
 
+pytestmark = pytest.mark.launch
+
 
 def launch(folder, *words, launcher="deepspeed"):
     environment = {**os.environ, "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}

@@ -16,6 +16,8 @@ from amclr_scale.checkpoint.lock import HOLDER, RunLock
 from amclr_scale.errors import UserError
 from tests.checkpoint.trainer import ROOT
 
+pytestmark = pytest.mark.launch
+
 HOLD = """
 import sys, time
 from pathlib import Path

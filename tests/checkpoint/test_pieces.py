@@ -87,6 +87,7 @@ def train(made: SimpleNamespace, begin: int, end: int) -> list[Tensor]:
 
 
 @pytest.mark.parametrize(("writer", "reader"), product(OPTIMIZERS, OPTIMIZERS))
+@pytest.mark.slow
 def test_steps_are_counted_on(tmp_path, writer, reader):
     before, after = engine(writer), engine(reader)
     train(before, 0, 3)

@@ -5,8 +5,12 @@ import subprocess
 import sys
 import time
 
+import pytest
+
 from amclr_scale.checkpoint import files
 from tests.checkpoint.trainer import ROOT
+
+pytestmark = pytest.mark.launch
 
 # Makes a checkpoint at each start; ends well at the third, and with the code it is told before.
 COMMAND = """

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.launch
+
 ROOT = Path(__file__).parents[2]
 SMALL = [
     "--config", "quickstart", "train.epochs=null", "train.samples=256", "train.global_batch_size=64",

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.launch
+
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
 SMALL = [

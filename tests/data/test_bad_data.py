@@ -93,6 +93,7 @@ def test_training_goes_through_and_counts_every_fault(planted, caplog):
         )
 
 
+@pytest.mark.launch
 def test_replacements_do_not_depend_on_ranks_and_workers(planted):
     one = take(recipe(planted), 20)
     for world_size, workers in [(2, 0), (4, 0), (2, 2)]:
@@ -100,6 +101,7 @@ def test_replacements_do_not_depend_on_ranks_and_workers(planted):
         assert_same(joined(ranks), one)
 
 
+@pytest.mark.launch
 def test_counts_over_ranks_are_those_of_one(planted):
     def counts(world_size, workers):
         total = dict.fromkeys(EXPECTED, 0)

@@ -2,7 +2,6 @@
 
 import importlib.util
 import json
-import sys
 from pathlib import Path
 
 import pytest
@@ -21,10 +20,9 @@ def tool():
     return module
 
 
-def test_it_runs(tool, monkeypatch, capsys, tmp_path):
+def test_it_runs(tool, capsys, tmp_path):
     words = ["emoji/val_concept", "--samples", "256", "--rounds", "1", "--workers", "0", "--image-size", "16"]
-    monkeypatch.setattr(sys, "argv", ["benchmark_loader.py", *words, "--json", str(tmp_path / "out.json")])
-    tool.main()
+    tool.main([*words, "--json", str(tmp_path / "out.json")])
     figures = json.loads((tmp_path / "out.json").read_text())
     assert set(figures) == {"reading by offset", "reading front to back", "ours 0 workers", "webdataset 0 workers"}
     assert all(figure["samples_per_s"] > 0 for figure in figures.values())

@@ -175,6 +175,7 @@ def test_folders_of_text_and_of_classes(corpus, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.launch
 def test_annotations_to_shards_and_back(corpus, tmp_path):
     """The whole tool: images byte for byte, every caption, ids by image; then a second run finds nothing to do."""
     folder, rows = corpus
@@ -203,6 +204,7 @@ def test_annotations_to_shards_and_back(corpus, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.launch
 def test_pairs_share_an_image_id_and_rejects_are_listed(corpus, tmp_path):
     _, rows = corpus
     images = tmp_path / "images"
@@ -331,6 +333,7 @@ def test_a_file_of_another_format_is_told(tmp_path, form, content, words):
 
 
 @pytest.mark.slow
+@pytest.mark.launch
 def test_the_index_tool(tmp_path):
     from tests.data.shards import write_shards
 

@@ -58,6 +58,7 @@ def test_shapes_and_types():
 
 
 @pytest.mark.parametrize("workers", [0, 1, 3])
+@pytest.mark.launch
 def test_global_batches_do_not_depend_on_ranks_and_workers(workers):
     """Ids, pixels after augmentation, tokens; on the real corpus."""
     data = schema.Data(image_size=16, context_length=20, lanes=4, augmentation={"randaugment": [1, 9]}, **AUGMENTED)
@@ -89,6 +90,7 @@ def test_pictures_and_captions_stay_together(tmp_path):
         torch.testing.assert_close(batch.texts[0], expected, rtol=0, atol=0)
 
 
+@pytest.mark.launch
 def test_twenty_interruptions(tmp_path):
     """Killed anywhere, resumed on another number of ranks and workers: the rest is what it would have been."""
     write_shards(tmp_path, [17, 1, 29, 0, 8])  # 55 samples, 7 steps of 8 an epoch: some steps cross into the next
@@ -136,6 +138,7 @@ def test_seeds_and_epochs_give_other_views(tmp_path):
     assert sum(not torch.equal(first[i], second[i]) for i in first) > 30
 
 
+@pytest.mark.launch
 def test_large_local_batches_are_shared_by_all_workers():
     data = schema.Data(image_size=16, context_length=12, lanes=2)
     loader = TrainLoader(data, seed=0, global_batch_size=600, workers=2)

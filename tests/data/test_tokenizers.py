@@ -73,6 +73,7 @@ def test_a_file_is_the_same_vocabulary():
     torch.testing.assert_close(load_tokenizer(str(EMOJI), 20)(CAPTIONS), load_tokenizer("emoji", 20)(CAPTIONS))
 
 
+@pytest.mark.slow
 def test_its_files_are_saved_and_loaded_again(tmp_path, bert):
     for spec in ("emoji", bert, "clip"):
         first = load_tokenizer(spec, 12)
@@ -101,6 +102,7 @@ def changed_case(content):
 
 
 @pytest.mark.parametrize("change", [changed_vocabulary, changed_merges, changed_case])
+@pytest.mark.slow
 def test_a_changed_file_is_noticed(tmp_path, change):
     load_tokenizer("emoji", 12).save(tmp_path)
     file = tmp_path / "tokenizer.json"

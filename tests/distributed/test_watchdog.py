@@ -7,6 +7,10 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+
+pytestmark = pytest.mark.launch
+
 ROOT = Path(__file__).parents[2]
 RANK = """
 import os, sys, time

@@ -23,6 +23,7 @@ IMAGE_TOWERS = {
 
 
 @pytest.mark.parametrize("name", IMAGE_TOWERS)
+@pytest.mark.slow
 def test_image_towers_lose_their_classifier(name):
     norm = "default" if "vit" in name or "convnext" in name else "group"
     encoder = model(image=ImageTower(name=name, norm=norm))

@@ -112,6 +112,7 @@ def theirs(folder: Path, encoder, tokenizer, metric: str) -> dict[str, float]:
     return found | {"mean_per_class_recall": balanced_accuracy_score(target, logits.argmax(1))}
 
 
+@pytest.mark.slow
 def test_retrieval_is_theirs(folders, trained):
     evaluator = Evaluator(recipe(folders[0]))
     ours = {

@@ -79,6 +79,7 @@ def test_results_of_a_run_go_into_its_folder(runs):
     assert results["results"]["first"] == pytest.approx(want, abs=1e-9)
 
 
+@pytest.mark.launch
 def test_two_ranks_of_a_launcher_give_the_numbers_of_one(runs, tmp_path):
     """The tool itself under torchrun: every number, interval, comparison and picture."""
     words = [str(runs / "first"), str(runs / "second"), "--sheet", "2", "--set", "evaluation.geometry=true"]

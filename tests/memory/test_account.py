@@ -131,6 +131,7 @@ def test_a_bucket_is_no_larger_than_the_model_unless_asked():
 
 @pytest.mark.parametrize("name", sorted(objectives.available()))
 @pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.slow
 def test_every_objective_on_other_rows_than_it_was_run_on(name, world_size):
     rows, chunk, width = 48, 16, 32
     memory = objective_memory(
@@ -226,6 +227,7 @@ def test_pinned_memory_comes_in_powers_of_two_and_stays():
     assert of.by_phase["data"] == of.by_phase["pass_1"] + pixels + tokens + ids
 
 
+@pytest.mark.slow
 def test_ten_billion_parameters_in_seconds(tmp_path):
     sizes = {"vocab_size": 4096, "hidden_size": 6144, "intermediate_size": 24_576, "num_hidden_layers": 24,
              "num_attention_heads": 48, "max_position_embeddings": 64}  # fmt: skip
@@ -302,6 +304,7 @@ def _measured(model: nn.Module, modality: str, m: int) -> tuple[int, int, int]:
 
 
 @pytest.mark.parametrize(("batch", "world_size"), [(64, 1), (64, 4), (96, 2)])
+@pytest.mark.slow
 def test_groups_of_pairs_of_any_size_that_a_run_may_have(batch, world_size):
     """Inside a rank, whole ranks, several ranks: none needs more than all pairs together."""
     whole = found(batch=batch, world_size=world_size)
@@ -318,6 +321,7 @@ def test_groups_of_pairs_of_any_size_that_a_run_may_have(batch, world_size):
 # --- traces -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_meta_and_fake_tensors_give_the_same_trace():
     given = config("model.image.name=timm/vit_tiny_patch16_224", "model.text.layers=2")
     for modality, recomputation, partitioned in (("image", "none", "no"), ("text", "full", "yes")):

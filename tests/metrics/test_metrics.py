@@ -97,6 +97,7 @@ def test_the_run_folder_holds_what_is_needed_to_repeat_it(tmp_path):
         run_folder.check_writable(config)
 
 
+@pytest.mark.slow
 def test_wandb_offline_writes_files_to_sync_later(tmp_path, monkeypatch):
     pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_SILENT", "true")

@@ -121,6 +121,7 @@ def everything():
 
 @pytest.mark.parametrize("chunk", [5, 100])
 @pytest.mark.parametrize("which", range(len(SETTINGS) + len(DRO_SETTINGS)))
+@pytest.mark.slow
 def test_matches_its_definition(which, chunk):
     name, options, define, omega = list(everything())[which]
     batch = {"views": omega}

@@ -176,6 +176,7 @@ def test_bf16_embeddings_give_float32_arithmetic(name, options):
     torch.testing.assert_close(got.float(), want, rtol=1e-2, atol=1e-2 * want.abs().max().item())
 
 
+@pytest.mark.launch
 def test_the_package_imports_in_a_fresh_process_and_lists_itself():
     code = "from amclr_scale import objectives; print(*objectives.available())"
     answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

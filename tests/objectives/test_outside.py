@@ -30,6 +30,8 @@ from amclr_scale.trained.export import export
 from amclr_scale.types import Embeddings
 from tests.objectives.harness import global_batch, my_rows
 
+pytestmark = pytest.mark.launch
+
 TOY = Path(__file__).with_name("toy.py")
 ROOT = Path(__file__).parents[2]
 SECTION = {"name": "toy", "module": str(TOY)}

@@ -37,6 +37,7 @@ def test_as_many_graphs_are_kept_as_the_fullest_rank_has_room_for(monkeypatch, w
     assert f"auto -> {wanted} of 16" in "\n".join(words)
 
 
+@pytest.mark.slow
 def test_auto_settles_every_key_and_keeps_what_was_given(monkeypatch):
     monkeypatch.setattr(auto_execution, "free_memory", lambda device, ranks_here: 200 * MIB)
     config = with_batch(small(auto=True, micro_batch_size=32, kept_micro_batches="auto"), 512)

@@ -47,6 +47,7 @@ def test_what_does_not_fit_whatever_one_key_is_says_so():
     assert "amclr-scale fit --memory 1.0MiB" in told
 
 
+@pytest.mark.launch
 def test_a_failed_allocation_gets_the_advice_of_another_process(monkeypatch):
     monkeypatch.setattr(oom_advice, "limit_of", lambda *_: 24 * MIB)
     run = config("execution.micro_batch_size=32")

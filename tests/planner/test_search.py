@@ -45,6 +45,7 @@ def test_the_largest_number_that_fits_is_found_by_bisection():
         assert largest_number(lambda n, limit=limit: n <= limit, 1, 100) == limit
 
 
+@pytest.mark.slow
 def test_the_largest_batch_fits_and_the_next_one_does_not():
     fit = fit_of(200 * MIB)
     largest, lanes = fit.largest(), fit.config.data.lanes
@@ -54,12 +55,14 @@ def test_the_largest_batch_fits_and_the_next_one_does_not():
         fit.fastest(largest + lanes)
 
 
+@pytest.mark.slow
 def test_more_memory_or_more_ranks_hold_more():
     least = fit_of(200 * MIB).largest()
     assert fit_of(300 * MIB).largest() > least
     assert fit_of(200 * MIB, world_size=4).largest() > 1.5 * least
 
 
+@pytest.mark.slow
 def test_choices_fit_and_the_fastest_comes_first():
     fit = fit_of(250 * MIB)
     choices = fit.fastest(8192, top=20)
@@ -94,6 +97,7 @@ def test_graphs_are_kept_as_far_as_memory_goes():
     assert not fit.fits(fit.account(changed(best.config, kept_micro_batches=kept + 1)))
 
 
+@pytest.mark.slow
 def test_where_nothing_fits_the_largest_component_and_its_knob_are_named():
     with pytest.raises(UserError) as error:
         fit_of(2 * MIB).fastest(4096)
@@ -108,6 +112,7 @@ def test_where_nothing_fits_the_largest_component_and_its_knob_are_named():
         fit_of(1).largest()
 
 
+@pytest.mark.slow
 def test_where_nothing_fits_only_what_was_not_tried_is_proposed():
     fixed = ("micro_batch_size", "recompute_image", "recompute_text")
     with pytest.raises(UserError, match=r"largest: image activations.*; execution.micro_batch_size below 1024, or"):
@@ -117,6 +122,7 @@ def test_where_nothing_fits_only_what_was_not_tried_is_proposed():
     assert "execution." not in str(error.value)
 
 
+@pytest.mark.slow
 def test_the_hosts_memory_is_a_limit_of_its_own():
     fit = fit_of(250 * MIB)
     fit.host_memory = MIB

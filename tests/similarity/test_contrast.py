@@ -60,6 +60,7 @@ cases = st.fixed_dictionaries(
 
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(B=st.integers(1, 40), case=cases)
+@pytest.mark.slow
 def test_float64_is_exact_to_1e_12(B, case):
     inputs = draw(B, case["D"], case["seed"], per_anchor=case["per_anchor"], extra=case["extra"])
     with using(chunk=case["chunk"], cache_bytes=case["cache_bytes"]):
@@ -69,6 +70,7 @@ def test_float64_is_exact_to_1e_12(B, case):
 
 @settings(max_examples=40, deadline=None, derandomize=True)
 @given(B=st.integers(8, 50), case=cases)
+@pytest.mark.slow
 def test_float32_is_exact_to_2e_6(B, case):
     inputs = draw(
         B, 8 + case["D"], case["seed"], dtype=torch.float32, per_anchor=case["per_anchor"], extra=case["extra"]
@@ -97,6 +99,7 @@ def test_float32_is_as_good_as_plain_autograd_at_small_temperatures(temperature)
 
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("cache_bytes", [0, 10**6])
+@pytest.mark.slow
 def test_gradcheck(options, cache_bytes):
     inputs = draw(5, 3, 0, lowest_temperature=0.3).part(slice(None))
     extra = draw(4, 3, 1).image

@@ -53,11 +53,13 @@ linux = pytest.mark.skipif(sys.platform != "linux", reason="reads the peak from 
 
 @linux
 @pytest.mark.slow
+@pytest.mark.launch
 def test_a_batch_of_16384_needs_less_than_64_mib():
     """A dense loss needs about 5 GiB: several float32 matrices of 16,384 x 16,384, 1 GiB each."""
     assert peak_mib("contrast", CONTRAST, 16384, 512) < 64
 
 
 @linux
+@pytest.mark.launch
 def test_sigmoid_losses_too():
     assert peak_mib("pairwise", PAIRWISE, 8192, 64) < 32  # one float32 matrix: 256 MiB

@@ -18,6 +18,8 @@ from amclr_scale.study.running.run import command, devices
 from amclr_scale.study.running.slurm import write_jobs
 from tests.study.test_run import make
 
+pytestmark = pytest.mark.launch
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -113,6 +115,7 @@ esac
 
 
 @pytest.mark.timeout(900)  # a loaded machine took four minutes
+@pytest.mark.launch
 def test_a_real_cell_begins_in_a_job_array_ends_under_torchrun_and_is_reported(tmp_path: Path) -> None:
     short = "'evaluation.splits=[emoji/val_style]', evaluation.resamples=20, evaluation.classes=null"
     words = ["arms=[clip, dcl]", "seeds=[0]", "budget.samples=64", "execution.words=[execution.workers=0]"]

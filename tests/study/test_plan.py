@@ -208,6 +208,7 @@ def test_a_study_is_planned_without_the_reports_packages(plan_file: Path, monkey
 
 
 @pytest.mark.parametrize("file", sorted(PLANS.glob("*.yaml")), ids=lambda file: file.stem)
+@pytest.mark.slow
 def test_every_ready_plan_is_planned_without_its_data_and_says_how_long_it_takes(file: Path) -> None:
     plan = load_plan(file)
     tree = base_tree(plan)

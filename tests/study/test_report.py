@@ -59,6 +59,7 @@ def markdown(folder):
     return (folder / "report" / "report.md").read_text()
 
 
+@pytest.mark.slow
 def test_the_page_is_self_contained_and_well_formed(folder):
     text = (folder / "report" / "index.html").read_text()
     parser = Links()

@@ -51,7 +51,7 @@ def test_an_axis_and_a_grid_speak(tmp_path):
     )  # fmt: skip
     cells = json.loads((grid / "cells.json").read_text())
     for cell in cells["cells"]:
-        cell["negatives"] = cell["axes"]["objective.group_size"] - 1
+        cell["negatives"] = cell["comparisons"] = cell["axes"]["objective.group_size"] - 1
     (grid / "cells.json").write_text(json.dumps(cells))
     study = read_study(grid)
     found = Outcome(study.metrics[0], groups_of(study))
@@ -65,6 +65,7 @@ def test_an_axis_and_a_grid_speak(tmp_path):
 
 
 @pytest.mark.usefixtures("undrawn")
+@pytest.mark.slow
 def test_ranks_speed_up_a_recipe_and_are_held_to_the_same_scores(tmp_path):
     folder = make_study(
         tmp_path / "s", arms=("clip", "dcl"), batches=(128, 256, 512), axes={"execution.ranks": [1, 2, 4]},

@@ -28,6 +28,8 @@ from amclr_scale.study.running.run import Runner
 from tests.study.fake_study import fake_command, run_fakes
 from tests.study.test_plan import PLAN
 
+pytestmark = pytest.mark.launch
+
 ROOT = Path(__file__).parents[2]
 
 
