@@ -4,6 +4,8 @@ import ast
 import re
 from pathlib import Path
 
+import yaml
+
 ROOT = Path(__file__).parents[1]
 MOST_LINES = 350
 MOST_MODULES = 22
@@ -60,3 +62,14 @@ def test_parameters_that_a_docstring_explains_exist():
             wrong += [f"{path}:{node.lineno}: {name}" for name in names if name not in {*given, *fields}]
     assert explained > 300
     assert wrong == []
+
+
+def test_workflows_run_steps_of_ci_run_and_nothing_else():
+    run = (ROOT / ".ci/run").read_text()
+    workflow = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text())
+    steps = [step["run"] for job in workflow["jobs"].values() for step in job["steps"] if "run" in step]
+    names = [step.removeprefix(".ci/run ") for step in steps]
+    assert sorted(names) == ["check", "docs", "fast", "quickstart", "test"]
+    assert all(re.search(rf"^ +(\w+ \| )*{name}( \| \w+)*\)", run, re.MULTILINE) for name in names)
+    matrices = [job["strategy"]["matrix"]["python"] for job in workflow["jobs"].values() if "strategy" in job]
+    assert matrices == [["3.11", "3.12", "3.13"]] * 3
