@@ -234,12 +234,3 @@ def advise_about(config: Config, rank_info: RankInfo, num_samples: int, device: 
     from amclr_scale.planner.oom_advice import advise
 
     return advise(config, rank_info=rank_info, num_samples=num_samples, device=device, phase=phase)
-
-
-def preview(config: Config, rank_info: RankInfo) -> str:
-    """The arithmetic of a run, from the index of its data, and the memory that it will need."""
-    inputs = open_data(config, rank_info)
-    if config.execution.auto:
-        return f"{inputs.plan}\nexecution: auto is settled at the start, from free memory; amclr-scale fit predicts it"
-    predicted = predict_memory(config, rank_info, inputs.loader.num_samples)
-    return f"{inputs.plan}\npredicted memory of a rank:\n{predicted.table()}\n{predicted.advice()}"

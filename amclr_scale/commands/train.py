@@ -39,14 +39,31 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--config", help="YAML file, or a shipped one's name, such as quickstart; default: the schema's"
     )
-    parser.add_argument(
-        "--dry-run", action="store_true", help="check everything, print the configuration and the arithmetic, stop"
-    )
+    parser.add_argument("--dry-run", action="store_true", help="check everything, say what the run will need, stop")
+    dry = parser.add_argument_group("with --dry-run")
+    dry.add_argument("--ranks", type=int, metavar="W", help="as if the run had W ranks")
+    dry.add_argument("--device", metavar="NAME", help="as if on h100, a100-40gb, ...: memory, samples/s, hours")
+    dry.add_argument("--num-samples", type=int, metavar="N", help="where the training data is not here: its size")
+    dry.add_argument("--verbose", action="store_true", help="also print the resolved configuration")
     parser.add_argument(
         "--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS
     )  # deepspeed passes it; LOCAL_RANK says the same
     parser.add_argument("words", nargs="*", metavar="key=value", help="overrides, such as optimizer.lr=1e-3")
     return parser.parse_intermixed_args(argv)
+
+
+def check_dry_run(options: argparse.Namespace) -> None:
+    """Refuse what only --dry-run reads, without it, and numbers that are none.
+
+    Raises:
+        UserError: naming the option.
+    """
+    for name in ("ranks", "device", "num_samples", "verbose"):
+        value, option = getattr(options, name), f"--{name.replace('_', '-')}"
+        if value and not options.dry_run:
+            raise UserError(f"{option}: expected it beside --dry-run; a run's ranks and device are those it starts on")
+        if name in ("ranks", "num_samples") and value is not None and value < 1:
+            raise UserError(f"{option}: expected at least 1, got {value}")
 
 
 def run(config: Config, source: str | None, rank_info: RankInfo, stopwatch: Stopwatch, signals: Signals) -> None:
@@ -115,14 +132,17 @@ def main(argv: list[str]) -> int:
         rank_info = read_rank_info()
         if rank_info.world_size > 1:
             end_with_launcher()  # before the seconds that imports take
-        config = load(options.config, options.words, rank_info.world_size)
+        check_dry_run(options)
+        config = load(options.config, options.words, options.ranks or rank_info.world_size)
         check_writable(config)
         if options.dry_run:
             if rank_info.rank == 0:
-                from amclr_scale.commands.job import preview
+                from amclr_scale.commands.preview import preview
 
-                print(dump(config))
-                print(preview(config, rank_info))
+                if options.verbose:
+                    print(dump(config))
+                for said in preview(config, rank_info, options):
+                    print(said, flush=True)
             return 0
         run(config, options.config, rank_info, stopwatch, signals)
     except StoppedError as stopped:

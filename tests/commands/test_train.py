@@ -135,7 +135,7 @@ def test_a_folder_that_cannot_be_written():
 
 
 def test_dry_run_prints_configuration_and_arithmetic_and_writes_nothing(tmp_path):
-    done = train(*SMALL, f"run.folder={tmp_path}/runs", "--dry-run")
+    done = train(*SMALL, f"run.folder={tmp_path}/runs", "--dry-run", "--verbose")
     assert done.returncode == 0, done.stderr
     assert "global batch 32 = 1 ranks x 32" in done.stdout
     assert "20 steps = 640 samples" in done.stdout

@@ -12,7 +12,7 @@ from tests.data.shards import pair, settings, write_shards, write_tar
 def test_the_embedded_split_is_complete_and_has_its_classes():
     data = schema.Data(image_size=16, context_length=16)
     split = EvaluationSplit("emoji/val_concept", data, classes="json.concept")
-    names = class_names("emoji/val_concept", data)
+    names = class_names("emoji/val_concept", data, "json.concept")
     assert split.num_samples == len(split.captions) == len(split.labels) == 678
     assert len(names) == len(set(names)) == 1906
     assert len({names[label] for label in split.labels}) == 175

@@ -1,0 +1,103 @@
+"""A dry run reads one sample of everything that the run would read, and says what it will need."""
+
+import re
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from amclr_scale.commands.preview import preview
+from amclr_scale.commands.train import arguments, check_dry_run
+from amclr_scale.config.load import build
+from amclr_scale.distributed.launcher import RankInfo
+from amclr_scale.errors import UserError
+from tests.evaluation.shards import picture, write_split, write_tar
+
+TREE = {
+    "data": {"image_size": 16, "context_length": 12, "lanes": 4},
+    "model": {"embedding_width": 8, "image": {"width": 8}, "text": {"width": 16}},
+    "train": {"global_batch_size": 64, "samples": 640},
+    "optimizer": {"lr": 1e-3, "lr_rule": "sqrt", "lr_reference_batch": 16},
+}
+
+
+@pytest.fixture(autouse=True)
+def no_launcher(monkeypatch):
+    """What `export` sets lasts no longer than a test."""
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+
+
+def said(tree, *options):
+    given = arguments(["--dry-run", *options])
+    check_dry_run(given)
+    return "\n".join(preview(build(tree, given.ranks or 1), RankInfo(), given))
+
+
+def with_data(folder, **evaluation):
+    data = {**TREE["data"], "train": str(write_split(folder / "train", 40))}
+    return {**TREE, "data": data, "evaluation": evaluation}
+
+
+def test_it_reads_a_sample_of_everything_and_says_what_there_is(tmp_path):
+    held = str(write_split(tmp_path / "held", 6))
+    (tmp_path / "classes" / "cat").mkdir(parents=True)
+    (tmp_path / "classes" / "cat" / "0.png").write_bytes(picture(0))
+    tree = with_data(tmp_path, splits={"mine": held, "animals": str(tmp_path / "classes")})
+    tree["objective"] = {"name": "amclr"}
+    tree["data"] |= {"image_views": 1, "text_views": 1, "text_view": "txt"}
+    lines = said(tree)
+    assert "data.train: 40 samples; read 4: 2 images and 2 texts each, 3x16x16" in lines
+    assert "evaluation.splits: mine: 6 images, retrieval; read the first" in lines
+    assert "evaluation.splits: animals: 1 images, 1 classes; read the first" in lines
+    assert re.search(r"[\d,]+ parameters \([\d,]+ image tower, [\d,]+ text tower\); 4,096 tokens", lines)
+    assert "global batch 64 = 1 ranks x 64" in lines
+    assert "10 steps = 640 samples = 16.00 epochs of 40" in lines
+    assert "learning rate: 0.002 at its peak (0.001 for a batch of 16, by the sqrt rule)" in lines
+    assert "predicted memory of a rank:" in lines
+    assert "predicted speed" not in lines
+    assert "global_batch_size" not in lines
+
+
+def test_ranks_and_a_device_are_pretended_and_the_data_need_not_be_here():
+    tree = {**TREE, "data": {**TREE["data"], "train": "/nowhere/shards"}}
+    with pytest.raises(UserError, match=r"^data.train: .*\n--num-samples: with it, the data need not be here"):
+        said(tree)
+    lines = said(tree, "--num-samples", "1000000", "--ranks", "4", "--device", "h100")
+    assert "data.train: not looked at; 1,000,000 samples (--num-samples)" in lines
+    assert "global batch 64 = 4 ranks x 16" in lines
+    assert "predicted memory of a rank of H100" in lines or "predicted memory of a rank of h100" in lines
+    assert re.search(r"predicted speed: [\d,]+ samples/s, .* s per step, [\d.]+ hours in all", lines)
+    alone = said(tree, "--num-samples", "1000000", "--device", "h100")
+    assert "global batch 64 = 1 ranks x 64" in alone
+    with pytest.raises(UserError, match=r"^--device: expected cpu or one of"):
+        said(tree, "--num-samples", "10", "--device", "h1000x")
+
+
+def test_what_training_could_not_read_is_told(tmp_path):
+    """The picture behind a whole index, of training and of a split; the file of weights."""
+    bad = {"png": b"no picture", "txt": "c", "json": {}}
+    for name in ("train", "held"):
+        (tmp_path / name).mkdir()
+        write_tar(tmp_path / name / "0.tar", [bad] * 40)
+    tree = {**TREE, "data": {**TREE["data"], "train": str(tmp_path / "train")}}
+    with pytest.raises(UserError, match="corrupt image"):
+        said(tree)
+    tree = with_data(tmp_path / "good", splits=[str(tmp_path / "held")])
+    with pytest.raises(UserError, match=r"^evaluation.splits: .*cannot be used: corrupt image"):
+        said(tree)
+    save_file({"other.weight": torch.zeros(1)}, tmp_path / "weights.safetensors")
+    tree = with_data(tmp_path / "good")
+    weights = {"name": "torchvision/resnet18", "weights": str(tmp_path / "weights.safetensors")}
+    tree["model"] = {"embedding_width": 8, "image": weights, "text": {"width": 16}}
+    with pytest.raises(UserError, match=r"^model.image.weights: "):
+        said(tree)
+
+
+@pytest.mark.parametrize("words", [["--ranks", "4"], ["--device", "h100"], ["--num-samples", "9"], ["--verbose"]])
+def test_its_options_are_no_options_of_a_run(words):
+    with pytest.raises(UserError, match=f"^{words[0]}: expected it beside --dry-run"):
+        check_dry_run(arguments(words))
+    with pytest.raises(UserError, match=r"^--ranks: expected at least 1, got 0"):
+        check_dry_run(arguments(["--dry-run", "--ranks", "0"]))
