@@ -21,6 +21,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from amclr_scale.encoders.rank_buffers import mean_of
 from amclr_scale.encoders.weights import saved_parts
 from amclr_scale.engine.zero.flat_shards import shards_of
 
@@ -219,11 +220,18 @@ class PieceReader:
         tensor: Tensor = self._files[rank].get_tensor(key)
         return tensor
 
-    def buffers(self, rank: int) -> dict[str, Tensor]:
-        """The model's buffers, as this rank had them; rank 0's where the checkpoint had no such rank."""
-        writer = rank if rank < len(self._files) else 0
-        keys = (key for key in self._keys[writer] if key.startswith("buffer/"))
-        return {key.removeprefix("buffer/"): self._files[writer].get_tensor(key) for key in keys}
+    def buffers(self, rank: int, ranks: int) -> dict[str, Tensor]:
+        """The model's buffers, as this rank of so many had them; those of all averaged where other ranks wrote."""
+        return self._buffers_of(rank) if ranks == len(self._files) else self.averaged_buffers()
+
+    def averaged_buffers(self) -> dict[str, Tensor]:
+        """One set of the model's buffers, whatever the ranks had."""
+        everyone = [self._buffers_of(rank) for rank in range(len(self._files))]
+        return {name: mean_of([buffers[name] for buffers in everyone]) for name in everyone[0]}
+
+    def _buffers_of(self, rank: int) -> dict[str, Tensor]:
+        keys = (key for key in self._keys[rank] if key.startswith("buffer/"))
+        return {key.removeprefix("buffer/"): self._files[rank].get_tensor(key) for key in keys}
 
 
 @torch.no_grad()
@@ -244,7 +252,7 @@ def restore(engine: Any, reader: PieceReader, rank: int) -> None:
         _restore_flat(flat, optimizer, reader)
     for name, parameter in parameters.items():
         _set(parameter, reader, name, rank)
-    buffers = reader.buffers(rank)
+    buffers = reader.buffers(rank, int(engine.world_size))
     for name, buffer in saved_parts(engine.module)[1].items():
         buffer.copy_(buffers[name])
     notes = reader.notes[0]

@@ -3,7 +3,8 @@
     group   GroupNorm, per sample: a sample's feature does not depend on who else is in the batch
     sync    BatchNorm with the statistics of all ranks: does not depend on the number of ranks
     frozen  BatchNorm with stored statistics, affine parameters trained: per sample
-    batch   BatchNorm with the statistics of one rank's micro-batch: depends on both
+    batch   BatchNorm with the statistics of one rank's micro-batch: depends on both; what ranks store is averaged where
+            the model is measured, saved or exported (rank_buffers.py)
 
 Wu & He, "Group Normalization", ECCV 2018, arXiv:1803.08494. Statistics are taken in float32 or better.
 """
@@ -27,7 +28,7 @@ CHANNELS_PER_GROUP = 8  # one SIMD register of floats: GroupNorm then costs less
 
 NOTES = {
     "batch": "model.image.norm: batch: every rank normalises each micro-batch by itself, so results depend on "
-    "the number of ranks and on execution.micro_batch_size",
+    "the number of ranks and on execution.micro_batch_size; what ranks store is averaged to evaluate and save",
     "sync": "model.image.norm: sync: statistics are taken over all ranks, but over one micro-batch at a time: results "
     "do not depend on the number of ranks, but would on execution.micro_batch_size",
 }

@@ -19,6 +19,7 @@ from amclr_scale import objectives
 from amclr_scale.config.schema import Config
 from amclr_scale.data.loader import TrainLoader
 from amclr_scale.distributed.launcher import RankInfo
+from amclr_scale.encoders.rank_buffers import one_set_of_buffers
 from amclr_scale.engine.micro_batches import on_device, split
 from amclr_scale.engine.random_state import RandomState
 from amclr_scale.errors import UserError
@@ -71,7 +72,7 @@ class Probe:
         training = engine.training
         engine.eval()
         try:
-            with RandomState(self.device):
+            with RandomState(self.device), one_set_of_buffers(engine.module):
                 embeddings = self._encode(engine)
         finally:
             engine.train(training)

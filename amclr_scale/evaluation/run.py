@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from amclr_scale.config.schema import Config, Probe
 from amclr_scale.data.names import probe_name, split_names
+from amclr_scale.encoders.rank_buffers import one_set_of_buffers
 from amclr_scale.errors import UserError
 from amclr_scale.evaluation import neighbours, probe
 from amclr_scale.evaluation.composition import composition
@@ -55,11 +56,15 @@ class Evaluator:
         self.numbers: dict[str, dict[str, Number]] = {}
 
     def __call__(self, model: nn.Module) -> dict[str, float]:
-        """Measure. The model (or DeepSpeed's engine around it) is put into evaluation mode, and back."""
+        """Measure. The model (or DeepSpeed's engine around it) is put into evaluation mode, and back.
+
+        Buffers that ranks have apart (BatchNorm's statistics) are averaged for as long, as in the weights of a run.
+        """
         training = model.training
         model.eval()
         try:
-            return self.measure(model)
+            with one_set_of_buffers(getattr(model, "module", model)):
+                return self.measure(model)
         finally:
             model.train(training)
 

@@ -48,10 +48,10 @@ def locate(path: Path) -> Path:
 
 
 def weights_of(checkpoint: Path) -> dict[str, Tensor]:
-    """Every weight and buffer by name: parameters fp32, whoever held which part of them."""
+    """Every weight and buffer by name: parameters fp32, whoever held which part; buffers averaged over ranks."""
     reader = open_pieces(checkpoint)
     weights = {name: reader.whole(name).contiguous() for name in reader.shapes}
-    return {**weights, **reader.buffers(rank=0)}
+    return {**weights, **reader.averaged_buffers()}
 
 
 def export(path: Path, out: Path, further: Callable[[Path], None] | None = None) -> Path:

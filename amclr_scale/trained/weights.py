@@ -6,6 +6,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from amclr_scale.encoders.rank_buffers import averaged_buffers
 from amclr_scale.encoders.weights import saved_parts
 from amclr_scale.engine.zero.master_weights import full_fp32
 
@@ -13,15 +14,16 @@ from amclr_scale.engine.zero.master_weights import full_fp32
 def save_weights(folder: Path, model: nn.Module, objective: nn.Module, *, speaks: bool) -> None:
     """Write `weights.safetensors` and, where the objective has state, `objective.safetensors`. All ranks call it.
 
+    Buffers that ranks have apart (BatchNorm's statistics) are averaged.
+
     Args:
         folder: the run folder.
         model: the module inside the engine.
         objective: its state is gathered if it is cut over ranks.
         speaks: whether this rank writes.
     """
-    parameters, buffers = saved_parts(model)
-    weights = {name: full_fp32(parameter).cpu() for name, parameter in parameters.items()}
-    weights |= {name: buffer.detach().to("cpu", copy=True) for name, buffer in buffers.items()}
+    weights = {name: full_fp32(parameter).cpu() for name, parameter in saved_parts(model)[0].items()}
+    weights |= {name: buffer.detach().to("cpu", copy=True) for name, buffer in averaged_buffers(model).items()}
     state = {
         name: value.cpu().contiguous()
         for name, value in objective.state_dict().items()

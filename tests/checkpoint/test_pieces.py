@@ -72,7 +72,9 @@ def engine(name: str) -> SimpleNamespace:
     torch.manual_seed(0)
     module = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
     groups = [{"params": list(part.parameters())} for part in module]
-    made = SimpleNamespace(module=module, optimizer=OPTIMIZERS[name](groups), **dict.fromkeys(pieces.COUNTERS, 0))
+    made = SimpleNamespace(
+        module=module, optimizer=OPTIMIZERS[name](groups), world_size=1, **dict.fromkeys(pieces.COUNTERS, 0)
+    )
     made.zero_optimization_stage, made.fp16_enabled = lambda: 0, lambda: False
     return made
 
