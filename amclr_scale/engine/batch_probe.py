@@ -97,7 +97,7 @@ class Probe:
     def _drift(self, embeddings: Embeddings) -> dict[str, float]:
         now = {"image": embeddings.image.float().cpu(), "text": embeddings.text.float().cpu()}
         before, self._before = self._before, now
-        return numbers(**{f"drift_{side}": (now[side] - x).square().sum(1).mean() for side, x in before.items()})
+        return dict(numbers(**{f"drift_{side}": (now[side] - x).square().sum(1).mean() for side, x in before.items()}))
 
     def _whole(self, objective: Objective) -> Objective:
         """One that has seen nothing yet, for a data set of K samples."""

@@ -203,15 +203,40 @@ def at_least_float32(x: Tensor) -> Tensor:
     return x.float() if x.dtype in HALF else x
 
 
-def numbers(**values: Tensor | float) -> dict[str, float]:
-    """Metrics as floats, with a single copy from the device."""
+class Metrics(typing.Mapping[str, float]):
+    """Numbers to log, on the device until somebody reads one: a step that logs nothing does not wait for them."""
+
+    def __init__(self, names: list[str], copied: Tensor | None, plain: dict[str, float]):
+        self._names, self._copied, self._read = names, copied, plain
+
+    def __getitem__(self, name: str) -> float:
+        return self._all()[name]
+
+    def __iter__(self) -> typing.Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def __repr__(self) -> str:
+        return repr({name: self[name] for name in self})
+
+    def _all(self) -> dict[str, float]:
+        if self._copied is not None:  # the one wait
+            tensors = [name for name in self._names if name not in self._read]
+            self._read |= dict(zip(tensors, self._copied.tolist(), strict=True))
+            self._copied = None
+        return self._read
+
+
+def numbers(**values: Tensor | float) -> Metrics:
+    """Metrics for `Loss`: floats, copied from the device together and only when one is read."""
     tensors = {name: value.detach() for name, value in values.items() if isinstance(value, Tensor)}
-    copied: list[float] = []
+    copied = None
     if tensors:
         dtype = torch.float64 if any(t.dtype == torch.float64 for t in tensors.values()) else torch.float32
-        copied = torch.stack([t.to(dtype).reshape(()) for t in tensors.values()]).tolist()
-    as_floats = dict(zip(tensors, copied, strict=True))
-    return {name: as_floats[name] if name in as_floats else float(value) for name, value in values.items()}
+        copied = torch.stack([t.to(dtype).reshape(()) for t in tensors.values()])  # as they are now
+    return Metrics(list(values), copied, {n: float(v) for n, v in values.items() if not isinstance(v, Tensor)})
 
 
 def require(condition: bool, key: str, expected: str, got: object, *, fix: str = "") -> None:

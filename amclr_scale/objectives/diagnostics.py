@@ -29,12 +29,14 @@ def geometry(image: Tensor, text: Tensor) -> dict[str, float]:
     """Where the embeddings lie, from this rank's unit rows, (b, D) each."""
     image, text = at_least_float32(image), at_least_float32(text)
     positive = column_mean((image * text).sum(1, keepdim=True)).squeeze()
-    return numbers(
-        alignment=2 - 2 * positive,
-        uniformity_image=log_mean_potential(image, image),
-        uniformity_text=log_mean_potential(text, text),
-        modality_gap=(column_mean(image) - column_mean(text)).norm(),
-        positive_similarity=positive,
+    return dict(
+        numbers(
+            alignment=2 - 2 * positive,
+            uniformity_image=log_mean_potential(image, image),
+            uniformity_text=log_mean_potential(text, text),
+            modality_gap=(column_mean(image) - column_mean(text)).norm(),
+            positive_similarity=positive,
+        )
     )
 
 
@@ -43,7 +45,7 @@ def npc_multiplier(image: Tensor, text: Tensor, temperature: Tensor | float) -> 
     """Mean over pairs and directions of 1 - P_ii, P the softmax over the global batch at this temperature."""
     both = contrast(image, text, temperature=temperature, centred=True)
     of_image, of_text = -(-both.image.log_sum).expm1(), -(-both.text.log_sum).expm1()  # (b,) each
-    return numbers(npc_multiplier=column_mean(((of_image + of_text) / 2)[:, None]).squeeze())
+    return dict(numbers(npc_multiplier=column_mean(((of_image + of_text) / 2)[:, None]).squeeze()))
 
 
 @torch.no_grad()
@@ -58,7 +60,7 @@ def gradient_norms(**gradients: Tensor | None) -> dict[str, float]:
         for name, gradient in gradients.items()
         if gradient is not None
     }
-    return numbers(**norms)
+    return dict(numbers(**norms))
 
 
 @torch.no_grad()
@@ -119,7 +121,7 @@ def collisions(ids: Tensor, captions: Tensor, text_ids: Tensor | None = None) ->
             same += sign * (count * (count - 1)).sum()
         sign = -sign
     B, count = len(keys[0]), groups(keys[0])
-    return numbers(duplicates=count[count > 1].sum() / B, false_negatives=same / max(1, B * (B - 1)))
+    return dict(numbers(duplicates=count[count > 1].sum() / B, false_negatives=same / max(1, B * (B - 1))))
 
 
 def of_step(objective: Objective, embeddings: Embeddings, captions: Tensor | None = None) -> dict[str, float]:

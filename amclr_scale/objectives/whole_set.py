@@ -115,13 +115,13 @@ def _estimator_error(sides: list[tuple[Tensor | None, Tensor | None]]) -> dict[s
     visited = log_ratio.isfinite()
     share = {"estimator_visited": visited.double().mean()}
     if not visited.any():
-        return numbers(**share)
+        return dict(numbers(**share))
     log_ratio = log_ratio[visited]
     error = log_ratio.expm1().abs()
-    return numbers(
+    return dict(numbers(
         estimator_error=_percentile(error, 50), estimator_error_p90=_percentile(error, 90),
         estimator_log_ratio=log_ratio.mean(), **share,
-    )  # fmt: skip
+    ))  # fmt: skip
 
 
 def _percentile(x: Tensor, percent: float) -> Tensor:
@@ -166,7 +166,7 @@ def _likeness(G: dict[str, Tensor], gs: list[dict[str, Tensor]]) -> dict[str, fl
     norm = _dot(G, G).sqrt()
     norms = torch.stack([_dot(g, g).sqrt() for g in gs])
     along = torch.stack([_dot(g, G) for g in gs]) / norm  # component of each estimate in the direction of G
-    found = numbers(gradient_cosine=(along / norms).mean(), gradient_norm_ratio=norms.mean() / norm)
+    found = dict(numbers(gradient_cosine=(along / norms).mean(), gradient_norm_ratio=norms.mean() / norm))
     pairs = [(i, j) for i in range(len(gs)) for j in range(i)]
     squared = float(torch.stack([_dot(gs[i], gs[j]) for i, j in pairs]).mean())  # of E g
     if squared > 0:

@@ -199,3 +199,14 @@ def test_autocast_does_not_reach_the_objective(name):
         with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
             values.append(make(name)(dataclasses.replace(e, **single)).value)
     torch.testing.assert_close(values[1], values[0], rtol=1e-6, atol=1e-7)
+
+
+def test_metrics_wait_on_the_device_until_one_is_read_and_keep_their_values():
+    from amclr_scale.objectives.base import numbers
+
+    scale = torch.tensor([2.0])
+    found = numbers(objective=scale, gamma=0.5, exact=torch.tensor(0.1, dtype=torch.float64))
+    scale.fill_(7.0)  # an optimizer's step in between
+    assert list(found) == ["objective", "gamma", "exact"]
+    assert dict(found) == {"objective": 2.0, "gamma": 0.5, "exact": 0.1}
+    assert all(type(value) is float for value in found.values())
