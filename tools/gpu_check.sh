@@ -1,0 +1,31 @@
+#!/usr/bin/env bash
+# Everything that needs an NVIDIA GPU and that no other machine can tell, in under eight minutes: tests, speed of the loss
+# and of a step beside open_clip's, memory predicted beside measured. Results go to the folder given (default: gpu_check).
+#
+#   tools/gpu_check.sh [FOLDER]
+set -uo pipefail
+out=$(realpath -m "${1:-gpu_check}")
+cd "$(dirname "$0")/.."
+mkdir -p "$out"
+export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
+python=${PYTHON:-python3}
+failed=0
+
+run() { # NAME SECONDS COMMAND...
+    local name=$1 limit=$2
+    shift 2
+    echo "== $name"
+    timeout "$limit" "$@" > "$out/$name.log" 2>&1
+    local code=$?
+    tail -n 25 "$out/$name.log"
+    [ "$code" -eq 0 ] || { echo "$name ended with $code, all of it in $out/$name.log"; failed=1; }
+}
+
+"$python" -c 'import torch; assert torch.cuda.is_available(), "no NVIDIA GPU is visible"' || exit 2
+nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader | tee "$out/card.txt"
+run similarity_tests 90 "$python" -m pytest -q -m cuda tests/similarity
+run similarity 70 "$python" tools/benchmark_similarity.py --quick --json "$out/similarity.json"
+run step 120 "$python" tools/benchmark_step.py --quick --variants plain cached open_clip accumulated --out "$out/step"
+run memory 90 "$python" tools/benchmark_memory.py --device cuda --phases
+run engine_tests 110 "$python" -m pytest -q -m cuda tests/engine
+exit "$failed"
