@@ -51,15 +51,11 @@ VARIANTS += [(name, {}) for name in objectives.available() if name not in dict(V
 def on(device: torch.device, embeddings: Embeddings) -> Embeddings:
     """float32 leaves on the device."""
 
-    def move(x: Any) -> Any:
-        if isinstance(x, tuple):
-            return tuple(move(part) for part in x)
-        if not isinstance(x, Tensor):
-            return x
+    def move(_: str, x: Tensor) -> Tensor:
         moved = x.detach().float() if x.is_floating_point() else x
         return moved.to(device).requires_grad_(x.is_floating_point())
 
-    return replace(embeddings, **{field.name: move(getattr(embeddings, field.name)) for field in fields(embeddings)})
+    return embeddings.map(move)
 
 
 def train(name: str, options: dict[str, Any], device: torch.device) -> dict[str, Tensor | dict[str, float]]:

@@ -262,9 +262,9 @@ def heat_map(outcome: Outcome, unit: Unit, name: str) -> Figure | None:
     """Gradient batch against negatives per anchor, for CLIP; None where these were not varied apart."""
 
     def plain(run: Run) -> bool:
-        """One product of all embeddings with all others, in groups whose size is an option."""
-        grouped = run.objective is not None and run.objective.by.group_option is not None
-        return grouped and run.cell.comparisons in (None, run.cell.negatives)
+        """The pair alone, in groups whose size is an option."""
+        found = run.objective
+        return found is not None and found.by.group_option is not None and not found.inputs.count("image_views")
 
     known = [
         (group, mean, group.runs[0].cell.negatives)
