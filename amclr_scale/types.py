@@ -68,6 +68,10 @@ def takes_gradient(name: str) -> bool:
     return first not in KINDS or KINDS[first].gradient
 
 
+class MissingInputError(UserError, AttributeError):
+    """An objective reads what is not in its embeddings."""
+
+
 @dataclass(frozen=True, init=False)
 class Embeddings:
     """What the model gives an objective: this rank's rows, and whatever else the objective reads.
@@ -121,7 +125,7 @@ class Embeddings:
             if name in found:
                 return found[name]
         there = ", ".join([*flatten(self.given), *self.shared]) or "none"
-        raise UserError(
+        raise MissingInputError(
             f"embeddings.{name}: the objective reads it, got nothing (there are {there}); ask for it in inputs_of, or, "
             "where the objective's parts make it, give the model its model_parts, and encode images and texts together "
             "(execution.text_micro_batch_size: null) where they read both"

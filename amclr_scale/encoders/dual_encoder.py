@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from amclr_scale.encoders.recomputation import Recomputation, blocks, set_recomputation
+from amclr_scale.errors import UserError
 
 LOG_SCALE_BOUNDS = (0.0, math.log(100))  # CLIP's: a temperature between 0.01 and 1
 
@@ -122,7 +123,20 @@ class DualEncoder(nn.Module):
                 out[f"{name}_features"] = raw[: len(views[0])]
         out["logit_scale"] = _at_least_float32(self.logit_scale).exp()
         out["logit_bias"] = _at_least_float32(self.logit_bias)
-        return out if self.parts is None else {**out, **self.parts(out)}
+        return out if self.parts is None else {**out, **self._outputs_of_parts(out)}
+
+    def _outputs_of_parts(self, out: dict[str, Any]) -> dict[str, Any]:
+        assert self.parts is not None
+        try:
+            made: dict[str, Any] = self.parts(out)
+        except KeyError as error:
+            if error.args[0] in out:
+                raise
+            raise UserError(
+                f"objective.name: its model_parts read {error} in a call that encodes {' and '.join(out)}; "
+                'a part gives what it can make of what is there: ask whether "image" or "text" is in its outputs'
+            ) from error
+        return made
 
     def _encode_images(self, images: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         raw = self.image_tower(self.normalise(images, dtype))

@@ -12,6 +12,7 @@ a few rows among pretended ranks (`objective_memory.py`), the optimizer on one s
 follows its code (`state.py`). Each is done once per recipe, so that hundreds of execution settings take a second.
 """
 
+import json
 import math
 import os
 from dataclasses import dataclass, field
@@ -26,7 +27,7 @@ from amclr_scale.distributed.launcher import ranks_on_node
 from amclr_scale.engine.batch_plan import Plan, make_plan
 from amclr_scale.engine.optimizers import parameter_groups
 from amclr_scale.memory.components import PHASES, Component, Phase, always
-from amclr_scale.memory.objective_memory import objective_memory, sample_state_bytes, staged_bytes
+from amclr_scale.memory.objective_memory import made_together, objective_memory, sample_state_bytes, staged_bytes
 from amclr_scale.memory.passes import Passes
 from amclr_scale.memory.state import Groups, state_components
 from amclr_scale.memory.towers import skeleton
@@ -176,6 +177,8 @@ def _notes(config: Config, device: str) -> tuple[str, ...]:
     notes = []
     if config.execution.compile:
         notes.append("execution.compile: compiled towers may need less or more than accounted")
+    if together := made_together(json.dumps(config.objective, sort_keys=True), config.model.embedding_width):
+        notes.append(f"left out: activations of the objective's parts that read both sides ({', '.join(together)})")
     if config.execution.kept_micro_batches == "auto":
         notes.append("execution.kept_micro_batches: auto is counted as 1")
     if device == "cuda":

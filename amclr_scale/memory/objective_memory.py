@@ -257,6 +257,32 @@ def random_embeddings(objective: Objective, rows: int, width: int, world_size: i
     return Embeddings.from_flat(leaves)
 
 
+@lru_cache(maxsize=64)
+def made_together(key: str, width: int) -> tuple[str, ...]:
+    """Outputs of an objective's parts that come only where images and texts are encoded in one call.
+
+    Args:
+        key: the objective's section, as JSON.
+        width: D.
+    """
+    section = json.loads(key)
+    made = objectives.from_section(section, "replicated", num_samples=1)
+    parts = made.model_parts(made.config, width)
+    if parts is None:
+        return ()
+    state = torch.get_rng_state()
+    given: dict[str, dict[str, Any]] = {}
+    for side in ("image", "text"):
+        views = tuple(_random(side, 2, width) for _ in range(made.inputs.count(f"{side}_views")))
+        given[side] = {side: _random(side, 2, width), f"{side}_views": views}
+    shared = {"logit_scale": torch.full((1,), 10.0), "logit_bias": torch.full((1,), -10.0)}
+    with torch.no_grad():
+        both = flatten(parts({**given["image"], **given["text"], **shared}))
+        alone = {name for outputs in given.values() for name in flatten(parts({**outputs, **shared}))}
+    torch.set_rng_state(state)
+    return tuple(name for name in both if name not in alone)
+
+
 def _random(name: str, rows: int, width: int) -> Tensor:
     """Rows of a kind of input."""
     kind, sizes = KINDS[name], {"D": width}

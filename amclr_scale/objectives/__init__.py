@@ -4,7 +4,8 @@
     loss = objective(Embeddings(image=z, text=t, ids=ids))
     loss.value.backward()
 
-Every module of this folder is imported here, so adding an objective is adding one file (docs/objectives.md).
+Every module of this folder, and of folders in it, is imported here, so adding an objective is adding one file
+(docs/objectives.md).
 """
 
 import dataclasses
@@ -24,8 +25,8 @@ from amclr_scale.objectives.outside import outside
 
 __all__ = ["Description", "Objective", "available", "create", "from_section", "has_parts", "parts_of", "without_sizes"]
 
-for _module in pkgutil.iter_modules(__path__):
-    import_module(f"{__name__}.{_module.name}")
+for _module in pkgutil.walk_packages(__path__, f"{__name__}."):
+    import_module(_module.name)
 
 
 @dataclass(frozen=True)

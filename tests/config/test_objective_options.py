@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from amclr_scale.checkpoint.resume import differences
 from amclr_scale.config.load import build, dump, load, recipe_hash
 from amclr_scale.config.objective_options import declared, option_models
 from amclr_scale.declarations import KINDS, Inputs
@@ -99,6 +100,16 @@ def test_a_file_is_part_of_the_recipe_and_its_place_is_not(tmp_path):
     assert again.objective["module"] == str(moved)
     moved.write_text(TOY.read_text() + "\n# another file now\n")
     assert recipe_hash(load(None, [*WORDS, f"objective.module={moved}"])) != recipe_hash(first)
+
+
+def test_an_edited_file_is_another_recipe_for_a_resumed_run(tmp_path):
+    file = tmp_path / "mine.py"
+    shutil.copyfile(TOY, file)
+    saved = load(None, [*WORDS, f"objective.module={file}"]).model_dump(mode="json")
+    file.write_text(TOY.read_text().replace("/ 3", "/ 4"))
+    assert list(differences(saved, load(None, [*WORDS, f"objective.module={file}"]))) == ["objective.module_sha256"]
+    file.unlink()
+    assert differences(saved, load(None, [*WORDS, f"objective.module={TOY}"])) == {}  # the saved one need not be there
 
 
 def test_a_path_may_be_one_from_the_configuration(tmp_path):

@@ -20,9 +20,11 @@ from safetensors.torch import load_file
 from amclr_scale import objectives
 from amclr_scale.commands import evaluate
 from amclr_scale.config.load import load
+from amclr_scale.encoders.dual_encoder import DualEncoder
 from amclr_scale.errors import UserError
 from amclr_scale.evaluation.models import load_model
 from amclr_scale.memory.account import account
+from amclr_scale.memory.objective_memory import made_together
 from amclr_scale.memory.towers import parameter_sizes, trace
 from amclr_scale.objectives.base import Objective
 from amclr_scale.planner.traffic import on_the_wire
@@ -217,3 +219,49 @@ def test_inputs_of_every_kind_reach_the_objective():
     assert torch.equal(doubled.labels, 2 * given["labels"])
     with pytest.raises(UserError, match=r"embeddings\.references: the objective reads it, got nothing"):
         full.references  # noqa: B018
+    assert not hasattr(full, "references")
+
+
+BOTH = """
+from dataclasses import dataclass
+import torch
+from amclr_scale.objectives.base import Objective
+class Product(torch.nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.net = torch.nn.Bilinear(width, width, 1)
+    def forward(self, outputs):
+        IF return {"match": self.net(outputs["image"], outputs["text"])}
+class Both(Objective, name="both"):
+    @dataclass(frozen=True, kw_only=True)
+    class Config:
+        pass
+    @staticmethod
+    def model_parts(options, width):
+        return Product(width)
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+    def forward(self, embeddings):
+        raise NotImplementedError
+"""
+
+
+def test_parts_that_read_both_modalities(tmp_path):
+    careless, careful = tmp_path / "careless.py", tmp_path / "careful.py"
+    careless.write_text(BOTH.replace("IF ", ""))
+    careful.write_text(BOTH.replace("IF ", 'if not {"image", "text"} <= set(outputs): return {}\n        '))
+    section = {"name": "both", "module": str(careful)}
+    assert made_together(json.dumps(section), 4) == ("match",)
+    assert made_together(json.dumps(SECTION), 4) == made_together('{"name": "clip"}', 4) == ()
+    model = DualEncoder(
+        *(torch.nn.Flatten() for _ in range(4)), temperature=0.1, logit_bias=0.0, image_mean=(0.0,) * 3,
+        image_std=(1.0,) * 3,
+    )  # fmt: skip
+    model.take_parts(objectives.parts_of({"name": "both", "module": str(careless)}, 12))
+    image, text = torch.zeros(2, 3, 2, 2), torch.ones(2, 12)
+    assert model((image,), (text,))["match"].shape == (2, 1)
+    with pytest.raises(UserError, match=r"its model_parts read 'text' in a call that encodes image and image_views"):
+        model((image,))
+    model.take_parts(objectives.parts_of(section, 12))
+    assert "match" not in model((image,))
