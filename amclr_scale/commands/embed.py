@@ -1,16 +1,18 @@
 """Embed a folder of images, the lines of a text file, or the pairs of a data set with a trained model.
 
-    amclr-scale embed my_model --images photos/ --out photos.npy
+    amclr-scale embed my_model photos/
     amclr-scale embed my_model --texts captions.txt --out captions.parquet
     amclr-scale embed my_model --shards /data/cc3m --side image --out cc3m.npy
 
 --shards takes what data.train does: an index, a folder, brace patterns, urls. Rows are then in the order of ids, and
 named by shard and key; --side text embeds each sample's first caption. Beside NAME.npy (float32, one row each, unit
-length) a NAME.txt names the rows; a .parquet (needs pyarrow) holds both columns, `name` and `embedding`. Rows are
-written as they are made.
+length) a NAME.txt names the rows; a .parquet (needs pyarrow) holds both columns, `name` and `embedding`. NAME.npy.json
+says which model they are of, and `amclr-scale search NAME.npy "a red apple"` finds the nearest. Rows are written as
+they are made.
 """
 
 import argparse
+import json
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -25,6 +27,7 @@ from torch import Tensor
 import amclr_scale
 from amclr_scale.data.evaluation_split import EvaluationSplit
 from amclr_scale.data.formats.picture_files import find_pictures
+from amclr_scale.data.names import short_names
 from amclr_scale.errors import UserError
 from amclr_scale.trained.model import Model
 
@@ -116,16 +119,25 @@ def main(argv: list[str]) -> int:
     )
     parser.add_argument("model", help="a run folder, a checkpoint, or an exported folder")
     what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("folder", nargs="?", help="of images; the same as --images")
     what.add_argument("--images", help="a folder")
     what.add_argument("--texts", help="a file with one text a line")
     what.add_argument("--shards", help="a data set, named as in data.train")
     parser.add_argument("--side", choices=["image", "text"], default="image", help="with --shards: which half")
     parser.add_argument("--caption", help="with --shards: where captions are, as data.caption; default: the model's")
-    parser.add_argument("--out", type=Path, required=True, help="NAME.npy or NAME.parquet")
+    parser.add_argument("--out", type=Path, help="NAME.npy or NAME.parquet (default: what is embedded, .npy)")
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args(argv)
+    args.images = args.images or args.folder
+    given = args.images or args.texts or args.shards
+    stem = short_names([given])[given].replace("/", "_")
+    args.out = args.out or Path(f"{Path(stem).stem}_embedded.npy" if args.texts else f"{stem}.npy")
     try:
+        if args.texts and args.out.with_suffix(".txt").absolute() == Path(args.texts).absolute():
+            raise UserError(f"--out: {args.out} would write names of rows over {args.texts}; choose another name")
+        if args.images and not Path(args.images).is_dir():
+            raise UserError(f"--images: expected a folder, got {args.images}")
         if args.out.suffix not in (".npy", ".parquet"):
             raise UserError(f"--out: expected a name that ends in .npy or .parquet, got {args.out}")
         if args.out.suffix == ".parquet":
@@ -133,6 +145,8 @@ def main(argv: list[str]) -> int:
         model = amclr_scale.load(args.model, args.device)
         total, rows = of_shards(model, args) if args.shards else listed(model, args)
         write(args.out, total, model.config.model.embedding_width, rows)
+        about = {"model": str(Path(args.model).absolute()), "folder": str(Path.cwd())}
+        args.out.with_name(f"{args.out.name}.json").write_text(json.dumps(about, indent=1) + "\n", "utf-8")
     except UserError as error:
         print(error, file=sys.stderr)
         return 2

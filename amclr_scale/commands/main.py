@@ -20,6 +20,7 @@ VERBS = {
     "fit": ("fit", "what fits, how fast, how many bytes travel, before there is a machine"),
     "export": ("export", "turn a checkpoint into a folder for others (safetensors, transformers, open_clip)"),
     "embed": ("embed", "write the embeddings of images, texts or shards"),
+    "search": ("search", "find the images or texts nearest to a text or a picture"),
     "shards make": ("make_shards", "turn images and annotation files into shards"),
     "shards index": ("index_shards", "count, fingerprint and index shards"),
     "shards tokenizer": ("train_tokenizer", "train a vocabulary on the captions of shards"),

@@ -1,0 +1,120 @@
+"""Find what is nearest to a text or a picture among embeddings that `amclr-scale embed` has written.
+
+    amclr-scale embed runs/first photos/            # writes photos.npy, photos.txt, photos.npy.json
+    amclr-scale search photos.npy "a red apple"
+    amclr-scale search photos.npy holiday.jpg --count 20
+
+Prints cosine similarity and name of each, the nearest first, and draws the pictures into INDEX_search.png where the
+names are pictures. The query is embedded by the model that the index was made with; --model names another place of it.
+"""
+
+import argparse
+import json
+import sys
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, ImageDraw, ImageFont
+
+import amclr_scale
+from amclr_scale.commands.words import run_command
+from amclr_scale.data.decoding import BadSampleError, Sample, decode
+from amclr_scale.errors import UserError
+
+Matrix = npt.NDArray[np.float32]
+CELL, GAP, ACROSS = 160, 8, 6  # pixels, pixels, pictures in a row
+ROWS = 2**16  # compared at once
+
+
+def read_index(file: Path) -> tuple[list[str], Matrix, dict[str, Any]]:
+    """Names, embeddings (n, D), and what `embed` wrote down about them.
+
+    Raises:
+        UserError: it is no such file, or a part of it is missing.
+    """
+    try:
+        about = file.with_name(f"{file.name}.json")
+        known: dict[str, Any] = json.loads(about.read_text("utf-8")) if about.is_file() else {}
+        if file.suffix == ".parquet":
+            table = import_module("pyarrow.parquet").read_table(file)
+            flat = table.column("embedding").combine_chunks().flatten().to_numpy()
+            return table.column("name").to_pylist(), flat.reshape(table.num_rows, -1), known
+        names = file.with_suffix(".txt").read_text("utf-8", "surrogateescape").split("\n")[:-1]
+        return names, np.load(file, mmap_mode="r"), known
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise UserError(
+            f"index: expected NAME.npy with NAME.txt, or NAME.parquet, as amclr-scale embed writes them, got {file}: "
+            f"{error}"
+        ) from error
+
+
+def nearest(table: Matrix, query: Matrix, count: int) -> list[tuple[int, float]]:
+    """(row, cosine) of the `count` rows nearest to a query, the nearest first; of equals the earlier one."""
+    scores = np.concatenate([table[start : start + ROWS] @ query for start in range(0, len(table), ROWS)])
+    order = np.argsort(-scores, kind="stable")[:count]
+    return [(int(row), float(scores[row])) for row in order]
+
+
+def sheet(pictures: list[tuple[Path, float]], title: str) -> Image.Image:
+    """The pictures in rows, each above its similarity."""
+    font = ImageFont.load_default(14)
+    across, down = min(ACROSS, len(pictures)), -(-len(pictures) // ACROSS)
+    page = Image.new("RGB", (GAP + across * (CELL + GAP), 40 + down * (CELL + 24 + GAP)), "white")
+    draw = ImageDraw.Draw(page)
+    draw.text((GAP, GAP), title, "black", font=ImageFont.load_default(18))
+    for place, (path, score) in enumerate(pictures):
+        x, y = GAP + place % ACROSS * (CELL + GAP), 40 + place // ACROSS * (CELL + 24 + GAP)
+        try:
+            shown = decode(Sample({"jpg": path.read_bytes()}, 10**9, 1).image())
+        except (OSError, BadSampleError):  # it has changed since it was embedded
+            draw.text((x, y), "not readable", "black", font=font)
+        else:
+            shown.thumbnail((CELL, CELL))
+            page.paste(shown, (x, y))
+        draw.text((x, y + CELL + 2), f"{score:.3f}", "black", font=font)
+    return page
+
+
+def work(argv: list[str]) -> None:
+    """What `main` does, without the words for mistakes."""
+    parser = argparse.ArgumentParser(
+        prog="amclr-scale search", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("index", type=Path, help="NAME.npy or NAME.parquet of amclr-scale embed")
+    parser.add_argument("query", help="a text, or the path of a picture")
+    parser.add_argument("--count", type=int, default=12, help="how many (default: 12)")
+    parser.add_argument("--model", help="default: the one that the index was made with")
+    parser.add_argument("--sheet", type=Path, help="where the pictures go (default: INDEX_search.png)")
+    parser.add_argument("--device", default="cpu")
+    args = parser.parse_args(argv)
+    if args.count < 1:
+        raise UserError(f"--count: expected at least 1, got {args.count}")
+    names, table, known = read_index(args.index)
+    place = args.model or known.get("model")
+    if place is None:
+        raise UserError(f"--model: expected the model that {args.index} was made with, which is not written beside it")
+    model = amclr_scale.load(place, args.device)
+    if table.shape[1] != model.config.model.embedding_width:
+        raise UserError(
+            f"--model: expected one whose embeddings are {table.shape[1]} wide, as in {args.index}, got "
+            f"{model.config.model.embedding_width} of {place}"
+        )
+    picture = Path(args.query).is_file()
+    embedded = model.encode_image([args.query]) if picture else model.encode_text([args.query])
+    found = nearest(table, embedded[0].numpy(), args.count)
+    for row, score in found:
+        print(f"{score:.3f}  {names[row]}")
+    paths = [(Path(known.get("folder", ".")) / names[row], score) for row, score in found]
+    shown = [(path, score) for path, score in paths if path.is_file()]
+    if shown:
+        out = args.sheet or args.index.with_name(f"{args.index.stem}_search.png")
+        sheet(shown, args.query).save(out)
+        print(f"pictures in {out}", file=sys.stderr)
+
+
+def main(argv: list[str]) -> int:
+    """Exit codes: 0 done, 2 a mistake, told in words."""
+    return run_command(work, argv)
