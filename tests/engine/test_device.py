@@ -140,7 +140,14 @@ def recipe(image: dict[str, Any], text: dict[str, Any], split: str = "") -> Conf
     tree = {
         "data": {"image_size": 32, "context_length": 12},
         "model": {"embedding_width": 8, "image": image, "text": {"width": 16, **text}},
-        "evaluation": {"splits": [split], "batch_size": 8, "resamples": 20, "geometry": True, "probes": probes},
+        "evaluation": {
+            "splits": [split],
+            "classes": "json.concept",
+            "batch_size": 8,
+            "resamples": 20,
+            "geometry": True,
+            "probes": probes,
+        },
     }
     return Config.model_validate(tree)
 

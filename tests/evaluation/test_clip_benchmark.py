@@ -130,8 +130,8 @@ def test_zero_shot_is_theirs(folders, trained):
     assert evaluator.tasks[0].templates == TEMPLATES
     ours = evaluator(trained)
     want = theirs(folders[1], trained, evaluator.tasks[0].split.tokenizer, "classification")
-    name = f"{folders[1]}/zero_shot"
-    assert f"{folders[1]}/image_to_text_R@1" not in ours
+    name = f"{folders[1].name}/zero_shot"
+    assert f"{folders[1].name}/image_to_text_R@1" not in ours
     assert ours[f"{name}_top1"] == pytest.approx(want["acc1"], abs=1e-6)
     assert ours[f"{name}_top5"] == pytest.approx(want["acc5"], abs=1e-6)
     assert ours[f"{name}_mean_per_class"] == pytest.approx(want["mean_per_class_recall"], abs=1e-6)
