@@ -126,9 +126,12 @@ class DualEncoder(nn.Module):
         return out if self.parts is None else {**out, **self._outputs_of_parts(out)}
 
     def _outputs_of_parts(self, out: dict[str, Any]) -> dict[str, Any]:
+        """What the parts make of rows in the model's precision, in float32 at least."""
         assert self.parts is not None
+        dtype = self.logit_scale.dtype
+        rows = {name: each for name, each in out.items() if name not in ("logit_scale", "logit_bias")}
         try:
-            made: dict[str, Any] = self.parts(out)
+            made = self.parts({**out, **_each(rows, lambda x: x.to(dtype))})
         except KeyError as error:
             if error.args[0] in out:
                 raise
@@ -136,7 +139,8 @@ class DualEncoder(nn.Module):
                 f"objective.name: its model_parts read {error} in a call that encodes {' and '.join(out)}; "
                 'a part gives what it can make of what is there: ask whether "image" or "text" is in its outputs'
             ) from error
-        return made
+        found: dict[str, Any] = _each(made, lambda x: _at_least_float32(x) if x.is_floating_point() else x)
+        return found
 
     def _encode_images(self, images: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         raw = self.image_tower(self.normalise(images, dtype))
@@ -184,16 +188,21 @@ class DualEncoder(nn.Module):
         set_recomputation(self.text_tower, text)
 
 
-def _copy_parameters(module: nn.Module, inputs: Any, outputs: Any) -> Any:
+def _each(outputs: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """The same, with every tensor changed, however deep in dictionaries and tuples."""
+    if isinstance(outputs, dict):
+        return {name: _each(output, change) for name, output in outputs.items()}
+    if isinstance(outputs, tuple | list):
+        return tuple(_each(output, change) for output in outputs)
+    return change(outputs) if isinstance(outputs, Tensor) else outputs
+
+
+def _copy_parameters(_: nn.Module, inputs: Any, outputs: Any) -> Any:
     """Copies in place of parameters that a module returns as they are: ZeRO's stage 3 empties them after its forward.
 
     A forward hook, which runs before DeepSpeed's, as it is there before.
     """
-    if isinstance(outputs, dict):
-        return {name: _copy_parameters(module, inputs, output) for name, output in outputs.items()}
-    if isinstance(outputs, tuple | list):
-        return tuple(_copy_parameters(module, inputs, output) for output in outputs)
-    return outputs.clone() if isinstance(outputs, nn.Parameter) else outputs
+    return _each(outputs, lambda x: x.clone() if isinstance(x, nn.Parameter) else x)
 
 
 def _at_least_float32(x: Tensor) -> Tensor:

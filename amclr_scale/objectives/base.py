@@ -70,10 +70,11 @@ class Objective(Declarations, nn.Module):
             forward({"image": (m, D), "image_views": V of (m, D), "text": ..., "logit_scale": (1,), ...})
                 -> {"image_temperature": (m,), "shared": {"prototypes": (M, D)}}
 
-        Rows of samples stand at the top; what is one for all samples stands under "shared". Images and texts may come
-        in calls of their own, so a part gives what it can make of what is there. Where something is random or has
-        statistics, it is per micro-batch. The learning-rate factor is `optimizer.lr_factors.heads`, or that which an
-        attribute `learning_rate_factor` of the module names.
+        Rows of samples stand at the top; what is one for all samples stands under "shared". A part gets rows in its own
+        precision, bf16 say, and the objective gets float32. Images and texts may come in calls of their own, so a part
+        gives what it can make of what is there. Where something is random or has statistics, it is per micro-batch. The
+        learning-rate factor is `optimizer.lr_factors.heads`, or that which an attribute `learning_rate_factor` of the
+        module names.
 
         Args:
             options: the Config.

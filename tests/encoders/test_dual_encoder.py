@@ -147,6 +147,23 @@ def test_parts_are_called_with_what_is_there():
     assert any(p.grad is not None for p in encoder.text_tower.parameters())  # through the part, into the tower
 
 
+def test_parts_work_in_the_models_precision_and_give_float32():
+    class Parts(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = torch.nn.Linear(D, 3)
+
+        def forward(self, outputs):
+            views = [self.net(view) for view in outputs["image_views"]]
+            return {"seen": tuple(views), "sign": views[0] > 0, "shared": {"weight": self.net.weight}}
+
+    encoder = model()
+    encoder.take_parts(Parts())
+    out = encoder.to(torch.bfloat16)((images(), images()))
+    assert out["seen"][0].dtype == out["shared"]["weight"].dtype == out["image"].dtype == torch.float32
+    assert out["sign"].dtype == torch.bool
+
+
 def test_weight_decay_spares_what_it_should():
     encoder = model()
     spared = encoder.no_weight_decay()
