@@ -53,6 +53,7 @@ def deepspeed_config(config: Config, world_size: int, folder: Path = Path()) -> 
         "bf16": {"enabled": execution.precision == "bf16"},
         "fp16": {"enabled": execution.precision == "fp16"},
         "steps_per_print": 10**9,
+        "timers": {"throughput": {"enabled": False}},  # it waits for the device before every forward, to time a step
     }
     if execution.profile:
         generated["comms_logger"] = {"enabled": True, "verbose": False}
