@@ -38,6 +38,12 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--output", metavar="FOLDER", help="results go here (a run: evaluation/ in its folder)")
     parser.add_argument(
+        "--precision",
+        choices=["run", "fp32", "bf16", "fp16"],
+        default="run",
+        help="what models compute in; run: what each was trained in (others' models: fp32)",
+    )
+    parser.add_argument(
         "--sheet", type=int, default=0, metavar="N", help="draw N captions found and N missed per split"
     )
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
@@ -82,7 +88,7 @@ def run(options: argparse.Namespace, rank_info: RankInfo) -> None:
     import torch
 
     from amclr_scale.distributed.process_group import device_type, keep_float32, start, stop
-    from amclr_scale.evaluation.models import use_statistics
+    from amclr_scale.evaluation.models import compute_in, use_statistics
     from amclr_scale.evaluation.progress import EvaluationProgress
     from amclr_scale.evaluation.report import comparison_lines, comparisons, histogram_lines, write
     from amclr_scale.evaluation.run import Evaluator
@@ -99,6 +105,8 @@ def run(options: argparse.Namespace, rank_info: RankInfo) -> None:
     measured: dict[str, Any] = {}
     compared: dict[str, Any] = {}
     learned: dict[str, dict[str, Histogram]] = {}
+    precision: dict[str, str] = {}
+    prompts: list[str] = []
     folder: Path | None = Path(options.output) if options.output else None
     resamples = 0
     first_config: Config | None = None
@@ -112,9 +120,11 @@ def run(options: argparse.Namespace, rank_info: RankInfo) -> None:
         folder = folder or (loaded.folder or Path("runs")) / "evaluation" / loaded.step
         evaluator = Evaluator(config, rank=rank_info.rank, world_size=rank_info.world_size)
         use_statistics(loaded, config.data)
+        name = checkpoint if loaded.name in results else loaded.name
+        precision[name] = compute_in(loaded, options.precision)
+        prompts = prompts or evaluator.prompts()
         model = loaded.model.to(device)
         begin = time.perf_counter()
-        name = checkpoint if loaded.name in results else loaded.name
         with EvaluationProgress(checkpoint, evaluator.items(), speaks=speaks) as progress:
             encode = progress.watch(model)
             results[name], measured[name] = evaluator.measure(encode), evaluator.numbers
@@ -126,8 +136,9 @@ def run(options: argparse.Namespace, rank_info: RankInfo) -> None:
                         folder.mkdir(parents=True, exist_ok=True)
                         sheet.save(folder / f"sheet_{len(results)}_{number}.png")
         if speaks:
+            seconds = time.perf_counter() - begin
             print(
-                f"{checkpoint}, {time.perf_counter() - begin:.1f} s\n\n{evaluator.table(results[name])}\n", flush=True
+                f"{checkpoint}, in {precision[name]}, {seconds:.1f} s\n\n{evaluator.table(results[name])}\n", flush=True
             )
             if sides := read_temperatures(loaded.state):
                 learned[name] = sides
@@ -142,7 +153,7 @@ def run(options: argparse.Namespace, rank_info: RankInfo) -> None:
                 f"{pair}: percentage points, paired, 95 % interval\n  " + "\n  ".join(comparison_lines(compared[pair]))
             )
     if speaks and folder is not None:
-        write(folder, results, compared, learned)
+        write(folder, results, compared, learned, precision=precision, prompts=prompts)
         print(f"results.json and results.md in {folder}")
     if rank_info.world_size > 1:
         stop()

@@ -117,7 +117,7 @@ def conclude(job: "Job", results: dict[str, float]) -> None:
         return
     if evaluator:
         save_items(folder / FILE, evaluator.numbers)
-        log.say(evaluator.table(results))
+        log.say(f"{evaluator.table(results)}\n\nmeasured in {job.config.execution.precision}, as trained")
     (folder / "evaluation.json").write_text(json.dumps(results, indent=1) + "\n")  # the sign of a finished run
     log.say(draw_if_possible(folder))
     log.say(f"run folder {folder}")

@@ -294,7 +294,8 @@ class Evaluation(Section):
     """Zero-shot classification of shards: where a sample's class is (json.FIELD or cls). null: shards have none. Class
     folders, CIFAR and CLIP_benchmark bring their classes with them."""
     class_names: str | None = None
-    """A file with one class name a line, or imagenet (1,000 names, needs open_clip_torch); null: the data set's own."""
+    """A file with one class name a line, or imagenet (1,000 names, needs open_clip_torch); null: the data set's own.
+    Classes are found in it by name, or by number from 0 on, or by lines of `CLASS name`."""
     templates: list[str] | str | None = None
     """Prompts that a class name is put into, {} or {c} for the name; their normalised features are averaged. A list, a
     file with one a line, or imagenet (80 prompts, needs open_clip_torch). null: the data set's own, or customary

@@ -41,7 +41,7 @@ Encode = Callable[[list[str]], list[list[int]]]
 
 
 class Tokenizer:
-    """`tokenizer(captions)` -> (n, L) int64.
+    """`tokenizer(captions)` -> (n, L) int64; a string by itself is one caption.
 
     Attributes:
         spec: what it was loaded from.
@@ -67,7 +67,8 @@ class Tokenizer:
         self.pad_id, self.start_id, self.end_id = pad_id, start_id, end_id
         self._encode, self._write, self._vocabulary = encode, write, vocabulary
 
-    def __call__(self, captions: Sequence[str]) -> Tensor:
+    def __call__(self, captions: Sequence[str] | str) -> Tensor:
+        captions = [captions] if isinstance(captions, str) else captions
         rows = torch.full((len(captions), self.context_length), self.pad_id, dtype=torch.int64)
         encoded = self._encode([well_formed(caption) for caption in captions]) if captions else []
         for row, tokens in zip(rows, encoded, strict=True):

@@ -25,6 +25,7 @@ from amclr_scale.encoders.build import build_model
 from amclr_scale.encoders.dual_encoder import Normalise
 from amclr_scale.encoders.weights import OF_OBJECTIVES, load_weights
 from amclr_scale.errors import UserError
+from amclr_scale.precision import DTYPES
 from amclr_scale.torchvision_ops import import_torchvision
 
 TEXT_TOWER = "text_tower"  # in the folder of a run or an export: the architecture of a text tower of transformers
@@ -129,6 +130,17 @@ def _with_own_files(config: Config, folder: Path) -> Config:
         text = config.model.text.model_copy(update={"name": f"transformers/{folder / TEXT_TOWER}"})
         changes["model"] = config.model.model_copy(update={"text": text})
     return config.model_copy(update=changes)
+
+
+def compute_in(loaded: Loaded, precision: str) -> str:
+    """Have a model compute as it was trained ("run"), or in fp32, bf16 or fp16; returns which of the three.
+
+    As under DeepSpeed, parameters change and buffers do not. Models of others were trained nobody knows how: fp32.
+    """
+    chosen = loaded.config.execution.precision if precision == "run" else precision
+    for parameter in loaded.model.parameters():
+        parameter.data = parameter.data.to(DTYPES[chosen])
+    return chosen
 
 
 def use_statistics(loaded: Loaded, data: Data) -> None:

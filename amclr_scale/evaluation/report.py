@@ -1,7 +1,7 @@
 """Results of one or several models as JSON and Markdown, and their paired comparisons."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from amclr_scale.evaluation.numbers import Comparison, Number, compare
@@ -30,9 +30,20 @@ def comparison_lines(found: Mapping[str, Comparison]) -> list[str]:
     ]
 
 
-def markdown(results: Mapping[str, Mapping[str, float]], compared: Mapping[str, Mapping[str, Comparison]]) -> str:
-    """A table with one row per number and one column per model, then the comparisons."""
-    models = list(results)
+def markdown(
+    results: Mapping[str, Mapping[str, float]],
+    compared: Mapping[str, Mapping[str, Comparison]],
+    *,
+    precision: Mapping[str, str] | None = None,
+    prompts: Sequence[str] = (),
+) -> str:
+    """A table with one row per number and one column per model, the first prompts, then the comparisons.
+
+    Args:
+        precision: what each model computed in.
+        prompts: the first ones of each split, in words.
+    """
+    models = [f"{name} ({precision[name]})" if precision else name for name in results]
     names = [name for name in dict.fromkeys(n for found in results.values() for n in found) if not _is_detail(name)]
     lines = ["# Evaluation", "", "Shares in percent with their 95 % intervals; the rest as it is.", ""]
     lines += ["| | " + " | ".join(models) + " | chance |", "|---" * (len(models) + 2) + "|"]
@@ -40,6 +51,7 @@ def markdown(results: Mapping[str, Mapping[str, float]], compared: Mapping[str, 
         chance = next((found[f"{name}/chance"] for found in results.values() if f"{name}/chance" in found), None)
         cells = [_cell(found, name) for found in results.values()]
         lines.append(f"| {name} | {' | '.join(cells)} | {'' if chance is None else f'{100 * chance:.2f}'} |")
+    lines += ["", *(f"- {words}" for words in prompts)] if prompts else []
     for pair, found in compared.items():
         lines += ["", f"## {pair}", "", "Percentage points, paired over items; * where the interval excludes zero.", ""]
         lines += [f"- {line}" for line in comparison_lines(found)]
@@ -66,19 +78,27 @@ def write(
     results: Mapping[str, Mapping[str, float]],
     compared: Mapping[str, Mapping[str, Comparison]],
     temperatures: Mapping[str, Mapping[str, Histogram]] | None = None,
+    *,
+    precision: Mapping[str, str] | None = None,
+    prompts: Sequence[str] = (),
 ) -> None:
     """results.json and results.md in a folder.
 
     Args:
         temperatures: of every sample, by model and side.
+        precision, prompts: see `markdown`.
     """
     folder.mkdir(parents=True, exist_ok=True)
     listed = {pair: {name: vars(one) for name, one in found.items()} for pair, found in compared.items()}
     learned = temperatures or {}
     spread = {name: {side: vars(one) for side, one in sides.items()} for name, sides in learned.items()}
-    content = {"results": results, "comparisons": listed, "temperatures": spread}
+    content = {
+        "results": results, "comparisons": listed, "temperatures": spread, "precision": precision or {},
+        "prompts": list(prompts),
+    }  # fmt: skip
     (folder / "results.json").write_text(json.dumps(content, indent=1) + "\n", "utf-8")
-    (folder / "results.md").write_text(markdown(results, compared) + temperature_sections(learned), "utf-8")
+    text = markdown(results, compared, precision=precision, prompts=prompts)
+    (folder / "results.md").write_text(text + temperature_sections(learned), "utf-8")
 
 
 def temperature_sections(temperatures: Mapping[str, Mapping[str, Histogram]]) -> str:

@@ -92,9 +92,13 @@ class Evaluator:
                 total += len(share(len(task.class_names) * len(task.templates)))
         return total + sum(len(share(task.split.num_samples)) for _, *pair in self.probes for task in pair)
 
+    def prompts(self) -> list[str]:
+        """Of every split with zero-shot classification, its first prompts, in words."""
+        return [words for task in self.tasks if (words := task.prompts_in_words())]
+
     def table(self, results: Mapping[str, float]) -> str:
-        """Results as text."""
-        return table(results)
+        """Results as text, and the first prompts behind them."""
+        return "\n\n".join([table(results), *self.prompts()])
 
     def _flat(self, name: str, numbers: dict[str, Number], plain: Mapping[str, float]) -> dict[str, float]:
         self.numbers[name] = numbers

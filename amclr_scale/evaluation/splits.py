@@ -16,6 +16,7 @@ from amclr_scale.data.sources import embedded_splits
 from amclr_scale.data.tokenizers import Tokenizer
 from amclr_scale.errors import UserError
 from amclr_scale.evaluation.cifar import CifarFiles, find_cifar
+from amclr_scale.evaluation.class_names import imagenet_metadata, lines_of, name_classes
 from amclr_scale.evaluation.image_files import ImageFiles, annotations, is_picture_folder, picture_folder
 from amclr_scale.evaluation.shares import share
 from amclr_scale.evaluation.zero_shot import prompts
@@ -25,6 +26,7 @@ _KEY = "evaluation.splits"
 
 EMOJI_TEMPLATES = ["{}", "an emoji of {}", "a picture of {}", "{} icon", "a drawing of {}"]
 PHOTO_TEMPLATES = ["a photo of a {}."]
+PROMPTS_SHOWN = 3
 
 
 class Split(Protocol):
@@ -51,6 +53,18 @@ class Task:
     class_names: list[str]  # empty: no classification
     labels: Tensor  # (n,) int64, positions in class_names; empty without them
     templates: list[str]
+    class_rule: str = ""  # how `evaluation.class_names` gave them their names
+
+    def prompts_in_words(self) -> str:
+        """How many classes there are, and the first prompts that stand for them; "" without classes."""
+        if not self.class_names:
+            return ""
+        first = prompts(self.class_names[:PROMPTS_SHOWN], self.templates[:1])
+        beside = f", each in {len(self.templates)} prompts" if len(self.templates) > 1 else ""
+        missing = len(self.class_names) - len(torch.unique(self.labels))
+        without = f" ({missing:,} without images)" if missing else ""
+        rule = f", named {self.class_rule}" if self.class_rule else ""
+        return f"{self.name}: {len(self.class_names):,} classes{without}{rule}{beside}: {' | '.join(first)}"
 
     def pairs_here(self) -> int:
         """Images, and captions if there is retrieval, that this rank encodes."""
@@ -102,22 +116,16 @@ def open_task(
         split = ImageFiles(given, data, [item.cleaned() for item in items] if clean else items, squash=squash)
         retrieval, names = all(split.caption_lists), sorted({str(label) for label in split.labels or []}) or None
     else:
-        split = sharded(given, data, classes=classes)
+        split = found_shards = sharded(given, data, classes=classes)
         retrieval = True
-        if classes is not None and options.class_names is None:
-            names = class_names(given, data, classes)
-    listed = _class_names(options.class_names, split) if split.labels is not None else None
-    labels = _numbered(split, names or listed) if split.labels is not None and (names or listed) else torch.empty(0)
-    final = listed or names or []
-    if listed and names and len(listed) != len(names):
-        raise UserError(
-            f"evaluation.class_names: {given} has {len(names)} classes, {options.class_names} {len(listed)}"
-        )
+        names = _own_names(given, data, classes, found_shards, options.class_names)
+    known = name_classes(given, split.labels, names, options.class_names) if split.labels is not None else None
+    final, labels = (known.names, known.labels) if known else ([], torch.empty(0))
     chosen = _templates(options.templates) or templates
     prompts(final[:1] or ["x"], chosen)
     if not retrieval and not final:
         raise UserError(f"{_KEY}: {given}: pictures without captions and without classes: there is nothing to measure")
-    return Task(name or given, split, retrieval, final, labels, chosen)
+    return Task(name or given, split, retrieval, final, labels, chosen, known.rule if known else "")
 
 
 def _is_index(path: Path) -> bool:
@@ -135,27 +143,24 @@ def _clip_benchmark(
     split = sharded(
         str(root / "test"), data.model_copy(update={"caption": member}), classes=None if retrieval else "cls"
     )
-    lines = {file: _lines(root / file) for file in ("classnames.txt", "zeroshot_classification_templates.txt")}
+    lines = {file: lines_of(root / file) for file in ("classnames.txt", "zeroshot_classification_templates.txt")}
     if not retrieval and not lines["classnames.txt"]:
         raise UserError(f"{_KEY}: {name}: expected a classnames.txt in the folder, one name a line, found none")
     return retrieval, split, lines["classnames.txt"] or None, lines["zeroshot_classification_templates.txt"]
 
 
-def _lines(path: Path) -> list[str]:
-    return [line.strip() for line in path.read_text("utf-8").splitlines() if line.strip()] if path.is_file() else []
-
-
-def _class_names(named: str | None, split: Split) -> list[str] | None:
-    if named is None:
+def _own_names(
+    given: str, data: Data, classes: str | None, split: EvaluationSplit, replaced: str | None
+) -> list[str] | None:
+    """The names that shards have for their classes; of numbers that get others (`replaced`) they may be missing."""
+    if classes is None or (replaced and any(isinstance(label, str) for label in split.labels or [])):
         return None
-    if named == "imagenet":
-        return list(_metadata("evaluation.class_names").IMAGENET_CLASSNAMES)
-    names = _lines(Path(named).expanduser())
-    if not names:
-        raise UserError(
-            f"evaluation.class_names: expected imagenet or a file with one name a line, got {named} for {split.name}"
-        )
-    return names
+    try:
+        return class_names(given, data, classes)
+    except UserError:
+        if replaced is None:
+            raise
+        return None
 
 
 def _templates(templates: list[str] | str | None) -> list[str]:
@@ -164,40 +169,10 @@ def _templates(templates: list[str] | str | None) -> list[str]:
             raise UserError("evaluation.templates: expected at least one prompt such as 'a photo of a {}', got none")
         return templates or []
     if templates == "imagenet":
-        return [template("{}") for template in _metadata("evaluation.templates").OPENAI_IMAGENET_TEMPLATES]
-    found = _lines(Path(templates).expanduser())
+        return [template("{}") for template in imagenet_metadata("evaluation.templates").OPENAI_IMAGENET_TEMPLATES]
+    found = lines_of(Path(templates).expanduser())
     if not found:
         raise UserError(
             f"evaluation.templates: expected a list, imagenet or a file with one prompt a line, got {templates}"
         )
     return found
-
-
-def _metadata(key: str) -> Any:
-    from amclr_scale.torchvision_ops import import_torchvision
-
-    try:
-        import_torchvision()
-        from open_clip import zero_shot_metadata
-    except ImportError as error:
-        raise UserError(f"{key}: imagenet needs open_clip_torch: pip install open_clip_torch ({error})") from error
-    return zero_shot_metadata
-
-
-def _numbered(split: Split, names: list[str] | None) -> Tensor:
-    """Every sample's class as a position in `names`.
-
-    Raises:
-        UserError: a label that is not there.
-    """
-    assert split.labels is not None
-    assert names is not None
-    places: dict[Any, int] = {name: place for place, name in enumerate(names)}
-    found = [places.get(label, -1) if isinstance(label, str) else label for label in split.labels]
-    for sample, place in enumerate(found):
-        if not 0 <= place < len(names):
-            raise UserError(
-                f"evaluation.classes: {split.name}: sample {sample} has the class {split.labels[sample]!r}, which is "
-                f"none of the {len(names)} class names"
-            )
-    return torch.tensor(found)

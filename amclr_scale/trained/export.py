@@ -120,7 +120,16 @@ def card(state: dict[str, Any], config: Config, results: dict[str, Any]) -> str:
     tokenizer = short_names([config.data.tokenizer])[config.data.tokenizer]
     size = config.data.image_size
     rows = [f"| {name} | {value:.4f} |" for name, value in results.items() if isinstance(value, int | float)]
-    measured = ["", "## Results", "", "| measure | value |", "|---|---|", *rows] if rows else []
+    heading = [
+        "",
+        "## Results",
+        "",
+        f"Measured in {config.execution.precision}.",
+        "",
+        "| measure | value |",
+        "|---|---|",
+    ]
+    measured = [*heading, *rows] if rows else []
     return "\n".join(
         [
             "# A dual encoder of images and texts",

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from amclr_scale.checkpoint.resume import CHECKPOINTS
@@ -17,7 +18,7 @@ from amclr_scale.errors import UserError
 from amclr_scale.evaluation.models import Loaded, load_model
 from amclr_scale.trained.export import export
 
-Images = Sequence[Any] | Tensor
+Images = Sequence[Any] | Tensor | str | Path | Image.Image
 
 
 class Model:
@@ -40,11 +41,15 @@ class Model:
 
         Args:
             images: files or PIL images, which are resized and cropped as in evaluation, or a tensor (n, 3, H, W) of
-                the model's size, uint8 or float in [0, 1].
+                the model's size, uint8 or float in [0, 1]. A file, an image or a tensor (3, H, W) by itself is one.
 
         Raises:
-            UserError: a file is no image that can be read.
+            UserError: a file is no image that can be read, or something else was given.
         """
+        if isinstance(images, Tensor):
+            images = images[None] if images.dim() == 3 else images
+        else:
+            images = [images] if isinstance(images, str | Path | Image.Image) else list(images)
         rows = []
         for start in range(0, len(images), batch_size):
             part = images[start : start + batch_size]
@@ -53,8 +58,15 @@ class Model:
         return torch.cat(rows) if rows else torch.empty(0, self.config.model.embedding_width)
 
     @torch.no_grad()
-    def encode_text(self, texts: Sequence[str], batch_size: int = 256) -> Tensor:
-        """Embed captions, (n, D), unit length, on the CPU."""
+    def encode_text(self, texts: Sequence[str] | str, batch_size: int = 256) -> Tensor:
+        """Embed captions, (n, D), unit length, on the CPU. A string by itself is one caption.
+
+        Raises:
+            UserError: something else than strings was given.
+        """
+        texts = [texts] if isinstance(texts, str) else list(texts)
+        if strange := [text for text in texts if not isinstance(text, str)]:
+            raise UserError(f"texts: expected strings, got {strange[0]!r}")
         rows = []
         for start in range(0, len(texts), batch_size):
             tokens = self.tokenizer(list(texts[start : start + batch_size]))
@@ -67,6 +79,8 @@ class Model:
             if isinstance(image, str | Path):
                 content = {"jpg": Path(image).read_bytes()}
                 image = Sample(content, data.max_image_pixels, data.max_caption_characters).image()
+            elif not isinstance(image, Image.Image):
+                raise UserError(f"images: expected files, PIL images or one tensor of all, got {type(image).__name__}")
             return to_tensor(evaluation_view(decode(image), data.image_size, squash=squash))
         except (OSError, BadSampleError) as error:
             raise UserError(f"images: {image} cannot be used: {error}") from error

@@ -66,7 +66,7 @@ def test_two_runs_beside_one_another(runs, tmp_path, capsys):
     assert better["low"] > 0
     assert "second against first: percentage points" in said
     table = (tmp_path / "out" / "results.md").read_text()
-    assert "| first | second | chance |" in table
+    assert "| first (fp32) | second (fp32) | chance |" in table
     assert f"| {split}/R@mean | {100 * measured[0]:.1f} [" in table
     for number in (1, 2):
         assert Image.open(tmp_path / "out" / f"sheet_{number}_0.png").size[0] > 600

@@ -93,20 +93,23 @@ def test_classes_and_prompts_come_from_the_data_set_unless_said_otherwise(root):
     folders = opened(root, "test").tasks[0]
     assert (folders.class_names, folders.templates) == (["blue", "green", "red"], ["a photo of a {}."])
     assert folders.labels.tolist() == [0] * 8 + [1] * 8 + [2] * 8
-    named = opened(root, "test", class_names=str(root / "names.txt"), templates=str(root / "templates.txt")).tasks[0]
+    named = opened(root, "wds", class_names=str(root / "names.txt"), templates=str(root / "templates.txt")).tasks[0]
     assert (named.class_names, named.templates) == (["rouge", "vert", "bleu"], ["this is {}"])
-    assert named.labels.tolist() == folders.labels.tolist()
+    assert named.labels.tolist() == task.labels.tolist()
+    with pytest.raises(UserError, match=r"^evaluation.class_names: .*expected names that say whose they are"):
+        opened(root, "test", class_names=str(root / "names.txt"))  # folders are blue, green and red
 
 
 def test_imagenet_has_its_names_and_prompts(root):
-    from amclr_scale.evaluation.splits import _class_names, _templates
+    from amclr_scale.evaluation.class_names import listed
+    from amclr_scale.evaluation.splits import _templates
 
-    names, templates = _class_names("imagenet", opened(root, "test").tasks[0].split), _templates("imagenet")
+    names, templates = listed("imagenet"), _templates("imagenet")
     assert (len(names), len(templates)) == (1000, 80)
     assert names[:2] == ["tench", "goldfish"]
     assert all(template.count("{}") == 1 for template in templates)
     with pytest.raises(UserError, match=r"^evaluation.class_names: .* has 3 classes, imagenet 1000"):
-        opened(root, "test", class_names="imagenet")
+        opened(root, "wds", class_names="imagenet")
 
 
 def write_cifar(folder: Path, n: int = 4, hundred: bool = False) -> np.ndarray:

@@ -95,6 +95,25 @@ def test_a_picture_is_the_same_from_a_file_and_from_memory(run, tmp_path):
     assert from_memory.equal(white)
 
 
+def test_one_text_and_one_picture_by_themselves(run, tmp_path):
+    """A string is one text, not one for each of its letters; a path is one picture."""
+    model = amclr_scale.load(run[0])
+    assert torch.equal(model.encode_text("a cat"), model.encode_text(["a cat"]))
+    assert model.encode_text("a cat").shape == (1, 16)
+    assert model.tokenizer("a cat").shape == (1, 12)
+    picture = Image.new("RGB", (40, 32), (200, 30, 30))
+    picture.save(tmp_path / "a.png")
+    want = model.encode_image([picture])
+    for one in (picture, tmp_path / "a.png", str(tmp_path / "a.png")):
+        assert torch.equal(model.encode_image(one), want)
+    assert torch.equal(model.encode_image(pixels()[0]), model.encode_image(pixels()[:1]))
+    assert torch.equal(model.encode_text(text for text in TEXTS), model.encode_text(TEXTS))
+    with pytest.raises(UserError, match="texts: expected strings, got None"):
+        model.encode_text(["a", None])
+    with pytest.raises(UserError, match="images: expected files, PIL images or one tensor of all, got ndarray"):
+        model.encode_image([np.zeros((32, 32, 3), np.uint8)])
+
+
 def test_a_checkpoint_is_opened_for_evaluation(run, tmp_path):
     for name in (run[0], run[0] / "checkpoints", run[0] / "checkpoints" / files.name_of(10)):
         loaded = open_model(str(name))

@@ -1,4 +1,4 @@
-"""Whatever normalises its tower, a run's own table is what `evaluate` finds in its folder and in its checkpoint."""
+"""A run's own table is what `evaluate` finds in its folder and in its checkpoint, whatever the norm and precision."""
 
 import json
 
@@ -23,10 +23,11 @@ CPU = torch.device("cpu")
 STEPS = 4
 
 
-def train(folder, split, norm, weights) -> tuple[dict[str, float], dict[str, torch.Tensor]]:
-    """On each of two ranks: a few steps, an evaluation, a checkpoint, weights. Returns its table and its buffers."""
+def train(folder, split, norm="group", weights=None, **execution) -> tuple[dict[str, float], dict[str, torch.Tensor]]:
+    """On each rank: a few steps, an evaluation, a checkpoint, weights. Returns its table and its buffers."""
     import torch.distributed as dist
 
+    world_size = dist.get_world_size()
     tree = {
         "data": {"train": split, "image_size": 32, "context_length": 12, "lanes": 2},
         "train": {"global_batch_size": 16, "samples": 16 * STEPS},
@@ -36,12 +37,12 @@ def train(folder, split, norm, weights) -> tuple[dict[str, float], dict[str, tor
             "text": {"width": 16},
         },
         "evaluation": {"splits": [split], "classes": None, "resamples": 0, "geometry": True, "batch_size": 10},
-        "execution": {"threads": 1},
+        "execution": {"threads": 1, **execution},
     }
-    config, rank_info = build(tree, 2), read_rank_info()
+    config, rank_info = build(tree, world_size), read_rank_info()
     inputs = open_data(config, rank_info)
     inputs.loader.seek(0)
-    trainer = build_trainer(config, inputs, device=CPU, world_size=2, folder=folder, stopwatch=Stopwatch())
+    trainer = build_trainer(config, inputs, device=CPU, world_size=world_size, folder=folder, stopwatch=Stopwatch())
     step = TrainStep(
         trainer.engine, trainer.objective, micro_batch_sizes=inputs.plan.micro_batch_sizes, kept=inputs.plan.kept,
         device=CPU, phases=Phases(CPU),
@@ -51,7 +52,7 @@ def train(folder, split, norm, weights) -> tuple[dict[str, float], dict[str, tor
         step(next(batches), 0.01)
     inputs.loader.close()
     buffers = {name: buffer.clone() for name, buffer in trainer.model.named_buffers()}
-    results = Evaluator(config, rank=rank_info.rank, world_size=2)(trainer.engine)
+    results = Evaluator(config, rank=rank_info.rank, world_size=world_size)(trainer.engine)
     assert all(torch.equal(buffer, buffers[name]) for name, buffer in trainer.model.named_buffers())
 
     checkpoints = folder / "checkpoints"
@@ -62,7 +63,7 @@ def train(folder, split, norm, weights) -> tuple[dict[str, float], dict[str, tor
         "config": config.model_dump(mode="json"), "data_fingerprint": "f", "num_samples": 40, "packages": {},
     }  # fmt: skip
     written = state.take(trainer.engine, trainer.objective, described, CPU).write(here)
-    every = [None, None]
+    every = [None] * world_size
     dist.all_gather_object(every, written)
     if dist.get_rank() == 0:
         files.commit(checkpoints, STEPS, [file for part in every for file in part])
@@ -73,8 +74,8 @@ def train(folder, split, norm, weights) -> tuple[dict[str, float], dict[str, tor
     return results, buffers
 
 
-def evaluated(model, out) -> dict[str, float]:
-    assert main([str(model), "--output", str(out)]) == 0
+def evaluated(model, out, *words) -> dict[str, float]:
+    assert main([str(model), "--output", str(out), *words]) == 0
     (found,) = json.loads((out / "results.json").read_text())["results"].values()
     return found
 
@@ -105,3 +106,22 @@ def test_a_runs_table_is_what_evaluate_finds(ranks, tmp_path, norm):
         assert len(shares) > 20
         assert {name: found[name] for name in shares} == {name: results[name] for name in shares}
         assert found == pytest.approx(results, abs=1e-5)  # geometry of float32 features
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("stage", [1, 2])
+def test_a_run_in_bf16_is_evaluated_in_bf16(ranks, tmp_path, stage, capsys):
+    """To the bit. (At stage 3 DeepSpeed rounds once more, between a product and its bias.)"""
+    split = str(write_split(tmp_path / "split", 48))
+    run = tmp_path / "run"
+    run.mkdir()
+    ((results, _),) = ranks(1, train, run, split, precision="bf16", zero_stage=stage)
+    found = evaluated(run, tmp_path / "as trained")
+    assert found == results
+    said = capsys.readouterr().out
+    assert f"{run}, in bf16, " in said
+    saved = json.loads((tmp_path / "as trained" / "results.json").read_text())
+    assert saved["precision"] == {"run": "bf16"}
+    assert "| | run (bf16) | chance |" in (tmp_path / "as trained" / "results.md").read_text()
+    assert evaluated(run, tmp_path / "full", "--precision", "fp32") != found
+    assert "in fp32, " in capsys.readouterr().out
