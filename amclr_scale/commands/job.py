@@ -101,9 +101,10 @@ class Job:
     def introduction(self) -> list[str]:
         """What a run says first."""
         trainer, name = self.trainer, self.config.objective["name"]
+        frozen = f", {trainer.frozen:,} of them frozen" if trainer.frozen else ""
         return [
             "\n".join([f"run folder {self.folder}", str(self.inputs.plan), *self.settled]),
-            f"{trainer.parameters:,} parameters, objective {name}, {trainer.optimizer}, on {self.device}",
+            f"{trainer.parameters:,} parameters{frozen}, objective {name}, {trainer.optimizer}, on {self.device}",
             *(f"note: {note}" for note in (*trainer.model.notes, *(self.found.notes() if self.found else ()))),
         ]
 

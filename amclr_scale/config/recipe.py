@@ -168,7 +168,7 @@ class Model(Section):
 
 
 class LearningRateFactors(Section):
-    """Multipliers of the learning rate for parts of the model; 0 freezes a part."""
+    """Multipliers of the learning rate for parts of the model; 0 freezes a part: no gradient, no moments, no decay."""
 
     image_tower: Annotated[float, Field(ge=0)] = 1.0
     """Of the image encoder."""

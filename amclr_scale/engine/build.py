@@ -62,8 +62,13 @@ class Trainer:
 
     @property
     def parameters(self) -> int:
-        """Numbers that are learned, over all ranks."""
+        """Numbers in the model, over all ranks."""
         return sum(getattr(p, "ds_numel", p.numel()) for p in self.model.parameters())
+
+    @property
+    def frozen(self) -> int:
+        """How many of them are not trained."""
+        return sum(getattr(p, "ds_numel", p.numel()) for p in self.model.parameters() if not p.requires_grad)
 
 
 def model_of(config: Config, tokenizer: Tokenizer, *, weights: bool = True) -> DualEncoder:

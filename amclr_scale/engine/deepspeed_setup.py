@@ -14,7 +14,7 @@ from amclr_scale.distributed.process_group import leave_messages_to_gloo
 from amclr_scale.encoders.dual_encoder import DualEncoder
 from amclr_scale.encoders.recomputation import recomputed_share, set_recomputation
 from amclr_scale.engine.batch_plan import Plan
-from amclr_scale.engine.optimizers import build_optimizer, parameter_groups
+from amclr_scale.engine.optimizers import build_optimizer, freeze, parameter_groups
 from amclr_scale.engine.profiling import SKIPPED
 from amclr_scale.engine.zero.alignment import report_misaligned
 from amclr_scale.engine.zero.gradient_norm import fuse_norm
@@ -109,7 +109,16 @@ def build_engine(
     Parameters are broadcast from rank 0, and live on `device`. At stage 3 the model was built under `shape_only` or
     whole, and other ranks than 0 get new Parameter objects. `folder` is the run's, for profiles. `no_decay` and
     `factors` are the model's (`parameter_groups`).
+
+    Raises:
+        UserError: fp16 is not supported here, or nothing is trained.
     """
+    freeze(model.named_parameters(), config.optimizer, factors)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    if not trained:
+        raise UserError(
+            "optimizer.lr_factors: expected one above 0 for some part of the model, got 0: nothing is trained"
+        )
     quieten()
     leave_messages_to_gloo()  # for those who come with a process group of their own
     import deepspeed
@@ -118,7 +127,6 @@ def build_engine(
         raise UserError(f"execution.precision: fp16 is not supported on {device}; choose bf16 or fp32")
     generated = deepspeed_config(config, world_size, folder)
     # DeepSpeed sets the whole bucket aside, 2 GB of float32, however small the model is.
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     generated["zero_optimization"].setdefault("reduce_bucket_size", min(REDUCE_BUCKET, trained))
     if config.execution.zero_stage < 3:
         model.to(device)

@@ -47,7 +47,7 @@ def cached_backward(
     micro_batch_sizes: tuple[int, int],
     device: torch.device,
     kept: int = 1,
-    backward: Callable[[Tensor, bool], None] = lambda surrogate, last: surrogate.backward(),
+    backward: Callable[[Tensor], None] = lambda surrogate: surrogate.backward(),
     one_reduction: AbstractContextManager[None] | None = None,
     again: Callable[[], AbstractContextManager[None]] = nullcontext,
     phases: Phases | None = None,
@@ -61,8 +61,8 @@ def cached_backward(
         micro_batch_sizes: images and texts encoded at once.
         device: where encoding happens; micro-batches move there one ahead of their use.
         kept: micro-batches whose graph stays alive between the passes, at least 0.
-        backward: `backward(surrogate, last)`: the engine's, so that ZeRO sees each one.
-        one_reduction: the engine's `coalesce_grad_reduction()`; gradients meet across ranks once, at its exit.
+        backward: `backward(surrogate)`: the engine's, so that ZeRO sees each one.
+        one_reduction: around all of them; gradients meet across ranks once, at its exit.
         again: entered around each second forward: what a forward leaves behind (BatchNorm's statistics) is left once.
         phases: where seconds go.
     """
@@ -93,31 +93,36 @@ def cached_backward(
         loss = objective(embeddings)
         loss.value.backward()
 
+    def push(outputs: dict[str, Tensor], rows: slice) -> None:
+        surrogate = _surrogate(outputs, leaves, rows, len(micro_batches))
+        if surrogate is not None:
+            backward(surrogate)
+
     with ExitStack() as reduction:
         reduction.enter_context(one_reduction or nullcontext())
         with phases("pass_2"):
             for index, micro_batch in enumerate(on_device(micro_batches[:first_kept], device)):
                 with states[index], again():
                     outputs = flatten(encode(micro_batch.images, micro_batch.texts))
-                backward(
-                    _surrogate(outputs, leaves, micro_batch.rows, len(micro_batches)), index == len(micro_batches) - 1
-                )
+                push(outputs, micro_batch.rows)
             for index in range(first_kept, len(micro_batches)):
                 outputs, graphs[index - first_kept] = graphs[index - first_kept], {}  # its backward frees its graph
-                backward(
-                    _surrogate(outputs, leaves, micro_batches[index].rows, len(micro_batches)),
-                    index == len(micro_batches) - 1,
-                )
+                push(outputs, micro_batches[index].rows)
         with phases("reduce"):
             reduction.close()
     return CachedStep(loss, leaves, embeddings)
 
 
-def _surrogate(outputs: dict[str, Tensor], leaves: Mapping[str, Tensor], rows: slice, num_micro_batches: int) -> Tensor:
-    """A number whose gradient with respect to this micro-batch's outputs is their cached gradient."""
+def _surrogate(
+    outputs: dict[str, Tensor], leaves: Mapping[str, Tensor], rows: slice, num_micro_batches: int
+) -> Tensor | None:
+    """A number whose gradient with respect to this micro-batch's outputs is their cached gradient.
+
+    None where nothing that made them is trained.
+    """
     terms = [
         (output * (gradient / num_micro_batches if is_shared(name) else gradient[rows])).sum()
         for name, output in outputs.items()
-        if (gradient := leaves[name].grad) is not None
+        if (gradient := leaves[name].grad) is not None and output.requires_grad
     ]
-    return torch.stack(terms).sum()
+    return torch.stack(terms).sum() if terms else None

@@ -47,14 +47,11 @@ def parameter_groups(
     Args:
         factors: beginnings of names -> key of lr_factors, over those of `PARTS`; the longest that fits counts.
     """
-    known = {**PARTS, **(factors or {})}
     groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
     for name, parameter in named_parameters:
         if not parameter.requires_grad:
             continue
-        fitting = [beginning for beginning in known if name == beginning or name.startswith(f"{beginning}.")]
-        factor = getattr(optimizer.lr_factors, known[max(fitting, key=len)]) if fitting else 1.0
-        groups.setdefault((factor, name not in no_decay), []).append(parameter)
+        groups.setdefault((_factor(name, optimizer, factors), name not in no_decay), []).append(parameter)
     return [
         {
             "params": aligned_order(parameters),
@@ -66,6 +63,25 @@ def parameter_groups(
             groups.items(), key=lambda group: min(map(granularity, group[1])), reverse=True
         )
     ]
+
+
+def _factor(name: str, optimizer: Optimizer, factors: Mapping[str, str] | None) -> float:
+    known = {**PARTS, **(factors or {})}
+    fitting = [beginning for beginning in known if name == beginning or name.startswith(f"{beginning}.")]
+    return float(getattr(optimizer.lr_factors, known[max(fitting, key=len)])) if fitting else 1.0
+
+
+def freeze(
+    named_parameters: Iterable[tuple[str, nn.Parameter]], optimizer: Optimizer, factors: Mapping[str, str] | None = None
+) -> None:
+    """Parameters whose learning-rate factor is 0 get no gradient: none in the norm, no moments, no decay.
+
+    Args:
+        factors: as for `parameter_groups`.
+    """
+    for name, parameter in named_parameters:
+        if _factor(name, optimizer, factors) == 0:
+            parameter.requires_grad_(False)
 
 
 def set_learning_rate(groups: Groups, lr: float) -> None:

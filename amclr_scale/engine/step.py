@@ -85,9 +85,9 @@ class TrainStep:
         outputs: dict[str, Any] = self.engine(images, texts)
         return outputs
 
-    def _backward(self, surrogate: Tensor, last: bool) -> None:
-        if self.stage == 0:  # no coalesce_grad_reduction here: the boundary says when ranks exchange gradients
-            self.engine.set_gradient_accumulation_boundary(last)
+    def _backward(self, surrogate: Tensor) -> None:
+        if self.stage == 0:  # no coalesce_grad_reduction there: short of the boundary, ranks exchange nothing
+            self.engine.set_gradient_accumulation_boundary(False)
         self.engine.backward(surrogate, scale_wrt_gas=False)
         self.sums.flush()
 
@@ -98,6 +98,9 @@ class TrainStep:
         exchange = self.engine.coalesce_grad_reduction() if self.stage > 0 else nullcontext()
         with exchange, self.sums if several else nullcontext():
             yield
+        if self.stage == 0:
+            self.engine.set_gradient_accumulation_boundary(True)
+            self.engine.allreduce_gradients()
 
     def __call__(self, batch: Batch, lr: float) -> StepReport:
         """Train on one batch.
@@ -145,7 +148,8 @@ class TrainStep:
                     self._fail(done, batch)
             if self.stage == 0 or self.engine.was_step_applied():
                 commit()  # the objective's state: a skipped step leaves no trace in it
-            clamp_(self.engine.module.logit_scale, *LOG_SCALE_BOUNDS)
+            if self.engine.module.logit_scale.requires_grad:
+                clamp_(self.engine.module.logit_scale, *LOG_SCALE_BOUNDS)
         self.steps += 1
         return StepReport(done.loss, done.embeddings, grad_norm, done.leaves["logit_scale"].detach())
 

@@ -143,14 +143,13 @@ def account(config: Config, *, world_size: int, num_samples: int, device: str | 
     """
     kind = device if isinstance(device, str) else device.type
     plan = make_plan(config, num_samples, world_size)
-    groups, buffers = _sizes(config.model_dump_json(include={"model", "data", "objective", "optimizer"}))
-    # Stage 0 exchanges gradients at the end of the last backward, as one flat copy.
-    copies = 4 * sum(map(sum, groups)) if config.execution.zero_stage == 0 else 0
-    passes = Passes(config, plan, kind, copies=copies, sizes=[size for group in groups for size in group])
+    groups, frozen, buffers = _sizes(config.model_dump_json(include={"model", "data", "objective", "optimizer"}))
+    passes = Passes(config, plan, kind, sizes=[size for group in groups for size in group])
     components = [
         *state_components(
             config,
             groups,
+            frozen,
             buffers,
             world_size,
             kind,
@@ -196,15 +195,16 @@ def inputs_on_host(config: Config, *, world_size: int, num_samples: int, device:
 
 
 @lru_cache(maxsize=64)
-def _sizes(recipe: str) -> tuple[Groups, int]:
-    """Elements of each trained parameter by optimizer group, and bytes of buffers."""
+def _sizes(recipe: str) -> tuple[Groups, tuple[int, ...], int]:
+    """Elements of each trained parameter by optimizer group, of each frozen one, and bytes of buffers."""
     config = Config.model_validate_json(recipe)
     model = skeleton(config)
     groups = parameter_groups(
         model.named_parameters(), model.no_weight_decay(), config.optimizer, model.learning_rate_factors()
     )
     elements = tuple(tuple(p.numel() for p in group["params"]) for group in groups)
-    return elements, sum(buffer.nbytes for buffer in model.buffers())
+    frozen = tuple(p.numel() for p in model.parameters() if not p.requires_grad)
+    return elements, frozen, sum(buffer.nbytes for buffer in model.buffers())
 
 
 def _objective_components(config: Config, plan: Plan, num_samples: int, device: str, passes: Passes) -> list[Component]:

@@ -71,7 +71,6 @@ class Passes:
 
     Args:
         device: cpu or cuda.
-        copies: bytes of the copy of all gradients that stage 0 makes to exchange them.
         sizes: elements of each trained parameter, in any order, of the towers and beside them.
 
     Attributes:
@@ -79,8 +78,8 @@ class Passes:
         widening: bytes of a summed gradient's element over those of a parameter's.
     """
 
-    def __init__(self, config: Config, plan: Plan, device: str, *, copies: int = 0, sizes: Sequence[int] = ()):
-        self.plan, self.copies = plan, copies
+    def __init__(self, config: Config, plan: Plan, device: str, *, sizes: Sequence[int] = ()):
+        self.plan = plan
         self.widening = widening(config, plan)
         cut = config.execution.zero_stage == 3 and plan.world_size > 1
         self.towers: dict[Modality, Tower] = {m: trace(config, m, device, partitioned=cut) for m in MODALITIES}
@@ -198,7 +197,6 @@ class Passes:
                 moment = yield from self._backward(moment, call, next(gathered), done)
                 moment = moment.and_also(features=self._outputs([(call, 1)]))  # which its graph had held
                 last = index
-        yield moment.and_also(gradients=self.copies)
 
     def _backward(
         self, moment: Moment, call: Rows, whole: Both, done: set[Modality]

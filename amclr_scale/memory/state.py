@@ -57,13 +57,14 @@ class Sizes:
 
 
 def state_components(
-    config: Config, groups: Groups, buffers: int, world_size: int, device: str, *,
+    config: Config, groups: Groups, frozen: tuple[int, ...], buffers: int, world_size: int, device: str, *,
     gradients_in_pass_2: int, widening: int,
 ) -> list[Component]:  # fmt: skip
     """Parameters, what the optimizer keeps, and gradients.
 
     Args:
         groups: elements of each trained parameter, in the optimizer's groups.
+        frozen: elements of each parameter that is not trained.
         buffers: bytes of the model's buffers.
         gradients_in_pass_2: bytes of gradients at the worst moment of that phase.
         widening: bytes of a summed gradient's element over those of a parameter's.
@@ -82,12 +83,13 @@ def state_components(
     aside: Place = "host" if cuda and execution.offload != "none" else "device"  # where the optimizer works
     part = sum(parts)
     padded = part * world_size if stage in (1, 2) else sizes.total
+    kept = sum(-(-numel // world_size) if stage == 3 else numel for numel in frozen)
     more = "execution.zero_stage: a higher one divides it by the ranks" if world_size > 1 else "a smaller model"
     parameters_at: Place = "host" if cuda and execution.offload == "parameters" else "device"
 
     found = [
         Component(
-            "parameters", always(item * (part if stage == 3 else padded)),
+            "parameters", always(item * ((part if stage == 3 else padded) + kept)),
             "execution.zero_stage: 3, or execution.precision: bf16", "state", parameters_at,
         ),
         Component("buffers of the model", always(buffers), "a smaller model", "state"),
@@ -111,7 +113,8 @@ def state_components(
         "execution.precision: bf16 halves them where one micro-batch holds all; execution.zero_stage does not, before "
         "they are reduced"
     )
-    reduction = _reduce_peak(sizes) if stage else item * sizes.total
+    # Stage 0 exchanges gradients as one flat copy.
+    reduction = _reduce_peak(sizes) if stage else 2 * item * sizes.total
     if widening > 1:
         reduction = max(reduction, item * _rounding_peak(sizes, widening))
     found.append(Component("gradients", {"pass_2": gradients_in_pass_2, "reduce": reduction}, knob, "gradients"))

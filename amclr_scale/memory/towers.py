@@ -28,6 +28,7 @@ from amclr_scale.data.tokenizers import load_tokenizer
 from amclr_scale.encoders.build import build_model
 from amclr_scale.encoders.dual_encoder import DualEncoder
 from amclr_scale.encoders.recomputation import Recomputation, set_recomputation
+from amclr_scale.engine.optimizers import freeze
 from amclr_scale.memory.kernels import kernels_of
 from amclr_scale.memory.timeline import Timeline
 from amclr_scale.memory.tracker import Tracker
@@ -91,9 +92,17 @@ def _parameter_sizes(key: str) -> tuple[int, ...]:
 
 
 def _key(config: schema.Config) -> str:
-    """What the towers depend on; an objective's parts are traced with that tower whose outputs they read."""
+    """What the towers depend on; an objective's parts are traced with that tower whose outputs they read.
+
+    Of the optimizer, the parts that it leaves frozen.
+    """
     data = {"tokenizer", "context_length", "image_size", "image_views", "text_views"}
-    found = {"model": config.model.model_dump(mode="json"), "data": config.data.model_dump(include=data)}
+    factors = config.optimizer.lr_factors.model_dump()
+    found = {
+        "model": config.model.model_dump(mode="json"),
+        "data": config.data.model_dump(include=data),
+        "frozen": {part: 0.0 for part, factor in factors.items() if factor == 0},
+    }
     return json.dumps(found | ({"objective": config.objective} if objectives.has_parts(config.objective) else {}))
 
 
@@ -113,6 +122,7 @@ def _skeleton(key: str) -> DualEncoder:
     if "objective" in recipe:
         with torch.device("meta"):
             model.take_parts(objectives.parts_of(recipe["objective"], recipe["model"]["embedding_width"]))
+    freeze(model.named_parameters(), schema.Optimizer(lr_factors=recipe["frozen"]), model.learning_rate_factors())
     return model.to("meta")
 
 
@@ -214,7 +224,11 @@ def _record(
     came, gradients, forward_end = dict[int, int](), dict[int, int](), 0
     sizes = dict[str, int]()
     parameters = list(model.parameters())
-    hooks = [p.register_hook(lambda _, number=n: came.update({number: len(events)})) for n, p in enumerate(parameters)]
+    hooks = [
+        p.register_hook(lambda _, number=n: came.update({number: len(events)}))
+        for n, p in enumerate(parameters)
+        if p.requires_grad
+    ]
     forward: Callable[[], AbstractContextManager[Any]] = nullcontext if visits is None else visits.forward
     with nullcontext() if visits is None else visits.listen(events):
         if counter is not None:
@@ -230,16 +244,18 @@ def _record(
                 del outputs
                 rows = [x for name, x in flat.items() if x.requires_grad and name not in ("logit_scale", "logit_bias")]
                 terms = [(x * torch.empty_like(x)).sum() for x in rows]
-                torch.stack(terms).sum().backward()
+                if terms:  # frozen otherwise
+                    torch.stack(terms).sum().backward()
                 sizes = {name: x.nbytes for name, x in flat.items()}
                 del flat, rows, terms
             gradients = {
                 p.grad.untyped_storage()._cdata: came[n] for n, p in enumerate(parameters) if p.grad is not None
             }
         recorded = list(events)
-    for parameter, hook in zip(parameters, hooks, strict=True):
-        parameter.grad = None
+    for hook in hooks:
         hook.remove()
+    for parameter in parameters:
+        parameter.grad = None
     if visits is None:
         return _Recording(recorded, gradients, forward_end, sizes)
     kept, seen, numbering = visits.take(recorded)

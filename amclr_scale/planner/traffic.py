@@ -3,7 +3,7 @@
     found = on_the_wire(config, world_size=8, num_samples=2_900_000)
     print(found.table())
 
-W  ranks    P  parameters    e  bytes of one    n  micro-batches, k of them kept    L  parameters of large tensors
+W  ranks    P  trained parameters    e  bytes of one    n  micro-batches, k of them kept    L  those of large tensors
 
 The objective's part (features, statistics, per-sample state) comes from running the objective (objective_trace.py) and
 is exact. DeepSpeed's part (0.19), as payloads of collectives:
@@ -35,7 +35,7 @@ from amclr_scale.config.schema import Config
 from amclr_scale.distributed.collectives import Group
 from amclr_scale.engine.batch_plan import Plan, make_plan
 from amclr_scale.memory.passes import gathers
-from amclr_scale.memory.towers import parameter_sizes
+from amclr_scale.memory.towers import skeleton
 from amclr_scale.memory.units import in_words
 from amclr_scale.objectives.base import Layout
 from amclr_scale.objectives.sample_state import REPLICATED_BYTES, SampleState
@@ -99,8 +99,8 @@ def on_the_wire(
 
 
 def parameters_of(config: Config) -> int:
-    """P: elements of all parameters of a configuration's model."""
-    return sum(parameter_sizes(config))
+    """P: elements of all trained parameters of a configuration's model."""
+    return sum(p.numel() for p in skeleton(config).parameters() if p.requires_grad)
 
 
 def fetches(config: Config, plan: Plan, device_type: str) -> Fetches:

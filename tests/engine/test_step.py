@@ -8,15 +8,26 @@ import torch
 from torch import Tensor
 
 from amclr_scale import objectives
-from amclr_scale.config.schema import Execution
+from amclr_scale.checkpoint.pieces import flats
+from amclr_scale.config.schema import Config, Execution
 from amclr_scale.distributed.collectives import rank, world_size
 from amclr_scale.encoders.dual_encoder import DualEncoder
 from amclr_scale.engine.deepspeed_setup import build_engine, prepare_towers
 from amclr_scale.engine.step import NonFiniteError, OutOfMemoryError, TrainStep
 from amclr_scale.engine.zero.master_weights import full_fp32
+from amclr_scale.errors import UserError
 from amclr_scale.metrics.phases import Phases
 from amclr_scale.types import Embeddings, Loss
-from tests.engine.towers import config, differences, engine_run, local_batch, plain_run, real_run, towers
+from tests.engine.towers import (
+    FROZEN_WITH,
+    config,
+    differences,
+    engine_run,
+    local_batch,
+    plain_run,
+    real_run,
+    towers,
+)
 
 SIZE, STEPS = 16, 5
 CPU = torch.device("cpu")
@@ -32,6 +43,46 @@ def assert_same(ranks: Any, changes: dict[str, Any], sizes: tuple[int, int], kep
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_texts_may_be_encoded_all_at_once_beside_images_in_parts(ranks, stage):
     assert_same(ranks, {"execution__zero_stage": stage, "optimizer__eps": 1e-4}, (2, 8), 0)
+
+
+FROZEN = [("image_tower",), ("temperature", "text_tower"), ("heads", "image_tower", "temperature")]
+
+
+@pytest.mark.parametrize("sizes", [(3, 3), (2, 8)], ids=str)  # the second: micro-batches of one tower alone
+@pytest.mark.parametrize("frozen", FROZEN, ids=",".join)
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_a_factor_of_zero_freezes(ranks, stage, frozen, sizes):
+    """No gradient, no part of the norm that is clipped, no moments: as if the parameters were constants."""
+    changes = {"zero_stage": stage, "recompute_image": "full"}
+    settings = config(
+        SIZE, optimizer__lr_factors=dict.fromkeys(frozen, 0.0), optimizer__eps=1e-4, optimizer__max_grad_norm=0.05,
+        **{f"execution__{key}": value for key, value in changes.items()},
+    )  # fmt: skip
+    found = ranks(2, frozen_run, settings, sizes)
+    for name, error in differences([run for run, _ in found], plain_run(settings, STEPS)).items():
+        assert error < (1e-5 if name == "loss" else 1e-6), f"{name}: {error:.1e}"
+    names = {name for name, _ in towers().named_parameters()}
+    parts = tuple(part for key in frozen for part in FROZEN_WITH[key])
+    for _, stepped in found:
+        assert stepped == {name for name in names if not name.startswith(parts)}
+
+
+def frozen_run(settings: Config, sizes: tuple[int, int]) -> tuple[Any, set[str]]:
+    """As `engine_run`, and of which parameters the optimizers of all ranks hold pieces."""
+    model = towers()
+    engine, _ = build_engine(settings, model, no_decay=model.no_weight_decay(), device=CPU, world_size=world_size())
+    mine = {part.name for flat in flats(engine) for part in flat.parts}
+    every: list[set[str]] = [mine] * world_size()
+    torch.distributed.all_gather_object(every, mine)
+    engine.destroy()
+    return engine_run(settings, sizes, 0, STEPS), set.union(*every)
+
+
+def test_everything_frozen_is_refused():
+    settings, model = config(SIZE, optimizer__lr_factors={"image_tower": 0.0}), torch.nn.Module()
+    model.image_tower = torch.nn.Linear(2, 2)
+    with pytest.raises(UserError, match=r"optimizer.lr_factors: .* nothing is trained"):
+        build_engine(settings, model, no_decay=set(), device=CPU, world_size=1)
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])

@@ -121,6 +121,15 @@ REFERENCES = {
 }
 
 
+# What a learning-rate factor of 0 freezes.
+FROZEN_WITH = {
+    "image_tower": ["image_tower"],
+    "text_tower": ["text_tower"],
+    "heads": ["image_head", "text_head"],
+    "temperature": ["logit_scale", "logit_bias"],
+}
+
+
 def _timm(name: str, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
     import_torchvision()
     import timm.optim
@@ -133,6 +142,9 @@ def plain_run(settings: Config, steps: int, device: torch.device = CPU) -> tuple
     model = towers().to(device)
     size = settings.train.global_batch_size
     o = settings.optimizer
+    for part, factor in o.lr_factors.model_dump().items():
+        for name in FROZEN_WITH[part] if factor == 0 else ():
+            getattr(model, name).requires_grad_(False)
     groups = parameter_groups(model.named_parameters(), model.no_weight_decay(), o)
     decays = [group.pop("weight_decay") for group in groups]
     # LAMB and LARS rescale matrices, however large the decay is; their libraries' rules ask whether there is one.

@@ -63,6 +63,9 @@ CASES = [
     (2, ["objective.name=sogclr", "execution.micro_batch_size=8", "execution.kept_micro_batches=0"]),
     (2, ["execution.zero_stage=3", "execution.micro_batch_size=8", "optimizer.name=lion", *PLAIN_LINEAR]),
     (2, ["execution.zero_stage=3", "execution.recompute_image=full", "optimizer.name=lion"]),
+    (2, ["optimizer.lr_factors.image_tower=0", "execution.zero_stage=2", "execution.micro_batch_size=8"]),
+    (1, ["optimizer.lr_factors.text_tower=0", "optimizer.lr_factors.heads=0", "execution.micro_batch_size=16"]),
+    (2, ["optimizer.lr_factors.image_tower=0", "execution.zero_stage=3", "execution.micro_batch_size=8"]),
 ]
 
 

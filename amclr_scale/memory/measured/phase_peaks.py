@@ -63,7 +63,8 @@ class MemoryReport:
         self.peaks: dict[str, Peak] = {}
         self.state: dict[str, int] = {}
         self.tracker = WaitingTracker(device.type) if device.type != "cuda" else None
-        self._hooks = [] if self.tracker is None else [self._hook(p) for p in engine.module.parameters()]
+        trained = [p for p in engine.module.parameters() if p.requires_grad]
+        self._hooks = [] if self.tracker is None else list(map(self._hook, trained))
         self._coordinator = _coordinator(engine) if self.tracker is not None else None
         if self._coordinator is not None:
             self._coordinator.fetch_sub_module = self._labelled(self._coordinator.fetch_sub_module)
