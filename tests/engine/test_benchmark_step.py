@@ -32,7 +32,7 @@ def test_every_variant_has_its_figures(ranks, folder):
     assert report["versions"]["torch"] == torch.__version__
     trace = (folder / "profile_cached.txt").read_text()
     assert "phases: pass_1" in trace
-    assert "aten::addmm" in trace
+    assert "aten::addmm" in trace or "aten::mm" in trace  # linear layers, as they are after stage 3 in this process
     assert (folder / "benchmark_step.png").stat().st_size > 1000
 
 
