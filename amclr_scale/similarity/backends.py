@@ -1,16 +1,140 @@
-"""Which backend computes blocks, and in which precision."""
+"""Which backend computes blocks, and in which precision.
+
+A further backend is one file with a class like `TorchBlocks` and one line in `BACKENDS`.
+"""
+
+import importlib.util
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from amclr_scale.similarity.blocks import Blocks
+from amclr_scale.similarity.precision import WIDE_PRODUCTS, Form, form_of
 from amclr_scale.similarity.settings import Settings
-from amclr_scale.similarity.torch_backend import TorchBlocks
+
+Maker = Callable[[Settings, torch.dtype, Form, torch.device], Blocks]
 
 
-def blocks_for(settings: Settings, dtype: torch.dtype, like: Tensor) -> Blocks:
-    """The backend for features like these. There is one so far; a fused one is chosen here."""
-    return TorchBlocks(settings, dtype, like)
+@dataclass(frozen=True)
+class Backend:
+    """A line of the table.
+
+    Attributes:
+        make: settings, the type of similarities, the form of operands, the device -> `Blocks`.
+        missing: what a device lacks for it; "" if nothing.
+        memory: settings, form, device -> rows and columns of what is in memory at once, and bytes per entry.
+        fast_narrow: whether products of 16-bit operands are faster than float32's on a device.
+    """
+
+    make: Maker
+    missing: Callable[[torch.device], str]
+    memory: Callable[[Settings, Form, torch.device], tuple[int, int, int]]
+    fast_narrow: Callable[[torch.device], bool]
+
+
+def _torch(settings: Settings, dtype: torch.dtype, form: Form, device: torch.device) -> Blocks:
+    from amclr_scale.similarity.torch_backend import TorchBlocks
+
+    return TorchBlocks(settings, dtype, form, device)
+
+
+def _torch_memory(settings: Settings, form: Form, device: torch.device) -> tuple[int, int, int]:
+    from amclr_scale.similarity.torch_backend import BUFFERS, tile_shape
+
+    return *tile_shape(settings, device), BUFFERS * (8 if form == "fp64" else 4)
+
+
+def _triton(settings: Settings, dtype: torch.dtype, form: Form, device: torch.device) -> Blocks:
+    from amclr_scale.similarity.triton_backend import TritonBlocks
+
+    return TritonBlocks(settings, dtype, form, device)
+
+
+@lru_cache(maxsize=8)
+def _triton_missing(device: torch.device) -> str:
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
+    interpreted = os.environ.get("TRITON_INTERPRET", "0") == "1"
+    if device.type == "cpu":
+        return "" if interpreted else "Triton has no kernels for CPUs (TRITON_INTERPRET=1 interprets them, for tests)"
+    if device.type != "cuda":
+        return f"Triton has no kernels for {device.type}"
+    if interpreted:
+        return "TRITON_INTERPRET=1 is set, which is for CPUs"
+    if not WIDE_PRODUCTS:
+        return f"torch {torch.__version__} has no products of 16-bit matrices with float32 results; 2.8 has"
+    capability = torch.cuda.get_device_capability(device)
+    return "" if capability >= (8, 0) else f"compute capability {capability[0]}.{capability[1]} is below 8.0"
+
+
+def _triton_memory(settings: Settings, form: Form, device: torch.device) -> tuple[int, int, int]:
+    from amclr_scale.similarity.triton_tiles import span_bytes, span_shape
+
+    return *span_shape(settings, form), span_bytes(form)
+
+
+BACKENDS = {
+    "triton": Backend(_triton, _triton_missing, _triton_memory, fast_narrow=lambda device: True),
+    "torch": Backend(
+        _torch, lambda device: "", _torch_memory, fast_narrow=lambda device: device.type == "cuda" and WIDE_PRODUCTS
+    ),
+}
+"""In the order in which `auto` tries them on CUDA; elsewhere it takes torch."""
+
+
+def chosen(settings: Settings, device: torch.device) -> str:
+    """The name of the backend that `settings.backend` means on a device.
+
+    Raises:
+        ValueError: it was asked for by name and cannot work there.
+    """
+    name = settings.backend
+    if name == "auto":
+        usable = [name for name, backend in BACKENDS.items() if not backend.missing(device)]
+        return usable[0] if device.type == "cuda" else "torch"
+    if missing := BACKENDS[name].missing(device):
+        raise ValueError(f"backend: expected one that works on {device}, got {name}: {missing}")
+    return name
+
+
+def form_in_force(settings: Settings, features: torch.dtype, device: torch.device) -> Form:
+    """The form of operands for features of this type."""
+    return form_of(settings, features, fast_narrow=BACKENDS[chosen(settings, device)].fast_narrow(device))
+
+
+def blocks_for(settings: Settings, dtype: torch.dtype, image: Tensor, text: Tensor) -> Blocks:
+    """The backend for features like these; `dtype` is that of similarities."""
+    device = image.device
+    form = form_in_force(settings, torch.promote_types(image.dtype, text.dtype), device)
+    return BACKENDS[chosen(settings, device)].make(settings, dtype, form, device)
+
+
+def memory_in_force(settings: Settings, device: torch.device) -> tuple[int, int, int]:
+    """Rows and columns of what is in memory at once for float32 features, and bytes per entry."""
+    form = form_in_force(settings, torch.float32, device)
+    return BACKENDS[chosen(settings, device)].memory(settings, form, device)
+
+
+FORMS = {
+    "fp64": "float64 operands",
+    "fp32": "float32 operands",
+    "bf16": "bfloat16 operands",
+    "fp16": "float16 operands",
+    "split": "operands split in two bfloat16 each",
+}
+
+
+def describe(settings: Settings, device: torch.device, features: torch.dtype = torch.float32) -> str:
+    """In words: the backend and the precision in force for features of this type, and why not another backend."""
+    name, form = chosen(settings, device), form_in_force(settings, features, device)
+    why = BACKENDS["triton"].missing(device) if name == "torch" and device.type == "cuda" else ""
+    reason = f"; not triton: {why}" if settings.backend == "auto" and why else ""
+    sums = "float64" if form == "fp64" else "float32"
+    return f"{name} backend on {device.type}, {FORMS[form]}, similarities and sums {sums}{reason}"
 
 
 def similarity_dtype(*features: Tensor) -> torch.dtype:

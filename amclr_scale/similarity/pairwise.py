@@ -81,7 +81,7 @@ class _Pairwise(torch.autograd.Function):
         d_image = torch.zeros_like(image, dtype=dtype) if need_image else None
         d_text = torch.zeros_like(text, dtype=dtype) if need_text and not both_at_once else None
         with torch.autocast(image.device.type, enabled=False):
-            blocks = blocks_for(plan.settings, dtype, image)
+            blocks = blocks_for(plan.settings, dtype, image, text)
             keys = keys_of(text, plan.ranks, plan.settings.gather)
             for block in keys.blocks(gradient=dtype if need_text and both_at_once else None):
                 diagonal = block.diagonal(first)

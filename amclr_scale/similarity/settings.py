@@ -13,7 +13,9 @@ from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, get_args
 
 Gather = Literal["all", "ring"]
-Backend = Literal["auto", "torch"]
+Backend = Literal["auto", "torch", "triton"]
+Precision = Literal["auto", "fp32", "split", "bf16"]
+RunPrecision = Literal["fp32", "bf16", "fp16"]
 Distribution = Literal["auto", "reduce_scatter", "column_sums", "two_blocks"]
 
 
@@ -28,7 +30,14 @@ class Settings:
     """`all`: every rank holds all keys, memory O(B D). `ring`: keys travel from rank to rank, memory O(b D)."""
 
     backend: Backend = "auto"
-    """Who computes a block."""
+    """Who computes a block: `torch` everywhere; `triton`, fused kernels, on CUDA. `auto`: triton where it can."""
+
+    precision: Precision = "auto"
+    """Of the operands of matrix products (`precision.py`): `fp32`; `bf16`, rounded; `split`, three bfloat16 products
+    for one. `auto`: the features' own on CUDA; for float32 features, `fp32` in a run of that precision, else `bf16`."""
+
+    run_precision: RunPrecision = "fp32"
+    """Of the towers that make the features. Read by `precision="auto"` only: towers hand out float32 rows always."""
 
     distribution: Distribution = "auto"
     """Who computes what on several ranks, in products of 2 b B D operations per rank and step:
@@ -41,7 +50,10 @@ class Settings:
     def __post_init__(self) -> None:
         if self.chunk != "auto" and (isinstance(self.chunk, bool) or not isinstance(self.chunk, int) or self.chunk < 1):
             raise ValueError(f"chunk: expected 'auto' or a positive number of rows, got {self.chunk!r}")
-        for name, kind in (("gather", Gather), ("backend", Backend), ("distribution", Distribution)):
+        for name, kind in (
+            ("gather", Gather), ("backend", Backend), ("precision", Precision), ("run_precision", RunPrecision),
+            ("distribution", Distribution),
+        ):  # fmt: skip
             if getattr(self, name) not in get_args(kind):
                 raise ValueError(f"{name}: expected one of {', '.join(get_args(kind))}, got {getattr(self, name)!r}")
         if isinstance(self.cache_bytes, bool) or not isinstance(self.cache_bytes, int) or self.cache_bytes < 0:

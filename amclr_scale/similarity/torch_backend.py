@@ -3,7 +3,7 @@
 r, c  rows and columns of a tile    b  anchors    n  keys of a block    D  width
 
 A tile is small enough to stay in cache, so the element-wise work between two matrix products costs some percent of
-them. Features of bfloat16 on CUDA are multiplied as they are, with float32 results; others are widened tile by tile.
+them. Operands are made tile by tile, in the form that `precision.py` describes.
 """
 
 from collections.abc import Iterator
@@ -14,9 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from amclr_scale.similarity.blocks import MASKED, Sigmoid, Statistics, TileCache, Weights
+from amclr_scale.similarity.precision import NARROW, WIDE_PRODUCTS, Form, Operand, add_product, operand, weight_parts
 from amclr_scale.similarity.settings import Settings
 
-_WIDE_PRODUCTS = hasattr(torch.ops.aten.mm, "dtype_out")  # bfloat16 matrices, float32 product: torch 2.8 and later
+BUFFERS = 3  # of a tile's size
 
 
 def tile_shape(settings: Settings, device: torch.device) -> tuple[int, int]:
@@ -32,8 +33,8 @@ def tile_shape(settings: Settings, device: torch.device) -> tuple[int, int]:
 class _Tile:
     rows: slice
     columns: slice
-    left: Tensor  # (r, D) anchors, ready to be multiplied
-    right: Tensor  # (c, D) keys
+    left: Operand  # (r, D) anchors
+    right: Operand  # (c, D) keys
 
     def diagonal(self, matrix: Tensor, first: int | None) -> tuple[slice, Tensor] | None:
         """The anchors whose positive lies in this tile, and a view of those entries of a matrix (r, c)."""
@@ -50,11 +51,11 @@ class _Tile:
 class TorchBlocks:
     """`Blocks` with torch.mm and element-wise functions."""
 
-    def __init__(self, settings: Settings, dtype: torch.dtype, like: Tensor):
-        self.dtype, self.device = dtype, like.device
-        self.shape = tile_shape(settings, like.device)
-        narrow = like.dtype == torch.bfloat16 and like.is_cuda and _WIDE_PRODUCTS
-        self.operand = torch.bfloat16 if narrow else dtype  # what matrix products read
+    def __init__(self, settings: Settings, dtype: torch.dtype, form: Form, device: torch.device):
+        self.dtype, self.form, self.device = dtype, form, device
+        self.shape = tile_shape(settings, device)
+        # What 16-bit operands are multiplied as, where that is not their own type.
+        self.widen = dtype if form in NARROW and not (device.type == "cuda" and WIDE_PRODUCTS) else None
         self.buffers: list[Tensor] = []
 
     def accumulate(
@@ -143,33 +144,31 @@ class TorchBlocks:
         r, c = self.shape
         for row in range(0, len(anchors), r):
             rows = slice(row, min(row + r, len(anchors)))
-            left = anchors[rows].to(self.operand)
+            left = self._operand(anchors[rows], left=True)
             for column in range(0, len(keys), c):
                 columns = slice(column, min(column + c, len(keys)))
-                yield _Tile(rows, columns, left, keys[columns].to(self.operand))
+                yield _Tile(rows, columns, left, self._operand(keys[columns], left=False))
+
+    def _operand(self, x: Tensor, *, left: bool) -> Operand:
+        return operand(x, self.form, left=left, widen=self.widen)
 
     def _buffers(self, tile: _Tile) -> tuple[Tensor, Tensor, Tensor]:
-        r, c = len(tile.left), len(tile.right)
+        r, c = len(tile.left.product), len(tile.right.product)
         if not self.buffers or self.buffers[0].numel() < r * c:
-            self.buffers = [torch.empty(r * c, dtype=self.dtype, device=self.device) for _ in range(3)]
+            self.buffers = [torch.empty(r * c, dtype=self.dtype, device=self.device) for _ in range(BUFFERS)]
         first, second, third = (buffer[: r * c].view(r, c) for buffer in self.buffers)
         return first, second, third
 
     def _similarities(self, tile: _Tile, out: Tensor) -> Tensor:
-        if self.operand == self.dtype:
-            return torch.mm(tile.left, tile.right.T, out=out)
-        torch.ops.aten.mm.dtype_out(tile.left, tile.right.T, self.dtype, out=out)
+        left, right = tile.left.product, tile.right.product
+        if left.dtype == self.dtype:
+            return torch.mm(left, right.T, out=out)
+        torch.ops.aten.mm.dtype_out(left, right.T, self.dtype, out=out)
         return out
 
     def _add_gradients(self, tile: _Tile, weights: Tensor, d_anchors: Tensor | None, d_keys: Tensor | None) -> None:
-        weights = weights.to(self.operand)
-        for out, matrix, features in (
-            (None if d_anchors is None else d_anchors[tile.rows], weights, tile.right),
-            (None if d_keys is None else d_keys[tile.columns], weights.T, tile.left),
-        ):
-            if out is None:
-                continue
-            if self.operand == self.dtype:
-                out.addmm_(matrix, features)
-            else:
-                torch.ops.aten.addmm.dtype_out(out, matrix, features, self.dtype, out=out)
+        parts = weight_parts(weights, self.form, self.widen)
+        if d_anchors is not None:
+            add_product(d_anchors[tile.rows], parts, tile.right.parts)
+        if d_keys is not None:
+            add_product(d_keys[tile.columns], [part.T for part in parts], tile.left.parts)

@@ -1,0 +1,285 @@
+"""The kernels of the Triton backend, in `blocks.py`'s notation. `triton_backend.py` launches them.
+
+Each makes tiles (BM, BN) of similarities, or reads them where a library product has made them (GIVEN), and works on
+them while they are in registers:
+
+    accumulate_kernel    statistics of BM anchors, kept in registers over a run of keys; launched once per direction,
+                         with anchors and keys swapped for the columns: sums down a tile's columns would cost as much as
+                         its product, because each thread holds parts of rows
+    merge_kernel         joins the runs, where there are few anchors and keys are divided among several
+    common_kernel        whether one exponential serves both directions, and around which shift
+    weights_kernel       a tile of W
+    sigmoid_kernel       a tile of a sigmoid loss's weights, and its sums
+
+Operands have a width that is a multiple of BK (padded with zeros), so that no load along it needs a mask.
+"""
+
+import triton
+import triton.language as tl
+
+from amclr_scale.similarity import blocks
+
+LOWEST = tl.constexpr(blocks.LOWEST)
+MASKED = tl.constexpr(blocks.MASKED)
+COMMON_BITS = tl.constexpr(64.0)  # how far apart, in powers of two, shifts may be that share one exponential
+
+
+@triton.jit
+def _similarities(
+    A, K, om, on, b, n, stride_a, stride_k,
+    WIDTH: tl.constexpr, GIVEN: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    STAGES: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """(BM, BN): rows om of A times rows on of K; or, if GIVEN, entries of A with two strides. Any number beyond b, n."""
+    if GIVEN:
+        inside = (om < b)[:, None] & (on < n)[None, :]
+        entries = A + om[:, None].to(tl.int64) * stride_a + on[None, :].to(tl.int64) * stride_k
+        s = tl.load(entries, mask=inside, other=0.0)
+    else:
+        ok = tl.arange(0, BK)
+        left = A + tl.where(om < b, om, 0)[:, None].to(tl.int64) * stride_a + ok[None, :]
+        right = K + tl.where(on < n, on, 0)[None, :].to(tl.int64) * stride_k + ok[:, None]
+        s = tl.zeros((BM, BN), tl.float32)
+        for k in tl.range(0, WIDTH // BK, num_stages=STAGES):
+            s = tl.dot(tl.load(left + k * BK), tl.load(right + k * BK), s, input_precision=PRECISION)
+    return s
+
+
+@triton.jit
+def _place(b, n, BM: tl.constexpr, BN: tl.constexpr, GROUP: tl.constexpr):
+    """Rows and columns of this program's tile: GROUP tiles down, then across, so that neighbours share operands."""
+    down, across = tl.cdiv(b, BM), tl.cdiv(n, BN)
+    program = tl.program_id(0)
+    first = (program // (GROUP * across)) * GROUP
+    size = tl.minimum(down - first, GROUP)
+    pm = first + (program % (GROUP * across)) % size
+    pn = (program % (GROUP * across)) // size
+    return pm, pn
+
+
+@triton.jit(do_not_specialize=["b", "n", "run", "diagonal"])
+def accumulate_kernel(
+    A, K, RATE, SHIFT, MASS, MOMENT, POSITIVE, b, n, run, stride_a, stride_k, diagonal,
+    WIDTH: tl.constexpr, GIVEN: tl.constexpr, DIAGONAL: tl.constexpr, STORE_POSITIVE: tl.constexpr,
+    EXCLUDE: tl.constexpr, CONTINUE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    STAGES: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Statistics (runs, b) over keys run * p ... run * (p + 1) - 1. CONTINUE: one run, which goes on from what is there."""
+    pm, part = tl.program_id(0), tl.program_id(1)
+    T: tl.constexpr = RATE.dtype.element_ty
+    om = pm * BM + tl.arange(0, BM)
+    inside = om < b
+    rate = tl.load(RATE + om, mask=inside, other=1.0)
+    out = part.to(tl.int64) * b + om
+    if CONTINUE:
+        shift = tl.load(SHIFT + out, mask=inside, other=LOWEST)
+        mass = tl.load(MASS + out, mask=inside, other=0.0)
+        moment = tl.load(MOMENT + out, mask=inside, other=0.0)
+    else:
+        shift = tl.full((BM,), LOWEST, T)
+        mass = tl.zeros((BM,), T)
+        moment = tl.zeros((BM,), T)
+    begin = part * run
+    end = tl.minimum(begin + run, n)
+    for j in range(0, tl.cdiv(end - begin, BN)):
+        first = begin + j * BN
+        on = first + tl.arange(0, BN)
+        s = _similarities(A, K, om, on, b, n, stride_a, stride_k, WIDTH, GIVEN, BM, BN, BK, STAGES, PRECISION)
+        if DIAGONAL:
+            offset = first - (pm * BM + diagonal)
+            if (offset < BM) & (offset > -BN):  # the tile has a part of the diagonal
+                here = on[None, :] == om[:, None] + diagonal
+                if STORE_POSITIVE:
+                    column = om + diagonal
+                    held = (column >= first) & (column < first + BN) & (column < end) & inside
+                    tl.store(POSITIVE + om, tl.sum(tl.where(here, s, 0.0), 1), mask=held)
+                if EXCLUDE:
+                    s = tl.where(here, MASKED, s)
+        if first + BN > end:
+            s = tl.where((on < end)[None, :], s, MASKED)
+        new = tl.maximum(tl.max(s, 1), shift)
+        ours = (shift - new) * rate
+        keep = tl.exp2(ours)
+        x = (s - new[:, None]) * rate[:, None]
+        e = tl.exp2(x)
+        moment = keep * (moment + ours * mass) + tl.sum(x * e, 1)
+        mass = keep * mass + tl.sum(e, 1)
+        shift = new
+    tl.store(SHIFT + out, shift, mask=inside)
+    tl.store(MASS + out, mass, mask=inside)
+    tl.store(MOMENT + out, moment, mask=inside)
+
+
+@triton.jit(do_not_specialize=["b", "runs"])
+def merge_kernel(RATE, PARTS, SHIFT, MASS, MOMENT, b, runs, BM: tl.constexpr):
+    """Add PARTS (3, runs, b) to the statistics (b,)."""
+    om = tl.program_id(0) * BM + tl.arange(0, BM)
+    inside = om < b
+    rate = tl.load(RATE + om, mask=inside, other=1.0)
+    shift = tl.load(SHIFT + om, mask=inside, other=LOWEST)
+    mass = tl.load(MASS + om, mask=inside, other=0.0)
+    moment = tl.load(MOMENT + om, mask=inside, other=0.0)
+    size = runs.to(tl.int64) * b
+    for i in range(0, runs):
+        at = PARTS + om + i * b
+        more_shift = tl.load(at, mask=inside, other=LOWEST)
+        more_mass = tl.load(at + size, mask=inside, other=0.0)
+        more_moment = tl.load(at + 2 * size, mask=inside, other=0.0)
+        new = tl.maximum(shift, more_shift)
+        ours, theirs = (shift - new) * rate, (more_shift - new) * rate
+        keep, take = tl.exp2(ours), tl.exp2(theirs)
+        moment = keep * (moment + ours * mass) + take * (more_moment + theirs * more_mass)
+        mass = keep * mass + take * more_mass
+        shift = new
+    tl.store(SHIFT + om, shift, mask=inside)
+    tl.store(MASS + om, mass, mask=inside)
+    tl.store(MOMENT + om, moment, mask=inside)
+
+
+@triton.jit(do_not_specialize=["b", "n"])
+def common_kernel(ROW_RATE, ROW_SHIFT, COLUMN_RATE, COLUMN_SHIFT, OUT, b, n, BLOCK: tl.constexpr):
+    """OUT (3,): 1 or 0, the largest shift, the rate. 1: all rates are equal and shifts within COMMON_BITS.
+
+    Then 2^((s - shift_i) rate) = 2^((s - largest) rate) 2^((largest - shift_i) rate): one exponential per pair. Where
+    the first factor vanishes, below 2^-126, the weight is less than 2^-62 of its row's largest one.
+    """
+    offsets = tl.arange(0, BLOCK)
+    high = tl.full((BLOCK,), LOWEST, tl.float32)
+    low = tl.full((BLOCK,), -LOWEST, tl.float32)
+    fast = tl.full((BLOCK,), LOWEST, tl.float32)
+    slow = tl.full((BLOCK,), -LOWEST, tl.float32)
+    for i in range(0, tl.cdiv(b, BLOCK)):
+        at = i * BLOCK + offsets
+        inside = at < b
+        rate, shift = tl.load(ROW_RATE + at, mask=inside, other=0.0), tl.load(ROW_SHIFT + at, mask=inside, other=0.0)
+        high = tl.where(inside, tl.maximum(high, shift), high)
+        low = tl.where(inside, tl.minimum(low, shift), low)
+        fast = tl.where(inside, tl.maximum(fast, rate), fast)
+        slow = tl.where(inside, tl.minimum(slow, rate), slow)
+    for i in range(0, tl.cdiv(n, BLOCK)):
+        at = i * BLOCK + offsets
+        inside = at < n
+        rate = tl.load(COLUMN_RATE + at, mask=inside, other=0.0)
+        shift = tl.load(COLUMN_SHIFT + at, mask=inside, other=0.0)
+        high = tl.where(inside, tl.maximum(high, shift), high)
+        low = tl.where(inside, tl.minimum(low, shift), low)
+        fast = tl.where(inside, tl.maximum(fast, rate), fast)
+        slow = tl.where(inside, tl.minimum(slow, rate), slow)
+    largest, smallest = tl.max(high, 0), tl.min(low, 0)
+    rate, other = tl.max(fast, 0), tl.min(slow, 0)
+    yes = (rate == other) & ((largest - smallest) * rate < COMMON_BITS)
+    tl.store(OUT, tl.where(yes, 1.0, 0.0))
+    tl.store(OUT + 1, largest)
+    tl.store(OUT + 2, rate)
+
+
+@triton.jit
+def _store(W, W_LOW, w, om, on, b, n, stride_w, LOW: tl.constexpr):
+    """Store a tile in W's type; LOW: and in W_LOW what that leaves over."""
+    inside = (om < b)[:, None] & (on < n)[None, :]
+    at = om[:, None].to(tl.int64) * stride_w + on[None, :]
+    high = w.to(W.dtype.element_ty)
+    tl.store(W + at, high, mask=inside)
+    if LOW:
+        tl.store(W_LOW + at, (w - high.to(tl.float32)).to(W.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["b", "n", "diagonal"])
+def weights_kernel(
+    A, K, W, W_LOW, ROW_RATE, ROW_SHIFT, ROW_FACTOR, COLUMN_RATE, COLUMN_SHIFT, COLUMN_FACTOR, POSITIVE_WEIGHT, ONE,
+    b, n, stride_a, stride_k, stride_w, diagonal,
+    WIDTH: tl.constexpr, GIVEN: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DIAGONAL: tl.constexpr,
+    COMMON: tl.constexpr, LOW: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    GROUP: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """W (b, n). COMMON: one exponential per pair if `common_kernel` says in ONE that it may be."""
+    pm, pn = _place(b, n, BM, BN, GROUP)
+    om, on = pm * BM + tl.arange(0, BM), pn * BN + tl.arange(0, BN)
+    s = _similarities(A, K, om, on, b, n, stride_a, stride_k, WIDTH, GIVEN, BM, BN, BK, STAGES, PRECISION)
+    if ROWS:
+        row_rate = tl.load(ROW_RATE + om, mask=om < b, other=0.0)
+        row_shift = tl.load(ROW_SHIFT + om, mask=om < b, other=0.0)
+        row_factor = tl.load(ROW_FACTOR + om, mask=om < b, other=0.0)
+    if COLUMNS:
+        column_rate = tl.load(COLUMN_RATE + on, mask=on < n, other=0.0)
+        column_shift = tl.load(COLUMN_SHIFT + on, mask=on < n, other=0.0)
+        column_factor = tl.load(COLUMN_FACTOR + on, mask=on < n, other=0.0)
+    if COMMON:
+        one, largest, rate = tl.load(ONE), tl.load(ONE + 1), tl.load(ONE + 2)
+        if one > 0.5:
+            of_row = row_factor * tl.exp2((largest - row_shift) * rate)
+            of_column = column_factor * tl.exp2((largest - column_shift) * rate)
+            s = tl.exp2((s - largest) * rate) * (of_row[:, None] + of_column[None, :])
+        else:
+            of_rows = row_factor[:, None] * tl.exp2((s - row_shift[:, None]) * row_rate[:, None])
+            s = of_rows + column_factor[None, :] * tl.exp2((s - column_shift[None, :]) * column_rate[None, :])
+        w = s
+    elif ROWS and COLUMNS:
+        w = row_factor[:, None] * tl.exp2((s - row_shift[:, None]) * row_rate[:, None])
+        w += column_factor[None, :] * tl.exp2((s - column_shift[None, :]) * column_rate[None, :])
+    elif ROWS:
+        w = row_factor[:, None] * tl.exp2((s - row_shift[:, None]) * row_rate[:, None])
+    elif COLUMNS:
+        w = column_factor[None, :] * tl.exp2((s - column_shift[None, :]) * column_rate[None, :])
+    else:
+        w = tl.zeros_like(s)
+    if DIAGONAL:
+        offset = pn * BN - (pm * BM + diagonal)
+        if (offset < BM) & (offset > -BN):
+            positive_weight = tl.load(POSITIVE_WEIGHT + om, mask=om < b, other=0.0)
+            w = tl.where(on[None, :] == om[:, None] + diagonal, positive_weight[:, None], w)
+    _store(W, W_LOW, w, om, on, b, n, stride_w, LOW)
+
+
+@triton.jit
+def _log_1_plus(z):
+    """log(1 + z) for z from 0 to 1 to float32's last digits, also where z is tiny: 2 artanh(z / (2 + z)) as a series."""
+    y = z / (2.0 + z)
+    q = y * y
+    series = 1.0 / 19.0
+    series = q * series + 1.0 / 17.0
+    series = q * series + 1.0 / 15.0
+    series = q * series + 1.0 / 13.0
+    series = q * series + 1.0 / 11.0
+    series = q * series + 1.0 / 9.0
+    series = q * series + 1.0 / 7.0
+    series = q * series + 1.0 / 5.0
+    series = q * series + 1.0 / 3.0
+    series = q * series + 1.0
+    return 2.0 * y * series
+
+
+@triton.jit(do_not_specialize=["b", "n", "diagonal"])
+def sigmoid_kernel(
+    A, K, W, W_LOW, SCALE, BIAS, SUMS, b, n, stride_a, stride_k, stride_w, diagonal,
+    WIDTH: tl.constexpr, GIVEN: tl.constexpr, DIAGONAL: tl.constexpr, STORE: tl.constexpr, LOW: tl.constexpr,
+    DOUBLE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
+    STAGES: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Q (b, n) if STORE, and in SUMS (3, programs) this tile's sums of losses, of Q s and of Q."""
+    pm, pn = _place(b, n, BM, BN, GROUP)
+    om, on = pm * BM + tl.arange(0, BM), pn * BN + tl.arange(0, BN)
+    s = _similarities(A, K, om, on, b, n, stride_a, stride_k, WIDTH, GIVEN, BM, BN, BK, STAGES, PRECISION)
+    logits = s * tl.load(SCALE) + tl.load(BIAS)  # -y r, once the positives' sign is turned
+    if DIAGONAL:
+        logits = tl.where(on[None, :] == om[:, None] + diagonal, -logits, logits)
+    z = tl.exp(-tl.abs(logits))
+    if DOUBLE:
+        u = 1.0 + z
+        tail = tl.where(u == 1.0, z, tl.log(u) * (z / tl.where(u == 1.0, 1.0, u - 1.0)))
+    else:
+        tail = _log_1_plus(z)
+    loss = tl.maximum(logits, 0.0) + tail
+    q = tl.where(logits >= 0.0, 1.0, z) / (1.0 + z)
+    if DIAGONAL:
+        q = tl.where(on[None, :] == om[:, None] + diagonal, -q, q)
+    inside = (om < b)[:, None] & (on < n)[None, :]
+    loss = tl.where(inside, loss, 0.0)
+    q = tl.where(inside, q, 0.0)
+    program = tl.program_id(0)
+    programs = tl.num_programs(0)
+    tl.store(SUMS + program, tl.sum(tl.sum(loss, 1), 0))
+    tl.store(SUMS + programs + program, tl.sum(tl.sum(q * s, 1), 0))
+    tl.store(SUMS + 2 * programs + program, tl.sum(tl.sum(q, 1), 0))
+    if STORE:
+        _store(W, W_LOW, q, om, on, b, n, stride_w, LOW)
