@@ -7,6 +7,8 @@ wait, and choose by chance between shapes that are equally fast.
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -68,11 +70,14 @@ NARROW: dict[Memory, dict[Kernel, Tile]] = {
 }
 
 
+SPANS = {"narrow": (8192, 8192), "wide": (4096, 4096)}  # rows and columns; 16-bit operands, wider ones
+
+
 def span_shape(settings: Settings, form: Form) -> tuple[int, int]:
     """Rows and columns of weights (16-bit operands) or similarities that are in memory at once."""
     if settings.chunk != "auto":
         return settings.chunk, settings.chunk
-    return (8192, 8192) if form in NARROW_FORMS else (4096, 4096)
+    return SPANS["narrow" if form in NARROW_FORMS else "wide"]
 
 
 def span_bytes(form: Form) -> int:
@@ -88,15 +93,34 @@ def memory_of(device: torch.device) -> Memory:
     return "large" if held >= 227 * 1024 else "medium" if held >= 160 * 1024 else "small"
 
 
-@lru_cache(maxsize=64)
 def tile_of(kernel: Kernel, form: Form, width: int, device: torch.device) -> Tile:
     """The shape for operands of this width (P of `precision.py`)."""
     if form in ("fp32", "fp64"):
         return GIVEN[kernel]
+    if kernel == "weights" and form == "split":
+        kernel = "sigmoid"  # it, too, makes two numbers per entry, and needs as many registers
+    return _TRIED.get(kernel) or _narrow(kernel, width, device)
+
+
+@lru_cache(maxsize=64)
+def _narrow(kernel: Kernel, width: int, device: torch.device) -> Tile:
     memory = memory_of(device)
     if memory != "interpreter" and (found := _tuned().get(key(kernel, width, device))):
         return found
     return NARROW[memory][kernel]
+
+
+_TRIED: dict[Kernel, Tile] = {}
+
+
+@contextmanager
+def trying(tiles: dict[Kernel, Tile]) -> Iterator[None]:
+    """Use these shapes for 16-bit operands, in this process."""
+    _TRIED.update(tiles)
+    try:
+        yield
+    finally:
+        _TRIED.clear()
 
 
 def key(kernel: Kernel, width: int, device: torch.device) -> str:
@@ -121,7 +145,7 @@ def save(found: dict[str, Tile]) -> Path:
     whole.write_text(json.dumps({name: asdict(tile) for name, tile in everything.items()}, indent=1) + "\n")
     whole.replace(file)
     _tuned.cache_clear()
-    tile_of.cache_clear()
+    _narrow.cache_clear()
     return file
 
 
