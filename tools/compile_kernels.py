@@ -67,7 +67,9 @@ def variants(capability: int, *, quick: bool) -> list[Variant]:
     found: list[Variant] = []
     table = NARROW[MEMORY[capability]]
 
-    def add(label: str, kernel: Any, operand: str, weights: str, number: str, tile: Tile | None, **constants: Any) -> None:
+    def add(
+        label: str, kernel: Any, operand: str, weights: str, number: str, tile: Tile | None, **constants: Any
+    ) -> None:
         known = {} if tile is None else {
             "BM": tile.BM, "BN": tile.BN, "BK": tile.BK, "GROUP": tile.group, "STAGES": tile.stages,
             "PRECISION": "ieee",
@@ -130,7 +132,9 @@ def main() -> int:
         spilled += bytes_out
         wgmma = "yes" if "wgmma" in compiled.asm["ptx"] else ""
         name = variant.kernel.fn.__name__
-        table.add_row(name, variant.label, str(registers), str(bytes_out), f"{compiled.metadata.shared / 1024:.0f}", wgmma)
+        table.add_row(
+            name, variant.label, str(registers), str(bytes_out), f"{compiled.metadata.shared / 1024:.0f}", wgmma
+        )
     Console(width=140).print(f"triton {triton.__version__}, compute capability {args.capability / 10}", table)
     return 1 if spilled else 0
 

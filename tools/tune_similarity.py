@@ -85,7 +85,10 @@ class Kernels:
         device = torch.device(DEVICE)
         image, text = features(b, d)
         self.blocks = TritonBlocks(Settings(), torch.float32, "bf16", device)
-        self.a, self.k = (operand(x, "bf16", left=left, multiple=64, widen=self.blocks.widen) for x, left in ((image, True), (text, False)))
+        self.a, self.k = (
+            operand(x, "bf16", left=left, multiple=64, widen=self.blocks.widen)
+            for x, left in ((image, True), (text, False))
+        )
         self.rate = torch.full((b,), RATE, device=device)
         self.positive = torch.zeros(b, device=device)
         self.statistics = Statistics.empty(self.rate)

@@ -105,6 +105,7 @@ class Job:
         return [
             "\n".join([f"run folder {self.folder}", str(self.inputs.plan), *self.settled]),
             f"{trainer.parameters:,} parameters{frozen}, objective {name}, {trainer.optimizer}, on {self.device}",
+            f"similarities: {trainer.similarities}",
             *(f"note: {note}" for note in (*trainer.model.notes, *(self.found.notes() if self.found else ()))),
         ]
 

@@ -14,8 +14,13 @@ class Similarity(Section):
     """Rows of similarities alive at once."""
     gather: Literal["all", "ring"] = "all"
     """all: gather every rank's features; ring: pass them round, memory for one rank's block only."""
-    backend: Literal["auto", "torch"] = "auto"
-    """Who computes the blocks."""
+    backend: Literal["auto", "torch", "triton"] = "auto"
+    """Who computes the blocks: torch anywhere; triton, fused kernels, on CUDA. auto: triton where it can, and the log
+    says which."""
+    precision: Literal["auto", "fp32", "split", "bf16"] = "auto"
+    """Of the operands of matrix products; similarities, exponents and sums are float32 always. bf16: rounded; split:
+    each number as a sum of two bfloat16, three products for one. auto: fp32 in a run of that precision and on CPUs,
+    else bf16 (docs/similarity.md says why, and what it costs)."""
     distribution: Literal["auto", "column_sums", "two_blocks", "reduce_scatter"] = "auto"
     """How ranks share the matrix products (docs/similarity.md)."""
     cache_mib: Annotated[int, Field(ge=0)] = 0

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from amclr_scale import objectives
-from amclr_scale.config.schema import Config
+from amclr_scale.config.schema import Config, Execution
 from amclr_scale.data.loader import TrainLoader
 from amclr_scale.data.tokenizers import Tokenizer, load_tokenizer
 from amclr_scale.distributed.launcher import RankInfo
@@ -21,10 +21,11 @@ from amclr_scale.encoders.dual_encoder import DualEncoder
 from amclr_scale.engine.batch_plan import Plan, make_plan
 from amclr_scale.engine.deepspeed_setup import adapt_to_objective, build_engine, prepare_towers, sample_views
 from amclr_scale.engine.zero.stage3_init import shape_only
+from amclr_scale.errors import UserError
 from amclr_scale.metrics.flops import ModelFlops, count
 from amclr_scale.metrics.stopwatch import Stopwatch
 from amclr_scale.objectives.base import Objective
-from amclr_scale.similarity import configure, rank
+from amclr_scale.similarity import configure, describe, rank
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,7 @@ class Trainer:
     objective: Objective
     engine: Any
     optimizer: str  # its name, and who provides it
+    similarities: str  # backend and precision, in words
     flops: ModelFlops  # of one sample
 
     @property
@@ -111,14 +113,28 @@ def build_trainer(
     flops = broadcast_object(count(model, *sample_views(config)) if first else None)
     stopwatch.lap("model")
 
-    similarity = config.execution.similarity
-    configure(
-        chunk=similarity.chunk, gather=similarity.gather, backend=similarity.backend,
-        distribution=similarity.distribution, cache_bytes=similarity.cache_mib * 2**20,
-    )  # fmt: skip
+    similarities = configure_similarity(config.execution, device)
     engine, optimizer = build_engine(
         config, model, no_decay=model.no_weight_decay(), factors=model.learning_rate_factors(), device=device,
         world_size=world_size, folder=folder,
     )  # fmt: skip
     stopwatch.lap("engine")
-    return Trainer(model, objective, engine, optimizer, flops)
+    return Trainer(model, objective, engine, optimizer, similarities, flops)
+
+
+def configure_similarity(execution: Execution, device: torch.device) -> str:
+    """Set this process's similarity engine as the recipe says; returns in words what that is on this device.
+
+    Raises:
+        UserError: the backend asked for does not work here.
+    """
+    similarity = execution.similarity
+    settings = configure(
+        chunk=similarity.chunk, gather=similarity.gather, backend=similarity.backend, precision=similarity.precision,
+        run_precision=execution.precision, distribution=similarity.distribution,
+        cache_bytes=similarity.cache_mib * 2**20,
+    )  # fmt: skip
+    try:
+        return describe(settings, device)
+    except ValueError as error:
+        raise UserError(f"execution.similarity.{error}; or set it to auto") from error

@@ -33,9 +33,10 @@ from amclr_scale.memory.state import Groups, state_components
 from amclr_scale.memory.towers import skeleton
 from amclr_scale.memory.units import in_words
 from amclr_scale.similarity import Group, Settings
+from amclr_scale.similarity.backends import workspace
+from amclr_scale.similarity.blocks import Workspace
 from amclr_scale.similarity.distribution import choose
 from amclr_scale.similarity.settings import Distribution
-from amclr_scale.similarity.torch_backend import tile_shape
 
 PART = 64  # samples that a worker makes at a time (data/loader.py)
 
@@ -218,11 +219,14 @@ def _objective_components(config: Config, plan: Plan, num_samples: int, device: 
         distribution=_distribution(config, W, b, device), layout=layout,
         group_share=None if group is None else group / b,
     )  # fmt: skip
-    settings = Settings(chunk=similarity.chunk)
+    settings = Settings(
+        chunk=similarity.chunk, backend=similarity.backend, precision=similarity.precision,
+        run_precision=execution.precision,
+    )  # fmt: skip
     cores = execution.threads or max(1, (os.cpu_count() or 1) // W)
-    chunk = _side(settings, device, cores)
+    held = _workspace(settings, device, cores)
     rows_at_once = max(1, 2**21 // (b * W)) if similarity.chunk == "auto" else similarity.chunk
-    blocks, rest = memory.peak(b, chunk=chunk, rows_at_once=rows_at_once, cache_bytes=similarity.cache_mib * 2**20)
+    blocks, rest = memory.peak(b, workspace=held, rows_at_once=rows_at_once, cache_bytes=similarity.cache_mib * 2**20)
     gradients = passes.leaf_bytes  # counted there
     waiting = staged_bytes(config.objective, b, W, layout)
     return [
@@ -251,12 +255,12 @@ def _distribution(config: Config, world_size: int, rows: int, device: str) -> Di
     return choose(wanted, Group(0, world_size, 0), rows, torch.device(device), one_node=one_node)
 
 
-def _side(settings: Settings, device: str, threads: int) -> int:
-    """Rows of a tile, as `torch_backend.tile_shape` chooses them with so many threads."""
+def _workspace(settings: Settings, device: str, threads: int) -> Workspace:
+    """What the similarities' backend holds at a time, with so many threads."""
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        return tile_shape(settings, torch.device(device))[0]
+        return workspace(settings, torch.device(device))
     finally:
         torch.set_num_threads(before)
 

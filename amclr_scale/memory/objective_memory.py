@@ -33,12 +33,15 @@ from amclr_scale.memory.tracker import Tracker
 from amclr_scale.objectives.base import Layout, Objective
 from amclr_scale.objectives.sample_state import SampleState
 from amclr_scale.similarity import settings
+from amclr_scale.similarity.blocks import Workspace
 from amclr_scale.similarity.settings import Distribution, Gather
+from amclr_scale.similarity.torch_backend import BUFFERS
 from amclr_scale.types import Embeddings, flatten, takes_gradient
 
 GROUPS_TRACED = 4  # of more groups inside a rank, so many: each adds what the others did
 PRIMES = (13, 11)  # c; the first that does not divide D
 ITEMSIZES = ((4,), (1, 4, 8), (4,))  # of what tiles, blocks (masks and indices, too) and moments hold
+TRACED = 4 * BUFFERS  # bytes per entry of what the traced backend, torch, holds of a tile
 FEW = (2, 4)  # ranks from which larger groups follow: everything is affine in their number
 Alive = tuple[int, int, int]  # bytes per element of what is alive of tiles, blocks and moments
 
@@ -57,20 +60,20 @@ class ObjectiveMemory:
     width: int
     world_size: int
 
-    def peak(self, rows: int, *, chunk: int, rows_at_once: int, cache_bytes: int = 0) -> tuple[int, int]:
+    def peak(self, rows: int, *, workspace: Workspace, rows_at_once: int, cache_bytes: int = 0) -> tuple[int, int]:
         """Bytes of similarities, and of everything else, at the worst moment of forward and backward.
 
         Args:
             rows: b.
-            chunk: side of a tile.
+            workspace: of the backend in use.
             rows_at_once: of `map_rows`.
             cache_bytes: what may be kept of each matrix.
         """
         keys = rows * self.world_size
-        tile, block = min(chunk, rows) * min(chunk, keys), min(rows_at_once, rows) * keys
+        tile, block = workspace.bytes(rows, keys, self.width), min(rows_at_once, rows) * keys
         kept = self.contrasts * min(cache_bytes, 4 * rows * keys)
         found = [
-            (tiles * tile + blocks * block, round(constant + slope * rows) + grams * self.width**2)
+            (round(tiles / TRACED * tile) + blocks * block, round(constant + slope * rows) + grams * self.width**2)
             for (tiles, blocks, grams), (constant, slope) in self.moments.items()
         ]
         worst = max(found, key=sum)
@@ -158,7 +161,14 @@ def _fit(
         group_size = None if group_share is None else rows // parts * max(1, round(group_share))
         with (
             pretended(world_size),
-            settings.using(gather=gather, distribution=distribution, chunk=chunk, cache_bytes=cache_bytes),
+            settings.using(
+                gather=gather,
+                distribution=distribution,
+                chunk=chunk,
+                cache_bytes=cache_bytes,
+                backend="torch",
+                precision="fp32",
+            ),
         ):
             made = create(key, rows * world_size, layout, group_size)
             areas = (chunk * chunk, chunk * rows * world_size, width * width)

@@ -1,6 +1,7 @@
 """Exact contrastive statistics over all ranks, with memory linear in the batch."""
 
 from amclr_scale.distributed.collectives import Group, all_gather, all_sum, gather, group, rank, world_size
+from amclr_scale.similarity.backends import describe
 from amclr_scale.similarity.contrast import Contrast, Side, contrast
 from amclr_scale.similarity.gram import column_mean, gram
 from amclr_scale.similarity.nearest import top_k
@@ -19,6 +20,7 @@ __all__ = [
     "configure",
     "contrast",
     "current",
+    "describe",
     "gather",
     "gram",
     "group",

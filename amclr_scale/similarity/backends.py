@@ -12,8 +12,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from amclr_scale.similarity.blocks import Blocks
-from amclr_scale.similarity.precision import WIDE_PRODUCTS, Form, form_of
+from amclr_scale.similarity.blocks import Blocks, Workspace
+from amclr_scale.similarity.precision import AT_ONCE, WIDE_PRODUCTS, Form, form_of
 from amclr_scale.similarity.settings import Settings
 
 Maker = Callable[[Settings, torch.dtype, Form, torch.device], Blocks]
@@ -26,13 +26,13 @@ class Backend:
     Attributes:
         make: settings, the type of similarities, the form of operands, the device -> `Blocks`.
         missing: what a device lacks for it; "" if nothing.
-        memory: settings, form, device -> rows and columns of what is in memory at once, and bytes per entry.
+        workspace: settings, form, device -> what it holds while it works.
         fast_narrow: whether products of 16-bit operands are faster than float32's on a device.
     """
 
     make: Maker
     missing: Callable[[torch.device], str]
-    memory: Callable[[Settings, Form, torch.device], tuple[int, int, int]]
+    workspace: Callable[[Settings, Form, torch.device], Workspace]
     fast_narrow: Callable[[torch.device], bool]
 
 
@@ -42,10 +42,11 @@ def _torch(settings: Settings, dtype: torch.dtype, form: Form, device: torch.dev
     return TorchBlocks(settings, dtype, form, device)
 
 
-def _torch_memory(settings: Settings, form: Form, device: torch.device) -> tuple[int, int, int]:
+def _torch_workspace(settings: Settings, form: Form, device: torch.device) -> Workspace:
     from amclr_scale.similarity.torch_backend import BUFFERS, tile_shape
 
-    return *tile_shape(settings, device), BUFFERS * (8 if form == "fp64" else 4)
+    rows, columns = tile_shape(settings, device)
+    return Workspace(rows, columns, BUFFERS * (8 if form == "fp64" else 4))
 
 
 def _triton(settings: Settings, dtype: torch.dtype, form: Form, device: torch.device) -> Blocks:
@@ -67,20 +68,24 @@ def _triton_missing(device: torch.device) -> str:
         return "TRITON_INTERPRET=1 is set, which is for CPUs"
     if not WIDE_PRODUCTS:
         return f"torch {torch.__version__} has no products of 16-bit matrices with float32 results; 2.8 has"
+    if not torch.cuda.is_available():
+        return ""  # asked for a plan, about a machine that has one
     capability = torch.cuda.get_device_capability(device)
     return "" if capability >= (8, 0) else f"compute capability {capability[0]}.{capability[1]} is below 8.0"
 
 
-def _triton_memory(settings: Settings, form: Form, device: torch.device) -> tuple[int, int, int]:
+def _triton_workspace(settings: Settings, form: Form, device: torch.device) -> Workspace:
     from amclr_scale.similarity.triton_tiles import span_bytes, span_shape
 
-    return *span_shape(settings, form), span_bytes(form)
+    rows, columns = span_shape(settings, form)
+    converted = {"bf16": 2, "fp16": 4, "split": 10}.get(form, 0)  # of float32 features
+    return Workspace(rows, columns, span_bytes(form), converted, AT_ONCE)
 
 
 BACKENDS = {
-    "triton": Backend(_triton, _triton_missing, _triton_memory, fast_narrow=lambda device: True),
+    "triton": Backend(_triton, _triton_missing, _triton_workspace, fast_narrow=lambda device: True),
     "torch": Backend(
-        _torch, lambda device: "", _torch_memory, fast_narrow=lambda device: device.type == "cuda" and WIDE_PRODUCTS
+        _torch, lambda device: "", _torch_workspace, fast_narrow=lambda device: device.type == "cuda" and WIDE_PRODUCTS
     ),
 }
 """In the order in which `auto` tries them on CUDA; elsewhere it takes torch."""
@@ -113,10 +118,10 @@ def blocks_for(settings: Settings, dtype: torch.dtype, image: Tensor, text: Tens
     return BACKENDS[chosen(settings, device)].make(settings, dtype, form, device)
 
 
-def memory_in_force(settings: Settings, device: torch.device) -> tuple[int, int, int]:
-    """Rows and columns of what is in memory at once for float32 features, and bytes per entry."""
+def workspace(settings: Settings, device: torch.device) -> Workspace:
+    """What the backend in force holds while it works on float32 features."""
     form = form_in_force(settings, torch.float32, device)
-    return BACKENDS[chosen(settings, device)].memory(settings, form, device)
+    return BACKENDS[chosen(settings, device)].workspace(settings, form, device)
 
 
 FORMS = {

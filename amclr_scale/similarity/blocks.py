@@ -101,6 +101,22 @@ class TileCache:
         return self.tiles[self.next - 1] if self.next <= len(self.tiles) else None
 
 
+@dataclass(frozen=True)
+class Workspace:
+    """What a backend holds while it works on a block, beyond what it is given."""
+
+    rows: int  # of a tile
+    columns: int
+    entry_bytes: int  # per entry of a tile, all its buffers together
+    feature_bytes: int = 0  # per feature that is converted before it is multiplied
+    most_feature_bytes: int = 0  # of one side at a time
+
+    def bytes(self, rows: int, keys: int, width: int) -> int:
+        """For so many anchors and keys of this width."""
+        converted = sum(min(n * width * self.feature_bytes, self.most_feature_bytes) for n in (rows, keys))
+        return min(self.rows, rows) * min(self.columns, keys) * self.entry_bytes + converted
+
+
 class Blocks(Protocol):
     """What a backend computes. Similarities, exponents and sums are float32, or float64 for float64 features.
 

@@ -126,7 +126,7 @@ def weight_parts(weights: Tensor, form: Form, widen: torch.dtype | None = None) 
 
 
 def add_product(out: Tensor, weights: Sequence[Tensor], features: Sequence[Tensor]) -> None:
-    """out (m, D) += weights (m, n) times features (n, D), each given as one part or two; without low times low."""
+    """Out (m, D) += weights (m, n) times features (n, D), each given as one part or two; without low times low."""
     for i, w in enumerate(weights):
         for f in features[: len(features) - i] if len(features) > 1 else features:
             if w.dtype == out.dtype:

@@ -124,7 +124,9 @@ class TritonBlocks:
                     out[0].stride(0), shifted or 0, DIAGONAL=shifted is not None, STORE=store,
                     LOW=self.form == "split", DOUBLE=self.dtype == torch.float64, **self._compiled(A, shape),
                 )  # fmt: skip
-                for total, found in zip((numbers.loss, numbers.d_scale, numbers.d_bias), sums.double().sum(1), strict=True):
+                for total, found in zip(
+                    (numbers.loss, numbers.d_scale, numbers.d_bias), sums.double().sum(1), strict=True
+                ):
                     total.add_(found)
                 if store:
                     _add_gradients(out, a, k, d_anchors, d_keys, r, c)
@@ -256,9 +258,7 @@ def _processors(device: torch.device) -> int:
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
-def _spans(
-    b: int, n: int, shape: tuple[int, int], diagonal: int | None
-) -> Iterator[tuple[slice, slice, int | None]]:
+def _spans(b: int, n: int, shape: tuple[int, int], diagonal: int | None) -> Iterator[tuple[slice, slice, int | None]]:
     """Rows, columns, and where the diagonal begins as seen from there (None: no part of it is there)."""
     for row in range(0, b, shape[0]):
         rows = slice(row, min(row + shape[0], b))

@@ -31,6 +31,7 @@ from amclr_scale.memory.tracker import Tracker
 from amclr_scale.memory.units import GIB, MIB, in_bytes, in_words
 from amclr_scale.objectives.staging import staged
 from amclr_scale.similarity import using
+from amclr_scale.similarity.blocks import Workspace
 from tools.memory_pages import formulas
 from tools.memory_pages.momentum import momentum_peaks
 
@@ -150,7 +151,9 @@ def test_every_objective_on_other_rows_than_it_was_run_on(name, world_size):
         before = tracker.total
         with tracker:
             made(embeddings).value.backward()
-    assert sum(memory.peak(rows, chunk=chunk, rows_at_once=chunk)) == pytest.approx(tracker.peak - before, rel=0.02)
+    assert sum(memory.peak(rows, workspace=Workspace(chunk, chunk, 12), rows_at_once=chunk)) == pytest.approx(
+        tracker.peak - before, rel=0.02
+    )
 
 
 @pytest.mark.parametrize("name", ["sogclr", "isogclr", "amclr_dro"])
@@ -171,7 +174,11 @@ def test_more_ranks_follow_from_few():
     ask = {"width": 32, "gather": "all", "distribution": "column_sums", "layout": "replicated"}
     few, many = (objective_memory({"name": "clip"}, world_size=w, **ask) for w in (4, 64))
     gathered = 60 * 48 * 32 * 4  # the features of 60 more ranks
-    assert many.peak(48, chunk=48, rows_at_once=48)[1] - few.peak(48, chunk=48, rows_at_once=48)[1] > 2 * gathered
+    assert (
+        many.peak(48, workspace=Workspace(48, 48, 12), rows_at_once=48)[1]
+        - few.peak(48, workspace=Workspace(48, 48, 12), rows_at_once=48)[1]
+        > 2 * gathered
+    )
 
 
 def test_sample_state_is_sharded_when_it_is_large():

@@ -40,7 +40,7 @@ def test_the_process_has_its_own_and_threads_see_them():
         ({"chunk": 0}, "chunk: expected 'auto' or a positive number of rows, got 0"),
         ({"chunk": True}, "chunk: expected"),
         ({"gather": "some"}, "gather: expected one of all, ring, got 'some'"),
-        ({"backend": "triton"}, "backend: expected one of auto, torch"),
+        ({"backend": "triton"}, "backend: expected one of auto, torch, triton"),
         ({"distribution": "fast"}, "distribution: expected one of auto, reduce_scatter, column_sums, two_blocks"),
         ({"cache_bytes": -1}, "cache_bytes: expected a number of bytes"),
         ({"chunks": 3}, "chunks: no such similarity setting"),
