@@ -27,9 +27,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from amclr_scale.similarity import triton_kernels as kernels
-from amclr_scale.similarity.triton_tiles import GIVEN, NARROW, Memory, Tile
+from amclr_scale.similarity.triton_tiles import GIVEN, MEMORY, NARROW, Tile
 
-MEMORY: dict[int, Memory] = {80: "medium", 86: "small", 89: "small", 90: "large", 100: "large"}
 POINTERS = {"A", "K", "W", "W_LOW", "SUMS", "PARTS", "OUT", "ONE", "SCALE", "BIAS", "RATE", "SHIFT", "MASS", "MOMENT"}
 POINTERS |= {"POSITIVE", "POSITIVE_WEIGHT"}
 POINTERS |= {f"{side}_{name}" for side in ("ROW", "COLUMN") for name in ("RATE", "SHIFT", "FACTOR")}
@@ -65,7 +64,7 @@ class Variant:
 def variants(capability: int, *, quick: bool) -> list[Variant]:
     """Every combination that the backend launches, or one of each kind."""
     found: list[Variant] = []
-    table = NARROW[MEMORY[capability]]
+    table = NARROW[MEMORY.get(divmod(capability, 10), "small")]
 
     def add(
         label: str, kernel: Any, operand: str, weights: str, number: str, tile: Tile | None, **constants: Any
@@ -121,7 +120,7 @@ def usage(compiled: Any) -> tuple[int, int]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--capability", type=int, default=90, choices=list(MEMORY), help="of the card, times ten")
+    parser.add_argument("--capability", type=int, default=90, choices=(80, 86, 89, 90, 100), help="of the card, times ten")
     parser.add_argument("--quick", action="store_true", help="one variant of each kind")
     args = parser.parse_args()
     table = Table("kernel", "variant", "registers", "spilled bytes", "shared KiB", "warpgroup products")

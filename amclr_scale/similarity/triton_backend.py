@@ -66,14 +66,15 @@ class TritonBlocks:
                     buffer = self._buffer(0, len(a.product), len(k.product))
                     s = cache.room(buffer) if cache else buffer
                     torch.mm(a.product, k.product.T, out=s)
-                    sides = (s, None), (s.T, None)
+                    of_rows: tuple[Tensor, Tensor | None] = (s, None)
+                    of_columns: tuple[Tensor, Tensor | None] = (s.T, None)
                 else:
-                    sides = (a.product, k.product), (k.product, a.product)
-                of_rows = None if positive is None else positive[r]
-                self._statistics(*sides[0], rows[r], shifted, of_rows, exclude=exclude_positive)
+                    of_rows, of_columns = (a.product, k.product), (k.product, a.product)
+                positives = None if positive is None else positive[r]
+                self._statistics(*of_rows, rows[r], shifted, positives, exclude=exclude_positive)
                 if columns:
                     turned = None if shifted is None else -shifted
-                    self._statistics(*sides[1], columns[c], turned, None, exclude=exclude_positive)
+                    self._statistics(*of_columns, columns[c], turned, None, exclude=exclude_positive)
 
     def differentiate(
         self,
@@ -185,7 +186,7 @@ class TritonBlocks:
         return out
 
     def _common(self, rows: Weights | None, columns: Weights | None) -> Tensor | None:
-        """Where both directions' weights are rounded to 16 bits: whether one exponential is exact enough, on the device."""
+        """On the device: whether one exponential is exact enough. Asked where weights are rounded to 16 bits."""
         if rows is None or columns is None or self.form not in ("bf16", "fp16"):
             return None
         out = torch.empty(3, dtype=torch.float32, device=self.device)

@@ -30,7 +30,7 @@ def _similarities(
     WIDTH: tl.constexpr, GIVEN: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
     STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """(BM, BN): rows om of A times rows on of K; or, if GIVEN, entries of A with two strides. Any number beyond b, n."""
+    """(BM, BN): rows om of A times rows on of K, or if GIVEN entries of A with two strides; anything beyond b and n."""
     if GIVEN:
         inside = (om < b)[:, None] & (on < n)[None, :]
         entries = A + om[:, None].to(tl.int64) * stride_a + on[None, :].to(tl.int64) * stride_k
@@ -64,7 +64,7 @@ def accumulate_kernel(
     EXCLUDE: tl.constexpr, CONTINUE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
     STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Statistics (runs, b) over keys run * p ... run * (p + 1) - 1. CONTINUE: one run, which goes on from what is there."""
+    """Statistics (runs, b), each over `run` keys. CONTINUE: there is one run, which goes on from what is there."""
     pm, part = tl.program_id(0), tl.program_id(1)
     T: tl.constexpr = RATE.dtype.element_ty
     om = pm * BM + tl.arange(0, BM)
@@ -233,7 +233,7 @@ def weights_kernel(
 
 @triton.jit
 def _log_1_plus(z):
-    """log(1 + z) for z from 0 to 1 to float32's last digits, also where z is tiny: 2 artanh(z / (2 + z)) as a series."""
+    """log(1 + z) for z from 0 to 1 to float32's last digits, however small z is: 2 artanh(z / (2 + z)) as a series."""
     y = z / (2.0 + z)
     q = y * y
     series = 1.0 / 19.0

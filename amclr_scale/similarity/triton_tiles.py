@@ -70,6 +70,8 @@ NARROW: dict[Memory, dict[Kernel, Tile]] = {
 }
 
 
+MEMORY: dict[tuple[int, int], Memory] = {(8, 0): "medium", (9, 0): "large", (10, 0): "large", (10, 3): "large"}
+"""By compute capability; others have less."""
 SPANS = {"narrow": (8192, 8192), "wide": (4096, 4096)}  # rows and columns; 16-bit operands, wider ones
 
 
@@ -89,8 +91,8 @@ def memory_of(device: torch.device) -> Memory:
     """Which of the table's columns holds for a device."""
     if device.type != "cuda":
         return "interpreter"
-    held = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
-    return "large" if held >= 227 * 1024 else "medium" if held >= 160 * 1024 else "small"
+    capability = torch.cuda.get_device_capability(device)
+    return MEMORY.get(capability, "small")
 
 
 def tile_of(kernel: Kernel, form: Form, width: int, device: torch.device) -> Tile:

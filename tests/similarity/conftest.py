@@ -1,0 +1,39 @@
+"""Tests of modules named here run once per backend: torch, and triton where it is installed, interpreted on the CPU."""
+
+import importlib.util
+import os
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from amclr_scale.similarity import using
+
+BOTH = {"test_contrast", "test_contrast_ranks", "test_pairwise", "test_public_faults", "test_backends"}
+INTERPRETED = importlib.util.find_spec("triton") is not None and os.environ.get("TRITON_INTERPRET") == "1"
+EXAMPLES = {"torch": 1, "triton": 6}  # the interpreter is slow: one example of so many
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if metafunc.module.__name__.rpartition(".")[2] in BOTH and "cuda" not in metafunc.function.__dict__.get("marks", ()):
+        marks = [] if INTERPRETED else [pytest.mark.skip(reason="needs triton, with TRITON_INTERPRET=1 and no GPU")]
+        backends = ["torch", pytest.param("triton", marks=marks)]
+        metafunc.parametrize("_backend", backends, indirect=True, scope="function")
+
+
+@pytest.fixture(autouse=True)
+def _backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    name = getattr(request, "param", "auto")
+    with using(backend=name):
+        yield name
+
+
+def with_backend(name: str, fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    with using(backend=name):
+        return fn(*args, **kwargs)
+
+
+@pytest.fixture
+def ranks(ranks: Callable[..., list[Any]], _backend: str) -> Callable[..., list[Any]]:
+    """`ranks` of all tests, with this test's backend on each of them."""
+    return lambda world_size, fn, *args, **kwargs: ranks(world_size, with_backend, _backend, fn, *args, **kwargs)
