@@ -3,17 +3,26 @@
     python tools/benchmark_similarity.py                              # B from 1,024 up, one process and two ranks
     python tools/benchmark_similarity.py --batch 8192 --width 512 --json FILE
     python tools/benchmark_similarity.py --ranks 1 --batch 131072 --width 64 --methods clip
+    python tools/benchmark_similarity.py --quick --json FILE          # a minute: what the GPU, or this CPU, is worth
+    python tools/benchmark_similarity.py --large --json FILE          # CUDA: B = 65,536, 262,144 and 1,048,576, D = 768
 
 All methods of a size run in turn in one process (one per rank), several rounds, so that a machine that slows down
 slows all of them; figures are medians, and ratios are taken inside one run. On a CPU the time is CPU time, per rank.
 Memory is the peak beyond the features, of one step in a fresh process (one process only).
 
-units    time in products of 2 b B D operations, at the speed of the floor
-floor    four such products per rank with torch.mm into preallocated memory, nothing else: what `clip` has to compute
+units      time in products of 2 b B D operations, at the speed of the floor
+x floor    time over that of four such products per rank with torch.mm into preallocated memory, in the features' type
+           with float32 sums of gradients, and nothing else: what `clip` has to compute
+TFLOP/s    of these four products (three for siglip) in the method's time, whatever the method itself computes
+
+Features are float32 on a CPU and bfloat16 on a GPU; rows with "fp32 rows" take them as float32, which is what towers
+hand out, whatever their precision. open_clip's rows run under autocast to the features' type, as its own training does.
 """
 
 import argparse
 import ctypes
+import importlib.metadata
+import importlib.util
 import json
 import math
 import os
@@ -36,17 +45,20 @@ from torch.multiprocessing.spawn import spawn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from amclr_scale.similarity import current, describe
 from tools.similarity_methods import METHODS, REFERENCES, Features
 
 
 def fitting(names: list[str], batch: int, ranks: int, device: torch.device) -> list[str]:
-    """The methods that this machine has room for."""
+    """The methods that this machine has room and packages for."""
     room = torch.cuda.mem_get_info()[0] if device.type == "cuda" else psutil.virtual_memory().available
     methods = {name: METHODS[name] for name in names if ranks in METHODS[name].ranks}
     return [
         name
         for name, method in methods.items()
-        if method.bytes_per_pair * batch * batch < 0.7 * room and (device.type == "cuda" or not method.cuda_only)
+        if method.bytes_per_pair * batch * batch < 0.7 * room
+        and (device.type == "cuda" or not method.cuda_only)
+        and (not method.needs or importlib.util.find_spec(method.needs) is not None)
     ]
 
 
@@ -155,6 +167,8 @@ def measure(names: list[str], batch: int, ranks: int, args: argparse.Namespace) 
                 "method": name,
                 "seconds": taken[name],
                 "of_reference": taken[name] / taken[reference] if reference in taken else None,
+                "of_floor": taken[name] / taken["floor"] if "floor" in taken else None,
+                "tflops": METHODS[name].products * 2 * batch * batch / ranks * args.width / taken[name] / 1e12,
                 "units": 4 * taken[name] / taken["floor"] if "floor" in taken else None,
                 "peak_mib": None if math.isnan(peak) else peak / 2**20,
                 "loss": statistics.mean(answer[name]["loss"] for answer in answers) if name != "floor" else None,
@@ -163,26 +177,23 @@ def measure(names: list[str], batch: int, ranks: int, args: argparse.Namespace) 
     return rows
 
 
-FORMATS = {"seconds": "{:.3f}", "of_reference": "{:.3f}", "units": "{:.2f}", "loss": "{:.5f}"}
+COLUMNS = {  # key of a row -> head of the column, and how numbers look
+    "ms": ("ms", "{:,.2f}"),
+    "of_reference": ("of reference", "{:.3f}"),
+    "of_floor": ("x floor", "{:.2f}"),
+    "units": ("units", "{:.2f}"),
+    "tflops": ("TFLOP/s", "{:.3g}"),
+    "peak_mib": ("peak MiB", "{:,.0f}"),
+    "loss": ("loss", "{:.5f}"),
+}
 
 
 def table(rows: list[dict[str, Any]]) -> Table:
-    out = Table("method", *(f"{x}" for x in ("ranks", "batch", "seconds", "of reference", "units", "peak MiB", "loss")))
+    out = Table("method", "ranks", "batch", "width", *(head for head, _ in COLUMNS.values()))
     for row in rows:
-        number = {
-            key: "" if row[key] is None else form.format(row[key])
-            for key, form in (
-                ("seconds", "{:.3f}"),
-                ("of_reference", "{:.3f}"),
-                ("units", "{:.2f}"),
-                ("loss", "{:.5f}"),
-            )
-        }
-        peak = "" if row["peak_mib"] is None else f"{row['peak_mib']:,.0f}"
-        out.add_row(
-            row["method"], str(row["ranks"]), f"{row['batch']:,}", number["seconds"], number["of_reference"],
-            number["units"], peak, number["loss"],
-        )  # fmt: skip
+        shown = row | {"ms": 1e3 * row["seconds"]}
+        numbers = ["" if shown[key] is None else form.format(shown[key]) for key, (_, form) in COLUMNS.items()]
+        out.add_row(row["method"], str(row["ranks"]), f"{row['batch']:,}", f"{row['width']:,}", *numbers)
     return out
 
 
@@ -213,6 +224,13 @@ def plot(rows: list[dict[str, Any]], file: Path) -> None:
     figure.savefig(file, dpi=130)
 
 
+def triton_version() -> str | None:
+    try:
+        return importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
 def machine(threads: int) -> dict[str, Any]:
     cpu = platform.processor() or platform.machine()
     if sys.platform == "linux":
@@ -226,23 +244,47 @@ def machine(threads: int) -> dict[str, Any]:
         "gpu": gpu,
         "threads": threads,
         "torch": torch.__version__,
+        "triton": triton_version(),
+        "similarities": describe(current(), torch.device("cuda" if gpu else "cpu")),
         "python": platform.python_version(),
     }
 
 
+def defaults(args: argparse.Namespace, *, cuda: bool) -> dict[str, Any]:
+    """What was not given."""
+    plain = {
+        "batch": [1024, 2048, 4096, 8192], "width": 512, "ranks": [1, 2], "methods": list(METHODS), "repeats": 5,
+    }  # fmt: skip
+    if args.quick:
+        rows = ["open_clip", "inf_cl", "floor", *(name for name in METHODS if name.startswith(("clip", "siglip")))]
+        rows = [name for name in rows if "cached" not in name]
+        return plain | {"batch": [8192, 32768] if cuda else [2048], "ranks": [1], "methods": rows, "repeats": 3}
+    if args.large:
+        rows = ["floor", "clip", "clip, fp32 rows, bf16"]
+        return plain | {
+            "batch": [65536, 262144, 1048576], "width": 768, "ranks": [1], "methods": rows, "repeats": 1,
+        }  # fmt: skip
+    return plain
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--batch", type=int, nargs="+", default=[1024, 2048, 4096, 8192], help="global batch sizes")
-    parser.add_argument("--width", type=int, default=512, help="embedding width D")
-    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2], choices=(1, 2))
-    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS), metavar="METHOD")
-    parser.add_argument("--repeats", type=int, default=5, help="rounds, after one to warm up")
+    parser.add_argument("--batch", type=int, nargs="+", help="global batch sizes (1,024 to 8,192)")
+    parser.add_argument("--width", type=int, help="embedding width D (512)")
+    parser.add_argument("--ranks", type=int, nargs="+", choices=(1, 2), help="(1 2)")
+    parser.add_argument("--methods", nargs="+", choices=list(METHODS), metavar="METHOD", help="(all that fit)")
+    parser.add_argument("--repeats", type=int, help="rounds, after one to warm up (5)")
+    parser.add_argument("--quick", action="store_true", help="CLIP's and SigLIP's rows at one size or two: a minute")
+    parser.add_argument("--large", action="store_true", help="CUDA: ours at B = 65,536, 262,144 and 1,048,576, D = 768")
     parser.add_argument("--threads", type=int, default=1, help="threads per rank")
     parser.add_argument("--wall", action="store_true", help="wall time instead of CPU time; for an idle machine")
     parser.add_argument("--no-memory", dest="memory", action="store_false", help="measure time only")
     parser.add_argument("--json", type=Path, help="write the figures here")
     parser.add_argument("--plot", type=Path, help="draw time and memory against B into this PNG")
     args = parser.parse_args()
+    for name, value in defaults(args, cuda=torch.cuda.is_available()).items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
 
     console = Console(width=110)
     rows: list[dict[str, Any]] = []

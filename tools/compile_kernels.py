@@ -120,7 +120,9 @@ def usage(compiled: Any) -> tuple[int, int]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--capability", type=int, default=90, choices=(80, 86, 89, 90, 100), help="of the card, times ten")
+    parser.add_argument(
+        "--capability", type=int, default=90, choices=(80, 86, 89, 90, 100), help="of the card, times ten"
+    )
     parser.add_argument("--quick", action="store_true", help="one variant of each kind")
     args = parser.parse_args()
     table = Table("kernel", "variant", "registers", "spilled bytes", "shared KiB", "warpgroup products")

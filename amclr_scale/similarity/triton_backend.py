@@ -15,7 +15,7 @@ With TRITON_INTERPRET=1, set before the first import of Triton, all of it runs o
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -25,7 +25,7 @@ from torch import Tensor
 
 from amclr_scale.similarity import triton_kernels as kernels
 from amclr_scale.similarity.blocks import Sigmoid, Statistics, TileCache, Weights
-from amclr_scale.similarity.precision import NARROW, Form, Operand, Operands, add_product
+from amclr_scale.similarity.precision import NARROW, Form, Operand, Operands, add_product, weight_parts
 from amclr_scale.similarity.settings import Settings
 from amclr_scale.similarity.triton_tiles import WIDTH_MULTIPLE, Kernel, Tile, span_shape, tile_of
 
@@ -41,7 +41,8 @@ class TritonBlocks:
         self.dtype, self.form, self.device = dtype, form, device
         self.span = span_shape(settings, form)
         self.given = form not in NARROW
-        self.widen = torch.float32 if form in NARROW and device.type == "cpu" else None  # else interpreted as integers
+        # Interpreted, bfloat16 matrices are multiplied as integers and rounded towards zero: leave both to PyTorch.
+        self.widen = torch.float32 if form in NARROW and device.type == "cpu" else None
         self.multiple = 1 if self.given else WIDTH_MULTIPLE if device.type == "cuda" else 16
         self.buffers: list[Tensor] = []
 
@@ -98,7 +99,7 @@ class TritonBlocks:
                     a, k, rows and rows[r], columns and columns[c], one,
                     None if shifted is None or positive_weight is None else (shifted, positive_weight[r]), cache,
                 )  # fmt: skip
-                _add_gradients(weights, a, k, d_anchors, d_keys, r, c)
+                _add_gradients(self._parts(weights), a, k, d_anchors, d_keys, r, c)
 
     def sigmoid(
         self,
@@ -130,7 +131,7 @@ class TritonBlocks:
                 ):
                     total.add_(found)
                 if store:
-                    _add_gradients(out, a, k, d_anchors, d_keys, r, c)
+                    _add_gradients(self._parts(out), a, k, d_anchors, d_keys, r, c)
 
     def _operands(self, anchors: Tensor, keys: Tensor) -> tuple[Operands, Operands]:
         options: dict[str, Any] = {"multiple": self.multiple, "widen": self.widen}
@@ -214,11 +215,14 @@ class TritonBlocks:
             return [self._buffer(1, b, n)]
         return [self._buffer(i, b, n) for i in range(2 if self.form == "split" else 1)]
 
+    def _parts(self, weights: list[Tensor]) -> Sequence[Tensor]:
+        return weights if self.widen is None else weight_parts(weights[0], self.form)
+
     def _buffer(self, number: int, b: int, n: int) -> Tensor:
         while len(self.buffers) <= number:
             self.buffers.append(torch.empty(0))
         if self.buffers[number].numel() < b * n:
-            dtype = self.dtype if self.given else torch.bfloat16
+            dtype = self.dtype if self.given else self.widen or torch.bfloat16
             self.buffers[number] = torch.empty(b * n, dtype=dtype, device=self.device)
         return self.buffers[number][: b * n].view(b, n)
 
@@ -276,7 +280,13 @@ def _numbers(side: Weights | None, unused: Tensor) -> tuple[Tensor, Tensor, Tens
 
 
 def _add_gradients(
-    weights: list[Tensor], a: Operand, k: Operand, d_anchors: Tensor | None, d_keys: Tensor | None, r: slice, c: slice
+    weights: Sequence[Tensor],
+    a: Operand,
+    k: Operand,
+    d_anchors: Tensor | None,
+    d_keys: Tensor | None,
+    r: slice,
+    c: slice,
 ) -> None:
     if d_anchors is not None:
         add_product(d_anchors[r], weights, k.parts)

@@ -15,7 +15,9 @@ EXAMPLES = {"torch": 1, "triton": 6}  # the interpreter is slow: one example of 
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    if metafunc.module.__name__.rpartition(".")[2] in BOTH and "cuda" not in metafunc.function.__dict__.get("marks", ()):
+    if metafunc.module.__name__.rpartition(".")[2] in BOTH and "cuda" not in metafunc.function.__dict__.get(
+        "marks", ()
+    ):
         marks = [] if INTERPRETED else [pytest.mark.skip(reason="needs triton, with TRITON_INTERPRET=1 and no GPU")]
         backends = ["torch", pytest.param("triton", marks=marks)]
         metafunc.parametrize("_backend", backends, indirect=True, scope="function")
