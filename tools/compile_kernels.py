@@ -3,8 +3,8 @@
     python tools/compile_kernels.py                      # every variant, for a Hopper GPU
     python tools/compile_kernels.py --capability 80 --quick
 
-Registers per thread (255 at most), bytes of registers spilled to memory per thread, and shared memory of a program. A
-spill in a table's shape is an error: the exit code is 1. Needs Triton, which brings its own assembler, and no GPU.
+Registers per thread (255 at most), bytes of registers spilled to memory per thread, and shared memory of a program. More
+than some values spilled (FEW bytes) are an error: the exit code is 1. Needs Triton, which brings its own assembler, and no GPU.
 """
 
 import argparse
@@ -33,6 +33,9 @@ POINTERS = {"A", "K", "W", "W_LOW", "SUMS", "PARTS", "OUT", "ONE", "SCALE", "BIA
 POINTERS |= {"POSITIVE", "POSITIVE_WEIGHT"}
 POINTERS |= {f"{side}_{name}" for side in ("ROW", "COLUMN") for name in ("RATE", "SHIFT", "FACTOR")}
 ALIGNED = ("stride_a", "stride_k", "stride_w")  # multiples of 16 elements in the sizes that matter
+
+
+FEW = 256
 
 
 @dataclass(frozen=True)
@@ -130,14 +133,14 @@ def main() -> int:
     for variant in variants(args.capability, quick=args.quick):
         compiled = variant.compile(args.capability)
         registers, bytes_out = usage(compiled)
-        spilled += bytes_out
+        spilled = max(spilled, bytes_out)
         wgmma = "yes" if "wgmma" in compiled.asm["ptx"] else ""
         name = variant.kernel.fn.__name__
         table.add_row(
             name, variant.label, str(registers), str(bytes_out), f"{compiled.metadata.shared / 1024:.0f}", wgmma
         )
     Console(width=140).print(f"triton {triton.__version__}, compute capability {args.capability / 10}", table)
-    return 1 if spilled else 0
+    return 1 if spilled > FEW else 0
 
 
 if __name__ == "__main__":

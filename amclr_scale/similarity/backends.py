@@ -7,7 +7,7 @@ import importlib.util
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, reduce
 
 import torch
 from torch import Tensor
@@ -111,10 +111,11 @@ def form_in_force(settings: Settings, features: torch.dtype, device: torch.devic
     return form_of(settings, features, fast_narrow=BACKENDS[chosen(settings, device)].fast_narrow(device))
 
 
-def blocks_for(settings: Settings, dtype: torch.dtype, image: Tensor, text: Tensor) -> Blocks:
-    """The backend for features like these; `dtype` is that of similarities."""
-    device = image.device
-    form = form_in_force(settings, torch.promote_types(image.dtype, text.dtype), device)
+def blocks_for(settings: Settings, dtype: torch.dtype, *features: Tensor | None) -> Blocks:
+    """The backend for these features, of which the widest type counts; `dtype` is that of similarities."""
+    given = [x for x in features if x is not None]
+    device = given[0].device
+    form = form_in_force(settings, reduce(torch.promote_types, (x.dtype for x in given)), device)
     return BACKENDS[chosen(settings, device)].make(settings, dtype, form, device)
 
 

@@ -66,7 +66,7 @@ class LogSums(torch.autograd.Function):
             positive = torch.empty_like(image_t, memory_format=torch.contiguous_format)
             images, texts = Statistics.empty(LOG2_E / image_t), Statistics.empty(LOG2_E / text_t)
             text_keys = plan.keys(text)
-            stream = _Stream(plan, blocks_for(plan.settings, plan.dtype, image, text), cache)
+            stream = _Stream(plan, blocks_for(plan.settings, plan.dtype, image, text, extra_text, extra_image), cache)
             if plan.distribution == "two_blocks":
                 stream.accumulate(image, text_keys, images, positive=positive)
                 stream.accumulate(text, plan.keys(image), texts)
@@ -108,7 +108,10 @@ class LogSums(torch.autograd.Function):
             total = image_positive + text_positive + (0 if d_positive is None else d_positive)
 
             stream = _Stream(
-                plan, blocks_for(plan.settings, plan.dtype, image, text), TileCache(tiles=tiles), total.to(plan.dtype)
+                plan,
+                blocks_for(plan.settings, plan.dtype, image, text, extra_text, extra_image),
+                TileCache(tiles=tiles),
+                total.to(plan.dtype),
             )
             d_image = torch.zeros_like(image, dtype=plan.dtype) if need_image else None
             d_text: Tensor | None = None

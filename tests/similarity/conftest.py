@@ -11,7 +11,11 @@ from amclr_scale.similarity import using
 
 BOTH = {"test_contrast", "test_contrast_ranks", "test_pairwise", "test_public_faults", "test_backends"}
 INTERPRETED = importlib.util.find_spec("triton") is not None and os.environ.get("TRITON_INTERPRET") == "1"
-EXAMPLES = {"torch": 1, "triton": 6}  # the interpreter is slow: one example of so many
+TORCH_ONLY = {  # too slow interpreted, and nothing that depends on the backend
+    "test_gradcheck", "test_feature_gradients_travel_only_in_reduce_scatter", "test_mistakes_are_named",
+    "test_a_ring_gathers_numbers_per_sample_only", "test_without_gradients_no_gradient_is_made",
+    "test_the_kernels_compile_for_a_card_that_is_not_here", "test_which_backend_and_precision_is_in_force",
+}  # fmt: skip
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

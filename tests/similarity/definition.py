@@ -1,10 +1,32 @@
 """What the similarity engine computes, written down plainly: whole matrices and autograd, in float64."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from hypothesis import given, settings
 from torch import Tensor
+
+from amclr_scale.similarity import current
+
+SLOWNESS = {"triton": 8}  # of a backend, which here is interpreted: it gets one example of so many
+
+
+def for_all(examples: int, **strategies: Any) -> Callable[[Callable[..., None]], Callable[[], None]]:
+    """A test on random examples: as many as the backend in force has time for."""
+
+    def decorate(check: Callable[..., None]) -> Callable[[], None]:
+        def test() -> None:
+            few = max(1, examples // SLOWNESS.get(current().backend, 1))
+            settings(max_examples=few, deadline=None, derandomize=True)(given(**strategies)(check))()
+
+        test.__name__ = check.__name__
+        return test
+
+    return decorate
+
 
 NAMES = ("image", "text", "image_temperature", "text_temperature")
 

@@ -5,11 +5,10 @@ import dataclasses
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from amclr_scale.similarity import Contrast, contrast, using
-from tests.similarity.definition import Inputs, both_sides, draw, relative_error
+from tests.similarity.definition import Inputs, both_sides, draw, for_all, relative_error
 
 OPTIONS = [
     pytest.param({"exclude_positive": exclude, "centred": centred}, id=f"exclude={exclude}-centred={centred}")
@@ -58,9 +57,8 @@ cases = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
-@given(B=st.integers(1, 40), case=cases)
 @pytest.mark.slow
+@for_all(60, B=st.integers(1, 40), case=cases)
 def test_float64_is_exact_to_1e_12(B, case):
     inputs = draw(B, case["D"], case["seed"], per_anchor=case["per_anchor"], extra=case["extra"])
     with using(chunk=case["chunk"], cache_bytes=case["cache_bytes"]):
@@ -68,9 +66,8 @@ def test_float64_is_exact_to_1e_12(B, case):
         assert worst_error(inputs, exclude_positive=exclude, centred=case["centred"]) < 1e-12
 
 
-@settings(max_examples=40, deadline=None, derandomize=True)
-@given(B=st.integers(8, 50), case=cases)
 @pytest.mark.slow
+@for_all(40, B=st.integers(8, 50), case=cases)
 def test_float32_is_exact_to_2e_6(B, case):
     inputs = draw(
         B, 8 + case["D"], case["seed"], dtype=torch.float32, per_anchor=case["per_anchor"], extra=case["extra"]

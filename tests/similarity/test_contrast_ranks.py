@@ -3,12 +3,11 @@
 import pytest
 import torch
 import torch.distributed as dist
-from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from amclr_scale.distributed import collectives
 from amclr_scale.similarity import all_sum, contrast, rank, using, world_size
-from tests.similarity.definition import both_sides, draw, relative_error
+from tests.similarity.definition import both_sides, draw, for_all, relative_error
 
 DISTRIBUTIONS = ["reduce_scatter", "column_sums", "two_blocks"]
 
@@ -69,8 +68,7 @@ cases = st.fixed_dictionaries(
 
 @pytest.mark.parametrize("W", [2, 3, 4])
 def test_ranks_are_one_big_batch(ranks, W):
-    @settings(max_examples=40, deadline=None, derandomize=True)
-    @given(case=cases)
+    @for_all(40, case=cases)
     def check(case):
         assert max(ranks(W, worst_error, **case)) < 1e-12
 

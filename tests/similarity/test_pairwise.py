@@ -2,11 +2,10 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from amclr_scale.similarity import pairwise, rank, using, world_size
-from tests.similarity.definition import draw, relative_error
+from tests.similarity.definition import draw, for_all, relative_error
 
 DISTRIBUTIONS = ["reduce_scatter", "column_sums", "two_blocks"]
 
@@ -42,8 +41,8 @@ def worst_error(b, D, seed, how, *, negatives="all", dtype="float64"):
     return max(relative_error(x, y) for x, y in zip(got, want, strict=True))
 
 
-@settings(max_examples=30, deadline=None, derandomize=True)
-@given(
+@for_all(
+    30,
     b=st.integers(1, 40),
     D=st.integers(1, 20),
     seed=st.integers(0, 10**6),

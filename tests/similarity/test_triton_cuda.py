@@ -33,13 +33,14 @@ def dense(image, text, t_image, t_text, extra, *, exclude_positive, centred):
     """Log-sums of both directions in float64."""
     s = image @ text.T
     out = []
-    for anchors_s, t, keys, anchors in ((s, t_image, extra, image), (s.T, t_text, None, text)):
-        if exclude_positive:
-            anchors_s = anchors_s.masked_fill(torch.eye(len(s), dtype=torch.bool, device="cuda"), -math.inf)
-        if keys is not None:
-            anchors_s = torch.cat([anchors_s, anchors @ keys.T], dim=1)
-        centre = s.diagonal()[:, None] if centred else 0
-        out.append(((anchors_s - centre) / t[:, None]).logsumexp(1))
+    left_out = (
+        torch.eye(len(s), dtype=torch.bool, device="cuda") if exclude_positive else torch.tensor(False, device="cuda")
+    )
+    centre = s.diagonal()[:, None] if centred else 0
+    for counted, t, keys, anchors in ((s, t_image, extra, image), (s.T, t_text, None, text)):
+        more = [] if keys is None else [anchors @ keys.T]
+        all_of_them = torch.cat([counted.masked_fill(left_out, -math.inf), *more], dim=1)
+        out.append(((all_of_them - centre) / t[:, None]).logsumexp(1))
     return out
 
 
