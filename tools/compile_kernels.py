@@ -3,8 +3,8 @@
     python tools/compile_kernels.py                      # every variant, for a Hopper GPU
     python tools/compile_kernels.py --capability 80 --quick
 
-Registers per thread (255 at most), bytes of registers spilled to memory per thread, and shared memory of a program. More
-than some values spilled (FEW bytes) are an error: the exit code is 1. Needs Triton, which brings its own assembler, and no GPU.
+Registers per thread (255 at most), bytes of registers spilled to memory per thread, and shared memory of a program. The
+exit code is 1 where a kernel spills more than a few values. Needs Triton, which brings its own assembler, and no GPU.
 """
 
 import argparse

@@ -19,9 +19,7 @@ TORCH_ONLY = {  # too slow interpreted, and nothing that depends on the backend
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    if metafunc.module.__name__.rpartition(".")[2] in BOTH and "cuda" not in metafunc.function.__dict__.get(
-        "marks", ()
-    ):
+    if metafunc.module.__name__.rpartition(".")[2] in BOTH and metafunc.function.__name__ not in TORCH_ONLY:
         marks = [] if INTERPRETED else [pytest.mark.skip(reason="needs triton, with TRITON_INTERPRET=1 and no GPU")]
         backends = ["torch", pytest.param("triton", marks=marks)]
         metafunc.parametrize("_backend", backends, indirect=True, scope="function")
