@@ -19,10 +19,6 @@ import torch
 import torch.multiprocessing as mp
 
 torch.set_num_threads(1)
-if (
-    not torch.cuda.is_available()
-):  # before anybody imports Triton: its kernels then run on CPU tensors, here and in ranks
-    os.environ["TRITON_INTERPRET"] = "1"
 
 SECONDS_PER_CALL = 240
 

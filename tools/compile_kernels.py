@@ -81,7 +81,7 @@ def variants(capability: int, *, quick: bool) -> list[Variant]:
         found.append(Variant(label, kernel, operand, weights, number, used, tile))
 
     for operand, width in (("bf16", 512),) if quick else (("bf16", 512), ("bf16", 768), ("fp16", 512), ("bf16", 1536)):
-        source = {"WIDTH": width, "GIVEN": False, "DOUBLE": False}
+        source = {"WIDTH": width, "GIVEN": False, "DOUBLE": False, "EVEN": True, "FAR": False}
         on = (True,) if quick else (False, True)
         for exclude in on:
             for go_on in on:
@@ -96,7 +96,7 @@ def variants(capability: int, *, quick: bool) -> list[Variant]:
             add(f"{operand} {width}, low={low}", kernels.sigmoid_kernel, operand, "bf16", "fp32", table["sigmoid"],
                 DIAGONAL=True, STORE=True, LOW=low, **source)  # fmt: skip
     for number in ("fp32",) if quick else ("fp32", "fp64"):
-        source = {"WIDTH": 16, "GIVEN": True, "DOUBLE": number == "fp64"}
+        source = {"WIDTH": 16, "GIVEN": True, "DOUBLE": number == "fp64", "EVEN": False, "FAR": True}
         for kernel_name in ("accumulate", "accumulate_columns"):
             add(f"given {number}, {kernel_name}", kernels.accumulate_kernel, number, number, number,
                 GIVEN[kernel_name], DIAGONAL=True, STORE_POSITIVE=True, EXCLUDE=True, CONTINUE=True,

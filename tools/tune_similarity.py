@@ -263,12 +263,12 @@ def main() -> None:
                           f"{8 * b * b * width / ms / 1e9:.0f} TFLOP/s, {mib:.0f} MiB", flush=True)  # fmt: skip
             for span in SPANS if i == 0 else ():
                 if time.monotonic() < deadline - 5:
-                    original = triton_tiles.SPANS["narrow"]
-                    triton_tiles.SPANS["narrow"] = span
+                    original = triton_tiles.SPANS["bf16"]
+                    triton_tiles.SPANS["bf16"] = span
                     try:
                         ms, mib = loss_ms(32768, width, torch.bfloat16, backend="triton")
                     finally:
-                        triton_tiles.SPANS["narrow"] = original
+                        triton_tiles.SPANS["bf16"] = original
                     out["spans"].append({"span": span, "batch": 32768, "width": width, "ms": ms, "mib": mib})
                     print(f"span {span}: loss B=32768 D={width} {ms:.2f} ms, {mib:.0f} MiB", flush=True)
         write()

@@ -34,7 +34,8 @@ class Settings:
 
     precision: Precision = "auto"
     """Of the operands of matrix products (`precision.py`): `fp32`; `bf16`, rounded; `split`, three bfloat16 products
-    for one. `auto`: the features' own on CUDA; for float32 features, `fp32` in a run of that precision, else `bf16`."""
+    for one. `auto`: the features' own on CUDA; for float32 features, `fp32` in a run of that precision, else
+    `split`."""
 
     run_precision: RunPrecision = "fp32"
     """Of the towers that make the features. Read by `precision="auto"` only: towers hand out float32 rows always."""

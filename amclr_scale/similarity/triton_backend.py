@@ -17,6 +17,7 @@ With TRITON_INTERPRET=1, set before the first import of Triton, all of it runs o
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -32,6 +33,7 @@ from amclr_scale.similarity.triton_tiles import WIDTH_MULTIPLE, Kernel, Tile, sp
 MERGED = 256  # anchors of one program of the merge kernel
 COMMON = 2048  # numbers at a time of the kernel that looks for a common exponential
 MOST_RUNS = 64
+FAR = 2**31  # entries from where offsets need 64 bits
 
 
 class TritonBlocks:
@@ -124,7 +126,7 @@ class TritonBlocks:
                 kernels.sigmoid_kernel[(programs,)](
                     A, K, out[0], out[-1], numbers.scale, numbers.bias, sums, b, n, *self._strides(A, K),
                     out[0].stride(0), shifted or 0, DIAGONAL=shifted is not None, STORE=store,
-                    LOW=self.form == "split", DOUBLE=self.dtype == torch.float64, **self._compiled(A, shape),
+                    LOW=self.form == "split", DOUBLE=self.dtype == torch.float64, **self._compiled(A, K, b, n, shape),
                 )  # fmt: skip
                 for total, found in zip(
                     (numbers.loss, numbers.d_scale, numbers.d_bias), sums.double().sum(1), strict=True
@@ -158,7 +160,7 @@ class TritonBlocks:
             A, A if K is None else K, side.rate, *into, side.rate if positive is None else positive, b, n, run,
             *self._strides(A, K), diagonal or 0, DIAGONAL=diagonal is not None and (exclude or positive is not None),
             STORE_POSITIVE=positive is not None, EXCLUDE=exclude, CONTINUE=parts is None,
-            **self._compiled(A, shape, grouped=False),
+            **self._compiled(A, K, b, n, shape, grouped=False),
         )  # fmt: skip
         if parts is not None:
             kernels.merge_kernel[(triton.cdiv(b, MERGED),)](side.rate, parts, *sums, b, runs, BM=MERGED)
@@ -182,7 +184,8 @@ class TritonBlocks:
         kernels.weights_kernel[(triton.cdiv(b, shape.BM) * triton.cdiv(n, shape.BN),)](
             A, K, out[0], out[-1], *numbers, of_positives, unused if one is None else one, b, n, *self._strides(A, K),
             out[0].stride(0), diagonal, ROWS=rows is not None, COLUMNS=columns is not None,
-            DIAGONAL=positive is not None, COMMON=one is not None, LOW=self.form == "split", **self._compiled(A, shape),
+            DIAGONAL=positive is not None, COMMON=one is not None, LOW=self.form == "split",
+            **self._compiled(A, K, b, n, shape),
         )  # fmt: skip
         return out
 
@@ -229,16 +232,21 @@ class TritonBlocks:
     def _strides(self, A: Tensor, K: Tensor | None) -> tuple[int, int]:
         return (A.stride(0), A.stride(1)) if K is None else (A.stride(0), K.stride(0))
 
-    def _compiled(self, A: Tensor, shape: Tile, *, grouped: bool = True) -> dict[str, Any]:
+    def _compiled(
+        self, A: Tensor, K: Tensor | None, b: int, n: int, shape: Tile, *, grouped: bool = True
+    ) -> dict[str, Any]:
         """What the kernels that make similarities are compiled for."""
+        furthest = max(b * n, *(x.shape[0] * x.stride(0) + x.shape[1] * x.stride(1) for x in (A, K) if x is not None))
         group = {"GROUP": shape.group} if grouped else {}
         return group | {
             "WIDTH": A.shape[1] if not self.given else shape.BK, "GIVEN": self.given, "BM": shape.BM, "BN": shape.BN,
-            "BK": shape.BK, "STAGES": shape.stages, "PRECISION": "ieee", "num_warps": shape.warps,
-            "num_stages": shape.stages,
+            "BK": shape.BK, "STAGES": shape.stages, "PRECISION": "ieee",
+            "EVEN": b % shape.BM == 0 and n % shape.BN == 0, "FAR": furthest >= FAR,
+            "num_warps": shape.warps, "num_stages": shape.stages,
         }  # fmt: skip
 
 
+@lru_cache(maxsize=256)
 def runs_of(b: int, n: int, shape: Tile, processors: int) -> tuple[int, int]:
     """(keys of a run, runs): so many that the card's multiprocessors finish together, and no more.
 
@@ -257,6 +265,7 @@ def runs_of(b: int, n: int, shape: Tile, processors: int) -> tuple[int, int]:
     return run, math.ceil(n / run)
 
 
+@lru_cache(maxsize=16)
 def _processors(device: torch.device) -> int:
     if device.type != "cuda":
         return 2  # interpreted: few enough that tests see both one run and several

@@ -11,7 +11,9 @@ them while they are in registers:
     weights_kernel       a tile of W
     sigmoid_kernel       a tile of a sigmoid loss's weights, and its sums
 
-Operands have a width that is a multiple of BK (padded with zeros), so that no load along it needs a mask.
+Operands have a width that is a multiple of BK (padded with zeros), so that no load along it needs a mask. EVEN says
+that tiles divide b and n, so that nothing does: a store that is masked entry by entry takes as long as the tile's product.
+FAR says that some offset in memory needs more than 32 bits.
 """
 
 import triton
@@ -25,20 +27,42 @@ COMMON_BITS = tl.constexpr(64.0)  # how far apart, in powers of two, shifts may 
 
 
 @triton.jit
+def _offset(rows, stride, FAR: tl.constexpr):
+    """Where rows begin."""
+    if FAR:
+        return rows.to(tl.int64) * stride
+    else:
+        return rows * stride
+
+
+@triton.jit
+def _numbers(X, at, size, other, EVEN: tl.constexpr):
+    """Entries `at` of X (size,)."""
+    if EVEN:
+        return tl.load(X + at)
+    else:
+        return tl.load(X + at, mask=at < size, other=other)
+
+
+@triton.jit
 def _similarities(
     A, K, om, on, b, n, stride_a, stride_k,
     WIDTH: tl.constexpr, GIVEN: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-    STAGES: tl.constexpr, PRECISION: tl.constexpr,
+    STAGES: tl.constexpr, PRECISION: tl.constexpr, EVEN: tl.constexpr, FAR: tl.constexpr,
 ):  # fmt: skip
     """(BM, BN): rows om of A times rows on of K, or if GIVEN entries of A with two strides; anything beyond b and n."""
     if GIVEN:
-        inside = (om < b)[:, None] & (on < n)[None, :]
-        entries = A + om[:, None].to(tl.int64) * stride_a + on[None, :].to(tl.int64) * stride_k
-        s = tl.load(entries, mask=inside, other=0.0)
+        entries = A + _offset(om, stride_a, FAR)[:, None] + _offset(on, stride_k, FAR)[None, :]
+        if EVEN:  # noqa: SIM108 - the other line is not compiled
+            s = tl.load(entries)
+        else:
+            s = tl.load(entries, mask=(om < b)[:, None] & (on < n)[None, :], other=0.0)
     else:
+        if not EVEN:
+            om, on = tl.where(om < b, om, 0), tl.where(on < n, on, 0)
         ok = tl.arange(0, BK)
-        left = A + tl.where(om < b, om, 0)[:, None].to(tl.int64) * stride_a + ok[None, :]
-        right = K + tl.where(on < n, on, 0)[None, :].to(tl.int64) * stride_k + ok[:, None]
+        left = A + _offset(om, stride_a, FAR)[:, None] + ok[None, :]
+        right = K + _offset(on, stride_k, FAR)[None, :] + ok[:, None]
         s = tl.zeros((BM, BN), tl.float32)
         for k in tl.range(0, WIDTH // BK, num_stages=STAGES):
             s = tl.dot(tl.load(left + k * BK), tl.load(right + k * BK), s, input_precision=PRECISION)
@@ -57,19 +81,19 @@ def _place(b, n, BM: tl.constexpr, BN: tl.constexpr, GROUP: tl.constexpr):
     return pm, pn
 
 
-@triton.jit(do_not_specialize=["b", "n", "run", "diagonal"])
+@triton.jit(do_not_specialize=["run", "diagonal"])
 def accumulate_kernel(
     A, K, RATE, SHIFT, MASS, MOMENT, POSITIVE, b, n, run, stride_a, stride_k, diagonal,
     WIDTH: tl.constexpr, GIVEN: tl.constexpr, DIAGONAL: tl.constexpr, STORE_POSITIVE: tl.constexpr,
     EXCLUDE: tl.constexpr, CONTINUE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-    STAGES: tl.constexpr, PRECISION: tl.constexpr,
+    STAGES: tl.constexpr, PRECISION: tl.constexpr, EVEN: tl.constexpr, FAR: tl.constexpr,
 ):  # fmt: skip
     """Statistics (runs, b), each over `run` keys. CONTINUE: there is one run, which goes on from what is there."""
     pm, part = tl.program_id(0), tl.program_id(1)
     T: tl.constexpr = RATE.dtype.element_ty
     om = pm * BM + tl.arange(0, BM)
     inside = om < b
-    rate = tl.load(RATE + om, mask=inside, other=1.0)
+    rate = _numbers(RATE, om, b, 1.0, EVEN)
     out = part.to(tl.int64) * b + om
     if CONTINUE:
         shift = tl.load(SHIFT + out, mask=inside, other=LOWEST)
@@ -84,7 +108,8 @@ def accumulate_kernel(
     for j in range(0, tl.cdiv(end - begin, BN)):
         first = begin + j * BN
         on = first + tl.arange(0, BN)
-        s = _similarities(A, K, om, on, b, n, stride_a, stride_k, WIDTH, GIVEN, BM, BN, BK, STAGES, PRECISION)
+        s = _similarities(A, K, om, on, b, n, stride_a, stride_k, WIDTH, GIVEN, BM, BN, BK, STAGES, PRECISION,
+                          EVEN, FAR)  # fmt: skip
         if DIAGONAL:
             offset = first - (pm * BM + diagonal)
             if (offset < BM) & (offset > -BN):  # the tile has a part of the diagonal
@@ -95,8 +120,9 @@ def accumulate_kernel(
                     tl.store(POSITIVE + om, tl.sum(tl.where(here, s, 0.0), 1), mask=held)
                 if EXCLUDE:
                     s = tl.where(here, MASKED, s)
-        if first + BN > end:
-            s = tl.where((on < end)[None, :], s, MASKED)
+        if not EVEN:  # noqa: SIM102 - decided when compiled; the rest when run
+            if first + BN > end:
+                s = tl.where((on < end)[None, :], s, MASKED)
         new = tl.maximum(tl.max(s, 1), shift)
         ours = (shift - new) * rate
         keep = tl.exp2(ours)
@@ -174,42 +200,49 @@ def common_kernel(ROW_RATE, ROW_SHIFT, COLUMN_RATE, COLUMN_SHIFT, OUT, b, n, BLO
 
 
 @triton.jit
-def _store(W, W_LOW, w, om, on, b, n, stride_w, LOW: tl.constexpr):
+def _store(W, W_LOW, w, om, on, b, n, stride_w, LOW: tl.constexpr, EVEN: tl.constexpr, FAR: tl.constexpr):
     """Store a tile in W's type; LOW: and in W_LOW what that leaves over."""
-    inside = (om < b)[:, None] & (on < n)[None, :]
-    at = om[:, None].to(tl.int64) * stride_w + on[None, :]
+    at = _offset(om, stride_w, FAR)[:, None] + on[None, :]
     high = w.to(W.dtype.element_ty)
-    tl.store(W + at, high, mask=inside)
-    if LOW:
-        tl.store(W_LOW + at, (w - high.to(tl.float32)).to(W.dtype.element_ty), mask=inside)
+    if EVEN:
+        tl.store(W + at, high)
+        if LOW:
+            tl.store(W_LOW + at, (w - high.to(tl.float32)).to(W.dtype.element_ty))
+    else:
+        inside = (om < b)[:, None] & (on < n)[None, :]
+        tl.store(W + at, high, mask=inside)
+        if LOW:
+            tl.store(W_LOW + at, (w - high.to(tl.float32)).to(W.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["b", "n", "diagonal"])
+@triton.jit(do_not_specialize=["diagonal"])
 def weights_kernel(
     A, K, W, W_LOW, ROW_RATE, ROW_SHIFT, ROW_FACTOR, COLUMN_RATE, COLUMN_SHIFT, COLUMN_FACTOR, POSITIVE_WEIGHT, ONE,
     b, n, stride_a, stride_k, stride_w, diagonal,
     WIDTH: tl.constexpr, GIVEN: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DIAGONAL: tl.constexpr,
     COMMON: tl.constexpr, LOW: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-    GROUP: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
+    GROUP: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr, EVEN: tl.constexpr, FAR: tl.constexpr,
 ):  # fmt: skip
     """W (b, n). COMMON: one exponential per pair if `common_kernel` says in ONE that it may be."""
     pm, pn = _place(b, n, BM, BN, GROUP)
     om, on = pm * BM + tl.arange(0, BM), pn * BN + tl.arange(0, BN)
-    s = _similarities(A, K, om, on, b, n, stride_a, stride_k, WIDTH, GIVEN, BM, BN, BK, STAGES, PRECISION)
+    s = _similarities(A, K, om, on, b, n, stride_a, stride_k, WIDTH, GIVEN, BM, BN, BK, STAGES, PRECISION,
+                      EVEN, FAR)  # fmt: skip
     if ROWS:
-        row_rate = tl.load(ROW_RATE + om, mask=om < b, other=0.0)
-        row_shift = tl.load(ROW_SHIFT + om, mask=om < b, other=0.0)
-        row_factor = tl.load(ROW_FACTOR + om, mask=om < b, other=0.0)
+        row_rate = _numbers(ROW_RATE, om, b, 0.0, EVEN)
+        row_shift = _numbers(ROW_SHIFT, om, b, 0.0, EVEN)
+        row_factor = _numbers(ROW_FACTOR, om, b, 0.0, EVEN)
     if COLUMNS:
-        column_rate = tl.load(COLUMN_RATE + on, mask=on < n, other=0.0)
-        column_shift = tl.load(COLUMN_SHIFT + on, mask=on < n, other=0.0)
-        column_factor = tl.load(COLUMN_FACTOR + on, mask=on < n, other=0.0)
+        column_rate = _numbers(COLUMN_RATE, on, n, 0.0, EVEN)
+        column_shift = _numbers(COLUMN_SHIFT, on, n, 0.0, EVEN)
+        column_factor = _numbers(COLUMN_FACTOR, on, n, 0.0, EVEN)
     if COMMON:
         one, largest, rate = tl.load(ONE), tl.load(ONE + 1), tl.load(ONE + 2)
         if one > 0.5:
             of_row = row_factor * tl.exp2((largest - row_shift) * rate)
             of_column = column_factor * tl.exp2((largest - column_shift) * rate)
-            s = tl.exp2((s - largest) * rate) * (of_row[:, None] + of_column[None, :])
+            # Not (s - largest) * rate: one operation less per entry, and the digits it loses are beyond 16 bits.
+            s = tl.exp2(s * rate - largest * rate) * (of_row[:, None] + of_column[None, :])
         else:
             of_rows = row_factor[:, None] * tl.exp2((s - row_shift[:, None]) * row_rate[:, None])
             s = of_rows + column_factor[None, :] * tl.exp2((s - column_shift[None, :]) * column_rate[None, :])
@@ -226,9 +259,9 @@ def weights_kernel(
     if DIAGONAL:
         offset = pn * BN - (pm * BM + diagonal)
         if (offset < BM) & (offset > -BN):
-            positive_weight = tl.load(POSITIVE_WEIGHT + om, mask=om < b, other=0.0)
+            positive_weight = _numbers(POSITIVE_WEIGHT, om, b, 0.0, EVEN)
             w = tl.where(on[None, :] == om[:, None] + diagonal, positive_weight[:, None], w)
-    _store(W, W_LOW, w, om, on, b, n, stride_w, LOW)
+    _store(W, W_LOW, w, om, on, b, n, stride_w, LOW, EVEN, FAR)
 
 
 @triton.jit
@@ -249,17 +282,18 @@ def _log_1_plus(z):
     return 2.0 * y * series
 
 
-@triton.jit(do_not_specialize=["b", "n", "diagonal"])
+@triton.jit(do_not_specialize=["diagonal"])
 def sigmoid_kernel(
     A, K, W, W_LOW, SCALE, BIAS, SUMS, b, n, stride_a, stride_k, stride_w, diagonal,
     WIDTH: tl.constexpr, GIVEN: tl.constexpr, DIAGONAL: tl.constexpr, STORE: tl.constexpr, LOW: tl.constexpr,
     DOUBLE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
-    STAGES: tl.constexpr, PRECISION: tl.constexpr,
+    STAGES: tl.constexpr, PRECISION: tl.constexpr, EVEN: tl.constexpr, FAR: tl.constexpr,
 ):  # fmt: skip
     """Q (b, n) if STORE, and in SUMS (3, programs) this tile's sums of losses, of Q s and of Q."""
     pm, pn = _place(b, n, BM, BN, GROUP)
     om, on = pm * BM + tl.arange(0, BM), pn * BN + tl.arange(0, BN)
-    s = _similarities(A, K, om, on, b, n, stride_a, stride_k, WIDTH, GIVEN, BM, BN, BK, STAGES, PRECISION)
+    s = _similarities(A, K, om, on, b, n, stride_a, stride_k, WIDTH, GIVEN, BM, BN, BK, STAGES, PRECISION,
+                      EVEN, FAR)  # fmt: skip
     logits = s * tl.load(SCALE) + tl.load(BIAS)  # -y r, once the positives' sign is turned
     if DIAGONAL:
         logits = tl.where(on[None, :] == om[:, None] + diagonal, -logits, logits)
@@ -273,13 +307,14 @@ def sigmoid_kernel(
     q = tl.where(logits >= 0.0, 1.0, z) / (1.0 + z)
     if DIAGONAL:
         q = tl.where(on[None, :] == om[:, None] + diagonal, -q, q)
-    inside = (om < b)[:, None] & (on < n)[None, :]
-    loss = tl.where(inside, loss, 0.0)
-    q = tl.where(inside, q, 0.0)
+    if not EVEN:
+        inside = (om < b)[:, None] & (on < n)[None, :]
+        loss = tl.where(inside, loss, 0.0)
+        q = tl.where(inside, q, 0.0)
     program = tl.program_id(0)
     programs = tl.num_programs(0)
     tl.store(SUMS + program, tl.sum(tl.sum(loss, 1), 0))
     tl.store(SUMS + programs + program, tl.sum(tl.sum(q * s, 1), 0))
     tl.store(SUMS + 2 * programs + program, tl.sum(tl.sum(q, 1), 0))
     if STORE:
-        _store(W, W_LOW, q, om, on, b, n, stride_w, LOW)
+        _store(W, W_LOW, q, om, on, b, n, stride_w, LOW, EVEN, FAR)

@@ -16,7 +16,6 @@ from typing import Literal
 
 import torch
 
-from amclr_scale.similarity.precision import NARROW as NARROW_FORMS
 from amclr_scale.similarity.precision import Form
 from amclr_scale.similarity.settings import Settings
 
@@ -72,14 +71,16 @@ NARROW: dict[Memory, dict[Kernel, Tile]] = {
 
 MEMORY: dict[tuple[int, int], Memory] = {(8, 0): "medium", (9, 0): "large", (10, 0): "large", (10, 3): "large"}
 """By compute capability; others have less."""
-SPANS = {"narrow": (8192, 8192), "wide": (4096, 4096)}  # rows and columns; 16-bit operands, wider ones
+SPANS: dict[Form, tuple[int, int]] = {  # rows and columns; at most 256 MiB
+    "bf16": (8192, 16384), "fp16": (8192, 16384), "split": (8192, 8192), "fp32": (4096, 4096), "fp64": (4096, 4096),
+}  # fmt: skip
 
 
 def span_shape(settings: Settings, form: Form) -> tuple[int, int]:
     """Rows and columns of weights (16-bit operands) or similarities that are in memory at once."""
     if settings.chunk != "auto":
         return settings.chunk, settings.chunk
-    return SPANS["narrow" if form in NARROW_FORMS else "wide"]
+    return SPANS[form]
 
 
 def span_bytes(form: Form) -> int:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from amclr_scale.similarity import current
 
-SLOWNESS = {"triton": 8}  # of a backend, which here is interpreted: it gets one example of so many
+SLOWNESS = {"triton": 20}  # of a backend, which here is interpreted: it gets one example of so many
 
 
 def for_all(examples: int, **strategies: Any) -> Callable[[Callable[..., None]], Callable[[], None]]:

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from amclr_scale.similarity import backends, contrast, describe, using
+from amclr_scale.similarity import backends, contrast, current, describe, using
+from amclr_scale.similarity.precision import form_of
 from amclr_scale.similarity.settings import Settings
 from tests.similarity import test_contrast_ranks as over_ranks
 from tests.similarity import test_pairwise as sigmoid
@@ -35,6 +36,20 @@ def test_operands_are_as_exact_as_they_say(precision, options):
     assert error < ERRORS[precision]
     if precision == "bf16":
         assert error > 1e-4  # rounding happened
+
+
+@pytest.mark.parametrize("far", [False, True])
+@pytest.mark.parametrize("precision", list(ERRORS))
+def test_sizes_that_tiles_divide(precision, far, monkeypatch):
+    """Where nothing is masked, with offsets of 32 bits and of 64."""
+    if current().backend == "triton":
+        monkeypatch.setattr("amclr_scale.similarity.triton_backend.FAR", 1 if far else 2**31)
+    inputs = draw(128, 32, 0, dtype=torch.float32)
+    inputs.upstream.abs_()
+    with using(precision=precision):
+        assert worst_error(inputs, exclude_positive=far, centred=True) < ERRORS[precision]
+    error = sigmoid.worst_error(128, 32, 0, {"precision": precision}, dtype="float32")
+    assert error < ERRORS[precision]
 
 
 @pytest.mark.parametrize("dtype", ROWS_OF_16_BITS)
@@ -94,6 +109,9 @@ def test_which_backend_and_precision_is_in_force(monkeypatch):
     assert describe(Settings(), CPU).startswith("torch backend on cpu, float32 operands")
     assert describe(Settings(run_precision="bf16"), CPU).startswith("torch backend on cpu, float32 operands")
     assert "split" in describe(Settings(precision="split"), CPU)
+    assert form_of(Settings(run_precision="bf16"), torch.float32, fast_narrow=True) == "split"
+    assert form_of(Settings(run_precision="bf16"), torch.bfloat16, fast_narrow=True) == "bf16"
+    assert form_of(Settings(run_precision="fp32"), torch.float32, fast_narrow=True) == "fp32"
     assert "float64" in describe(Settings(), CPU, torch.float64)
     backends._triton_missing.cache_clear()
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)

@@ -96,13 +96,13 @@ def test_temperatures_per_anchor_extra_keys_and_spans(dtype):
 
 
 def test_split_operands_are_nearly_as_good_as_float32():
-    outputs, gradients = errors(512, torch.float32, precision="split")
+    outputs, gradients = errors(512, torch.float32, run_precision="bf16")
     assert outputs < 4e-6
     assert gradients < 4e-5
 
 
 def test_rounded_rows_cost_no_more_than_their_rounding():
-    outputs, gradients = errors(512, torch.float32, run_precision="bf16")
+    outputs, gradients = errors(512, torch.float32, precision="bf16")
     assert outputs < 1e-3
     assert 1e-4 < gradients < 1e-2
 
