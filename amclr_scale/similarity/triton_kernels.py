@@ -12,7 +12,7 @@ them while they are in registers:
     sigmoid_kernel       a tile of a sigmoid loss's weights, and its sums
 
 Operands have a width that is a multiple of BK (padded with zeros), so that no load along it needs a mask. EVEN says
-that tiles divide b and n, so that nothing does: a store that is masked entry by entry takes as long as the tile's product.
+that tiles divide b and n, so that nothing does: a store masked entry by entry takes as long as the tile's product.
 FAR says that some offset in memory needs more than 32 bits.
 """
 
