@@ -20,7 +20,7 @@ FEWEST = 40  # tests, or the selection in conftest.py has lost some
 def test_the_similarity_tests_pass_interpreted():
     folder = Path(__file__).parent
     environment = os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "--durations=8", str(folder)]
+    command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", "--durations=8", str(folder)]
     done = subprocess.run(
         command, env=environment, cwd=folder.parents[1], capture_output=True, text=True, check=False, timeout=850
     )
