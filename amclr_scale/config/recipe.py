@@ -306,5 +306,8 @@ class Evaluation(Section):
     """Bootstrap resamples behind every 95 % interval; 0: no intervals."""
     geometry: bool = False
     """Also measure alignment, uniformity, modality gap, diversity, tolerance and effective rank of each split."""
+    evaluators: list[str] = Field([])
+    """Further evaluators of every split, beside retrieval, zero-shot, composition and geometry: names of
+    evaluation/evaluators.py."""
     probes: list[Probe] = Field([])
     """Classifiers to learn from frozen features."""

@@ -7,6 +7,7 @@ from pathlib import Path
 from amclr_scale.evaluation.numbers import Comparison, Number, compare
 from amclr_scale.evaluation.table import DETAILS
 from amclr_scale.evaluation.temperatures import Histogram
+from amclr_scale.metrics.scores import is_share, words_of
 
 Measured = Mapping[str, Mapping[str, Number]]  # by split, by name
 
@@ -22,9 +23,13 @@ def comparisons(first: Measured, second: Measured, *, resamples: int) -> dict[st
 
 
 def comparison_lines(found: Mapping[str, Comparison]) -> list[str]:
-    """One line per number, in percentage points with the 95 % interval of the difference."""
+    """One line per number with the 95 % interval of the difference; shares in percentage points."""
+
+    def written(name: str, value: float) -> str:
+        return f"{100 * value:+.2f}" if is_share(name) else f"{value:+.4g}"
+
     return [
-        f"{name}: {100 * one.difference:+.2f} [{100 * one.low:+.2f}, {100 * one.high:+.2f}]"
+        f"{name}: {written(name, one.difference)} [{written(name, one.low)}, {written(name, one.high)}]"
         + (" *" if one.low > 0 or one.high < 0 else "")
         for name, one in found.items()
     ]
@@ -48,9 +53,9 @@ def markdown(
     lines = ["# Evaluation", "", "Shares in percent with their 95 % intervals; the rest as it is.", ""]
     lines += ["| | " + " | ".join(models) + " | chance |", "|---" * (len(models) + 2) + "|"]
     for name in names:
-        chance = next((found[f"{name}/chance"] for found in results.values() if f"{name}/chance" in found), None)
         cells = [_cell(found, name) for found in results.values()]
-        lines.append(f"| {name} | {' | '.join(cells)} | {'' if chance is None else f'{100 * chance:.2f}'} |")
+        guessed = next((words for found in results.values() if (words := _chance(found, name))), "")
+        lines.append(f"| {name} | {' | '.join(cells)} | {guessed} |")
     lines += ["", *(f"- {words}" for words in prompts)] if prompts else []
     for pair, found in compared.items():
         lines += ["", f"## {pair}", "", "Percentage points, paired over items; * where the interval excludes zero.", ""]
@@ -63,14 +68,31 @@ def _is_detail(name: str) -> bool:
 
 
 def _cell(found: Mapping[str, float], name: str) -> str:
+    """A number with its interval."""
     if name not in found:
         return ""
-    if f"{name}/stderr" not in found:
-        return f"{found[name]:.6g}"
-    interval = (
-        f" [{100 * found[f'{name}/low']:.1f}, {100 * found[f'{name}/high']:.1f}]" if f"{name}/low" in found else ""
-    )
-    return f"{100 * found[name]:.1f}{interval}"
+    ends = [found[f"{name}/{end}"] for end in ("low", "high") if f"{name}/{end}" in found]
+    share = is_share(name, found)
+    one, *rest = [f"{100 * value:.1f}" if share else f"{value:.6g}" for value in (found[name], *ends)]
+    return f"{one} [{', '.join(rest)}]" if rest else one
+
+
+def _chance(found: Mapping[str, float], name: str) -> str:
+    """What guessing gives, where it is known."""
+    if f"{name}/chance" not in found:
+        return ""
+    value = found[f"{name}/chance"]
+    return f"{100 * value:.2f}" if is_share(name, found) else f"{value:.4g}"
+
+
+def in_words(results: Mapping[str, float]) -> list[str]:
+    """The results of one model as a table of Markdown, a line per number."""
+    rows = []
+    for name in results:
+        if not _is_detail(name):
+            split, percent = name.rpartition("/")[0], ", %" if is_share(name, results) else ""
+            rows.append(f"| {split} | {words_of(name)}{percent} | {_cell(results, name)} | {_chance(results, name)} |")
+    return ["| held out | measure | value | chance |", "|---|---|---|---|", *rows]
 
 
 def write(

@@ -26,8 +26,10 @@ import torch
 from torch import Tensor
 
 from amclr_scale.distributed.collectives import rank
+from amclr_scale.evaluation.chance import guessed
 from amclr_scale.evaluation.numbers import Number, mean_of, number
 from amclr_scale.evaluation.shares import gather_rows, sum_over_ranks
+from amclr_scale.metrics.scores import RETRIEVAL
 
 KS = (1, 5, 10)
 TILE = {"cpu": (512, 1024), "cuda": (4096, 16384)}  # on CPU it stays in the cache between product and counting
@@ -52,24 +54,13 @@ class Ranks:
     def numbers(self) -> dict[str, Number]:
         """R@k both ways, their means, and what guessing gives. Intervals resample images with all their captions."""
         N, images = len(self.image_to_text), self.image_of_text
-        captions = torch.bincount(images, minlength=N)
-        numbers: dict[str, Number] = {}
-        for k in KS:
-            chance = float(_best_of_several(captions, self.rivals_of_image, k).mean())
-            numbers[f"image_to_text_R@{k}"] = number(_hits(self.image_to_text, k), chance=chance)
-        numbers["image_to_text_R@mean"] = mean_of(*(numbers[f"image_to_text_R@{k}"] for k in KS))
-        for k in KS:
-            hits = _hits(self.text_to_image, k)
-            numbers[f"text_to_image_R@{k}"] = number(hits, clusters=images, chance=min(1.0, k / N))
-        numbers["text_to_image_R@mean"] = mean_of(*(numbers[f"text_to_image_R@{k}"] for k in KS))
+        captions, others = torch.bincount(images, minlength=N), torch.tensor([N - 1])
+        numbers = _direction("image_to_text", self.image_to_text, None, captions, self.rivals_of_image)
+        numbers |= _direction("text_to_image", self.text_to_image, images, None, others)
         numbers["R@mean"] = mean_of(numbers["image_to_text_R@mean"], numbers["text_to_image_R@mean"])
         if self.copies.any():
-            left = (N - self.copies).double()
-            for k in KS:
-                hits, chance = _hits(self.text_to_image_filtered, k), float((k / left).clamp(max=1).mean())
-                numbers[f"text_to_image_filtered_R@{k}"] = number(hits, clusters=images, chance=chance)
-            of_ks = [numbers[f"text_to_image_filtered_R@{k}"] for k in KS]
-            numbers["text_to_image_filtered_R@mean"] = mean_of(*of_ks)
+            found, wrong = self.text_to_image_filtered, N - 1 - self.copies
+            numbers |= _direction("text_to_image_filtered", found, images, None, wrong)
         return numbers
 
     def plain(self) -> dict[str, float]:
@@ -83,17 +74,18 @@ class Ranks:
         }
 
 
-def _hits(ranks: Tensor, k: int) -> Tensor:
-    return (ranks <= k).double()
-
-
-def _best_of_several(right: Tensor, wrong: Tensor, k: int) -> Tensor:
-    """Probability that one of `right` among `right + wrong` shuffled candidates comes in the first k."""
-    right, wrong = right.double(), wrong.double()
-    miss = torch.ones_like(right)
-    for i in range(k):  # the i-th place goes to a wrong candidate, given that all before it did
-        miss = miss * ((wrong - i).clamp(min=0) / (right + wrong - i).clamp(min=1))
-    return 1 - miss
+def _direction(
+    name: str, ranks: Tensor, clusters: Tensor | None, right: Tensor | None, wrong: Tensor
+) -> dict[str, Number]:
+    """Every number of one direction."""
+    numbers: dict[str, Number] = {}
+    for column, score in RETRIEVAL.scores.items():
+        if score.ranked:
+            values = score.values(ranks).double()
+            numbers[f"{name}_{column}"] = number(values, clusters=clusters, chance=guessed(score, right, wrong))
+        elif column == "R@mean":
+            numbers[f"{name}_{column}"] = mean_of(*(numbers[f"{name}_R@{k}"] for k in KS))
+    return numbers
 
 
 @torch.no_grad()

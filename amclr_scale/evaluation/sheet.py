@@ -8,8 +8,8 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from amclr_scale.evaluation.encode import Encode, encode_images, encode_texts
+from amclr_scale.evaluation.evaluators import gallery
 from amclr_scale.evaluation.retrieval import tie
-from amclr_scale.evaluation.run import gallery
 from amclr_scale.evaluation.shares import gather_rows, share
 from amclr_scale.evaluation.splits import Task
 from amclr_scale.similarity import top_k

@@ -7,29 +7,9 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-DETAILS = ("chance", "stderr", "low", "high")
+from amclr_scale.metrics.scores import GROUPS, Group, is_share
 
-# A table: its first column's heading, its rows by the prefix of their numbers, its columns by the rest of the name.
-RETRIEVAL = (
-    "retrieval",
-    {
-        "image_to_text": "image to text",
-        "text_to_image": "text to image",
-        "text_to_image_filtered": "text to image, filtered",
-    },
-    {"R@1": "R@1", "R@5": "R@5", "R@10": "R@10", "R@mean": "mean", "median_rank": "median rank"},
-)
-ACCURACY = (
-    "classification",
-    {
-        "zero_shot": "zero-shot",
-        "probe": "linear",
-        "knn": "kNN",
-        "probe_tower": "linear, before head",
-        "knn_tower": "kNN, before head",
-    },
-    {"top1": "top 1", "top3": "top 3", "top5": "top 5", "top10": "top 10", "mean_per_class": "mean per class"},
-)
+DETAILS = ("chance", "stderr", "low", "high")
 
 
 def table(results: Mapping[str, float], *, width: int = 130) -> str:
@@ -41,8 +21,8 @@ def table(results: Mapping[str, float], *, width: int = 130) -> str:
     console = Console(file=out, width=width, force_terminal=False)
     for split, found in _by_split(results).items():
         left = dict(found)
-        for heading, rows, columns in (RETRIEVAL, ACCURACY):
-            made = _grid(found, left, f"{split}: {heading}", rows, columns)
+        for group in GROUPS:
+            made = _grid(found, left, split, group) if group.table else None
             if made is not None:
                 console.print(made)
         rest = [f"{name.replace('_', ' ')} {_plain(found, name)}" for name in left if "/" not in name]
@@ -64,21 +44,19 @@ def _by_split(results: Mapping[str, float]) -> dict[str, dict[str, float]]:
     return splits
 
 
-def _grid(
-    found: Mapping[str, float],
-    left: dict[str, float],
-    heading: str,
-    rows: Mapping[str, str],
-    columns: Mapping[str, str],
-) -> Table | None:
+def _grid(found: Mapping[str, float], left: dict[str, float], split: str, group: Group) -> Table | None:
+    """A group's numbers, taken out of what is left to be shown."""
+    columns = group.scores
+    rows = {row: words for row, words in group.rows.items() if row}
     present = {row: words for row, words in rows.items() if any(f"{row}_{column}" in found for column in columns)}
     if not present:
         return None
     shown = [column for column in columns if any(f"{row}_{column}" in found for row in present)]
-    grid = Table(title=f"{heading}, %", title_justify="left", title_style="bold", box=SIMPLE_HEAD)
+    percent = ", %" if any(columns[column].unit == "points" for column in shown) else ""
+    grid = Table(title=f"{split}: {group.heading}{percent}", title_justify="left", title_style="bold", box=SIMPLE_HEAD)
     grid.add_column("")
     for column in shown:
-        grid.add_column(columns[column], justify="right")
+        grid.add_column(columns[column].label, justify="right")
     chance: dict[str, set[str]] = {column: set() for column in shown}
     for row, words in present.items():
         cells = []
@@ -88,7 +66,8 @@ def _grid(
                 left.pop(key, None)
             cells.append(_plain(found, name) if name in found else "")
             if f"{name}/chance" in found:
-                chance[column].add(f"{100 * found[f'{name}/chance']:.2f}")
+                guessed = found[f"{name}/chance"]
+                chance[column].add(f"{100 * guessed:.2f}" if is_share(name, found) else f"{guessed:.4g}")
         grid.add_row(words, *cells)
     if any(chance.values()):
         grid.add_section()
@@ -97,9 +76,16 @@ def _grid(
 
 
 def _plain(found: Mapping[str, float], name: str) -> str:
-    value = found[name]
-    if f"{name}/stderr" not in found:
+    """A number with its interval, or its standard error, or alone."""
+
+    def written(key: str) -> str:
+        value = found[key]
+        if is_share(name, found):
+            return f"{100 * value:.1f}"
         return f"{value:,.0f}" if value.is_integer() else f"{value:,.4g}"
+
+    if f"{name}/stderr" not in found:
+        return written(name)
     if f"{name}/low" not in found:
-        return f"{100 * value:.1f} +- {100 * found[f'{name}/stderr']:.1f}"
-    return f"{100 * value:.1f} [{100 * found[f'{name}/low']:.1f}, {100 * found[f'{name}/high']:.1f}]"
+        return f"{written(name)} +- {written(f'{name}/stderr')}"
+    return f"{written(name)} [{written(f'{name}/low')}, {written(f'{name}/high')}]"

@@ -14,11 +14,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from amclr_scale.errors import UserError
+from amclr_scale.evaluation.chance import guessed
 from amclr_scale.evaluation.numbers import Number, number
 from amclr_scale.evaluation.retrieval import tie
 from amclr_scale.evaluation.shares import gather_rows
+from amclr_scale.metrics.scores import CLASSIFICATION
 
-KS = (1, 3, 5, 10)
 ROWS = 1024  # images compared with all classes at once
 
 
@@ -63,11 +64,12 @@ def class_ranks(image: Tensor, classes: Tensor, labels: Tensor) -> Tensor:
 
 
 def accuracies(ranks: Tensor, labels: Tensor, num_classes: int, *, name: str = "zero_shot") -> dict[str, Number]:
-    """Top-1, 3, 5, 10 and the mean over the classes present of their top-1: from places (N,) and labels (N,)."""
+    """Every score of CLASSIFICATION, from places (N,) and labels (N,); the mean per class over the classes present."""
+    wrong = torch.tensor([num_classes - 1])
     numbers = {
-        f"{name}_top{k}": number((ranks <= k).double(), chance=min(1.0, k / num_classes))
-        for k in KS
-        if k == 1 or k < num_classes
+        f"{name}_{column}": number(score.values(ranks).double(), chance=guessed(score, None, wrong))
+        for column, score in CLASSIFICATION.scores.items()
+        if score.ranked and (score.within is None or score.within == 1 or score.within < num_classes)
     }
     sizes = torch.bincount(labels, minlength=num_classes)
     numbers[f"{name}_mean_per_class"] = number(

@@ -4,10 +4,17 @@ import json
 from pathlib import Path
 from typing import Any
 
+from amclr_scale.metrics.scores import score_of
+
 
 def read(folder: Path) -> list[dict[str, Any]]:
     """The records of a run's metrics.jsonl."""
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def _is_drawn(key: str) -> bool:
+    score = score_of(key)
+    return score is not None and score.drawn
 
 
 def draw(folder: Path) -> Path:
@@ -24,7 +31,7 @@ def draw(folder: Path) -> Path:
     records = read(folder)
     training = [r for r in records if "objective/objective" in r]
     tests = [r for r in records if any(key.startswith("eval/") for key in r)]
-    keys = sorted({key for r in tests for key in r if key.startswith("eval/") and key.endswith(("_R@1", "_top1"))})
+    keys = sorted({key for r in tests for key in r if key.startswith("eval/") and _is_drawn(key)})
     figure, (above, below) = plt.subplots(2, 1, figsize=(8, 7), sharex=True, height_ratios=(2, 3))
     above.plot(
         [r["samples"] for r in training], [r["objective/objective"] for r in training], color="black", linewidth=1

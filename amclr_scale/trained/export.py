@@ -25,6 +25,7 @@ from amclr_scale.data.names import short_names
 from amclr_scale.data.tokenizers import load_tokenizer
 from amclr_scale.errors import UserError
 from amclr_scale.evaluation.models import TEXT_TOWER
+from amclr_scale.evaluation.report import in_words
 from amclr_scale.metrics.run_folder import MODULE
 
 
@@ -119,17 +120,9 @@ def card(state: dict[str, Any], config: Config, results: dict[str, Any]) -> str:
     shards = ", ".join(short_names(listed).values())  # no paths of the machine that it was made on
     tokenizer = short_names([config.data.tokenizer])[config.data.tokenizer]
     size = config.data.image_size
-    rows = [f"| {name} | {value:.4f} |" for name, value in results.items() if isinstance(value, int | float)]
-    heading = [
-        "",
-        "## Results",
-        "",
-        f"Measured in {config.execution.precision}.",
-        "",
-        "| measure | value |",
-        "|---|---|",
-    ]
-    measured = [*heading, *rows] if rows else []
+    numbers = {name: float(value) for name, value in results.items() if isinstance(value, int | float)}
+    heading = ["", "## Results", "", f"Measured in {config.execution.precision}.", ""]
+    measured = [*heading, *in_words(numbers)] if numbers else []
     return "\n".join(
         [
             "# A dual encoder of images and texts",

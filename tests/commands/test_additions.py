@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.evaluation.shards import write_split
+
 pytestmark = pytest.mark.launch
 
 ROOT = Path(__file__).parents[2]
@@ -17,10 +19,10 @@ SMALL = [
 ]  # fmt: skip
 
 
-ADDITIONS = ["hook", "optimizer"]
+ADDITIONS = ["hook", "optimizer", "score", "evaluator"]
 ALL = ["optimizer.name=signum", "optimizer.options.forget=0.5", "optimizer.lr=1e-4", "execution.zero_stage=2"]
 JOBS = {  # a run's name -> its further words
-    "whole": ALL,
+    "whole": [*ALL, "evaluation.splits=[HELD_OUT]", "evaluation.evaluators=[nearness]"],
     "stopped": [*ALL, "train.max_hours=1e-9"],  # after its first step
     "stopped again": [*ALL, "resume=auto"],
     "another": [*ALL, "optimizer.options.forget=0.9"],
@@ -34,10 +36,12 @@ def jobs(tmp_path_factory):
     environment = {**os.environ, "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         environment.pop(name, None)
+    held_out = str(write_split(folder / "held_out", 23))
     lines = [[*SMALL, f"run.folder={folder}", f"run.name={name.split()[0]}", *words] for name, words in JOBS.items()]
+    typed = "".join(json.dumps(words).replace("HELD_OUT", held_out) + "\n" for words in lines)
     command = [sys.executable, "-m", "tests.commands.additions.job", *ADDITIONS]
     done = subprocess.run(
-        command, cwd=ROOT, env=environment, input="".join(json.dumps(words) + "\n" for words in lines),
+        command, cwd=ROOT, env=environment, input=typed,
         capture_output=True, text=True, timeout=280, check=False,
     )  # fmt: skip
     codes = [int(line.split()[-1]) for line in done.stdout.splitlines() if line.startswith("exit code ")]
@@ -58,7 +62,7 @@ def test_a_hook(jobs):
     folder, _ = jobs
     whole = numbers(folder / "whole")
     assert whole["mean_scale_steps"] == 4
-    assert numbers(folder / "stopped") == whole
+    assert numbers(folder / "stopped") == {name: whole[name] for name in ("mean_scale", "mean_scale_steps")}
     assert (folder / "stopped/checkpoints/step_00000001/mean_scale.safetensors").exists()
 
 
@@ -71,3 +75,27 @@ def test_an_optimizer(jobs):
     assert whole[0] == another[0]
     assert whole[-1] != another[-1]
     assert "options:\n    forget: 0.5" in (folder / "whole/config.yaml").read_text()
+
+
+def test_scores_of_rankings(jobs):
+    """A share and one that is none: measured with errors and chance, shown, drawn."""
+    folder, said = jobs
+    found = {name.partition("held_out/")[2]: value for name, value in numbers(folder / "whole").items()}
+    assert 1 / 23 < found["image_to_text_MRR"] < 1
+    assert found["image_to_text_MRR/chance"] == pytest.approx(sum(1 / n for n in range(1, 24)) / 23)
+    assert 1 < found["text_to_image_mean_rank"] < 23
+    assert found["text_to_image_mean_rank/chance"] == pytest.approx(12)
+    assert found["text_to_image_mean_rank/low"] < found["text_to_image_mean_rank"]
+    assert "median rank" in said
+    assert "mean rank" in said
+    shown = f"{100 * found['image_to_text_MRR']:.1f} [{100 * found['image_to_text_MRR/low']:.1f}, "
+    assert shown in said
+
+
+def test_an_evaluator(jobs):
+    folder, said = jobs
+    found = {name.partition("held_out/")[2]: value for name, value in numbers(folder / "whole").items()}
+    assert -1 <= found["pairs_least"] < found["pairs_cosine"] < 1
+    assert found["pairs_cosine/stderr"] > 0
+    assert ": nearness" in said
+    assert f"{found['pairs_cosine']:.4g} [" in said

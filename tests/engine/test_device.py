@@ -20,7 +20,7 @@ from amclr_scale.encoders.recomputation import set_recomputation
 from amclr_scale.engine.gradient_cache import cached_backward
 from amclr_scale.engine.zero.flat_shards import Piece, Shard
 from amclr_scale.engine.zero.layerwise import LAMB, AdamP
-from amclr_scale.evaluation import probe
+from amclr_scale.evaluation.frozen_features import linear
 from amclr_scale.evaluation.run import Evaluator
 from amclr_scale.objectives import diagnostics
 from amclr_scale.objectives.whole_set import compare_with_whole_set
@@ -193,7 +193,7 @@ def compare_evaluations(config: Config) -> None:
     def encode(device: torch.device, **inputs: Any) -> dict[str, Tensor]:
         return {name: x.to(device) for name, x in towers(**inputs).items() if isinstance(x, Tensor)}
 
-    with mock.patch.object(probe, "MAX_STEPS", 3):  # of the linear probe, whose steps are all alike
+    with mock.patch.object(linear, "MAX_STEPS", 3):  # of the linear probe, whose steps are all alike
         want = evaluator.measure(partial(encode, CPU))
         with accelerator() as sent:
             got = evaluator.measure(partial(encode, DEVICE))

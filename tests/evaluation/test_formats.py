@@ -14,7 +14,8 @@ from amclr_scale.config.schema import Config
 from amclr_scale.distributed.collectives import rank, world_size
 from amclr_scale.errors import UserError
 from amclr_scale.evaluation.composition import composition
-from amclr_scale.evaluation.run import Evaluator, gallery
+from amclr_scale.evaluation.evaluators import gallery
+from amclr_scale.evaluation.run import Evaluator
 from amclr_scale.evaluation.shares import share
 from tests.evaluation.shards import COLOURS, picture, write_split, write_tar
 from tests.evaluation.test_run import model, recipe

@@ -5,7 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from amclr_scale.evaluation import neighbours, probe
+from amclr_scale.evaluation.frozen_features import linear, neighbours
 from amclr_scale.evaluation.shares import gather_rows, share
 
 N, D, K = 203, 6, 4
@@ -26,8 +26,8 @@ def on_ranks():
     x, y, validation, queries = problem()
     rows, asked = (slice(s.start, s.stop) for s in (share(N), share(31)))
     x, y, validation = x[rows], y[rows], validation[rows]
-    fitted = probe.fit(x, y, K, 1e-3)
-    swept, scores = probe.sweep(x, y, validation, K, PENALTIES)
+    fitted = linear.fit(x, y, K, 1e-3)
+    swept, scores = linear.sweep(x, y, validation, K, PENALTIES)
     pair, pairs = neighbours.sweep(x, y, validation, K, ks=KS, temperatures=TEMPERATURES)
     similarities, classes = neighbours.nearest(queries[asked], x, y, 20)
     votes = gather_rows(neighbours.vote(similarities, classes, K, 0.1))

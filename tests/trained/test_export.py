@@ -133,7 +133,7 @@ def test_an_exported_folder_can_be_moved(run, tmp_path):
     check(amclr_scale.load(tmp_path / "elsewhere"), run)
     card = (tmp_path / "elsewhere" / "README.md").read_text()
     assert "80 samples seen (2.00 epochs of 40)" in card
-    assert "| emoji/R@1 | 0.5000 |" in card
+    assert "| emoji | R@1, % | 50.0 |  |" in card
     (tmp_path / "file").touch()
     for taken in ("elsewhere", "file"):
         with pytest.raises(UserError, match="--out: expected a new or an empty folder"):

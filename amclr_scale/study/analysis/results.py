@@ -11,6 +11,7 @@ from typing import Any
 from amclr_scale.config.objective_options import Declared, declared
 from amclr_scale.errors import UserError
 from amclr_scale.evaluation.numbers import Number, mean_of
+from amclr_scale.metrics.scores import lower_is_better
 
 Axes = tuple[tuple[str, Any], ...]
 SWEPT = "optimizer.lr"  # an axis to choose from, not to compare
@@ -25,7 +26,7 @@ class Metric:
 
     @property
     def lower_is_better(self) -> bool:
-        return all(key.endswith("median_rank") for key in self.keys)
+        return all(map(lower_is_better, self.keys))
 
     def score(self, results: Mapping[str, float]) -> float:
         return sum(results[key] for key in self.keys) / len(self.keys)

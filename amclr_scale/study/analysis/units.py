@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from amclr_scale.metrics.scores import is_share
 from amclr_scale.study.analysis.results import Metric, Run
 from amclr_scale.study.statistics.decisions import Estimate
 
@@ -44,8 +45,8 @@ class Unit:
 
 
 def unit_of(metric: Metric, runs: Sequence[Run]) -> Unit:
-    """A result with a standard error beside it is a share (see docs/evaluation.md)."""
-    return Unit(any(f"{metric.keys[0]}/stderr" in run.results for run in runs))
+    """By what a result is described as; one that nobody has described is a share if it has a standard error."""
+    return Unit(any(is_share(metric.keys[0], run.results) for run in runs))
 
 
 def words_of(one: Estimate | None, digits: str = ".3g") -> str:

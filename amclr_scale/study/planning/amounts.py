@@ -10,6 +10,8 @@ from typing import Annotated
 
 from pydantic import BeforeValidator
 
+from amclr_scale.metrics.scores import score_of
+
 POINTS, RANKS, PLAIN = "points", "ranks", ""
 FACTORS = {POINTS: 0.01, RANKS: 1.0, PLAIN: 1.0}
 _ONE = {"point": POINTS, "rank": RANKS}
@@ -17,13 +19,12 @@ _ONE = {"point": POINTS, "rank": RANKS}
 # much still "matches"; non-inferiority trials keep half of the effect over placebo for the same reason (FDA,
 # "Non-Inferiority Clinical Trials to Establish Effectiveness", 2016).
 MOST_OF_EFFECT = 0.5
-_SHARES = re.compile(r"R@(\d+|mean)$|_top\d+$|_mean_per_class$|^composition_")
 
 
 def unit_of_key(key: str) -> str:
     """The unit of a result of evaluation.json, by its name."""
-    name = key.rpartition("/")[2]
-    return POINTS if _SHARES.search(name) else RANKS if name.endswith("median_rank") else PLAIN
+    score = score_of(key)
+    return score.unit if score else PLAIN
 
 
 def unit_of_keys(keys: Sequence[str]) -> str | None:

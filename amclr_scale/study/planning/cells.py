@@ -6,7 +6,6 @@ that all arms share. Every cell's configuration is checked before the first one 
 
 import fnmatch
 import json
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,16 +19,12 @@ from amclr_scale.data.sources import embedded_splits
 from amclr_scale.engine.batch_plan import make_plan
 from amclr_scale.engine.schedules import peak_learning_rate
 from amclr_scale.errors import UserError
+from amclr_scale.metrics.scores import GEOMETRY, describe
 from amclr_scale.study.planning.arms import CONTROLS
 from amclr_scale.study.planning.cost import encoder_cost, encoder_flops, matrices, negatives, pairwise_flops, peak_gib
 from amclr_scale.study.planning.lengths import Rates, samples_of
 from amclr_scale.study.planning.plan import RANKS, ArmPlan, StudyPlan
 from amclr_scale.study.planning.variants import combinations, kept_settings, variant_name, words_of
-
-# What every evaluation of a split can have; geometry and probes add names of their own.
-MEASURED = (
-    r"(image_to_text_|text_to_image_|text_to_image_filtered_)?R@(1|5|10|mean)|zero_shot_(top(1|3|5|10)|mean_per_class)"
-)
 
 
 @dataclass(frozen=True)
@@ -288,8 +283,10 @@ def _check_metrics(plan: StudyPlan, config: Config) -> Iterator[str]:
                 yield f"metrics: {key}: the configuration measures no such split; those of evaluation.splits: {held}"
                 continue
             name = key.removeprefix(f"{split}/")
-            known = re.fullmatch(MEASURED, name)
-            if not known and not evaluation.geometry and not evaluation.probes:
+            known = describe(name)
+            if known is None and not evaluation.evaluators:
                 yield f"metrics: {key}: expected a number such as {split}/image_to_text_R@1 or {split}/zero_shot_top1"
+            elif known is not None and known[0] is GEOMETRY and not evaluation.geometry:
+                yield f"metrics: {key}: evaluation.geometry is false, so it is not measured"
             elif name.startswith("zero_shot") and evaluation.classes is None and splits.get(split) in embedded_splits():
                 yield f"metrics: {key}: evaluation.classes is null, so there is no zero-shot classification"

@@ -11,6 +11,7 @@ from typing import Any
 
 import yaml
 
+from amclr_scale.metrics.scores import words_of
 from amclr_scale.study.analysis.comparison import Comparison, Group, Outcome, called, compare, find
 from amclr_scale.study.analysis.results import Metric, Study
 from amclr_scale.study.analysis.units import Unit
@@ -20,12 +21,7 @@ from amclr_scale.study.report.probe_figures import QUANTITIES, last
 from amclr_scale.study.report.tables import DASH, mean_of
 
 NOT_MEASURED = "not measured here"
-SCORES = {
-    "image_to_text_R@1": "R@1 image to text",
-    "text_to_image_R@1": "R@1 text to image",
-    "R@mean": "Recall@Mean",
-    "zero_shot_top1": "zero-shot top 1",
-}
+SCORES = {key: words_of(key) for key in ("image_to_text_R@1", "text_to_image_R@1", "R@mean", "zero_shot_top1")}
 
 
 def load_claims() -> dict[str, Any]:

@@ -1,0 +1,79 @@
+"""Classifiers that learn from frozen image features, on labelled images of one split, and are measured on another's."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from amclr_scale.config.schema import Probe
+from amclr_scale.errors import UserError
+from amclr_scale.evaluation.encode import Encode, encode_images
+from amclr_scale.evaluation.frozen_features import linear, neighbours
+from amclr_scale.evaluation.numbers import Number
+from amclr_scale.evaluation.shares import gather_rows, share
+from amclr_scale.evaluation.splits import Task
+from amclr_scale.evaluation.zero_shot import accuracies
+
+FEATURES = {"embedding": "image", "tower": "image_features"}
+
+
+def probe_tasks(one: Probe, opened: Callable[..., Task]) -> tuple[Task, Task]:
+    """The two labelled splits of a probe, which must agree about the classes."""
+    tasks = []
+    for key, name in (("train", one.train), ("test", one.test)):
+        task = opened(name, classes=one.classes)
+        if not task.class_names:
+            raise UserError(
+                f"evaluation.probes.{key}: expected labelled images, got {name}, which has no classes; of shards "
+                "evaluation.probes.classes says where they are"
+            )
+        tasks.append(task)
+    if tasks[0].class_names != tasks[1].class_names:
+        raise UserError(
+            f"evaluation.probes.test: {one.test} has other classes ({len(tasks[1].class_names)}) than "
+            f"{one.train} ({len(tasks[0].class_names)})"
+        )
+    return tasks[0], tasks[1]
+
+
+def measure_probe(
+    encode: Encode, options: Probe, train: Task, test: Task, size: int
+) -> tuple[dict[str, Number], dict[str, float]]:
+    """Both classifiers on both features: learn on `train`, choose on a part of it, measure on `test`."""
+    outputs = [FEATURES[name] for name in options.features]
+    asked: dict[str, Any] = {"features": True} if "tower" in options.features else {}
+    encoded = [encode_images(encode, task.split, size, outputs, **asked) for task in (train, test)]
+    rows, held = (share(task.split.num_samples) for task in (train, test))
+    device, K = encoded[0][0].device, len(train.class_names)
+    y = train.labels[rows.start : rows.stop].to(device)
+    target = test.labels[held.start : held.stop].to(device)
+    order = torch.randperm(train.split.num_samples, generator=torch.Generator().manual_seed(0))
+    chosen = torch.zeros(train.split.num_samples, dtype=torch.bool)
+    chosen[order[: max(1, round(options.validation * len(order)))]] = True
+    validation = chosen[rows.start : rows.stop].to(device)
+    numbers: dict[str, Number] = {}
+    plain: dict[str, float] = {}
+    for name, learned, measured in zip(options.features, *encoded, strict=True):
+        x, z = F.normalize(learned.float(), dim=-1), F.normalize(measured.float(), dim=-1)
+        suffix = "" if name == "embedding" else "_tower"
+        if "linear" in options.methods:
+            classifier, _ = linear.sweep(x, y, validation, K, options.l2)
+            scores = classifier(z)
+            numbers |= _accuracy(scores, target, test, f"probe{suffix}")
+            plain[f"probe{suffix}_l2"] = classifier.l2
+        if "knn" in options.methods:
+            (k, t), _ = neighbours.sweep(
+                x, y, validation, K, ks=options.neighbours, temperatures=options.neighbour_temperatures
+            )
+            scores = neighbours.vote(*neighbours.nearest(z, x, y, k), K, t)
+            numbers |= _accuracy(scores, target, test, f"knn{suffix}")
+            plain |= {f"knn{suffix}_neighbours": k, f"knn{suffix}_temperature": t}
+    return numbers, plain
+
+
+def _accuracy(scores: Tensor, target: Tensor, test: Task, name: str) -> dict[str, Number]:
+    """Places by score; ties, and scores that are no numbers, count against the classifier."""
+    places = gather_rows((~(scores < scores.gather(1, target[:, None]))).sum(1)).cpu()
+    return accuracies(places, test.labels, len(test.class_names), name=name)
