@@ -15,6 +15,7 @@ from amclr_scale.checkpoint.start import agree_on_start, lock_new
 from amclr_scale.config.schema import Config
 from amclr_scale.distributed.launcher import RankInfo, export
 from amclr_scale.distributed.process_group import device_type, seed_everything
+from amclr_scale.encoders.decay import by_pattern, exempt
 from amclr_scale.encoders.text_towers import save_architecture
 from amclr_scale.engine.batch_plan import make_plan
 from amclr_scale.engine.batch_probe import Probe, read_probe
@@ -139,7 +140,10 @@ def build_job(
     )
     lock = lock or lock_new(folder, rank_info.rank)
     if rank_info.rank == 0:
-        create(folder, config, str(device), rank_info.world_size, resumed_at=begin if found else None)
+        create(
+            folder, config, str(device), rank_info.world_size,
+            no_weight_decay=by_pattern(exempt(trainer.model)), resumed_at=begin if found else None,
+        )  # fmt: skip
         tokenizer.save(folder / "tokenizer")
         save_architecture(trainer.model.text_tower, folder / TEXT_TOWER)
     seed_everything(config.seed, rank_info.rank + 1)  # dropout differs between ranks

@@ -204,7 +204,8 @@ class Optimizer(Section):
     """Samples over which the learning rate rises linearly from 0."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.1
     """Decoupled, whatever the rule: a weight shrinks by lr * weight_decay per step (adamp: by a tenth of that where it
-    takes a weight as scale-invariant); never on biases, norms, logit_scale and logit_bias."""
+    takes a weight as scale-invariant). Never on biases, norms, positions, learned tokens and scales: environment.json
+    lists them."""
     betas: tuple[Fraction, Fraction] = (0.9, 0.98)
     """Decay of the first and second moment (all Adam-like rules, lion)."""
     momentum: Fraction = 0.9

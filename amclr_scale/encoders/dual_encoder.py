@@ -17,22 +17,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from amclr_scale.encoders.decay import exempt
 from amclr_scale.encoders.recomputation import Recomputation, blocks, set_recomputation
 from amclr_scale.errors import UserError
 
 LOG_SCALE_BOUNDS = (0.0, math.log(100))  # CLIP's: a temperature between 0.01 and 1
-
-# Parameters of two or more dimensions that say where something is rather than how to transform it: no weight decay.
-POSITIONS = (
-    "position",
-    "pos_embed",
-    "cls_token",
-    "class_token",
-    "class_embedding",
-    "reg_token",
-    "dist_token",
-    "relative_position_bias",
-)
 
 
 class Normalise(nn.Module):
@@ -156,13 +145,8 @@ class DualEncoder(nn.Module):
         self.logit_scale.clamp_(*LOG_SCALE_BOUNDS)
 
     def no_weight_decay(self) -> set[str]:
-        """Names of the parameters that are not shrunk: biases, norms, positions, logit_scale, logit_bias."""
-        return {
-            name
-            for name, parameter in self.named_parameters()
-            if len(getattr(parameter, "ds_shape", parameter.shape)) < 2  # ds_shape: ZeRO's stage 3 keeps flat pieces
-            or any(part in name for part in POSITIONS)
-        }
+        """Names of the parameters that are not shrunk: biases, norms, positions and the like (encoders/decay.py)."""
+        return set(exempt(self))
 
     def take_parts(self, parts: nn.Module | None) -> None:
         """Train an objective's parts beside the towers."""

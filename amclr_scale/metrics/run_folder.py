@@ -10,6 +10,7 @@ import os
 import platform
 import subprocess
 import time
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -106,13 +107,17 @@ def _cpu_model() -> str:
         return platform.processor()
 
 
-def create(folder: Path, config: Config, device: str, world_size: int, resumed_at: int | None = None) -> None:
+def create(
+    folder: Path, config: Config, device: str, world_size: int, *, no_weight_decay: Mapping[str, str] | None = None,
+    resumed_at: int | None = None,
+) -> None:  # fmt: skip
     """Make the folder and write what is known before the first step. Rank 0 calls it.
 
     A resumed run adds its surroundings to `resumed` in environment.json, and takes the records of steps that are run
     again out of metrics.jsonl.
 
     Args:
+        no_weight_decay: parameters that weight decay leaves alone, and why.
         resumed_at: the step that the run goes on from.
 
     Raises:
@@ -122,6 +127,7 @@ def create(folder: Path, config: Config, device: str, world_size: int, resumed_a
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.yaml").write_text(f"# recipe {recipe_hash(config)}\n{dump(keep_module(folder, config))}")
         file, now = folder / "environment.json", environment(device, world_size)
+        now |= {"no_weight_decay": no_weight_decay or {}}
         if resumed_at is not None:
             first = json.loads(file.read_text("utf-8")) if file.exists() else {}
             now = {**first, "resumed": [*first.get("resumed", []), {"step": resumed_at, **now}]}

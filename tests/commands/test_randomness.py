@@ -109,6 +109,8 @@ def test_two_ranks_at_stage_2(ranks, tmp_path):
 def test_measurements(ranks, tmp_path):
     folder = str(tmp_path)
     whole = ranks(1, run, folder, "plain", "own")[0]
+    environment = json.loads((tmp_path / "plain" / "environment.json").read_text())
+    assert environment["no_weight_decay"]["text_tower.tokens.positions.weight"] == "position"
     words = [
         "evaluation.splits=[emoji/val_style]", "evaluation.every_samples=32", f"run.probe.samples={4 * BATCH}",
         "run.probe.every_samples=32", "run.diagnostics=true", "evaluation.resamples=0",
