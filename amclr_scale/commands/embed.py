@@ -89,7 +89,8 @@ def write(out: Path, total: int, width: int, rows: Rows) -> None:
             names_file = stack.enter_context(
                 out.with_suffix(".txt").open("w", encoding="utf-8", errors="surrogateescape")
             )
-            table = np.lib.format.open_memmap(out, mode="w+", dtype=np.float32, shape=(total, width))
+            formats: Any = np.lib.format  # typed in some versions of numpy only
+            table = formats.open_memmap(out, mode="w+", dtype=np.float32, shape=(total, width))
             done = 0
             for names, embedded in rows:
                 table[done : done + len(names)] = embedded
