@@ -13,6 +13,13 @@ from amclr_scale.similarity import current
 
 SLOWNESS = {"triton": 20}  # of a backend, which here is interpreted: it gets one example of so many
 
+SMALLEST_CHUNK = {"triton": 7}  # each chunk costs an interpreted launch or three
+
+
+def chunk_of(chunk: Any) -> Any:
+    """As asked for, or as small as the backend in force has time for."""
+    return chunk if chunk == "auto" else max(chunk, SMALLEST_CHUNK.get(current().backend, 1))
+
 
 def for_all(examples: int, **strategies: Any) -> Callable[[Callable[..., None]], Callable[[], None]]:
     """A test on random examples: as many as the backend in force has time for."""

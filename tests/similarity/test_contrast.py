@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from hypothesis import strategies as st
 
 from amclr_scale.similarity import Contrast, contrast, using
-from tests.similarity.definition import Inputs, both_sides, draw, for_all, relative_error
+from tests.similarity.definition import Inputs, both_sides, chunk_of, draw, for_all, relative_error
 
 OPTIONS = [
     pytest.param({"exclude_positive": exclude, "centred": centred}, id=f"exclude={exclude}-centred={centred}")
@@ -61,7 +61,7 @@ cases = st.fixed_dictionaries(
 @for_all(60, B=st.integers(1, 40), case=cases)
 def test_float64_is_exact_to_1e_12(B, case):
     inputs = draw(B, case["D"], case["seed"], per_anchor=case["per_anchor"], extra=case["extra"])
-    with using(chunk=case["chunk"], cache_bytes=case["cache_bytes"]):
+    with using(chunk=chunk_of(case["chunk"]), cache_bytes=case["cache_bytes"]):
         exclude = case["exclude_positive"] and B > 1
         assert worst_error(inputs, exclude_positive=exclude, centred=case["centred"]) < 1e-12
 
@@ -73,7 +73,7 @@ def test_float32_is_exact_to_2e_6(B, case):
         B, 8 + case["D"], case["seed"], dtype=torch.float32, per_anchor=case["per_anchor"], extra=case["extra"]
     )
     inputs.upstream.abs_()  # terms of both signs would cancel in the gradient of a common temperature
-    with using(chunk=case["chunk"], cache_bytes=case["cache_bytes"]):
+    with using(chunk=chunk_of(case["chunk"]), cache_bytes=case["cache_bytes"]):
         assert worst_error(inputs, exclude_positive=case["exclude_positive"], centred=case["centred"]) < 2e-6
 
 
