@@ -8,7 +8,6 @@ failed, 2 a mistake in the plan, told in words, 75 asked to end: the same comman
 
 import argparse
 import contextlib
-import fnmatch
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -55,15 +54,16 @@ def main(argv: list[str]) -> int:
 
 
 def study(options: argparse.Namespace) -> int:
-    """The flow: plan -> cells -> run -> report."""
-    from amclr_scale.study.planning.cells import base_tree, make_cells
+    """The flow: plan -> cells -> run those that choose learning rates -> run those that are scored -> report."""
+    from amclr_scale.study.planning.cells import base_tree
     from amclr_scale.study.planning.load import load_plan
     from amclr_scale.study.running.folder import StudyFolder
     from amclr_scale.study.running.margin import check_margin
+    from amclr_scale.study.running.phases import called, run_phases
     from amclr_scale.study.running.pilot import run_pilot
     from amclr_scale.study.running.preview import hours, preview
-    from amclr_scale.study.running.run import Runner
     from amclr_scale.study.running.slurm import write_jobs
+    from amclr_scale.study.running.tuning import plan_cells
 
     if options.report or options.publish:
         return report(reported_folder(options), Path(options.publish) if options.publish else None)
@@ -72,33 +72,35 @@ def study(options: argparse.Namespace) -> int:
     tree = base_tree(plan)
     epoch = epoch_of(plan, tree)
     measures = options.pilot or (plan.held_equal == "wall_clock" and not options.dry_run)
-    cells = [] if measures else make_cells(plan, tree, epoch, rates=folder.rates)
+    cells, choices = ([], []) if measures else plan_cells(plan, tree, epoch, folder)
     with contextlib.nullcontext() if options.dry_run else folder.lock():
         if measures:
             piloted = run_pilot(plan, tree, epoch, folder, say)
             if piloted and piloted.interrupted:
                 return piloted.exit_code
-            cells = make_cells(plan, tree, epoch, rates=folder.rates)
+            cells, choices = plan_cells(plan, tree, epoch, folder)
             if options.pilot:
                 say(hours(plan, folder, cells))
                 return 0
-        chosen = [cell for cell in cells if fnmatch.fnmatchcase(cell.name, options.cells or "*")]
+        chosen = called(cells, options.cells)
         if not chosen:
             raise UserError(f"--cells: no cell is called {options.cells}; names are such as {cells[0].name}")
         folder.check(plan, cells)
         check_margin(plan, folder, cells)
         say(preview(plan, folder, cells, epoch, memory=options.dry_run))
         if options.dry_run:
+            for choice in choices:
+                say(choice.line(plan.criterion.name))
             return 0
 
         folder.write(plan, tree, cells)
         if options.slurm:
             for script in write_jobs(plan, folder, chosen, Path(options.slurm)):
                 say(f"sbatch {script}")
+            if waiting := sum(cell.waits for cell in cells):
+                say(f"{waiting} cells wait for the learning rates that these choose: the same command then writes them")
             return 0
-        outcome = Runner(plan, folder, chosen, say).run()
-        failed = f"; failed: {', '.join(outcome.failed)}" if outcome.failed else ""
-        say(f"{outcome.done} of {len(chosen)} cells are finished{failed}")
+        outcome = run_phases(plan, tree, epoch, folder, cells, say, pattern=options.cells)
         if outcome.done and not outcome.interrupted:
             report(folder.path)
         return outcome.exit_code

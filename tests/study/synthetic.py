@@ -54,6 +54,9 @@ def make_study(
     words: Mapping[str, Sequence[str]] | None = None,
     like: Mapping[str, str] | None = None,
     probe: bool = False,
+    tuning_seeds: Sequence[int] = (),
+    chosen: float | None = None,
+    validation: str = "emoji/val_concept/R@mean",
 ) -> Path:
     """Write one.
 
@@ -67,6 +70,8 @@ def make_study(
         words: further overrides of an arm's configuration.
         like: the known arms that arms began as.
         probe: whether the runs logged the probe (`run.probe`); `probed` says what.
+        tuning_seeds: seeds that choose a learning rate; the others are then scored at the `chosen` one alone.
+        validation: what the rate is chosen by.
     """
     folder.mkdir(parents=True)
     values = [{}] if not axes else [{key: value} for key, listed in axes.items() for value in listed]
@@ -76,7 +81,9 @@ def make_study(
         truth, slope, own, label, cost = ARMS[arm]
         for batch in batches:
             for axis in values:
-                for seed in seeds:
+                tuned = bool(tuning_seeds) and "optimizer.lr" in axis
+                scored = () if tuned and axis["optimizer.lr"] != chosen else seeds
+                for seed in (*(tuning_seeds if tuned else ()), *scored):
                     end = "".join(f"-{key.rpartition('.')[2]}{value}" for key, value in axis.items())
                     name = f"{arm}-B{batch}-s{seed}{end}"
                     overrides = [
@@ -90,6 +97,7 @@ def make_study(
                         "axes": axis, "recipe_hash": recipe_hash(config), "words": overrides, "samples": SAMPLES,
                         "steps": SAMPLES // batch, "epochs": 1.66, "lr": config.optimizer.lr, "encoder_cost": cost,
                         "negatives": batch - 1, "comparisons": int(batch - 1) * (4 if cost > 1 else 1), "flops": None,
+                        "role": "tuning" if seed in tuning_seeds else "scored",
                     })  # fmt: skip
                     clock += 60
                     attempt = {"cell": name, "started": clock, "seconds": 36.0 * cost}
@@ -128,6 +136,7 @@ def make_study(
     listed = {
         "plan": "synthetic", "held_equal": held_equal, "metrics": [{"name": "R@1, both ways", "keys": KEYS}],
         "margin": margin, "reference": {"arm": "clip", "global_batch_size": max(batches)}, "cells": cells,
+        "tuning": {"seeds": list(tuning_seeds), "metric": validation} if tuning_seeds else None,
     }  # fmt: skip
     (folder / "cells.json").write_text(json.dumps(listed))
     return folder
@@ -141,7 +150,7 @@ def _write_results(run: Path, score: float, rng: np.random.Generator, items: boo
         hits = torch.from_numpy((hardness < round(score * ITEMS)).astype(float))
         numbers[key.rpartition("/")[2]] = number(hits, chance=1 / ITEMS)
     numbers["R@mean"] = number(torch.full((ITEMS,), 0.5))
-    results = flatten(SPLIT, numbers, {"images": float(ITEMS)}, resamples=0)
+    results = flatten(SPLIT, numbers, {"images": float(ITEMS)}, resamples=0) | {"emoji/val_concept/R@mean": score / 2}
     (run / "evaluation.json").write_text(json.dumps(results))
     if items:
         save_items(run / FILE, {SPLIT: numbers})

@@ -149,8 +149,46 @@ def test_omega_as_an_axis_sets_the_views(tmp_path: Path) -> None:
 
 def test_learning_rates_of_one_arm_only(tmp_path: Path) -> None:
     arms = "arms=[clip, {name: sogclr, axes: {optimizer.lr: [1e-3, 2e-3]}}]"
-    cells = planned(tmp_path, arms, "seeds=[0]", "batch_sizes=[256]", "lr={rule: linear, base: 4e-3}")
+    words = ["seeds=[0]", "batch_sizes=[256]", "lr={rule: linear, base: 4e-3}", "tuning.seeds=[]"]
+    cells = planned(tmp_path, arms, *words)
     assert [cell.lr for cell in cells.values()] == [4e-3, 1e-3, 2e-3]
+    assert {cell.role for cell in cells.values()} == {"scored"}
+
+
+SWEEP = ("axes={optimizer.lr: [1e-3, 2e-3, 4e-3]}", "seeds=[0, 1]", "batch_sizes=[32]")
+
+
+def test_learning_rates_are_chosen_on_other_seeds_than_those_that_are_scored(tmp_path: Path) -> None:
+    cells = list(planned(tmp_path, *SWEEP, "arms=[clip]").values())
+    tuning, scored = ([cell for cell in cells if cell.role == role] for role in ("tuning", "scored"))
+    assert [(cell.lr, cell.seed) for cell in tuning] == [(lr, seed) for lr in (1e-3, 2e-3, 4e-3) for seed in (2, 3, 4)]
+    assert [(cell.name, cell.seed, cell.waits) for cell in scored] == [
+        ("clip-B32-s0", 0, True),
+        ("clip-B32-s1", 1, True),
+    ]
+    assert scored[0].entry()["lr"] is None
+    assert scored[0].entry()["recipe_hash"] == ""
+    chosen = planned(tmp_path, *SWEEP, "arms=[clip]", chosen={"clip-B32": 2e-3})
+    assert [cell.waits for cell in chosen.values()] == [False] * 11
+    one = chosen["clip-B32-lr0.002-s0"]
+    assert (one.lr, one.axes, one.setting, one.role) == (2e-3, {"optimizer.lr": 2e-3}, "clip-B32", "scored")
+    same = planned(tmp_path, "arms=[clip]", "seeds=[0]", "batch_sizes=[32]", "lr.base=2e-3")["clip-B32-s0"]
+    assert one.recipe_hash == same.recipe_hash
+
+
+def test_every_setting_of_an_arm_has_a_choice_of_its_own_and_arms_without_a_sweep_have_none(tmp_path: Path) -> None:
+    arms = "arms=[clip, {name: sogclr, axes: {optimizer.lr: [1e-3, 2e-3]}}]"
+    words = [arms, "seeds=[0]", "axes={objective.gamma: [0.2, 0.8]}", "tuning.seeds=[7, 8]"]
+    chosen = {"sogclr-B32-gamma0.2": 1e-3, "sogclr-B64-gamma0.8": 2e-3}
+    cells = planned(tmp_path, *words, chosen=chosen)
+    scored = {name: cell.waits for name, cell in cells.items() if cell.role == "scored"}
+    assert scored == {
+        "clip-B32-s0": False, "clip-B64-s0": False,
+        "sogclr-B32-gamma0.2-lr0.001-s0": False, "sogclr-B32-gamma0.8-s0": True,
+        "sogclr-B64-gamma0.2-s0": True, "sogclr-B64-gamma0.8-lr0.002-s0": False,
+    }  # fmt: skip
+    assert {cell.seed for cell in cells.values() if cell.role == "tuning"} == {7, 8}
+    assert sum(cell.role == "tuning" for cell in cells.values()) == 16
 
 
 def test_learning_rate_rule_and_warm_up(tmp_path: Path) -> None:
@@ -242,8 +280,16 @@ def test_warnings_name_what_the_study_cannot_say(tmp_path: Path) -> None:
     assert "encoder work" not in lines
     assert "optimizer steps" not in lines
     swept = told(tmp_path, "axes={optimizer.lr: [1e-4, 2e-4, 5e-4, 1e-3, 2e-3]}")
-    assert "learning rate" not in swept
-    assert "a sweep of 3 values" in told(tmp_path, "axes={optimizer.lr: [1e-4, 2e-4, 5e-4]}")
+    assert "the fair curve" not in swept
+    three = told(tmp_path, "axes={optimizer.lr: [1e-4, 2e-4, 5e-4]}")
+    assert "a sweep of 3 values" in three
+    assert "chosen on an outcome's own items, so nothing is said about new ones" in three
+    validation = "words=['evaluation.splits=[emoji/val_style, emoji/val_concept]']"
+    metric = "tuning.metric={name: v, keys: [emoji/val_concept/R@mean]}"
+    assert "own items" not in told(tmp_path, *SWEEP, validation, metric)
+    assert "tuning.seeds: [] chooses learning rates on the seeds that are scored" in told(
+        tmp_path, *SWEEP, "tuning.seeds=[]"
+    )
 
 
 def test_too_few_seeds_for_the_margin_are_told(tmp_path: Path) -> None:

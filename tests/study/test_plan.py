@@ -32,6 +32,9 @@ execution: {{device: cpu}}
 """
 
 
+SWEEP = "axes={optimizer.lr: [1e-3, 2e-3]}"
+
+
 @pytest.fixture
 def plan_file(tmp_path: Path) -> Path:
     file = tmp_path / "tiny.yaml"
@@ -157,6 +160,31 @@ def test_what_decides_the_answer_has_no_default(plan_file: Path, key: str, tmp_p
                 "words=['evaluation.splits=[emoji/val_style]', evaluation.geometry=true]",
             ],
             "metrics: one margin decides all outcomes, got y (no unit) beside points",
+        ),
+        (
+            ["tuning.seeds=[5, 6]"],
+            "tuning.seeds: has no meaning where no arm has several values of optimizer.lr; remove",
+        ),
+        (
+            [SWEEP, "tuning.seeds=[1, 2]"],
+            "tuning.seeds: expected others than those of seeds, which verdicts use, got 1",
+        ),
+        (
+            [SWEEP, "tuning.seeds=[2]"],
+            "tuning.seeds: expected two or more, which show how sure a choice is, or [], got [2]",
+        ),
+        ([SWEEP, "tuning.seeds=[2, 2]"], "tuning.seeds: expected different values, got [2, 2]"),
+        (
+            [SWEEP, "tuning.metric={name: v, keys: [emoji/val_style/R@5]}"],
+            "tuning.metric: expected a result on a split that no outcome uses, got one on emoji/val_style",
+        ),
+        (
+            [SWEEP, "tuning.metric={name: v, keys: [emoji/val_concept/R@5]}"],
+            "tuning.metric: emoji/val_concept/R@5: the configuration measures no such split",
+        ),
+        (
+            [SWEEP, "tuning={seeds: [], metric: {name: v, keys: [emoji/val_concept/R@5]}}"],
+            "tuning.metric: has no meaning where tuning.seeds is []; remove it",
         ),
         (["warmup_samples=10", "warmup_share=0.1"], "warmup_share: give this or warmup_samples, not both"),
         (["execution.ranks=2"], "execution.launcher: python starts one rank, got execution.ranks 2"),

@@ -7,7 +7,8 @@ import statistics
 import pytest
 import yaml
 
-from amclr_scale.study.analysis.comparison import Outcome, compare, groups_of, reference_of
+from amclr_scale.study.analysis.comparison import Outcome, compare
+from amclr_scale.study.analysis.groups import groups_of, reference_of
 from amclr_scale.study.analysis.reading import read_study
 from amclr_scale.study.analysis.units import unit_of
 from amclr_scale.study.report import plots

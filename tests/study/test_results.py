@@ -7,7 +7,8 @@ import pytest
 
 from amclr_scale.errors import UserError
 from amclr_scale.study.analysis.comparability import differences, surroundings, uneven_rate
-from amclr_scale.study.analysis.comparison import Outcome, baseline_of, compare, find, groups_of, reference_of
+from amclr_scale.study.analysis.comparison import Outcome, compare
+from amclr_scale.study.analysis.groups import baseline_of, find, groups_of, reference_of
 from amclr_scale.study.analysis.reading import read_study
 from amclr_scale.study.analysis.results import Metric
 from amclr_scale.study.analysis.units import unit_of

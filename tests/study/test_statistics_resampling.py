@@ -206,10 +206,10 @@ def test_the_best_of_several_is_not_rewarded_for_luck():
     assert abs(np.mean([np.mean(one.scores) for one in found])) < 0.05
 
 
-def test_selection_finds_what_is_better_and_says_where_it_is_biased():
+def test_selection_finds_what_is_better_and_says_where_the_sweep_ends():
     clear = select(np.array([[0.1, 0.1, 0.1], [0.3, 0.3, 0.3], [0.2, 0.2, 0.2]]))
     assert (clear.best, clear.chosen, clear.scores) == (1, (1, 1, 1), (0.3, 0.3, 0.3))
-    assert (clear.biased, clear.at_edge) == (False, False)
+    assert not clear.at_edge
     alone = select(np.array([[0.1], [0.3]]))
-    assert alone.biased
+    assert (alone.chosen, alone.scores, alone.naive) == ((1,), (0.3,), 0.3)  # nothing can be left out
     assert alone.at_edge

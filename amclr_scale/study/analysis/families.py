@@ -4,7 +4,8 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from amclr_scale.study.analysis.comparison import Comparison, Group, Outcome, baseline_of, compare, find, reference_of
+from amclr_scale.study.analysis.comparison import Comparison, Outcome, compare
+from amclr_scale.study.analysis.groups import Group, baseline_of, find, reference_of
 from amclr_scale.study.analysis.results import Metric, Study
 from amclr_scale.study.analysis.units import Unit, unit_of
 

@@ -38,6 +38,8 @@ def read_study(folder: Path) -> Study:
         cells = [_cell(entry) for entry in listed["cells"]]
         metrics = tuple(_metric(entry) for entry in listed["metrics"])
         margin, reference = float(listed["margin"]), dict(listed.get("reference") or {})
+        tuning = listed.get("tuning")
+        criterion = _metric(tuning["metric"]) if tuning and tuning["seeds"] else None
         name, held_equal = str(listed["plan"]), str(listed["held_equal"])
     except (OSError, yaml.YAMLError) as error:
         raise UserError(f"{folder / 'study.yaml'}: expected the plan of a study, got: {error}") from error
@@ -50,16 +52,18 @@ def read_study(folder: Path) -> Study:
     runs: list[Run] = []
     missing: list[Missing] = []
     found: Run | Missing
+    wanted = (*metrics, *([criterion] if criterion else []))
     for cell in cells:
         try:
-            found = _read_run(folder / "runs" / cell.cell, cell, metrics, attempts.get(cell.cell, []))
+            found = _read_run(folder / "runs" / cell.cell, cell, wanted, attempts.get(cell.cell, []))
         except (OSError, ValueError, yaml.YAMLError) as error:  # damaged, or being written just now
             found = Missing(cell, "unreadable", str(error))
         if isinstance(found, Run):
             runs.append(found)
         else:
             missing.append(found)
-    return Study(folder, plan, name, held_equal, metrics, margin, reference, tuple(runs), tuple(missing))
+    scored, chose = (tuple(run for run in runs if run.cell.role == role) for role in ("scored", "tuning"))
+    return Study(folder, plan, name, held_equal, metrics, margin, reference, scored, tuple(missing), chose, criterion)
 
 
 def _json(path: Path) -> Any:
@@ -95,6 +99,8 @@ def _attempts(paths: Iterable[Path]) -> dict[str, list[dict[str, Any]]]:
 
 
 def _read_run(folder: Path, cell: Cell, metrics: tuple[Metric, ...], attempts: list[dict[str, Any]]) -> Run | Missing:
+    if cell.waits:
+        return Missing(cell, "waits", "for the tuning cells that choose its learning rate")
     last = attempts[-1] if attempts else {}
     if not (folder / "evaluation.json").exists():
         status = str(last.get("status", "not run"))

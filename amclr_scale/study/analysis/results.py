@@ -3,6 +3,7 @@
 Nothing is guessed: what a file does not say is None. reading.py reads them from a study's folder.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,9 +13,9 @@ from amclr_scale.config.objective_options import Declared, declared
 from amclr_scale.errors import UserError
 from amclr_scale.evaluation.numbers import Number, mean_of
 from amclr_scale.metrics.scores import lower_is_better
+from amclr_scale.study.planning.plan import SWEPT, Role
 
 Axes = tuple[tuple[str, Any], ...]
-SWEPT = "optimizer.lr"  # an axis to choose from, not to compare
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,11 @@ class Metric:
     @property
     def lower_is_better(self) -> bool:
         return all(map(lower_is_better, self.keys))
+
+    @property
+    def splits(self) -> set[str]:
+        """What it is measured on."""
+        return {key.rpartition("/")[0] for key in self.keys}
 
     def score(self, results: Mapping[str, float]) -> float:
         return sum(results[key] for key in self.keys) / len(self.keys)
@@ -43,7 +49,12 @@ class Metric:
 
 @dataclass(frozen=True)
 class Cell:
-    """One line of the plan; the fields of cells.json."""
+    """One line of the plan; the fields of cells.json.
+
+    Attributes:
+        role: whether it is scored, or chooses a learning rate.
+        waits: its learning rate is not chosen yet.
+    """
 
     cell: str
     arm: str
@@ -54,13 +65,21 @@ class Cell:
     samples: int
     steps: int
     epochs: float
-    lr: float
+    lr: float | None
     axes: Mapping[str, Any] = field(default_factory=dict)
     words: tuple[str, ...] = ()
     encoder_cost: float | None = None
     negatives: float | None = None
     comparisons: float | None = None
     flops: float | None = None
+    role: Role = "scored"
+    waits: bool = False
+
+    @property
+    def rate(self) -> float:
+        """The learning rate, as the axis has it where there is one; nan where it is not chosen yet."""
+        value = self.axes.get(SWEPT, self.lr)
+        return math.nan if value is None else float(value)
 
     @property
     def variant(self) -> Axes:
@@ -176,7 +195,14 @@ class Missing:
 
 @dataclass(frozen=True)
 class Study:
-    """All of it."""
+    """All of it.
+
+    Attributes:
+        runs: those that are scored.
+        missing: cells of either role.
+        tuning: runs that choose learning rates.
+        criterion: what they choose by; None where there are no such cells.
+    """
 
     folder: Path
     plan: Mapping[str, Any]
@@ -187,10 +213,18 @@ class Study:
     reference: Mapping[str, Any]
     runs: tuple[Run, ...]
     missing: tuple[Missing, ...]
+    tuning: tuple[Run, ...] = ()
+    criterion: Metric | None = None
 
     @property
     def cells(self) -> list[Cell]:
-        return [run.cell for run in self.runs] + [one.cell for one in self.missing]
+        """Those that are scored, finished or not."""
+        return [run.cell for run in self.runs] + [one.cell for one in self.missing if one.cell.role == "scored"]
+
+    @property
+    def tuning_cells(self) -> list[Cell]:
+        """Those that choose learning rates, finished or not."""
+        return [run.cell for run in self.tuning] + [one.cell for one in self.missing if one.cell.role == "tuning"]
 
 
 def _hashable(value: Any) -> Any:

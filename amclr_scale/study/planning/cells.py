@@ -23,8 +23,8 @@ from amclr_scale.metrics.scores import GEOMETRY, describe
 from amclr_scale.study.planning.arms import CONTROLS
 from amclr_scale.study.planning.cost import encoder_cost, encoder_flops, matrices, negatives, pairwise_flops, peak_gib
 from amclr_scale.study.planning.lengths import Rates, samples_of
-from amclr_scale.study.planning.plan import RANKS, ArmPlan, StudyPlan
-from amclr_scale.study.planning.variants import combinations, kept_settings, variant_name, words_of
+from amclr_scale.study.planning.plan import RANKS, SWEPT, ArmPlan, Role, StudyPlan
+from amclr_scale.study.planning.variants import Combination, combinations, kept_settings, variant_name, words_of
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,9 @@ class Planned:
     Attributes:
         name: unique; also its run folder's.
         variant: the name without the seed.
+        setting: the variant without a swept learning rate.
+        role: whether it is scored, or chooses a learning rate for those that are.
+        waits: it is scored at a learning rate that its tuning cells have yet to choose; `config` has another one.
         words: overrides of the study's configuration, all of them part of the recipe.
         config: with its `execution`, which is no part of the recipe.
         encoder_cost: forward passes of both towers per sample, relative to plain CLIP.
@@ -42,6 +45,9 @@ class Planned:
 
     name: str
     variant: str
+    setting: str
+    role: Role
+    waits: bool
     arm: str
     label: str
     global_batch_size: int
@@ -78,9 +84,11 @@ class Planned:
     def entry(self) -> dict[str, Any]:
         """Its line in cells.json."""
         return {
-            "cell": self.name, "arm": self.arm, "label": self.label, "global_batch_size": self.global_batch_size,
-            "seed": self.seed, "axes": dict(self.axes), "recipe_hash": self.recipe_hash, "words": list(self.words),
-            "samples": self.samples, "steps": self.steps, "epochs": round(self.epochs, 4), "lr": self.lr,
+            "cell": self.name, "role": self.role, "waits": self.waits, "arm": self.arm,
+            "label": self.label, "global_batch_size": self.global_batch_size,
+            "seed": self.seed, "axes": dict(self.axes), "recipe_hash": "" if self.waits else self.recipe_hash,
+            "words": [] if self.waits else list(self.words), "samples": self.samples, "steps": self.steps,
+            "epochs": round(self.epochs, 4), "lr": None if self.waits else self.lr,
             "encoder_cost": self.encoder_cost, "negatives": self.negatives, "comparisons": self.comparisons,
             "flops": sum(self.flops), "ranks": self.ranks,
         }  # fmt: skip
@@ -96,21 +104,23 @@ def base_tree(plan: StudyPlan) -> dict[str, Any]:
 
 
 def make_cells(
-    plan: StudyPlan, tree: Mapping[str, Any], epoch: float, *, rates: Rates | None = None, steps: int | None = None
-) -> list[Planned]:
+    plan: StudyPlan, tree: Mapping[str, Any], epoch: float, *, rates: Rates | None = None, steps: int | None = None,
+    chosen: Mapping[str, float] | None = None,
+) -> list[Planned]:  # fmt: skip
     """Every cell of a plan, checked; those that the plan leaves out are left out.
 
     Args:
         plan: the plan.
         tree: `base_tree(plan)`.
         epoch: samples per epoch.
-        rates: samples per second by variant, as measured here.
+        rates: samples per second by setting, as measured here.
         steps: of a pilot, instead of the plan's budget.
+        chosen: learning rates by setting, as tuning chose them.
 
     Raises:
         UserError: one line per mistake, each with the cells it was found in.
     """
-    cells, lines = _collect(plan, plan.arms, tree, epoch, rates or {}, steps)
+    cells, lines = _collect(plan, plan.arms, tree, epoch, rates or {}, steps, chosen or {})
     if not lines:
         lines += list(_check(plan, cells))
     elif cells:
@@ -128,25 +138,25 @@ def configuration_mistakes(plan: StudyPlan) -> list[str]:
         return str(error).splitlines()
     known = [arm for arm in plan.arms if (arm.like or arm.name) in CONTROLS]
     any_length = plan.model_copy(update={"held_equal": "samples"})
-    cells, lines = _collect(any_length, known, tree, 1e6, {}, 1)
+    cells, lines = _collect(any_length, known, tree, 1e6, {}, 1, {})
     return lines + (list(_check_metrics(plan, cells[0].config)) if cells else [])
 
 
 def _collect(
-    plan: StudyPlan, arms: Sequence[ArmPlan], tree: Mapping[str, Any], epoch: float, rates: Rates, steps: int | None
-) -> tuple[list[Planned], list[str]]:
+    plan: StudyPlan, arms: Sequence[ArmPlan], tree: Mapping[str, Any], epoch: float, rates: Rates, steps: int | None,
+    chosen: Mapping[str, float],
+) -> tuple[list[Planned], list[str]]:  # fmt: skip
     """The cells that can be made, and one line per mistake with the cells it was found in."""
     cells: list[Planned] = []
     mistakes: dict[str, list[str]] = {}
     for arm in arms:
         found: list[Planned] = []
-        for batch, axes, seed in combinations(plan, arm, tree):
-            variant = variant_name(arm.name, batch, axes)
-            name = f"{variant}-s{seed}"
+        for one in combinations(plan, arm, tree, chosen):
+            name = f"{variant_name(arm.name, one.batch, one.axes)}-s{one.seed}"
             if any(fnmatch.fnmatchcase(name, pattern) for pattern in plan.skip):
                 continue
             try:
-                found.append(_cell(plan, tree, arm, variant, batch, axes, seed, epoch, rates, steps))
+                found.append(_cell(plan, tree, arm, one, epoch, rates, steps))
             except UserError as error:
                 for line in str(error).splitlines():
                     mistakes.setdefault(line, []).append(name)
@@ -169,10 +179,11 @@ def _more(where: Sequence[str]) -> str:
 
 
 def _cell(
-    plan: StudyPlan, tree: Mapping[str, Any], arm: ArmPlan, variant: str, batch: int, axes: Mapping[str, Any],
-    seed: int, epoch: float, rates: Rates, steps: int | None,
+    plan: StudyPlan, tree: Mapping[str, Any], arm: ArmPlan, one: Combination, epoch: float, rates: Rates,
+    steps: int | None,
 ) -> Planned:  # fmt: skip
     """One cell: words in the order arm, temperature, axes, batch size, learning rate, length, warm-up, seed."""
+    batch, axes, seed = one.batch, one.axes, one.seed
     ranks = int(axes.get(RANKS, plan.execution.ranks))
     words = words_of(plan, arm, batch)
     named = {word.partition("=")[0] for word in words}
@@ -187,12 +198,12 @@ def _cell(
     words.append(f"train.global_batch_size={batch}")
     words += [f"optimizer.lr_rule={plan.lr.rule}"] if plan.lr.rule else []
     words += [f"optimizer.lr_reference_batch={plan.lr.reference_batch}"] if plan.lr.reference_batch else []
-    if plan.lr.base is not None and "optimizer.lr" not in axes:
+    if plan.lr.base is not None and SWEPT not in axes:
         words.append(f"optimizer.lr={plan.lr.base!r}")
 
     words = [*kept_settings(tree, words), *words]
     draft = build(merge(dict(tree), from_words([*words, f"train.samples={batch}"])), ranks)
-    samples = steps * batch if steps else samples_of(plan, draft, variant, epoch, rates, arm.budget_factor)
+    samples = steps * batch if steps else samples_of(plan, draft, one.setting, epoch, rates, arm.budget_factor)
     words.append(f"train.samples={samples}")
     if plan.warmup_samples is not None:
         words.append(f"optimizer.warmup_samples={plan.warmup_samples}")
@@ -203,8 +214,9 @@ def _cell(
     execution = [*plan.execution.words, *plan.execution.words_by_batch.get(batch, [])]
     config = build(merge(dict(tree), from_words([*words, *execution])), ranks)
     run = make_plan(config, epoch, ranks)
+    variant = variant_name(arm.name, batch, axes)
     return Planned(
-        name=f"{variant}-s{seed}", variant=variant, arm=arm.name,
+        name=f"{variant}-s{seed}", variant=variant, setting=one.setting, role=one.role, waits=one.waits, arm=arm.name,
         label=arm.label or CONTROLS[arm.like or arm.name].label, global_batch_size=batch, seed=seed, axes=axes,
         words=tuple(words), config=config, samples=run.total_samples, steps=run.total_steps,
         epochs=run.total_samples / epoch, lr=peak_learning_rate(config.optimizer, batch),
@@ -229,9 +241,9 @@ def _that_fit(plan: StudyPlan, arm: ArmPlan, cells: Sequence[Planned], epoch: fl
     known: dict[str, float] = {}  # seeds need the same
 
     def need(cell: Planned) -> float:
-        if cell.variant not in known:
-            known[cell.variant] = predicted_gib(plan, cell, epoch)
-        return known[cell.variant]
+        if cell.setting not in known:
+            known[cell.setting] = predicted_gib(plan, cell, epoch)
+        return known[cell.setting]
 
     alike: dict[str, list[Planned]] = {}
     for cell in cells:
@@ -275,18 +287,20 @@ def _check_metrics(plan: StudyPlan, config: Config) -> Iterator[str]:
     evaluation = config.evaluation
     splits = split_names(evaluation)
     tests = [*splits, *(probe_name(probe, evaluation) for probe in evaluation.probes)]
-    for metric in plan.metrics:
+    asked = [("metrics", metric) for metric in plan.metrics]
+    asked += [("tuning.metric", plan.tuning.metric)] if plan.tuning.metric else []
+    for where, metric in asked:
         for key in metric.keys:
             split = max((one for one in tests if key.startswith(f"{one}/")), key=len, default=None)
             if split is None:
                 held = ", ".join(tests) or "none"
-                yield f"metrics: {key}: the configuration measures no such split; those of evaluation.splits: {held}"
+                yield f"{where}: {key}: the configuration measures no such split; those of evaluation.splits: {held}"
                 continue
             name = key.removeprefix(f"{split}/")
             known = describe(name)
             if known is None and not evaluation.evaluators:
-                yield f"metrics: {key}: expected a number such as {split}/image_to_text_R@1 or {split}/zero_shot_top1"
+                yield f"{where}: {key}: expected a number such as {split}/image_to_text_R@1 or {split}/zero_shot_top1"
             elif known is not None and known[0] is GEOMETRY and not evaluation.geometry:
-                yield f"metrics: {key}: evaluation.geometry is false, so it is not measured"
+                yield f"{where}: {key}: evaluation.geometry is false, so it is not measured"
             elif name.startswith("zero_shot") and evaluation.classes is None and splits.get(split) in embedded_splits():
-                yield f"metrics: {key}: evaluation.classes is null, so there is no zero-shot classification"
+                yield f"{where}: {key}: evaluation.classes is null, so there is no zero-shot classification"

@@ -17,7 +17,7 @@ from amclr_scale.errors import UserError
 from amclr_scale.study.planning.cost import encoder_cost, encoder_flops
 from amclr_scale.study.planning.plan import StudyPlan
 
-Rates = Mapping[str, float]  # samples per second by variant, such as sogclr-B128-gamma0.6
+Rates = Mapping[str, float]  # samples per second by setting, such as sogclr-B128-gamma0.6
 
 
 def samples_per_epoch(plan: StudyPlan, tree: Mapping[str, Any]) -> float:
@@ -40,13 +40,13 @@ def samples_per_epoch(plan: StudyPlan, tree: Mapping[str, Any]) -> float:
     return float(order.samples_per_epoch)
 
 
-def samples_of(plan: StudyPlan, config: Config, variant: str, epoch: float, rates: Rates, factor: float = 1.0) -> int:
+def samples_of(plan: StudyPlan, config: Config, setting: str, epoch: float, rates: Rates, factor: float = 1.0) -> int:
     """Length of a cell in samples, a whole number of steps.
 
     Args:
         plan: the plan.
         config: the cell's, of any length.
-        variant: the cell's name without its seed.
+        setting: the cell's name without its seed and a swept learning rate.
         epoch: samples per epoch.
         rates: what was measured here (held_equal wall_clock).
         factor: multiple of the budget that the arm gets.
@@ -64,12 +64,12 @@ def samples_of(plan: StudyPlan, config: Config, variant: str, epoch: float, rate
         case "compute":
             wanted /= encoder_cost(config)
         case "wall_clock":
-            if variant not in rates:
+            if setting not in rates:
                 raise UserError(
                     "budget.hours: held_equal wall_clock needs samples per second measured on this machine, and there "
                     "are none; --pilot measures them in a few steps"
                 )
-            wanted = (budget.hours or 0) * 3600 * rates[variant]
+            wanted = (budget.hours or 0) * 3600 * rates[setting]
     wanted *= factor
     steps = floor(wanted / batch) if plan.held_equal == "wall_clock" else round(wanted / batch)
     if steps < 1:

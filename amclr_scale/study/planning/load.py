@@ -15,7 +15,7 @@ from amclr_scale.config.shipped import find
 from amclr_scale.errors import UserError, did_you_mean
 from amclr_scale.study.planning.amounts import MOST_OF_EFFECT, POINTS, amount, unit_of_keys, written
 from amclr_scale.study.planning.arms import ABSENT, CONTROLS
-from amclr_scale.study.planning.plan import RANKS, Budget, StudyPlan
+from amclr_scale.study.planning.plan import RANKS, SWEPT, Budget, StudyPlan
 
 
 def plan_tree(path: Path, words: Sequence[str] = ()) -> dict[str, Any]:
@@ -87,11 +87,35 @@ _BUDGET = {
 def _check_numbers(plan: StudyPlan) -> Iterator[str]:
     if plan.expected and (plan.expected.device is None) == (plan.expected.samples_per_second is None):
         yield "expected: needs exactly one of expected.device and expected.samples_per_second"
-    for key, values in (("batch_sizes", plan.batch_sizes), ("seeds", plan.seeds)):
+    for key, values in (
+        ("batch_sizes", plan.batch_sizes),
+        ("seeds", plan.seeds),
+        ("tuning.seeds", plan.tuning.seeds or []),
+    ):
         if len(set(values)) < len(values):
             yield f"{key}: expected different values, got {values}"
     if plan.warmup_samples is not None and plan.warmup_share is not None:
         yield "warmup_share: give this or warmup_samples, not both"
+
+
+def _check_tuning(plan: StudyPlan) -> Iterator[str]:
+    """Whether learning rates are chosen on what no verdict uses."""
+    seeds, metric = plan.tuning.seeds, plan.tuning.metric
+    if not plan.sweeps:
+        for key, given in (("seeds", seeds), ("metric", metric)):
+            if given:
+                yield f"tuning.{key}: has no meaning where no arm has several values of {SWEPT}; remove it"
+        return
+    both = sorted(set(seeds or []) & set(plan.seeds))
+    if both:
+        yield f"tuning.seeds: expected others than those of seeds, which verdicts use, got {', '.join(map(str, both))}"
+    if seeds is not None and len(seeds) == 1:
+        yield f"tuning.seeds: expected two or more, which show how sure a choice is, or [], got {seeds}"
+    if metric and seeds == []:
+        yield "tuning.metric: has no meaning where tuning.seeds is []; remove it"
+    shared = sorted({split for one in plan.metrics for split in one.splits} & (metric.splits if metric else set()))
+    if shared:
+        yield f"tuning.metric: expected a result on a split that no outcome uses, got one on {', '.join(shared)}"
 
 
 def _check_amounts(plan: StudyPlan) -> Iterator[str]:
@@ -219,7 +243,8 @@ _CHECKS: tuple[tuple[Callable[[StudyPlan], Iterator[str]], tuple[str, ...]], ...
     (_check_arms, ("arms", "reference", "pairs")),
     (_check_budget, ("held_equal", "budget", "group_sizes")),
     (_check_words, ("words", "axes", "arms", "execution")),
-    (_check_numbers, ("expected", "batch_sizes", "seeds", "warmup_samples", "warmup_share")),
+    (_check_numbers, ("expected", "batch_sizes", "seeds", "tuning", "warmup_samples", "warmup_share")),
+    (_check_tuning, ("tuning", "seeds", "metrics", "axes", "arms")),
     (_check_amounts, ("metrics", "margin", "sigma")),
     (_check_ranks, ("axes", "arms", "execution")),
 )

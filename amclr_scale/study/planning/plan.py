@@ -13,6 +13,9 @@ from amclr_scale.study.planning.amounts import Amount, amount
 
 Axis = Annotated[list[Any], Field(min_length=1)]
 RANKS = "execution.ranks"  # the one axis that is no key of the configuration
+SWEPT = "optimizer.lr"  # an axis to choose from, not to compare
+TUNING_SEEDS = 3
+Role = Literal["scored", "tuning"]
 
 
 class ArmPlan(Section):
@@ -73,6 +76,27 @@ class Metric(Section):
     """As tables have it."""
     keys: Annotated[list[str], Field(min_length=1)]
     """Names in evaluation.json, such as emoji/val_style/image_to_text_R@1."""
+
+    @property
+    def lower_is_better(self) -> bool:
+        return all(key.endswith("median_rank") for key in self.keys)
+
+    @property
+    def splits(self) -> set[str]:
+        """What it is measured on."""
+        return {key.rpartition("/")[0] for key in self.keys}
+
+
+class Tuning(Section):
+    """How the learning rate of an arm is chosen where axes have several values of optimizer.lr."""
+
+    seeds: list[int] | None = None
+    """Seeds that choose and that no verdict uses: every value runs with each of them, then the best one with each of
+    `seeds`. null: three, after the largest of `seeds`. Two or more, so that they show how sure the choice is. []: no
+    tuning; every value runs with each of `seeds`, intervals are too narrow, and nothing is said to match."""
+    metric: Metric | None = None
+    """What the best one is chosen by: a result on a validation split, which no outcome uses, such as
+    emoji/val_concept/R@mean. null: the first outcome; then nothing is said about new test items."""
 
 
 class Reference(Section):
@@ -145,7 +169,8 @@ class StudyPlan(Section):
     """held_equal grid: pairs that share negatives, beside every batch size at least as large: gradients over B pairs,
     negatives from a group. Arms whose objective has no such groups (as clip has, by group_size) use the whole batch."""
     seeds: Annotated[list[int], Field(min_length=1)]
-    """Seeds: initial weights, data order, augmentation. The same for every arm, so that arms are compared in pairs."""
+    """Seeds: initial weights, data order, augmentation. The same for every arm, so that arms are compared in pairs.
+    Those of verdicts; tuning.seeds are others."""
     axes: dict[str, Axis] = Field(default_factory=dict)
     """Further configuration keys and their values, such as objective.gamma: [0.2, 0.8]. An option of the objective
     is varied in the arms that have it. execution.ranks, the ranks of a cell, is one too: the same recipe at another
@@ -156,6 +181,7 @@ class StudyPlan(Section):
     temperature: PositiveNumber | None = None
     """One fixed temperature for every arm that has one for all samples; null: as the configuration and arms say."""
     lr: LearningRate = LearningRate()
+    tuning: Tuning = Tuning()
     warmup_samples: Annotated[int, Field(ge=0)] | None = None
     """Warm-up in samples; null: warmup_share, else the configuration's."""
     warmup_share: Fraction | None = None
@@ -186,6 +212,25 @@ class StudyPlan(Section):
     """From which to say how long it takes before a cell has run."""
     wandb_group: str | None = None
     """Group of the cells' runs in Weights & Biases, where run.wandb is on; null: the study's name."""
+
+    @property
+    def sweeps(self) -> bool:
+        """Whether some arm has several learning rates to choose from."""
+        return any(len(arm.axes.get(SWEPT, self.axes.get(SWEPT, []))) > 1 for arm in self.arms)
+
+    @property
+    def tuning_seeds(self) -> list[int]:
+        """Seeds that learning rates are chosen on; none where nothing is swept."""
+        if not self.sweeps:
+            return []
+        if self.tuning.seeds is not None:
+            return self.tuning.seeds
+        return [max(self.seeds) + place for place in range(1, TUNING_SEEDS + 1)]
+
+    @property
+    def criterion(self) -> Metric:
+        """What learning rates are chosen by."""
+        return self.tuning.metric or self.metrics[0]
 
     @property
     def equal_within(self) -> float:

@@ -4,14 +4,14 @@ import itertools
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from amclr_scale.config.load import from_words, merge
 from amclr_scale.config.objective_options import find
 from amclr_scale.config.schema import Optimizer
 from amclr_scale.errors import UserError
 from amclr_scale.study.planning.arms import CONTROLS
-from amclr_scale.study.planning.plan import ArmPlan, StudyPlan
+from amclr_scale.study.planning.plan import SWEPT, ArmPlan, Role, StudyPlan
 
 
 def variant_name(arm: str, batch: int, axes: Mapping[str, Any]) -> str:
@@ -20,8 +20,40 @@ def variant_name(arm: str, batch: int, axes: Mapping[str, Any]) -> str:
     return "-".join([arm, f"B{batch}", *parts])
 
 
-def combinations(plan: StudyPlan, arm: ArmPlan, tree: Mapping[str, Any]) -> Iterator[tuple[int, dict[str, Any], int]]:
-    """All batch sizes, axis values and seeds; options that the arm's objective does not have are left out."""
+class Combination(NamedTuple):
+    """What one cell varies.
+
+    Attributes:
+        setting: its variant without a swept learning rate, under which one is chosen.
+        waits: its learning rate is not chosen yet.
+    """
+
+    batch: int
+    axes: dict[str, Any]
+    seed: int
+    role: Role
+    setting: str
+    waits: bool
+
+
+def setting_name(arm: str, batch: int, axes: Mapping[str, Any]) -> str:
+    """The variant's name without a swept learning rate."""
+    return variant_name(arm, batch, without_rate(axes))
+
+
+def without_rate(axes: Mapping[str, Any]) -> dict[str, Any]:
+    """The axes that make it another method."""
+    return {key: value for key, value in axes.items() if key != SWEPT}
+
+
+def combinations(
+    plan: StudyPlan, arm: ArmPlan, tree: Mapping[str, Any], chosen: Mapping[str, float]
+) -> Iterator[Combination]:
+    """All batch sizes, axis values and seeds; options that the arm's objective does not have are left out.
+
+    Args:
+        chosen: learning rates by setting, as tuning chose them.
+    """
     objective = find(merge(dict(tree), from_words(words_of(plan, arm, 0, check=False)))["objective"])
     options, in_groups = objective.options.model_fields, objective.declarations.group_option
     groups = f"objective.{in_groups}"
@@ -33,9 +65,19 @@ def combinations(plan: StudyPlan, arm: ArmPlan, tree: Mapping[str, Any]) -> Iter
     for batch in arm.batch_sizes or plan.batch_sizes:
         sizes = [size for size in plan.group_sizes if size <= batch] if in_groups else []
         grid = {groups: sizes} if plan.held_equal == "grid" and sizes and groups not in axes else {}
-        for values in itertools.product(*axes.values(), *grid.values()):
+        values = itertools.product(*axes.values(), *grid.values())
+        every = [dict(zip([*axes, *grid], one, strict=True)) for one in values]
+        if len(axes.get(SWEPT, [])) < 2 or not plan.tuning_seeds:
+            for one, seed in itertools.product(every, plan.seeds):
+                yield Combination(batch, one, seed, "scored", setting_name(arm.name, batch, one), False)
+            continue
+        for one, seed in itertools.product(every, plan.tuning_seeds):
+            yield Combination(batch, one, seed, "tuning", setting_name(arm.name, batch, one), False)
+        for setting, one in {setting_name(arm.name, batch, one): one for one in every}.items():
+            rate = chosen.get(setting)
+            fixed = without_rate(one) if rate is None else one | {SWEPT: rate}
             for seed in plan.seeds:
-                yield batch, dict(zip([*axes, *grid], values, strict=True)), seed
+                yield Combination(batch, fixed, seed, "scored", setting, rate is None)
 
 
 def words_of(plan: StudyPlan, arm: ArmPlan, batch: int, *, check: bool = True) -> list[str]:

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from amclr_scale.study.planning.amounts import amount, written
 from amclr_scale.study.planning.cells import Planned
-from amclr_scale.study.planning.plan import StudyPlan
+from amclr_scale.study.planning.plan import SWEPT, StudyPlan
 
 FEW_STEPS = 500
 POWER = 0.8
@@ -52,13 +52,28 @@ def warnings(
         )
     yield from _memory(plan, gib or {})
     yield from _seeds(plan)
-    swept = [plan.axes.get("optimizer.lr") or arm.axes.get("optimizer.lr") or [] for arm in plan.arms]
+    yield from _tuning(plan)
+    swept = [plan.axes.get(SWEPT) or arm.axes.get(SWEPT) or [] for arm in plan.arms]
     least = min(len(values) for values in swept)
     if least < LEARNING_RATES:
         have = "one learning rate per batch size" if least < 2 else f"a sweep of {least} values of optimizer.lr"
         yield (
             f"{have}: an arm may win because it suits them; the fair curve takes the best of {LEARNING_RATES} or more "
             "per cell (axes: {optimizer.lr: [...]})"
+        )
+
+
+def _tuning(plan: StudyPlan) -> Iterator[str]:
+    """What a swept learning rate costs the verdicts."""
+    if plan.sweeps and not plan.tuning_seeds:
+        yield (
+            "tuning.seeds: [] chooses learning rates on the seeds that are scored: intervals are too narrow, and "
+            "nothing is said to match"
+        )
+    elif plan.sweeps and plan.criterion.splits & {split for one in plan.metrics for split in one.splits}:
+        yield (
+            "learning rates are chosen on an outcome's own items, so nothing is said about new ones; name a result on "
+            "a validation split as tuning.metric"
         )
 
 

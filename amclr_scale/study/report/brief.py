@@ -3,12 +3,12 @@
 import math
 from collections.abc import Sequence
 
-from amclr_scale.study.analysis.comparison import Group, find
 from amclr_scale.study.analysis.families import Analysed, few_steps, hardly_trained
+from amclr_scale.study.analysis.groups import Group, find
 from amclr_scale.study.analysis.results import Study
 from amclr_scale.study.analysis.units import words_of
 from amclr_scale.study.planning.amounts import MOST_OF_EFFECT
-from amclr_scale.study.report import probe_figures, rank_scaling, tables
+from amclr_scale.study.report import learning_rates, probe_figures, rank_scaling, tables
 from amclr_scale.study.report.claims import scale_of
 from amclr_scale.study.statistics.decisions import Verdict
 
@@ -45,7 +45,10 @@ def _ran(study: Study, groups: Sequence[Group]) -> str:
     batches = ", ".join(f"{batch:,}" for batch in sorted({cell.global_batch_size for cell in study.cells}))
     sizes = "sizes" if "," in batches else "size"
     methods = len(dict.fromkeys(cell.title for cell in study.cells))
-    missing = f"; {len(study.missing)} of its {len(study.cells)} cells have no result yet" if study.missing else ""
+    cells, lost = len(study.cells) + len(study.tuning_cells), len(study.missing)
+    missing = f"; {lost} of its {cells} cells have no result yet" if lost else ""
+    tuning = len({cell.seed for cell in study.tuning_cells})
+    missing = f"{f', learning rates chosen on {tuning} others' if tuning else ''}{missing}"
     return (
         f"{methods} {'method' if methods == 1 else 'methods'} at global batch {sizes} {batches}, {seeds} "
         f"{'seed' if seeds == 1 else 'seeds'} each, with equal {study.held_equal.replace('_', ' ')}{missing}."
@@ -108,6 +111,7 @@ def _beware(study: Study, first: Analysed) -> str:
         reference = ", the reference among them" if first.reference in found else ""
         words.append(f"Hardly trained{reference}: {listed(found)}. What is said of these says little about methods.")
     words += [wide] if (wide := wide_margin(study, first)) else []
+    words += [narrow] if (narrow := learning_rates.too_narrow(first.outcome.groups)) else []
     if study.held_equal == "samples" and (steps := few_steps(study)):
         words.append(f"Few optimizer steps ({steps}): there, a low score may be too little training.")
     return " ".join(words)

@@ -3,11 +3,12 @@
 from collections.abc import Sequence
 
 from amclr_scale.study.analysis.comparability import differences, surroundings, uneven_rate
-from amclr_scale.study.analysis.comparison import Group, Outcome
+from amclr_scale.study.analysis.comparison import Outcome
 from amclr_scale.study.analysis.families import Analysed, slug_of
+from amclr_scale.study.analysis.groups import Group
 from amclr_scale.study.analysis.results import Metric, Study
 from amclr_scale.study.analysis.units import unit_of
-from amclr_scale.study.report import curves, plots, probe_figures, rank_scaling, tables
+from amclr_scale.study.report import curves, learning_rates, plots, probe_figures, rank_scaling, tables
 from amclr_scale.study.report.claims import (
     SCORES,
     Speaker,
@@ -60,13 +61,12 @@ def scores(report: Document, study: Study, analysed: Sequence[Analysed], looks: 
             "on average. Where a curve bends, one number does not describe it.",
         )
         report.table(sensitivity)
-    sweep = tables.learning_rate_table(first.outcome, first.unit)
+    sweep = learning_rates.table(study, first.outcome, first.unit)
     if sweep.rows:
-        report.say(
-            "### Learning rates",
-            "Each seed is scored at the learning rate that the other seeds chose. The score of the best rate, chosen "
-            "and measured on the same runs, is biased upwards.",
-        )
+        how = learning_rates.TUNED if study.criterion else learning_rates.ON_SCORED
+        hours = sum(run.hours or 0 for run in study.tuning)
+        took = f"The {len(study.tuning)} tuning cells took {hours:.3g} hours." if hours else ""
+        report.say("### Learning rates", how, learning_rates.too_narrow(first.outcome.groups), took)
         report.table(sweep)
 
 
@@ -90,6 +90,9 @@ def verdicts(report: Document, study: Study, analysed: Sequence[Analysed], looks
         "verdict holds for this test set; *with new items* also lets the test items vary. *Seeds needed*: to show a "
         "match with 80 % power if there is no difference, at the spread measured here and at both ends of that "
         "spread's own 95 % interval.",
+        learning_rates.IN_VERDICTS if study.criterion else "",
+        learning_rates.too_narrow(analysed[0].outcome.groups),
+        learning_rates.items_unknown(analysed[0].outcome),
     )
     for place, one in enumerate(analysed):
         name = one.outcome.metric.name

@@ -12,7 +12,8 @@ from typing import Any
 import yaml
 
 from amclr_scale.metrics.scores import words_of
-from amclr_scale.study.analysis.comparison import Comparison, Group, Outcome, called, compare, find
+from amclr_scale.study.analysis.comparison import Comparison, Outcome, compare
+from amclr_scale.study.analysis.groups import Group, called, find
 from amclr_scale.study.analysis.results import Metric, Study
 from amclr_scale.study.analysis.units import Unit
 from amclr_scale.study.report import rank_scaling

@@ -5,14 +5,15 @@ from collections.abc import Sequence
 
 from scipy import special
 
-from amclr_scale.study.analysis.comparison import Group, groups_of, reference_of
 from amclr_scale.study.analysis.families import Analysed, analyse, few_steps, hardly_trained
+from amclr_scale.study.analysis.groups import Group, groups_of, reference_of
 from amclr_scale.study.analysis.results import Study
 from amclr_scale.study.analysis.units import Unit, unit_of
 from amclr_scale.study.report import chapters, plots, tables
 from amclr_scale.study.report.brief import LEVEL, brief, listed
 from amclr_scale.study.report.claims import scale_of
 from amclr_scale.study.report.document import Document
+from amclr_scale.study.report.learning_rates import how_chosen, too_narrow
 from amclr_scale.study.report.plots import Looks
 from amclr_scale.study.statistics.decisions import Verdict
 from amclr_scale.study.statistics.power import detectable_difference
@@ -71,7 +72,7 @@ def demoted(text: str) -> str:
 
 def _design(report: Document, study: Study, groups: Sequence[Group]) -> None:
     share = bool(study.runs) and unit_of(study.metrics[0], study.runs).share
-    done, planned = len(study.runs), len(study.cells)
+    done, planned = len(study.runs) + len(study.tuning), len(study.cells) + len(study.tuning_cells)
     arms = dict.fromkeys(cell.title for cell in study.cells)
     batches = sorted({cell.global_batch_size for cell in study.cells})
     seeds = sorted({cell.seed for cell in study.cells})
@@ -88,6 +89,7 @@ def _design(report: Document, study: Study, groups: Sequence[Group]) -> None:
             f"- outcome: {'; '.join(_metric_words(study, i) for i in range(len(study.metrics)))}",
             f"- margin of equivalence, declared in the plan: {Unit(share).margin(study.margin)}",
             f"- reference: {reference.name if reference else _wanted(study) + ' (not finished)'}",
+            *([f"- learning rates: {how}"] if (how := how_chosen(study, groups)) else []),
             f"- scale: {scale_of(study)}",
         ]),
     )  # fmt: skip
@@ -201,11 +203,13 @@ def _limits(report: Document, study: Study, analysed: Sequence[Analysed]) -> Non
         lines.append(
             f"- At equal samples, more is encoded per sample than by plain CLIP in: {', '.join(sorted(costs))}."
         )
-    rates = sorted({run.cell.lr for run in study.runs})
-    swept = any(group.swept for one in analysed for group in one.outcome.groups)
+    rates = sorted({run.cell.lr for run in study.runs if run.cell.lr is not None})
+    swept = any(group.swept or group.criterion for one in analysed for group in one.outcome.groups)
     if study.runs and not swept:
         words = f"{rates[0]:.3g}" if len(rates) == 1 else f"{rates[0]:.3g} to {rates[-1]:.3g}, one per batch size"
         lines.append(f"- No learning rate was swept ({words}): an arm or a batch size may do better at another.")
+    narrow = too_narrow(analysed[0].outcome.groups) if analysed else ""
+    lines += [f"- {narrow}"] if narrow else []
     if analysed:
         clusters = analysed[0].outcome.clusters
         lines.append(

@@ -6,7 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from amclr_scale.study.analysis.comparison import Group, Outcome
+from amclr_scale.study.analysis.comparison import Outcome
+from amclr_scale.study.analysis.groups import Group
 from amclr_scale.study.analysis.units import Unit
 from amclr_scale.study.report.document import Figure
 from amclr_scale.study.report.plots import WIDTH, Looks, columns_of_legend, finish, pyplot

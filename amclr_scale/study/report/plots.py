@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from amclr_scale.study.analysis.comparison import Comparison, Group, Outcome
+from amclr_scale.study.analysis.comparison import Comparison, Outcome
+from amclr_scale.study.analysis.groups import Group
 from amclr_scale.study.analysis.results import Run
 from amclr_scale.study.analysis.units import Unit
 from amclr_scale.study.report.document import Figure

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from amclr_scale.study.analysis.comparison import Group
+from amclr_scale.study.analysis.groups import Group
 from amclr_scale.study.analysis.results import Run
 from amclr_scale.study.analysis.units import columns_of, words_of
 from amclr_scale.study.report.curves import panels

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from amclr_scale.study.analysis.comparison import Group
+from amclr_scale.study.analysis.groups import Group
 from amclr_scale.study.analysis.results import Axes, Run, titled
 from amclr_scale.study.analysis.units import columns_of, words_of
 from amclr_scale.study.planning.plan import RANKS

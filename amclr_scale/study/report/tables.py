@@ -12,7 +12,8 @@ from scipy import special
 
 from amclr_scale.config.objective_options import declared
 from amclr_scale.study.analysis.comparability import Difference
-from amclr_scale.study.analysis.comparison import Both, Comparison, Group, Outcome, per_doubling
+from amclr_scale.study.analysis.comparison import Both, Comparison, Outcome
+from amclr_scale.study.analysis.groups import Group, per_doubling
 from amclr_scale.study.analysis.results import Missing, Run
 from amclr_scale.study.analysis.units import Unit
 from amclr_scale.study.report.document import Table
@@ -20,6 +21,7 @@ from amclr_scale.study.statistics.decisions import Estimate
 from amclr_scale.study.statistics.power import seeds_needed_for_equivalence
 
 DASH = "-"
+TUNE_MORE = "tune on more"  # another learning rate may bring more than the margin, whatever the number of scored seeds
 
 
 def raw_estimate(name: str, both: Both | None) -> dict[str, Any]:
@@ -113,12 +115,13 @@ def verdict_table(compared: Sequence[Comparison], unit: Unit, margin: float, nam
     for one in compared:
         seeds, wide, decision = one.difference.seeds, one.difference.items, one.decision
         low, high = wide.interval() if wide else (math.nan, math.nan)
-        needed = needed_seeds(seeds, margin)
+        untuned = math.hypot(*(part.half(0.05) for part in one.difference.regrets)) >= margin
+        needed = None if untuned else needed_seeds(seeds, margin)
         rows.append([
             one.pair if both else one.group.name, str(seeds.n), unit.change(seeds),
             DASH if math.isnan(low) else f"[{unit.difference(low)}, {unit.difference(high)}]",
             decision.verdict, _p(decision.p_different), _p(decision.p_equivalent), _p(decision.p_not_worse),
-            one.with_items.verdict if one.with_items else DASH, needed_words(needed),
+            one.with_items.verdict if one.with_items else DASH, TUNE_MORE if untuned else needed_words(needed),
         ])  # fmt: skip
         raw.append({
             "arm": one.group.name, "against": one.base.name, **raw_estimate("difference", one.difference),
@@ -259,25 +262,6 @@ def same_mathematics(group: Group, other: Group) -> str:
         return ""
     wanted = declared({"name": found.name, **found.options}).options
     return found.why if wanted.model_dump() == second.options.model_dump() else ""
-
-
-def learning_rate_table(outcome: Outcome, unit: Unit) -> Table:
-    """Swept learning rates: what was chosen, and what choosing on the same data would have claimed."""
-    rows, raw = [], []
-    for group in outcome.groups:
-        found = outcome.selection(group)
-        if found is None:
-            continue
-        fair = sum(found.scores) / len(found.scores)
-        best = group.rates[found.best]
-        note = "at the edge of the sweep: widen it" if found.at_edge else ""
-        note += ("; " if note else "") + "one seed: biased upwards" if found.biased else ""
-        rows.append([group.name, ", ".join(f"{rate:.3g}" for rate in group.rates), f"{best:.3g}",
-                     unit.score(fair), unit.score(found.naive), note])  # fmt: skip
-        raw.append({"group": group.name, "rates": " ".join(map(str, group.rates)), "best": best, "score": fair,
-                    "naive": found.naive, "at_edge": found.at_edge, "biased": found.biased})  # fmt: skip
-    header = ["cells", "tried", "best", "score, chosen by the other seeds", "score of the best (biased)", "note"]
-    return Table("learning_rates", header, rows, raw, left=2, words=(5,))
 
 
 def difference_table(found: Sequence[Difference]) -> Table:

@@ -5,7 +5,7 @@
     cells.json       metrics, margin, reference, and every cell with its recipe hash
     attempts.jsonl   one line per attempt at a cell
     running.json     the cells that run now and since when; what a killed study left there is an attempt too
-    rates.json       samples per second by variant, from a pilot (held_equal wall_clock)
+    rates.json       samples per second by setting, from a pilot (held_equal wall_clock)
     logs/CELL.log    its console; CELL.attempts.jsonl: what a job array's task tried
     runs/CELL/       its run folder
 
@@ -56,7 +56,15 @@ class StudyFolder:
 
     def is_finished(self, cell: Planned) -> bool:
         """Whether its run is complete and of this very recipe."""
-        return (self.runs / cell.name / "evaluation.json").exists() and self.hash_of(cell) == cell.recipe_hash
+        finished = not cell.waits and (self.runs / cell.name / "evaluation.json").exists()
+        return finished and self.hash_of(cell) == cell.recipe_hash
+
+    def has_failed(self, cell: Planned) -> bool:
+        """Whether the last attempt at a cell failed."""
+        own = [one for one in self.recorded() if one.get("cell") == cell.name]
+        own += _lines(self.logs / f"{cell.name}.attempts.jsonl")
+        last = max(own, key=lambda one: one.get("started") or 0, default={})
+        return last.get("status") == "failed"
 
     def hash_of(self, cell: Planned) -> str | None:
         """The recipe of the run that has this cell's name; None while there is none."""
@@ -76,7 +84,7 @@ class StudyFolder:
         """
         lines: dict[str, list[str]] = {}
         for cell in cells:
-            if self.hash_of(cell) in (None, cell.recipe_hash):
+            if cell.waits or self.hash_of(cell) in (None, cell.recipe_hash):
                 continue
             for line in self._differences(cell):
                 lines.setdefault(line, []).append(cell.name)
@@ -89,7 +97,9 @@ class StudyFolder:
         before = self._listed()
         reference = reference_of(plan, cells)
         compared = [
-            cell for cell in cells if (cell.arm, cell.global_batch_size) != reference and self.is_finished(cell)
+            cell
+            for cell in cells
+            if cell.role == "scored" and (cell.arm, cell.global_batch_size) != reference and self.is_finished(cell)
         ]
         if before and compared and not math.isclose(before["margin"], plan.equal_within):
             there = written(before["margin"], amount(plan.margin)[1])
@@ -133,6 +143,7 @@ class StudyFolder:
             "metrics": [metric.model_dump() for metric in plan.metrics],
             "margin": plan.equal_within,
             "reference": {"arm": arm, "global_batch_size": batch},
+            "tuning": {"seeds": plan.tuning_seeds, "metric": plan.criterion.model_dump()} if plan.sweeps else None,
             "cells": [cell.entry() for cell in cells],
         }
         try:
@@ -154,12 +165,7 @@ class StudyFolder:
 
     def recorded(self) -> list[dict[str, Any]]:
         """All attempts; a line that was cut off by a kill is left out."""
-        found: list[dict[str, Any]] = []
-        with contextlib.suppress(FileNotFoundError):
-            for line in self.attempts.read_text("utf-8", errors="replace").splitlines():
-                with contextlib.suppress(ValueError):
-                    found.append(json.loads(line))
-        return found
+        return _lines(self.attempts)
 
     def running(self, cells: Mapping[str, float]) -> None:
         """Say which cells run now, and since when."""
@@ -194,12 +200,17 @@ class StudyFolder:
 
     def records(self, cell: str) -> list[dict[str, Any]]:
         """The logged steps of a cell's run."""
-        found: list[dict[str, Any]] = []
-        with contextlib.suppress(FileNotFoundError):
-            for line in (self.runs / cell / "metrics.jsonl").read_text("utf-8", errors="replace").splitlines():
-                with contextlib.suppress(ValueError):
-                    found.append(json.loads(line))
-        return [record for record in found if "samples_per_second" in record]
+        return [record for record in _lines(self.runs / cell / "metrics.jsonl") if "samples_per_second" in record]
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    """The records of a file, those that were cut off left out; none where it does not exist."""
+    found: list[dict[str, Any]] = []
+    with contextlib.suppress(FileNotFoundError):
+        for line in path.read_text("utf-8", errors="replace").splitlines():
+            with contextlib.suppress(ValueError):
+                found.append(json.loads(line))
+    return found
 
 
 def _replace(path: Path, text: str) -> None:

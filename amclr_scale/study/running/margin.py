@@ -14,17 +14,18 @@ from amclr_scale.study.running.folder import StudyFolder
 def check_margin(plan: StudyPlan, folder: StudyFolder, cells: Sequence[Planned]) -> None:
     """Refuse a margin that is more than half of what the reference scores above guessing, while it may still change.
 
-    Where nothing of the reference has run yet, or something else has, nothing is said here; the report then says no
-    match.
+    Tuning cells of the reference count, too. Where nothing of it has run yet, or something else was scored, nothing is
+    said here; the report then says no match.
 
     Raises:
         UserError: the margin is too wide.
     """
     reference = reference_of(plan, cells)
     finished = [cell for cell in cells if folder.is_finished(cell)]
-    if any((cell.arm, cell.global_batch_size) != reference for cell in finished):
+    of_reference = [cell for cell in finished if (cell.arm, cell.global_batch_size) == reference]
+    if any(cell.role == "scored" for cell in finished if cell not in of_reference):
         return
-    known = [(found, cell.name) for cell in finished if (found := _above_guessing(plan, folder.runs / cell.name))]
+    known = [(found, cell.name) for cell in of_reference if (found := _above_guessing(plan, folder.runs / cell.name))]
     if not known:
         return
     (effect, score), name = max(known)

@@ -11,7 +11,7 @@ from typing import Any
 from amclr_scale.config.load import merge
 from amclr_scale.errors import UserError
 from amclr_scale.study.planning.cells import make_cells
-from amclr_scale.study.planning.plan import StudyPlan
+from amclr_scale.study.planning.plan import StudyPlan, Tuning
 from amclr_scale.study.running.folder import StudyFolder
 from amclr_scale.study.running.run import Outcome, Runner
 
@@ -23,7 +23,8 @@ def pilot_plan(plan: StudyPlan) -> StudyPlan:
     execution = plan.execution
     words = (*execution.words, "run.log_every_steps=1")
     changed = {
-        "seeds": plan.seeds[:1], "metrics": [], "execution": execution.model_copy(update={"words": words}),
+        "seeds": plan.seeds[:1], "tuning": Tuning(seeds=[]), "metrics": [],
+        "execution": execution.model_copy(update={"words": words}),
     }  # fmt: skip
     return plan.model_copy(update=changed)
 
@@ -38,16 +39,17 @@ def run_pilot(
     """
     short, place = pilot_plan(plan), StudyFolder(folder.path / "pilot")
     silent = merge(dict(tree), {"evaluation": {"splits": [], "probes": []}})
-    cells = make_cells(short, silent, epoch, steps=plan.budget.pilot_steps)
-    missing = [cell for cell in cells if cell.variant not in folder.rates]
+    every = make_cells(short, silent, epoch, steps=plan.budget.pilot_steps)
+    cells = list({cell.setting: cell for cell in reversed(every)}.values())[::-1]  # at one learning rate of a sweep
+    missing = [cell for cell in cells if cell.setting not in folder.rates]
     if not missing:
         return None
     say(f"pilot: {plan.budget.pilot_steps} steps of each of {len(missing)} arms and batch sizes")
     place.write(short, silent, cells)
     outcome = Runner(short, place, missing, say).run()
     if outcome.failed:
-        raise UserError(f"held_equal: the pilot of {', '.join(outcome.failed)} failed; its log is in {place.logs}")
-    measured = {cell.variant: rate(place.records(cell.name)) for cell in missing if place.is_finished(cell)}
+        raise UserError(f"--pilot: the pilot of {', '.join(outcome.failed)} failed; its log is in {place.logs}")
+    measured = {cell.setting: rate(place.records(cell.name)) for cell in missing if place.is_finished(cell)}
     folder.write_rates({**folder.rates, **measured})
     return outcome
 

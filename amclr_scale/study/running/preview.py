@@ -24,8 +24,8 @@ def preview(
     gib = {one.variant: predicted_gib(plan, one, epoch) for one in first_seeds(cells)} if memory else {}
     parts = [
         f"study {plan.name} in {folder.path}" + (f": {plan.question}" if plan.question else ""),
-        f"{len(cells)} cells, {len(plan.seeds)} seeds; reference {arm} at a global batch of {batch}; "
-        f"outcome {plan.metrics[0].name}, equal within +- {plan.margin}",
+        f"{len(cells)} cells{tuned(plan, cells)}, {len(plan.seeds)} seeds; reference {arm} at a global batch of "
+        f"{batch}; outcome {plan.metrics[0].name}, equal within +- {plan.margin}",
         held(plan, cells, epoch),
         table(cells, gib),
         hours(plan, folder, cells),
@@ -38,9 +38,21 @@ def preview(
     return "\n".join(parts)
 
 
+def tuned(plan: StudyPlan, cells: Sequence[Planned]) -> str:
+    """How many cells choose learning rates, and by what."""
+    tuning = sum(cell.role == "tuning" for cell in cells)
+    if not tuning:
+        return ""
+    seeds = ", ".join(map(str, plan.tuning_seeds))
+    return (
+        f": {tuning} on seeds {seeds} choose a learning rate by {plan.criterion.name}, then {len(cells) - tuning} are "
+        "scored at it"
+    )
+
+
 def first_seeds(cells: Sequence[Planned]) -> list[Planned]:
-    """One cell of every variant."""
-    return list({cell.variant: cell for cell in reversed(cells)}.values())[::-1]
+    """One cell of every variant, and of both of its roles."""
+    return list({(cell.variant, cell.role): cell for cell in reversed(cells)}.values())[::-1]
 
 
 def held(plan: StudyPlan, cells: Sequence[Planned], epoch: float) -> str:
@@ -96,7 +108,8 @@ def table(cells: Sequence[Planned], gib: Mapping[str, float]) -> str:
         gib: predicted peak memory per rank, by variant; empty: no such column.
     """
     head = (
-        "arm", "batch", "axes", "seeds", "samples", "steps", "epochs", "lr", "encoder cost", "negatives",
+        "arm", "batch", "axes", *(["for"] if any(cell.role == "tuning" for cell in cells) else []), "seeds",
+        "samples", "steps", "epochs", "lr", "encoder cost", "negatives",
         "encoder FLOPs", "similarity FLOPs", *(["GiB per rank"] if gib else []),
     )  # fmt: skip
     rows: list[tuple[str, ...]] = [head]
@@ -104,8 +117,10 @@ def table(cells: Sequence[Planned], gib: Mapping[str, float]) -> str:
         encoders, similarities = one.flops
         rows.append((
             one.arm, f"{one.global_batch_size}", ", ".join(f"{key}={value}" for key, value in one.axes.items()) or "-",
-            f"{sum(other.variant == one.variant for other in cells)}", f"{one.samples:,}", f"{one.steps:,}",
-            f"{one.epochs:.2f}", f"{one.lr:.3g}", f"{one.encoder_cost:g}", f"{one.negatives:,}", f"{encoders:.3g}",
+            *(["tuning" if one.role == "tuning" else "verdicts"] if "for" in head else []),
+            f"{sum((other.variant, other.role) == (one.variant, one.role) for other in cells)}", f"{one.samples:,}",
+            f"{one.steps:,}", f"{one.epochs:.2f}", "chosen" if one.waits else f"{one.lr:.3g}",
+            f"{one.encoder_cost:g}", f"{one.negatives:,}", f"{encoders:.3g}",
             f"{similarities:.3g}", *([f"{gib[one.variant]:.2f}"] if gib else []),
         ))  # fmt: skip
     widths = [max(len(row[column]) for row in rows) for column in range(len(head))]
@@ -127,11 +142,11 @@ def hours(plan: StudyPlan, folder: StudyFolder, cells: Sequence[Planned]) -> str
         jobs = plan.execution.jobs
         lines.append(f"time: about {duration(sum(known) / jobs)} for the others, {jobs} at once, from measured ones")
     else:
-        measured = all(cell.variant in folder.rates for cell in left)
+        measured = all(cell.setting in folder.rates for cell in left)
         offer = f"; --pilot measures samples/s in {plan.budget.pilot_steps} steps of every arm and batch size"
         lines.append(f"time: unknown until a cell has run{'' if measured else offer}")
         if measured:
-            seconds = sum(cell.samples / folder.rates[cell.variant] for cell in left) / plan.execution.jobs
+            seconds = sum(cell.samples / folder.rates[cell.setting] for cell in left) / plan.execution.jobs
             lines.append(
                 f"by the pilot's samples/s: {duration(seconds)} of training, {plan.execution.jobs} at once; start and "
                 "evaluation of every cell come on top"

@@ -54,10 +54,17 @@ class Outcome:
     failed: tuple[str, ...]
     interrupted: bool
 
+    def __add__(self, other: "Outcome") -> "Outcome":
+        """That of two runs, one after the other."""
+        return Outcome(self.done + other.done, self.failed + other.failed, self.interrupted or other.interrupted)
+
     @property
     def exit_code(self) -> int:
         """0: every cell is finished; 1: some failed; 75: asked to end, the same command goes on."""
         return EXIT_RESUMABLE if self.interrupted else 1 if self.failed else 0
+
+
+Command = Callable[[StudyPlan, StudyFolder, Planned, int], list[str]]
 
 
 def command(plan: StudyPlan, folder: StudyFolder, cell: Planned, slot: int = 0) -> list[str]:
@@ -140,12 +147,13 @@ class Runner:
         folder: StudyFolder,
         cells: Sequence[Planned],
         say: Callable[[str], None],
-        make_command: Callable[[StudyPlan, StudyFolder, Planned, int], list[str]] = command,
+        make_command: Command = command,
     ):
         self.plan, self.folder, self.cells = plan, folder, list(cells)
         self._say, self._command = say, make_command
         # all arms of one seed before the next seed: a study that is stopped early still compares all arms
-        ordered = sorted(cells, key=lambda cell: plan.seeds.index(cell.seed))
+        seeds = [*plan.tuning_seeds, *plan.seeds]
+        ordered = sorted(cells, key=lambda cell: seeds.index(cell.seed))
         self._waiting = deque(cell for cell in ordered if not folder.is_finished(cell))
         self._running: list[_Running] = []
         self._failures: dict[str, int] = {}

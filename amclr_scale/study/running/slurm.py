@@ -64,6 +64,8 @@ exit "$code"
 def write_jobs(plan: StudyPlan, folder: StudyFolder, cells: Sequence[Planned], target: Path) -> list[Path]:
     """Write a script and the command lines of all cells that are not finished, once per number of ranks.
 
+    Cells that wait for a learning rate are left out: once the tuning cells have run, the same command writes them.
+
     Args:
         plan, folder, cells: the study, its folder written.
         target: the folder to write into.
@@ -74,7 +76,7 @@ def write_jobs(plan: StudyPlan, folder: StudyFolder, cells: Sequence[Planned], t
     Raises:
         UserError: nothing is left to run, the ranks do not fill nodes, or the folder cannot be written.
     """
-    left = [cell for cell in cells if not folder.is_finished(cell)]
+    left = [cell for cell in cells if not cell.waits and not folder.is_finished(cell)]
     if not left:
         raise UserError("--slurm: every cell is finished; write the report with --report")
     alike = {ranks: [cell for cell in left if cell.ranks == ranks] for ranks in sorted({cell.ranks for cell in left})}

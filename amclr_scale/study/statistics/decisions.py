@@ -11,18 +11,19 @@ deviation s, and t_q(f) the q-quantile of Student's t with f degrees of freedom:
     Holm                  p-values of a family, sorted: p_(k) (K + 1 - k), made monotone, at most 1 (Holm, "A Simple
                           Sequentially Rejective Multiple Test Procedure", Scandinavian Journal of Statistics, 1979)
 
-Seeds alone say what holds on THIS test set. Another sample of test items moves all seeds together, which no number of
-seeds shows. `with_items` adds that: half the interval over seeds, and half the interval over C clusters of items from
-the standard error v of the mean over seeds under resampling of items, are added as squares (Zou and Donner,
-"Construction of Confidence Limits about Effect Measures", Statistics in Medicine, 2008):
+Seeds alone say what holds on THIS test set, at these learning rates. Another sample of test items moves all seeds
+together, which no number of seeds shows; so does another choice of the rate. `with_further` adds such a `Component`:
+half the interval over seeds, and half the interval of each component with standard error v and f degrees of freedom
+(`with_items`: over C clusters of items, f = C - 1), are added as squares (Zou and Donner, "Construction of Confidence
+Limits about Effect Measures", Statistics in Medicine, 2008):
 
-    half                  sqrt((t_q(n - 1) s / sqrt(n))^2 + (t_q(C - 1) v)^2)
+    half                  sqrt((t_q(n - 1) s / sqrt(n))^2 + sum (t_q(f) v)^2)
 
-and a p-value is the level at which such an interval ends at the tested bound. So items only ever widen an interval, and
-no claim is easier about new items than about these. The part of the variance that is neither the seed's nor the item's
-alone is in both terms: these intervals err to the wide side. In simulated studies those of 95 % hold the truth in
-96.5 % (3 seeds), 97.3 % (5), 95.7 % (10) and 95.3 % (20). A bootstrap over 3 seeds has ten different resamples and
-holds it in 74 % (tests/study/test_statistics_resampling.py measures both): none is used for seeds here.
+and a p-value is the level at which such an interval ends at the tested bound. So a component only ever widens an
+interval, and no claim is easier about new items than about these. The part of the variance that is neither the seed's
+nor the item's alone is in both terms: these intervals err to the wide side. In simulated studies those of 95 % hold the
+truth in 96.5 % (3 seeds), 97.3 % (5), 95.7 % (10) and 95.3 % (20). A bootstrap over 3 seeds has ten different resamples
+and holds it in 74 % (tests/study/test_statistics_resampling.py measures both): none is used for seeds here.
 
 power.py has how many seeds such a test needs. Everything is float64.
 """
@@ -39,6 +40,26 @@ SMALLEST_P = 1e-12
 
 
 @dataclass(frozen=True)
+class Component:
+    """A source of error that moves all seeds together.
+
+    Attributes:
+        error: standard error; infinite where nothing is known of it.
+        freedom: degrees of freedom of that error.
+    """
+
+    error: float
+    freedom: float = math.inf
+
+    def half(self, tail: float) -> float:
+        """How far the end lies that has `tail` of the probability beyond it."""
+        return float(special.stdtrit(self.freedom, 1 - tail)) * self.error if self.error else 0.0
+
+    def times(self, weight: float) -> "Component":
+        return Component(abs(weight) * self.error, self.freedom)
+
+
+@dataclass(frozen=True)
 class Estimate:
     """A mean or a mean difference, with what is needed to test it.
 
@@ -47,16 +68,14 @@ class Estimate:
         standard_error: of the value, over seeds; nan where one seed says nothing about it.
         degrees_of_freedom: of the standard error.
         n: seeds.
-        item_error: standard error over test items; 0 where these items are all that is meant.
-        item_freedom: degrees of freedom of the latter.
+        further: what else could have come out differently; empty where these items and rates are all that is meant.
     """
 
     value: float
     standard_error: float
     degrees_of_freedom: float
     n: int
-    item_error: float = 0.0
-    item_freedom: float = math.inf
+    further: tuple[Component, ...] = ()
 
     @property
     def deviation(self) -> float:
@@ -65,24 +84,32 @@ class Estimate:
 
     def interval(self, level: float = 0.95) -> tuple[float, float]:
         """Both ends; nan with one seed."""
-        if math.isnan(self.standard_error):
+        if self._unknown:
             return math.nan, math.nan
         half = self._half((1 - level) / 2)
         return self.value - half, self.value + half
 
     def _half(self, tail: float) -> float:
         """How far the end lies that has `tail` of the probability beyond it."""
-        seeds = float(special.stdtrit(self.degrees_of_freedom, 1 - tail)) * self.standard_error
-        items = float(special.stdtrit(self.item_freedom, 1 - tail)) * self.item_error if self.item_error else 0.0
-        return math.hypot(seeds, items)
+        parts = (Component(self.standard_error, self.degrees_of_freedom), *self.further)
+        return math.hypot(*(part.half(tail) for part in parts))
+
+    @property
+    def _unknown(self) -> bool:
+        return math.isnan(self.standard_error) or any(math.isinf(part.error) for part in self.further)
+
+    @property
+    def _exact(self) -> bool:
+        """All seeds agree to the last digit, and nothing else could have come out differently."""
+        return self.standard_error == 0 and not any(part.error for part in self.further)
 
     def p_above(self, bound: float) -> float:
         """One-sided p-value of H0: true value <= bound."""
-        if math.isnan(self.standard_error):
+        if self._unknown:
             return math.nan
-        if self.standard_error == 0 == self.item_error:  # all seeds agree to the last digit
+        if self._exact:
             return 0.0 if self.value > bound else 1.0
-        if not self.item_error:
+        if not self.further:
             return float(special.stdtr(self.degrees_of_freedom, (bound - self.value) / self.standard_error))
         distance = abs(self.value - bound)
         if distance >= self._half(SMALLEST_P):
@@ -97,7 +124,7 @@ class Estimate:
 
     def p_different(self) -> float:
         """Two-sided p-value of H0: true value = 0."""
-        if self.standard_error == 0 == self.item_error == self.value:
+        if self._exact and self.value == 0:
             return 1.0
         return 2 * min(self.p_above(0.0), self.p_below(0.0))  # nan where the spread is unknown
 
@@ -156,7 +183,12 @@ def with_items(seeds: Estimate, item_error: float, clusters: int) -> Estimate:
         item_error: standard error of the same mean under resampling of clusters of items, seeds kept.
         clusters: number of clusters.
     """
-    return replace(seeds, item_error=item_error, item_freedom=max(clusters - 1, 1))
+    return with_further(seeds, Component(item_error, max(clusters - 1, 1)))
+
+
+def with_further(seeds: Estimate, *components: Component) -> Estimate:
+    """An estimate that more than another seed could move."""
+    return replace(seeds, further=(*seeds.further, *(part for part in components if part.error)))
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

@@ -36,6 +36,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import special
 
+from amclr_scale.study.statistics.decisions import Component
+
 Array = NDArray[np.float64]
 POINTS = 128  # per segment of the curve
 MOST_BEND = 2.0  # times the bend that neighbours show
@@ -110,6 +112,9 @@ def equivalent_batch(
     reference_draws: Array | None = None,
     arm_draws: Array | None = None,
     clusters: int = 0,
+    reference_regrets: Sequence[Component] = (),
+    arm_regret: Component | None = None,
+    narrow: float = 1.0,
     level: float = 0.95,
 ) -> EquivalentBatch:
     """Find the reference's batch size with the arm's score.
@@ -121,6 +126,8 @@ def equivalent_batch(
         reference_draws: (R, K), the reference's means over seeds in resamples of the test items; None: this test set.
         arm_draws: (R,), the arm's mean in the same resamples.
         clusters: number of clusters of test items.
+        reference_regrets, arm_regret: how much better each of the K, and the arm, may be at another learning rate.
+        narrow: how many times as wide the interval over seeds has to be, where rates were chosen on these seeds.
 
     Raises:
         ValueError: fewer than two batch sizes, not ascending, or seeds that do not match.
@@ -143,7 +150,9 @@ def equivalent_batch(
         if reference_draws is not None and arm_draws is not None:
             of_items = np.stack([(arm_draws[:, None] - reference_draws @ one.T).var(0, ddof=1) for one in curves])
         tail = (1 + level) / 2
-        squares = special.stdtrit(n - 1, tail) ** 2 * of_seeds
+        squares = narrow**2 * special.stdtrit(n - 1, tail) ** 2 * of_seeds
+        squares += arm_regret.half(1 - tail) ** 2 if arm_regret else 0.0
+        squares += curves**2 @ np.array([one.half(1 - tail) ** 2 for one in reference_regrets] or [0.0] * len(x))
         squares += special.stdtrit(max(clusters - 1, 1), tail) ** 2 * of_items
         middle, half = differences.mean(2), np.sqrt(squares)
         inside = ((middle - half).min(0) <= 0) & ((middle + half).max(0) >= 0)
