@@ -114,7 +114,7 @@ class ImageTower(Section):
     """The image encoder."""
 
     name: str = "small_resnet"
-    """small_resnet (for CPU), torchvision/NAME (such as torchvision/resnet50) or timm/NAME."""
+    """small_resnet (for CPU), torchvision/NAME (such as torchvision/resnet50), timm/NAME, or one that was added."""
     width: Positive = 16
     """small_resnet: channels of the first stage."""
     depth: Positive = 10

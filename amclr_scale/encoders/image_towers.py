@@ -1,11 +1,17 @@
-"""Image towers by name: our small ResNet, and torchvision's and timm's models without their classifier."""
+"""Image towers by name: our small ResNet, and torchvision's and timm's models without their classifier.
+
+A tower of one's own is a module (b, 3, H, W) -> (b, width) and an entry in IMAGE_TOWERS, as in
+tests/commands/additions/tower.py.
+"""
 
 import warnings
+from collections.abc import Callable
 from typing import cast
 
 from torch import Tensor, nn
 
 from amclr_scale.config.schema import ImageTower
+from amclr_scale.encoders.kinds import kind_of
 from amclr_scale.encoders.norms import NOTES, convert_batch_norm, has_batch_norm
 from amclr_scale.encoders.small_resnet import SmallResNet
 from amclr_scale.encoders.weights import load_weights
@@ -23,26 +29,19 @@ def build_image_tower(
     Raises:
         UserError: an unknown name, weights that do not fit, or a BatchNorm tower without a choice of `norm`.
     """
-    library, _, name = tower.name.partition("/")
-    if tower.name == "small_resnet":
-        batch_norm = tower.norm not in ("default", "group")
-        module: nn.Module = SmallResNet(tower.width, _depth(tower), image_size, batch_norm=batch_norm)
-        width = cast(SmallResNet, module).width
-    elif library == "torchvision" and name:
-        module, width = _torchvision(name, image_size)
-    elif library == "timm" and name:
-        module, width = _timm(name, image_size)
-    else:
-        raise UserError(f"model.image.name: expected small_resnet, torchvision/NAME or timm/NAME, got {tower.name}")
+    build = kind_of(tower.name, IMAGE_TOWERS, "model.image.name")
+    module, width = build(tower, image_size)
     if tower.weights is not None and weights:
         load_weights(module, tower.weights, key="model.image.weights", prefix="image_tower.")
     return _normalised(module, tower), width, (NOTES[tower.norm],) if tower.norm in NOTES else ()
 
 
-def _depth(tower: ImageTower) -> int:
+def _small_resnet(tower: ImageTower, image_size: int) -> tuple[nn.Module, int]:
     if tower.depth not in (10, 18):
         raise UserError(f"model.image.depth: expected 10 or 18, got {tower.depth}")
-    return tower.depth
+    batch_norm = tower.norm not in ("default", "group")
+    module = SmallResNet(tower.width, tower.depth, image_size, batch_norm=batch_norm)
+    return module, module.width
 
 
 def _normalised(module: nn.Module, tower: ImageTower) -> nn.Module:
@@ -61,7 +60,8 @@ def _normalised(module: nn.Module, tower: ImageTower) -> nn.Module:
     return convert_batch_norm(module, tower.norm, pretrained=tower.weights is not None)
 
 
-def _torchvision(name: str, image_size: int) -> tuple[nn.Module, int]:
+def _torchvision(tower: ImageTower, image_size: int) -> tuple[nn.Module, int]:
+    name = tower.name.partition("/")[2]
     try:
         import_torchvision()
         from torchvision import models
@@ -104,7 +104,8 @@ def _drop_classifier(module: nn.Module) -> int:
     )
 
 
-def _timm(name: str, image_size: int) -> tuple[nn.Module, int]:
+def _timm(tower: ImageTower, image_size: int) -> tuple[nn.Module, int]:
+    name = tower.name.partition("/")[2]
     if ":" in name:
         raise UserError(
             f"model.image.name: expected the name of a timm architecture, got timm/{name}, which names a "
@@ -126,3 +127,12 @@ def _timm(name: str, image_size: int) -> tuple[nn.Module, int]:
     except (ValueError, AssertionError) as error:
         raise UserError(f"data.image_size: timm/{name} cannot be built for {image_size} pixels: {error}") from error
     return module, int(getattr(module, "head_hidden_size", None) or cast(Tensor, module.num_features))
+
+
+# By name, or by KIND/NAME for a library's: from the section and the side of the images in pixels to the tower and its
+# width. Weights and normalisation are seen to afterwards, alike for all.
+IMAGE_TOWERS: dict[str, Callable[[ImageTower, int], tuple[nn.Module, int]]] = {
+    "small_resnet": _small_resnet,
+    "torchvision/NAME": _torchvision,
+    "timm/NAME": _timm,
+}

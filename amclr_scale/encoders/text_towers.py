@@ -1,8 +1,11 @@
 """Text towers by name: our small transformer, and transformers' models, from a type or a local folder.
 
-The hub is never asked: a name that is neither a known type nor a folder is an error at once.
+The hub is never asked: a name that is neither a known type nor a folder is an error at once. A tower of one's own is a
+`TokenTower` and an entry in TEXT_TOWERS, as in tests/commands/additions/tower.py.
 """
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -10,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from amclr_scale.config.schema import TextTower
+from amclr_scale.encoders.kinds import kind_of
 from amclr_scale.encoders.small_transformer import SmallTransformer
 from amclr_scale.errors import UserError, did_you_mean
 from amclr_scale.torchvision_ops import import_torchvision
@@ -62,6 +66,38 @@ def pool(features: Tensor, visible: Tensor, pooling: Pooling) -> Tensor:
     return (features * weights).sum(1) / weights.sum(1)
 
 
+@dataclass(frozen=True)
+class Captions:
+    """What a tower is to read: token ids (b, L).
+
+    Attributes:
+        vocab_size, pad_id: the tokenizer's.
+        context_length: L.
+        weights: whether trained weights are loaded where the section names some.
+        architecture: of a model of transformers, instead of the one that its name says.
+    """
+
+    vocab_size: int
+    pad_id: int
+    context_length: int
+    weights: bool = True
+    architecture: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class TokenTower:
+    """A tower before its pooling.
+
+    Attributes:
+        tokens: token ids (b, L) and which of them are words, (b, L) bool -> features (b, L, width).
+        pooling: how features become one, where the section does not say; None: it has to.
+    """
+
+    tokens: nn.Module
+    width: int
+    pooling: Pooling | None
+
+
 def build_text_tower(
     tower: TextTower,
     *,
@@ -80,33 +116,34 @@ def build_text_tower(
     Raises:
         UserError: an unknown name, a hub name, a tokenizer or context that does not fit, weights that do not load.
     """
-    library, _, name = tower.name.partition("/")
-    if tower.name == "small_transformer":
-        if tower.width % tower.heads:
-            raise UserError(
-                f"model.text.heads: expected a divisor of model.text.width = {tower.width}, got {tower.heads}"
-            )
-        tokens: nn.Module = SmallTransformer(
-            tower.width, tower.layers, tower.heads,
-            vocab_size=vocab_size, context_length=context_length, dropout=tower.dropout,
-        )  # fmt: skip
-        pooling: Pooling = "mean" if tower.pooling == "default" else tower.pooling
-        return PooledTower(tokens, pad_id, pooling, ends_with_pad=end_id == pad_id), tower.width
-    if library != "transformers" or not name:
-        raise UserError(
-            f"model.text.name: expected small_transformer, transformers/TYPE or transformers/PATH, got {tower.name}"
-        )
-    config = _config(name, architecture)
+    build = kind_of(tower.name, TEXT_TOWERS, "model.text.name")
+    made = build(tower, Captions(vocab_size, pad_id, context_length, weights, architecture))
+    pooling = made.pooling if tower.pooling == "default" else tower.pooling
+    if pooling is None:
+        raise UserError(f"model.text.pooling: no default for {tower.name}; choose mean, first or last")
+    return PooledTower(made.tokens, pad_id, pooling, ends_with_pad=end_id == pad_id), made.width
+
+
+def _small_transformer(tower: TextTower, captions: Captions) -> TokenTower:
+    if tower.width % tower.heads:
+        raise UserError(f"model.text.heads: expected a divisor of model.text.width = {tower.width}, got {tower.heads}")
+    tokens = SmallTransformer(
+        tower.width, tower.layers, tower.heads, vocab_size=captions.vocab_size,
+        context_length=captions.context_length, dropout=tower.dropout,
+    )  # fmt: skip
+    return TokenTower(tokens, tower.width, "mean")
+
+
+def _transformers(tower: TextTower, captions: Captions) -> TokenTower:
+    name = tower.name.partition("/")[2]
+    config = _config(name, captions.architecture)
     if getattr(config, "use_cache", False):
         config.use_cache = False  # keys and values of earlier tokens, for generating; a recomputed block adds its own
-    _fit(config, tower, vocab_size=vocab_size, pad_id=pad_id, context_length=context_length)
-    model = _pretrained(config, name) if tower.pretrained and weights else _random(config)
+    _fit(config, tower, captions)
+    model = _pretrained(config, name) if tower.pretrained and captions.weights else _random(config)
     if getattr(model, "pooler", None) is not None:
         model.pooler = None  # a head for next-sentence prediction, which would never get a gradient
-    pooling = _pooling(tower, config.model_type)
-    return PooledTower(TransformersModel(model), pad_id, pooling, ends_with_pad=end_id == pad_id), int(
-        config.hidden_size
-    )
+    return TokenTower(TransformersModel(model), int(config.hidden_size), _pooling(config.model_type))
 
 
 def save_architecture(tower: nn.Module, folder: Path) -> None:
@@ -143,8 +180,9 @@ def _config(name: str, architecture: dict[str, Any] | None) -> Any:
     return AutoConfig.for_model(name).get_text_config()
 
 
-def _fit(config: Any, tower: TextTower, *, vocab_size: int, pad_id: int, context_length: int) -> None:
+def _fit(config: Any, tower: TextTower, captions: Captions) -> None:
     """Give the configuration our tokenizer's vocabulary, or refuse where trained weights have another."""
+    vocab_size, pad_id, context_length = captions.vocab_size, captions.pad_id, captions.context_length
     if getattr(config, "is_encoder_decoder", False):
         raise UserError(
             f"model.text.name: {config.model_type} has a decoder; choose an encoder, such as transformers/distilbert"
@@ -202,11 +240,16 @@ def _pretrained(config: Any, name: str) -> Any:
     return model
 
 
-def _pooling(tower: TextTower, kind: str) -> Pooling:
-    if tower.pooling != "default":
-        return tower.pooling
+def _pooling(kind: str) -> Pooling | None:
     if any(part in kind for part in LAST):
         return "last"
     if any(part in kind for part in FIRST):
         return "first"
-    raise UserError(f"model.text.pooling: no default for the type {kind}; choose mean, first or last")
+    return None
+
+
+# By name, or by KIND/NAME for a library's.
+TEXT_TOWERS: dict[str, Callable[[TextTower, Captions], TokenTower]] = {
+    "small_transformer": _small_transformer,
+    "transformers/NAME": _transformers,
+}

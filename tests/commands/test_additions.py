@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from amclr_scale.data.tokenizers import load_tokenizer
 from tests.evaluation.shards import write_split
 
 pytestmark = pytest.mark.launch
@@ -19,13 +20,15 @@ SMALL = [
 ]  # fmt: skip
 
 
-ADDITIONS = ["hook", "optimizer", "score", "evaluator"]
+ADDITIONS = ["hook", "optimizer", "score", "evaluator", "tower"]
 ALL = ["optimizer.name=signum", "optimizer.options.forget=0.5", "optimizer.lr=1e-4", "execution.zero_stage=2"]
+TOWERS = ["model.image.name=colours", "model.image.width=24", "model.text.name=words"]
 JOBS = {  # a run's name -> its further words
     "whole": [*ALL, "evaluation.splits=[HELD_OUT]", "evaluation.evaluators=[nearness]"],
     "stopped": [*ALL, "train.max_hours=1e-9"],  # after its first step
     "stopped again": [*ALL, "resume=auto"],
     "another": [*ALL, "optimizer.options.forget=0.9"],
+    "towers": [*TOWERS, "execution.micro_batch_size=16", "execution.memory_report=true"],
 }
 
 
@@ -99,3 +102,16 @@ def test_an_evaluator(jobs):
     assert found["pairs_cosine/stderr"] > 0
     assert ": nearness" in said
     assert f"{found['pairs_cosine']:.4g} [" in said
+
+
+def test_towers(jobs):
+    """Trained through the gradient cache, and in the account of memory."""
+    folder, said = jobs
+    vocabulary = load_tokenizer("emoji", 32).vocab_size
+    parameters = 49 * 24 + vocabulary * 64 + (24 + 64) * 128 + 2  # towers, heads, scale and bias
+    assert f"{parameters:,} parameters" in said
+    found = losses(folder / "towers")
+    assert found[-1] != found[0]
+    memory = json.loads((folder / "towers/memory.json").read_text())
+    step = memory["phases"]["optimizer"]
+    assert step["measured"] == pytest.approx(step["predicted"], rel=0.05)
