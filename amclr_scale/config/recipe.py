@@ -136,7 +136,8 @@ class TextTower(Section):
 
     name: str = "small_transformer"
     """small_transformer (for CPU), or transformers/PATH: a local folder with config.json (and weights, used when
-    `pretrained`), or transformers/TYPE such as transformers/distilbert for that type's default size, random weights."""
+    `pretrained`), or transformers/TYPE such as transformers/distilbert for that type's default size, random weights; or
+    one that was added."""
     width: Positive = 64
     """small_transformer: width."""
     layers: Positive = 1
