@@ -107,7 +107,14 @@ class Job:
             "\n".join([f"run folder {self.folder}", str(self.inputs.plan), *self.settled]),
             f"{trainer.parameters:,} parameters{frozen}, objective {name}, {trainer.optimizer}, on {self.device}",
             f"similarities: {trainer.similarities}",
-            *(f"note: {note}" for note in (*trainer.model.notes, *(self.found.notes() if self.found else ()))),
+            *(
+                f"note: {note}"
+                for note in (
+                    *self.inputs.loader.notes,
+                    *trainer.model.notes,
+                    *(self.found.notes() if self.found else ()),
+                )
+            ),
         ]
 
 
@@ -158,6 +165,7 @@ def build_job(
     records = TrainingRecords(
         config, plan, log, objective=trainer.objective, phases=phases, device=device, begin=begin,
         throughput=throughput(config, plan, trainer.model, trainer.flops, device), bad_samples=loader.counts.total,
+        repeated=loader.repeated,
     )  # fmt: skip
     return Job(
         config, settled, rank_info, device, inputs, prepared.probed, prepared.evaluator, trainer, step, folder, lock,

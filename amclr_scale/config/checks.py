@@ -5,7 +5,7 @@ from typing import Any
 
 from amclr_scale.config.objective_options import declared
 from amclr_scale.config.optimizers import RULES
-from amclr_scale.config.schema import Config
+from amclr_scale.config.schema import Config, ImageAugmentation
 from amclr_scale.declarations import KINDS
 from amclr_scale.errors import one_of
 
@@ -24,6 +24,7 @@ def check(config: Config, world_size: int, *, objective: bool = True) -> list[st
         *_length(config),
         *_shares(config, world_size),
         *(_objective(config, world_size) if objective else ()),
+        *_same_images(config),
         *_probe(config),
         *_execution(config, world_size),
         *_deepspeed(config),
@@ -121,6 +122,30 @@ def _provided(config: Config) -> dict[str, tuple[str, int | None]]:
         return section if isinstance(section, int) else int(bool(section))
 
     return {name: (kind.key, value(kind.key)) for name, kind in KINDS.items() if kind.key}
+
+
+def _same_images(config: Config) -> list[str]:
+    """Further image views that are pixel for pixel another view of their sample."""
+    data, base = config.data, config.data.augmentation
+    view = data.image_view or base
+    if not data.image_views or _draws(view):
+        return []
+    fixed = (view.flip, view.grayscale)  # all that is left
+    unchanged = fixed == (0, 0) if data.image_view_from == "base" else not _draws(base)
+    if data.image_view_from == "image" and fixed != (base.flip, base.grayscale):
+        unchanged = False
+    if not unchanged and data.image_views == 1:
+        return []
+    key, others = ("image_view" if data.image_view else "augmentation"), "the base view" if unchanged else "one another"
+    return [
+        f"data.{key}: expected an augmentation that draws something (crop_scale [0.6, 1], flip 0.5, amclr 0.5, ...) "
+        f"for data.image_views={data.image_views}, got one that draws nothing: further views would equal {others}"
+    ]
+
+
+def _draws(recipe: ImageAugmentation) -> bool:
+    operations = bool(recipe.color_jitter or recipe.amclr or (recipe.randaugment or (0,))[0])
+    return recipe.crop_scale != (1, 1) or operations or any(0 < p < 1 for p in (recipe.flip, recipe.grayscale))
 
 
 def _probe(config: Config) -> list[str]:

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 from amclr_scale.config import schema
 from amclr_scale.data.indexing import open_index
 from amclr_scale.data.order import Order, Visits
-from amclr_scale.data.pipeline import Fault, Part, Pipeline
+from amclr_scale.data.pipeline import Fault, Part, Pipeline, check_further_captions, repeats
 from amclr_scale.data.prefetch import Prefetcher
 from amclr_scale.data.sources import is_remote
 from amclr_scale.data.tokenizers import load_tokenizer
@@ -90,6 +90,7 @@ class TrainLoader:
         samples_per_epoch: N, but for a mixture with weights.
         fingerprint: of the shards' content; a position means nothing under another one.
         counts: unusable samples that this rank met, by kind.
+        notes: what the log should say about the data.
 
     Raises:
         UserError: from the constructor and from iteration, when shards, captions or the tokenizer are not usable.
@@ -130,6 +131,8 @@ class TrainLoader:
         self._seen = 0
         self._patience = min(_FIRST, self.num_samples // world_size)
         pipeline = Pipeline(self.index, data, seed, self.tokenizer)
+        self.notes: list[str] = []
+        self._repeated: Counter[str] = Counter()
         self._local = global_batch_size // world_size
         self._parts = _Parts(
             order=self.order, pipeline=pipeline, batch=(global_batch_size, rank, world_size), part=_PART
@@ -137,7 +140,9 @@ class TrainLoader:
         self._workers = workers
         self._step = start_step
         self._prefetcher: Prefetcher | None = None
-        if any(is_remote(shard.url) for shard in self.index.shards):
+        if not any(is_remote(shard.url) for shard in self.index.shards):
+            self.notes = check_further_captions(pipeline, data, seed)
+        else:
             share = data.lanes // world_size
             own = range(rank * share, (rank + 1) * share)
             self._prefetcher = Prefetcher(
@@ -161,6 +166,7 @@ class TrainLoader:
         self._step += 1
         parts = [self._next_part() for _ in range(self._parts.parts_per_step)]
         self._count([fault for part in parts for fault in part.faults])
+        self._count_repeated(parts)
         text_ids = [part.text_ids for part in parts if part.text_ids is not None]
         return Batch(
             ids=_join([part.ids for part in parts]),
@@ -230,6 +236,26 @@ class TrainLoader:
                 f"{self.data.max_bad_fraction:.2%}; the last is {faults[-1].key} of {faults[-1].shard}; mend the "
                 "shards or raise data.max_bad_fraction"
             )
+
+    def repeated(self) -> dict[str, float]:
+        """Share of further views so far that equal an earlier view of their sample, of modalities that have any."""
+        views = {"images": self.data.image_views, "texts": self.data.text_views}
+        return {
+            f"repeated_{modality}": self._repeated[modality] / max(1, self._seen * number)
+            for modality, number in views.items()
+            if number
+        }
+
+    def _count_repeated(self, parts: list[Part]) -> None:
+        """Count views that repeat another; stop where the texts do nothing else.
+
+        Raises:
+            UserError: all further texts of enough samples were repetitions.
+        """
+        for part in parts:
+            self._repeated.update(part.repeated)
+        if self._seen >= self._patience and self.repeated().get("repeated_texts") == 1:
+            raise UserError(repeats(self._seen, self._parts.pipeline.text.further))
 
 
 def _join(parts: list[Tensor]) -> Tensor:

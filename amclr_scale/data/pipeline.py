@@ -7,6 +7,7 @@ count and every number of workers replaces it by the same sample, which then car
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -24,6 +25,8 @@ from amclr_scale.data.tokenizers import Tokenizer
 from amclr_scale.errors import UserError
 
 _ATTEMPTS = 1000  # replacements tried for one sample; past that the data set has no good samples to speak of
+LOOKED_AT = 64  # samples, spread evenly over the data set
+OFTEN = 0.05  # share of repeated views above which the log says so
 
 
 @dataclass(frozen=True)
@@ -50,20 +53,25 @@ class Part:
     images: tuple[Tensor, ...]  # 1 + V of (n, 3, H, W) uint8
     texts: tuple[Tensor, ...]  # 1 + V of (n, L) int64
     faults: list[Fault]
+    repeated: dict[str, int]  # further images, and further texts, that equal an earlier view of their sample
 
 
 class Pipeline:
-    """`pipeline(visits)` -> `Part`; the same visits give the same part anywhere."""
+    """`pipeline(visits)` -> `Part`; the same visits give the same part anywhere.
+
+    Attributes:
+        text: which captions the views show.
+    """
 
     def __init__(self, index: Index, data: schema.Data, seed: int, tokenizer: Tokenizer):
         self.index, self.data, self.seed, self.tokenizer = index, data, seed, tokenizer
-        self._text = TextViews(data)
+        self.text = TextViews(data)
         self._image_id = Field.parse(data.image_id) if data.image_id else None
         others = {self._image_id.member} if self._image_id else set()
-        self._wanted = self._text.members | frozenset(IMAGE_EXTENSIONS) | others
+        self._wanted = self.text.members | frozenset(IMAGE_EXTENSIONS) | others
         self._recipes = [data.augmentation] + [data.image_view or data.augmentation] * data.image_views
         self._paraphrases = dict[int, ParaphraseReader]()
-        if self._text.needs_paraphrases:
+        if self.text.needs_paraphrases:
             ParaphraseReader(Path(data.paraphrases or ""), index.shards[0]).close()  # a wrong folder is told at once
 
     def __call__(self, visits: Visits) -> Part:
@@ -81,10 +89,11 @@ class Pipeline:
             for view, tensor in zip(images, pixels, strict=True):
                 view[i] = tensor
         texts = tuple(self.tokenizer(list(view)) for view in zip(*captions, strict=True))
+        repeated = {"images": _repeated(images), "texts": _repeated(texts)}
         samples = torch.tensor(ids, dtype=torch.int64)
         if not self._image_id:
-            return Part(samples, None, images, texts, faults)
-        return Part(torch.tensor(image_ids, dtype=torch.int64), samples, images, texts, faults)
+            return Part(samples, None, images, texts, faults, repeated)
+        return Part(torch.tensor(image_ids, dtype=torch.int64), samples, images, texts, faults, repeated)
 
     def _good(self, sample: int, number: int, faults: list[Fault]) -> tuple[int, int, list[Tensor], list[str]]:
         """The sample, or the first of its replacements that can be used. Only the sample itself counts as a fault."""
@@ -108,8 +117,8 @@ class Pipeline:
 
     def _views(self, sample: int, number: int) -> tuple[int, list[Tensor], list[str]]:
         size, from_base = self.data.image_size, self.data.image_view_from == "base"
-        content = self._read(sample)
-        captions = self._text.draw(content, self.seed, number, sample)
+        content = self.read(sample)
+        captions = self.text.draw(content, self.seed, number, sample)
         opened = content.image()
         picture = decode(opened, reduction_for(opened, size, self._recipes))
         views = list[Image.Image]()
@@ -128,12 +137,17 @@ class Pipeline:
             raise BadSampleError("bad image id", f"{self._image_id}: expected 0 .. {end - first - 1}, got {number!r}")
         return first + number
 
-    def _read(self, sample: int) -> Sample:
+    def read(self, sample: int) -> Sample:
+        """The members that captions and images are in.
+
+        Raises:
+            BadSampleError: they cannot be read.
+        """
         shard, row = self.index.locate(sample)
         reader = self.index.reader(shard)
         check_whole(reader, row)
         members = reader.read(row, self._wanted)
-        if self._text.needs_paraphrases:
+        if self.text.needs_paraphrases:
             members[PARAPHRASES] = self._paraphrases_of(shard).read(row)
         return Sample(members, self.data.max_image_pixels, self.data.max_caption_characters)
 
@@ -145,3 +159,73 @@ class Pipeline:
             if len(self._paraphrases) > self.index.open_shards:
                 self._paraphrases.pop(next(iter(self._paraphrases))).close()
         return reader
+
+
+def _repeated(views: tuple[Tensor, ...]) -> int:
+    """How many rows of further views equal that row of an earlier one."""
+    same = [torch.stack([_equal_rows(view, other) for other in views[:k]]).any(0) for k, view in enumerate(views) if k]
+    return int(sum(found.sum() for found in same))
+
+
+def _equal_rows(a: Tensor, b: Tensor) -> Tensor:
+    """(n,) bool; most differ in a few columns already."""
+    a, b = a.flatten(1), b.flatten(1)
+    equal = (a[:, :: max(1, a.shape[1] // 64)] == b[:, :: max(1, a.shape[1] // 64)]).all(1)
+    if equal.any():
+        equal[equal.clone()] = (a[equal] == b[equal]).all(1)
+    return equal
+
+
+def check_further_captions(pipeline: Pipeline, data: schema.Data, seed: int) -> list[str]:
+    """Notes for the log about captions that some samples do not have. Reads samples, so only of shards at hand.
+
+    A sample without a further caption shows its first one again: an objective over views then compares a text with
+    itself, and nothing looks wrong.
+
+    Raises:
+        UserError: no sample that was looked at has a further caption that differs from its first.
+    """
+    text, total = pipeline.text, pipeline.index.num_samples
+    repeated = looked_at = 0
+    having = dict.fromkeys((*text.base[1:], *text.further), 0)
+    for sample in np.unique(np.linspace(0, total - 1, LOOKED_AT).astype(int)).tolist():
+        try:
+            content = pipeline.read(sample)
+            captions = text.draw(content, seed, 0, sample)
+            for place in having:
+                having[place] += bool(content.captions(place, optional=True))
+        except BadSampleError:
+            continue
+        looked_at += 1
+        repeated += any(caption in captions[:view] for view, caption in enumerate(captions))
+    if not looked_at:
+        return []  # training will tell what is wrong with them
+    missing = [place for place, count in having.items() if not count]
+    asked = data.text_view != schema.Data().text_view
+    if text.further and asked and all(place in missing for place in text.further):
+        raise UserError(
+            f"data.text_view: expected a place where samples have captions, got {_listed(text.further)}: none of "
+            f"{looked_at} samples looked at has one there"
+        )
+    if text.further and repeated == looked_at:
+        raise UserError(repeats(looked_at, text.further))
+    notes = [f"data: none of {looked_at} samples looked at has a caption at {place}" for place in missing if asked]
+    if text.further and repeated > OFTEN * looked_at:
+        notes.append(
+            f"data: {repeated / looked_at:.0%} of {looked_at} samples looked at have no other caption for "
+            f"data.text_views={data.text_views} at {_listed(text.further)}: their views repeat a text"
+        )
+    return notes
+
+
+def repeats(samples: int, places: list[Field]) -> str:
+    """What to say where all further captions of so many samples repeat."""
+    return (
+        f"data.text_views: expected further captions, those of all {samples:,} samples looked at repeat the first one; "
+        f"data.text_view says where they are (now {_listed(places)}), data.text_augmentation changes words, "
+        "amclr-scale shards paraphrase makes others"
+    )
+
+
+def _listed(places: list[Field]) -> str:
+    return " or ".join(map(str, places))

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from amclr_scale.config.schema import Config
+from amclr_scale.data.pipeline import OFTEN
 from amclr_scale.distributed.collectives import all_sum, world_size
 from amclr_scale.engine.batch_plan import Plan, Position
 from amclr_scale.engine.hooks import Hook
@@ -36,17 +37,19 @@ class TrainingRecords(Hook):
     Args:
         phases: of the step.
         bad_samples: unusable samples that this rank has met so far.
+        repeated: share of this rank's further views that repeat another one, by name.
         begin: steps that are done already.
     """
 
     def __init__(
         self, config: Config, plan: Plan, log: RunLog, *, objective: Objective, phases: Phases, throughput: Throughput,
-        device: torch.device, bad_samples: Callable[[], int] = lambda: 0, begin: int = 0,
+        device: torch.device, bad_samples: Callable[[], int] = lambda: 0,
+        repeated: Callable[[], dict[str, float]] = dict, begin: int = 0,
     ):  # fmt: skip
         self.run, self.plan, self.log = config.run, plan, log
         self.objective, self.phases, self.throughput, self.device = objective, phases, throughput, device
-        self.bad_samples = bad_samples
-        self._warned = False
+        self.bad_samples, self.repeated = bad_samples, repeated
+        self._warned = self._told = False
         self._samples, self._time = begin * plan.global_batch_size, time.perf_counter()  # as of the last record
 
     def on_step(self, done: Position, batch: Batch, report: StepReport) -> None:
@@ -65,6 +68,11 @@ class TrainingRecords(Hook):
             self._warned = True
             share = f"{record['data_wait_share']:.0%}"
             self.log.say(f"data: {share} of the time went into waiting for data; raise execution.workers")
+        repeated = [name for name in self.repeated() if record[name] > OFTEN]
+        if repeated and not self._told:
+            self._told = True
+            shares = ", ".join(f"{record[name]:.0%} of further {name.removeprefix('repeated_')}" for name in repeated)
+            self.log.say(f"data: {shares} repeat another view of their sample; metrics.jsonl counts them")
         self._samples, self._time = done.samples, time.perf_counter()
 
     def restart(self, samples: int) -> None:
@@ -82,6 +90,7 @@ class TrainingRecords(Hook):
         own = {"loss": float(report.loss.value.detach())}
         own |= {f"objective/{name}": value for name, value in report.loss.metrics.items()}
         own["bad_samples"] = self.bad_samples() * world_size()  # of all ranks: their sum, not their mean
+        own |= self.repeated()
         mine = torch.tensor(list(own.values()), dtype=torch.float64, device=self.device)
         means = (all_sum(mine) / world_size()).tolist()
         return {

@@ -239,6 +239,34 @@ def test_building_from_a_tree_checks_it_too():
         (["optimizer.betas=[0.9, 1]"], "optimizer.betas: expected two numbers below 1, got [0.9, 1.0]"),
         (["data.augmentation.crop_scale=[0.9, 0.5]"], "data.augmentation.crop_scale: expected the smallest, then"),
         (["data.image_view={crop_ratio: [2, 1]}"], "data.image_view.crop_ratio: expected the smallest, then"),
+        (
+            [
+                "objective.name=amclr",
+                "data.text_views=1",
+                "data.image_views=1",
+                "data.image_view_from=base",
+                "data.image_view={crop_scale: [1, 1], flip: 0}",
+            ],
+            "data.image_view: expected an augmentation that draws something",
+        ),
+        (
+            [
+                "objective.name=amclr",
+                "data.text_views=1",
+                "data.image_views=1",
+                "data.augmentation={crop_scale: [1, 1], flip: 1}",
+            ],
+            "further views would equal the base view",
+        ),
+        (
+            [
+                "objective={name: amclr, omega: 2}",
+                "data.text_views=2",
+                "data.image_views=2",
+                "data.image_view={crop_scale: [1, 1], flip: 0, randaugment: [0, 9]}",
+            ],
+            "further views would equal one another",
+        ),
         (["data.augmentation.randaugment=[2, 31]"], "data.augmentation.randaugment: expected [operations, magnitude]"),
         (["data.augmentation.color_jitter=-1"], "data.augmentation.color_jitter: expected 0 (none) or more, got -1.0"),
         (["evaluation.splits=emoji/val_style"], "put it in brackets: evaluation.splits=[emoji/val_style]"),

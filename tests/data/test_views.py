@@ -237,9 +237,75 @@ def test_several_places_for_further_captions(tmp_path):
     assert all(further.startswith("another") for _, further in found)
 
 
-def test_a_sample_without_further_captions_shows_its_own(tmp_path):
-    found = words_of(tmp_path, [m for i in range(8) for m in pair(i, captions=None)], text_views=1)
-    assert all(base == further for base, further in found)
+def test_samples_without_further_captions_show_their_own_and_are_counted(tmp_path):
+    """Two of sixteen; the log says so, and the share is what it is."""
+    without = {3, 9}
+    members = [m for i in range(16) for m in pair(i, **({"captions": None} if i in without else {}))]
+    found = words_of(tmp_path, members, text_views=1)
+    assert {int(base.split()[1]) for base, further in found if base == further} == without
+    loader = TrainLoader(settings(str(tmp_path), text_views=1, image_views=1), seed=0, global_batch_size=16, workers=1)
+    assert any("12% of 16 samples looked at have no other caption" in note for note in loader.notes), loader.notes
+    next(loader), next(loader)  # every sample twice
+    assert loader.repeated()["repeated_texts"] == 2 / 16
+
+
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [
+        ({"text_view": "json.nonexistent"}, "data.text_view: expected a place .* got json.nonexistent: none of 8"),
+        ({"text_view": ["txt"]}, "data.text_views: expected further captions, those of all 8 .* repeat the first"),
+        ({}, r"data.text_views: expected further captions, .* \(now json.captions\), data.text_augmentation"),
+        ({"text_view": "json.nonexistent", "text_augmentation": {"drop": 0.5}}, "got json.nonexistent: none of 8"),
+    ],
+    ids=str,
+)
+def test_further_captions_that_no_sample_has_are_refused(tmp_path, keys, said):
+    write_tar(tmp_path / "0.tar", [m for i in range(8) for m in pair(i, captions=None)])
+    with pytest.raises(UserError, match=said):
+        TrainLoader(settings(str(tmp_path), text_views=1, **keys), seed=0, global_batch_size=4)
+
+
+def test_changed_words_are_further_captions(tmp_path):
+    write_tar(tmp_path / "0.tar", [m for i in range(8) for m in pair(i, captions=None)])
+    loader = TrainLoader(
+        settings(str(tmp_path), text_views=1, text_augmentation={"drop": 0.9}), seed=0, global_batch_size=8
+    )
+    next(loader)
+    assert loader.repeated()["repeated_texts"] < 0.5
+
+
+def test_of_remote_shards_training_finds_out(tmp_path, monkeypatch):
+    """They are not read before: the first samples tell."""
+    write_tar(tmp_path / "0.tar", [m for i in range(8) for m in pair(i, captions=None)])
+    monkeypatch.setattr("amclr_scale.data.loader.check_further_captions", lambda *_: [])
+    loader = TrainLoader(settings(str(tmp_path), text_views=1), seed=0, global_batch_size=4)
+    next(loader)  # half of the data set
+    with pytest.raises(UserError, match=r"data\.text_views: expected further captions, those of all 8 samples"):
+        next(loader)
+
+
+def test_a_place_that_no_sample_has_among_others_is_told(tmp_path):
+    write_shards(tmp_path, [8])
+    data = settings(str(tmp_path), text_views=1, text_view=["json.captions", "json.captoins"])
+    loader = TrainLoader(data, seed=0, global_batch_size=4)
+    assert loader.notes == ["data: none of 8 samples looked at has a caption at json.captoins"]
+
+
+def test_image_views_that_repeat_are_counted(tmp_path):
+    """Flipped or not: half of the views of the base view equal it, and a third equals one of three before."""
+    write_shards(tmp_path, [64])
+    plain = {"crop_scale": (1, 1), "flip": 0.5}
+    data = settings(str(tmp_path), image_views=1, image_view=plain, image_view_from="base")
+    loader = TrainLoader(data, seed=0, global_batch_size=64)
+    for _ in range(8):
+        batch = next(loader)
+    same = (batch.images[1] == batch.images[0]).flatten(1).all(1)
+    assert 0 < same.sum() < 64
+    assert abs(loader.repeated()["repeated_images"] - 0.5) < 0.08
+    loader = TrainLoader(data.model_copy(update={"image_views": 3}), seed=0, global_batch_size=64)
+    for _ in range(8):
+        next(loader)
+    assert abs(loader.repeated()["repeated_images"] - (1 / 2 + 3 / 4 + 7 / 8) / 3) < 0.08
 
 
 def test_words_change_as_often_as_they_should(tmp_path):

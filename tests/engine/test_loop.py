@@ -54,6 +54,16 @@ def test_embeddings_of_the_last_step_are_gone_when_the_next_one_begins():
     assert step.rates == [PLAN.position(n).lr for n in range(1, 6)]
 
 
+def test_views_that_repeat_are_written_down_and_told_once():
+    step, log = Step(), mock.MagicMock()
+    training = records(step, log)
+    training.repeated = lambda: {"repeated_images": 0.01, "repeated_texts": 0.4}
+    train(step, repeat(global_batch(0, 4)), PLAN, [training])
+    assert all(call.args[0]["repeated_texts"] == pytest.approx(0.4) for call in log.step.call_args_list)
+    said = [call.args[0] for call in log.say.call_args_list if "repeat another view" in call.args[0]]
+    assert said == ["data: 40% of further texts repeat another view of their sample; metrics.jsonl counts them"]
+
+
 class Told(Hook):
     """Writes down what it is told."""
 
