@@ -16,9 +16,8 @@ from typing import Any
 import numpy as np
 from PIL import Image, PngImagePlugin, UnidentifiedImageError
 
+from amclr_scale.data.formats.members import Flag, ShardReader
 from amclr_scale.data.indexing import IMAGE_EXTENSIONS
-from amclr_scale.data.storage import ShardReader
-from amclr_scale.data.tar import Flag
 
 # What a picture may be, whatever its member is called.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "PPM", "TIFF", "AVIF", "JPEG2000", "ICO", "HEIF")

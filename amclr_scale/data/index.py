@@ -4,10 +4,10 @@ On disk it is the `shardlist` JSON of the webdataset family, with more keys per 
 
     url  nsamples                  as they have it; a url is relative to the index's folder
     filesize  sha256               of the file at the url; sha256 only where it was computed (compressed shards)
-    digest                         sha256 of the tar's headers
+    digest                         of all that lies in it; a tar's: sha256 of its headers
     extensions                     how many members of each kind
-    members                        the member table (data/tar.py), relative too
-    damage                         what was wrong with the tar when it was indexed, in words; absent when nothing was
+    members                        the member table (data/formats/members.py), relative too
+    damage                         what was wrong with the shard when it was indexed, in words; absent when nothing was
 
 A sample's id is its shard's first id plus its row, so ids are dense, 0 .. N-1, need no metadata, and follow one another
 where several data sets are listed. A sample that cannot be read keeps its id.
@@ -26,9 +26,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from amclr_scale.data.formats.members import ChangedShardError, Members, ShardReader
+from amclr_scale.data.formats.shards import format_of
 from amclr_scale.data.sources import is_remote
-from amclr_scale.data.storage import ChangedShardError, ShardReader, Storage
-from amclr_scale.data.tar import Members
+from amclr_scale.data.storage import Storage
 from amclr_scale.errors import UserError
 
 _OPEN_SHARDS = 128  # of which a process keeps the member table and the file
@@ -95,7 +96,8 @@ class Index:
                     f"{entry.url}: expected {entry.num_samples:,} samples (from the index), got a member table with "
                     f"{len(members):,}; index the shards again"
                 )
-            reader = ShardReader(entry.url, self.storage.open(entry.url, entry.sha256), members)
+            file = self.storage.open(entry.url, entry.sha256)
+            reader = format_of(entry.url).reader(entry.url, file, members)
             self._readers[shard] = reader
             if len(self._readers) > self.open_shards:
                 self._readers.popitem(last=False)[1].close()

@@ -18,10 +18,12 @@ from rich.console import Console
 from rich.progress import track
 
 from amclr_scale.config import schema
+from amclr_scale.data.formats.members import ChangedShardError, Members
+from amclr_scale.data.formats.shards import format_of, is_packed
+from amclr_scale.data.formats.tar import RULE
 from amclr_scale.data.index import Index, Shard, absolute, check_files, read_entries
 from amclr_scale.data.sources import Source, is_remote, resolve_all
-from amclr_scale.data.storage import ChangedShardError, Storage, address_key, locked, make_storage
-from amclr_scale.data.tar import RULE, Members, scan
+from amclr_scale.data.storage import Storage, address_key, locked, make_storage
 from amclr_scale.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -31,7 +33,6 @@ IMAGE_EXTENSIONS = (
     "jpg", "jpeg", "png", "webp", "ppm", "bmp", "jpe", "jfif", "gif", "tif", "tiff", "avif", "jp2", "j2k", "ico", "dib",
     "pgm", "pnm", "heic", "heif",
 )  # fmt: skip
-_HASHED_ALWAYS = (".gz", ".tgz")  # their checksum names the unpacked copy
 
 
 def open_index(data: schema.Data, names: str | Sequence[str] | None = None, key: str = "data.train") -> Index:
@@ -143,7 +144,7 @@ def _index_shard(job: tuple[str, Path, Storage]) -> Shard:
     source = address_key(url)
     members = _table(table)
     if members is None or members.source != source:
-        members = scan(storage.local_path(url))
+        members = format_of(url).scan(storage.local_path(url))
         members.source = source
         members.save(table)
     return Shard(
@@ -153,7 +154,7 @@ def _index_shard(job: tuple[str, Path, Storage]) -> Shard:
         digest=members.digest,
         extensions=members.counts(),
         file_size=members.length if is_remote(url) else os.stat(url).st_size,
-        sha256=file_sha256(url) if url.endswith(_HASHED_ALWAYS) and not is_remote(url) else None,
+        sha256=file_sha256(url) if is_packed(url) and not is_remote(url) else None,  # it names the unpacked copy
         damage=tuple(members.damage),
     )
 

@@ -5,7 +5,8 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 
 from amclr_scale.config.schema import Evaluation, Probe
-from amclr_scale.data.sources import SHARD_SUFFIXES, embedded_splits
+from amclr_scale.data.formats.shards import shard_suffixes
+from amclr_scale.data.sources import embedded_splits
 from amclr_scale.errors import UserError
 
 
@@ -39,7 +40,7 @@ def _parts(path: str) -> list[str]:
     place, mark, part = path.partition("#")
     words = re.split(r"[/\\]+", re.sub(r"^(pipe:|[a-z0-9]+:/+)", "", place.partition("?")[0]).rstrip("/\\"))
     last = words[-1]
-    if len(words) > 1 and (last.endswith(SHARD_SUFFIXES) or last == "index.json"):
+    if len(words) > 1 and (last.endswith(shard_suffixes()) or last == "index.json"):
         words.pop()
     words = [word for word in words if word not in ("", ".", "..", "~")] or [path]
     words[-1] = words[-1].removesuffix(".jsonl").removesuffix(".json") + mark + part

@@ -10,8 +10,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from amclr_scale.data.formats.members import ChangedShardError
 from amclr_scale.data.index import Shard
-from amclr_scale.data.storage import ChangedShardError
 from amclr_scale.errors import UserError
 
 

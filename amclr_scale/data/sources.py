@@ -7,10 +7,10 @@ from pathlib import Path
 
 from braceexpand import braceexpand
 
-from amclr_scale.errors import UserError
+from amclr_scale.data.formats.shards import SHARD_FORMATS, shard_suffixes
+from amclr_scale.errors import UserError, one_of
 
 CORPORA = Path(__file__).parent / "corpora"
-SHARD_SUFFIXES = (".tar", ".tar.gz", ".tgz")
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ def shards_in(folder: Path) -> list[str]:
     def numbers(name: str) -> list[str | int]:  # 2.tar before 10.tar
         return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name)]
 
-    found = [path for path in folder.iterdir() if path.name.endswith(SHARD_SUFFIXES)]
+    found = [path for path in folder.iterdir() if path.name.endswith(shard_suffixes())]
     return [str(path) for path in sorted(found, key=lambda path: numbers(path.name))]
 
 
@@ -68,10 +68,10 @@ def resolve(name: str, key: str) -> Source:
         raise UserError(f"{key}: expected an index on a file system, got {name}; download it, or name the shards")
     if is_remote(name):
         return Source(name, None, urls)
-    if not all(url.endswith(SHARD_SUFFIXES) for url in urls):
+    if not all(url.endswith(shard_suffixes()) for url in urls):
         raise UserError(
             f"{key}: expected a split of the embedded corpus ({', '.join(embedded_splits())}), an index .json, a "
-            f"folder of shards, or paths of .tar or .tar.gz shards, got {name!r}, which is none of them"
+            f"folder of shards, or paths of {one_of(shard_suffixes())} shards, got {name!r}, which is none of them"
         )
     missing = [url for url in urls if not Path(url).expanduser().is_file()]
     if missing:
@@ -86,7 +86,10 @@ def _folder(name: str, folder: Path, key: str) -> Source:
     if not urls and (folder / "test").is_dir():  # CLIP_benchmark's layout: test/0.tar, test/1.tar, ...
         return _folder(name, folder / "test", key)
     if not urls:
-        raise UserError(f"{key}: {name}: expected a folder with an index.json or with .tar shards, found neither in it")
+        shards = one_of(SHARD_FORMATS)
+        raise UserError(
+            f"{key}: {name}: expected a folder with an index.json or with {shards} shards, found neither in it"
+        )
     return Source(name, None, tuple(urls))
 
 

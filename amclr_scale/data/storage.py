@@ -1,14 +1,12 @@
 """From a shard's address to bytes: a local file to read anywhere in, whatever the shard is stored as.
 
-* An uncompressed tar on a file system is read where it lies.
-* A .tar.gz is unpacked once into the cache folder.
+* A shard on a file system is read where it lies.
+* One that is gzipped (.tar.gz) is unpacked once into the cache folder.
 * A remote shard is fetched once into the cache folder (`data/remote.py`), which is kept below a bound; or, with
   `data.stream`, into memory (`data/streaming.py`).
 
-Everything then is the same: one `pread` per member, at the offset that the member table gives. Each read covers the
-member's header too, and its crc32 must be the one that was there when the shard was indexed: so a shard that was
-rewritten since is refused, at no further cost. Cached files appear whole or not at all, and processes that want the
-same file at once wait for the one that makes it.
+Everything then is the same: the format of the shard (data/formats/shards.py) reads members where its table says. Cached
+files appear whole or not at all, and processes that want the same file at once wait for the one that makes it.
 """
 
 import contextlib
@@ -21,18 +19,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from amclr_scale.config import schema
+from amclr_scale.data.formats.members import ChangedShardError
+from amclr_scale.data.formats.shards import is_packed
 from amclr_scale.data.remote import fetch, make_room
 from amclr_scale.data.sources import is_remote
 from amclr_scale.data.streaming import Stream
-from amclr_scale.data.tar import BLOCK, Members, split_name
 from amclr_scale.errors import UserError
 
 _COPY = 1 << 20  # bytes per read while copying
 _OPEN_SHARDS = 256  # files a process keeps open
-
-
-class ChangedShardError(UserError):
-    """A shard is not what it was when the index was written."""
 
 
 def cache_folder(configured: str | None) -> Path:
@@ -81,7 +76,7 @@ def address_key(url: str) -> str:
 
 
 def unpack(url: str, target: Path, sha256: str | None) -> None:
-    """Write the tar inside the .tar.gz at `url` to `target`, whole or not at all.
+    """Write the shard inside the gzipped file at `url` to `target`, whole or not at all.
 
     Raises:
         ChangedShardError: the file's checksum is not `sha256`.
@@ -109,44 +104,6 @@ def unpack(url: str, target: Path, sha256: str | None) -> None:
         partial.unlink(missing_ok=True)
 
 
-class ShardReader:
-    """One open shard: samples by row."""
-
-    def __init__(self, url: str, file: int, members: Members):
-        self.url, self._file, self.members = url, file, members
-
-    def read(self, row: int, wanted: frozenset[str]) -> dict[str, bytes]:
-        """Extension -> bytes of those members of a sample that are there and wanted.
-
-        Raises:
-            ChangedShardError: a header is not the one that was indexed, or the file ends before.
-            UserError: the file cannot be read any more.
-        """
-        found = self.members.of_row(row)
-        return {extension: self._member(row, *found[extension]) for extension in found if extension in wanted}
-
-    def _member(self, row: int, offset: int, size: int, header: int) -> bytes:
-        try:
-            data = os.pread(self._file, BLOCK + size, offset - BLOCK)
-        except OSError as error:  # a file server that went away
-            raise UserError(f"{self.url}: sample {row} cannot be read: {error.strerror or error}") from error
-        if len(data) != BLOCK + size or zlib.crc32(data[:BLOCK]) != header:
-            raise ChangedShardError(
-                f"{self.url}: sample {row} is not where the index says: the shard has changed since it was indexed; "
-                "restore it, or index the shards again and start a new run"
-            )
-        return data[BLOCK:]
-
-    def key(self, row: int) -> str:
-        """The sample's key, for messages."""
-        first = int(self.members.offset[self.members.row_start[row]])
-        name = os.pread(self._file, 100, first - BLOCK).split(b"\0", 1)[0]
-        return split_name(name.decode("utf-8", "replace"))[0]
-
-    def close(self) -> None:
-        os.close(self._file)
-
-
 class Storage:
     """Where shards become local files.
 
@@ -161,7 +118,7 @@ class Storage:
         self.cache, self.fetched_bytes, self.allow_pipe, self.stream = cache, fetched_bytes, allow_pipe, stream
 
     def local_path(self, url: str, sha256: str | None = None) -> Path:
-        """A local, uncompressed tar with the shard's content; unpacks or fetches it first if need be.
+        """A local, uncompressed file with the shard's content; unpacks or fetches it first if need be.
 
         Raises:
             UserError: there is no such shard, or it cannot be unpacked or fetched.
@@ -170,7 +127,7 @@ class Storage:
             return self._fetched(url)
         if not os.path.exists(url):
             raise UserError(f"{url}: no such shard; check data.train and the index that names it")
-        if not url.endswith((".gz", ".tgz")):
+        if not is_packed(url):
             return Path(url)
         target = self.cache / "unpacked" / f"{sha256 or address_key(url)}.tar"
         if not target.exists():

@@ -1,8 +1,7 @@
 """What `evaluation.splits` may name, opened: images with captions, labels or both, and the names of their classes."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -12,12 +11,12 @@ from torch import Tensor
 from amclr_scale.config.schema import Data, Evaluation
 from amclr_scale.data.evaluation_split import EvaluationSplit, class_names
 from amclr_scale.data.formats.annotation_files import read_json
-from amclr_scale.data.sources import embedded_splits
+from amclr_scale.data.sources import embedded_splits, shards_in
 from amclr_scale.data.tokenizers import Tokenizer
 from amclr_scale.errors import UserError
 from amclr_scale.evaluation.cifar import CifarFiles, find_cifar
 from amclr_scale.evaluation.class_names import imagenet_metadata, lines_of, name_classes
-from amclr_scale.evaluation.image_files import ImageFiles, annotations, is_picture_folder, picture_folder
+from amclr_scale.evaluation.image_files import ImageFiles, Item, annotations, is_picture_folder, picture_folder
 from amclr_scale.evaluation.shares import share
 from amclr_scale.evaluation.zero_shot import prompts
 from amclr_scale.types import Batch
@@ -72,6 +71,55 @@ class Task:
         return len(share(self.split.num_samples)) + len(share(captions))
 
 
+@dataclass(frozen=True)
+class NamedSplit:
+    """One of `evaluation.splits` before it is known what it is.
+
+    Attributes:
+        given: as it is named: PATH, or PATH#PART of what holds several; or what else `data.train` may name.
+        part: PART, or `test`.
+        classes: where a sample's class is.
+    """
+
+    given: str
+    path: Path
+    part: str
+    data: Data
+    options: Evaluation
+    classes: str | None
+    rank: int
+    world_size: int
+
+    def of_files(self, items: list[Item]) -> ImageFiles:
+        """A split of image files."""
+        cleaned = [item.cleaned() for item in items] if self.options.clean_captions else items
+        return ImageFiles(self.given, self.data, cleaned, squash=self.options.resize == "squash")
+
+    def of_shards(self, name: str, data: Data, classes: str | None) -> EvaluationSplit:
+        """A split of shards."""
+        options = self.options
+        return EvaluationSplit(
+            name, data, rank=self.rank, world_size=self.world_size, classes=classes,
+            squash=options.resize == "squash", clean=options.clean_captions,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Opened:
+    """What a format has found.
+
+    Attributes:
+        retrieval: whether every sample has a caption.
+        class_names: names of the classes behind the split's labels; None: it has none.
+        templates: prompts of its own.
+    """
+
+    split: Split
+    retrieval: bool
+    class_names: list[str] | None = None
+    templates: list[str] = field(default_factory=list)
+
+
 def open_task(
     given: str,
     data: Data,
@@ -92,40 +140,28 @@ def open_task(
     Raises:
         UserError: it is none of the formats, or something in it cannot be used.
     """
-    classes = classes or options.classes
     file, _, part = given.partition("#")
-    path = Path(file).expanduser()
-    names: list[str] | None = None
-    templates: list[str] = EMOJI_TEMPLATES if given in embedded_splits() else PHOTO_TEMPLATES
-    squash, clean = options.resize == "squash", options.clean_captions
-    sharded = partial(EvaluationSplit, rank=rank, world_size=world_size, squash=squash, clean=clean)
-    split: Split
-    if path.suffix in (".json", ".jsonl") and path.is_file() and not _is_index(path):
-        root = Path(options.image_root).expanduser() if options.image_root else path.parent
-        items = annotations(given, read_json(path, _KEY), root, part or "test")
-        split = ImageFiles(given, data, [item.cleaned() for item in items] if clean else items, squash=squash)
-        retrieval = True
-    elif path.is_dir() and (path / "test").is_dir() and list((path / "test").glob("*.tar")):
-        retrieval, split, names, own = _clip_benchmark(given, path, data, sharded)
-        templates = own or templates
-    elif path.is_dir() and (folder := find_cifar(path)):
-        split = found = CifarFiles(given, folder, data, part or "test")
-        retrieval, names = False, found.class_names
-    elif is_picture_folder(path):
-        items = picture_folder(path)
-        split = ImageFiles(given, data, [item.cleaned() for item in items] if clean else items, squash=squash)
-        retrieval, names = all(split.caption_lists), sorted({str(label) for label in split.labels or []}) or None
-    else:
-        split = found_shards = sharded(given, data, classes=classes)
-        retrieval = True
-        names = _own_names(given, data, classes, found_shards, options.class_names)
+    named = NamedSplit(
+        given, Path(file).expanduser(), part or "test", data, options, classes or options.classes, rank, world_size
+    )
+    found = next((opened for one in SPLIT_FORMATS.values() if (opened := one(named))), None) or _shards(named)
+    split, names = found.split, found.class_names
     known = name_classes(given, split.labels, names, options.class_names) if split.labels is not None else None
     final, labels = (known.names, known.labels) if known else ([], torch.empty(0))
-    chosen = _templates(options.templates) or templates
+    own = found.templates or (EMOJI_TEMPLATES if given in embedded_splits() else PHOTO_TEMPLATES)
+    chosen = _templates(options.templates) or own
     prompts(final[:1] or ["x"], chosen)
-    if not retrieval and not final:
+    if not found.retrieval and not final:
         raise UserError(f"{_KEY}: {given}: pictures without captions and without classes: there is nothing to measure")
-    return Task(name or given, split, retrieval, final, labels, chosen, known.rule if known else "")
+    return Task(name or given, split, found.retrieval, final, labels, chosen, known.rule if known else "")
+
+
+def _annotations(named: NamedSplit) -> Opened | None:
+    path = named.path
+    if path.suffix not in (".json", ".jsonl") or not path.is_file() or _is_index(path):
+        return None
+    root = Path(named.options.image_root).expanduser() if named.options.image_root else path.parent
+    return Opened(named.of_files(annotations(named.given, read_json(path, _KEY), root, named.part)), retrieval=True)
 
 
 def _is_index(path: Path) -> bool:
@@ -133,30 +169,60 @@ def _is_index(path: Path) -> bool:
         return b'"shardlist"' in file.read(4096)
 
 
-def _clip_benchmark(
-    name: str, root: Path, data: Data, sharded: Callable[..., EvaluationSplit]
-) -> tuple[bool, Split, list[str] | None, list[str]]:
-    """Open root/test/*.tar with .cls or .txt; beside test: classnames.txt, templates, dataset_type.txt."""
+def _clip_benchmark(named: NamedSplit) -> Opened | None:
+    """PATH/test/*.tar with .cls or .txt; beside test: classnames.txt, templates, dataset_type.txt."""
+    root = named.path
+    if not (root / "test").is_dir() or not shards_in(root / "test"):
+        return None
     kind = root / "dataset_type.txt"
     retrieval = kind.is_file() and kind.read_text().strip() == "retrieval"
     member = "txt" if retrieval else "cls"  # without captions the class number stands in for one; it is never encoded
-    split = sharded(
-        str(root / "test"), data.model_copy(update={"caption": member}), classes=None if retrieval else "cls"
-    )
+    data = named.data.model_copy(update={"caption": member})
+    split = named.of_shards(str(root / "test"), data, None if retrieval else "cls")
     lines = {file: lines_of(root / file) for file in ("classnames.txt", "zeroshot_classification_templates.txt")}
     if not retrieval and not lines["classnames.txt"]:
-        raise UserError(f"{_KEY}: {name}: expected a classnames.txt in the folder, one name a line, found none")
-    return retrieval, split, lines["classnames.txt"] or None, lines["zeroshot_classification_templates.txt"]
+        raise UserError(f"{_KEY}: {named.given}: expected a classnames.txt in the folder, one name a line, found none")
+    return Opened(split, retrieval, lines["classnames.txt"] or None, lines["zeroshot_classification_templates.txt"])
 
 
-def _own_names(
-    given: str, data: Data, classes: str | None, split: EvaluationSplit, replaced: str | None
-) -> list[str] | None:
-    """The names that shards have for their classes; of numbers that get others (`replaced`) they may be missing."""
-    if classes is None or (replaced and any(isinstance(label, str) for label in split.labels or [])):
+def _cifar(named: NamedSplit) -> Opened | None:
+    folder = find_cifar(named.path) if named.path.is_dir() else None
+    if folder is None:
+        return None
+    split = CifarFiles(named.given, folder, named.data, named.part)
+    return Opened(split, retrieval=False, class_names=split.class_names)
+
+
+def _pictures(named: NamedSplit) -> Opened | None:
+    if not is_picture_folder(named.path):
+        return None
+    split = named.of_files(picture_folder(named.path))
+    names = sorted({str(label) for label in split.labels or []})
+    return Opened(split, all(split.caption_lists), names or None)
+
+
+def _shards(named: NamedSplit) -> Opened:
+    split = named.of_shards(named.given, named.data, named.classes)
+    return Opened(split, True, _own_names(named, split))
+
+
+# Each opens a split that is its own, and gives None for any other; what none of them takes is read as shards. An entry
+# adds a format: tests/commands/additions/split_format.py is one.
+SPLIT_FORMATS: dict[str, Callable[[NamedSplit], Opened | None]] = {
+    "annotations": _annotations,
+    "CLIP_benchmark": _clip_benchmark,
+    "CIFAR": _cifar,
+    "pictures": _pictures,
+}
+
+
+def _own_names(named: NamedSplit, split: EvaluationSplit) -> list[str] | None:
+    """The names that shards have for their classes; of numbers that get others they may be missing."""
+    replaced = named.options.class_names
+    if named.classes is None or (replaced and any(isinstance(label, str) for label in split.labels or [])):
         return None
     try:
-        return class_names(given, data, classes)
+        return class_names(named.given, named.data, named.classes)
     except UserError:
         if replaced is None:
             raise

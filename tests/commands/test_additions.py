@@ -1,15 +1,23 @@
 """What others add, each in one file of additions/ with one registration, run by the main job."""
 
+import importlib
 import json
 import os
 import subprocess
 import sys
+import tarfile
+import zipfile
 from pathlib import Path
 
 import pytest
 
+from amclr_scale.commands.make_shards import main as make_shards
+from amclr_scale.config import schema
+from amclr_scale.data.formats.members import ChangedShardError
+from amclr_scale.data.indexing import open_index
 from amclr_scale.data.tokenizers import load_tokenizer
-from tests.evaluation.shards import write_split
+from tests.data.test_loader import assert_same, take
+from tests.evaluation.shards import COLOURS, picture, write_split
 
 pytestmark = pytest.mark.launch
 
@@ -20,7 +28,7 @@ SMALL = [
 ]  # fmt: skip
 
 
-ADDITIONS = ["hook", "optimizer", "score", "evaluator", "tower"]
+ADDITIONS = ["hook", "optimizer", "score", "evaluator", "tower", "shard_format", "split_format"]
 ALL = ["optimizer.name=signum", "optimizer.options.forget=0.5", "optimizer.lr=1e-4", "execution.zero_stage=2"]
 TOWERS = ["model.image.name=colours", "model.image.width=24", "model.text.name=words"]
 JOBS = {  # a run's name -> its further words
@@ -28,12 +36,42 @@ JOBS = {  # a run's name -> its further words
     "stopped": [*ALL, "train.max_hours=1e-9"],  # after its first step
     "stopped again": [*ALL, "resume=auto"],
     "another": [*ALL, "optimizer.options.forget=0.9"],
-    "towers": [*TOWERS, "execution.micro_batch_size=16", "execution.memory_report=true"],
+    "towers": [
+        *TOWERS,
+        "execution.micro_batch_size=16",
+        "execution.memory_report=true",
+        "data.train=ZIPS",
+        "data.cache=ZIPS",
+        "data.image_size=32",
+        "evaluation.splits=[LIST]",
+    ],
 }
 
 
 @pytest.fixture(scope="module")
-def jobs(tmp_path_factory):
+def made(tmp_path_factory):
+    """Shards as tars, from annotations in a format of one's own, and the same samples in zips."""
+    importlib.import_module("tests.commands.additions.annotations")
+    folder = tmp_path_factory.mktemp("made")
+    for i in range(128):
+        (folder / f"{i}.png").write_bytes(picture(i))
+    sections = [f"[{i}.png]\ncaption = picture {i} {COLOURS[i % 6]}\n" for i in range(128)]
+    (folder / "captions.ini").write_text("\n".join([*sections, "[bare.png]"]), "utf-8")
+    (folder / "some.list").write_text(
+        "\n".join(f"{i}.png | picture {i} | {COLOURS[i % 6]}" for i in range(24)), "utf-8"
+    )
+    words = ["ini", "--annotations", str(folder / "captions.ini"), "--out", str(folder / "tars"), "--per-shard", "50"]
+    assert make_shards(words) == 0
+    (folder / "zips").mkdir()
+    for path in (folder / "tars").glob("*.tar"):
+        with tarfile.open(path) as tar, zipfile.ZipFile(folder / "zips" / f"{path.stem}.zip", "w") as zipped:
+            for member in tar:
+                zipped.writestr(member.name, tar.extractfile(member).read())
+    return folder
+
+
+@pytest.fixture(scope="module")
+def jobs(tmp_path_factory, made):
     """The folder of the runs, and what was said."""
     folder = tmp_path_factory.mktemp("runs")
     environment = {**os.environ, "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
@@ -41,7 +79,9 @@ def jobs(tmp_path_factory):
         environment.pop(name, None)
     held_out = str(write_split(folder / "held_out", 23))
     lines = [[*SMALL, f"run.folder={folder}", f"run.name={name.split()[0]}", *words] for name, words in JOBS.items()]
-    typed = "".join(json.dumps(words).replace("HELD_OUT", held_out) + "\n" for words in lines)
+    typed = "\n".join(map(json.dumps, lines))
+    for name, place in (("HELD_OUT", held_out), ("ZIPS", made / "zips"), ("LIST", made / "some.list")):
+        typed = typed.replace(name, str(place))
     command = [sys.executable, "-m", "tests.commands.additions.job", *ADDITIONS]
     done = subprocess.run(
         command, cwd=ROOT, env=environment, input=typed,
@@ -115,3 +155,40 @@ def test_towers(jobs):
     memory = json.loads((folder / "towers/memory.json").read_text())
     step = memory["phases"]["optimizer"]
     assert step["measured"] == pytest.approx(step["predicted"], rel=0.05)
+
+
+def test_a_format_of_annotations(made):
+    index = open_index(schema.Data(caption="json.captions"), str(made / "tars"))
+    assert index.num_samples == 128
+    (reject,) = map(json.loads, (made / "tars/rejects.jsonl").read_text().splitlines())
+    assert (reject["kind"], reject["image"]) == ("no caption", "bare.png")
+
+
+def test_a_format_of_shards(made, jobs, tmp_path):
+    """The batches of the same samples in tars, from several workers too; and a shard that changed is refused."""
+    importlib.import_module("tests.commands.additions.shard_format")
+    data = {"image_size": 8, "lanes": 4, "shuffle_window": 2, "cache": str(tmp_path)}
+    tars, zips = (schema.Data(train=str(made / kind), **data) for kind in ("tars", "zips"))
+    want = take(tars, 3, global_batch_size=64)
+    assert_same(take(zips, 3, global_batch_size=64), want)
+    assert_same(take(zips, 3, global_batch_size=64, workers=2), want)
+    index = open_index(zips)
+    assert index.reader(0).key(3) == open_index(tars).reader(0).key(3)
+    path = Path(index.shards[1].url)
+    content = bytearray(path.read_bytes())
+    member = index.reader(1).members.of_row(0)["png"]
+    content[member[0] + 60] ^= 255
+    path.write_bytes(content)
+    with pytest.raises(ChangedShardError, match=r"00001\.zip: it has changed"):
+        index.reader(1).read(0, frozenset({"png"}))
+
+    state = json.loads((jobs[0] / "towers/checkpoints/step_00000004/state.json").read_text())
+    assert state["data_fingerprint"] == index.fingerprint
+
+
+def test_a_format_of_evaluation_data(jobs):
+    folder, said = jobs
+    found = numbers(folder / "towers")
+    assert found["some.list/image_to_text_R@1/chance"] == pytest.approx(1 / 24)
+    assert found["some.list/zero_shot_top1/chance"] == pytest.approx(1 / 6)
+    assert "6 classes: a patch of black" in said

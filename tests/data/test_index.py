@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 
 from amclr_scale.config import schema
+from amclr_scale.data.formats.members import ChangedShardError
 from amclr_scale.data.index import write_index
 from amclr_scale.data.indexing import build, open_index
 from amclr_scale.data.sources import CORPORA, embedded_splits
-from amclr_scale.data.storage import ChangedShardError, Storage
+from amclr_scale.data.storage import Storage
 from amclr_scale.errors import UserError
 from tests.data.shards import pair, settings, write_shards, write_tar
 

@@ -14,9 +14,9 @@ from amclr_scale.commands.make_shards import main as make_shards
 from amclr_scale.data.decoding import BadSampleError, Sample, decode
 from amclr_scale.data.evaluation_split import EvaluationSplit
 from amclr_scale.data.formats.picture_files import Classes, find_pictures
+from amclr_scale.data.formats.tar import scan
 from amclr_scale.data.indexing import open_index
 from amclr_scale.data.ingestion import Annotations, read_records
-from amclr_scale.data.tar import scan
 from amclr_scale.errors import UserError
 from amclr_scale.evaluation.image_files import picture_folder
 from tests.data.shards import settings, write_tar

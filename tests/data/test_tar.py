@@ -6,7 +6,8 @@ import tarfile
 import numpy as np
 import pytest
 
-from amclr_scale.data.tar import Flag, Members, scan, split_name
+from amclr_scale.data.formats.members import Flag, Members
+from amclr_scale.data.formats.tar import scan, split_name
 from amclr_scale.errors import UserError
 from tests.data.shards import pair, picture, write_tar
 

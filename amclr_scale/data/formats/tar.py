@@ -8,108 +8,23 @@ Samples follow the webdataset convention: neighbouring members that share a path
 name are one sample, and the rest of the name, in lower case, says what the member is.
 """
 
-import enum
 import hashlib
 import mmap
 import os
-import zipfile
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 
+from amclr_scale.data.formats.members import ChangedShardError, Flag, Members, ShardFormat
 from amclr_scale.errors import UserError
 
 BLOCK = 512
 _ZEROS = bytes(BLOCK)
 _FILES = b"0\x007"  # the type flags of regular files
 _HARD_LINK = b"1"
-
-
-class Flag(enum.IntEnum):
-    """What the scan already knows about a sample."""
-
-    WHOLE = 0
-    DUPLICATE_KEY = 1  # another sample of the shard has the same key
-    CUT = 2  # the file ends inside it
-
-
-@dataclass
-class Members:
-    """The member table of one shard: R samples, M members, in the order of the tar."""
-
-    row_start: NDArray[np.int64]  # (R + 1,), members row_start[r] .. row_start[r + 1] - 1 are sample r
-    offset: NDArray[np.int64]  # (M,), first byte of the member's data
-    size: NDArray[np.int64]  # (M,), bytes
-    header: NDArray[np.uint32]  # (M,), crc32 of the header block in front of the data
-    extension: NDArray[np.uint8]  # (M,), index into `extensions`
-    flag: NDArray[np.uint8]  # (R,), Flag
-    extensions: list[str]
-    digest: str = ""  # sha256 of all headers: changes with any name, size, time or order of members
-    damage: list[str] = field(default_factory=list)  # what was wrong with the tar, in words
-    length: int = 0  # bytes of the tar
-    source: str = ""  # which file was scanned: its address, size and time, hashed
-
-    def __len__(self) -> int:
-        return len(self.flag)
-
-    def counts(self) -> dict[str, int]:
-        """How many members there are of each extension."""
-        totals = np.bincount(self.extension, minlength=len(self.extensions))
-        return {name: int(n) for name, n in zip(self.extensions, totals, strict=True)}
-
-    def of_row(self, row: int) -> dict[str, tuple[int, int, int]]:
-        """Extension -> (offset, size, crc32 of the header) of one sample's members."""
-        return {
-            self.extensions[self.extension[m]]: (int(self.offset[m]), int(self.size[m]), int(self.header[m]))
-            for m in range(self.row_start[row], self.row_start[row + 1])
-        }
-
-    def save(self, path: Path) -> None:
-        """Write a compressed .npz beside the index, whole or not at all."""
-        partial = path.with_name(f".{path.name}.{os.getpid()}")
-        with partial.open("wb") as file:
-            np.savez_compressed(
-                file,
-                row_start=self.row_start,
-                offset=self.offset,
-                size=self.size,
-                header=self.header,
-                extension=self.extension,
-                flag=self.flag,
-                extensions=np.array(self.extensions, dtype=np.str_),
-                damage=np.array(self.damage, dtype=np.str_),
-                digest=np.array(self.digest),
-                length=np.array(self.length),
-                source=np.array(self.source),
-            )
-        partial.replace(path)
-
-    @classmethod
-    def load(cls, path: Path) -> "Members":
-        """Read what `save` wrote.
-
-        Raises:
-            UserError: there is no such file, or it is not a member table.
-        """
-        try:
-            with np.load(path, allow_pickle=False) as table:
-                arrays = {name: table[name] for name in table.files}
-            return cls(
-                **{name: arrays[name] for name in ("row_start", "offset", "size", "header", "extension", "flag")},
-                extensions=[str(name) for name in arrays["extensions"]],
-                digest=str(arrays["digest"]),
-                length=int(arrays["length"]),
-                source=str(arrays["source"]),
-                damage=[str(words) for words in arrays["damage"]],
-            )
-        except (OSError, EOFError, KeyError, ValueError, zlib.error, zipfile.BadZipFile) as error:
-            raise UserError(
-                f"{path}: expected a member table of amclr-scale shards index, got {error}; index the shards again"
-            ) from error
 
 
 @dataclass(frozen=True)
@@ -313,3 +228,44 @@ def _table(scanner: _Scanner, path: Path) -> Members:
         damage=scanner.damage,
         length=scanner.end,
     )
+
+
+class TarReader:
+    """One open tar, a `ShardReader`: a `pread` for each member, with the header in front of it."""
+
+    def __init__(self, url: str, file: int, members: Members):
+        self.url, self._file, self.members = url, file, members
+
+    def read(self, row: int, wanted: frozenset[str]) -> dict[str, bytes]:
+        """Extension -> bytes of those members of a sample that are there and wanted.
+
+        Raises:
+            ChangedShardError: a header is not the one that was indexed, or the file ends before.
+            UserError: the file cannot be read any more.
+        """
+        found = self.members.of_row(row)
+        return {extension: self._member(row, *found[extension]) for extension in found if extension in wanted}
+
+    def _member(self, row: int, offset: int, size: int, header: int) -> bytes:
+        try:
+            data = os.pread(self._file, BLOCK + size, offset - BLOCK)
+        except OSError as error:  # a file server that went away
+            raise UserError(f"{self.url}: sample {row} cannot be read: {error.strerror or error}") from error
+        if len(data) != BLOCK + size or zlib.crc32(data[:BLOCK]) != header:
+            raise ChangedShardError(
+                f"{self.url}: sample {row} is not where the index says: the shard has changed since it was indexed; "
+                "restore it, or index the shards again and start a new run"
+            )
+        return data[BLOCK:]
+
+    def key(self, row: int) -> str:
+        """The sample's key, for messages."""
+        first = int(self.members.offset[self.members.row_start[row]])
+        name = os.pread(self._file, 100, first - BLOCK).split(b"\0", 1)[0]
+        return split_name(name.decode("utf-8", "replace"))[0]
+
+    def close(self) -> None:
+        os.close(self._file)
+
+
+TAR = ShardFormat(scan, TarReader)
