@@ -17,8 +17,10 @@ RANKS ?= 2
 quickstart: $(INSTALLED)
 	$(CPU) $(BIN)/deepspeed -q --num_gpus $(RANKS) launch/train.py --config $(CONFIG) $(WORDS)
 
+# Two processes, a file's tests in one of them: the longest files start ranks, or wait for commands.
+WORKERS ?= 2
 test: $(INSTALLED)
-	$(BIN)/python -m pytest $(PYTEST)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(PYTEST)
 
 # One process, nothing that starts ranks or commands: about a minute.
 FAST := not ranks and not deepspeed and not launch and not slow and not cuda
