@@ -62,7 +62,7 @@ def test_streamed_shards_stay_in_memory_and_below_their_bound(served, memory, tm
     )  # fmt: skip
     for batch in take(settings(local, **options), 36, global_batch_size=6):
         assert_same([next(loader)], [batch])
-        held = sum(path.stat().st_size for path in present(memory.glob("*/*.tar")))
+        held = sum(sizes(memory.glob("*/*.tar")))
         assert held <= (8 + 4) * size  # two windows of two lanes, and what is being fetched just now
     assert len(list(memory.iterdir())) == 1
     assert not list((tmp_path / "cache").rglob("*.tar"))
@@ -71,11 +71,10 @@ def test_streamed_shards_stay_in_memory_and_below_their_bound(served, memory, tm
     assert not list(memory.iterdir())
 
 
-def present(paths):
+def sizes(paths):
     for path in paths:
         with contextlib.suppress(FileNotFoundError):  # removed since it was listed
-            path.stat()
-            yield path
+            yield path.stat().st_size
 
 
 def test_streaming_without_an_index_and_in_evaluation_holds_one_shard(served, memory, tmp_path):
