@@ -12,6 +12,10 @@ class UserError(ValueError):
     """
 
 
+class AgreedError(UserError):
+    """A mistake that all ranks know of, and raise at the same place: each of them can end with it, in good order."""
+
+
 def one_of(names: Iterable[str]) -> str:
     """`a, b or c`."""
     *most, last = names

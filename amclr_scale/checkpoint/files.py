@@ -150,6 +150,14 @@ def fault(checkpoint: Path) -> str | None:
     return None
 
 
+def mark(checkpoint: Path) -> str:
+    """Of its manifest, and so of every byte that it should have; "" where there is none."""
+    try:
+        return hashlib.sha256((checkpoint / MANIFEST).read_bytes()).hexdigest()
+    except OSError:
+        return ""
+
+
 def newest_valid(folder: Path) -> tuple[Path | None, list[str]]:
     """The newest checkpoint that is whole, and what was passed over on the way to it, in words."""
     complaints = []

@@ -16,6 +16,7 @@ import fcntl
 import json
 import os
 import platform
+import secrets
 import threading
 import time
 from pathlib import Path
@@ -29,6 +30,7 @@ from amclr_scale.errors import UserError
 LOCK, HOLDER = ".lock", ".holder.json"
 BEAT = 5.0  # seconds between two touches
 STALE = 30.0  # seconds without one
+LATE = 10.0  # seconds that a file of rank 0 may take to be seen by the others
 ENDING = 5.0  # seconds that the processes of a job that ends are waited for
 _NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL)
 
@@ -47,6 +49,7 @@ class RunLock:
 
     def __init__(self, folder: Path, file: int, rank: int):
         self.folder, self._file, self._rank = folder, file, rank
+        self.token = ""  # of the job, in the holder's file: whoever sees it looks into the same folder
         self._left = threading.Event()
 
     @classmethod
@@ -72,9 +75,17 @@ class RunLock:
         return lock
 
     @classmethod
-    def join(cls, folder: Path, rank: int) -> "RunLock":
-        """Hold another rank's byte, after rank 0 has taken the lock: no job begins beside what is left of this one."""
-        file = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    def join(cls, folder: Path, rank: int, token: str) -> "RunLock":
+        """Hold another rank's byte, after rank 0 has taken the lock: no job begins beside what is left of this one.
+
+        Raises:
+            UserError: this is not the folder that rank 0 sees, or it cannot be written here.
+        """
+        _wait_for(folder, token)
+        try:
+            file = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        except OSError as error:
+            raise UserError(f"{folder.absolute()} cannot be written: {error.strerror}") from error
         with contextlib.suppress(OSError):  # rank 0 has found out whether there are locks here
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, rank)
         return cls(folder, file, rank)
@@ -130,7 +141,9 @@ class RunLock:
     def _announce(self) -> None:
         """Say who we are, and go on saying that we live."""
         process = psutil.Process()
+        self.token = secrets.token_hex(8)
         words = {
+            "token": self.token,
             "host": platform.node(),
             "machine": _machine(),
             "pid": process.pid,
@@ -175,6 +188,27 @@ class RunLock:
             f"run.name: {self.folder} is being written by another job ({who}); wait until it has ended, end it, or "
             "choose another name"
         )
+
+
+def _wait_for(folder: Path, token: str) -> None:
+    """Raise `UserError` unless the holder's file in this folder is rank 0's.
+
+    A network file system may show a file some seconds late, even a folder that it was asked for before it was made;
+    opening the folder above has it look again.
+    """
+    until = time.monotonic() + LATE
+    while True:
+        try:
+            os.listdir(folder.parent)
+            found = json.loads((folder / HOLDER).read_text())
+            if isinstance(found, dict) and found.get("token") == token:
+                return
+            words = "holds another job's .holder.json"
+        except (OSError, ValueError) as error:
+            words = f"does not have what rank 0 wrote there ({getattr(error, 'strerror', None) or error})"
+        if time.monotonic() > until:
+            raise UserError(f"{folder.absolute()} {words}")
+        time.sleep(0.2)
 
 
 def _alive(holder: dict[str, Any]) -> bool:

@@ -1,5 +1,6 @@
 """Where a run begins, decided by rank 0 and known to all; and the lock on its folder."""
 
+import platform
 from pathlib import Path
 from typing import TypeVar
 
@@ -8,8 +9,9 @@ from amclr_scale.checkpoint.lock import RunLock
 from amclr_scale.checkpoint.resume import Found, find
 from amclr_scale.config.schema import Config
 from amclr_scale.data.tokenizers import Tokenizer
-from amclr_scale.distributed.process_group import broadcast_object
-from amclr_scale.errors import UserError
+from amclr_scale.distributed.agreement import where
+from amclr_scale.distributed.process_group import broadcast_object, gather_objects
+from amclr_scale.errors import AgreedError, UserError
 
 RECORDS = "metrics.jsonl"
 T = TypeVar("T")
@@ -28,7 +30,8 @@ def agree_on_start(
         tokenizer: that captions go through.
 
     Raises:
-        UserError: on every rank, what `find` raises on rank 0; or another run is in the folder, or another job.
+        AgreedError: on every rank, what `find` raises on rank 0; or another run is in the folder, or another job; or
+            some rank does not see the folder or the checkpoint.
     """
     found: Found | None = None
     lock: RunLock | None = None
@@ -53,10 +56,15 @@ def agree_on_start(
             words = str(error)
         if words and lock:
             lock.release()
-    found, folder, held, words = broadcast_object((found, folder, lock is not None, words))
+    mark = files.mark(found.checkpoint) if found else ""
+    found, folder, token, words, mark = broadcast_object((found, folder, lock.token if lock else "", words, mark))
     if words:
-        raise UserError(words)
-    return found, folder, lock or (RunLock.join(folder, rank) if held else None)
+        raise AgreedError(words)
+    if token:
+        lock = _join(lock, folder, rank, token)
+    if found:
+        _check_seen(found, mark)
+    return found, folder, lock
 
 
 def lock_new(folder: Path, rank: int) -> RunLock:
@@ -65,7 +73,7 @@ def lock_new(folder: Path, rank: int) -> RunLock:
     So a mistake that is found while the model is built leaves no folder behind.
 
     Raises:
-        UserError: on every rank, another job has made it meanwhile.
+        AgreedError: on every rank, another job has made it meanwhile, or some rank does not see it.
     """
     lock: RunLock | None = None
     words = ""
@@ -77,7 +85,47 @@ def lock_new(folder: Path, rank: int) -> RunLock:
                 words = f"run.name: another job has made {folder} meanwhile; go on with it, or choose another name"
         except UserError as error:
             words = str(error)
-    (words,) = broadcast_object((words,))
+    words, token = broadcast_object((words, lock.token if lock else ""))
     if words:
-        raise UserError(words)
-    return lock or RunLock.join(folder, rank)
+        raise AgreedError(words)
+    return _join(lock, folder, rank, token)
+
+
+def _join(lock: RunLock | None, folder: Path, rank: int, token: str) -> RunLock:
+    """Every rank's lock, once all see the folder that rank 0 has locked. All ranks call it together.
+
+    Raises:
+        AgreedError: some do not.
+    """
+    words = ""
+    try:
+        lock = lock or RunLock.join(folder, rank, token)
+    except UserError as error:
+        words = str(error)
+    try:
+        _together(words, "run.folder: expected a folder that all ranks see and can write")
+    except AgreedError:
+        if lock:
+            lock.release()
+        raise
+    assert lock
+    return lock
+
+
+def _check_seen(found: Found, mark: str) -> None:
+    """Raise `AgreedError` on all ranks if some do not see the checkpoint that rank 0 has found."""
+    words = "" if files.mark(found.checkpoint) == mark else f"{found.checkpoint.absolute()} is not there, or another"
+    _together(words, "resume: expected all ranks to see the checkpoint that rank 0 has found")
+
+
+def _together(words: str, expected: str) -> None:
+    """Raise `AgreedError` on all ranks if some have words of a problem."""
+    everyone = gather_objects((platform.node(), words))
+    hosts = [host for host, _ in everyone]
+    told: dict[str, list[int]] = {}
+    for rank, (_, problem) in enumerate(everyone):
+        if problem:
+            told.setdefault(problem, []).append(rank)
+    if told:
+        got = "; ".join(f"{problem} on {where(ranks, hosts)}" for problem, ranks in told.items())
+        raise AgreedError(f"{expected}, got: {got}; put it on a file system that all nodes mount at the same place")

@@ -20,7 +20,7 @@ from amclr_scale.config.help import describe
 from amclr_scale.config.load import dump, load
 from amclr_scale.config.schema import Config
 from amclr_scale.distributed.launcher import RankInfo, end_with_launcher, read_rank_info
-from amclr_scale.errors import UserError
+from amclr_scale.errors import AgreedError, UserError
 from amclr_scale.metrics.run_folder import check_writable
 from amclr_scale.metrics.stopwatch import Stopwatch
 
@@ -67,12 +67,11 @@ def check_dry_run(options: argparse.Namespace) -> None:
 
 
 def run(config: Config, source: str | None, rank_info: RankInfo, stopwatch: Stopwatch, signals: Signals) -> None:
-    """The flow: data -> processes -> encoders, objective, engine -> loop with its hooks -> results."""
-    from amclr_scale.checkpoint.state import restore
-    from amclr_scale.commands.job import build_job, hooks_of, prepare
+    """The flow: data -> processes, which agree -> encoders, objective, engine -> loop with its hooks -> results."""
+    from amclr_scale.commands.agreement import check_ranks_agree
+    from amclr_scale.commands.job import build_job, prepare
     from amclr_scale.distributed.process_group import start, stop
     from amclr_scale.distributed.watchdog import Watchdog
-    from amclr_scale.engine.loop import train
 
     stopwatch.lap("imports")
 
@@ -81,28 +80,38 @@ def run(config: Config, source: str | None, rank_info: RankInfo, stopwatch: Stop
     stopwatch.lap("data")
     device = start(rank_info, config.execution.threads)
     watchdog = Watchdog(rank_info)
+    try:
+        check_ranks_agree(config, prepared)
+        job = build_job(
+            config, source, prepared, rank_info=rank_info, device=device, signals=signals, stopwatch=stopwatch
+        )
+        carry_out(job)
+    except (AgreedError, StoppedError):
+        watchdog.leave()  # all ranks end at one place: none of them is missing
+        raise
+    job.inputs.loader.close()
+    watchdog.leave()
+    stop()
 
-    job = build_job(config, source, prepared, rank_info=rank_info, device=device, signals=signals, stopwatch=stopwatch)
+
+def carry_out(job: "Job") -> None:
+    """Train, from a checkpoint if one was found, and leave the results. All ranks call it together."""
+    from amclr_scale.checkpoint.state import restore
+    from amclr_scale.commands.job import hooks_of
+    from amclr_scale.engine.loop import train
+
     hooks = hooks_of(job)
     if job.found:
-        restore(job.found.checkpoint, job.trainer.engine, job.trainer.objective, device, hooks)
-        stopwatch.lap("checkpoint")
+        restore(job.found.checkpoint, job.trainer.engine, job.trainer.objective, job.device, hooks)
+        job.stopwatch.lap("checkpoint")
 
     # From here on signals are kept; one before the first step has nothing to save, and ends the process at once.
-    with job.lock, signals, job.log, ExitStack() as entered:
+    with job.lock, job.signals, job.log, ExitStack() as entered:
         for hook in hooks:
             entered.enter_context(hook)
         for words in job.introduction():
             job.log.say(words)
-        try:
-            results = train(job.step, iter(job.inputs.loader), job.inputs.plan, hooks, begin=job.begin)
-        except StoppedError:
-            watchdog.leave()  # all ranks stop at one step: none of them is missing
-            raise
-        conclude(job, results)
-    job.inputs.loader.close()
-    watchdog.leave()
-    stop()
+        conclude(job, train(job.step, iter(job.inputs.loader), job.inputs.plan, hooks, begin=job.begin))
 
 
 def conclude(job: "Job", results: dict[str, float]) -> None:
@@ -152,6 +161,13 @@ def main(argv: list[str]) -> int:
             print(f"\n{stopped}", file=sys.stderr, flush=True)
         stop()  # together: a launcher ends the others as soon as one has left
         return EXIT_RESUMABLE
+    except AgreedError as error:
+        from amclr_scale.distributed.process_group import stop
+
+        if rank_info.local_rank == 0:  # one voice per node is enough
+            print(f"\n{error}", file=sys.stderr, flush=True)
+        stop()
+        return 2
     except UserError as error:
         # Every rank meets the same mistake, as a rule, and one voice per node is enough: the others give it time to
         # speak and the launcher time to end them. One that is alive after that has met a mistake of its own.

@@ -286,18 +286,19 @@ def dump(config: Config) -> str:
     return str(yaml.dump(tree, Dumper=Dumper, sort_keys=False, width=110, allow_unicode=True))
 
 
+def keys_of(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The keys of nested sections, dotted, with their values."""
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            yield from keys_of(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
 def recipe(config: Config) -> dict[str, Any]:
     """The keys that decide what is computed, dotted, with their values."""
-
-    def leaves(tree: dict[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
-        for name, value in tree.items():
-            if isinstance(value, dict):
-                yield from leaves(value, f"{prefix}{name}.")
-            else:
-                yield f"{prefix}{name}", value
-
     tree = config.model_dump(mode="json")
-    chosen = leaves({section: tree[section] for section in RECIPE}, "")
+    chosen = keys_of({section: tree[section] for section in RECIPE})
     return {key: value for key, value in chosen if key not in NEUTRAL and LATER.get(key) != value}
 
 

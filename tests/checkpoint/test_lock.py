@@ -23,7 +23,7 @@ import sys, time
 from pathlib import Path
 from amclr_scale.checkpoint.lock import RunLock
 folder, rank = Path(sys.argv[1]), int(sys.argv[2])
-with RunLock.join(folder, rank) if rank else RunLock.take(folder):
+with RunLock.join(folder, rank, "t") if rank else RunLock.take(folder):
     print("held", flush=True)
     time.sleep(60)
 """
@@ -58,6 +58,7 @@ def test_the_second_job_is_refused_until_the_first_is_killed(tmp_path):
 
 
 def test_a_rank_that_is_left_of_a_job_keeps_the_next_one_out(tmp_path):
+    (tmp_path / HOLDER).write_text('{"token": "t"}')
     left = hold(tmp_path, rank=3)
     with pytest.raises(UserError, match="being written by another job"):
         RunLock.take(tmp_path)
