@@ -16,8 +16,8 @@ from safetensors import SafetensorError
 from torch import nn
 
 from amclr_scale.checkpoint import files, state
-from amclr_scale.checkpoint.files import Written
-from amclr_scale.checkpoint.resume import CHECKPOINTS, Found
+from amclr_scale.checkpoint.files import CHECKPOINTS, Written
+from amclr_scale.checkpoint.resume import Found
 from amclr_scale.checkpoint.signals import Signals, StoppedError
 from amclr_scale.config.load import recipe_hash
 from amclr_scale.config.schema import Config

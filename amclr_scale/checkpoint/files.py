@@ -16,6 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from amclr_scale.errors import UserError
+
+CHECKPOINTS = "checkpoints"  # in a run's folder
 MANIFEST = "manifest.json"
 LATEST = "latest"
 FORMAT = 1
@@ -173,6 +176,25 @@ def newest_valid(folder: Path) -> tuple[Path | None, list[str]]:
             return checkpoint, complaints
         complaints.append(f"{checkpoint} is not used: {wrong}")
     return None, complaints
+
+
+def locate(path: Path, key: str, expected: str) -> tuple[Path, list[str]]:
+    """The checkpoint that a path means, itself or the newest valid one of a run; and what was passed over, in words.
+
+    Raises:
+        UserError: there is none, or it is damaged: `key: expected ..., got ...`.
+    """
+    if (path / CHECKPOINTS).is_dir():
+        path = path / CHECKPOINTS
+    if path.name.startswith("step_"):
+        wrong = fault(path) if path.is_dir() else "it does not exist"
+        if wrong:
+            raise UserError(f"{key}: {path} cannot be used: {wrong}")
+        return path, []
+    found, complaints = newest_valid(path)
+    if found is None:
+        raise UserError("\n".join([f"{key}: expected {expected}, got {path}", *complaints]))
+    return found, complaints
 
 
 def set_aside_after(folder: Path, step: int) -> None:

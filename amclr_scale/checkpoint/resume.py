@@ -11,11 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from amclr_scale.checkpoint import files
+from amclr_scale.checkpoint.files import CHECKPOINTS
 from amclr_scale.config.load import build, recipe, recipe_hash
 from amclr_scale.config.schema import Config
 from amclr_scale.errors import UserError
-
-CHECKPOINTS = "checkpoints"
 
 
 @dataclass(frozen=True)
@@ -80,7 +79,8 @@ def find(config: Config) -> Found | None:
     if config.resume == "never":
         return None
     if config.resume != "auto":
-        return _at(Path(config.resume).expanduser(), config)
+        path = Path(config.resume).expanduser()
+        return _found(*files.locate(path, "resume", "never, auto, or a folder with a checkpoint"), config)
     home = Path(config.run.folder)
     if config.run.name:
         checkpoint, complaints = files.newest_valid(home / config.run.name / CHECKPOINTS)
@@ -113,22 +113,6 @@ def _of_same_recipe(home: Path, config: Config) -> Iterator[Path]:
 def _finished(checkpoint: Path) -> bool:
     state = json.loads((checkpoint / "state.json").read_text("utf-8"))
     return bool(state["step"] >= state["total_steps"])
-
-
-def _at(path: Path, config: Config) -> Found:
-    if (path / CHECKPOINTS).is_dir():
-        path = path / CHECKPOINTS
-    if path.name.startswith("step_"):
-        wrong = files.fault(path) if path.is_dir() else "it does not exist"
-        if wrong:
-            raise UserError(f"resume: {path} cannot be used: {wrong}")
-        return _found(path, [], config)
-    checkpoint, complaints = files.newest_valid(path)
-    if checkpoint is None:
-        raise UserError(
-            f"resume: expected never, auto, or a folder with a checkpoint, got {path}\n" + "\n".join(complaints)
-        )
-    return _found(checkpoint, complaints, config)
 
 
 def _found(checkpoint: Path, complaints: list[str], config: Config) -> Found:

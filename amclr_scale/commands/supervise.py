@@ -18,7 +18,7 @@ from pathlib import Path
 from types import FrameType
 
 from amclr_scale.checkpoint import files
-from amclr_scale.checkpoint.resume import CHECKPOINTS
+from amclr_scale.checkpoint.files import CHECKPOINTS
 from amclr_scale.checkpoint.signals import ENDING, EXIT_RESUMABLE
 
 FRUITLESS = 3  # starts without a new checkpoint after which there is no point in another

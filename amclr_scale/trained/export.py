@@ -17,7 +17,6 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from amclr_scale.checkpoint import files
-from amclr_scale.checkpoint.resume import CHECKPOINTS
 from amclr_scale.checkpoint.state import TOKENIZER, open_pieces, read_state
 from amclr_scale.config.load import build, dump
 from amclr_scale.config.schema import Config
@@ -27,25 +26,6 @@ from amclr_scale.errors import UserError
 from amclr_scale.evaluation.models import TEXT_TOWER
 from amclr_scale.evaluation.report import in_words
 from amclr_scale.metrics.run_folder import MODULE
-
-
-def locate(path: Path) -> Path:
-    """The checkpoint that a path means: one itself, or the newest valid one of a run folder.
-
-    Raises:
-        UserError: there is none, or it is damaged.
-    """
-    if (path / CHECKPOINTS).is_dir():
-        path = path / CHECKPOINTS
-    if path.name.startswith("step_"):
-        wrong = files.fault(path) if path.is_dir() else "it does not exist"
-        if wrong:
-            raise UserError(f"checkpoint: {path} cannot be used: {wrong}")
-        return path
-    found, complaints = files.newest_valid(path)
-    if found is None:
-        raise UserError("\n".join([f"checkpoint: expected a checkpoint or a run folder, got {path}", *complaints]))
-    return found
 
 
 def weights_of(checkpoint: Path) -> dict[str, Tensor]:
@@ -66,7 +46,7 @@ def export(path: Path, out: Path, further: Callable[[Path], None] | None = None)
     Raises:
         UserError: no valid checkpoint at the path, or `out` holds something already.
     """
-    checkpoint = locate(path)
+    checkpoint, _ = files.locate(path, "checkpoint", "a checkpoint or a run folder")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"--out: expected a new or an empty folder, got {out}")
     out.mkdir(parents=True, exist_ok=True)

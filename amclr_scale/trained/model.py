@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from amclr_scale.checkpoint.resume import CHECKPOINTS
+from amclr_scale.checkpoint.files import CHECKPOINTS
 from amclr_scale.checkpoint.state import OBJECTIVE, TOKENIZER, read_state
 from amclr_scale.data.decoding import BadSampleError, Sample, decode
 from amclr_scale.data.image_views import evaluation_view, to_tensor
