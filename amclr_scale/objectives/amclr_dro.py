@@ -20,7 +20,7 @@ from amclr_scale.objectives.amclr import Paired, PairedOptions, paired_average
 from amclr_scale.objectives.base import Layout, numbers
 from amclr_scale.objectives.estimator import two_states, two_visits
 from amclr_scale.objectives.pairings import Pairings
-from amclr_scale.objectives.temperatures import RobustOptions, temperature_gradient
+from amclr_scale.objectives.temperatures import RobustOptions, spread, temperature_gradient
 from amclr_scale.types import Embeddings, Loss
 
 
@@ -72,10 +72,7 @@ class PairedISogCLR(Paired):
             value,
             numbers(
                 objective=objective,
-                temperature_image=image_t.mean(),
-                temperature_image_std=image_t.std(correction=0),
-                temperature_text=text_t.mean(),
-                temperature_text_std=text_t.std(correction=0),
+                **spread(image_t, text_t),
             ),
         )
 

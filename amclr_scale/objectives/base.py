@@ -9,7 +9,6 @@ import math
 import types
 import typing
 from collections.abc import Callable, Mapping
-from difflib import get_close_matches
 from functools import cached_property
 from typing import Any, ClassVar, Literal
 
@@ -17,12 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from amclr_scale.declarations import KINDS, Declarations, Inputs
-from amclr_scale.errors import UserError
+from amclr_scale.errors import UserError, did_you_mean
+from amclr_scale.precision import HALF
 from amclr_scale.similarity import world_size
 from amclr_scale.types import Embeddings, Loss
 
 Layout = Literal["auto", "replicated", "sharded"]
-HALF = (torch.float16, torch.bfloat16)
 OUTSIDE = "amclr_scale_outside_"  # begins the module's name of an objective in a file outside the package
 
 
@@ -249,8 +248,7 @@ def require(condition: bool, key: str, expected: str, got: object, *, fix: str =
 def nearest(word: str, known: typing.Iterable[str]) -> str:
     """`; did you mean 'sogclr'?`, or the known words where none is near."""
     known = sorted(known)
-    matches = get_close_matches(word, known, n=1, cutoff=0.5)
-    return f"; did you mean {matches[0]!r}?" if matches else f"; known: {', '.join(known)}"
+    return did_you_mean(word, known) or f"; known: {', '.join(known)}"
 
 
 def parse_options(name: str, config: Callable[..., Any], options: dict[str, Any]) -> Any:

@@ -29,7 +29,7 @@ from amclr_scale.objectives.estimator import (
     two_visits,
 )
 from amclr_scale.objectives.temperature_generator import TempGenerator, TempGenerators
-from amclr_scale.objectives.temperatures import RobustOptions, temperature_gradient
+from amclr_scale.objectives.temperatures import RobustOptions, spread, temperature_gradient
 from amclr_scale.similarity import map_rows
 from amclr_scale.types import Embeddings, Loss
 
@@ -75,10 +75,7 @@ class ISogCLR(KeepsEstimates, name="isogclr"):
             (terms[0] + terms[1]).mean(),
             numbers(
                 objective=(objectives[0] + objectives[1]).mean(),
-                temperature_image=image_t.mean(),
-                temperature_image_std=image_t.std(correction=0),
-                temperature_text=text_t.mean(),
-                temperature_text_std=text_t.std(correction=0),
+                **spread(image_t, text_t),
             ),
         )
 
@@ -148,10 +145,7 @@ class ISogCLRNet(KeepsEstimates, name="isogclr_net"):
             value,
             numbers(
                 objective=objective,
-                temperature_image=image_t.mean(),
-                temperature_image_std=image_t.std(correction=0),
-                temperature_text=text_t.mean(),
-                temperature_text_std=text_t.std(correction=0),
+                **spread(image_t, text_t),
             ),
         )
 

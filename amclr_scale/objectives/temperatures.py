@@ -26,6 +26,13 @@ def temperature_gradient(log_u: Tensor, log_g: Tensor, expected: Tensor, rho: fl
     return log_u + rho - (log_g - log_u).exp() * expected
 
 
+def spread(image_temperatures: Tensor, text_temperatures: Tensor) -> dict[str, Tensor]:
+    """What is logged of a batch's temperatures: mean and standard deviation of each modality's."""
+    sides = {"image": image_temperatures, "text": text_temperatures}
+    means = {f"temperature_{side}": t.mean() for side, t in sides.items()}
+    return means | {f"temperature_{side}_std": t.std(correction=0) for side, t in sides.items()}
+
+
 def check_robust(rho: float, first: float, lowest: float, highest: float) -> None:
     """Raise where a radius is negative, or samples would start outside the bounds on their temperatures."""
     require(rho >= 0, "rho", "a divergence of at least 0", rho)

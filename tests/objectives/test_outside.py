@@ -46,12 +46,12 @@ WORDS = [
 ]  # fmt: skip
 
 
-def job(*words, ranks=1):
-    """The main job as a user starts it."""
+def job(*words, ranks=1, package=ROOT):
+    """The main job as a user starts it, of the package in that folder."""
     environment = {**os.environ, "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         environment.pop(name, None)
-    environment["PYTHONPATH"] = str(ROOT)
+    environment["PYTHONPATH"] = str(package)
     launcher = [sys.executable]
     if ranks > 1:
         with socket.socket() as s:
@@ -59,7 +59,9 @@ def job(*words, ranks=1):
             port = str(s.getsockname()[1])
         launcher += ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--master-port", port]
     command = [*launcher, "-m", "amclr_scale", "train", *map(str, words)]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240, check=False)
+    done = subprocess.run(
+        command, cwd=package, env=environment, capture_output=True, text=True, timeout=240, check=False
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 
@@ -91,6 +93,23 @@ def test_it_trains_and_its_memory_was_predicted(run):
     report = json.loads((run / "memory.json").read_text())
     for name, phase in report["phases"].items():
         assert phase["predicted"] == pytest.approx(phase["measured"], rel=0.05), name
+
+
+@pytest.mark.slow
+def test_it_is_the_same_as_a_file_among_the_packages_own(run, tmp_path):
+    """One file more in objectives/ of a copy of the package, and nothing else."""
+    copied = tmp_path / "amclr_scale"
+    objects = copied / "objectives"
+    objects.mkdir(parents=True)
+    for folder, inside in ((ROOT / "amclr_scale", copied), (ROOT / "amclr_scale/objectives", objects)):
+        for path in folder.iterdir():
+            if path.name not in ("objectives", "__pycache__"):
+                (inside / path.name).symlink_to(path)
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    shutil.copyfile(TOY, objects / "mine.py")
+    job("--config", "quickstart", *WORDS, f"run.folder={tmp_path}", "run.name=inside", package=tmp_path)
+    assert objective_of_steps(tmp_path / "inside") == objective_of_steps(run)
+    assert "module" not in (tmp_path / "inside/config.yaml").read_text()
 
 
 @pytest.mark.slow
