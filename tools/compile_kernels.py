@@ -27,10 +27,15 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from amclr_scale.similarity import triton_kernels as kernels
+from amclr_scale.similarity.triton_sigmoid import sigmoid_kernel
 from amclr_scale.similarity.triton_tiles import GIVEN, MEMORY, NARROW, Tile
 
 POINTERS = {"A", "K", "W", "W_LOW", "SUMS", "PARTS", "OUT", "ONE", "SCALE", "BIAS", "RATE", "SHIFT", "MASS", "MOMENT"}
-POINTERS |= {"POSITIVE", "POSITIVE_WEIGHT"}
+POINTERS |= {"POSITIVE", "POSITIVE_WEIGHT", "ROW_LIMIT", "COLUMN_LIMIT"}
+GROUPS = {"ROW_GROUP", "COLUMN_GROUP", "ROW_GROUP_2", "COLUMN_GROUP_2"}
+POINTERS |= GROUPS
+UNMASKED = {"GROUPS": 0, "ONLY_SAME": False, "LIMITED": False}
+MASKED = {"GROUPS": 2, "ONLY_SAME": False, "LIMITED": True}
 POINTERS |= {f"{side}_{name}" for side in ("ROW", "COLUMN") for name in ("RATE", "SHIFT", "FACTOR")}
 ALIGNED = ("stride_a", "stride_k", "stride_w")  # multiples of 16 elements in the sizes that matter
 
@@ -51,6 +56,7 @@ class Variant:
     def compile(self, capability: int) -> Any:
         names = self.kernel.arg_names
         types = {"A": self.operand, "K": self.operand, "W": self.weights, "W_LOW": self.weights}
+        types |= dict.fromkeys(GROUPS, "i32")
         signature = {
             name: "constexpr" if name in self.constants
             else f"*{types.get(name, self.number)}" if name in POINTERS else "i32"
@@ -76,7 +82,7 @@ def variants(capability: int, *, quick: bool) -> list[Variant]:
             "BM": tile.BM, "BN": tile.BN, "BK": tile.BK, "GROUP": tile.group, "STAGES": tile.stages,
             "PRECISION": "ieee",
         }  # fmt: skip
-        known |= constants
+        known |= UNMASKED | constants
         used = {name: value for name, value in known.items() if name in kernel.arg_names}
         found.append(Variant(label, kernel, operand, weights, number, used, tile))
 
@@ -92,8 +98,12 @@ def variants(capability: int, *, quick: bool) -> list[Variant]:
             add(f"{operand} {width}, rows={rows}, columns={columns}, common={common}, low={low}",
                 kernels.weights_kernel, operand, "bf16", "fp32", table["weights"], ROWS=bool(rows),
                 COLUMNS=bool(columns), DIAGONAL=True, COMMON=bool(common), LOW=bool(low), **source)  # fmt: skip
+        add(f"{operand} {width}, masked", kernels.accumulate_kernel, operand, "bf16", "fp32", table["sigmoid"],
+            DIAGONAL=True, STORE_POSITIVE=True, EXCLUDE=True, CONTINUE=True, **MASKED, **source)  # fmt: skip
+        add(f"{operand} {width}, masked", kernels.weights_kernel, operand, "bf16", "fp32", table["sigmoid"], ROWS=True,
+            COLUMNS=True, DIAGONAL=True, COMMON=False, LOW=False, **MASKED, **source)  # fmt: skip
         for low in (False,) if quick else (False, True):
-            add(f"{operand} {width}, low={low}", kernels.sigmoid_kernel, operand, "bf16", "fp32", table["sigmoid"],
+            add(f"{operand} {width}, low={low}", sigmoid_kernel, operand, "bf16", "fp32", table["sigmoid"],
                 DIAGONAL=True, STORE=True, LOW=low, **source)  # fmt: skip
     for number in ("fp32",) if quick else ("fp32", "fp64"):
         source = {"WIDTH": 16, "GIVEN": True, "DOUBLE": number == "fp64", "EVEN": False, "FAR": True}
@@ -103,7 +113,7 @@ def variants(capability: int, *, quick: bool) -> list[Variant]:
                 **source)  # fmt: skip
         add(f"given {number}", kernels.weights_kernel, number, number, number, GIVEN["weights"], ROWS=True,
             COLUMNS=True, DIAGONAL=True, COMMON=False, LOW=False, **source)  # fmt: skip
-        add(f"given {number}", kernels.sigmoid_kernel, number, number, number, GIVEN["sigmoid"], DIAGONAL=True,
+        add(f"given {number}", sigmoid_kernel, number, number, number, GIVEN["sigmoid"], DIAGONAL=True,
             STORE=True, LOW=False, **source)  # fmt: skip
         add(number, kernels.merge_kernel, number, number, number, None, BM=256)
     add("", kernels.common_kernel, "fp32", "fp32", "fp32", None, BLOCK=2048)

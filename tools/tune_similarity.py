@@ -104,7 +104,7 @@ class Kernels:
 
     def weights(self, *, common: bool = True) -> list[Tensor]:
         one = self.one if common else None
-        return self.blocks._weights(self.a, self.k, self.side, self.side, one, (0, self.positive), None)
+        return self.blocks._weights(self.a, self.k, self.side, self.side, one, (0, self.positive))
 
     def call(self, kernel: Kernel) -> list[Tensor]:
         return self.accumulate() if kernel == "accumulate" else self.weights()

@@ -14,6 +14,8 @@ is an anchor of the other direction, so that one block of s serves both directio
 (shift, mass) stay a pair: one float32 logarithm of the two, about 60 at a temperature of 0.01, would lose the last
 digits of every weight. The shift is subtracted before the product with 1/t, when the subtraction is still exact.
 
+Where a `Mask` leaves an entry out, e_ij and its part of W_ij are set to 0; a product with 0 would be nan at infinity.
+
 A backend is one class with the three methods of `Blocks`; `torch_backend.py` has the one that runs everywhere.
 """
 
@@ -63,6 +65,43 @@ class Weights:
 
     def __getitem__(self, part: slice) -> "Weights":
         return Weights(self.rate[part], self.shift[part], self.factor[part])
+
+
+Parts = tuple[Tensor, ...]
+
+
+@dataclass(frozen=True)
+class Mask:
+    """Which entries count nothing; a positive is never one of them.
+
+    Groups are one number per anchor and key, or two of each: entries are left out where any of them agrees, or with
+    `only_same` where none does. They are symmetrical: rows and columns leave the same entries out. Limits are of a
+    direction: its sums leave out what is more similar.
+    """
+
+    row_groups: Parts = ()  # none, one or two of (b,) int64
+    column_groups: Parts = ()  # as many of (n,)
+    only_same: bool = False
+    row_limit: Tensor | None = None  # (b,)
+    column_limit: Tensor | None = None  # (n,)
+
+    def __getitem__(self, part: tuple[slice, slice]) -> "Mask":
+        rows, columns = part
+        return Mask(
+            tuple(x[rows] for x in self.row_groups),
+            tuple(x[columns] for x in self.column_groups),
+            self.only_same,
+            None if self.row_limit is None else self.row_limit[rows],
+            None if self.column_limit is None else self.column_limit[columns],
+        )
+
+    def turned(self) -> "Mask":
+        """With rows and columns swapped."""
+        return Mask(self.column_groups, self.row_groups, self.only_same, self.column_limit, self.row_limit)
+
+    @property
+    def limited(self) -> bool:
+        return self.row_limit is not None
 
 
 @dataclass(frozen=True)
@@ -134,6 +173,7 @@ class Blocks(Protocol):
         diagonal: int | None = None,
         positive: Tensor | None = None,  # (b,), receives the similarities of the positives
         exclude_positive: bool = False,
+        mask: Mask | None = None,
         cache: TileCache | None = None,
     ) -> None:
         """Add the keys to the statistics of the rows, and the anchors to those of the columns."""
@@ -149,6 +189,7 @@ class Blocks(Protocol):
         d_keys: Tensor | None = None,  # (n, D)
         diagonal: int | None = None,
         positive_weight: Tensor | None = None,  # (b,), the weights of the positives, in place of the formula
+        mask: Mask | None = None,
         cache: TileCache | None = None,
     ) -> None:
         """Add the gradients of this block to `d_anchors` and `d_keys`. A direction that is None has no gradient."""

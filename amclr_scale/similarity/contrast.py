@@ -10,6 +10,10 @@ t_i per anchor, c_i = s_ii if centred or else 0, and N_i all keys, or all but th
 
     d log_sum_i = (1/t_i) sum_j p_ij d(s_ij - c_i) - (expected_i / t_i) d t_i
 
+Groups leave keys out: with g_i the number of anchor i and g_j that of key j, N_i loses every j but the positive that
+has g_j = g_i, or, with `group_keys="own"`, every j but the positive that has another. So duplicates stop being
+negatives, and log-sums over further positives are had. `margin` leaves out keys with s_ij > s_ii + margin.
+
 Forward streams tiles of s and keeps numbers per anchor; backward makes the tiles again. One tile serves the rows (image
 anchors) and the columns (text anchors). Across ranks go the features and numbers per anchor; whether the gradient of
 one tower does is a matter of speed (`distribution.py`). Nothing of size b x B outlives a tile, unless
@@ -17,6 +21,7 @@ one tower does is a matter of speed (`distribution.py`). Nothing of size b x B o
 of 16 bits and under autocast.
 """
 
+import math
 from dataclasses import dataclass
 from typing import cast
 
@@ -28,6 +33,7 @@ from amclr_scale.similarity import settings
 from amclr_scale.similarity.backends import check_features, similarity_dtype
 from amclr_scale.similarity.distribution import choose
 from amclr_scale.similarity.log_sums import LogSums, Plan
+from amclr_scale.similarity.masks import Grouping, GroupKeys, Groups, masks
 
 Temperature = float | Tensor
 
@@ -39,7 +45,15 @@ class Side:
     log_sum: Tensor  # (b,) differentiable in anchors, keys and temperature
     positive: Tensor  # (b,) s_ii, differentiable in anchors and keys; not divided by the temperature
     expected: Tensor  # (b,) without gradient
-    num_keys: int  # |N_i|
+    num_keys: int  # |N_i| where there are no groups
+    kept: Tensor | None = None  # (b,) int64, |N_i| with groups; None without
+
+    @property
+    def log_num_keys(self) -> float | Tensor:
+        """The logarithm of |N_i|, of everybody or of each anchor (b,); 0 where no key is left."""
+        if self.kept is None:
+            return math.log(self.num_keys)
+        return self.kept.clamp(min=1).to(self.log_sum.dtype).log()
 
 
 @dataclass(frozen=True)
@@ -54,8 +68,10 @@ class Contrast:
         """The number of keys of each anchor, where both directions have the same.
 
         Raises:
-            ValueError: extra keys on one side only; ask that side.
+            ValueError: extra keys on one side only, or groups; ask a side.
         """
+        if self.image.kept is not None:
+            raise ValueError("num_keys: with groups anchors have different numbers; ask .image.kept or .text.kept")
         if self.image.num_keys != self.text.num_keys:
             raise ValueError(
                 f"num_keys: image anchors have {self.image.num_keys} keys, text anchors {self.text.num_keys}; "
@@ -73,6 +89,12 @@ def contrast(
     centred: bool = False,
     extra_image_keys: Tensor | None = None,
     extra_text_keys: Tensor | None = None,
+    image_groups: Groups | None = None,
+    text_groups: Groups | None = None,
+    extra_image_groups: Groups | None = None,
+    extra_text_groups: Groups | None = None,
+    group_keys: GroupKeys = "others",
+    margin: float | None = None,
     negatives: Negatives = "all",
 ) -> Contrast:
     """Contrast each image with the texts of all ranks, and each text with the images of all ranks.
@@ -88,6 +110,15 @@ def contrast(
         centred: subtract the positive's similarity from all others (c_i = s_ii).
         extra_image_keys: (M, D), further keys for text anchors, without gradient, the same on every rank.
         extra_text_keys: (M, D), further keys for image anchors.
+        image_groups: (b,) int64, a number of every image, whether it is an anchor or a key; or two such tensors, of
+            which it is enough that one agrees. A negative number agrees with none. Positives follow `exclude_positive`
+            whatever their numbers. An anchor that is left without keys has the log-sum -inf, without gradient.
+        text_groups: (b,) int64, of every text.
+        extra_image_groups: (M,) int64, of the extra keys; None: they are in no group.
+        extra_text_groups: (M,) int64.
+        group_keys: keep the keys of "others", or those of an anchor's "own" group.
+        margin: leave out keys whose similarity exceeds the positive's by more; None: none. Neither the limit nor the
+            choice has a gradient, and `kept` does not see it.
         negatives: whose keys count: "all" ranks', "local", or those of a group of so many consecutive ranks.
 
     Raises:
@@ -107,6 +138,20 @@ def contrast(
     image_temperature = _per_anchor(of_image, image, dtype)
     text_temperature = image_temperature if of_text is of_image else _per_anchor(of_text, image, dtype)
     inputs = (image, text, image_temperature, text_temperature)
+    limit: Tensor | None = None
+    if margin is not None:
+        if margin < 0:
+            raise ValueError(f"margin: expected a difference of similarities of at least 0, got {margin}")
+        limit = (image.detach().to(dtype) * text.detach().to(dtype)).sum(1) + margin
+    left_out = masks(
+        Grouping(image_groups, text_groups, extra_image_groups, extra_text_groups, group_keys),
+        b,
+        _rows(extra_image_keys),
+        _rows(extra_text_keys),
+        exclude_positive=exclude_positive,
+        limit=limit,
+        ranks=ranks,
+    )
     plan = Plan(
         ranks=ranks,
         settings=now,
@@ -114,14 +159,15 @@ def contrast(
         dtype=dtype,
         exclude_positive=exclude_positive,
         centred=centred,
+        masks=left_out,
         will_differentiate=torch.is_grad_enabled() and any(x.requires_grad for x in inputs),
     )
     outputs = LogSums.apply(plan, *inputs, extra_text_keys, extra_image_keys)  # type: ignore[no-untyped-call]
     image_log_sum, text_log_sum, positive, image_expected, text_expected = cast(tuple[Tensor, ...], outputs)
     num_keys = b * ranks.size - exclude_positive
     return Contrast(
-        Side(image_log_sum, positive, image_expected, num_keys + _rows(extra_text_keys)),
-        Side(text_log_sum, positive, text_expected, num_keys + _rows(extra_image_keys)),
+        Side(image_log_sum, positive, image_expected, num_keys + _rows(extra_text_keys), left_out.kept_texts),
+        Side(text_log_sum, positive, text_expected, num_keys + _rows(extra_image_keys), left_out.kept_images),
     )
 
 

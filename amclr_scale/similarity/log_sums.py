@@ -24,8 +24,9 @@ from torch import Tensor
 from amclr_scale.distributed.collectives import Group, all_gather, exchange
 from amclr_scale.distributed.first_order import first_order_only
 from amclr_scale.similarity.backends import blocks_for
-from amclr_scale.similarity.blocks import Blocks, Statistics, TileCache, Weights
+from amclr_scale.similarity.blocks import Blocks, Mask, Statistics, TileCache, Weights
 from amclr_scale.similarity.keys import GatheredKeys, Keys, keys_of
+from amclr_scale.similarity.masks import Masks
 from amclr_scale.similarity.settings import Distribution, Settings
 
 LOG2_E = math.log2(math.e)
@@ -41,6 +42,7 @@ class Plan:
     dtype: torch.dtype  # of similarities and sums
     exclude_positive: bool
     centred: bool
+    masks: Masks
     will_differentiate: bool
 
     def keys(self, local: Tensor, gathered: Tensor | None = None) -> Keys:
@@ -61,6 +63,7 @@ class LogSums(torch.autograd.Function):
         assert text is not None
         assert image_t is not None
         assert text_t is not None
+        masks = plan.masks
         cache = TileCache(plan.settings.cache_bytes if plan.will_differentiate else 0)
         with torch.autocast(image.device.type, enabled=False):
             positive = torch.empty_like(image_t, memory_format=torch.contiguous_format)
@@ -68,22 +71,22 @@ class LogSums(torch.autograd.Function):
             text_keys = plan.keys(text)
             stream = _Stream(plan, blocks_for(plan.settings, plan.dtype, image, text, extra_text, extra_image), cache)
             if plan.distribution == "two_blocks":
-                stream.accumulate(image, text_keys, images, positive=positive)
-                stream.accumulate(text, plan.keys(image), texts)
+                stream.accumulate(image, text_keys, images, mask=masks.images, positive=positive)
+                stream.accumulate(text, plan.keys(image), texts, mask=masks.texts)
             else:
                 columns = Statistics.empty(all_gather(texts.rate, plan.ranks))
-                stream.accumulate(image, text_keys, images, columns, positive=positive)
+                stream.accumulate(image, text_keys, images, columns, mask=masks.images, positive=positive)
                 _merge(columns, texts, plan.ranks)
             if extra_text is not None:
-                stream.blocks.accumulate(image, extra_text, images)
+                stream.blocks.accumulate(image, extra_text, images, mask=masks.extra_texts)
             if extra_image is not None:
-                stream.blocks.accumulate(text, extra_image, texts)
+                stream.blocks.accumulate(text, extra_image, texts, mask=masks.extra_images)
 
             centre = positive if plan.centred else torch.zeros_like(positive)
             image_offset, text_offset = (images.shift - centre) / image_t, (texts.shift - centre) / text_t
             image_sum, text_sum = image_offset + images.mass.log(), text_offset + texts.mass.log()
-            image_expected = image_offset + images.moment / images.mass / LOG2_E
-            text_expected = text_offset + texts.moment / texts.mass / LOG2_E
+            image_expected = _expected(images, image_offset)
+            text_expected = _expected(texts, text_offset)
 
         ctx.plan = plan
         ctx.set_materialize_grads(False)
@@ -118,17 +121,21 @@ class LogSums(torch.autograd.Function):
             together = need_text and plan.distribution == "reduce_scatter"
             if need_image or together:
                 text_keys = plan.keys(text, gathered)
-                stream.differentiate(image, text_keys, images, texts, d_anchors=d_image, also_keys=together)
+                stream.differentiate(
+                    image, text_keys, images, texts, mask=plan.masks.images, d_anchors=d_image, also_keys=together
+                )
                 d_text = text_keys.gradient
             if need_text and not together:
                 if plan.distribution == "column_sums" or not need_image:
                     stream.cache = TileCache()  # the tiles in it are those of the pass above
                 d_text = torch.zeros_like(text, dtype=plan.dtype)
-                stream.differentiate(text, plan.keys(image), texts, images, d_anchors=d_text)
+                stream.differentiate(text, plan.keys(image), texts, images, mask=plan.masks.texts, d_anchors=d_text)
             if images and d_image is not None and extra_text is not None:
-                stream.blocks.differentiate(image, extra_text, images, d_anchors=d_image)
+                mask = plan.masks.extra_texts
+                stream.blocks.differentiate(image, extra_text, images, d_anchors=d_image, mask=mask)
             if texts and d_text is not None and extra_image is not None:
-                stream.blocks.differentiate(text, extra_image, texts, d_anchors=d_text)
+                mask = plan.masks.extra_images
+                stream.blocks.differentiate(text, extra_image, texts, d_anchors=d_text, mask=mask)
 
         return (
             None,
@@ -157,6 +164,7 @@ class _Stream:
         rows: Statistics,  # (b,)
         columns: Statistics | None = None,  # (B,)
         *,
+        mask: Mask | None,  # (b, B)
         positive: Tensor | None = None,  # (b,)
     ) -> None:
         for block in keys.blocks():
@@ -168,6 +176,7 @@ class _Stream:
                 diagonal=block.diagonal(self.plan.ranks.rank * len(anchors)),
                 positive=positive,
                 exclude_positive=self.plan.exclude_positive,
+                mask=mask and mask[:, block.columns],
                 cache=self.cache,
             )
 
@@ -178,6 +187,7 @@ class _Stream:
         rows: Weights | None,  # (b,)
         columns: Weights | None,  # (b,): gathered here
         *,
+        mask: Mask | None,  # (b, B)
         d_anchors: Tensor | None,  # (b, D)
         also_keys: bool = False,  # leave the keys' gradient in keys.gradient
     ) -> None:
@@ -192,6 +202,7 @@ class _Stream:
                 d_keys=block.gradient,
                 diagonal=block.diagonal(self.plan.ranks.rank * len(anchors)),
                 positive_weight=self.positive_weight,
+                mask=mask and mask[:, block.columns],
                 cache=self.cache,
             )
 
@@ -203,6 +214,11 @@ def _merge(columns: Statistics, into: Statistics, ranks: Group) -> None:
         into.add(shift, mass, moment)
 
 
+def _expected(side: Statistics, offset: Tensor) -> Tensor:
+    """(b,); 0 of an anchor to which no key is left."""
+    return torch.where(side.mass > 0, offset + side.moment / side.mass / LOG2_E, 0.0)
+
+
 def _weights(
     plan: Plan, upstream: Tensor | None, shift: Tensor, mass: Tensor, *numbers: Tensor
 ) -> tuple[Weights | None, Tensor]:
@@ -210,8 +226,8 @@ def _weights(
     temperature, positive = numbers
     if upstream is None:
         return None, torch.zeros_like(positive, dtype=torch.float64)
-    per_unit = upstream.double() / temperature.double()
-    factor = per_unit / mass.double()
+    per_unit = torch.where(mass > 0, upstream.double() / temperature.double(), 0.0)  # no key: a constant, -inf
+    factor = torch.where(mass > 0, per_unit / mass.double(), 0.0)
     part = torch.zeros_like(factor)
     if not plan.exclude_positive:
         part = factor * ((positive.double() - shift.double()) / temperature.double()).exp()

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from amclr_scale.similarity.blocks import MASKED, Sigmoid, Statistics, TileCache, Weights
+from amclr_scale.similarity.blocks import MASKED, Mask, Sigmoid, Statistics, TileCache, Weights
 from amclr_scale.similarity.precision import NARROW, WIDE_PRODUCTS, Form, Operand, add_product, operand, weight_parts
 from amclr_scale.similarity.settings import Settings
 
@@ -48,6 +48,34 @@ class _Tile:
         return slice(start, stop), matrix[row:, column:].diagonal()[: stop - start]
 
 
+@dataclass(frozen=True)
+class _LeftOut:
+    """What a mask leaves out of a tile."""
+
+    mask: Mask | None  # of the tile
+    tile: _Tile
+    diagonal: int | None
+
+    def of_groups(self, matrix: Tensor, value: float) -> None:
+        """Set those entries of a matrix (r, c) that neither direction counts."""
+        if self.mask is None or not self.mask.row_groups:
+            return
+        pairs = [x[:, None] == y for x, y in zip(self.mask.row_groups, self.mask.column_groups, strict=True)]
+        left_out = pairs[0] if len(pairs) == 1 else pairs[0].logical_or_(pairs[1])
+        self._set(matrix, left_out.logical_not_() if self.mask.only_same else left_out, value)
+
+    def above_limit(self, matrix: Tensor, similarities: Tensor, dim: int, value: float) -> None:
+        """Set those that the sums along `dim` do not count."""
+        limit = None if self.mask is None else (self.mask.row_limit if dim == 1 else self.mask.column_limit)
+        if limit is not None:
+            self._set(matrix, similarities > limit.unsqueeze(dim), value)
+
+    def _set(self, matrix: Tensor, left_out: Tensor, value: float) -> None:
+        if found := self.tile.diagonal(left_out, self.diagonal):
+            found[1].fill_(False)
+        matrix.masked_fill_(left_out, value)
+
+
 class TorchBlocks:
     """`Blocks` with torch.mm and element-wise functions."""
 
@@ -68,6 +96,7 @@ class TorchBlocks:
         diagonal: int | None = None,
         positive: Tensor | None = None,
         exclude_positive: bool = False,
+        mask: Mask | None = None,
         cache: TileCache | None = None,
     ) -> None:
         for tile in self._tiles(anchors, keys):
@@ -78,10 +107,16 @@ class TorchBlocks:
                 positive[found[0]] = found[1]
             if found and exclude_positive:
                 found[1].fill_(MASKED)
+            left_out = _LeftOut(mask and mask[tile.rows, tile.columns], tile, diagonal)
+            left_out.of_groups(similarities, MASKED)
             sides = [(rows[tile.rows], 1)] + ([(columns[tile.columns], 0)] if columns else [])
             for side, dim in sides:
-                shift = torch.maximum(similarities.amax(dim), side.shift)
-                torch.sub(similarities, shift.unsqueeze(dim), out=x).mul_(side.rate.unsqueeze(dim))
+                counted = similarities
+                if mask and mask.limited:  # of this direction alone
+                    counted = x.copy_(similarities)
+                    left_out.above_limit(counted, similarities, dim, MASKED)
+                shift = torch.maximum(counted.amax(dim), side.shift)
+                torch.sub(counted, shift.unsqueeze(dim), out=x).mul_(side.rate.unsqueeze(dim))
                 torch.exp2(x, out=e)
                 side.add(shift, e.sum(dim), x.mul_(e).sum(dim))
 
@@ -96,6 +131,7 @@ class TorchBlocks:
         d_keys: Tensor | None = None,
         diagonal: int | None = None,
         positive_weight: Tensor | None = None,
+        mask: Mask | None = None,
         cache: TileCache | None = None,
     ) -> None:
         for tile in self._tiles(anchors, keys):
@@ -104,13 +140,16 @@ class TorchBlocks:
             if similarities is None:
                 similarities = self._similarities(tile, buffer)
             sides = ([(rows[tile.rows], 1)] if rows else []) + ([(columns[tile.columns], 0)] if columns else [])
+            left_out = _LeftOut(mask and mask[tile.rows, tile.columns], tile, diagonal)
             for (side, dim), out in zip(sides, (weights, more), strict=False):
                 torch.sub(similarities, side.shift.unsqueeze(dim), out=out).mul_(side.rate.unsqueeze(dim))
                 out.exp2_().mul_(side.factor.unsqueeze(dim))
+                left_out.above_limit(out, similarities, dim, 0.0)
             if not sides:
                 weights.zero_()
             elif len(sides) == 2:
                 weights.add_(more)
+            left_out.of_groups(weights, 0.0)
             found = tile.diagonal(weights, diagonal)
             if found and positive_weight is not None:
                 found[1].copy_(positive_weight[found[0]])

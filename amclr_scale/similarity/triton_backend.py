@@ -25,9 +25,10 @@ import triton
 from torch import Tensor
 
 from amclr_scale.similarity import triton_kernels as kernels
-from amclr_scale.similarity.blocks import Sigmoid, Statistics, TileCache, Weights
+from amclr_scale.similarity.blocks import Mask, Sigmoid, Statistics, TileCache, Weights
 from amclr_scale.similarity.precision import NARROW, Form, Operand, Operands, add_product, weight_parts
 from amclr_scale.similarity.settings import Settings
+from amclr_scale.similarity.triton_sigmoid import sigmoid_kernel
 from amclr_scale.similarity.triton_tiles import WIDTH_MULTIPLE, Kernel, Tile, span_shape, tile_of
 
 MERGED = 256  # anchors of one program of the merge kernel
@@ -58,6 +59,7 @@ class TritonBlocks:
         diagonal: int | None = None,
         positive: Tensor | None = None,
         exclude_positive: bool = False,
+        mask: Mask | None = None,
         cache: TileCache | None = None,
     ) -> None:
         left, right = self._operands(anchors, keys)
@@ -74,10 +76,12 @@ class TritonBlocks:
                 else:
                     of_rows, of_columns = (a.product, k.product), (k.product, a.product)
                 positives = None if positive is None else positive[r]
-                self._statistics(*of_rows, rows[r], shifted, positives, exclude=exclude_positive)
+                here = mask and mask[r, c]
+                self._statistics(*of_rows, rows[r], shifted, positives, here, exclude=exclude_positive)
                 if columns:
                     turned = None if shifted is None else -shifted
-                    self._statistics(*of_columns, columns[c], turned, None, exclude=exclude_positive)
+                    here = here and here.turned()
+                    self._statistics(*of_columns, columns[c], turned, None, here, exclude=exclude_positive)
 
     def differentiate(
         self,
@@ -90,16 +94,18 @@ class TritonBlocks:
         d_keys: Tensor | None = None,
         diagonal: int | None = None,
         positive_weight: Tensor | None = None,
+        mask: Mask | None = None,
         cache: TileCache | None = None,
     ) -> None:
         left, right = self._operands(anchors, keys)
         with _on(self.device):
-            one = self._common(rows, columns)
+            one = None if mask and mask.limited else self._common(rows, columns)
             for r, c, shifted in _spans(len(anchors), len(keys), self.span, diagonal):
                 a, k = left[r], right[c]
                 weights = self._weights(
                     a, k, rows and rows[r], columns and columns[c], one,
-                    None if shifted is None or positive_weight is None else (shifted, positive_weight[r]), cache,
+                    None if shifted is None or positive_weight is None else (shifted, positive_weight[r]),
+                    mask and mask[r, c], cache,
                 )  # fmt: skip
                 _add_gradients(self._parts(weights), a, k, d_anchors, d_keys, r, c)
 
@@ -123,7 +129,7 @@ class TritonBlocks:
                 out = self._outputs(b, n)
                 programs = triton.cdiv(b, shape.BM) * triton.cdiv(n, shape.BN)
                 sums = torch.empty(3, programs, dtype=self.dtype, device=self.device)
-                kernels.sigmoid_kernel[(programs,)](
+                sigmoid_kernel[(programs,)](
                     A, K, out[0], out[-1], numbers.scale, numbers.bias, sums, b, n, *self._strides(A, K),
                     out[0].stride(0), shifted or 0, DIAGONAL=shifted is not None, STORE=store,
                     LOW=self.form == "split", DOUBLE=self.dtype == torch.float64, **self._compiled(A, K, b, n, shape),
@@ -146,20 +152,22 @@ class TritonBlocks:
         side: Statistics,  # (b,)
         diagonal: int | None,
         positive: Tensor | None,
+        mask: Mask | None = None,
         *,
         exclude: bool,
     ) -> None:
         b, n = len(A), A.shape[1] if K is None else len(K)
         kernel: Kernel = "accumulate" if A.stride(1) == 1 else "accumulate_columns"
-        shape = tile_of(kernel, self.form, A.shape[1], self.device)
+        shape = tile_of(kernel, self.form, A.shape[1], self.device, masked=mask is not None)
         run, runs = runs_of(b, n, shape, _processors(self.device))
         sums = [side.shift, side.mass, side.moment]
         parts = torch.empty(3, runs, b, dtype=self.dtype, device=self.device) if runs > 1 else None
         into = sums if parts is None else parts.unbind()
         kernels.accumulate_kernel[(triton.cdiv(b, shape.BM), runs)](
-            A, A if K is None else K, side.rate, *into, side.rate if positive is None else positive, b, n, run,
-            *self._strides(A, K), diagonal or 0, DIAGONAL=diagonal is not None and (exclude or positive is not None),
-            STORE_POSITIVE=positive is not None, EXCLUDE=exclude, CONTINUE=parts is None,
+            A, A if K is None else K, side.rate, *into, side.rate if positive is None else positive,
+            *_pointers(mask, side.rate)[:5], b, n, run, *self._strides(A, K), diagonal or 0,
+            DIAGONAL=diagonal is not None and (exclude or positive is not None or mask is not None),
+            STORE_POSITIVE=positive is not None, EXCLUDE=exclude, CONTINUE=parts is None, **_masked(mask),
             **self._compiled(A, K, b, n, shape, grouped=False),
         )  # fmt: skip
         if parts is not None:
@@ -173,18 +181,20 @@ class TritonBlocks:
         columns: Weights | None,
         one: Tensor | None,
         positive: tuple[int, Tensor] | None,  # where the diagonal begins, and its weights (b,)
-        cache: TileCache | None,
+        mask: Mask | None = None,
+        cache: TileCache | None = None,
     ) -> list[Tensor]:
         b, n = len(a.product), len(k.product)
-        A, K, shape = self._source("weights", a, k, cache)
+        A, K, shape = self._source("weights", a, k, cache, masked=mask is not None)
         out = self._outputs(b, n)
         unused = out[0]
         numbers = [x for side in (rows, columns) for x in _numbers(side, unused)]
         diagonal, of_positives = positive or (0, unused)
         kernels.weights_kernel[(triton.cdiv(b, shape.BM) * triton.cdiv(n, shape.BN),)](
-            A, K, out[0], out[-1], *numbers, of_positives, unused if one is None else one, b, n, *self._strides(A, K),
-            out[0].stride(0), diagonal, ROWS=rows is not None, COLUMNS=columns is not None,
-            DIAGONAL=positive is not None, COMMON=one is not None, LOW=self.form == "split",
+            A, K, out[0], out[-1], *numbers, of_positives, unused if one is None else one,
+            *_pointers(mask, unused), b, n, *self._strides(A, K), out[0].stride(0), diagonal, ROWS=rows is not None,
+            COLUMNS=columns is not None, DIAGONAL=positive is not None, COMMON=one is not None,
+            LOW=self.form == "split", **_masked(mask),
             **self._compiled(A, K, b, n, shape),
         )  # fmt: skip
         return out
@@ -201,10 +211,10 @@ class TritonBlocks:
         return out
 
     def _source(
-        self, kernel: Kernel, a: Operand, k: Operand, cache: TileCache | None
+        self, kernel: Kernel, a: Operand, k: Operand, cache: TileCache | None, *, masked: bool = False
     ) -> tuple[Tensor, Tensor | None, Tile]:
         """What a kernel over a span of weights reads: operands, or similarities."""
-        shape = tile_of(kernel, self.form, a.product.shape[1], self.device)
+        shape = tile_of(kernel, self.form, a.product.shape[1], self.device, masked=masked)
         if not self.given:
             return a.product, k.product, shape
         s = cache.take() if cache else None
@@ -286,6 +296,21 @@ def _spans(b: int, n: int, shape: tuple[int, int], diagonal: int | None) -> Iter
 
 def _numbers(side: Weights | None, unused: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return (unused, unused, unused) if side is None else (side.rate, side.shift, side.factor)
+
+
+def _pointers(mask: Mask | None, unused: Tensor) -> list[Tensor]:
+    """The kernels' groups of rows and columns, two times, and limits of rows and of columns."""
+    if mask is None:
+        return [unused] * 6
+    pairs = list(zip(mask.row_groups, mask.column_groups, strict=True))
+    groups = [x for pair in pairs for x in pair] + [unused] * (4 - 2 * len(pairs))
+    return groups + [unused if x is None else x for x in (mask.row_limit, mask.column_limit)]
+
+
+def _masked(mask: Mask | None) -> dict[str, Any]:
+    """What the kernels are compiled for by a mask."""
+    mask = mask or Mask()
+    return {"GROUPS": len(mask.row_groups), "ONLY_SAME": mask.only_same, "LIMITED": mask.limited}
 
 
 def _add_gradients(

@@ -1,4 +1,5 @@
-"""The kernels of the Triton backend, in `blocks.py`'s notation. `triton_backend.py` launches them.
+"""The kernels of the Triton backend, in `blocks.py`'s notation. `triton_backend.py` launches them;
+`triton_sigmoid.py` has the one of sigmoid losses.
 
 Each makes tiles (BM, BN) of similarities, or reads them where a library product has made them (GIVEN), and works on
 them while they are in registers:
@@ -9,7 +10,6 @@ them while they are in registers:
     merge_kernel         joins the runs, where there are few anchors and keys are divided among several
     common_kernel        whether one exponential serves both directions, and around which shift
     weights_kernel       a tile of W
-    sigmoid_kernel       a tile of a sigmoid loss's weights, and its sums
 
 Operands have a width that is a multiple of BK (padded with zeros), so that no load along it needs a mask. EVEN says
 that tiles divide b and n, so that nothing does: a store masked entry by entry takes as long as the tile's product.
@@ -81,11 +81,39 @@ def _place(b, n, BM: tl.constexpr, BN: tl.constexpr, GROUP: tl.constexpr):
     return pm, pn
 
 
+@triton.jit
+def _left_out(
+    ROW_GROUP, COLUMN_GROUP, ROW_GROUP_2, COLUMN_GROUP_2, om, on, b, n, diagonal,
+    GROUPS: tl.constexpr, ONLY_SAME: tl.constexpr, DIAGONAL: tl.constexpr, EVEN: tl.constexpr,
+):  # fmt: skip
+    """(BM, BN): which entries neither direction counts, by one or two GROUPS; positives are none of them."""
+    left_out = _numbers(ROW_GROUP, om, b, 0, EVEN)[:, None] == _numbers(COLUMN_GROUP, on, n, 0, EVEN)[None, :]
+    if GROUPS == 2:
+        second = _numbers(ROW_GROUP_2, om, b, 0, EVEN)[:, None] == _numbers(COLUMN_GROUP_2, on, n, 0, EVEN)[None, :]
+        left_out = left_out | second
+    if ONLY_SAME:
+        left_out = left_out == 0
+    if DIAGONAL:
+        left_out = left_out & (on[None, :] != om[:, None] + diagonal)
+    return left_out
+
+
+@triton.jit
+def _above(s, limit, om, on, diagonal, DIAGONAL: tl.constexpr):
+    """(BM, BN): which entries are above a limit (BM, 1) or (1, BN); positives are none of them."""
+    above = s > limit
+    if DIAGONAL:
+        above = above & (on[None, :] != om[:, None] + diagonal)
+    return above
+
+
 @triton.jit(do_not_specialize=["run", "diagonal"])
 def accumulate_kernel(
-    A, K, RATE, SHIFT, MASS, MOMENT, POSITIVE, b, n, run, stride_a, stride_k, diagonal,
+    A, K, RATE, SHIFT, MASS, MOMENT, POSITIVE, ROW_GROUP, COLUMN_GROUP, ROW_GROUP_2, COLUMN_GROUP_2, ROW_LIMIT,
+    b, n, run, stride_a, stride_k, diagonal,
     WIDTH: tl.constexpr, GIVEN: tl.constexpr, DIAGONAL: tl.constexpr, STORE_POSITIVE: tl.constexpr,
-    EXCLUDE: tl.constexpr, CONTINUE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    EXCLUDE: tl.constexpr, GROUPS: tl.constexpr, ONLY_SAME: tl.constexpr, LIMITED: tl.constexpr,
+    CONTINUE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
     STAGES: tl.constexpr, PRECISION: tl.constexpr, EVEN: tl.constexpr, FAR: tl.constexpr,
 ):  # fmt: skip
     """Statistics (runs, b), each over `run` keys. CONTINUE: there is one run, which goes on from what is there."""
@@ -120,6 +148,12 @@ def accumulate_kernel(
                     tl.store(POSITIVE + om, tl.sum(tl.where(here, s, 0.0), 1), mask=held)
                 if EXCLUDE:
                     s = tl.where(here, MASKED, s)
+        if LIMITED:
+            limit = _numbers(ROW_LIMIT, om, b, 0.0, EVEN)
+            s = tl.where(_above(s, limit[:, None], om, on, diagonal, DIAGONAL), MASKED, s)
+        if GROUPS > 0:
+            s = tl.where(_left_out(ROW_GROUP, COLUMN_GROUP, ROW_GROUP_2, COLUMN_GROUP_2, om, on, b, n, diagonal,
+                                   GROUPS, ONLY_SAME, DIAGONAL, EVEN), MASKED, s)  # fmt: skip
         if not EVEN:  # noqa: SIM102 - decided when compiled; the rest when run
             if first + BN > end:
                 s = tl.where((on < end)[None, :], s, MASKED)
@@ -215,106 +249,77 @@ def _store(W, W_LOW, w, om, on, b, n, stride_w, LOW: tl.constexpr, EVEN: tl.cons
             tl.store(W_LOW + at, (w - high.to(tl.float32)).to(W.dtype.element_ty), mask=inside)
 
 
+@triton.jit
+def _exponentials(
+    s, ROW_RATE, ROW_SHIFT, ROW_FACTOR, COLUMN_RATE, COLUMN_SHIFT, COLUMN_FACTOR, ROW_LIMIT, COLUMN_LIMIT,
+    om, on, b, n, diagonal,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, LIMITED: tl.constexpr, DIAGONAL: tl.constexpr, EVEN: tl.constexpr,
+):  # fmt: skip
+    """(BM, BN) of W, by the formula."""
+    if ROWS:
+        rate = _numbers(ROW_RATE, om, b, 0.0, EVEN)
+        shift = _numbers(ROW_SHIFT, om, b, 0.0, EVEN)
+        factor = _numbers(ROW_FACTOR, om, b, 0.0, EVEN)
+        of_rows = factor[:, None] * tl.exp2((s - shift[:, None]) * rate[:, None])
+        if LIMITED:
+            limit = _numbers(ROW_LIMIT, om, b, 0.0, EVEN)
+            of_rows = tl.where(_above(s, limit[:, None], om, on, diagonal, DIAGONAL), 0.0, of_rows)
+    if COLUMNS:
+        rate = _numbers(COLUMN_RATE, on, n, 0.0, EVEN)
+        shift = _numbers(COLUMN_SHIFT, on, n, 0.0, EVEN)
+        factor = _numbers(COLUMN_FACTOR, on, n, 0.0, EVEN)
+        of_columns = factor[None, :] * tl.exp2((s - shift[None, :]) * rate[None, :])
+        if LIMITED:
+            limit = _numbers(COLUMN_LIMIT, on, n, 0.0, EVEN)
+            of_columns = tl.where(_above(s, limit[None, :], om, on, diagonal, DIAGONAL), 0.0, of_columns)
+    if ROWS and COLUMNS:
+        w = of_rows + of_columns
+    elif ROWS:
+        w = of_rows
+    elif COLUMNS:
+        w = of_columns
+    else:
+        w = tl.zeros_like(s)
+    return w
+
+
 @triton.jit(do_not_specialize=["diagonal"])
 def weights_kernel(
     A, K, W, W_LOW, ROW_RATE, ROW_SHIFT, ROW_FACTOR, COLUMN_RATE, COLUMN_SHIFT, COLUMN_FACTOR, POSITIVE_WEIGHT, ONE,
+    ROW_GROUP, COLUMN_GROUP, ROW_GROUP_2, COLUMN_GROUP_2, ROW_LIMIT, COLUMN_LIMIT,
     b, n, stride_a, stride_k, stride_w, diagonal,
     WIDTH: tl.constexpr, GIVEN: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DIAGONAL: tl.constexpr,
+    GROUPS: tl.constexpr, ONLY_SAME: tl.constexpr, LIMITED: tl.constexpr,
     COMMON: tl.constexpr, LOW: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
     GROUP: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr, EVEN: tl.constexpr, FAR: tl.constexpr,
 ):  # fmt: skip
-    """W (b, n). COMMON: one exponential per pair if `common_kernel` says in ONE that it may be."""
+    """W (b, n). COMMON: one exponential per pair if `common_kernel` says in ONE that it may be; not LIMITED then."""
     pm, pn = _place(b, n, BM, BN, GROUP)
     om, on = pm * BM + tl.arange(0, BM), pn * BN + tl.arange(0, BN)
     s = _similarities(A, K, om, on, b, n, stride_a, stride_k, WIDTH, GIVEN, BM, BN, BK, STAGES, PRECISION,
                       EVEN, FAR)  # fmt: skip
-    if ROWS:
-        row_rate = _numbers(ROW_RATE, om, b, 0.0, EVEN)
-        row_shift = _numbers(ROW_SHIFT, om, b, 0.0, EVEN)
-        row_factor = _numbers(ROW_FACTOR, om, b, 0.0, EVEN)
-    if COLUMNS:
-        column_rate = _numbers(COLUMN_RATE, on, n, 0.0, EVEN)
-        column_shift = _numbers(COLUMN_SHIFT, on, n, 0.0, EVEN)
-        column_factor = _numbers(COLUMN_FACTOR, on, n, 0.0, EVEN)
     if COMMON:
         one, largest, rate = tl.load(ONE), tl.load(ONE + 1), tl.load(ONE + 2)
         if one > 0.5:
-            of_row = row_factor * tl.exp2((largest - row_shift) * rate)
-            of_column = column_factor * tl.exp2((largest - column_shift) * rate)
+            of_row = _numbers(ROW_FACTOR, om, b, 0.0, EVEN)
+            of_row *= tl.exp2((largest - _numbers(ROW_SHIFT, om, b, 0.0, EVEN)) * rate)
+            of_column = _numbers(COLUMN_FACTOR, on, n, 0.0, EVEN)
+            of_column *= tl.exp2((largest - _numbers(COLUMN_SHIFT, on, n, 0.0, EVEN)) * rate)
             # Not (s - largest) * rate: one operation less per entry, and the digits it loses are beyond 16 bits.
-            s = tl.exp2(s * rate - largest * rate) * (of_row[:, None] + of_column[None, :])
+            w = tl.exp2(s * rate - largest * rate) * (of_row[:, None] + of_column[None, :])
         else:
-            of_rows = row_factor[:, None] * tl.exp2((s - row_shift[:, None]) * row_rate[:, None])
-            s = of_rows + column_factor[None, :] * tl.exp2((s - column_shift[None, :]) * column_rate[None, :])
-        w = s
-    elif ROWS and COLUMNS:
-        w = row_factor[:, None] * tl.exp2((s - row_shift[:, None]) * row_rate[:, None])
-        w += column_factor[None, :] * tl.exp2((s - column_shift[None, :]) * column_rate[None, :])
-    elif ROWS:
-        w = row_factor[:, None] * tl.exp2((s - row_shift[:, None]) * row_rate[:, None])
-    elif COLUMNS:
-        w = column_factor[None, :] * tl.exp2((s - column_shift[None, :]) * column_rate[None, :])
+            w = _exponentials(s, ROW_RATE, ROW_SHIFT, ROW_FACTOR, COLUMN_RATE, COLUMN_SHIFT, COLUMN_FACTOR, ROW_LIMIT,
+                              COLUMN_LIMIT, om, on, b, n, diagonal, ROWS, COLUMNS, LIMITED, DIAGONAL,
+                              EVEN)  # fmt: skip
     else:
-        w = tl.zeros_like(s)
+        w = _exponentials(s, ROW_RATE, ROW_SHIFT, ROW_FACTOR, COLUMN_RATE, COLUMN_SHIFT, COLUMN_FACTOR, ROW_LIMIT,
+                          COLUMN_LIMIT, om, on, b, n, diagonal, ROWS, COLUMNS, LIMITED, DIAGONAL, EVEN)  # fmt: skip
+    if GROUPS > 0:
+        w = tl.where(_left_out(ROW_GROUP, COLUMN_GROUP, ROW_GROUP_2, COLUMN_GROUP_2, om, on, b, n, diagonal,
+                               GROUPS, ONLY_SAME, DIAGONAL, EVEN), 0.0, w)  # fmt: skip
     if DIAGONAL:
         offset = pn * BN - (pm * BM + diagonal)
         if (offset < BM) & (offset > -BN):
             positive_weight = _numbers(POSITIVE_WEIGHT, om, b, 0.0, EVEN)
             w = tl.where(on[None, :] == om[:, None] + diagonal, positive_weight[:, None], w)
     _store(W, W_LOW, w, om, on, b, n, stride_w, LOW, EVEN, FAR)
-
-
-@triton.jit
-def _log_1_plus(z):
-    """log(1 + z) for z from 0 to 1 to float32's last digits, however small z is: 2 artanh(z / (2 + z)) as a series."""
-    y = z / (2.0 + z)
-    q = y * y
-    series = 1.0 / 19.0
-    series = q * series + 1.0 / 17.0
-    series = q * series + 1.0 / 15.0
-    series = q * series + 1.0 / 13.0
-    series = q * series + 1.0 / 11.0
-    series = q * series + 1.0 / 9.0
-    series = q * series + 1.0 / 7.0
-    series = q * series + 1.0 / 5.0
-    series = q * series + 1.0 / 3.0
-    series = q * series + 1.0
-    return 2.0 * y * series
-
-
-@triton.jit(do_not_specialize=["diagonal"])
-def sigmoid_kernel(
-    A, K, W, W_LOW, SCALE, BIAS, SUMS, b, n, stride_a, stride_k, stride_w, diagonal,
-    WIDTH: tl.constexpr, GIVEN: tl.constexpr, DIAGONAL: tl.constexpr, STORE: tl.constexpr, LOW: tl.constexpr,
-    DOUBLE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
-    STAGES: tl.constexpr, PRECISION: tl.constexpr, EVEN: tl.constexpr, FAR: tl.constexpr,
-):  # fmt: skip
-    """Q (b, n) if STORE, and in SUMS (3, programs) this tile's sums of losses, of Q s and of Q."""
-    pm, pn = _place(b, n, BM, BN, GROUP)
-    om, on = pm * BM + tl.arange(0, BM), pn * BN + tl.arange(0, BN)
-    s = _similarities(A, K, om, on, b, n, stride_a, stride_k, WIDTH, GIVEN, BM, BN, BK, STAGES, PRECISION,
-                      EVEN, FAR)  # fmt: skip
-    logits = s * tl.load(SCALE) + tl.load(BIAS)  # -y r, once the positives' sign is turned
-    if DIAGONAL:
-        logits = tl.where(on[None, :] == om[:, None] + diagonal, -logits, logits)
-    z = tl.exp(-tl.abs(logits))
-    if DOUBLE:
-        u = 1.0 + z
-        tail = tl.where(u == 1.0, z, tl.log(u) * (z / tl.where(u == 1.0, 1.0, u - 1.0)))
-    else:
-        tail = _log_1_plus(z)
-    loss = tl.maximum(logits, 0.0) + tail
-    q = tl.where(logits >= 0.0, 1.0, z) / (1.0 + z)
-    if DIAGONAL:
-        q = tl.where(on[None, :] == om[:, None] + diagonal, -q, q)
-    if not EVEN:
-        inside = (om < b)[:, None] & (on < n)[None, :]
-        loss = tl.where(inside, loss, 0.0)
-        q = tl.where(inside, q, 0.0)
-    program = tl.program_id(0)
-    programs = tl.num_programs(0)
-    tl.store(SUMS + program, tl.sum(tl.sum(loss, 1), 0))
-    tl.store(SUMS + programs + program, tl.sum(tl.sum(q * s, 1), 0))
-    tl.store(SUMS + 2 * programs + program, tl.sum(tl.sum(q, 1), 0))
-    if STORE:
-        _store(W, W_LOW, q, om, on, b, n, stride_w, LOW, EVEN, FAR)

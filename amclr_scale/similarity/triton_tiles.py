@@ -96,12 +96,12 @@ def memory_of(device: torch.device) -> Memory:
     return MEMORY.get(capability, "small")
 
 
-def tile_of(kernel: Kernel, form: Form, width: int, device: torch.device) -> Tile:
-    """The shape for operands of this width (P of `precision.py`)."""
+def tile_of(kernel: Kernel, form: Form, width: int, device: torch.device, *, masked: bool = False) -> Tile:
+    """The shape for operands of this width (P of `precision.py`); with a mask there are fewer registers left."""
     if form in ("fp32", "fp64"):
         return GIVEN[kernel]
-    if kernel == "weights" and form == "split":
-        kernel = "sigmoid"  # it, too, makes two numbers per entry, and needs as many registers
+    if masked or (kernel == "weights" and form == "split"):
+        kernel = "sigmoid"  # they, too, make two things per entry, and need as many registers
     return _TRIED.get(kernel) or _narrow(kernel, width, device)
 
 

@@ -14,21 +14,23 @@ import pytest
 from amclr_scale.similarity import using
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-BOTH = {"test_contrast", "test_contrast_ranks", "test_pairwise", "test_backends"}
+BOTH = {"test_contrast", "test_masks", "test_contrast_ranks", "test_pairwise", "test_backends"}
 TORCH_ONLY = {  # too slow interpreted, or nothing that depends on the backend
     "test_gradcheck", "test_feature_gradients_travel_only_in_reduce_scatter", "test_mistakes_are_named",
-    "test_a_ring_gathers_numbers_per_sample_only", "test_the_kernels_compile_for_a_card_that_is_not_here",
+    "test_a_ring_gathers_numbers_per_sample_only", "test_an_anchor_without_keys_is_a_constant",
+    "test_the_kernels_compile_for_a_card_that_is_not_here",
     "test_which_backend_and_precision_is_in_force", "test_aligned_pairs_give_no_negative_loss",
     "test_float32_is_as_good_as_plain_autograd_at_small_temperatures", "test_groups_contrast_among_themselves",
     "test_backward_holds_features_and_numbers_per_anchor", "test_unequal_numbers_of_keys_are_asked_of_a_side",
     "test_the_effective_gradient_is_the_global_one_for_any_number_of_ranks", "test_features_of_16_bits",
     "test_groups_that_do_not_divide_are_refused",
     "test_an_uneven_batch_is_refused_everywhere_and_names_the_rank",
-    "test_ranks_that_scale_their_losses_differently_are_refused",
+    "test_masks_on_ranks", "test_ranks_that_scale_their_losses_differently_are_refused",
 }  # fmt: skip
 INTERPRETED_VALUES = {  # of parameters whose other values the kernels cannot tell apart
     "W": {2}, "B": {37}, "temperature": {0.002, 0.004, 0.05},
     "which": {"image", "text_temperature"},
+    "exclude_positive": {True},
     "kind": {"aligned", "positives worst"},
 }  # fmt: skip
 

@@ -12,7 +12,7 @@ PAGE = Path(__file__).parents[2] / "docs" / "similarity.md"
 
 def test_the_examples_run():
     blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(), flags=re.S)
-    assert len(blocks) == 4
+    assert len(blocks) == 5
     names = {}
     try:
         for number, block in enumerate(blocks):
