@@ -118,12 +118,13 @@ class Checkpointer(Hook):
         if not (signalled or late or due or crossed or done.last):
             return
         self._save(done.step)
-        if done.last:
-            self._finish()
-        elif signalled or late:
-            if not self._finish():
+        if done.last or signalled or late:
+            saved = self._finish()
+            self.signals.saves = not saved and not done.last  # from here on there is nothing to lose
+        if signalled or (late and not done.last):
+            if not saved:
                 raise RuntimeError(f"checkpoint: step {done.step} could not be saved, and the run was asked to end")
-            why = f"train.max_hours: {limit} hours are over" if late else f"{self.signals.received or 'a signal'} came"
+            why = f"{self.signals.received or 'a signal'} came" if signalled else f"train.max_hours: {limit} hours are over"
             raise StoppedError(f"{why}; saved after step {done.step} in {self.folder.parent}; go on with resume=auto")
 
     def _agree(self, *mine: bool) -> list[bool]:

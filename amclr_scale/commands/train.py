@@ -3,13 +3,15 @@
     deepspeed launch/train.py --config configs/quickstart.yaml train.global_batch_size=1024 objective.name=sogclr
 
 The same words follow `torchrun launch/train.py`, `srun` or, for one rank, `amclr-scale train`. Exit codes: 0 done,
-1 failed, 2 a mistake in the configuration, the data or the command, told in words, 75 ended early by SIGTERM, SIGUSR1
-or train.max_hours with all its state saved: the same command with resume=auto goes on.
+1 failed, 2 a mistake in the configuration, the data or the command, told in words, 75 ended early by Ctrl-C, SIGTERM,
+SIGUSR1 or train.max_hours with all its state saved: the same command with resume=auto goes on. A second signal ends it
+at once.
 """
 
 import argparse
 import json
 import os
+import signal
 import sys
 import time
 from contextlib import ExitStack
@@ -19,7 +21,7 @@ from amclr_scale.checkpoint.signals import EXIT_RESUMABLE, Signals, StoppedError
 from amclr_scale.config.help import describe
 from amclr_scale.config.load import dump, load
 from amclr_scale.config.schema import Config
-from amclr_scale.distributed.launcher import RankInfo, end_with_launcher, read_rank_info
+from amclr_scale.distributed.launcher import RankInfo, end_with_launcher, read_rank_info, when_runner_ends
 from amclr_scale.errors import AgreedError, UserError
 from amclr_scale.metrics.run_folder import check_writable
 from amclr_scale.metrics.stopwatch import Stopwatch
@@ -105,12 +107,12 @@ def carry_out(job: "Job") -> None:
         restore(job.found.checkpoint, job.trainer.engine, job.trainer.objective, job.device, hooks)
         job.stopwatch.lap("checkpoint")
 
-    # From here on signals are kept; one before the first step has nothing to save, and ends the process at once.
-    with job.lock, job.signals, job.log, ExitStack() as entered:
+    with job.lock, job.log, ExitStack() as entered:
         for hook in hooks:
             entered.enter_context(hook)
         for words in job.introduction():
             job.log.say(words)
+        job.signals.saves = True
         conclude(job, train(job.step, iter(job.inputs.loader), job.inputs.plan, hooks, begin=job.begin))
 
 
@@ -130,6 +132,25 @@ def conclude(job: "Job", results: dict[str, float]) -> None:
     (folder / "evaluation.json").write_text(json.dumps(results, indent=1) + "\n")  # the sign of a finished run
     log.say(draw_if_possible(folder))
     log.say(f"run folder {folder}")
+
+
+def run_to_end(
+    config: Config, source: str | None, rank_info: RankInfo, stopwatch: Stopwatch, signals: Signals
+) -> int:
+    """Run; the exit code, with what all ranks end for together told once: by rank 0, or once per node."""
+    from amclr_scale.distributed.process_group import stop
+
+    try:
+        run(config, source, rank_info, stopwatch, signals)
+        return 0
+    except StoppedError as stopped:
+        code, speaks, words = EXIT_RESUMABLE, rank_info.rank == 0, str(stopped)
+    except AgreedError as error:
+        code, speaks, words = 2, rank_info.local_rank == 0, str(error)
+    if speaks:
+        print(f"\n{words}", file=sys.stderr, flush=True)
+    stop()  # together: a launcher ends the others as soon as one has left
+    return code
 
 
 def main(argv: list[str]) -> int:
@@ -153,21 +174,11 @@ def main(argv: list[str]) -> int:
                 for said in preview(config, rank_info, options):
                     print(said, flush=True)
             return 0
-        run(config, options.config, rank_info, stopwatch, signals)
-    except StoppedError as stopped:
-        from amclr_scale.distributed.process_group import stop
-
-        if rank_info.rank == 0:
-            print(f"\n{stopped}", file=sys.stderr, flush=True)
-        stop()  # together: a launcher ends the others as soon as one has left
-        return EXIT_RESUMABLE
-    except AgreedError as error:
-        from amclr_scale.distributed.process_group import stop
-
-        if rank_info.local_rank == 0:  # one voice per node is enough
-            print(f"\n{error}", file=sys.stderr, flush=True)
-        stop()
-        return 2
+        signals.speaks = rank_info.rank == 0
+        with signals:
+            if rank_info.local_rank == 0 and rank_info.world_size > 1:
+                when_runner_ends(lambda words: signals.received or signals.ask(words))
+            return run_to_end(config, options.config, rank_info, stopwatch, signals)
     except UserError as error:
         # Every rank meets the same mistake, as a rule, and one voice per node is enough: the others give it time to
         # speak and the launcher time to end them. One that is alive after that has met a mistake of its own.
@@ -177,4 +188,5 @@ def main(argv: list[str]) -> int:
         # Others may be waiting in a collective: leaving at once, without Python's own farewell, ends them too.
         sys.stdout.flush()
         os._exit(2)
-    return 0
+    except KeyboardInterrupt:  # before signals are listened to, or while a dry run reads
+        return 128 + signal.SIGINT

@@ -6,9 +6,12 @@ stays near one batch per rank. Parts come back in the order they were asked for,
 
 import logging
 import multiprocessing
+import os
+import signal
 import warnings
 from collections import Counter
 from collections.abc import Iterator
+from types import FrameType
 from typing import Any
 
 import torch
@@ -70,8 +73,23 @@ class _Numbers:
             number += 1
 
 
-def _one_thread(_: int) -> None:
+def _start_worker(_: int) -> None:
+    """One thread, and no death of signals that mean the rank: it comes to the end of its step, and ends its workers.
+
+    Terminals, schedulers and DeepSpeed's launcher signal whole process trees. The second SIGTERM is the parent's own, to
+    a worker that did not end when it was told so.
+    """
     torch.set_num_threads(1)
+    asked: list[int] = []
+
+    def second_time(number: int, _: FrameType | None) -> None:
+        asked.append(number)
+        if len(asked) > 1:
+            os._exit(128 + number)
+
+    signal.signal(signal.SIGTERM, second_time)
+    for number in (signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
 
 
 class TrainLoader:
@@ -193,7 +211,7 @@ class TrainLoader:
             "prefetch_factor": max(2, -(-self._parts.parts_per_step // self._workers)),
             # A forked worker starts at once and shares what is open; it only ever reads.
             "multiprocessing_context": "fork" if "fork" in multiprocessing.get_all_start_methods() else None,
-            "worker_init_fn": _one_thread,
+            "worker_init_fn": _start_worker,
             # Its own: else starting the workers draws from the generator that dropout draws from.
             "generator": torch.Generator(),
         }

@@ -3,16 +3,23 @@
 Imports no torch: the configuration is checked against the number of ranks before anything heavy is loaded.
 """
 
+import contextlib
 import ctypes
 import os
 import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Mapping
+import threading
+import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+import psutil
+
 from amclr_scale.errors import UserError
+
+_LOOK = 1.0  # seconds
 
 
 @dataclass(frozen=True)
@@ -84,6 +91,30 @@ def end_with_launcher() -> None:
         ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGTERM)
         if os.getppid() != parent:  # between the two lines above
             os.kill(os.getpid(), signal.SIGTERM)
+
+
+def when_runner_ends(tell: Callable[[str], object]) -> None:
+    """Call `tell` once, from a thread, when the `deepspeed` command has ended though its ranks have not.
+
+    It hands no signal on to the process that starts the ranks (on one node), which lives on without it.
+    """
+    launcher = psutil.Process(os.getppid())
+    runner = launcher.parent()
+    if runner is None or "deepspeed.launcher.launch" not in launcher.cmdline():
+        return
+    if not any(word.endswith(("/deepspeed", "/ds", "deepspeed.launcher.runner")) for word in runner.cmdline()):
+        return
+
+    def watch() -> None:
+        while runner.is_running() and runner.status() != psutil.STATUS_ZOMBIE and launcher.ppid() == runner.pid:
+            time.sleep(_LOOK)
+        tell(f"the deepspeed command (process {runner.pid}) has ended")
+
+    def look() -> None:
+        with contextlib.suppress(psutil.NoSuchProcess):  # the launcher has gone too, of which the kernel tells
+            watch()
+
+    threading.Thread(target=look, name="deepspeed command", daemon=True).start()
 
 
 def export(rank_info: RankInfo) -> None:

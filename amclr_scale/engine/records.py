@@ -124,17 +124,20 @@ class Measurement(Hook):
     ):  # fmt: skip
         self.name, self.measure, self.plan, self.records, self.log = name, measure, plan, records, log
         self.every, self.state = every, state
-        self.results: dict[str, float] | None = None  # of the last measurement
 
     def after_step(self, done: Position) -> None:
-        if not (done.last or (self.every is not None and self.plan.reaches(done, self.every))):
-            return
+        if done.last or (self.every is not None and self.plan.reaches(done, self.every)):
+            self.record(done)
+
+    def record(self, done: Position) -> dict[str, float]:
+        """Measure, and write the numbers down."""
         began = time.perf_counter()
-        self.results = self.measure()
-        found = {f"{self.name}/{key}": value for key, value in self.results.items()}
+        results = self.measure()
+        found = {f"{self.name}/{key}": value for key, value in results.items()}
         seconds = {f"{self.name}_seconds": time.perf_counter() - began}
         self.log.write({"step": done.step, "samples": done.samples, **found, **seconds})
         self.records.restart(done.samples)
+        return results
 
     def state_dict(self) -> dict[str, Tensor]:
         return {} if self.state is None else dict(self.state.state_dict())
@@ -145,7 +148,13 @@ class Measurement(Hook):
 
 
 class FinalMeasurement(Measurement):
-    """One whose last numbers are the run's results; a run that was resumed after its last step measures again."""
+    """One whose last numbers are the run's results: made after the last step is saved, so that no interruption costs
+    more than they do. A run that is resumed there makes them.
+    """
+
+    def after_step(self, done: Position) -> None:
+        if not done.last:
+            super().after_step(done)
 
     def on_end(self) -> dict[str, float]:
-        return self.measure() if self.results is None else self.results
+        return self.record(self.plan.position(self.plan.total_steps))
