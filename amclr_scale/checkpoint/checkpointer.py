@@ -124,7 +124,9 @@ class Checkpointer(Hook):
         if signalled or (late and not done.last):
             if not saved:
                 raise RuntimeError(f"checkpoint: step {done.step} could not be saved, and the run was asked to end")
-            why = f"{self.signals.received or 'a signal'} came" if signalled else f"train.max_hours: {limit} hours are over"
+            why = (
+                (self.signals.received or "a signal came") if signalled else f"train.max_hours: {limit} hours are over"
+            )
             raise StoppedError(f"{why}; saved after step {done.step} in {self.folder.parent}; go on with resume=auto")
 
     def _agree(self, *mine: bool) -> list[bool]:

@@ -1,8 +1,8 @@
 """SIGTERM, SIGUSR1, Ctrl-C and time limits end a run between two steps; a second request ends it at once.
 
 Python runs a signal's handler only when the main thread is between two of its own instructions, and a rank may spend
-minutes inside one: waiting for others, or in a kernel. So the kernel's notice (`signal.set_wakeup_fd`) goes to a thread,
-which can always say what will happen, and end the process. Imports no torch.
+minutes inside one: waiting for others, or in a kernel. So the system's notice (`signal.set_wakeup_fd`) goes to a
+thread, which can always say what will happen, and end the process. Imports no torch.
 """
 
 import os
@@ -35,7 +35,7 @@ class Signals:
 
     Attributes:
         saves: whether the run saves when it is asked to end.
-        received: the first request's name, or "".
+        received: why, in words, or "".
     """
 
     def __init__(self, speaks: bool = True) -> None:
@@ -49,24 +49,24 @@ class Signals:
         """Since this object was made, which may be before it is entered."""
         return (time.monotonic() - self._began) / 3600
 
-    def ask(self, why: str, number: int = signal.SIGTERM) -> None:
+    def ask(self, why: str, number: int = 0) -> None:
         """A request to end, from whatever thread.
 
         Args:
-            why: the signal's name, or what else has happened.
-            number: the signal that it is, or counts as.
+            why: which signal came, or what else has happened.
+            number: of the signal; 0: none, and what else has happened is never a second request.
         """
         with self._lock:
             again = bool(self.received)
-            if again and time.monotonic() - self._asked_at < SAME:
+            if again and (not number or time.monotonic() - self._asked_at < SAME):
                 return
             self.received = self.received or why
             self._asked_at = time.monotonic()
             if again:
-                self._say(f"{why} again: ends now, without saving")
+                self._say(f"{why}, again: the run ends at once")
                 os._exit(128 + number)
             if not self.saves:
-                self._say(f"{why}: ends; nothing was trained since the last save; resume=auto goes on from it")
+                self._say(f"{why}: the run ends; nothing was trained since the last save, so nothing is lost")
                 os._exit(EXIT_RESUMABLE)
             self._say(f"{why}: the run saves after the present step and ends; once more, and it ends at once, unsaved")
 
@@ -83,7 +83,7 @@ class Signals:
                 return True
             for number in noted:
                 if number in ENDING:
-                    self.ask(signal.Signals(number).name, number)
+                    self.ask(f"{signal.Signals(number).name} came", number)
             return _STOP not in noted
 
     def _listen(self) -> None:

@@ -10,6 +10,7 @@ run itself measured is measured again. Several models are compared item by item 
 
 import argparse
 import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -176,4 +177,8 @@ def main(argv: list[str]) -> int:
             sys.stdout.flush()
             os._exit(2)  # others may be waiting in a collective
         return 2
+    except KeyboardInterrupt:
+        if rank_info.world_size > 1:
+            os._exit(128 + signal.SIGINT)
+        return 128 + signal.SIGINT
     return 0

@@ -1,5 +1,7 @@
 """A training run put together: what is read before there are other processes, what is built then, and its hooks."""
 
+import os
+import platform
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -107,6 +109,7 @@ class Job:
             "\n".join([f"run folder {self.folder}", str(self.inputs.plan), *self.settled]),
             f"{trainer.parameters:,} parameters{frozen}, objective {name}, {trainer.optimizer}, on {self.device}",
             f"similarities: {trainer.similarities}",
+            f"to stop: Ctrl-C, or kill {os.getpid()} on {platform.node()}, saves the run and ends it; twice: at once",
             *(
                 f"note: {note}"
                 for note in (

@@ -6,6 +6,7 @@
 Nothing is imported before the verb is known, so that a wrong word answers at once.
 """
 
+import signal
 import sys
 from importlib import import_module
 
@@ -44,7 +45,7 @@ def usage() -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Call the verb's main. Exit codes: the verb's own; 2 for no such verb."""
+    """Call the verb's main. Exit codes: the verb's own; 2 for no such verb; 130 after Ctrl-C."""
     words = sys.argv[1:] if argv is None else argv
     if words[:1] == ["--version"]:
         print(f"amclr_scale {amclr_scale.__version__}")
@@ -56,7 +57,10 @@ def main(argv: list[str] | None = None) -> int:
         verb = " ".join(words[:length])
         if len(words) >= length and verb in VERBS:
             module = import_module(f"amclr_scale.commands.{VERBS[verb][0]}")
-            code: int = module.main(words[length:])
+            try:
+                code: int = module.main(words[length:])
+            except KeyboardInterrupt:  # Ctrl-C where nothing has to be saved
+                return 128 + signal.SIGINT
             return code
     wanted = " ".join(words[:2]) if any(verb.startswith(f"{words[0]} ") for verb in VERBS) else words[0]
     print(f"amclr-scale: no such verb {wanted!r}{did_you_mean(wanted, VERBS)}\n\n{usage()}", file=sys.stderr)

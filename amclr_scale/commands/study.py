@@ -8,6 +8,7 @@ failed, 2 a mistake in the plan, told in words, 75 asked to end: the same comman
 
 import argparse
 import contextlib
+import signal
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -51,6 +52,8 @@ def main(argv: list[str]) -> int:
     except UserError as error:
         print(f"\n{error}", file=sys.stderr, flush=True)
         return 2
+    except KeyboardInterrupt:  # while it plans or reports; cells that run are told to save
+        return 128 + signal.SIGINT
 
 
 def study(options: argparse.Namespace) -> int:

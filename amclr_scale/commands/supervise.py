@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 
@@ -67,6 +68,7 @@ def supervise(command: list[str], restarts: int, pause: float) -> int:
         if code == 2:
             return 2
         if received:
+            end_group(child.pid, numbers=(0,))  # `deepspeed` ends at once, and its ranks when they have saved
             return EXIT_RESUMABLE
         fruitless = 0 if newest(run) > before else fruitless + 1
         print(
@@ -83,9 +85,14 @@ def supervise(command: list[str], restarts: int, pause: float) -> int:
     return 1
 
 
-def end_group(group: int, patience: float = 60.0) -> None:
-    """End what a dead launcher left behind, so that no two copies write one run folder."""
-    for number in (signal.SIGTERM, signal.SIGKILL):
+def end_group(group: int, patience: float = 60.0, numbers: Sequence[int] = (signal.SIGTERM, signal.SIGKILL)) -> None:
+    """End what a dead launcher left behind, so that no two copies write one run folder.
+
+    Args:
+        patience: seconds to wait after each signal.
+        numbers: of the signals; 0: only wait.
+    """
+    for number in numbers:
         until = time.monotonic() + patience
         try:
             os.killpg(group, number)

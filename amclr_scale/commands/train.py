@@ -112,7 +112,7 @@ def carry_out(job: "Job") -> None:
             entered.enter_context(hook)
         for words in job.introduction():
             job.log.say(words)
-        job.signals.saves = True
+        job.signals.saves = job.begin < job.inputs.plan.total_steps
         conclude(job, train(job.step, iter(job.inputs.loader), job.inputs.plan, hooks, begin=job.begin))
 
 
@@ -134,9 +134,7 @@ def conclude(job: "Job", results: dict[str, float]) -> None:
     log.say(f"run folder {folder}")
 
 
-def run_to_end(
-    config: Config, source: str | None, rank_info: RankInfo, stopwatch: Stopwatch, signals: Signals
-) -> int:
+def run_to_end(config: Config, source: str | None, rank_info: RankInfo, stopwatch: Stopwatch, signals: Signals) -> int:
     """Run; the exit code, with what all ranks end for together told once: by rank 0, or once per node."""
     from amclr_scale.distributed.process_group import stop
 
@@ -177,7 +175,7 @@ def main(argv: list[str]) -> int:
         signals.speaks = rank_info.rank == 0
         with signals:
             if rank_info.local_rank == 0 and rank_info.world_size > 1:
-                when_runner_ends(lambda words: signals.received or signals.ask(words))
+                when_runner_ends(signals.ask)
             return run_to_end(config, options.config, rank_info, stopwatch, signals)
     except UserError as error:
         # Every rank meets the same mistake, as a rule, and one voice per node is enough: the others give it time to

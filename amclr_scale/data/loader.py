@@ -76,8 +76,8 @@ class _Numbers:
 def _start_worker(_: int) -> None:
     """One thread, and no death of signals that mean the rank: it comes to the end of its step, and ends its workers.
 
-    Terminals, schedulers and DeepSpeed's launcher signal whole process trees. The second SIGTERM is the parent's own, to
-    a worker that did not end when it was told so.
+    Terminals, schedulers and DeepSpeed's launcher signal whole process trees. The second SIGTERM is the parent's own,
+    to a worker that did not end when it was told so.
     """
     torch.set_num_threads(1)
     asked: list[int] = []

@@ -93,7 +93,7 @@ def end_with_launcher() -> None:
             os.kill(os.getpid(), signal.SIGTERM)
 
 
-def when_runner_ends(tell: Callable[[str], object]) -> None:
+def when_runner_ends(tell: Callable[[str], None]) -> None:
     """Call `tell` once, from a thread, when the `deepspeed` command has ended though its ranks have not.
 
     It hands no signal on to the process that starts the ranks (on one node), which lives on without it.
@@ -108,7 +108,7 @@ def when_runner_ends(tell: Callable[[str], object]) -> None:
     def watch() -> None:
         while runner.is_running() and runner.status() != psutil.STATUS_ZOMBIE and launcher.ppid() == runner.pid:
             time.sleep(_LOOK)
-        tell(f"the deepspeed command (process {runner.pid}) has ended")
+        tell("the deepspeed command has ended")
 
     def look() -> None:
         with contextlib.suppress(psutil.NoSuchProcess):  # the launcher has gone too, of which the kernel tells

@@ -29,7 +29,7 @@ def kept(folder, steps, act=lambda done, signals: None, max_hours=None, **settin
     folder.mkdir(parents=True, exist_ok=True)
     words, end, reached = [], "", 0
     with RunLog(folder, config, speaks=rank == 0, total_steps=steps) as log, Signals() as signals:
-        log.say = words.append
+        log.say, signals.saves = words.append, True
         saver = Checkpointer(
             folder, config, plan, engine=trainer.engine, objective=trainer.objective, fingerprint="f",
             tokenizer=load_tokenizer("emoji", 8), log=log, signals=signals, device=CPU,
@@ -169,11 +169,66 @@ def test_a_full_disk_loses_nothing(ranks, small_disk, on_failure):
         assert next(w for w in words if "training goes on" in w).startswith("checkpoint: step 2 could not be written")
 
 
-def test_a_second_signal_ends_at_once():
-    code = (
-        "import os, signal, time\nfrom amclr_scale.checkpoint.signals import Signals\n"
-        "with Signals() as s:\n"
-        "    os.kill(os.getpid(), signal.SIGTERM)\n    assert s.received == 'SIGTERM'\n"
-        "    os.kill(os.getpid(), signal.SIGTERM)\n    time.sleep(5)\n"
+ASKED = """
+import ctypes, os, signal, time
+from amclr_scale.checkpoint import signals
+signals.SAME = 0.3
+
+def send(number):
+    os.kill(os.getpid(), number)
+
+def hang():  # as in a collective whose others never come: no Python handler is ever called here
+    mutex, libc = ctypes.create_string_buffer(128), ctypes.CDLL(None)
+    libc.pthread_mutex_lock(mutex)
+    libc.pthread_mutex_lock(mutex)
+
+with signals.Signals() as asked:
+"""
+
+
+def asked(code):
+    """Exit code and words of a process that does this while it listens to signals."""
+    lines = "".join(f"    {line}\n" for line in code.splitlines())
+    done = subprocess.run(
+        [sys.executable, "-c", ASKED + lines], cwd=ROOT, capture_output=True, text=True, check=False, timeout=60
     )
-    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 128 + signal.SIGTERM
+    return done.returncode, done.stderr
+
+
+@pytest.mark.launch
+def test_one_request_is_remembered_and_a_second_one_ends_at_once():
+    """What launchers hand on of a Ctrl-C is not a second one: it comes at once."""
+    handed_on = (
+        "asked.saves = True\nsend(signal.SIGINT)\nsend(signal.SIGTERM)\nsend(signal.SIGINT)\nprint(asked.received)\n"
+    )
+    code, said = asked(handed_on + "time.sleep(0.6)")
+    assert code == 0
+    assert said.strip() == (
+        "SIGINT came: the run saves after the present step and ends; once more, and it ends at once, unsaved"
+    )
+    code, said = asked(handed_on + "time.sleep(0.4)\nsend(signal.SIGINT)\ntime.sleep(30)")
+    assert code == 128 + signal.SIGINT
+    assert "SIGINT came, again: the run ends at once" in said
+
+
+@pytest.mark.launch
+def test_requests_reach_a_rank_that_hangs_and_one_that_has_nothing_to_save():
+    beside = (
+        "parent = os.getpid()\nif not os.fork():\n"
+        + "".join(f"    time.sleep({pause})\n    os.kill(parent, signal.SIGTERM)\n" for pause in (0.1, 0.4))
+        + "    os._exit(0)\n"
+    )
+    assert asked(beside + "asked.saves = True\nhang()")[0] == 128 + signal.SIGTERM
+    code, said = asked(beside + "hang()")
+    assert code == 75
+    assert "SIGTERM came: the run ends; nothing was trained since the last save, so nothing is lost" in said
+
+
+@pytest.mark.launch
+def test_what_a_child_is_sent_is_not_the_run_s():
+    code, said = asked(
+        "child = os.fork()\nif not child:\n    time.sleep(0.3)\n    os._exit(7)\nasked.saves = True\n"
+        "time.sleep(0.1)\nos.kill(child, signal.SIGUSR1)\n"
+        "assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7\nassert not asked.received"
+    )
+    assert (code, said) == (0, "")

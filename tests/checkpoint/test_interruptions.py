@@ -23,8 +23,13 @@ def launch(folder, *words, launcher="deepspeed"):
     words = [*SMALL, f"run.folder={folder}", "run.name=a", "resume=auto", *words]
     return subprocess.Popen(
         [*LAUNCHERS[launcher](), "launch/train.py", *words], cwd=ROOT, env=environment,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
     )  # fmt: skip
+
+
+def wait_for(run, start):
+    """Read until a line that begins so."""
+    return next(line for line in run.stdout if line.startswith(start))
 
 
 def steps(folder):
@@ -68,32 +73,36 @@ def test_a_rank_ends_with_a_launcher_that_dies_while_it_imports(tmp_path):
     assert gone
 
 
-def test_a_signal_to_one_rank_and_a_time_limit_save_and_end_with_75(tmp_path):
-    run = launch(tmp_path, "train.samples=32000")
-    for line in run.stdout:
-        if line.startswith("step "):
-            break
+def test_a_command_that_is_ended_saves_and_goes_on(tmp_path):
+    run = launch(tmp_path, "train.samples=32000", "execution.workers=1")
+    stop = wait_for(run, "to stop: ").split()
+    wait_for(run, "step ")
     beside = launch(tmp_path, "train.samples=32000", launcher="python")  # a second job on the same folder
     said, _ = beside.communicate(timeout=60)
     assert beside.returncode == 2
     assert f"run.name: {tmp_path}/a is being written by another job" in said
     assert "Traceback" not in said
-    ranks = [p for p in psutil.Process(run.pid).children(recursive=True) if "--local_rank=1" in p.cmdline()]
-    ranks[-1].send_signal(signal.SIGUSR1)
-    said, _ = run.communicate(timeout=60)
-    assert run.returncode == 75, said
+    assert psutil.Process(int(stop[5])).cmdline()[2:4] == ["launch/train.py", "--local_rank=0"]
+    run.terminate()  # the command alone, which tells nobody
+    said, _ = run.communicate(timeout=60)  # until all that were started by it are gone
     checkpoints = tmp_path / "a" / "checkpoints"
     (saved,) = files.steps(checkpoints)
-    assert f"SIGUSR1 came; saved after step {saved}" in said or f"a signal came; saved after step {saved}" in said
+    assert f"the deepspeed command has ended; saved after step {saved}" in said
     assert steps(tmp_path) == list(range(1, saved + 1))
 
-    # the same recipe on one rank and at another stage, with no time at all: one step, saved
-    again = launch(tmp_path, "train.samples=32000", "train.max_hours=1e-9", "execution.zero_stage=2", launcher="python")
+    # the same recipe on one rank and at another stage; Ctrl-C reaches all that a terminal has started
+    again = launch(tmp_path, "train.samples=32000", "execution.workers=1", "execution.zero_stage=2", launcher="python")
+    assert f"resumed from {checkpoints / files.name_of(saved)}" in wait_for(again, "note: resumed")
+    wait_for(again, "step ")
+    os.killpg(again.pid, signal.SIGINT)
     said, _ = again.communicate(timeout=60)
     assert again.returncode == 75, said
-    assert f"resumed from {checkpoints / files.name_of(saved)}" in said.replace("\n", "")
-    assert files.steps(checkpoints)[0] == saved + 1
-    assert steps(tmp_path) == list(range(1, saved + 2))
+    assert "SIGINT came: the run saves after the present step and ends; once more, and it ends at once" in said
+    assert "Traceback" not in said
+    before, saved = saved, files.steps(checkpoints)[0]
+    assert saved > before
+    assert f"SIGINT came; saved after step {saved}" in said
+    assert steps(tmp_path) == list(range(1, saved + 1))
 
     # a changed recipe is refused in words, before anything is trained
     refused = launch(tmp_path, "train.samples=32000", "optimizer.lr=0.5", launcher="python")

@@ -9,6 +9,7 @@ import os
 import signal
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from PIL import Image
@@ -225,6 +226,21 @@ def test_a_worker_that_is_killed_is_told(tmp_path):
     loader._parts.pipeline = _die
     with pytest.raises(UserError, match=r"execution\.workers: a worker process died"):
         next(loader)
+    loader.close()
+
+
+def test_workers_outlive_signals_to_the_whole_process_tree(tmp_path):
+    """As Ctrl-C, schedulers and deepspeed's launcher send them: without workers no rank comes to its step's end."""
+    write_tar(tmp_path / "0.tar", [m for i in range(40) for m in pair(i)])
+    loader = TrainLoader(settings(str(tmp_path)), seed=0, global_batch_size=8, workers=1)
+    next(loader)
+    (worker,) = psutil.Process().children()
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        worker.send_signal(number)
+    for _ in range(6):  # more than was fetched ahead
+        assert len(next(loader).ids) == 8
+    worker.send_signal(signal.SIGTERM)
+    assert worker.wait(20) is not None
     loader.close()
 
 

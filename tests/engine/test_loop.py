@@ -131,7 +131,16 @@ def test_a_run_that_is_resumed_after_its_last_step_measures_again():
     made = [kind("eval", lambda: {"x": 1.0}, PLAN, records(step, log), log, every=None)
             for kind in (Measurement, FinalMeasurement)]  # fmt: skip
     assert [train(step, iter(()), PLAN, [one], begin=5) for one in made] == [{}, {"x": 1.0}]
-    assert not log.write.called
+    (written,) = [call.args[0] for call in log.write.call_args_list]
+    assert (written["step"], written["samples"], written["eval/x"]) == (5, 20, 1.0)
+
+
+def test_the_last_measurement_comes_after_the_last_save():
+    step, log, told = Step(), mock.MagicMock(), []
+    last = FinalMeasurement("eval", lambda: told.append("measured") or {}, PLAN, records(step, log), log, every=4)
+    train(step, repeat(global_batch(0, 4)), PLAN, [last, Told("saver", told, step)], begin=3)
+    assert told[-3:] == [("saver", "after", 5), "measured", ("saver", "end")]
+    assert told.count("measured") == 2
 
 
 def test_the_time_of_a_measurement_is_not_the_training_s():
