@@ -25,6 +25,7 @@ from amclr_scale.data.tokenizers import Tokenizer
 from amclr_scale.distributed.process_group import gather_objects
 from amclr_scale.engine.batch_plan import Plan, Position
 from amclr_scale.engine.hooks import Hook
+from amclr_scale.engine.teacher import Teacher
 from amclr_scale.metrics.log import RunLog
 from amclr_scale.metrics.run_folder import installed_packages
 from amclr_scale.similarity import all_sum
@@ -66,6 +67,7 @@ class Checkpointer(Hook):
         tokenizer: that captions go through; saved with every checkpoint.
         hooks: those whose state is saved.
         found: what the run goes on from.
+        teacher: the run's; saved with the rest.
     """
 
     def __init__(
@@ -83,9 +85,10 @@ class Checkpointer(Hook):
         device: torch.device,
         hooks: Sequence[Hook] = (),
         found: Found | None = None,
+        teacher: Teacher | None = None,
     ):
         self.folder, self.config, self.plan = folder / CHECKPOINTS, config, plan
-        self.engine, self.objective, self.fingerprint = engine, objective, fingerprint
+        self.engine, self.objective, self.fingerprint, self.teacher = engine, objective, fingerprint, teacher
         self.log, self.signals, self.device, self.hooks = log, signals, device, hooks
         self.number = found.number if found else 0
         self.rank = int(engine.global_rank)
@@ -149,7 +152,7 @@ class Checkpointer(Hook):
             return
         self.number += 1
         snapshot = state.take(
-            self.engine, self.objective, self._state(done), self.device, self._tokenizer_files, self.hooks
+            self.engine, self.objective, self._state(done), self.device, self._tokenizer_files, self.hooks, self.teacher
         )
         self._writing = _Writing(snapshot, here, done, time.perf_counter() - began)
         self._saved_at = time.monotonic()

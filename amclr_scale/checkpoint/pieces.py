@@ -5,6 +5,7 @@ parameter, or of an optimizer state of it, under a name that says so:
 
     parameter/text_tower.token.weight@4096      fp32 master values from element 4096 on
     exp_avg/text_tower.token.weight@4096        Adam's first moment of the same elements
+    average/text_tower.token.weight@4096        what a teacher has there (engine/teacher.py)
 
 Each rank writes the pieces that it holds (what all ranks hold alike, they share out), so saving moves nothing between
 ranks and no rank ever holds the whole. Loading reads whatever ranges the new layout asks for. The values are copies,
@@ -23,9 +24,12 @@ from torch import Tensor, nn
 
 from amclr_scale.encoders.rank_buffers import mean_of
 from amclr_scale.encoders.weights import saved_parts
+from amclr_scale.engine.teacher import Teacher
 from amclr_scale.engine.zero.flat_shards import shards_of
 
 MASTER = "parameter"
+AVERAGE = "average"
+BUFFER, AVERAGED_BUFFER = "buffer/", "averaged_buffer/"
 COUNTERS = ("global_steps", "global_samples", "micro_steps", "skipped_steps")
 
 
@@ -105,7 +109,7 @@ def collect(engine: Any, rank: int, world_size: int) -> tuple[dict[str, Tensor],
             if index % world_size == rank:
                 pieces[f"{MASTER}/{name}@0"] = value.reshape(-1).to("cpu", copy=True)
     for name, buffer in saved_parts(engine.module)[1].items():
-        pieces[f"buffer/{name}"] = buffer.detach().to("cpu", copy=True).contiguous()
+        pieces[f"{BUFFER}{name}"] = buffer.detach().to("cpu", copy=True).contiguous()
     notes = {
         "shapes": {name: list(getattr(p, "ds_shape", p.shape)) for name, p in parameters.items()},
         "scalars": scalars,
@@ -113,6 +117,35 @@ def collect(engine: Any, rank: int, world_size: int) -> tuple[dict[str, Tensor],
         "loss_scale": _numbers(engine.optimizer.loss_scaler) if stage and engine.fp16_enabled() else {},
     }
     return pieces, notes
+
+
+def collect_average(teacher: Teacher, rank: int, world_size: int) -> dict[str, Tensor]:
+    """Copies of this rank's pieces of a teacher on the CPU."""
+    pieces = {}
+    for index, (name, offset, piece) in enumerate(teacher.weights.state()):
+        if not teacher.weights.everywhere or index % world_size == rank:
+            pieces[f"{AVERAGE}/{name}@{offset}"] = piece.to("cpu", copy=True)
+    for name, buffer in teacher.buffers.items():
+        pieces[f"{AVERAGED_BUFFER}{name}"] = buffer.to("cpu", copy=True).contiguous()
+    return pieces
+
+
+def restore_average(teacher: Teacher, reader: "PieceReader", rank: int, world_size: int) -> None:
+    """Put the pieces where this teacher wants them; where none were saved it is the student, as it was restored.
+
+    All ranks call it together, after `restore`.
+    """
+    teacher.begin()
+    if not reader.has_average:
+        return
+    for share in teacher.weights.shares:
+        for name, piece in share.pieces:
+            found = reader.read(AVERAGE, name, piece.offset, piece.numel)
+            if found is not None:  # None: it was frozen then
+                teacher.weights.load(share, piece, found)
+    teacher.weights.send_round()
+    for name, buffer in reader.buffers(rank, world_size, AVERAGED_BUFFER).items():
+        teacher.buffers[name].copy_(buffer)
 
 
 def _whole(parameter: Any) -> Tensor:
@@ -179,7 +212,9 @@ class PieceReader:
         for found in self._pieces.values():
             found.sort(key=lambda piece: piece[0])
         self.shapes: dict[str, list[int]] = self.notes[0]["shapes"]
-        self.kinds = sorted({name.partition("/")[0] for name in self._pieces} - {MASTER})
+        kinds = {name.partition("/")[0] for name in self._pieces}
+        self.kinds = sorted(kinds - {MASTER, AVERAGE})  # of the optimizer's states
+        self.has_average = AVERAGE in kinds
         self.scalars = {name: saved for notes in self.notes for name, saved in notes["scalars"].items()}
 
     def has(self, kind: str, name: str) -> bool:
@@ -220,18 +255,18 @@ class PieceReader:
         tensor: Tensor = self._files[rank].get_tensor(key)
         return tensor
 
-    def buffers(self, rank: int, ranks: int) -> dict[str, Tensor]:
+    def buffers(self, rank: int, ranks: int, kind: str = BUFFER) -> dict[str, Tensor]:
         """The model's buffers, as this rank of so many had them; those of all averaged where other ranks wrote."""
-        return self._buffers_of(rank) if ranks == len(self._files) else self.averaged_buffers()
+        return self._buffers_of(rank, kind) if ranks == len(self._files) else self.averaged_buffers(kind)
 
-    def averaged_buffers(self) -> dict[str, Tensor]:
-        """One set of the model's buffers, whatever the ranks had."""
-        everyone = [self._buffers_of(rank) for rank in range(len(self._files))]
+    def averaged_buffers(self, kind: str = BUFFER) -> dict[str, Tensor]:
+        """One set of the model's buffers (or a teacher's), whatever the ranks had."""
+        everyone = [self._buffers_of(rank, kind) for rank in range(len(self._files))]
         return {name: mean_of([buffers[name] for buffers in everyone]) for name in everyone[0]}
 
-    def _buffers_of(self, rank: int) -> dict[str, Tensor]:
-        keys = (key for key in self._keys[rank] if key.startswith("buffer/"))
-        return {key.removeprefix("buffer/"): self._files[rank].get_tensor(key) for key in keys}
+    def _buffers_of(self, rank: int, kind: str) -> dict[str, Tensor]:
+        keys = (key for key in self._keys[rank] if key.startswith(kind))
+        return {key.removeprefix(kind): self._files[rank].get_tensor(key) for key in keys}
 
 
 @torch.no_grad()

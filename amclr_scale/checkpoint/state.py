@@ -3,7 +3,8 @@
     state.json                  step, samples, resolved configuration, fingerprint of the data, versions, layout
     objective.safetensors       per-sample estimators and temperatures, all N rows whatever the number of ranks
     probe.safetensors ...       what hooks go on from (run.probe's last measurement), by their names
-    rank_00000.safetensors ...  that rank's pieces of parameters and optimizer states, buffers, random generators
+    rank_00000.safetensors ...  that rank's pieces of parameters, optimizer states and a teacher, buffers, random
+                                generators
     tokenizer/                  the files of the tokenizer, from which it can be made again
 
 No file holds code: everything is JSON or safetensors. The position in the data is the step, and schedules are
@@ -24,6 +25,7 @@ from torch import Tensor, nn
 
 from amclr_scale.checkpoint import pieces
 from amclr_scale.checkpoint.files import Written, describe, write_json
+from amclr_scale.engine.teacher import Teacher
 from amclr_scale.errors import UserError
 
 if TYPE_CHECKING:
@@ -91,6 +93,7 @@ def take(
     device: torch.device,
     tokenizer: Mapping[str, bytes] | None = None,
     hooks: "Sequence[Hook]" = (),
+    teacher: Teacher | None = None,
 ) -> Snapshot:
     """Copy everything that training changes. All ranks call it together, between two steps.
 
@@ -98,9 +101,12 @@ def take(
         state: what goes into state.json.
         tokenizer: its files, which rank 0 writes.
         hooks: the run's.
+        teacher: the run's.
     """
     rank, world_size = int(engine.global_rank), int(engine.world_size)
     tensors, notes = pieces.collect(engine, rank, world_size)
+    if teacher:
+        tensors |= pieces.collect_average(teacher, rank, world_size)
     states = {OBJECTIVE: objective.state_dict()}  # gathered over ranks where it is cut
     for hook in hooks:
         if hook.name:
@@ -132,7 +138,12 @@ def open_pieces(checkpoint: Path) -> pieces.PieceReader:
 
 
 def restore(
-    checkpoint: Path, engine: Any, objective: nn.Module, device: torch.device, hooks: "Sequence[Hook]" = ()
+    checkpoint: Path,
+    engine: Any,
+    objective: nn.Module,
+    device: torch.device,
+    hooks: "Sequence[Hook]" = (),
+    teacher: Teacher | None = None,
 ) -> None:
     """Continue from a checkpoint, in any layout. All ranks call it together, after the engine is built.
 
@@ -145,6 +156,8 @@ def restore(
     reader = open_pieces(checkpoint)
     try:
         pieces.restore(engine, reader, rank)
+        if teacher:
+            pieces.restore_average(teacher, reader, rank, int(engine.world_size))
         objective.load_state_dict(_load(checkpoint / OBJECTIVE))
     except (ValueError, RuntimeError) as error:
         words = str(error).removeprefix("checkpoint: ")

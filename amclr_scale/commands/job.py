@@ -161,7 +161,8 @@ def build_job(
     phases = Phases(device)
     step = TrainStep(
         trainer.engine, trainer.objective, micro_batch_sizes=plan.micro_batch_sizes, kept=plan.kept, device=device,
-        phases=phases, advice=lambda phase: advise_about(config, rank_info, loader.num_samples, device, phase),
+        phases=phases, teacher=trainer.teacher,
+        advice=lambda phase: advise_about(config, rank_info, loader.num_samples, device, phase),
     )  # fmt: skip
     step.steps = begin
     log = RunLog(folder, config, speaks=rank_info.rank == 0, total_steps=plan.total_steps)
@@ -196,7 +197,9 @@ def _probe(job: Job) -> Hook | None:
     if job.probed is None:
         return None
     plan, engine, objective = job.inputs.plan, job.trainer.engine, job.trainer.objective
-    probe = Probe(job.config, job.probed, micro_batch_sizes=plan.micro_batch_sizes, device=job.device)
+    probe = Probe(
+        job.config, job.probed, micro_batch_sizes=plan.micro_batch_sizes, device=job.device, teacher=job.trainer.teacher
+    )
     every = job.config.run.probe.every_samples or plan.samples_per_epoch
     return Measurement("probe", lambda: probe(engine, objective), plan, job.records, job.log, every=every, state=probe)
 
@@ -233,7 +236,7 @@ def hooks_of(job: Job) -> list[Hook]:
     checkpointer = Checkpointer(
         job.folder, job.config, job.inputs.plan, engine=job.trainer.engine, objective=job.trainer.objective,
         fingerprint=job.inputs.loader.fingerprint, tokenizer=job.inputs.tokenizer, log=job.log, signals=job.signals,
-        device=job.device, hooks=hooks, found=job.found,
+        device=job.device, hooks=hooks, found=job.found, teacher=job.trainer.teacher,
     )  # fmt: skip
     return [*hooks, checkpointer]
 

@@ -104,7 +104,7 @@ def rehearse_here(options: argparse.Namespace) -> None:
         phases = Phases(device)
         step = TrainStep(
             trainer.engine, trainer.objective, micro_batch_sizes=inputs.plan.micro_batch_sizes,
-            kept=inputs.plan.kept, device=device, phases=phases,
+            kept=inputs.plan.kept, device=device, phases=phases, teacher=trainer.teacher,
         )  # fmt: skip
         batches = iter(inputs.loader)
         batch = next(batches)

@@ -104,7 +104,8 @@ def carry_out(job: "Job") -> None:
 
     hooks = hooks_of(job)
     if job.found:
-        restore(job.found.checkpoint, job.trainer.engine, job.trainer.objective, job.device, hooks)
+        trainer = job.trainer
+        restore(job.found.checkpoint, trainer.engine, trainer.objective, job.device, hooks, trainer.teacher)
         job.stopwatch.lap("checkpoint")
 
     with job.lock, job.log, ExitStack() as entered:

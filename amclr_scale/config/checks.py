@@ -21,6 +21,7 @@ def check(config: Config, world_size: int, *, objective: bool = True) -> list[st
     return [
         *_finite(config.model_dump(), ""),
         *_augmentation(config),
+        *_momentum(config),
         *_length(config),
         *_shares(config, world_size),
         *(_objective(config, world_size) if objective else ()),
@@ -61,6 +62,31 @@ def _augmentation(config: Config) -> list[str]:
             )
         if recipe.color_jitter < 0:
             lines.append(f"data.{name}.color_jitter: expected 0 (none) or more, got {recipe.color_jitter}")
+    return lines
+
+
+def _momentum(config: Config) -> list[str]:
+    momentum, execution, lines = config.model.momentum, config.execution, []
+    if momentum is None:
+        return []
+    cosine = momentum.decay_schedule == "cosine"
+    if cosine and (momentum.start_decay is None or momentum.start_decay > momentum.decay):
+        lines.append(
+            f"model.momentum.start_decay: decay_schedule cosine begins there, expected at most decay = "
+            f"{momentum.decay}, got {momentum.start_decay}"
+        )
+    if not cosine and momentum.start_decay is not None:
+        lines.append(
+            f"model.momentum.start_decay: decay_schedule cosine reads it, got {momentum.start_decay} with "
+            f"{momentum.decay_schedule}; set model.momentum.decay_schedule=cosine"
+        )
+    if not cosine and momentum.decay == 1:
+        lines.append("model.momentum.decay: expected less than 1, where the average never moves, got 1.0")
+    if momentum.precision == "fp32" and execution.precision != "fp32" and execution.zero_stage == 3:
+        lines.append(
+            "model.momentum.precision: at execution.zero_stage=3 the average computes in the shares of the weights, "
+            f"expected run, got fp32 beside execution.precision={execution.precision}"
+        )
     return lines
 
 
@@ -105,6 +131,8 @@ def _objective(config: Config, world_size: int) -> list[str]:
                 f"{key}: objective {name} reads {kind}, and no configuration provides them: there is no such key yet; "
                 "choose another objective"
             )
+        elif there == 0 and wanted and not KINDS[kind].several:
+            lines.append(f"{key}: objective {name} reads {kind}, which come from there, got nothing")
         elif there is not None and there != wanted and (wanted or KINDS[kind].several):
             lines.append(f"{key}: objective {name} needs {wanted or 'none'}, got {there}")
     return lines + [f"objective.{line}" for line in found.mistakes(batch, batch // world_size)]

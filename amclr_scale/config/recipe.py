@@ -155,6 +155,27 @@ class TextTower(Section):
     """Dropout inside small_transformer and before the head."""
 
 
+class Momentum(Section):
+    """A moving average of the trained weights: to be evaluated, and to lend features to objectives."""
+
+    decay: Fraction = 0.995
+    """m: after every step the average becomes m * average + (1 - m) * weights. Kept in fp32, of the fp32 masters."""
+    decay_schedule: Literal["constant", "cosine"] = "constant"
+    """Course of m over the run. cosine: from start_decay to decay, half a cosine."""
+    start_decay: Fraction | None = None
+    """decay_schedule cosine: where m begins."""
+    order: Literal["first", "last"] = "first"
+    """Whether the average encodes the batch before the trained weights do, or after them. The numbers are the same;
+    first takes less memory where graphs of micro-batches are kept."""
+    precision: Literal["run", "fp32"] = "run"
+    """What the average computes in; it is kept in fp32 all the same. run: as execution.precision says."""
+    scale: bool = False
+    """Whether the learned scale is averaged too, or is that of the trained weights."""
+    buffers: Literal["average", "copy"] = "average"
+    """Stored statistics of BatchNorm: averaged as the weights are, or the present ones. The average computes with
+    these: it is always in evaluation mode."""
+
+
 class Model(Section):
     """Two towers, two heads, one learned scale."""
 
@@ -166,6 +187,10 @@ class Model(Section):
     """Start value of the learned temperature; logit_scale = 1 / temperature is clamped to [1, 100] after each step."""
     logit_bias: float = -10.0
     """Start value of the learned bias (objectives that have one: siglip)."""
+    momentum: Momentum | None = None
+    """A moving average of the weights, such as {decay: 0.995}; null: none. Its keys: decay (0.995), decay_schedule
+    (constant, cosine), start_decay, order (first, last), precision (run, fp32), scale (false), buffers (average, copy).
+    Lends image_momentum and text_momentum to objectives that ask for them."""
 
 
 class LearningRateFactors(Section):

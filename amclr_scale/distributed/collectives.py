@@ -137,6 +137,14 @@ def all_gather(x: Tensor, ranks: Group | None = None) -> Tensor:
     return out
 
 
+def gather_shares(whole: Tensor, ranks: Group | None = None) -> None:
+    """Every rank's share of `whole` (W n,), rank r's being [r n, (r + 1) n), is sent to all others, in place."""
+    ranks = ranks or group()
+    if ranks.size > 1:
+        own = whole.view(ranks.size, -1)[ranks.rank]
+        _all_gather_single(_bytes(whole), _bytes(own), group=ranks.process_group)
+
+
 def all_sum(x: Tensor, ranks: Group | None = None) -> Tensor:
     """The sum over ranks of equally shaped tensors; differentiable."""
     ranks = ranks or group()

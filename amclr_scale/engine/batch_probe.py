@@ -22,6 +22,7 @@ from amclr_scale.distributed.launcher import RankInfo
 from amclr_scale.encoders.rank_buffers import one_set_of_buffers
 from amclr_scale.engine.micro_batches import on_device, split
 from amclr_scale.engine.random_state import RandomState
+from amclr_scale.engine.teacher import Teacher
 from amclr_scale.errors import UserError
 from amclr_scale.objectives.base import Objective, numbers
 from amclr_scale.objectives.whole_set import compare_with_whole_set
@@ -57,10 +58,14 @@ class Probe:
     Args:
         batch: this rank's share of the samples, from `read_probe`.
         micro_batch_sizes: images and texts encoded at once.
+        teacher: of the run, who lends the objective what it asks for.
     """
 
-    def __init__(self, config: Config, batch: Batch, *, micro_batch_sizes: tuple[int, int], device: torch.device):
-        self.config, self.batch = config, batch
+    def __init__(
+        self, config: Config, batch: Batch, *, micro_batch_sizes: tuple[int, int], device: torch.device,
+        teacher: Teacher | None = None,
+    ):  # fmt: skip
+        self.config, self.batch, self.teacher = config, batch, teacher
         self.micro_batch_sizes, self.device = micro_batch_sizes, device
         self._before: dict[str, Tensor] = {}  # (K, D) on the host, by modality: embeddings of the last measurement
 
@@ -114,4 +119,7 @@ class Probe:
                 parts.setdefault(name, []).append(output)
         rows = {name: found[0] if is_shared(name) else all_gather(torch.cat(found)) for name, found in parts.items()}
         beside = {name: all_gather(found.to(self.device)) for name, found in self.batch.beside().items()}
+        if self.teacher and self.teacher.lends:
+            lent = self.teacher.lend(self.batch, self.micro_batch_sizes)
+            beside |= {name: all_gather(found) for name, found in lent.items()}
         return Embeddings.from_flat({**rows, **beside})

@@ -20,6 +20,7 @@ from amclr_scale.encoders.build import build_model
 from amclr_scale.encoders.dual_encoder import DualEncoder
 from amclr_scale.engine.batch_plan import Plan, make_plan
 from amclr_scale.engine.deepspeed_setup import adapt_to_objective, build_engine, prepare_towers, sample_views
+from amclr_scale.engine.teacher import Teacher, build_teacher
 from amclr_scale.engine.zero.stage3_init import shape_only
 from amclr_scale.errors import UserError
 from amclr_scale.metrics.flops import ModelFlops, count
@@ -61,6 +62,7 @@ class Trainer:
     optimizer: str  # its name, and who provides it
     similarities: str  # backend and precision, in words
     flops: ModelFlops  # of one sample
+    teacher: Teacher | None = None  # a moving average of the model
 
     @property
     def parameters(self) -> int:
@@ -118,8 +120,9 @@ def build_trainer(
         config, model, no_decay=model.no_weight_decay(), factors=model.learning_rate_factors(), device=device,
         world_size=world_size, folder=folder,
     )  # fmt: skip
+    teacher = build_teacher(config, engine, objective, total_steps=inputs.plan.total_steps, device=device)
     stopwatch.lap("engine")
-    return Trainer(model, objective, engine, optimizer, similarities, flops)
+    return Trainer(model, objective, engine, optimizer, similarities, flops, teacher)
 
 
 def configure_similarity(execution: Execution, device: torch.device) -> str:

@@ -51,6 +51,8 @@ def cached_backward(
     one_reduction: AbstractContextManager[None] | None = None,
     again: Callable[[], AbstractContextManager[None]] = nullcontext,
     phases: Phases | None = None,
+    lend: Callable[[], Mapping[str, Tensor]] | None = None,
+    lend_first: bool = True,
 ) -> CachedStep:
     """Leave in every parameter the gradient of `objective` over the whole batch.
 
@@ -65,8 +67,14 @@ def cached_backward(
         one_reduction: around all of them; gradients meet across ranks once, at its exit.
         again: entered around each second forward: what a forward leaves behind (BatchNorm's statistics) is left once.
         phases: where seconds go.
+        lend: what else the objective sees, by flat name: features of a teacher, without gradient.
+        lend_first: ask for it before step 1, while no graph is alive, or after it.
     """
     phases = phases or Phases(device)
+    lent: Mapping[str, Tensor] = {}
+    if lend and lend_first:
+        with phases("teacher"):
+            lent = lend()
     micro_batches = split(batch, *micro_batch_sizes)
     first_kept = max(0, len(micro_batches) - kept)
     states: list[RandomState] = []
@@ -84,12 +92,16 @@ def cached_backward(
                 if name not in parts or not is_shared(name):  # what is shared comes with every micro-batch
                     parts.setdefault(name, []).append(output.detach())
 
+    if lend and not lend_first:
+        with phases("teacher"):
+            lent = lend()
+
     with phases("objective"):
         leaves = {name: found[0].clone() if is_shared(name) else torch.cat(found) for name, found in parts.items()}
         for name, leaf in leaves.items():
             leaf.requires_grad_(leaf.is_floating_point() and takes_gradient(name))
         beside = {name: rows.to(device, non_blocking=True) for name, rows in batch.beside().items()}
-        embeddings = Embeddings.from_flat({**leaves, **beside})
+        embeddings = Embeddings.from_flat({**leaves, **lent, **beside})
         loss = objective(embeddings)
         loss.value.backward()
 

@@ -1,8 +1,8 @@
-"""Learning rates as functions of samples seen, so that runs of different batch size follow one curve."""
+"""Courses as functions of samples seen, so that runs of different batch size follow one curve."""
 
 import math
 
-from amclr_scale.config.schema import Optimizer
+from amclr_scale.config.schema import Momentum, Optimizer
 
 
 def peak_learning_rate(optimizer: Optimizer, global_batch_size: int) -> float:
@@ -28,3 +28,10 @@ def learning_rate(optimizer: Optimizer, samples: float, total_samples: float, gl
         case "cosine":
             done = (samples - optimizer.warmup_samples) / max(1.0, total_samples - optimizer.warmup_samples)
             return optimizer.min_lr + (peak - optimizer.min_lr) * (1 + math.cos(math.pi * min(1.0, done))) / 2
+
+
+def averaging_decay(momentum: Momentum, done: float) -> float:
+    """The decay m of the moving average of the weights, at a share `done` of the run."""
+    if momentum.decay_schedule == "constant" or momentum.start_decay is None:
+        return momentum.decay
+    return momentum.decay - (momentum.decay - momentum.start_decay) * (1 + math.cos(math.pi * min(1.0, done))) / 2

@@ -14,6 +14,7 @@ from amclr_scale.encoders.dual_encoder import LOG_SCALE_BOUNDS
 from amclr_scale.encoders.norms import keep_statistics
 from amclr_scale.engine.gradient_cache import CachedStep, cached_backward
 from amclr_scale.engine.optimizers import set_learning_rate
+from amclr_scale.engine.teacher import Teacher
 from amclr_scale.engine.zero.gradient_sums import GradientSums
 from amclr_scale.engine.zero.master_weights import clamp_
 from amclr_scale.metrics.phases import Phases
@@ -60,6 +61,7 @@ class TrainStep:
         objective: embeddings of this rank -> this rank's mean.
         micro_batch_sizes: images and texts encoded at once.
         kept: micro-batches whose graphs are kept between the two passes.
+        teacher: a moving average that follows every step, and lends what the objective asks for.
         advice: what to turn down, given the phase in which memory ran out. Asked only then; may take seconds.
     """
 
@@ -72,10 +74,11 @@ class TrainStep:
         device: torch.device,
         phases: Phases,
         kept: int = 1,
+        teacher: Teacher | None = None,
         advice: Callable[[str], str] | None = None,
     ):
         self.engine, self.objective, self.device, self.phases = engine, objective, device, phases
-        self.advice = advice
+        self.advice, self.teacher = advice, teacher
         self.micro_batch_sizes, self.kept = micro_batch_sizes, kept
         self.stage = int(engine.zero_optimization_stage())
         self.sums = GradientSums(engine.module.parameters())
@@ -123,6 +126,8 @@ class TrainStep:
         return report
 
     def _backward_and_update(self, batch: Batch, commit: Callable[[], None]) -> StepReport:
+        teacher = self.teacher
+        lends = teacher is not None and bool(teacher.lends)
         done = cached_backward(
             self._encode,
             self.objective,
@@ -134,6 +139,8 @@ class TrainStep:
             one_reduction=self._one_reduction(len(batch)),
             again=lambda: keep_statistics(self.engine.module),
             phases=self.phases,
+            lend=(lambda: teacher.lend(batch, self.micro_batch_sizes)) if teacher and lends else None,
+            lend_first=teacher is None or teacher.first,
         )
         with self.phases("optimizer"):
             grad_norm = self._grad_norm()
@@ -150,6 +157,8 @@ class TrainStep:
                 commit()  # the objective's state: a skipped step leaves no trace in it
             if self.engine.module.logit_scale.requires_grad:
                 clamp_(self.engine.module.logit_scale, *LOG_SCALE_BOUNDS)
+            if teacher and (self.stage == 0 or self.engine.was_step_applied()):
+                teacher.follow(self.steps + 1)
         self.steps += 1
         return StepReport(done.loss, done.embeddings, grad_norm, done.leaves["logit_scale"].detach())
 

@@ -179,6 +179,8 @@ def _notes(config: Config, device: str) -> tuple[str, ...]:
         notes.append("execution.compile: compiled towers may need less or more than accounted")
     if together := made_together(json.dumps(config.objective, sort_keys=True), config.model.embedding_width):
         notes.append(f"left out: activations of the objective's parts that read both sides ({', '.join(together)})")
+    if config.model.momentum is not None:
+        notes.append("left out: what a teacher holds while it encodes")
     if config.execution.kept_micro_batches == "auto":
         notes.append("execution.kept_micro_batches: auto is counted as 1")
     if device == "cuda":

@@ -101,6 +101,13 @@ def state_components(
             f"{more}, or execution.offload: optimizer", "state", aside,
         ),
     ]  # fmt: skip
+    if config.model.momentum is not None:
+        found.append(
+            Component(
+                "moving average", always(4 * (part if stage == 3 else padded)), "model.momentum: null", "state",
+                aside if stage == 3 else "device",
+            )
+        )  # fmt: skip
     if stage == 3:
         found += [
             Component(

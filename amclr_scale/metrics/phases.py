@@ -1,7 +1,7 @@
 """Where the seconds of a step go: host clocks on CPU, events on CUDA, so that measuring never waits for the device.
 
 A step's phases: `data`, `pass_1`, `objective`, `pass_2`, `reduce` (gradients between ranks at ZeRO stages 1 to 3; at
-stage 0 they meet during pass_2), `optimizer`.
+stage 0 they meet during pass_2), `optimizer`; and `teacher`, of one that lends features, before `pass_1` or after it.
 """
 
 import time

@@ -41,17 +41,23 @@ def test_every_optimizer_goes_on_bit_for_bit(ranks, tmp_path, optimizer):
 @pytest.mark.parametrize("objective", OPTIONS)
 def test_two_one_four_ranks_and_stages_zero_two_three(ranks, tmp_path, objective):
     how = {"objective": objective}
-    (losses, _), _ = ranks(2, run, str(tmp_path / "whole"), 0, 8, **how)
-    trace, begin = [], 0
+    (losses, whole), _ = ranks(2, run, str(tmp_path / "whole"), 0, 8, **how)
+    trace, begin, everything = [], 0, {}
     for world, stage, end, layout in (
         (2, 0, 2, "sharded"),
         (1, 2, 4, "replicated"),
         (4, 3, 6, "sharded"),
         (2, 1, 8, "auto"),
     ):
-        part, _ = ranks(world, run, str(tmp_path / "parts"), begin, end, end, zero_stage=stage, layout=layout, **how)[0]
+        part, everything = ranks(
+            world, run, str(tmp_path / "parts"), begin, end, end, zero_stage=stage, layout=layout, **how
+        )[0]
         trace, begin = trace + part, end
     assert trace == pytest.approx(losses, rel=1e-5)
+    averages = [name for name, value in whole.items() if name.startswith("teacher.") and value.is_floating_point()]
+    assert len(averages) > 10
+    for name in averages:
+        assert (everything[name] - whole[name]).norm() <= 1e-4 * whole[name].norm(), name
 
 
 def test_bf16_keeps_its_masters(ranks, tmp_path):

@@ -9,10 +9,12 @@ from torch import Tensor
 from amclr_scale import objectives
 from amclr_scale.checkpoint import files, state
 from amclr_scale.config.load import build
+from amclr_scale.config.schema import Momentum
 from amclr_scale.distributed.process_group import seed_everything
 from amclr_scale.engine.deepspeed_setup import build_engine
 from amclr_scale.engine.schedules import learning_rate
 from amclr_scale.engine.step import TrainStep
+from amclr_scale.engine.teacher import Teacher
 from amclr_scale.engine.zero.master_weights import full_fp32
 from amclr_scale.metrics.phases import Phases
 from amclr_scale.similarity import all_gather, all_sum, rank, world_size
@@ -74,9 +76,14 @@ class Trainer:
             self.config, self.model, no_decay=self.model.no_weight_decay(), device=CPU, world_size=world_size()
         )
         self.objective = objectives.create(objective, num_samples=SAMPLES, sample_state=layout, **OPTIONS[objective])
+        self.teacher = Teacher(
+            Momentum(decay=0.6), self.engine, precision=self.config.execution.precision, total_steps=62, lends=(),
+            device=CPU,
+        )  # fmt: skip
         self.step = TrainStep(
-            self.engine, self.objective, micro_batch_sizes=(2, 2), device=CPU, phases=Phases(CPU), kept=1
-        )
+            self.engine, self.objective, micro_batch_sizes=(2, 2), device=CPU, phases=Phases(CPU), kept=1,
+            teacher=self.teacher,
+        )  # fmt: skip
         seed_everything(0, rank() + 1)
 
     def train(self, begin: int, end: int) -> list[float]:
@@ -92,7 +99,7 @@ class Trainer:
         """What the checkpointer does, without its clock."""
         here = files.staging(folder, step)
         here.mkdir(parents=True, exist_ok=True)
-        snapshot = state.take(self.engine, self.objective, {"step": step, "number": 1}, CPU)
+        snapshot = state.take(self.engine, self.objective, {"step": step, "number": 1}, CPU, teacher=self.teacher)
         written = snapshot.write(here)
         every: list[Any] = [written]
         if world_size() > 1:
@@ -106,12 +113,13 @@ class Trainer:
         found, complaints = files.newest_valid(folder)
         assert found
         assert not complaints
-        state.restore(found, self.engine, self.objective, CPU)
+        state.restore(found, self.engine, self.objective, CPU, teacher=self.teacher)
 
     def everything(self) -> dict[str, Tensor]:
-        """Weights, objective state, buffers, the generator: on every rank."""
+        """Weights, objective state, buffers, a teacher, the generator: on every rank."""
         found = {name: full_fp32(p) for name, p in self.model.named_parameters()}
         found |= dict(self.model.named_buffers()) | dict(self.objective.state_dict())
+        found |= {f"teacher.{name}": p for name, p in (self.teacher.weights.whole() | self.teacher.buffers).items()}
         return found | {"random": all_gather(torch.get_rng_state())}
 
     def close(self) -> None:

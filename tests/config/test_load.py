@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import yaml
 
-from amclr_scale.config.load import build, dump, load, recipe_hash
+from amclr_scale.config.load import build, dump, load, recipe, recipe_hash
 from amclr_scale.config.objective_options import declared, option_models
 from amclr_scale.config.optimizers import RULES
 from amclr_scale.config.section import Fraction, Section
@@ -197,6 +197,14 @@ def test_the_recipe_hash_changes_with_what_and_not_with_how():
     assert recipe_hash(load(None, ["train.epochs=1", "objective.name=dcl"])) != recipe_hash(config)
 
 
+def test_a_teacher_belongs_to_the_recipe_and_its_absence_to_every_older_one():
+    without, one, other = (
+        load(None, ["train.epochs=1", *words]) for words in ([], ["model.momentum={}"], ["model.momentum={decay: 0.9}"])
+    )
+    assert "model.momentum" not in recipe(without)
+    assert len({recipe_hash(config) for config in (without, one, other)}) == 3
+
+
 def test_every_key_is_documented():
     def missing(model, prefix=""):
         for name, field in model.model_fields.items():
@@ -269,6 +277,11 @@ def test_building_from_a_tree_checks_it_too():
         ),
         (["data.augmentation.randaugment=[2, 31]"], "data.augmentation.randaugment: expected [operations, magnitude]"),
         (["data.augmentation.color_jitter=-1"], "data.augmentation.color_jitter: expected 0 (none) or more, got -1.0"),
+        (["model.momentum={decay: 1.5}"], "model.momentum.decay: expected less than or equal to 1, got 1.5"),
+        (["model.momentum={decay: 1}"], "model.momentum.decay: expected less than 1, where the average never moves"),
+        (["model.momentum={decays: 1}"], "model.momentum.decays: no such key; did you mean 'decay'?"),
+        (["model.momentum={decay_schedule: cosine}"], "model.momentum.start_decay: decay_schedule cosine begins there"),
+        (["model.momentum={start_decay: 0.5}"], "model.momentum.start_decay: decay_schedule cosine reads it, got 0.5"),
         (["evaluation.splits=emoji/val_style"], "put it in brackets: evaluation.splits=[emoji/val_style]"),
     ],
 )

@@ -141,7 +141,17 @@ def test_what_does_not_fit_is_told(words, said):
     assert said in refused(*words)
 
 
-@pytest.mark.parametrize("name", [name for name, kind in KINDS.items() if kind.key and "views" not in name])
+def test_features_of_a_teacher_need_one(tmp_path):
+    file = stranger(tmp_path, "{'image_momentum': True}")
+    words = ["objective.name=odd", f"objective.module={file}"]
+    assert "model.momentum: objective odd reads image_momentum, which come from there, got nothing" in refused(*words)
+    assert load(None, ["train.epochs=1", "model.momentum={}", *words]).model.momentum.decay == 0.995
+
+
+PROVIDED = ("views", "momentum")
+
+
+@pytest.mark.parametrize("name", [n for n, kind in KINDS.items() if kind.key and not n.endswith(PROVIDED)])
 def test_an_input_that_nobody_provides_is_refused_with_its_key(tmp_path, name):
     """Until some section of the configuration provides it; then this list is shorter."""
     asked = 2 if KINDS[name].several else True
