@@ -7,6 +7,7 @@ from pydantic import BaseModel
 from amclr_scale.config.objective_options import option_models
 from amclr_scale.config.optimizers import RULES
 from amclr_scale.config.schema import Config
+from amclr_scale.config.section import section_of
 
 
 def section(model: type[BaseModel], prefix: str) -> list[str]:
@@ -20,6 +21,8 @@ def section(model: type[BaseModel], prefix: str) -> list[str]:
         default = "needed" if field.is_required() else repr(field.get_default(call_default_factory=True))
         lines.append(f"  {prefix}{name} = {default}")
         lines += textwrap.wrap(field.description or "", 104, initial_indent="      ", subsequent_indent="      ")
+        if optional := section_of(inner):
+            lines += section(optional, f"{prefix}{name}.")
     return lines
 
 

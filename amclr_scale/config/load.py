@@ -18,7 +18,7 @@ from pydantic_core import ErrorDetails
 from amclr_scale.config.checks import check
 from amclr_scale.config.objective_options import NOT_OPTIONS, digest, option_models, outside, source_of
 from amclr_scale.config.schema import Config
-from amclr_scale.config.section import Section
+from amclr_scale.config.section import Section, section_of
 from amclr_scale.config.shipped import find
 from amclr_scale.config.yaml_text import Dumper, parse
 from amclr_scale.errors import UserError, did_you_mean, nearest
@@ -133,7 +133,7 @@ def _model_at(location: Sequence[Any], root: type[BaseModel]) -> type[BaseModel]
             found = inside[0] if inside else None
         elif isinstance(found, type) and issubclass(found, BaseModel):
             field = found.model_fields.get(part)
-            found = field.annotation if field else None
+            found = (section_of(field.annotation) or field.annotation) if field else None
     return found if isinstance(found, type) and issubclass(found, BaseModel) else None
 
 

@@ -188,9 +188,8 @@ class Model(Section):
     logit_bias: float = -10.0
     """Start value of the learned bias (objectives that have one: siglip)."""
     momentum: Momentum | None = None
-    """A moving average of the weights, such as {decay: 0.995}; null: none. Its keys: decay (0.995), decay_schedule
-    (constant, cosine), start_decay, order (first, last), precision (run, fp32), scale (false), buffers (average, copy).
-    Lends image_momentum and text_momentum to objectives that ask for them."""
+    """A moving average of the weights, such as {decay: 0.995}; null: none. Lends image_momentum and text_momentum to
+    objectives that ask for them."""
 
 
 class LearningRateFactors(Section):

@@ -32,6 +32,14 @@ class Section(Checked):
     model_config = ConfigDict(frozen=True, use_attribute_docstrings=True, validate_default=True)
 
 
+def section_of(annotation: Any) -> type[BaseModel] | None:
+    """The section that a key holds, or may hold beside null; None: it holds something else."""
+    for one in (annotation, *(get_args(annotation) if type(None) in get_args(annotation) else ())):
+        if isinstance(one, type) and issubclass(one, BaseModel):
+            return one
+    return None
+
+
 def _holds(annotation: Any, *types: Any) -> bool:
     """Whether any of these is a part of an annotation, such as bool of `bool | None`."""
     return annotation in types or any(_holds(part, *types) for part in get_args(annotation))

@@ -10,7 +10,7 @@ import yaml
 from amclr_scale.config.load import build, dump, load, recipe, recipe_hash
 from amclr_scale.config.objective_options import declared, option_models
 from amclr_scale.config.optimizers import RULES
-from amclr_scale.config.section import Fraction, Section
+from amclr_scale.config.section import Fraction, Section, section_of
 from amclr_scale.errors import UserError
 
 
@@ -208,8 +208,7 @@ def test_a_teacher_belongs_to_the_recipe_and_its_absence_to_every_older_one():
 def test_every_key_is_documented():
     def missing(model, prefix=""):
         for name, field in model.model_fields.items():
-            inner = field.annotation
-            if hasattr(inner, "model_fields"):
+            if (inner := section_of(field.annotation)) is not None:
                 yield from missing(inner, f"{prefix}{name}.")
             elif not field.description:
                 yield prefix + name
