@@ -65,8 +65,8 @@ def lines_of(file: str) -> list[str]:
 def of_shards(model: Model, args: argparse.Namespace) -> tuple[int, Rows]:
     """The samples of a data set in the order of ids: how many, and their rows."""
     caption = args.caption or model.config.data.caption
-    squash = model.config.evaluation.resize == "squash"
-    split = EvaluationSplit(args.shards, model.config.data.model_copy(update={"caption": caption}), squash=squash)
+    data = model.config.data.model_copy(update={"caption": caption})
+    split = EvaluationSplit(args.shards, data, reading=model.reading)
 
     def rows() -> Rows:
         if args.side == "text":

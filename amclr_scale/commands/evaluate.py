@@ -89,7 +89,7 @@ def run(options: argparse.Namespace, rank_info: RankInfo) -> None:
     import torch
 
     from amclr_scale.distributed.process_group import device_type, keep_float32, start, stop
-    from amclr_scale.evaluation.models import compute_in, use_statistics
+    from amclr_scale.evaluation.models import check_reading, compute_in, use_statistics
     from amclr_scale.evaluation.progress import EvaluationProgress
     from amclr_scale.evaluation.report import comparison_lines, comparisons, histogram_lines, write
     from amclr_scale.evaluation.run import Evaluator
@@ -119,7 +119,8 @@ def run(options: argparse.Namespace, rank_info: RankInfo) -> None:
         first_config = first_config or config
         check_same_measure(first_config, config)
         folder = folder or (loaded.folder or Path("runs")) / "evaluation" / loaded.step
-        evaluator = Evaluator(config, rank=rank_info.rank, world_size=rank_info.world_size)
+        check_reading(loaded, config.data)
+        evaluator = Evaluator(config, rank=rank_info.rank, world_size=rank_info.world_size, reading=loaded.reading)
         use_statistics(loaded, config.data)
         name = checkpoint if loaded.name in results else loaded.name
         precision[name] = compute_in(loaded, options.precision)

@@ -10,11 +10,10 @@ from torch import Tensor
 
 from amclr_scale.config import schema
 from amclr_scale.data.decoding import BadSampleError, Field, Sample, check_whole, decode
-from amclr_scale.data.image_views import evaluation_view, to_tensor
 from amclr_scale.data.indexing import IMAGE_EXTENSIONS, open_index
+from amclr_scale.data.reading import Reading, reading_of
 from amclr_scale.data.sources import CORPORA, resolve
 from amclr_scale.data.text_views import clean_caption, parse_places
-from amclr_scale.data.tokenizers import load_tokenizer
 from amclr_scale.errors import UserError
 from amclr_scale.types import Batch
 
@@ -28,7 +27,7 @@ class EvaluationSplit:
         name: as in `data.train`: a split of the embedded corpus, an index, a folder, shards.
         data: the recipe's section: image size, tokenizer, limits.
         classes: where a sample's class is (json.FIELD or a member such as cls); None: no classes.
-        squash: resize both sides of an image to the square, instead of cutting out its centre.
+        reading: how the model reads pictures and captions; None: as `data` says.
         clean: clean captions as ALBEF does (`clean_caption`).
 
     Attributes:
@@ -52,12 +51,12 @@ class EvaluationSplit:
         rank: int = 0,
         world_size: int = 1,
         classes: str | None = None,
-        squash: bool = False,
+        reading: Reading | None = None,
         clean: bool = False,
     ):
-        self.name, self.data, self.squash, self.clean = name, data, squash, clean
+        self.name, self.data, self.clean = name, data, clean
         self.index = open_index(data, name, _KEY)
-        self.tokenizer = load_tokenizer(data.tokenizer, data.context_length)
+        self.reading = reading or reading_of(data)
         self.num_samples = n = self.index.num_samples
         self.share = (rank * n // world_size, (rank + 1) * n // world_size)
         self.ids = torch.arange(n)
@@ -72,7 +71,7 @@ class EvaluationSplit:
         for start in range(first, end, batch_size):
             ids = range(start, min(start + batch_size, end))
             images = torch.stack([self._image(sample) for sample in ids])
-            texts = self.tokenizer([self.captions[sample] for sample in ids])
+            texts = self.reading.tokenizer([self.captions[sample] for sample in ids])
             yield Batch(ids=torch.tensor(ids), images=(images,), texts=(texts,))
 
     def key(self, sample: int) -> str:
@@ -100,7 +99,7 @@ class EvaluationSplit:
     def _image(self, sample: int) -> Tensor:
         try:
             opened = self._sample(sample, frozenset(IMAGE_EXTENSIONS)).image()
-            return to_tensor(evaluation_view(decode(opened), self.data.image_size, squash=self.squash))
+            return self.reading.view(decode(opened))
         except BadSampleError as error:
             raise self._refuse(sample, error) from error
 

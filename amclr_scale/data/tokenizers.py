@@ -157,6 +157,11 @@ def _first(known: Sequence[str], lookup: Callable[[str], int | None], spec: str,
     raise UserError(f"data.tokenizer: {spec}: expected {what} token, one of {' '.join(known)}; it has none of them")
 
 
+def _rows(entries: int, vocabulary: Mapping[str, int]) -> int:
+    """Rows that a table of embeddings needs: where numbers have holes, the largest one decides."""
+    return max(entries, max(vocabulary.values()) + 1)
+
+
 def _from_json(spec: str, path: Path, context_length: int) -> Tokenizer:
     from tokenizers import Tokenizer as Vocabulary
 
@@ -178,7 +183,7 @@ def _from_json(spec: str, path: Path, context_length: int) -> Tokenizer:
         encode,
         lambda folder: vocabulary.save(str(folder / "tokenizer.json")),
         vocabulary.get_vocab,
-        vocab_size=vocabulary.get_vocab_size(),
+        vocab_size=_rows(vocabulary.get_vocab_size(), vocabulary.get_vocab()),
         pad_id=pads[0] if pads else end,
         start_id=start,
         end_id=end,
@@ -237,7 +242,7 @@ def _from_folder(spec: str, folder: Path, context_length: int) -> Tokenizer:
         encode,
         lambda place: vocabulary.save_pretrained(str(place)),
         vocabulary.get_vocab,
-        vocab_size=len(vocabulary),
+        vocab_size=_rows(len(vocabulary), vocabulary.get_vocab()),
         pad_id=end if pad is None else pad,
         start_id=start,
         end_id=end,

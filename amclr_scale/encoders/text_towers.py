@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from amclr_scale.config.schema import TextTower
 from amclr_scale.encoders.kinds import kind_of
 from amclr_scale.encoders.small_transformer import SmallTransformer
+from amclr_scale.encoders.trial import UntriedError, largest, trial
 from amclr_scale.errors import UserError, did_you_mean
 from amclr_scale.torchvision_ops import import_torchvision
 
@@ -140,10 +141,11 @@ def _transformers(tower: TextTower, captions: Captions) -> TokenTower:
     if getattr(config, "use_cache", False):
         config.use_cache = False  # keys and values of earlier tokens, for generating; a recomputed block adds its own
     _fit(config, tower, captions)
+    width = _try(config, tower, captions)
     model = _pretrained(config, name) if tower.pretrained and captions.weights else _random(config)
     if getattr(model, "pooler", None) is not None:
         model.pooler = None  # a head for next-sentence prediction, which would never get a gradient
-    return TokenTower(TransformersModel(model), int(config.hidden_size), _pooling(config.model_type))
+    return TokenTower(TransformersModel(model), width, _pooling(config))
 
 
 def save_architecture(tower: nn.Module, folder: Path) -> None:
@@ -182,13 +184,11 @@ def _config(name: str, architecture: dict[str, Any] | None) -> Any:
 
 def _fit(config: Any, tower: TextTower, captions: Captions) -> None:
     """Give the configuration our tokenizer's vocabulary, or refuse where trained weights have another."""
-    vocab_size, pad_id, context_length = captions.vocab_size, captions.pad_id, captions.context_length
+    vocab_size, pad_id = captions.vocab_size, captions.pad_id
     if getattr(config, "is_encoder_decoder", False):
         raise UserError(
             f"model.text.name: {config.model_type} has a decoder; choose an encoder, such as transformers/distilbert"
         )
-    longest = getattr(config, "max_position_embeddings", None)
-    taken = pad_id + 1 if "roberta" in config.model_type or config.model_type in ("camembert", "mpnet") else 0
     if tower.pretrained:
         if vocab_size > config.vocab_size:
             raise UserError(
@@ -201,17 +201,63 @@ def _fit(config: Any, tower: TextTower, captions: Captions) -> None:
                 f"data.tokenizer: pads with {pad_id}, and {tower.name} was trained with {config.pad_token_id}; use the "
                 "tokenizer in that folder"
             )
-        if longest is not None and context_length + taken > longest:
-            raise UserError(
-                f"data.context_length: expected at most {longest - taken} for {tower.name}, got {context_length}"
-            )
         return
     config.vocab_size, config.pad_token_id = vocab_size, pad_id
     for token in ("bos_token_id", "eos_token_id"):
         if (getattr(config, token, None) or 0) >= vocab_size:
             setattr(config, token, pad_id)  # the default vocabulary's; our own tokenizer puts these tokens itself
-    if longest is not None:
-        config.max_position_embeddings = max(longest, context_length + taken)
+
+
+def _try(config: Any, tower: TextTower, captions: Captions) -> int:
+    """The width of a model's features, from a forward of a caption as long as captions may be.
+
+    A model with random weights gets as many positions as that takes: some are for padding, or for nothing.
+
+    Raises:
+        UserError: the caption is too long for trained weights, or the model is no text tower.
+    """
+    length, positions = captions.context_length, getattr(config, "max_position_embeddings", None)
+    word = int(captions.pad_id == 0)  # any number but padding's
+    if tower.pretrained:
+        positions = None  # as many as the weights have
+    if positions is not None:
+        config.max_position_embeddings = positions = max(positions, length)
+    found = _width(config, word, length)
+    if isinstance(found, int):
+        return found
+    longest = largest(lambda shorter: isinstance(_width(config, word, shorter), int), length)
+    if not longest:
+        why = f"{type(found).__name__}: {found}".splitlines()[0]
+        raise UserError(f"model.text.name: {tower.name} cannot be used as a text tower: {why}")
+    if positions is not None:
+        config.max_position_embeddings = positions + length - longest
+        found = _width(config, word, length)
+        if isinstance(found, int):
+            return found
+    raise UserError(f"data.context_length: expected at most {longest} for {tower.name}, got {length}")
+
+
+def _width(config: Any, word: int, length: int) -> int | Exception:
+    """The width of the features of a caption of so many words, or why there are none."""
+    from accelerate import init_empty_weights
+
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"):  # transformers loads models where nothing has memory
+        ids = torch.full((2, length), word)
+        with init_empty_weights(include_buffers=False):
+            sketch = TransformersModel(_random(config))
+        try:
+            try:
+                features = trial(sketch, ids, torch.ones_like(ids, dtype=torch.bool))
+            except UntriedError:  # it looks at numbers: then with weights
+                sketch = TransformersModel(_random(config))
+                features = trial(sketch, ids, torch.ones_like(ids, dtype=torch.bool))
+        except UntriedError:  # nothing has memory here
+            return int(config.hidden_size)
+        except Exception as error:  # whatever a model raises about what it cannot take
+            return error
+    if not isinstance(features, Tensor) or features.shape[:2] != ids.shape:
+        return TypeError(f"expected a feature for each token, got {getattr(features, 'shape', type(features))}")
+    return int(features.shape[-1])
 
 
 def _random(config: Any) -> Any:
@@ -240,7 +286,10 @@ def _pretrained(config: Any, name: str) -> Any:
     return model
 
 
-def _pooling(kind: str) -> Pooling | None:
+def _pooling(config: Any) -> Pooling | None:
+    kind = config.model_type
+    if getattr(config, "use_bidirectional_attention", False):  # made from a causal one, for embeddings
+        return "mean"
     if any(part in kind for part in LAST):
         return "last"
     if any(part in kind for part in FIRST):

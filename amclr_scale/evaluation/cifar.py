@@ -19,9 +19,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from amclr_scale.config.schema import Data
-from amclr_scale.data.image_views import evaluation_view, to_tensor
-from amclr_scale.data.tokenizers import load_tokenizer
+from amclr_scale.data.reading import Reading
 from amclr_scale.errors import UserError
 from amclr_scale.evaluation.shares import share
 from amclr_scale.types import Batch
@@ -82,7 +80,7 @@ class CifarFiles:
         UserError: it is the pickled version, a file is missing or cut off, or there is no such split.
     """
 
-    def __init__(self, name: str, folder: Path, data: Data, split: str):
+    def __init__(self, name: str, folder: Path, reading: Reading, split: str):
         form = _form(folder)
         if form is None:
             refused = _pickled(folder)
@@ -94,7 +92,7 @@ class CifarFiles:
             )
         if split not in form.files:
             raise UserError(f"{_KEY}: {name}: expected one of the splits {', '.join(form.files)}, got {split}")
-        self.name, self.data = name, data
+        self.name, self.reading = name, reading
         size = form.label_bytes + PIXELS
         records = np.concatenate([_records(name, folder / file, size) for file in form.files[split]])
         self._pixels = records[:, form.label_bytes :].reshape(-1, 3, SIDE, SIDE)
@@ -102,7 +100,6 @@ class CifarFiles:
             line.strip() for line in (folder / form.names).read_text("utf-8").splitlines() if line.strip()
         ]
         self.labels: list[Any] | None = records[:, form.label_bytes - 1].astype(np.int64).tolist()
-        self.tokenizer = load_tokenizer(data.tokenizer, data.context_length)
         self.num_samples = len(records)
         self.caption_lists: list[list[str]] = [[] for _ in range(self.num_samples)]
         self.image_ids = torch.arange(self.num_samples)
@@ -113,11 +110,11 @@ class CifarFiles:
         for start in range(mine.start, mine.stop, batch_size):
             rows = range(start, min(start + batch_size, mine.stop))
             images = torch.stack([self._image(row) for row in rows])
-            yield Batch(ids=torch.tensor(rows), images=(images,), texts=(self.tokenizer([""] * len(rows)),))
+            yield Batch(ids=torch.tensor(rows), images=(images,), texts=(self.reading.tokenizer([""] * len(rows)),))
 
     def _image(self, row: int) -> Tensor:
         picture = Image.fromarray(np.ascontiguousarray(self._pixels[row].transpose(1, 2, 0)))
-        return to_tensor(evaluation_view(picture, self.data.image_size))
+        return self.reading.view(picture)
 
 
 def _records(name: str, file: Path, size: int) -> Any:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from amclr_scale.data.tokenizers import Tokenizer
+from amclr_scale.data.reading import Tokens
 from amclr_scale.evaluation.shares import largest_share, share
 from amclr_scale.evaluation.splits import Split
 
@@ -22,20 +22,18 @@ def encode_images(
     encode: Encode, split: Split, batch_size: int, outputs: Sequence[str] = ("image",), **options: Any
 ) -> tuple[Tensor, ...]:
     """Encode a rank's share of a split's images: (n_r, width) of every output that is asked for."""
-    size = split.data.image_size
-    blank = torch.zeros(1, 3, size, size, dtype=torch.uint8)
     batches = split.batches(batch_size)
     kept: list[list[Tensor]] = [[] for _ in outputs]
     for _ in range(-(-largest_share(split.num_samples) // batch_size)):
         batch = next(batches, None)
-        encoded = encode(images=(blank if batch is None else batch.images[0],), **options)
+        encoded = encode(images=(split.reading.blank if batch is None else batch.images[0],), **options)
         for rows, name in zip(kept, outputs, strict=True):
             rows.append(encoded[name][: 0 if batch is None else len(batch)])
     return tuple(torch.cat(rows) for rows in kept)
 
 
 @torch.no_grad()
-def encode_texts(encode: Encode, tokenizer: Tokenizer, texts: Sequence[str], batch_size: int) -> Tensor:
+def encode_texts(encode: Encode, tokenizer: Tokens, texts: Sequence[str], batch_size: int) -> Tensor:
     """Encode a rank's share of the texts: (m_r, D)."""
     mine = share(len(texts))
     kept: list[Tensor] = []

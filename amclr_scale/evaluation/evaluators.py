@@ -80,7 +80,7 @@ class EncodedSplit:
 
     def encoded(self, texts: list[str]) -> Tensor:
         """(m_r, D), unit length: this rank's share of some texts. All ranks call it together."""
-        return encode_texts(self.encode, self.split.tokenizer, texts, self.options.batch_size)
+        return encode_texts(self.encode, self.split.reading.tokenizer, texts, self.options.batch_size)
 
 
 def retrieval(seen: EncodedSplit) -> Measured:

@@ -25,10 +25,9 @@ from amclr_scale.config.schema import Data
 from amclr_scale.data.decoding import BadSampleError, Sample, decode
 from amclr_scale.data.formats.annotation_files import entries, kind_of
 from amclr_scale.data.formats.picture_files import Classes, FoundPictures, find_pictures, holds_picture, is_hidden
-from amclr_scale.data.image_views import evaluation_view, to_tensor
+from amclr_scale.data.reading import Reading
 from amclr_scale.data.sources import shards_in
 from amclr_scale.data.text_views import clean_caption
-from amclr_scale.data.tokenizers import load_tokenizer
 from amclr_scale.errors import UserError
 from amclr_scale.evaluation.shares import share
 from amclr_scale.types import Batch
@@ -56,7 +55,7 @@ class Item:
 class ImageFiles:
     """A split made of image files, with the interface of `EvaluationSplit`."""
 
-    def __init__(self, name: str, data: Data, items: list[Item], *, squash: bool = False):
+    def __init__(self, name: str, data: Data, items: list[Item], reading: Reading):
         if not items:
             raise UserError(f"{_KEY}: {name} is empty")
         missing = [item.path for item in items if not item.path.is_file()]
@@ -65,8 +64,7 @@ class ImageFiles:
                 f"evaluation.image_root: {name} names {len(missing)} images of {len(items)} that do not exist, the "
                 f"first is {missing[0]}; set it to the folder that the paths begin in"
             )
-        self.name, self.data, self.items, self.squash = name, data, items, squash
-        self.tokenizer = load_tokenizer(data.tokenizer, data.context_length)
+        self.name, self.data, self.items, self.reading = name, data, items, reading
         self.num_samples = len(items)
         self.caption_lists = [item.captions for item in items]
         self.labels: list[Any] | None = [item.label for item in items] if items[0].label is not None else None
@@ -80,13 +78,15 @@ class ImageFiles:
         for start in range(mine.start, mine.stop, batch_size):
             rows = range(start, min(start + batch_size, mine.stop))
             images = torch.stack([self._image(self.items[row].path) for row in rows])
-            texts = self.tokenizer([self.items[row].captions[0] if self.items[row].captions else "" for row in rows])
+            texts = self.reading.tokenizer(
+                [self.items[row].captions[0] if self.items[row].captions else "" for row in rows]
+            )
             yield Batch(ids=torch.tensor(rows), images=(images,), texts=(texts,))
 
     def _image(self, path: Path) -> Tensor:
         sample = Sample({"jpg": path.read_bytes()}, self.data.max_image_pixels, self.data.max_caption_characters)
         try:
-            return to_tensor(evaluation_view(decode(sample.image()), self.data.image_size, squash=self.squash))
+            return self.reading.view(decode(sample.image()))
         except BadSampleError as error:
             raise UserError(f"{_KEY}: {self.name}: {path} cannot be used: {error}") from error
 

@@ -11,6 +11,7 @@ from torch import nn
 
 from amclr_scale.config.schema import Config
 from amclr_scale.data.names import probe_name, split_names
+from amclr_scale.data.reading import Reading
 from amclr_scale.encoders.rank_buffers import one_set_of_buffers
 from amclr_scale.errors import UserError, did_you_mean
 from amclr_scale.evaluation.encode import Encode
@@ -28,6 +29,7 @@ class Evaluator:
     Args:
         config: the sections `data` and `evaluation` of a recipe. All ranks of the process group make one.
         rank, world_size: those of the process group.
+        reading: how the model reads pictures and captions, where it is not as `config` says.
 
     Attributes:
         tasks: the splits, opened.
@@ -37,7 +39,7 @@ class Evaluator:
         UserError: a split, a class field or a template is not usable.
     """
 
-    def __init__(self, config: Config, *, rank: int = 0, world_size: int = 1):
+    def __init__(self, config: Config, *, rank: int = 0, world_size: int = 1, reading: Reading | None = None):
         self.options = options = config.evaluation
         for name in options.evaluators:
             if name not in EVALUATORS:
@@ -45,7 +47,7 @@ class Evaluator:
                 raise UserError(f"evaluation.evaluators: {expected}, got {name!r}{did_you_mean(name, EVALUATORS)}")
         self.evaluators = list(dict.fromkeys([*ALWAYS, *options.evaluators]))
         data = config.data.model_copy(update={"caption": options.caption or config.data.caption})
-        opened = partial(open_task, data=data, options=options, rank=rank, world_size=world_size)
+        opened = partial(open_task, data=data, options=options, rank=rank, world_size=world_size, reading=reading)
         self.tasks = [opened(path, name=name) for name, path in split_names(options).items()]
         self.probes = [(one, *probe_tasks(one, opened)) for one in options.probes]
         self.numbers: dict[str, dict[str, Number]] = {}

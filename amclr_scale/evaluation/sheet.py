@@ -36,7 +36,7 @@ def text_to_image_sheet(encode: Encode, task: Task, batch_size: int, rows: int =
     (image,) = encode_images(encode, task.split, batch_size)
     texts, owners, _, keep = gallery(task.split)
     here = share(task.split.num_samples)
-    text = encode_texts(encode, task.split.tokenizer, texts, batch_size)
+    text = encode_texts(encode, task.split.reading.tokenizer, texts, batch_size)
     images = int(keep.sum())
     scores, found = top_k(text, image[keep[here.start : here.stop].to(image.device)], min(SHOWN, images))
     ahead = scores[:, 0] - scores[:, 1] > tie(scores.dtype) if images > 1 else torch.ones_like(scores[:, 0]) > 0
@@ -59,8 +59,8 @@ def _pixels(task: Task, keep: Tensor, wanted: list[int], batch_size: int) -> dic
             if keep[sample] and bool((numbers == place[sample]).any()):
                 mine.append(int(place[sample]))
                 pixels.append(picture)
-    size = task.split.data.image_size
-    stacked = torch.stack(pixels) if pixels else torch.zeros(0, 3, size, size, dtype=torch.uint8)
+    stacked = torch.stack(pixels) if pixels else task.split.reading.blank[:0]
+    stacked = stacked if stacked.dtype == torch.uint8 else stacked.mul(255).round().to(torch.uint8)
     whose, shown = gather_rows(torch.tensor(mine, dtype=torch.int64)), gather_rows(stacked)
     return {
         number: Image.fromarray(picture.permute(1, 2, 0).contiguous().numpy()).resize((CELL, CELL))

@@ -1,7 +1,7 @@
 """What `evaluation.splits` may name, opened: images with captions, labels or both, and the names of their classes."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -11,8 +11,8 @@ from torch import Tensor
 from amclr_scale.config.schema import Data, Evaluation
 from amclr_scale.data.evaluation_split import EvaluationSplit, class_names
 from amclr_scale.data.formats.annotation_files import read_json
+from amclr_scale.data.reading import Reading, reading_of, square_view
 from amclr_scale.data.sources import embedded_splits, shards_in
-from amclr_scale.data.tokenizers import Tokenizer
 from amclr_scale.errors import UserError
 from amclr_scale.evaluation.cifar import CifarFiles, find_cifar
 from amclr_scale.evaluation.class_names import imagenet_metadata, lines_of, name_classes
@@ -32,8 +32,7 @@ class Split(Protocol):
     """Held-out samples, of which each rank reads its share."""
 
     name: str
-    data: Data
-    tokenizer: Tokenizer
+    reading: Reading
     num_samples: int
     caption_lists: list[list[str]]  # of all samples
     labels: list[Any] | None
@@ -79,6 +78,7 @@ class NamedSplit:
         given: as it is named: PATH, or PATH#PART of what holds several; or what else `data.train` may name.
         part: PART, or `test`.
         classes: where a sample's class is.
+        reading: how the model reads pictures and captions.
     """
 
     given: str
@@ -87,20 +87,20 @@ class NamedSplit:
     data: Data
     options: Evaluation
     classes: str | None
+    reading: Reading
     rank: int
     world_size: int
 
     def of_files(self, items: list[Item]) -> ImageFiles:
         """A split of image files."""
         cleaned = [item.cleaned() for item in items] if self.options.clean_captions else items
-        return ImageFiles(self.given, self.data, cleaned, squash=self.options.resize == "squash")
+        return ImageFiles(self.given, self.data, cleaned, self.reading)
 
     def of_shards(self, name: str, data: Data, classes: str | None) -> EvaluationSplit:
         """A split of shards."""
-        options = self.options
         return EvaluationSplit(
-            name, data, rank=self.rank, world_size=self.world_size, classes=classes,
-            squash=options.resize == "squash", clean=options.clean_captions,
+            name, data, rank=self.rank, world_size=self.world_size, classes=classes, reading=self.reading,
+            clean=self.options.clean_captions,
         )  # fmt: skip
 
 
@@ -129,6 +129,7 @@ def open_task(
     world_size: int,
     name: str = "",
     classes: str | None = None,
+    reading: Reading | None = None,
 ) -> Task:
     """Open one of `evaluation.splits`, whatever its format. All ranks call it.
 
@@ -136,14 +137,21 @@ def open_task(
         given: its path, or what else names it.
         name: what its numbers are called; default: the path.
         classes: overrides options.classes.
+        reading: how the model reads pictures and captions; None: as `data` and `options` say.
 
     Raises:
         UserError: it is none of the formats, or something in it cannot be used.
     """
+    squash = options.resize == "squash"
+    if reading is None:
+        reading = reading_of(data, squash=squash)
+    elif squash:
+        reading = replace(reading, view=square_view(data.image_size, squash=True))
     file, _, part = given.partition("#")
     named = NamedSplit(
-        given, Path(file).expanduser(), part or "test", data, options, classes or options.classes, rank, world_size
-    )
+        given, Path(file).expanduser(), part or "test", data, options, classes or options.classes, reading, rank,
+        world_size,
+    )  # fmt: skip
     found = next((opened for one in SPLIT_FORMATS.values() if (opened := one(named))), None) or _shards(named)
     split, names = found.split, found.class_names
     known = name_classes(given, split.labels, names, options.class_names) if split.labels is not None else None
@@ -189,7 +197,7 @@ def _cifar(named: NamedSplit) -> Opened | None:
     folder = find_cifar(named.path) if named.path.is_dir() else None
     if folder is None:
         return None
-    split = CifarFiles(named.given, folder, named.data, named.part)
+    split = CifarFiles(named.given, folder, named.reading, named.part)
     return Opened(split, retrieval=False, class_names=split.class_names)
 
 

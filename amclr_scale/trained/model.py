@@ -12,8 +12,7 @@ from torch import Tensor
 from amclr_scale.checkpoint.files import CHECKPOINTS
 from amclr_scale.checkpoint.state import OBJECTIVE, TOKENIZER, read_state
 from amclr_scale.data.decoding import BadSampleError, Sample, decode
-from amclr_scale.data.image_views import evaluation_view, to_tensor
-from amclr_scale.data.tokenizers import load_tokenizer
+from amclr_scale.data.reading import reading_of
 from amclr_scale.errors import UserError
 from amclr_scale.evaluation.models import Loaded, load_model
 from amclr_scale.trained.export import export
@@ -26,14 +25,16 @@ class Model:
 
     Attributes:
         config: of the run that trained it.
+        reading: how it reads pictures and captions.
         tokenizer: captions -> (n, L) int64.
         module: the towers, in evaluation mode: `module(images=(...,), texts=(...,))`.
     """
 
     def __init__(self, loaded: Loaded, device: torch.device):
         self.config, self.module, self.device = loaded.config, loaded.model.to(device), device
-        data = loaded.config.data
-        self.tokenizer = load_tokenizer(data.tokenizer, data.context_length)
+        squash = self.config.evaluation.resize == "squash"
+        self.reading = loaded.reading or reading_of(self.config.data, squash=squash)
+        self.tokenizer = self.reading.tokenizer
 
     @torch.no_grad()
     def encode_image(self, images: Images, batch_size: int = 64) -> Tensor:
@@ -74,14 +75,14 @@ class Model:
         return torch.cat(rows) if rows else torch.empty(0, self.config.model.embedding_width)
 
     def _pixels(self, image: Any) -> Tensor:
-        data, squash = self.config.data, self.config.evaluation.resize == "squash"
+        data = self.config.data
         try:
             if isinstance(image, str | Path):
                 content = {"jpg": Path(image).read_bytes()}
                 image = Sample(content, data.max_image_pixels, data.max_caption_characters).image()
             elif not isinstance(image, Image.Image):
                 raise UserError(f"images: expected files, PIL images or one tensor of all, got {type(image).__name__}")
-            return to_tensor(evaluation_view(decode(image), data.image_size, squash=squash))
+            return self.reading.view(decode(image))
         except (OSError, BadSampleError) as error:
             raise UserError(f"images: {image} cannot be used: {error}") from error
 

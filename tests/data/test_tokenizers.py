@@ -49,6 +49,31 @@ def test_half_of_a_surrogate_pair_is_one_unknown_character(spec, bert):
     assert tokenizer([cut, whole]).equal(tokenizer(["a cat \ufffd", "a cat \U0001f600"]))
 
 
+@pytest.mark.parametrize("reader", ["tokenizer.json", "transformers"])
+def test_numbers_with_holes(tmp_path, reader):
+    """The end token far behind the words, as in several published vocabularies: the largest number decides."""
+    words = ["<pad>", "<s>", "[UNK]", "a", "photo", "of", "cat"]
+    special = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    added = [{"id": i, "content": token, **special} for i, token in ((0, "<pad>"), (1, "<s>"), (40, "</s>"))]
+    vocabulary = {**{word: i for i, word in enumerate(words)}, "</s>": 40}
+    content = {
+        "version": "1.0", "truncation": None, "padding": None, "added_tokens": added, "normalizer": None,
+        "pre_tokenizer": {"type": "Whitespace"}, "post_processor": None, "decoder": None,
+        "model": {"type": "WordLevel", "vocab": vocabulary, "unk_token": "[UNK]"},
+    }  # fmt: skip
+    file = tmp_path / "tokenizer.json"
+    file.write_text(json.dumps(content))
+    if reader == "transformers":
+        named = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "[UNK]"}
+        about = {"tokenizer_class": "PreTrainedTokenizerFast", **named}
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(about))
+    tokenizer = load_tokenizer(str(file if reader == "tokenizer.json" else tmp_path), 8)
+    rows = tokenizer(["a photo of a cat"])
+    assert rows.tolist() == [[1, 3, 4, 5, 3, 6, 40, 0]]
+    assert tokenizer.vocab_size == 41
+    assert torch.nn.Embedding(tokenizer.vocab_size, 2)(rows).shape == (1, 8, 2)
+
+
 def test_known_ids(bert):
     assert load_tokenizer("clip", 9)(["a photo of a cat"]).tolist() == [[49406, 320, 1125, 539, 320, 2368, 49407, 0, 0]]
     assert load_tokenizer(bert, 9)(["a photo of a cat"]).tolist() == [[2, 5, 6, 7, 5, 8, 3, 0, 0]]

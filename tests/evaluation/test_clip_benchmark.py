@@ -66,7 +66,7 @@ def trained(folders):
     split = Evaluator(recipe(folders[0])).tasks[0].split
     with torch.no_grad():
         images = torch.cat([batch.images[0] for batch in split.batches(N)])
-        tokens = split.tokenizer([captions[0] for captions in split.caption_lists])
+        tokens = split.reading.tokenizer([captions[0] for captions in split.caption_lists])
         out = encoder((images,), (tokens,), features=True)
         head = torch.linalg.pinv(out["image_features"].double()) @ out["text"].double()
         encoder.image_head[1].weight.copy_(head.T)
@@ -118,7 +118,7 @@ def test_retrieval_is_theirs(folders, trained):
     ours = {
         name.rpartition("/")[2]: value for name, value in evaluator(trained).items() if "R@" in name.rpartition("/")[2]
     }
-    want = theirs(folders[0], trained, evaluator.tasks[0].split.tokenizer, "retrieval")
+    want = theirs(folders[0], trained, evaluator.tasks[0].split.reading.tokenizer, "retrieval")
     assert 0.1 < ours["image_to_text_R@1"] < 0.95
     for k in (1, 5, 10):
         assert ours[f"text_to_image_R@{k}"] == pytest.approx(want[f"image_retrieval_recall@{k}"], abs=1e-6)
@@ -129,7 +129,7 @@ def test_zero_shot_is_theirs(folders, trained):
     evaluator = Evaluator(recipe(folders[1]))
     assert evaluator.tasks[0].templates == TEMPLATES
     ours = evaluator(trained)
-    want = theirs(folders[1], trained, evaluator.tasks[0].split.tokenizer, "classification")
+    want = theirs(folders[1], trained, evaluator.tasks[0].split.reading.tokenizer, "classification")
     name = f"{folders[1].name}/zero_shot"
     assert f"{folders[1].name}/image_to_text_R@1" not in ours
     assert ours[f"{name}_top1"] == pytest.approx(want["acc1"], abs=1e-6)

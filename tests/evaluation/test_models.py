@@ -112,45 +112,6 @@ def test_an_open_clip_model(tiny_clip):
         load_model(f"open_clip/RN50:{file}")
 
 
-@pytest.mark.parametrize("pad", ["<pad>", "</s>"])  # OpenAI's CLIP pads with its end token
-def test_a_transformers_model(tmp_path, pad):
-    import_torchvision()
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPVisionConfig, PreTrainedTokenizerFast
-
-    words = {word: i for i, word in enumerate(["<pad>", "<s>", "<unk>", "</s>", "a", "cat", "two", "dogs"])}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token=pad, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
-    )
-    fast.save_pretrained(tmp_path)
-    text = CLIPTextConfig(
-        vocab_size=8, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
-        max_position_embeddings=10, pad_token_id=words[pad], bos_token_id=1, eos_token_id=3,
-    )  # fmt: skip
-    vision = CLIPVisionConfig(
-        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, image_size=32, patch_size=8
-    )
-    torch.manual_seed(0)
-    inner = CLIPModel(CLIPConfig(text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=24)).eval()
-    inner.save_pretrained(tmp_path)
-    seen = {"crop_size": {"height": 32, "width": 32}, "image_mean": [0.5, 0.4, 0.3], "image_std": [0.2, 0.2, 0.3]}
-    (tmp_path / "preprocessor_config.json").write_text(json.dumps({**seen, "size": {"shortest_edge": 32}}))
-    loaded = load_model(f"transformers/{tmp_path}")
-    assert (loaded.config.data.image_size, loaded.config.data.context_length) == (32, 10)
-    ids = torch.tensor([[1, 4, 5, 3, words[pad], words[pad]], [1, 6, 7, 2, 2, 3]])
-    mask = torch.tensor([[1, 1, 1, 1, 0, 0], [1, 1, 1, 1, 1, 1]])
-    images = (pixels().float() / 255 - torch.tensor([0.5, 0.4, 0.3]).view(3, 1, 1)) / torch.tensor(
-        [0.2, 0.2, 0.3]
-    ).view(3, 1, 1)
-    with torch.no_grad():
-        want = inner(input_ids=ids, attention_mask=mask, pixel_values=images)
-        got = loaded.model((pixels(),), (ids,))
-    torch.testing.assert_close(got["text"], want.text_embeds, rtol=1e-4, atol=1e-6)
-    torch.testing.assert_close(got["image"], want.image_embeds, rtol=1e-4, atol=1e-6)
-
-
 @pytest.mark.parametrize(
     ("name", "message"),
     [

@@ -102,7 +102,10 @@ def test_numbers_are_those_of_the_features(split):
         image = torch.cat([encoder(images=batch.images)["image"] for batch in data.batches(1)])
         names = ["black", "blue", "green", "red", "white", "yellow"]
         weights = [
-            sum(encoder(texts=(data.tokenizer([t.replace("{}", name)]),))["text"] for t in evaluator.tasks[0].templates)
+            sum(
+                encoder(texts=(data.reading.tokenizer([t.replace("{}", name)]),))["text"]
+                for t in evaluator.tasks[0].templates
+            )
             for name in names
         ]
     scores = image @ F.normalize(torch.cat(weights), dim=-1).T
@@ -126,7 +129,7 @@ def test_a_perfect_model_is_perfect(tmp_path):
     evaluator = Evaluator(config, rank=0, world_size=1)
     data = evaluator.tasks[0].split
     pixels = torch.cat([batch.images[0] for batch in data.batches(N)]).flatten(1).double()
-    tokens = data.tokenizer([captions[0] for captions in data.caption_lists])
+    tokens = data.reading.tokenizer([captions[0] for captions in data.caption_lists])
 
     def encode(images=(), texts=()):
         if images:

@@ -1,0 +1,68 @@
+"""One forward without memory says how long captions may be and how wide their features are."""
+
+import pytest
+import torch
+
+from amclr_scale.config.schema import TextTower
+from amclr_scale.encoders.text_towers import build_text_tower
+from amclr_scale.encoders.trial import largest
+from amclr_scale.errors import UserError
+from amclr_scale.torchvision_ops import import_torchvision
+
+SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
+BASE = {**SMALL, "vocab_size": 64, "pad_token_id": 1, "max_position_embeddings": 26}
+SHIFTED = {  # positions begin behind the padding's number, whatever the type is called
+    "roberta": {},
+    "longformer": {"attention_window": [4]},
+    "xmod": {"languages": ["en_XX"], "default_language": "en_XX"},
+}
+
+
+def tower(folder, length: int, *, pretrained: bool, vocab_size: int = 64):
+    words = TextTower(name=f"transformers/{folder}", pretrained=pretrained, pooling="mean")
+    return build_text_tower(words, vocab_size=vocab_size, pad_id=1, end_id=2, context_length=length)
+
+
+@pytest.mark.parametrize("kind", SHIFTED)
+def test_the_longest_caption(tmp_path, kind):
+    import_torchvision()
+    from transformers import AutoConfig, AutoModel
+
+    AutoModel.from_config(AutoConfig.for_model(kind, **BASE, **SHIFTED[kind])).save_pretrained(tmp_path)
+    ids = torch.randint(3, 60, (2, 26))
+    made, width = tower(tmp_path, 24, pretrained=True)
+    assert made.eval()(ids[:, :24]).shape == (2, width)
+    with pytest.raises(UserError, match=r"^data.context_length: expected at most 24 for .*, got 26"):
+        tower(tmp_path, 26, pretrained=True)
+    made, width = tower(tmp_path, 26, pretrained=False)  # at random: with as many positions as it takes
+    assert made.eval()(ids).shape == (2, width) == (2, 32)
+
+
+def test_an_output_narrower_than_the_inside(tmp_path):
+    """As OPT-350m."""
+    import_torchvision()
+    from transformers import OPTConfig
+
+    narrow = {"ffn_dim": 48, "word_embed_proj_dim": 16, "hidden_size": 32, "num_hidden_layers": 1}
+    OPTConfig(**narrow, num_attention_heads=2, vocab_size=64, pad_token_id=1).save_pretrained(tmp_path)
+    with torch.device("meta"):  # where transformers loads an exported model
+        assert tower(tmp_path, 12, pretrained=False)[1] == 16
+    made, width = tower(tmp_path, 12, pretrained=False)
+    assert width == 16
+    assert made.eval()(torch.randint(3, 60, (2, 12))).shape == (2, 16)
+
+
+@pytest.mark.parametrize(("both_ways", "pooling"), [(True, "mean"), (False, "last")])
+def test_a_causal_model_that_looks_both_ways_pools_by_mean(tmp_path, both_ways, pooling):
+    import_torchvision()
+    from transformers import Gemma3TextConfig
+
+    sizes = {**SMALL, "head_dim": 16, "num_key_value_heads": 1, "vocab_size": 64}
+    Gemma3TextConfig(**sizes, use_bidirectional_attention=both_ways).save_pretrained(tmp_path)
+    words = TextTower(name=f"transformers/{tmp_path}")
+    made, width = build_text_tower(words, vocab_size=64, pad_id=1, end_id=2, context_length=8)
+    assert (made.pooling, width) == (pooling, 32)
+
+
+def test_the_largest_that_fits():
+    assert [largest(lambda n, end=end: n <= end, 7) for end in range(9)] == [0, 1, 2, 3, 4, 5, 6, 7, 7]
