@@ -26,6 +26,7 @@ from amclr_scale.distributed.process_group import gather_objects
 from amclr_scale.engine.batch_plan import Plan, Position
 from amclr_scale.engine.hooks import Hook
 from amclr_scale.engine.teacher import Teacher
+from amclr_scale.metrics.best import BestSoFar
 from amclr_scale.metrics.log import RunLog
 from amclr_scale.metrics.run_folder import installed_packages
 from amclr_scale.similarity import all_sum
@@ -66,6 +67,7 @@ class Checkpointer(Hook):
         fingerprint: of the data.
         tokenizer: that captions go through; saved with every checkpoint.
         hooks: those whose state is saved.
+        scores: of the evaluations so far, which they are added to before this hook is told of a step.
         found: what the run goes on from.
         teacher: the run's; saved with the rest.
     """
@@ -84,6 +86,7 @@ class Checkpointer(Hook):
         signals: Signals,
         device: torch.device,
         hooks: Sequence[Hook] = (),
+        scores: BestSoFar | None = None,
         found: Found | None = None,
         teacher: Teacher | None = None,
     ):
@@ -93,6 +96,7 @@ class Checkpointer(Hook):
         self.number = found.number if found else 0
         self.rank = int(engine.global_rank)
         self.tokenizer, self._tokenizer_files = tokenizer.fingerprint(), tokenizer.files()
+        self.scores = scores or BestSoFar()
         self._writing: _Writing | None = None
         self._saved_at = time.monotonic()
         self._step = found.step(config) if found else 0
@@ -107,18 +111,19 @@ class Checkpointer(Hook):
         self._step = done.step
         settings = self.config.checkpoint
         limit, minutes = self.config.train.max_hours, settings.every_minutes
-        signalled, late, due, writing = self._agree(
+        signalled, late, due, writing, best = self._agree(
             bool(self.signals.received),
             limit is not None and self.signals.hours() >= limit,
             minutes is not None and (time.monotonic() - self._saved_at) / 60 >= minutes,
             self._writing is not None and not self._writing.done,
+            self.rank == 0 and self._best() == done.step,
         )
         if self._writing is not None and not writing:
             self._finish()
         every = settings.every_samples
         crossed = every is not None and self.plan.reaches(done, every)
         due = due and not writing  # one that only the clock asks for can wait for the writer
-        if not (signalled or late or due or crossed or done.last):
+        if not (signalled or late or due or crossed or best or done.last):
             return
         self._save(done.step)
         if done.last or signalled or late:
@@ -205,9 +210,22 @@ class Checkpointer(Hook):
         self.log.write({**place, **{f"checkpoint/{key}": value for key, value in record.items()}})
         return True
 
+    def _best(self) -> int | None:
+        """The step that scored best in what `checkpoint.best` names."""
+        return self.scores.step(self.config.checkpoint.best) if self.config.checkpoint.best else None
+
+    def on_end(self) -> dict[str, float]:
+        """The last evaluation comes after the last save, and may have made it the best."""
+        if self.rank == 0 and self.config.checkpoint.best:
+            self._thin_out()
+        return {}
+
     def _thin_out(self) -> None:
+        best, settings = self._best(), self.config.checkpoint
         try:
-            files.thin_out(self.folder, self.config.checkpoint.keep, self.config.checkpoint.keep_every)
+            if best is not None:
+                files.point_at_best(self.folder, best)
+            files.thin_out(self.folder, settings.keep, settings.keep_every, best)
         except OSError as error:  # the new one is whole all the same
             self.log.say(f"checkpoint: an older one could not be removed ({error}); training goes on")
 

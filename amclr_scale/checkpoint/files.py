@@ -2,6 +2,7 @@
 
     checkpoints/step_00000200/manifest.json     every file's size and SHA-256, and its own
     checkpoints/latest                          the name of the newest one, moved last
+    checkpoints/best                            the name of the one that scored best, where one is kept for that
 
 All files are written into a hidden folder, flushed to the disk and hashed; then the manifest is written, the folder
 renamed, and `latest` replaced. Whenever a process or the machine stops, what is there is an old checkpoint or a new
@@ -20,7 +21,7 @@ from amclr_scale.errors import UserError
 
 CHECKPOINTS = "checkpoints"  # in a run's folder
 MANIFEST = "manifest.json"
-LATEST = "latest"
+LATEST, BEST = "latest", "best"
 FORMAT = 1
 
 
@@ -186,6 +187,8 @@ def locate(path: Path, key: str, expected: str) -> tuple[Path, list[str]]:
     """
     if (path / CHECKPOINTS).is_dir():
         path = path / CHECKPOINTS
+    if path.name in (LATEST, BEST) and path.is_file():
+        path = path.parent / path.read_bytes()[:200].decode(errors="replace").strip()
     if path.name.startswith("step_"):
         wrong = fault(path) if path.is_dir() else "it does not exist"
         if wrong:
@@ -205,16 +208,34 @@ def set_aside_after(folder: Path, step: int) -> None:
             target = source.with_name(f"set_aside_{source.name}")
             shutil.rmtree(target, ignore_errors=True)
             source.rename(target)
+    best = folder / BEST
+    if best.is_file() and not (folder / best.read_text().strip()).is_dir():
+        best.unlink()
 
 
-def thin_out(folder: Path, keep: int, keep_every: int | None) -> None:
+def point_at_best(folder: Path, step: int) -> None:
+    """Let `best` name a checkpoint, if it is there.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    if (folder / name_of(step)).is_dir():
+        replace_text(folder / BEST, name_of(step) + "\n")
+
+
+def thin_out(folder: Path, keep: int, keep_every: int | None, best: int | None = None) -> None:
     """Delete all but the newest `keep` and every `keep_every`-th checkpoint, and older ones that cannot be read.
+
+    Args:
+        best: the step of one that is kept all the same.
 
     Raises:
         OSError: one cannot be deleted.
     """
     for step in steps(folder)[keep:]:
         checkpoint = folder / name_of(step)
+        if step == best:
+            continue
         if keep_every is None or _number(checkpoint) % keep_every:
             remove(checkpoint)
 

@@ -15,11 +15,12 @@ from amclr_scale.checkpoint.resume import Found
 from amclr_scale.checkpoint.signals import Signals
 from amclr_scale.checkpoint.start import agree_on_start, lock_new
 from amclr_scale.config.schema import Config
+from amclr_scale.data.names import probe_name
 from amclr_scale.distributed.launcher import RankInfo, export
 from amclr_scale.distributed.process_group import device_type, seed_everything
 from amclr_scale.encoders.decay import by_pattern, exempt
 from amclr_scale.encoders.text_towers import save_architecture
-from amclr_scale.engine.batch_plan import make_plan
+from amclr_scale.engine.batch_plan import Position, make_plan
 from amclr_scale.engine.batch_probe import Probe, read_probe
 from amclr_scale.engine.build import Inputs, Trainer, build_trainer, open_data
 from amclr_scale.engine.deepspeed_setup import throughput
@@ -27,11 +28,14 @@ from amclr_scale.engine.hooks import Hook
 from amclr_scale.engine.profiling import StepProfiler
 from amclr_scale.engine.records import FinalMeasurement, Measurement, TrainingRecords
 from amclr_scale.engine.step import TrainStep
+from amclr_scale.errors import UserError
 from amclr_scale.evaluation.models import TEXT_TOWER
 from amclr_scale.evaluation.run import Evaluator
+from amclr_scale.metrics.best import BestSoFar
 from amclr_scale.metrics.log import RunLog
 from amclr_scale.metrics.phases import Phases
-from amclr_scale.metrics.run_folder import create, name_run
+from amclr_scale.metrics.run_folder import METRICS, create, name_run
+from amclr_scale.metrics.scores import score_of
 from amclr_scale.metrics.stopwatch import Stopwatch
 from amclr_scale.types import Batch
 
@@ -60,6 +64,7 @@ def prepare(config: Config, rank_info: RankInfo) -> Prepared:
     probed = read_probe(config, rank_info)
     measured = config.evaluation.splits or config.evaluation.probes
     evaluator = Evaluator(config, rank=rank_info.rank, world_size=rank_info.world_size) if measured else None
+    check_best(config, evaluator)
     auto_keys = None
     if config.execution.auto or config.execution.kept_micro_batches == "auto":
         from amclr_scale.planner.auto_execution import AutoExecution  # takes seconds, which other runs need not spend
@@ -68,6 +73,27 @@ def prepare(config: Config, rank_info: RankInfo) -> Prepared:
     elif config.execution.memory_report and rank_info.rank == 0:  # remembered: ranks can be pretended only now
         predict_memory(config, rank_info, inputs.loader.num_samples)
     return Prepared(inputs, probed, evaluator, auto_keys)
+
+
+def check_best(config: Config, evaluator: Evaluator | None) -> None:
+    """Raise `UserError` if `checkpoint.best` names nothing that will be measured on the way."""
+    wanted = config.checkpoint.best
+    if wanted is None:
+        return
+    if evaluator is None or config.evaluation.every_samples is None:
+        raise UserError(
+            "checkpoint.best: expected evaluation.splits and evaluation.every_samples with it, or nothing is measured "
+            f"on the way; got {config.evaluation.splits or 'no splits'} and {config.evaluation.every_samples}"
+        )
+    split, _, number = wanted.rpartition("/")
+    names = [task.name for task in evaluator.tasks] + [
+        probe_name(one, config.evaluation) for one, *_ in evaluator.probes
+    ]
+    if split not in names or score_of(number) is None:
+        raise UserError(
+            f"checkpoint.best: expected SPLIT/NUMBER, such as {names[0]}/image_to_text_R@1, of the splits "
+            f"{', '.join(names)}, got {wanted}"
+        )
 
 
 @dataclass(frozen=True)
@@ -90,6 +116,7 @@ class Job:
     signals: Signals
     stopwatch: Stopwatch
     found: Found | None  # the checkpoint that it goes on from
+    scores: BestSoFar  # of its evaluations; rank 0's also of those before it was interrupted
 
     @property
     def begin(self) -> int:
@@ -173,7 +200,7 @@ def build_job(
     )  # fmt: skip
     return Job(
         config, settled, rank_info, device, inputs, prepared.probed, prepared.evaluator, trainer, step, folder, lock,
-        log, records, signals, stopwatch, found,
+        log, records, signals, stopwatch, found, BestSoFar(folder / METRICS if rank_info.rank == 0 else None),
     )  # fmt: skip
 
 
@@ -208,7 +235,14 @@ def _evaluation(job: Job) -> Hook | None:
     evaluator, engine, every = job.evaluator, job.trainer.engine, job.config.evaluation.every_samples
     if evaluator is None:
         return None
-    return FinalMeasurement("eval", lambda: evaluator(engine), job.inputs.plan, job.records, job.log, every=every)
+
+    def told(done: Position, results: dict[str, float]) -> None:
+        job.scores.add(done.step, results)
+        job.log.say(job.scores.line(done.step, done.samples, results))
+
+    return FinalMeasurement(
+        "eval", lambda: evaluator(engine), job.inputs.plan, job.records, job.log, every=every, told=told
+    )
 
 
 def _memory(job: Job) -> Hook | None:
@@ -236,7 +270,7 @@ def hooks_of(job: Job) -> list[Hook]:
     checkpointer = Checkpointer(
         job.folder, job.config, job.inputs.plan, engine=job.trainer.engine, objective=job.trainer.objective,
         fingerprint=job.inputs.loader.fingerprint, tokenizer=job.inputs.tokenizer, log=job.log, signals=job.signals,
-        device=job.device, hooks=hooks, found=job.found, teacher=job.trainer.teacher,
+        device=job.device, hooks=hooks, scores=job.scores, found=job.found, teacher=job.trainer.teacher,
     )  # fmt: skip
     return [*hooks, checkpointer]
 

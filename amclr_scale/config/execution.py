@@ -83,6 +83,10 @@ class Checkpoint(Section):
     """Checkpoints that are kept: the newest ones."""
     keep_every: Positive | None = None
     """Every k-th checkpoint is kept for ever; null: none."""
+    best: str | None = None
+    """Also save and keep the checkpoint that scored best in this number of the evaluation, such as
+    photos/image_to_text_R@1 (evaluation.every_samples says how often it is measured); checkpoints/best names it. null:
+    none."""
     asynchronous: bool = True
     """Write beside training, from a copy in host memory; false: training waits for the disk."""
     on_failure: Literal["continue", "stop"] = "continue"

@@ -51,9 +51,11 @@ class TrainingRecords(Hook):
         self.bad_samples, self.repeated = bad_samples, repeated
         self._warned = self._told = False
         self._samples, self._time = begin * plan.global_batch_size, time.perf_counter()  # as of the last record
+        self._first: tuple[int, float] | None = None  # the first step that was run here, and when it was done
 
     def on_step(self, done: Position, batch: Batch, report: StepReport) -> None:
         self.log.advance(done.step)
+        self._first = self._first or (done.step, time.perf_counter())
         if done.step % self.run.log_every_steps and done.step != 1 and not done.last:
             return
         seconds = time.perf_counter() - self._time
@@ -63,7 +65,7 @@ class TrainingRecords(Hook):
             found = diagnostics.of_step(self.objective, report.embeddings, batch.texts[0])
             record |= {f"diagnostics/{name}": value for name, value in found.items()}
         place = {"step": done.step, "samples": done.samples, "epoch": done.epoch, "lr": done.lr}
-        self.log.step({**place, **record}, self.plan.total_steps)
+        self.log.step({**place, **record}, self.plan.total_steps, self._left(done.step))
         if record["data_wait_share"] > WAIT_WARNING and done.step > self.run.log_every_steps and not self._warned:
             self._warned = True
             share = f"{record['data_wait_share']:.0%}"
@@ -74,6 +76,13 @@ class TrainingRecords(Hook):
             shares = ", ".join(f"{record[name]:.0%} of further {name.removeprefix('repeated_')}" for name in repeated)
             self.log.say(f"data: {shares} repeat another view of their sample; metrics.jsonl counts them")
         self._samples, self._time = done.samples, time.perf_counter()
+
+    def _left(self, step: int) -> float | None:
+        """Seconds until the last step, at the pace since the first step that was run here, measurements included."""
+        if self._first is None or step == self._first[0]:
+            return None
+        first, since = self._first
+        return (time.perf_counter() - since) / (step - first) * (self.plan.total_steps - step)
 
     def restart(self, samples: int) -> None:
         """Leave out the time since the last record: it was not training's.
@@ -116,14 +125,15 @@ class Measurement(Hook):
         records: of training, which the time is not to count for.
         every: samples from one measurement to the next; None: after the last step only.
         state: what goes into checkpoints under `name`: a thing with `state_dict` and `load_state_dict`.
+        told: of every measurement's place and results, on all ranks.
     """
 
     def __init__(
         self, name: str, measure: Callable[[], dict[str, float]], plan: Plan, records: TrainingRecords, log: RunLog,
-        *, every: float | None, state: Any = None,
+        *, every: float | None, state: Any = None, told: Callable[[Position, dict[str, float]], None] | None = None,
     ):  # fmt: skip
         self.name, self.measure, self.plan, self.records, self.log = name, measure, plan, records, log
-        self.every, self.state = every, state
+        self.every, self.state, self.told = every, state, told
 
     def after_step(self, done: Position) -> None:
         if done.last or (self.every is not None and self.plan.reaches(done, self.every)):
@@ -136,6 +146,8 @@ class Measurement(Hook):
         found = {f"{self.name}/{key}": value for key, value in results.items()}
         seconds = {f"{self.name}_seconds": time.perf_counter() - began}
         self.log.write({"step": done.step, "samples": done.samples, **found, **seconds})
+        if self.told:
+            self.told(done, results)
         self.records.restart(done.samples)
         return results
 

@@ -21,6 +21,12 @@ def _plain(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
+def duration(seconds: float) -> str:
+    """Hours, minutes and seconds, as 1:02:05."""
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{rest:02}"
+
+
 class RunLog:
     """The voice of rank 0; on other ranks every method does nothing.
 
@@ -79,16 +85,21 @@ class RunLog:
         if self.speaks:
             os.fsync(self._file.fileno())
 
-    def step(self, record: Mapping[str, Any], total_steps: int) -> None:
-        """Write a training record, and say it in one line."""
+    def step(self, record: Mapping[str, Any], total_steps: int, left: float | None = None) -> None:
+        """Write a training record, and say it in one line.
+
+        Args:
+            left: seconds until the last step; None: not known yet.
+        """
         self.write(record)
         if self.speaks:
+            until = "" if left is None else f"  {duration(left)} left"
             self.console.print(
                 f"step {record['step']:>6}/{total_steps}  epoch {record['epoch']:6.2f}  "
                 f"objective {record['objective/objective']:8.4f}  lr {record['lr']:.2e}  "
                 f"grad {record['grad_norm']:8.3f}  scale {record['logit_scale']:6.2f}  "
                 f"{record['samples_per_second']:8.1f} samples/s  data wait {record['data_wait_share']:4.0%}  "
-                f"{record['peak_memory_gib']:.2f} GiB"
+                f"{record['peak_memory_gib']:.2f} GiB{until}"
             )
 
     def advance(self, steps_done: int) -> None:

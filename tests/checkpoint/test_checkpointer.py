@@ -17,6 +17,8 @@ from amclr_scale.engine.batch_plan import make_plan
 from amclr_scale.metrics.log import RunLog
 from tests.checkpoint.trainer import CPU, ROOT, SAMPLES, SIZE, Trainer
 
+SCORES = [0.3, 0.5, 0.4, 0.5, 0.2, 0.6]
+
 
 def kept(folder, steps, act=lambda done, signals: None, max_hours=None, **settings):
     """On each rank: train and keep. Returns the checkpoints there are, the log's words, and how it ended."""
@@ -40,6 +42,8 @@ def kept(folder, steps, act=lambda done, signals: None, max_hours=None, **settin
                     trainer.train(done - 1, done)
                     reached = done
                     act(done, signals)
+                    if checkpoint.best:
+                        saver.scores.add(done, {checkpoint.best: SCORES[done - 1]})
                     saver.after_step(plan.position(done))
         except (StoppedError, RuntimeError) as error:
             end = f"{type(error).__name__}: {error}"
@@ -62,6 +66,18 @@ def test_saved_every_so_many_samples_and_at_the_end(ranks, tmp_path, asynchronou
         assert saved.fingerprint() == state.read_state(checkpoint)["tokenizer_fingerprint"]
     records = (tmp_path / "metrics.jsonl").read_text()
     assert records.count("checkpoint/write_seconds") == 3
+
+
+def test_the_checkpoint_that_scored_best_is_kept(ranks, tmp_path):
+    for steps, _, end, _ in ranks(
+        2, kept, tmp_path, 5, best="photos/image_to_text_R@1", keep=1, every_samples=3 * SIZE
+    ):
+        assert (steps, end) == ([5, 2], "")  # of 1 to 5: by score 1 and 2, by samples 3, the last one
+    best = tmp_path / "checkpoints" / "best"
+    assert best.read_text() == "step_00000002\n"
+    assert files.locate(best, "key", "a run")[0] == tmp_path / "checkpoints" / files.name_of(2)
+    files.set_aside_after(tmp_path / "checkpoints", 1)
+    assert not best.exists()
 
 
 def signal_to_rank_one(done, signals):

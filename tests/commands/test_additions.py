@@ -3,6 +3,7 @@
 import importlib
 import json
 import os
+import re
 import subprocess
 import sys
 import tarfile
@@ -32,7 +33,7 @@ ADDITIONS = ["hook", "optimizer", "score", "evaluator", "tower", "shard_format",
 ALL = ["optimizer.name=signum", "optimizer.options.forget=0.5", "optimizer.lr=1e-4", "execution.zero_stage=2"]
 TOWERS = ["model.image.name=colours", "model.image.width=24", "model.text.name=words"]
 JOBS = {  # a run's name -> its further words
-    "whole": [*ALL, "evaluation.splits=[HELD_OUT]", "evaluation.evaluators=[nearness]"],
+    "whole": [*ALL, "evaluation.splits=[HELD_OUT]", "evaluation.every_samples=128", "evaluation.evaluators=[nearness]"],
     "stopped": [*ALL, "train.max_hours=1e-9"],  # after its first step
     "stopped again": [*ALL, "resume=auto"],
     "another": [*ALL, "optimizer.options.forget=0.9"],
@@ -90,6 +91,14 @@ def jobs(tmp_path_factory, made):
     codes = [int(line.split()[-1]) for line in done.stdout.splitlines() if line.startswith("exit code ")]
     assert codes == [75 if name == "stopped" else 0 for name in JOBS], done.stderr + done.stdout
     return folder, done.stdout
+
+
+def test_evaluations_are_said_with_their_best(jobs):
+    _, said = jobs
+    lines = [line for line in said.splitlines() if line.startswith("eval at ")][:2]  # of the first run
+    assert [line.split(":")[0] for line in lines] == ["eval at 128 samples", "eval at 256 samples"]
+    for line in lines:
+        assert re.search(r": held_out R@1 image to text [\d.]+ \((the best|best [\d.]+)\), ", line)
 
 
 def numbers(folder):

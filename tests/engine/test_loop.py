@@ -50,6 +50,9 @@ def test_embeddings_of_the_last_step_are_gone_when_the_next_one_begins():
     train(step, repeat(global_batch(0, 4)), PLAN, [records(step, log)])
     assert len(step.seen) == 5
     assert log.step.call_count == 4  # of the first, the last, and every second step
+    left = [call.args[2] for call in log.step.call_args_list]
+    assert left[0] is None
+    assert left[1] > left[2] > left[3] == 0  # seconds until the end
     assert [call.args[0] for call in step.objective.set_epoch.call_args_list] == [0, 0.04, 0.08, 0.12, 0.16]
     assert step.rates == [PLAN.position(n).lr for n in range(1, 6)]
 

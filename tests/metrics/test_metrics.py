@@ -11,9 +11,10 @@ from torch import nn
 from amclr_scale.config.load import load
 from amclr_scale.errors import UserError
 from amclr_scale.metrics import run_folder
+from amclr_scale.metrics.best import BestSoFar
 from amclr_scale.metrics.curve import draw, read
 from amclr_scale.metrics.flops import ModelFlops, count
-from amclr_scale.metrics.log import RunLog
+from amclr_scale.metrics.log import RunLog, duration
 from amclr_scale.metrics.phases import Phases
 
 
@@ -113,3 +114,26 @@ def test_a_run_killed_before_its_first_checkpoint_begins_its_records_again(log, 
     run_folder.create(tmp_path, load(None, ["train.epochs=1"]), "cpu", 1, resumed_at=None)
     assert read(tmp_path) == []
     assert [json.loads(line)["step"] for line in (tmp_path / run_folder.DROPPED).read_text().splitlines()] == [1, 2]
+
+
+def test_scores_and_their_best_in_one_line(tmp_path):
+    """Also in a run that goes on; what is lower is better where the score says so, and no detail has a best."""
+    names = ("a/image_to_text_R@1", "a/image_to_text_R@1/high", "a/image_to_text_median_rank", "b/zero_shot_top1")
+    measured = [(8, (0.25, 0.9, 3, 0.1)), (16, (0.5, 0.8, 2, float("nan"))), (24, (0.4, 0.7, 2, 0.1))]
+    with (tmp_path / "metrics.jsonl").open("w") as file:
+        for step, values in measured[:2]:
+            known = {
+                f"eval/{name}": None if math.isnan(value) else value for name, value in zip(names, values, strict=True)
+            }
+            file.write(json.dumps({"step": step, "samples": 4 * step, **known}) + "\n")
+    scores = BestSoFar(tmp_path / "metrics.jsonl")
+    results = dict(zip(names, measured[2][1], strict=True))
+    scores.add(24, results)
+    assert [scores.step(name) for name in names] == [16, None, 16, 8]
+    assert scores.line(24, 48000, results) == (
+        "eval at 48,000 samples: a R@1 image to text 40.0 (best 50.0), b zero-shot top 1 10.0 (best 10.0)"
+    )
+    assert (
+        BestSoFar(tmp_path / "absent").line(1, 2, {"a/image_to_text_R@1": 0.5}).endswith("1 numbers, in metrics.jsonl")
+    )
+    assert [duration(seconds) for seconds in (0.4, 65, 93784)] == ["0:00:00", "0:01:05", "26:03:04"]
