@@ -41,6 +41,7 @@ KINDS: dict[str, Kind] = {
     "text": Kind(("D",)),
     "ids": Kind(gradient=False, dtype="int64"),  # position in the data set
     "text_ids": Kind(gradient=False, dtype="int64"),  # where an image has several captions
+    "text_content": Kind(gradient=False, dtype="int64"),  # a number of the caption's words: equal where they are
     "logit_scale": Kind((1,), shared=True),  # 1 / temperature
     "logit_bias": Kind((1,), shared=True),
     "image_views": Kind(("D",), "data.image_views", several=True),  # further views of the same samples
@@ -108,6 +109,12 @@ class Equal(NamedTuple):
     name: str
     options: Mapping[str, Any]  # that differ from its defaults
     why: str
+
+
+def read_by_masks(options: Any) -> Mapping[str, Any]:
+    """What `inputs_of` asks for where the objective has the option mask_duplicates."""
+    masked = options.mask_duplicates
+    return {"ids": masked in ("image", "both"), "text_content": masked in ("text", "both")}
 
 
 class Declarations:

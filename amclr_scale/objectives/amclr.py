@@ -27,11 +27,13 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
+from amclr_scale.declarations import read_by_masks
 from amclr_scale.objectives.base import Layout, numbers, require
 from amclr_scale.objectives.estimator import (
     EstimatorOptions,
     KeepsEstimates,
     log_moving_average,
+    ratio,
     two_states,
     two_visits,
 )
@@ -62,7 +64,7 @@ class Paired(KeepsEstimates):
 
     @staticmethod
     def inputs_of(options: Any) -> Mapping[str, Any]:
-        return {"ids": True, "image_views": options.omega, "text_views": options.omega}
+        return {**read_by_masks(options), "ids": True, "image_views": options.omega, "text_views": options.omega}
 
 
 class PairedSogCLR(Paired):
@@ -79,7 +81,7 @@ class PairedSogCLR(Paired):
     def forward(self, embeddings: Embeddings) -> Loss:
         config, t = self.config, self.config.temperature
         gamma = config.gamma_at(self.epoch)
-        sides = self.pairings.compare(embeddings, t, t)
+        sides = self.pairings.compare(embeddings, t, t, config.masks(embeddings))
         weights = sides[0].log_g.new_tensor(self.pairings.weights)  # (K,)
         if config.reduce == "mean":
             weights = weights / weights.sum()
@@ -89,7 +91,7 @@ class PairedSogCLR(Paired):
             log_u, kept = paired_average(visit.read()["log_u"], side.log_g.detach(), gamma, config.state)
             if self.learns:
                 visit.write(log_u=kept)
-            value = value + ((t * (side.log_g - log_u).exp()).mean(0) * weights).sum()
+            value = value + ((t * ratio(side.log_g, log_u)).mean(0) * weights).sum()
             objective = objective + ((t * log_u).mean(0) * weights).sum()
         return Loss(value, numbers(objective=objective, gamma=gamma))
 
@@ -140,6 +142,6 @@ def paired_average(old: Tensor, log_g: Tensor, gamma: float, state: State) -> tu
     unseen, left = old[:, 0].isneginf(), old[:, 0]
     columns: list[Tensor] = []
     for g in log_g.unbind(1):
-        left = torch.where(unseen, g, log_moving_average(left, g, gamma))
+        left = log_moving_average(left.masked_fill(unseen, -torch.inf), g, gamma)
         columns.append(left)
     return torch.stack(columns, 1), left[:, None]

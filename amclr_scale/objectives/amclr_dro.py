@@ -18,7 +18,7 @@ from torch import Tensor
 
 from amclr_scale.objectives.amclr import Paired, PairedOptions, paired_average
 from amclr_scale.objectives.base import Layout, numbers
-from amclr_scale.objectives.estimator import two_states, two_visits
+from amclr_scale.objectives.estimator import ratio, two_states, two_visits
 from amclr_scale.objectives.pairings import Pairings
 from amclr_scale.objectives.temperatures import RobustOptions, spread, temperature_gradient
 from amclr_scale.types import Embeddings, Loss
@@ -50,7 +50,7 @@ class PairedISogCLR(Paired):
         visits = two_visits(embeddings, self.image_state, self.text_state)
         olds = [visit.read() for visit in visits]
         image_t, text_t = (old["temperature"].expand(-1, num_entries) for old in olds)  # (b, K)
-        sides = self.pairings.compare(embeddings, image_t, text_t)
+        sides = self.pairings.compare(embeddings, image_t, text_t, config.masks(embeddings))
         weights = sides[0].log_g.new_tensor(self.pairings.weights)  # (K,)
         share = weights / weights.sum()
         if config.reduce == "mean":
@@ -66,7 +66,7 @@ class PairedISogCLR(Paired):
                     r = (r * share).sum(1, keepdim=True)
                 new_t, v = self.descent.step(t, old["v"], r, self.epoch)
                 visit.write(log_u=kept, temperature=new_t, v=v)
-            value = value + ((t * (side.log_g - log_u).exp()).mean(0) * weights).sum()
+            value = value + ((t * ratio(side.log_g, log_u)).mean(0) * weights).sum()
             objective = objective + ((t * (log_u + config.rho)).mean(0) * weights).sum()
         return Loss(
             value,

@@ -28,7 +28,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from amclr_scale.declarations import Equal
+from amclr_scale.declarations import Equal, read_by_masks
 from amclr_scale.distributed.collectives import Negatives
 from amclr_scale.objectives.base import (
     Objective,
@@ -38,6 +38,7 @@ from amclr_scale.objectives.base import (
     numbers,
     require,
 )
+from amclr_scale.objectives.masking import MaskOptions
 from amclr_scale.similarity import Contrast, column_mean, contrast
 from amclr_scale.types import Embeddings, Loss
 
@@ -49,7 +50,7 @@ class CLIP(Objective, name="clip"):
     group_option: ClassVar[str | None] = "group_size"
 
     @dataclass(frozen=True, kw_only=True)
-    class Config:
+    class Config(MaskOptions):
         """Options of `clip`."""
 
         temperature: float | None = None  # fixed; null: learned, 1 / logit_scale
@@ -58,15 +59,18 @@ class CLIP(Objective, name="clip"):
         group_size: int | None = None  # pairs, consecutive in the global batch, that share negatives; null: all
 
         def __post_init__(self) -> None:
+            super().__post_init__()
             check_temperature(self.temperature)
             require(0 <= self.label_smoothing < 1, "label_smoothing", "a share in [0, 1)", self.label_smoothing)
             require(0 <= self.omega <= 8, "omega", "0 to 8 further views per modality", self.omega)
+            fix = "0 beside masks: a target would lie on keys that are left out"
+            require(not (self.label_smoothing and self.masked), "label_smoothing", fix, self.label_smoothing)
             enough = self.group_size is None or self.group_size > 1
             require(enough, "group_size", "at least 2 pairs, or null for the whole batch", self.group_size)
 
     @staticmethod
     def inputs_of(options: Any) -> Mapping[str, Any]:
-        return {"image_views": options.omega, "text_views": options.omega}
+        return {**read_by_masks(options), "image_views": options.omega, "text_views": options.omega}
 
     @staticmethod
     def negatives_of(options: Any, B: int) -> int:
@@ -76,7 +80,8 @@ class CLIP(Objective, name="clip"):
     def equals(options: Any, B: int) -> Equal | None:
         if options.group_size != B:
             return None
-        others = {key: getattr(options, key) for key in ("temperature", "label_smoothing", "omega")}
+        keys = ("temperature", "label_smoothing", "omega", "mask_duplicates", "false_negative_margin")
+        others = {key: getattr(options, key) for key in keys}
         return Equal("clip", others, "one group is the whole batch")
 
     @staticmethod
@@ -97,16 +102,19 @@ class CLIP(Objective, name="clip"):
         images = (embeddings.image, *embeddings.image_views[: self.config.omega])
         texts = (embeddings.text, *embeddings.text_views[: self.config.omega])
         rows, negatives = groups(embeddings.image, self.config.group_size)
+        masking = self.config.masks(embeddings)
         losses = [
-            self._pairing(image[here], text[here], t, negatives)
+            self._pairing(image[here], text[here], t, negatives, masking.of(here))
             for image, text in product(images, texts)
             for here in rows
         ]
         loss = sum(losses[1:], losses[0]) / len(losses)
         return Loss(loss, numbers(objective=loss, temperature=t))
 
-    def _pairing(self, image: Tensor, text: Tensor, t: Tensor | float, negatives: Negatives) -> Tensor:
-        both = contrast(image, text, temperature=t, centred=True, negatives=negatives)
+    def _pairing(
+        self, image: Tensor, text: Tensor, t: Tensor | float, negatives: Negatives, masks: dict[str, Any]
+    ) -> Tensor:
+        both = contrast(image, text, temperature=t, centred=True, negatives=negatives, **masks)
         smoothing = self.config.label_smoothing
         if not smoothing:
             return softmax_loss(both)

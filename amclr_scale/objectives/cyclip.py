@@ -29,8 +29,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from amclr_scale.objectives.base import Objective, at_least_float32, learned_temperature, numbers, require
+from amclr_scale.declarations import read_by_masks
+from amclr_scale.objectives.base import (
+    Objective,
+    at_least_float32,
+    global_batch_size,
+    learned_temperature,
+    numbers,
+    require,
+)
 from amclr_scale.objectives.clip import check_temperature, softmax_loss
+from amclr_scale.objectives.masking import MaskOptions
 from amclr_scale.similarity import all_sum, contrast, gram
 from amclr_scale.types import Embeddings, Loss
 
@@ -39,7 +48,7 @@ class CyCLIP(Objective, name="cyclip"):
     """CLIP with cyclic consistency inside and between modalities."""
 
     @dataclass(frozen=True, kw_only=True)
-    class Config:
+    class Config(MaskOptions):
         """Options of `cyclip`."""
 
         temperature: float | None = None  # fixed; null: learned, 1 / logit_scale
@@ -48,13 +57,14 @@ class CyCLIP(Objective, name="cyclip"):
         inmodal: bool = False  # also contrast each modality with an augmented view of itself
 
         def __post_init__(self) -> None:
+            super().__post_init__()
             check_temperature(self.temperature)
             require(self.lambda_in >= 0, "lambda_in", "a weight of at least 0", self.lambda_in)
             require(self.lambda_cross >= 0, "lambda_cross", "a weight of at least 0", self.lambda_cross)
 
     @staticmethod
     def inputs_of(options: Any) -> Mapping[str, Any]:
-        return {"image_views": int(options.inmodal), "text_views": int(options.inmodal)}
+        return {**read_by_masks(options), "image_views": int(options.inmodal), "text_views": int(options.inmodal)}
 
     def __init__(self, config: Config) -> None:
         super().__init__()
@@ -63,19 +73,20 @@ class CyCLIP(Objective, name="cyclip"):
     def forward(self, embeddings: Embeddings) -> Loss:
         config, image, text = self.config, embeddings.image, embeddings.text
         t = learned_temperature(embeddings, config.temperature)
-        both = contrast(image, text, temperature=t, centred=True)
+        masks = config.masks(embeddings).of()
+        both = contrast(image, text, temperature=t, centred=True, **masks)
         contrastive = softmax_loss(both)
         if config.inmodal:
-            among_images = _cross_entropy(image, embeddings.image_views[0], t)
-            among_texts = _cross_entropy(text, embeddings.text_views[0], t)
+            among_images = _cross_entropy(image, embeddings.image_views[0], t, masks)
+            among_texts = _cross_entropy(text, embeddings.text_views[0], t, masks)
             contrastive = (contrastive + (among_images + among_texts) / 2) / 2
-        cyclic = cyclic_sum(image, text, config.lambda_in, config.lambda_cross) / both.num_keys
+        cyclic = cyclic_sum(image, text, config.lambda_in, config.lambda_cross) / global_batch_size(image)
         loss = contrastive + cyclic
         return Loss(loss, numbers(objective=loss, contrastive=contrastive, cyclic=cyclic, temperature=t))
 
 
-def _cross_entropy(anchors: Tensor, keys: Tensor, temperature: Tensor | float) -> Tensor:
-    return contrast(anchors, keys, temperature=temperature, centred=True).image.log_sum.mean()
+def _cross_entropy(anchors: Tensor, keys: Tensor, temperature: Tensor | float, masks: dict[str, Any]) -> Tensor:
+    return contrast(anchors, keys, temperature=temperature, centred=True, **masks).image.log_sum.mean()
 
 
 def cyclic_sum(image: Tensor, text: Tensor, lambda_in: float, lambda_cross: float) -> Tensor:

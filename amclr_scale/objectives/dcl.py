@@ -13,12 +13,16 @@ the control that separates SogCLR's moving average from its missing positive.
 Numerics: log-sum-exp in float32; w is a softmax over the global batch, shifted by its maximum, and differentiated.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
+from amclr_scale.declarations import read_by_masks
 from amclr_scale.objectives.base import Objective, learned_temperature, numbers, require
 from amclr_scale.objectives.clip import check_temperature
+from amclr_scale.objectives.masking import Masking, MaskOptions, where_keys
 from amclr_scale.similarity import all_gather, column_mean, contrast
 from amclr_scale.types import Embeddings, Loss
 
@@ -27,51 +31,63 @@ class DCL(Objective, name="dcl"):
     """Decoupled contrastive loss: no positive in the denominator, no state."""
 
     @dataclass(frozen=True, kw_only=True)
-    class Config:
+    class Config(MaskOptions):
         """Options of `dcl`."""
 
         temperature: float | None = 0.07  # fixed; null: learned, 1 / logit_scale
 
         def __post_init__(self) -> None:
+            super().__post_init__()
             check_temperature(self.temperature)
+
+    @staticmethod
+    def inputs_of(options: Any) -> Mapping[str, Any]:
+        return read_by_masks(options)
 
     def __init__(self, config: Config) -> None:
         super().__init__()
         self.config = config
 
     def forward(self, embeddings: Embeddings) -> Loss:
-        return dcl_loss(embeddings, learned_temperature(embeddings, self.config.temperature), sigma=None)
+        t = learned_temperature(embeddings, self.config.temperature)
+        return dcl_loss(embeddings, t, None, self.config.masks(embeddings))
 
 
 class DCLW(Objective, name="dclw"):
     """Decoupled contrastive loss with positives weighted by a negative von Mises-Fisher density."""
 
     @dataclass(frozen=True, kw_only=True)
-    class Config:
+    class Config(MaskOptions):
         """Options of `dclw`."""
 
         temperature: float | None = 0.07  # fixed; null: learned, 1 / logit_scale
         sigma: float = 0.5  # width of the weight: the smaller, the less a near positive counts
 
         def __post_init__(self) -> None:
+            super().__post_init__()
             check_temperature(self.temperature)
             require(self.sigma > 0, "sigma", "a positive number", self.sigma)
+
+    @staticmethod
+    def inputs_of(options: Any) -> Mapping[str, Any]:
+        return read_by_masks(options)
 
     def __init__(self, config: Config) -> None:
         super().__init__()
         self.config = config
 
     def forward(self, embeddings: Embeddings) -> Loss:
-        return dcl_loss(embeddings, learned_temperature(embeddings, self.config.temperature), self.config.sigma)
+        t = learned_temperature(embeddings, self.config.temperature)
+        return dcl_loss(embeddings, t, self.config.sigma, self.config.masks(embeddings))
 
 
-def dcl_loss(embeddings: Embeddings, temperature: Tensor | float, sigma: float | None) -> Loss:
+def dcl_loss(embeddings: Embeddings, temperature: Tensor | float, sigma: float | None, masking: Masking) -> Loss:
     """The values above: DCLW's with a sigma, DCL's without."""
-    both = contrast(embeddings.image, embeddings.text, temperature=temperature, exclude_positive=True)
+    both = contrast(embeddings.image, embeddings.text, temperature=temperature, exclude_positive=True, **masking.of())
     weight = 1.0 if sigma is None else positive_weight(both.image.positive, sigma)
     image_loss = both.image.log_sum - weight * both.image.positive / temperature
     text_loss = both.text.log_sum - weight * both.text.positive / temperature
-    loss = (image_loss + text_loss).mean()
+    loss = (where_keys(both.image, image_loss) + where_keys(both.text, text_loss)).mean()
     return Loss(loss, numbers(objective=loss, temperature=temperature))
 
 

@@ -19,7 +19,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from amclr_scale.declarations import read_by_masks
 from amclr_scale.objectives.base import Layout, Objective, at_least_float32, global_batch_size, require
+from amclr_scale.objectives.masking import NO_MASK, Masking, MaskOptions
 from amclr_scale.objectives.sample_state import SampleState, Visit
 from amclr_scale.similarity import contrast, map_rows
 from amclr_scale.types import Embeddings
@@ -28,7 +30,7 @@ Temperature = float | Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
-class EstimatorOptions:
+class EstimatorOptions(MaskOptions):
     """Options of every objective that keeps u for each sample."""
 
     num_samples: int  # images in the data set
@@ -45,6 +47,7 @@ class EstimatorOptions:
             f"a positive number of epochs for the {self.gamma_schedule} schedule",
             self.gamma_epochs,
         )
+        super().__post_init__()
 
     def gamma_at(self, epoch: float) -> float:
         """The weight of the newest batch in u."""
@@ -59,7 +62,7 @@ class KeepsEstimates(Objective):
 
     @staticmethod
     def inputs_of(options: Any) -> Mapping[str, Any]:
-        return {"ids": True}
+        return {**read_by_masks(options), "ids": True}
 
 
 @dataclass(frozen=True)
@@ -71,7 +74,12 @@ class Centred:
 
 
 def centred(
-    image: Tensor, text: Tensor, temperature: Temperature | tuple[Temperature, Temperature], margin: float | None = None
+    image: Tensor,
+    text: Tensor,
+    temperature: Temperature | tuple[Temperature, Temperature],
+    masking: Masking = NO_MASK,
+    *,
+    margin: float | None = None,
 ) -> tuple[Centred, Centred]:
     """Statistics of (image anchors, text anchors).
 
@@ -79,13 +87,14 @@ def centred(
         image: (b, D).
         text: (b, D).
         temperature: one for both sides, or (image side, text side); each a number or (b,).
+        masking: what is left out of the mean; not with a hinge.
         margin: the squared hinge's; None: no hinge.
     """
     if margin is None:
-        both = contrast(image, text, temperature=temperature, exclude_positive=True, centred=True)
-        log_n = math.log(both.num_keys)
-        of_image = Centred(both.image.log_sum - log_n, both.image.expected)
-        return of_image, Centred(both.text.log_sum - log_n, both.text.expected)
+        both = contrast(image, text, temperature=temperature, exclude_positive=True, centred=True, **masking.of())
+        of_image, of_text = (Centred(x.log_sum - x.log_num_keys, x.expected) for x in (both.image, both.text))
+        return of_image, of_text
+    assert masking == NO_MASK, "the options refuse this"
     image_t, text_t = temperature if isinstance(temperature, tuple) else (temperature, temperature)
     return _hinged(image, text, image_t, margin), _hinged(text, image, text_t, margin)
 
@@ -109,12 +118,21 @@ def _hinged(anchors: Tensor, keys: Tensor, temperature: Temperature, margin: flo
 
 
 def log_moving_average(old: Tensor, new: Tensor, gamma: float) -> Tensor:
-    """log((1 - gamma) exp(old) + gamma exp(new)); `new` where old is -inf, the value before the first visit."""
+    """log((1 - gamma) exp(old) + gamma exp(new)); `new` where old is -inf, the value before the first visit.
+
+    Where new is -inf, of an anchor without keys, old stays.
+    """
+    old = old.to(new.dtype)
+    new = torch.where(new.isneginf(), old, new)
     if gamma == 1.0:
         return new
-    old = old.to(new.dtype)
     blended = torch.logaddexp(old + math.log1p(-gamma), new + math.log(gamma))
     return torch.where(old.isneginf(), new, blended)
+
+
+def ratio(log_g: Tensor, log_u: Tensor) -> Tensor:
+    """The term g / u, differentiable in g; 0 of an anchor without keys, also where its u is not known."""
+    return torch.where(log_g.isneginf(), log_g, log_g - log_u).exp()
 
 
 def cosine_from_one(epoch: float, last: float, num_epochs: float) -> float:

@@ -25,9 +25,11 @@ from amclr_scale.objectives.estimator import (
     KeepsEstimates,
     centred,
     log_moving_average,
+    ratio,
     two_states,
     two_visits,
 )
+from amclr_scale.objectives.masking import refuse_masks
 from amclr_scale.objectives.temperature_generator import TempGenerator, TempGenerators
 from amclr_scale.objectives.temperatures import RobustOptions, spread, temperature_gradient
 from amclr_scale.similarity import map_rows
@@ -44,6 +46,10 @@ class ISogCLR(KeepsEstimates, name="isogclr"):
         surrogate: Literal["none", "squared_hinge"] = "none"  # squared_hinge: max(0, h + margin)^2 in place of h
         margin: float = 1.0  # c of the squared hinge
 
+        def __post_init__(self) -> None:
+            super().__post_init__()
+            refuse_masks(self, self.surrogate != "none")
+
     def __init__(self, config: Config, sample_state: Layout = "auto") -> None:
         super().__init__()
         self.config, self.descent = config, config.descent()
@@ -57,7 +63,7 @@ class ISogCLR(KeepsEstimates, name="isogclr"):
         olds = [visit.read() for visit in visits]
         image_t, text_t = (old["temperature"] for old in olds)  # (b,)
         margin = config.margin if config.surrogate != "none" else None
-        sides = centred(embeddings.image, embeddings.text, (image_t, text_t), margin)
+        sides = centred(embeddings.image, embeddings.text, (image_t, text_t), config.masks(embeddings), margin=margin)
 
         terms: list[Tensor] = []  # (b,) each
         objectives: list[Tensor] = []
@@ -68,7 +74,7 @@ class ISogCLR(KeepsEstimates, name="isogclr"):
                 r = temperature_gradient(log_u, side.log_g, side.expected, config.rho)
                 new_t, v = self.descent.step(t, old["v"], r, self.epoch)
                 visit.write(log_u=log_u, temperature=new_t, v=v)
-            terms.append(t * (side.log_g - log_u).exp())
+            terms.append(t * ratio(side.log_g, log_u))
             objectives.append(t * (log_u + config.rho))
 
         return Loss(
@@ -127,7 +133,8 @@ class ISogCLRNet(KeepsEstimates, name="isogclr_net"):
         config = self.config
         gamma = config.gamma_at(self.epoch)
         image_t, text_t = _generated(embeddings)
-        sides = centred(embeddings.image, embeddings.text, (image_t.detach(), text_t.detach()))
+        detached = (image_t.detach(), text_t.detach())
+        sides = centred(embeddings.image, embeddings.text, detached, config.masks(embeddings))
 
         value = objective = image_t.new_zeros(())
         visits = two_visits(embeddings, self.image_state, self.text_state)
@@ -136,7 +143,7 @@ class ISogCLRNet(KeepsEstimates, name="isogclr_net"):
             if self.learns:
                 visit.write(log_u=log_u)
             r = temperature_gradient(log_u, side.log_g, side.expected, config.rho)
-            value = value + (t.detach() * (side.log_g - log_u).exp() + r * t).mean()
+            value = value + (t.detach() * ratio(side.log_g, log_u) + r * t).mean()
             objective = objective + (t.detach() * (log_u + config.rho)).mean()
         if config.diversity:
             penalty = likeness(embeddings.image) + likeness(embeddings.text)

@@ -23,7 +23,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from amclr_scale.declarations import read_by_masks
 from amclr_scale.objectives.base import FullPrecision, Objective, global_batch_size, numbers, require
+from amclr_scale.objectives.estimator import ratio
+from amclr_scale.objectives.masking import MaskOptions
 from amclr_scale.objectives.staging import when_applied
 from amclr_scale.similarity import all_gather, contrast
 from amclr_scale.types import Embeddings, Loss
@@ -37,15 +40,20 @@ class OnlineCLR(FullPrecision, Objective, name="onlineclr"):
     log_u_positive: Tensor
 
     @dataclass(frozen=True, kw_only=True)
-    class Config:
+    class Config(MaskOptions):
         """Options of `onlineclr`."""
 
         temperature: float = 0.01  # fixed; positives use ten times as much
         gamma: float = 0.5  # weight of the newest batch in both averages
 
         def __post_init__(self) -> None:
+            super().__post_init__()
             require(self.temperature > 0, "temperature", "a positive number", self.temperature)
             require(0 < self.gamma <= 1, "gamma", "a weight in (0, 1]", self.gamma)
+
+    @staticmethod
+    def inputs_of(options: Any) -> Mapping[str, Any]:
+        return read_by_masks(options)
 
     def __init__(self, config: Config) -> None:
         super().__init__()
@@ -55,14 +63,15 @@ class OnlineCLR(FullPrecision, Objective, name="onlineclr"):
 
     def forward(self, embeddings: Embeddings) -> Loss:
         t, positive_t = self.config.temperature, 10 * self.config.temperature
-        side = contrast(embeddings.image, embeddings.text, temperature=t, exclude_positive=True).image
+        masks = self.config.masks(embeddings).of()
+        side = contrast(embeddings.image, embeddings.text, temperature=t, exclude_positive=True, **masks).image
         log_e, log_p = side.log_sum, -side.positive / positive_t  # (b,) each
 
         log_u_n, log_u_p = self._average(self.log_u_negative, log_e), self._average(self.log_u_positive, log_p)
         if self.learns:
             when_applied(lambda: self._keep(log_u_n, log_u_p))
 
-        negatives = t * (math.log(2) + log_e - log_u_n.to(log_e.dtype)).exp()
+        negatives = t * ratio(math.log(2) + log_e, log_u_n.to(log_e.dtype))
         positives = positive_t * (math.log(2) + log_p - log_u_p.to(log_p.dtype)).exp()
         # the mean over ranks of these means times B is the sum over all pairs
         value = global_batch_size(embeddings.image) * (negatives + positives).mean()

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from amclr_scale.objectives.base import require
 from amclr_scale.objectives.estimator import Centred, centred
+from amclr_scale.objectives.masking import NO_MASK, Masking
 from amclr_scale.types import Embeddings
 
 
@@ -42,7 +43,11 @@ class Pairings:
         return [1.0] * (1 + self.omega) ** 2 + intra
 
     def compare(
-        self, embeddings: Embeddings, image_temperature: Tensor | float, text_temperature: Tensor | float
+        self,
+        embeddings: Embeddings,
+        image_temperature: Tensor | float,
+        text_temperature: Tensor | float,
+        masking: Masking = NO_MASK,
     ) -> tuple[Centred, Centred]:
         """Statistics of the (image list, text list), each tensor (b, K).
 
@@ -50,6 +55,7 @@ class Pairings:
             embeddings: with at least omega further views per modality.
             image_temperature: of the image list's entries, one number or (b, K).
             text_temperature: of the text list's.
+            masking: what no entry counts among its negatives.
         """
         images = (embeddings.image, *embeddings.image_views[: self.omega])
         texts = (embeddings.text, *embeddings.text_views[: self.omega])
@@ -65,13 +71,15 @@ class Pairings:
         of_text: dict[int, Centred] = {}
         for p, q in product(views, views):
             i, j = p * len(views) + q, q * len(views) + p
-            of_image[i], of_text[j] = centred(images[p], texts[q], (image_t(i), text_t(j)))
+            of_image[i], of_text[j] = centred(images[p], texts[q], (image_t(i), text_t(j)), masking)
         if self.intra_weight is not None:
             for p in views[1:]:
                 there = len(views) ** 2 + 2 * (p - 1)
                 back = there + 1
-                of_image[there], of_image[back] = centred(images[0], images[p], (image_t(there), image_t(back)))
-                of_text[there], of_text[back] = centred(texts[0], texts[p], (text_t(there), text_t(back)))
+                of_image[there], of_image[back] = centred(
+                    images[0], images[p], (image_t(there), image_t(back)), masking
+                )
+                of_text[there], of_text[back] = centred(texts[0], texts[p], (text_t(there), text_t(back)), masking)
         return _side_by_side(of_image), _side_by_side(of_text)
 
 

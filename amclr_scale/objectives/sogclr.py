@@ -25,9 +25,11 @@ from amclr_scale.objectives.estimator import (
     KeepsEstimates,
     centred,
     log_moving_average,
+    ratio,
     two_states,
     two_visits,
 )
+from amclr_scale.objectives.masking import refuse_masks
 from amclr_scale.types import Embeddings, Loss
 
 
@@ -45,14 +47,14 @@ class SogCLR(KeepsEstimates, name="sogclr"):
         def __post_init__(self) -> None:
             require(self.temperature > 0, "temperature", "a positive number", self.temperature)
             super().__post_init__()
+            refuse_masks(self, self.surrogate != "none")
 
     @staticmethod
     def equals(options: Any, B: int) -> Equal | None:
         if options.gamma < 1 or options.surrogate != "none":
             return None
-        return Equal(
-            "dcl", {"temperature": options.temperature}, "at gamma = 1 SogCLR's gradient is DCL's times the temperature"
-        )
+        same = {key: getattr(options, key) for key in ("temperature", "mask_duplicates", "false_negative_margin")}
+        return Equal("dcl", same, "at gamma = 1 SogCLR's gradient is DCL's times the temperature")
 
     def __init__(self, config: Config, sample_state: Layout = "auto") -> None:
         super().__init__()
@@ -65,7 +67,8 @@ class SogCLR(KeepsEstimates, name="sogclr"):
         config = self.config
         t = config.temperature
         gamma = config.gamma_at(self.epoch)
-        sides = centred(embeddings.image, embeddings.text, t, config.margin if config.surrogate != "none" else None)
+        margin = config.margin if config.surrogate != "none" else None
+        sides = centred(embeddings.image, embeddings.text, t, config.masks(embeddings), margin=margin)
 
         terms: list[Tensor] = []  # (b,) each
         log_us: list[Tensor] = []
@@ -73,7 +76,7 @@ class SogCLR(KeepsEstimates, name="sogclr"):
             log_u = log_moving_average(visit.read()["log_u"], side.log_g.detach(), gamma)
             if self.learns:
                 visit.write(log_u=log_u)
-            terms.append(t * (side.log_g - log_u).exp())
+            terms.append(t * ratio(side.log_g, log_u))
             log_us.append(log_u)
 
         image_log_u, text_log_u = log_us

@@ -14,6 +14,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from amclr_scale.objectives.base import require
@@ -21,9 +22,9 @@ from amclr_scale.objectives.estimator import EstimatorOptions
 
 
 def temperature_gradient(log_u: Tensor, log_g: Tensor, expected: Tensor, rho: float) -> Tensor:
-    """The gradient r above, without gradient of its own; any shape."""
+    """The gradient r above, without gradient of its own; any shape. 0 of an anchor without keys."""
     log_g = log_g.detach()
-    return log_u + rho - (log_g - log_u).exp() * expected
+    return torch.where(log_g.isneginf(), 0.0, log_u + rho - (log_g - log_u).exp() * expected)
 
 
 def spread(image_temperatures: Tensor, text_temperatures: Tensor) -> dict[str, Tensor]:

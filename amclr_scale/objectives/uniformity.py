@@ -18,12 +18,16 @@ Numerics: the exponents lie in [-8, 0], so nothing overflows; log-sums are float
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
+from amclr_scale.declarations import read_by_masks
 from amclr_scale.objectives.base import Objective, learned_temperature, numbers, require
 from amclr_scale.objectives.clip import check_temperature, softmax_loss
+from amclr_scale.objectives.masking import MaskOptions
 from amclr_scale.similarity import column_mean, contrast
 from amclr_scale.types import Embeddings, Loss
 
@@ -32,7 +36,7 @@ class Uniformity(Objective, name="uniformity"):
     """CLIP with alignment, uniformity and cross-modal uniformity."""
 
     @dataclass(frozen=True, kw_only=True)
-    class Config:
+    class Config(MaskOptions):
         """Options of `uniformity`."""
 
         temperature: float | None = None  # of CLIP's part: fixed; null: learned, 1 / logit_scale
@@ -41,9 +45,14 @@ class Uniformity(Objective, name="uniformity"):
         cross_uniformity: float = 1.0  # weight of the uniformity between modalities
 
         def __post_init__(self) -> None:
+            super().__post_init__()
             check_temperature(self.temperature)
             for key in ("alignment", "uniformity", "cross_uniformity"):
                 require(getattr(self, key) >= 0, key, "a weight of at least 0", getattr(self, key))
+
+    @staticmethod
+    def inputs_of(options: Any) -> Mapping[str, Any]:
+        return read_by_masks(options)
 
     def __init__(self, config: Config) -> None:
         super().__init__()
@@ -52,7 +61,7 @@ class Uniformity(Objective, name="uniformity"):
     def forward(self, embeddings: Embeddings) -> Loss:
         config, image, text = self.config, embeddings.image, embeddings.text
         t = learned_temperature(embeddings, config.temperature)
-        both = contrast(image, text, temperature=t, centred=True)
+        both = contrast(image, text, temperature=t, centred=True, **config.masks(embeddings).of())
         clip = softmax_loss(both)
         align = (2 - 2 * both.image.positive).mean()
         uniform = (log_mean_potential(image, image) + log_mean_potential(text, text)) / 2

@@ -14,17 +14,20 @@ from torch import Tensor
 from amclr_scale import objectives
 from amclr_scale.objectives.base import Objective
 from amclr_scale.similarity import rank, using, world_size
-from amclr_scale.types import Embeddings
+from amclr_scale.types import Embeddings, flatten
 
 NUM_SAMPLES, B, D, STEPS = 20, 8, 6, 5
 
 Definition = Callable[[dict[str, Tensor], Embeddings, int], tuple[Tensor, Tensor]]
 
 
-def global_batch(step: int, *, views: int = 0, scale: float = 12.0, duplicate: bool = False) -> Embeddings:
+def global_batch(
+    step: int, *, views: int = 0, scale: float = 12.0, duplicate: bool = False, copies: bool = False, negatives: int = 0
+) -> Embeddings:
     """The whole batch of a step. Texts resemble their images; ids come back from step to step.
 
-    With `duplicate`, one id of step 3 occurs twice, on different ranks.
+    With `duplicate`, one id of step 3 occurs twice, on different ranks; with `copies`, most ids do, in every step.
+    Labels, and what captions are known by, come several times in any case. References have a width of their own.
     """
     g = torch.Generator().manual_seed(100 + step)
 
@@ -37,6 +40,8 @@ def global_batch(step: int, *, views: int = 0, scale: float = 12.0, duplicate: b
     ids = torch.randperm(NUM_SAMPLES, generator=g)[:B]
     if duplicate and step == 3:
         ids[-1] = ids[1]
+    if copies:
+        ids = torch.randint(5, (B,), generator=torch.Generator().manual_seed(step))
     return Embeddings(
         image=image,
         text=text,
@@ -47,6 +52,11 @@ def global_batch(step: int, *, views: int = 0, scale: float = 12.0, duplicate: b
         text_views=tuple(near(text.detach(), 0.3) for _ in range(views)),
         image_temperature=(0.02 + 0.1 * torch.rand(B, generator=g, dtype=torch.float64)).requires_grad_(),
         text_temperature=(0.02 + 0.1 * torch.rand(B, generator=g, dtype=torch.float64)).requires_grad_(),
+        text_content=torch.randint(5, (B,), generator=g),
+        labels=torch.randint(4, (B,), generator=g),
+        image_reference=F.normalize(torch.randn(B, 4, generator=g, dtype=torch.float64), dim=1),
+        text_reference=F.normalize(torch.randn(B, 4, generator=g, dtype=torch.float64), dim=1),
+        text_negatives=tuple(near(text.detach(), 0.8) for _ in range(negatives)),
     )
 
 
@@ -64,9 +74,8 @@ def _leaves(embeddings: Embeddings) -> tuple[dict[str, Tensor], dict[str, Tensor
     rows = {"image": embeddings.image, "text": embeddings.text}
     rows |= {f"image_views[{i}]": view for i, view in enumerate(embeddings.image_views)}
     rows |= {f"text_views[{i}]": view for i, view in enumerate(embeddings.text_views)}
+    rows |= {name: x for name, x in flatten(embeddings.given).items() if x.requires_grad}
     shared: dict[str, Tensor] = {}
-    for name in ("image_temperature", "text_temperature"):
-        rows[name] = getattr(embeddings, name)
     for name in ("logit_scale", "logit_bias"):
         shared[name] = getattr(embeddings, name)
     return rows, shared
@@ -82,7 +91,7 @@ def my_rows(embeddings: Embeddings) -> Embeddings:
     mine = slice(rank() * size, (rank() + 1) * size)
 
     def leaf(x: Tensor) -> Tensor:
-        return x.detach()[mine].clone().requires_grad_()
+        return x.detach()[mine].clone().requires_grad_(x.requires_grad)
 
     return replace(
         embeddings,
@@ -94,8 +103,7 @@ def my_rows(embeddings: Embeddings) -> Embeddings:
         logit_bias=embeddings.logit_bias.detach().clone().requires_grad_(),
         image_views=tuple(leaf(view) for view in embeddings.image_views),
         text_views=tuple(leaf(view) for view in embeddings.text_views),
-        image_temperature=leaf(embeddings.image_temperature),
-        text_temperature=leaf(embeddings.text_temperature),
+        given={name: tuple(map(leaf, x)) if isinstance(x, tuple) else leaf(x) for name, x in embeddings.given.items()},
     )
 
 
