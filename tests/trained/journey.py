@@ -3,7 +3,8 @@
 FOLDER holds a `split` and, in `towers`, a folder of transformers for each kind. What each verb answered is printed as
 JSON. A run's tower is taken away after it has trained: from then on the run has to do without.
 
-One process for each tower, as DeepSpeed starts once in a process; they share the imports.
+One process for each tower, as DeepSpeed starts once in a process; they share the imports, and what the first `fit` has
+traced of the image tower and the objective.
 """
 
 import json
@@ -11,6 +12,8 @@ import multiprocessing
 import shutil
 import sys
 from pathlib import Path
+
+import matplotlib.pyplot  # noqa: F401 - with what is below: once, before processes are forked
 
 import amclr_scale.commands.evaluate
 import amclr_scale.commands.export
@@ -26,6 +29,11 @@ WORDS = [
     "evaluation.resamples=0", "evaluation.classes=null", "execution.threads=1", "model.embedding_width=16",
     "model.image.name=timm/test_convnext", "checkpoint.asynchronous=false",
 ]  # fmt: skip
+FIT = ["fit", "--gpus", "8", "--device", "h100", "--batch", "64", "--memory", "1GiB", "--top", "1"]
+SETTINGS = [
+    "execution.zero_stage=3", "execution.recompute_image=none", "execution.recompute_text=full",
+    "execution.offload=none", "execution.similarity.chunk=auto",
+]  # fmt: skip
 FORMS = ("safetensors", "transformers", "open_clip")
 
 
@@ -35,9 +43,7 @@ def travel(root: Path, kind: str, *words: str) -> dict[str, int]:
     split = root / "split" / "00000.tar"
     fixed = [f"data.train={split}", f"evaluation.splits=[{split}]", f"run.folder={run.parent}", f"run.name={kind}"]
     codes = {"train": main(["train", *WORDS, *fixed, f"model.text.name=transformers/{tower}", *words])}
-    fit = ["fit", "--config", str(run / "config.yaml"), "--gpus", "8", "--device", "h100", "--batch", "64"]
-    settings = ["execution.zero_stage=3", "execution.recompute_image=none", "execution.recompute_text=full"]
-    codes["fit"] = main([*fit, "--memory", "1GiB", "--top", "1", *settings])
+    codes["fit"] = main([*FIT, "--config", str(run / "config.yaml"), *SETTINGS])
     shutil.rmtree(tower)
     codes["evaluate"] = main(["evaluate", str(run), "--output", str(root / "evaluated" / kind)])
     for form in FORMS:
@@ -48,6 +54,7 @@ def travel(root: Path, kind: str, *words: str) -> dict[str, int]:
 if __name__ == "__main__":
     here = Path(sys.argv[1])
     kinds = [line.split() for line in (here / "towers.txt").read_text().splitlines()]
+    assert main([*FIT, *WORDS, *SETTINGS, f"data.train={here / 'split' / '00000.tar'}"]) == 0
     with multiprocessing.get_context("fork").Pool(1, maxtasksperchild=1) as pool:
         answers = pool.starmap(travel, [(here, *words) for words in kinds], chunksize=1)
     print(json.dumps({words[0]: answer for words, answer in zip(kinds, answers, strict=True)}))

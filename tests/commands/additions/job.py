@@ -9,6 +9,8 @@ import os
 import sys
 import traceback
 
+import matplotlib.pyplot  # noqa: F401
+
 import amclr_scale.commands.job  # noqa: F401 - heavy, and wanted by every job
 from amclr_scale.commands.train import main
 
