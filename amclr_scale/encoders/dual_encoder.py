@@ -156,11 +156,8 @@ class DualEncoder(nn.Module):
 
     def learning_rate_factors(self) -> dict[str, str]:
         """Beginnings of parameters' names -> the key of optimizer.lr_factors, for parts that choose theirs."""
-        return {
-            name: getattr(module, "learning_rate_factor")  # noqa: B009 - of whatever module has one
-            for name, module in self.named_modules()
-            if hasattr(module, "learning_rate_factor")
-        }
+        named = ((name, getattr(module, "learning_rate_factor", None)) for name, module in self.named_modules())
+        return {name: factor for name, factor in named if factor is not None}
 
     def blocks(self) -> dict[str, list[nn.Module]]:
         """The blocks that activation recomputation can wrap, by tower."""

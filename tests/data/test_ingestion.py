@@ -20,7 +20,7 @@ from amclr_scale.data.ingestion import Annotations, pairs, read_records
 from amclr_scale.data.loader import TrainLoader
 from amclr_scale.data.text_views import clean_caption
 from amclr_scale.errors import UserError
-from tests.data.shards import settings, write_tar
+from tests.data.shards import pair, settings, write_shards, write_tar
 
 N = 60
 
@@ -294,8 +294,6 @@ def test_clip_benchmarks_layout_round_trips(corpus, tmp_path):
 
 
 def test_two_data_sets_with_image_ids_do_not_collide(tmp_path):
-    from tests.data.shards import pair
-
     for name in "ab":
         write_tar(tmp_path / name / "0.tar", [m for i in range(6) for m in pair(i, image_id=i // 2)])
     data = settings([str(tmp_path / "a"), str(tmp_path / "b")], image_id="json.image_id", lanes=1)
@@ -339,8 +337,6 @@ def test_a_file_of_another_format_is_told(tmp_path, form, content, words):
 @pytest.mark.slow
 @pytest.mark.launch
 def test_the_index_tool(tmp_path, capsys):
-    from tests.data.shards import write_shards
-
     write_shards(tmp_path, [3, 4])
     result = run("index", tmp_path, "--workers", 2)
     assert result.returncode == 0, result.stderr
