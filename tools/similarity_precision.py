@@ -68,7 +68,7 @@ def main() -> None:
     parser.add_argument("--temperatures", type=float, nargs="+", default=[0.07, 0.01])
     parser.add_argument("--batch", type=int, default=2048, help="B: this many rows, drawn at random")
     args = parser.parse_args()
-    image, text = (torch.from_numpy(np.load(file)) for file in (args.image, args.text))
+    image, text = (torch.from_numpy(np.load(file, allow_pickle=False)) for file in (args.image, args.text))
     chosen = torch.randperm(len(image), generator=torch.Generator().manual_seed(0))[: args.batch]
     image, text = image[chosen], text[chosen]
     print(f"B = {len(image):,}, D = {image.shape[1]}, mean similarity of pairs {(image * text).sum(1).mean():.2f}, "

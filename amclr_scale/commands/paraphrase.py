@@ -48,9 +48,10 @@ def load(path: str, kind: str, option: str, device: torch.device) -> tuple[Any, 
     import transformers
 
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(path)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=False)
         kept = torch.bfloat16 if device.type == "cuda" else torch.float32
-        model = getattr(transformers, kind).from_pretrained(path, dtype=kept).to(device).eval()
+        made = getattr(transformers, kind).from_pretrained(path, dtype=kept, trust_remote_code=False)
+        model = made.to(device).eval()
     except Exception as error:  # the library raises many kinds
         raise UserError(
             f"{option}: {path}: expected a folder (or hub name) that transformers loads as {kind}, got: "

@@ -219,7 +219,7 @@ def _from_folder(spec: str, folder: Path, context_length: int) -> Tokenizer:
     from transformers import AutoTokenizer
 
     try:
-        vocabulary = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+        vocabulary = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
     except Exception as error:  # the library raises many kinds
         first = str(error).strip().splitlines()[0]
         raise UserError(

@@ -171,7 +171,15 @@ def _config(name: str, architecture: dict[str, Any] | None) -> Any:
             raise UserError(
                 f"model.text.name: the folder {name} has no config.json; expected one saved by transformers"
             )
-        return AutoConfig.from_pretrained(name, local_files_only=True).get_text_config()
+        try:
+            found = AutoConfig.from_pretrained(name, local_files_only=True, trust_remote_code=False)
+        except (OSError, ValueError, KeyError) as error:
+            first = str(error).strip().partition("\n")[0]
+            raise UserError(
+                f"model.text.name: {name}/config.json is none that transformers reads without code of the folder's "
+                f"own, which is never run: {first}"
+            ) from error
+        return found.get_text_config()
     types = list(CONFIG_MAPPING.keys())
     if name not in types:
         raise UserError(
@@ -264,7 +272,7 @@ def _random(config: Any) -> Any:
     from transformers import AutoModel
 
     try:
-        return AutoModel.from_config(config)
+        return AutoModel.from_config(config, trust_remote_code=False)
     except ValueError as error:
         raise UserError(f"model.text.name: transformers has no text model of type {config.model_type}") from error
 
@@ -275,7 +283,9 @@ def _pretrained(config: Any, name: str) -> Any:
     if not Path(name).is_dir():
         raise UserError(f"model.text.pretrained: expected a local folder in model.text.name, got the type {name}")
     try:
-        model, report = AutoModel.from_pretrained(name, config=config, local_files_only=True, output_loading_info=True)
+        model, report = AutoModel.from_pretrained(
+            name, config=config, local_files_only=True, output_loading_info=True, trust_remote_code=False
+        )
     except (OSError, ValueError, RuntimeError) as error:
         raise UserError(f"model.text.name: the weights in {name} cannot be loaded: {error}") from error
     missing = sorted(key for key in report["missing_keys"] if not key.startswith("pooler."))

@@ -76,7 +76,9 @@ def write(folder: Path) -> None:
                 weights[theirs + name.removeprefix(ours)] = value.contiguous()
     save_file(weights, folder / "open_clip_model.safetensors", metadata={"format": "pt"})
     try:
-        _compare(open_clip.create_model(f"local-dir:{folder}", load_weights=True).state_dict(), weights)
+        _compare(
+            open_clip.create_model(f"local-dir:{folder}", load_weights=True, weights_only=True).state_dict(), weights
+        )
     except (RuntimeError, KeyError) as error:
         raise UserError(f"--to open_clip: open_clip does not take these weights: {error}") from error
 

@@ -42,12 +42,14 @@ def open_open_clip(name: str, rest: str) -> tuple[Foreign, Config, Reading]:
         if (folder / CONFIG).is_file():
             text = json.loads((folder / CONFIG).read_text("utf-8"))["model_cfg"].get("text_cfg", {})
             _check_local(name, text)
-            inner, *_, preprocess = open_clip.create_model_and_transforms(f"local-dir:{folder}")
+            inner, *_, preprocess = open_clip.create_model_and_transforms(f"local-dir:{folder}", weights_only=True)
             tokenizer = _tokenizer(name, text, folder)
         else:
             text = _known(name, architecture, file)
             wanted = {f"image_{key}": value for key, value in _preprocessing(architecture).items()}
-            inner, *_, preprocess = open_clip.create_model_and_transforms(architecture, pretrained=file, **wanted)
+            inner, *_, preprocess = open_clip.create_model_and_transforms(
+                architecture, pretrained=file, weights_only=True, **wanted
+            )
             tokenizer = _tokenizer(name, text, Path(file).parent)
     except UserError:
         raise

@@ -68,7 +68,7 @@ def _parts(name: str, folder: Path) -> tuple[Any, Any, Any]:
         (AutoImageProcessor, "an image processor (preprocessor_config.json or processor_config.json)"),
     ):
         try:
-            found.append(maker.from_pretrained(str(folder), local_files_only=True))
+            found.append(maker.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False))
         except Exception as error:  # the library raises many kinds
             first = str(error).strip().splitlines()[0]
             raise UserError(f"checkpoint: {name}: expected {what} saved by transformers, got: {first}") from error
