@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from amclr_scale.config import schema
-from amclr_scale.data.formats.members import ChangedShardError
+from amclr_scale.data.formats.members import ChangedShardError, check_regular
 from amclr_scale.data.formats.shards import is_packed
 from amclr_scale.data.remote import fetch, make_room
 from amclr_scale.data.sources import is_remote
@@ -127,6 +127,7 @@ class Storage:
             return self._fetched(url)
         if not os.path.exists(url):
             raise UserError(f"{url}: no such shard; check data.train and the index that names it")
+        check_regular(url)
         if not is_packed(url):
             return Path(url)
         target = self.cache / "unpacked" / f"{sha256 or address_key(url)}.tar"

@@ -7,6 +7,7 @@ several forked processes share one open file, so they read by position (os.pread
 
 import enum
 import os
+import stat
 import zipfile
 import zlib
 from collections.abc import Callable
@@ -22,6 +23,17 @@ from amclr_scale.errors import UserError
 
 class ChangedShardError(UserError):
     """A shard is not what it was when the index was written."""
+
+
+def check_regular(path: str | Path) -> None:
+    """Refuse what is no regular file: a named pipe would be waited for for ever, and a device has no end.
+
+    Raises:
+        UserError: it is none.
+        OSError: nothing is there.
+    """
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise UserError(f"{path}: expected a regular file, got a folder, a named pipe or a device")
 
 
 class Flag(enum.IntEnum):

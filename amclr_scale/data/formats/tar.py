@@ -18,13 +18,15 @@ from pathlib import Path
 
 import numpy as np
 
-from amclr_scale.data.formats.members import ChangedShardError, Flag, Members, ShardFormat
+from amclr_scale.data.formats.members import ChangedShardError, Flag, Members, ShardFormat, check_regular
 from amclr_scale.errors import UserError
 
 BLOCK = 512
 _ZEROS = bytes(BLOCK)
 _FILES = b"0\x007"  # the type flags of regular files
 _HARD_LINK = b"1"
+_LONGEST = 1 << 20  # bytes of a long name or an extended header; more are taken for damage
+_TOLD = 100  # places of damage that are named one by one
 
 
 @dataclass(frozen=True)
@@ -36,17 +38,27 @@ class _Member:
     cut: bool  # the file ends inside its data
 
 
-def _octal(digits: bytes) -> int:
-    if digits[0] & 0x80:  # GNU base-256, for sizes past 8 GiB
+def _number(digits: bytes) -> int:
+    """A header's number: octal, or GNU's base-256 for sizes past 8 GiB.
+
+    Raises:
+        ValueError: it is neither, or negative.
+    """
+    if digits[0] & 0x80:
+        if digits[0] & 0x40:
+            raise ValueError("a negative number")
         return int.from_bytes(digits[1:], "big") | (digits[0] & 0x7F) << (8 * (len(digits) - 1))
-    return int(digits.rstrip(b" \0") or b"0", 8)
+    text = digits.split(b"\0", 1)[0].strip(b" ")
+    if text.strip(b"01234567"):
+        raise ValueError(f"{text!r} is no octal number")
+    return int(text or b"0", 8)
 
 
 def _is_header(block: bytes) -> bool:
     if len(block) < BLOCK:
         return False
     try:
-        written = _octal(block[148:156])
+        written = _number(block[148:156])
     except ValueError:
         return False
     return written == sum(block) - sum(block[148:156]) + 8 * ord(" ")
@@ -79,7 +91,15 @@ class _Scanner:
         self.data, self.end = data, len(data)
         self.hash = hashlib.sha256()
         self.damage: list[str] = []
+        self.untold = 0  # further places of damage
         self.headers = 0
+
+    def tell(self, words: str) -> None:
+        """Note a place of damage."""
+        if len(self.damage) < _TOLD:
+            self.damage.append(words)
+        else:
+            self.untold += 1
 
     def members(self) -> Iterator[_Member]:
         at, records = 0, dict[str, str]()
@@ -92,42 +112,60 @@ class _Scanner:
             if block == _ZEROS and self.data[at + BLOCK : at + 2 * BLOCK] in (_ZEROS, b""):
                 ended = True
                 break
-            if not _is_header(block):
+            kind, data_at = block[156:157], at + BLOCK
+            extended = records.get("size") if kind in _FILES else None
+            size = self._size(at, block, extended) if _is_header(block) else None
+            if size is None:
                 resumed = self._next_header(at + BLOCK)
-                self.damage.append(f"no valid tar header at byte {at:,}, {resumed - at:,} bytes skipped")
+                self.tell(f"no valid tar header at byte {at:,}, {resumed - at:,} bytes skipped")
                 at, long, records = resumed, {b"L": "", b"K": ""}, {}
                 continue
             self.hash.update(block)
             self.headers += 1
-            size, kind, data_at = _octal(block[124:136]), block[156:157], at + BLOCK
-            size = int(records.get("size", size)) if kind in _FILES else size
             at = data_at + -(-size // BLOCK) * BLOCK
-            if kind in long:
+            if kind in b"LKx" and size > _LONGEST:
+                self.tell(f"a name or an extended header of {size:,} bytes at byte {data_at:,}, ignored")
+                at = data_at if at > self.end else at  # no such data can be there: members may be
+            elif kind in long:
                 long[kind] = _text(self.data[data_at : data_at + size])
             elif kind == b"x":
                 try:
                     records = _pax(self.data[data_at : data_at + size])
                 except ValueError:  # of the short name and size in the member's own header nothing is lost
-                    self.damage.append(f"no valid extended header at byte {data_at:,}, ignored")
+                    self.tell(f"no valid extended header at byte {data_at:,}, ignored")
             else:
                 prefix = _text(block[345:500]) if block[257:262] == b"ustar" and block[262:263] == b"\0" else ""
                 name = records.get("path") or long[b"L"] or (f"{prefix}/" if prefix else "") + _text(block[:100])
                 if kind in _FILES:
-                    last = known[name] = _Member(name, data_at, size, zlib.crc32(block), data_at + size > self.end)
+                    here = min(size, self.end - data_at)
+                    last = known[name] = _Member(name, data_at, here, zlib.crc32(block), size > here)
                     yield last
                 elif kind == _HARD_LINK:
                     yield from self._linked(name, records.get("linkpath") or long[b"K"] or _text(block[157:257]), known)
                 long, records = {b"L": "", b"K": ""}, {}
         self._say_how_it_ends(last, at, ended=ended)
 
+    def _size(self, at: int, block: bytes, extended: str | None) -> int | None:
+        """Bytes of what follows a header, by the extended header in front of it or by itself; None: it says none."""
+        if extended is not None:
+            if extended.isascii() and extended.isdecimal() and len(extended) < 20:
+                return int(extended)
+            self.tell(f"{extended[:40]!r} is no size of the member at byte {at:,}, its own header's is taken")
+        try:
+            return _number(block[124:136])
+        except ValueError:
+            return None
+
     def _linked(self, name: str, target: str, known: dict[str, _Member]) -> Iterator[_Member]:
         """A hard link: the bytes of an earlier member under another name."""
         if target in known:
             yield replace(known[target], name=name)
         else:
-            self.damage.append(f"{name} is a hard link to {target}, which is not in the file before it")
+            self.tell(f"{name} is a hard link to {target}, which is not in the file before it")
 
     def _say_how_it_ends(self, last: _Member | None, at: int, *, ended: bool) -> None:
+        if self.untold:
+            self.damage.append(f"and so at {self.untold:,} further places")
         if last and last.cut:
             self.damage.append(f"the file ends at byte {self.end:,}, inside {last.name}")
         elif self.end % BLOCK:
@@ -160,9 +198,10 @@ def scan(path: Path) -> Members:
     """The member table of the (uncompressed) tar at `path`; damage is recorded, not raised.
 
     Raises:
-        UserError: the file cannot be read, or is no tar at all.
+        UserError: the file cannot be read, is no regular file, or no tar at all.
     """
     try:
+        check_regular(path)
         with path.open("rb") as file:
             length = os.fstat(file.fileno()).st_size
             data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if length else b""
