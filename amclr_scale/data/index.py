@@ -16,6 +16,8 @@ where several data sets are listed. A sample that cannot be read keeps its id.
 import hashlib
 import json
 import os
+import re
+import stat
 from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -27,11 +29,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from amclr_scale.data.formats.members import ChangedShardError, Members, ShardReader
-from amclr_scale.data.formats.shards import format_of
+from amclr_scale.data.formats.shards import format_of, is_packed
+from amclr_scale.data.formats.tar import BLOCK, TAR
 from amclr_scale.data.sources import is_remote
 from amclr_scale.data.storage import Storage
 from amclr_scale.errors import UserError
 
+_MOST = 1 << 56  # of anything that is counted
+_LONGEST = 4096  # characters of an address or a path
+_FEW, _PER_BYTE = 10_000, 10  # samples of a small table; and for each byte of a larger one, where honest ones have 0.2
 _OPEN_SHARDS = 128  # of which a process keeps the member table and the file
 
 
@@ -96,6 +102,8 @@ class Index:
                     f"{entry.url}: expected {entry.num_samples:,} samples (from the index), got a member table with "
                     f"{len(members):,}; index the shards again"
                 )
+            if members.digest != entry.digest:
+                raise ChangedShardError(f"{entry.url}: {entry.members} is the table of another shard; index it again")
             file = self.storage.open(entry.url, entry.sha256)
             reader = format_of(entry.url).reader(entry.url, file, members)
             self._readers[shard] = reader
@@ -125,9 +133,12 @@ def check_files(shards: Sequence[Shard], key: str) -> None:
         if is_remote(shard.url):
             continue
         try:
-            size = os.stat(shard.url).st_size
+            status = os.stat(shard.url)
+            size = status.st_size
         except OSError as error:
             raise UserError(f"{key}: no such shard: {shard.url} ({error.strerror})") from error
+        if not stat.S_ISREG(status.st_mode):
+            raise UserError(f"{key}: {shard.url}: expected a regular file, got a folder, a named pipe or a device")
         if shard.file_size is not None and size != shard.file_size:
             raise ChangedShardError(
                 f"{key}: {shard.url}: expected {shard.file_size:,} bytes (from the index), got {size:,}: the shard has "
@@ -145,9 +156,8 @@ def read_entries(path: Path) -> list[dict[str, Any]]:
         content = json.loads(path.read_text("utf-8"))
         entries = content["shardlist"]
         for entry in entries:
-            if not isinstance(entry["url"], str) or not isinstance(entry["nsamples"], int) or entry["nsamples"] < 0:
-                raise ValueError(f"shard {entry!r}")
-    except (OSError, ValueError, KeyError, TypeError) as error:
+            check_entry(entry)
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(
             f"{path}: expected an index (JSON with a `shardlist` of `url` and `nsamples`), got {error!r}; "
             "amclr-scale shards index writes one"
@@ -155,6 +165,54 @@ def read_entries(path: Path) -> list[dict[str, Any]]:
     if not entries:
         raise UserError(f"{path}: expected at least one shard in `shardlist`, got none")
     return list(entries)
+
+
+def check_entry(entry: Any) -> None:
+    """Raise `ValueError` unless every key of a shard's entry that we read is what it should be."""
+    kinds: dict[str, Any] = {
+        "url": str, "nsamples": int, "filesize": int, "sha256": str, "digest": str, "members": str, "extensions": dict,
+        "damage": list,
+    }  # fmt: skip
+    shown = f"shard {str(entry)[:200]}"
+    for key, kind in kinds.items():
+        value = entry[key] if key in ("url", "nsamples") else entry.get(key)
+        if value is not None and (not isinstance(value, kind) or isinstance(value, bool)):
+            raise ValueError(f"{key} of {shown}")
+        if isinstance(value, int) and not 0 <= value < _MOST:
+            raise ValueError(f"{key} of {shown}")
+        if isinstance(value, str) and (not 0 < len(value) <= _LONGEST or "\0" in value):
+            raise ValueError(f"{key} of {shown}")
+    if entry["url"] is None or entry["nsamples"] is None:
+        raise ValueError(shown)
+    if entry.get("sha256") and not re.fullmatch("[0-9a-f]{64}", entry["sha256"]):  # it names a file in the cache
+        raise ValueError(f"sha256 of {shown}")
+    counts = (entry.get("extensions") or {}).values()
+    if not all(type(count) is int and 0 <= count < _MOST for count in counts):
+        raise ValueError(f"extensions of {shown}")
+    if not all(isinstance(words, str) for words in entry.get("damage") or ()):
+        raise ValueError(f"damage of {shown}")
+    size = entry.get("filesize")
+    if is_tar(entry["url"]) and size is not None and entry["nsamples"] * BLOCK > size:
+        raise ValueError(f"{entry['nsamples']:,} samples in {size:,} bytes of {shown}")
+
+
+def is_tar(url: str) -> bool:
+    """Whether a shard is a tar that is not gzipped, in which each sample takes a header."""
+    return format_of(url) is TAR and not is_packed(url) and not url.startswith("pipe:")
+
+
+def check_table(shard: Shard) -> None:
+    """Refuse a count of samples that a member table of its size can hardly hold, before memory is taken for them.
+
+    Raises:
+        UserError: naming the table.
+    """
+    packed = shard.members.stat().st_size
+    if shard.num_samples > max(_FEW, _PER_BYTE * packed):
+        raise UserError(
+            f"{shard.url}: {shard.num_samples:,} samples cannot be in a member table of {packed:,} bytes "
+            f"({shard.members}); index the shards again"
+        )
 
 
 def absolute(url: str, folder: Path) -> str:

@@ -21,7 +21,7 @@ from amclr_scale.config import schema
 from amclr_scale.data.formats.members import ChangedShardError, Members
 from amclr_scale.data.formats.shards import format_of, is_packed
 from amclr_scale.data.formats.tar import RULE
-from amclr_scale.data.index import Index, Shard, absolute, check_files, read_entries
+from amclr_scale.data.index import Index, Shard, absolute, check_files, check_table, read_entries
 from amclr_scale.data.sources import Source, is_remote, resolve_all
 from amclr_scale.data.storage import Storage, address_key, locked, make_storage
 from amclr_scale.errors import UserError
@@ -66,8 +66,13 @@ def _indexed(source: Source, storage: Storage, key: str) -> list[Shard]:
     shards = list[Shard | None]()
     for entry in entries:
         table = entry.get("members")
-        complete = table and entry.get("digest") and entry.get("extensions") is not None and (folder / table).is_file()
+        complete = (
+            table and entry.get("digest") and entry.get("extensions") is not None and os.path.isfile(folder / table)
+        )
         shards.append(_from_entry(entry, folder) if complete else None)
+    for shard in shards:
+        if shard:
+            check_table(shard)
     check_files([shard for shard in shards if shard], key)
     bare = [absolute(entry["url"], folder) for entry, shard in zip(entries, shards, strict=True) if shard is None]
     built = iter(_build_in_cache(source.name, bare, storage) if bare else [])
@@ -91,7 +96,7 @@ def _from_entry(entry: dict[str, Any], folder: Path) -> Shard:
         extensions=dict(entry["extensions"]),
         file_size=entry.get("filesize"),
         sha256=entry.get("sha256"),
-        damage=tuple(entry.get("damage", ())),
+        damage=tuple(entry.get("damage") or ()),
     )
 
 

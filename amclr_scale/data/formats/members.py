@@ -6,6 +6,8 @@ several forked processes share one open file, so they read by position (os.pread
 """
 
 import enum
+import io
+import math
 import os
 import stat
 import zipfile
@@ -13,7 +15,7 @@ import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -78,6 +80,20 @@ class Members:
             for m in range(self.row_start[row], self.row_start[row + 1])
         }
 
+    def check(self) -> None:
+        """Raise `ValueError` unless the columns fit together, whatever the format."""
+        rows, members = len(self.flag), len(self.offset)
+        for name in _COLUMNS:
+            column, length = getattr(self, name), {"row_start": rows + 1, "flag": rows}.get(name, members)
+            if column.shape != (length,) or column.dtype.kind not in "iu":
+                raise ValueError(f"{name} of {column.dtype}, shape {column.shape}, for {rows} samples")
+        if self.row_start[0] != 0 or self.row_start[-1] != members or (np.diff(self.row_start) < 1).any():
+            raise ValueError(f"row_start does not divide {members} members among {rows} samples")
+        if members and int(self.extension.max()) >= len(self.extensions):
+            raise ValueError(f"an extension beyond the {len(self.extensions)} that are named")
+        if min((int(column.min()) for column in (self.offset, self.size) if members), default=0) < 0 or self.length < 0:
+            raise ValueError("a negative place or size")
+
     def save(self, path: Path) -> None:
         """Write a compressed .npz beside the index, whole or not at all."""
         partial = path.with_name(f".{path.name}.{os.getpid()}")
@@ -106,20 +122,57 @@ class Members:
             UserError: there is no such file, or it is not a member table.
         """
         try:
-            with np.load(path, allow_pickle=False) as table:
-                arrays = {name: table[name] for name in table.files}
-            return cls(
-                **{name: arrays[name] for name in ("row_start", "offset", "size", "header", "extension", "flag")},
+            arrays = _read(path)
+            found = cls(
+                **{name: arrays[name] for name in _COLUMNS},
                 extensions=[str(name) for name in arrays["extensions"]],
                 digest=str(arrays["digest"]),
                 length=int(arrays["length"]),
                 source=str(arrays["source"]),
                 damage=[str(words) for words in arrays["damage"]],
             )
-        except (OSError, EOFError, KeyError, ValueError, zlib.error, zipfile.BadZipFile) as error:
+            found.check()
+            return found
+        except _UNREADABLE as error:
             raise UserError(
                 f"{path}: expected a member table of amclr-scale shards index, got {error}; index the shards again"
             ) from error
+
+
+_COLUMNS = ("row_start", "offset", "size", "header", "extension", "flag")
+_PACKED_AT_MOST = 100  # bytes for one in the file; honest tables have about 4
+_SMALL = 1 << 20  # bytes: of smaller tables nothing is asked
+_UNREADABLE = (
+    OSError, EOFError, KeyError, ValueError, TypeError, IndexError, RuntimeError, NotImplementedError, zlib.error,
+    zipfile.BadZipFile,
+)  # fmt: skip
+
+
+def _read(path: Path) -> dict[str, NDArray[Any]]:
+    """The arrays of an .npz, none of them larger than the file says or than its size makes likely.
+
+    numpy's own reader takes memory for the shape that an array claims before it looks for its bytes.
+    """
+    check_regular(path)
+    with zipfile.ZipFile(path) as file:
+        entries = file.infolist()
+        total = sum(entry.file_size for entry in entries)
+        if total > max(_SMALL, _PACKED_AT_MOST * path.stat().st_size):
+            raise ValueError(f"{path.stat().st_size:,} bytes that say they hold {total:,}")
+        return {entry.filename.removesuffix(".npy"): _array(file.read(entry)) for entry in entries}
+
+
+def _array(content: bytes) -> NDArray[Any]:
+    stream = io.BytesIO(content)
+    read_header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+    shape, _, dtype = read_header[np.lib.format.read_magic(stream)](stream)
+    if dtype.kind not in "iuU" or len(shape) > 1:
+        raise ValueError(f"an array of {dtype}, shape {shape}")
+    count = math.prod(shape)
+    if count * dtype.itemsize != len(content) - stream.tell():
+        raise ValueError(f"{len(content) - stream.tell():,} bytes for {count:,} numbers of {dtype}")
+    found = np.frombuffer(content, dtype, offset=stream.tell()) if count and dtype.itemsize else np.empty(count, dtype)
+    return found.reshape(shape)
 
 
 class ShardReader(Protocol):

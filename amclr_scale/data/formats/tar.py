@@ -274,6 +274,14 @@ class TarReader:
 
     def __init__(self, url: str, file: int, members: Members):
         self.url, self._file, self.members = url, file, members
+        inside = (members.offset >= BLOCK) & (members.offset <= (end := os.fstat(file).st_size))
+        whole = members.size <= end - members.offset
+        cut = np.repeat(members.flag == Flag.CUT, np.diff(members.row_start))  # never read
+        if not (inside & whole | cut).all():
+            os.close(file)
+            raise ChangedShardError(
+                f"{url}: its member table has places that are not inside the {end:,} bytes of the shard; index it again"
+            )
 
     def read(self, row: int, wanted: frozenset[str]) -> dict[str, bytes]:
         """Extension -> bytes of those members of a sample that are there and wanted.
