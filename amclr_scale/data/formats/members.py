@@ -164,8 +164,9 @@ def _read(path: Path) -> dict[str, NDArray[Any]]:
 
 def _array(content: bytes) -> NDArray[Any]:
     stream = io.BytesIO(content)
-    read_header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
-    shape, _, dtype = read_header[np.lib.format.read_magic(stream)](stream)
+    form: Any = np.lib.format  # without types, before numpy 2.3
+    read_header = {(1, 0): form.read_array_header_1_0, (2, 0): form.read_array_header_2_0}
+    shape, _, dtype = read_header[form.read_magic(stream)](stream)
     if dtype.kind not in "iuU" or len(shape) > 1:
         raise ValueError(f"an array of {dtype}, shape {shape}")
     count = math.prod(shape)
