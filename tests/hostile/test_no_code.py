@@ -11,7 +11,7 @@ from amclr_scale.data.tokenizers import load_tokenizer
 from amclr_scale.encoders.text_towers import build_text_tower
 from amclr_scale.errors import UserError
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 # What a call of a library has to say so that nothing is executed, by the call's name.
 SAFE = {
     "from_pretrained": ("trust_remote_code", False),
