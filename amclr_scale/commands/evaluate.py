@@ -94,6 +94,7 @@ def run(options: argparse.Namespace, rank_info: RankInfo) -> None:
     from amclr_scale.evaluation.report import comparison_lines, comparisons, histogram_lines, write
     from amclr_scale.evaluation.run import Evaluator
     from amclr_scale.evaluation.sheet import text_to_image_sheet
+    from amclr_scale.evaluation.table import side_by_side, table
     from amclr_scale.evaluation.temperatures import Histogram, read_temperatures
     from amclr_scale.trained.model import open_model
 
@@ -130,23 +131,23 @@ def run(options: argparse.Namespace, rank_info: RankInfo) -> None:
         with EvaluationProgress(checkpoint, evaluator.items(), speaks=speaks) as progress:
             encode = progress.watch(model)
             results[name], measured[name] = evaluator.measure(encode), evaluator.numbers
-            for number, task in enumerate(evaluator.tasks if options.sheet else []):
-                if task.retrieval:
-                    progress.more(task.pairs_here())
-                    sheet = text_to_image_sheet(encode, task, config.evaluation.batch_size, options.sheet)
-                    if speaks:
-                        folder.mkdir(parents=True, exist_ok=True)
-                        sheet.save(folder / f"sheet_{len(results)}_{number}.png")
+            drawable = [one for one in enumerate(evaluator.tasks) if options.sheet and one[1].retrieval]
+            for number, task in drawable:
+                progress.more(task.pairs_here())
+                sheet = text_to_image_sheet(encode, task, config.evaluation.batch_size, options.sheet)
+                if speaks:
+                    folder.mkdir(parents=True, exist_ok=True)
+                    sheet.save(folder / f"sheet_{len(results)}_{number}.png")
         if speaks:
-            seconds = time.perf_counter() - begin
-            print(
-                f"{checkpoint}, in {precision[name]}, {seconds:.1f} s\n\n{evaluator.table(results[name])}\n", flush=True
-            )
+            print(f"{checkpoint}, in {precision[name]}, {time.perf_counter() - begin:.1f} s", flush=True)
             if sides := read_temperatures(loaded.state):
                 learned[name] = sides
-                print("\n".join(histogram_lines(sides)), end="\n\n", flush=True)
         resamples = config.evaluation.resamples
     first = next(iter(results))
+    if speaks:
+        shown = table(results[first]) if len(results) == 1 else side_by_side(results)
+        histograms = ["\n".join(histogram_lines(sides)) for sides in learned.values()]
+        print("\n" + "\n\n".join([shown, *prompts, *histograms]), end="\n\n")
     for name in list(results)[1:]:
         pair = f"{name} against {first}"
         compared[pair] = comparisons(measured[first], measured[name], resamples=resamples or 1000)

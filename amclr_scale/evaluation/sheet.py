@@ -26,12 +26,14 @@ class Row:
     caption: str
     found: list[int]  # numbers of images, nearest first
     right: int
+    tied: int  # of the found ones, how many first ones have the same score; 1: no tie
 
 
 def text_to_image_sheet(encode: Encode, task: Task, batch_size: int, rows: int = 6, seed: int = 0) -> Image.Image:
     """`rows` captions whose image comes first and `rows` whose does not, drawn at random. All ranks call it together.
 
-    The right image has a green frame; where it is not among the first five, it stands at the end of its row.
+    The right image has a green frame; where it is not among the first five, it stands at the end of its row. Images
+    that share the highest score are marked as tied: a right one among them is not found, as in R@1.
     """
     (image,) = encode_images(encode, task.split, batch_size)
     texts, owners, _, keep = gallery(task.split)
@@ -39,12 +41,12 @@ def text_to_image_sheet(encode: Encode, task: Task, batch_size: int, rows: int =
     text = encode_texts(encode, task.split.reading.tokenizer, texts, batch_size)
     images = int(keep.sum())
     scores, found = top_k(text, image[keep[here.start : here.stop].to(image.device)], min(SHOWN, images))
-    ahead = scores[:, 0] - scores[:, 1] > tie(scores.dtype) if images > 1 else torch.ones_like(scores[:, 0]) > 0
-    found, ahead = gather_rows(found).cpu(), gather_rows(ahead).cpu()
+    tied = (scores[:, :1] - scores <= tie(scores.dtype)).sum(1)
+    found, tied = gather_rows(found).cpu(), gather_rows(tied).cpu()
     order = torch.randperm(len(texts), generator=torch.Generator().manual_seed(seed)).tolist()
-    first = [bool(ahead[i] and found[i, 0] == owners[i]) for i in range(len(texts))]  # a tie is no find, as in R@1
+    first = [bool(tied[i] == 1 and found[i, 0] == owners[i]) for i in range(len(texts))]
     parts = [[i for i in order if first[i]][:rows], [i for i in order if not first[i]][:rows]]
-    listed = [[Row(texts[i], found[i].tolist(), int(owners[i])) for i in part] for part in parts]
+    listed = [[Row(texts[i], found[i].tolist(), int(owners[i]), int(tied[i])) for i in part] for part in parts]
     wanted = sorted({number for part in listed for row in part for number in (*row.found, row.right)})
     return _draw(task.name, listed, _pixels(task, keep, wanted, batch_size), shares=sum(first) / len(first))
 
@@ -89,5 +91,8 @@ def _draw(name: str, parts: list[list[Row]], pictures: dict[int, Image.Image], *
                 sheet.paste(pictures[number], (x, y))
                 colour = RIGHT if number == row.right else WRONG
                 draw.rectangle((x - 2, y - 2, x + CELL + 1, y + CELL + 1), outline=colour, width=3)
+                if row.tied > 1 and place < row.tied:
+                    draw.rectangle((x + 1, y + CELL - 17, x + 34, y + CELL - 2), fill=PAPER)
+                    draw.text((x + 4, y + CELL - 18), "tied", INK, font=font)
             y += CELL + GAP
     return sheet

@@ -7,7 +7,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from amclr_scale.metrics.scores import GROUPS, Group, is_share
+from amclr_scale.metrics.scores import GROUPS, Group, is_share, words_of
 
 DETAILS = ("chance", "stderr", "low", "high")
 
@@ -29,6 +29,31 @@ def table(results: Mapping[str, float], *, width: int = 130) -> str:
         if rest:
             console.print(", ".join(rest), end="\n\n")
     return out.getvalue().rstrip()
+
+
+def side_by_side(models: Mapping[str, Mapping[str, float]]) -> str:
+    """Several models' flat results as text: a table for each split, a row for each number, a column for each model."""
+    out = io.StringIO()
+    console = Console(file=out, width=max(130, 45 + 26 * len(models)), force_terminal=False)
+    found = {name: _by_split(results) for name, results in models.items()}
+    for split in dict.fromkeys(split for one in found.values() for split in one):
+        grid = Table(title=split, title_justify="left", title_style="bold", box=SIMPLE_HEAD)
+        grid.add_column("")
+        for name in (*models, "chance"):
+            grid.add_column(name, justify="right", overflow="fold")
+        columns = [one.get(split, {}) for one in found.values()]
+        for name in dict.fromkeys(name for column in columns for name in column if "/" not in name):
+            holds = next(column for column in columns if name in column)
+            cells = [_plain(column, name) if name in column else "" for column in columns]
+            grid.add_row(words_of(name) + (", %" if is_share(name, holds) else ""), *cells, _chance(holds, name))
+        console.print(grid)
+    return out.getvalue().rstrip()
+
+
+def _chance(found: Mapping[str, float], name: str) -> str:
+    """What guessing gives, where it is known."""
+    guessed = found.get(f"{name}/chance")
+    return "" if guessed is None else f"{100 * guessed:.2f}" if is_share(name, found) else f"{guessed:.4g}"
 
 
 def _by_split(results: Mapping[str, float]) -> dict[str, dict[str, float]]:
@@ -66,8 +91,7 @@ def _grid(found: Mapping[str, float], left: dict[str, float], split: str, group:
                 left.pop(key, None)
             cells.append(_plain(found, name) if name in found else "")
             if f"{name}/chance" in found:
-                guessed = found[f"{name}/chance"]
-                chance[column].add(f"{100 * guessed:.2f}" if is_share(name, found) else f"{guessed:.4g}")
+                chance[column].add(_chance(found, name))
         grid.add_row(words, *cells)
     if any(chance.values()):
         grid.add_section()

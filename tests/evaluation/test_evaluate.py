@@ -1,5 +1,6 @@
 """launch/evaluate.py: from files to a table, results and a sheet; a second model is compared item by item."""
 
+import dataclasses
 import io
 import json
 import os
@@ -17,6 +18,7 @@ from safetensors.torch import save_file
 from amclr_scale.commands.evaluate import main
 from amclr_scale.distributed.collectives import rank, world_size
 from amclr_scale.encoders.dual_encoder import Normalise
+from amclr_scale.evaluation import sheet as sheets
 from amclr_scale.evaluation.models import load_model
 from amclr_scale.evaluation.progress import EvaluationProgress
 from amclr_scale.evaluation.run import Evaluator
@@ -56,10 +58,14 @@ def test_two_runs_beside_one_another(runs, tmp_path, capsys):
     said = capsys.readouterr().out
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     split = "split"  # the folder's name
+    (heading,) = [line for line in said.splitlines() if line.split()[-1:] == ["chance"]]
+    assert heading.split() == ["first", "second", "chance"]
+    (row,) = [line for line in said.splitlines() if line.strip().startswith("R@5 image to text, %")]
     for name in ("first", "second"):
         value = results["results"][name][f"{split}/image_to_text_R@5"]
-        assert f"{100 * value:.1f} [" in said
-        assert "cross uniformity" in said
+        assert f" {100 * value:.1f} [" in row
+    assert row.split()[-1] == f"{100 * results['results']['first'][f'{split}/image_to_text_R@5/chance']:.2f}"
+    assert said.count("cross uniformity") == 1
     better = results["comparisons"]["second against first"][f"{split}/R@mean"]
     measured = [results["results"][name][f"{split}/R@mean"] for name in ("first", "second")]
     assert better["difference"] == pytest.approx(measured[1] - measured[0])
@@ -222,6 +228,25 @@ def sheet(folder: Path) -> tuple[bytes, tuple[int, int]]:
     with torch.no_grad():
         drawn = text_to_image_sheet(model(config).eval(), evaluator.tasks[0], 6, 2)
     return drawn.tobytes(), drawn.size
+
+
+def test_a_sheet_says_which_images_are_tied(runs, monkeypatch):
+    """A model that sees no difference finds nothing, though the right image may stand first."""
+    config, drawn, real = recipe(str(runs / "split")), [], sheets._draw
+    monkeypatch.setattr(sheets, "_draw", lambda name, parts, *a, **k: drawn.append(parts) or real(name, parts, *a, **k))
+
+    def blind(**inputs):
+        return {kind[:-1]: torch.ones(len(views[0]), 8) / 8**0.5 for kind, views in inputs.items() if views}
+
+    picture = text_to_image_sheet(blind, Evaluator(config).tasks[0], 6, 2)
+    ((found, missed),) = drawn
+    assert not found
+    assert [row.tied for row in missed] == [5, 5]
+    untied = [dataclasses.replace(row, tied=1) for row in missed]
+    white = {n: Image.new("RGB", (96, 96)) for row in missed for n in (*row.found, row.right)}
+    marked, plain = (real("a", [[], rows], white, shares=0.0).tobytes() for rows in (missed, untied))
+    assert marked != plain
+    assert picture.size[0] > 600
 
 
 def test_a_sheet_is_the_same_on_any_number_of_ranks(ranks, runs):

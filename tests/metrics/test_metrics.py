@@ -4,6 +4,7 @@ import json
 import math
 import time
 
+import matplotlib.pyplot as plt
 import pytest
 import torch
 from torch import nn
@@ -12,7 +13,7 @@ from amclr_scale.config.load import load
 from amclr_scale.errors import UserError
 from amclr_scale.metrics import run_folder
 from amclr_scale.metrics.best import BestSoFar
-from amclr_scale.metrics.curve import draw, read
+from amclr_scale.metrics.curve import _figure, draw, read
 from amclr_scale.metrics.flops import ModelFlops, count
 from amclr_scale.metrics.log import RunLog, duration
 from amclr_scale.metrics.phases import Phases
@@ -76,6 +77,28 @@ def test_the_learning_curve_is_a_picture(log, tmp_path):
     log.step(step(2, 2.0), 4)
     log.write({"step": 2, "samples": 16, "eval/emoji/val_style/image_to_text_R@1": 0.25})
     assert draw(tmp_path).read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_learning_curve_shows_chance_intervals_and_every_line():
+    names = {f"eval/photos/{name}": 0.25 for name in ("text_to_image_R@1", "text_to_image_filtered_R@1")}
+    details = {f"{name}/{end}": n for name in names for end, n in (("low", 0.2), ("high", 0.3), ("chance", 0.1))}
+    figure = _figure([{"samples": n, **names, **details} for n in (8, 16)], "a run")
+    try:
+        _, below = figure.axes
+        drawn = {line.get_label(): line for line in below.lines if not line.get_label().startswith("_")}
+        assert list(drawn) == ["photos: R@1 text to image", "photos: R@1 text to image, filtered", "chance"]
+        thin, wide, _ = drawn.values()  # of equal values: neither hides the other
+        assert wide.get_linewidth() > 2 * thin.get_linewidth()
+        assert wide.get_zorder() < thin.get_zorder()
+        assert [
+            line.get_ydata()[0] for line in below.lines if line.get_linestyle() == ":" and len(line.get_ydata())
+        ] == [10, 10]
+        bands = [band.get_paths()[0].vertices[:, 1] for band in below.collections]
+        assert [(band.min(), band.max()) for band in bands] == [(pytest.approx(20), pytest.approx(30))] * 2
+        figure.canvas.draw()
+        assert figure.legends[0].get_window_extent().y1 <= below.get_window_extent().y0  # outside the data
+    finally:
+        plt.close(figure)
 
 
 def test_another_rank_is_silent(tmp_path, capsys):
