@@ -14,8 +14,8 @@ from amclr_scale.corpora.icon_sets import IconSet
 
 ALWAYS = frozenset({"outline", "outlined", "filled", "fill", "rounded", "duotone", "twotone", "linear", "glyph"})
 OFTEN = frozenset({
-    "bold", "light", "thin", "sharp", "line", "lined", "solid", "round", "regular", "duo", "two", "tone", "flat",
-    "remix", "broken", "baseline", "medium", "semibold", "bulk", "stroke", "fat", "thick", "o", "r", "f", "icon",
+    "bold", "light", "thin", "sharp", "line", "lined", "solid", "round", "regular", "duo", "flat",
+    "remix", "broken", "baseline", "semibold", "bulk", "stroke", "fat", "thick", "o", "r", "f", "icon",
     "negative", "expressive", "loop", "freehand", "plump", "sketch", "24px", "1x1", "4x3", "bxl", "bxs", "md", "ios",
     "monotone",
 })  # fmt: skip
