@@ -25,6 +25,7 @@ import numpy.typing as npt
 from torch import Tensor
 
 import amclr_scale
+from amclr_scale.commands.words import command_parser
 from amclr_scale.data.evaluation_split import EvaluationSplit
 from amclr_scale.data.formats.picture_files import find_pictures
 from amclr_scale.data.names import short_names
@@ -115,9 +116,7 @@ def _pyarrow(out: Path) -> tuple[Any, Any]:
 
 def main(argv: list[str]) -> int:
     """Exit codes: 0 done, 2 a mistake, told in words."""
-    parser = argparse.ArgumentParser(
-        prog="amclr-scale embed", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser("embed", __doc__)
     parser.add_argument("model", help="a run folder, a checkpoint, or an exported folder")
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("folder", nargs="?", help="of images; the same as --images")

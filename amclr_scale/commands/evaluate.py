@@ -16,6 +16,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from amclr_scale.commands.words import command_parser
 from amclr_scale.config.load import build, from_words, merge, read_file
 from amclr_scale.config.schema import Config
 from amclr_scale.config.shipped import find
@@ -25,9 +26,7 @@ from amclr_scale.errors import UserError
 
 def arguments(argv: list[str]) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        prog="amclr-scale evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser("evaluate", __doc__)
     parser.add_argument(
         "checkpoints",
         nargs="+",

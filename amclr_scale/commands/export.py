@@ -10,11 +10,11 @@
 code in any of them.
 """
 
-import argparse
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from amclr_scale.commands.words import command_parser
 from amclr_scale.errors import UserError
 from amclr_scale.trained.export import export
 
@@ -40,9 +40,7 @@ FORMS: dict[str, Callable[[], Callable[[Path], None] | None]] = {
 
 def main(argv: list[str]) -> int:
     """Exit codes: 0 done, 2 a mistake, told in words."""
-    parser = argparse.ArgumentParser(
-        prog="amclr-scale export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser("export", __doc__)
     parser.add_argument("checkpoint", type=Path, help="a run folder, or one of its checkpoints")
     parser.add_argument("--to", choices=list(FORMS), default="safetensors")
     parser.add_argument("--out", type=Path, required=True, help="a new folder")

@@ -19,6 +19,7 @@ from typing import Any
 
 import psutil
 
+from amclr_scale.commands.words import command_parser
 from amclr_scale.config.load import from_words, load
 from amclr_scale.config.schema import Config
 from amclr_scale.errors import UserError
@@ -29,9 +30,7 @@ CPU_SHARE = 0.9  # of what the host has available
 
 def arguments(argv: list[str]) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        prog="amclr-scale fit", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser("fit", __doc__)
     parser.add_argument("--config", help="YAML file; without it, the defaults")
     parser.add_argument("--gpus", type=int, required=True, help="ranks W, over all nodes")
     parser.add_argument("--per-node", type=int, help="ranks on one node (default: 8 on GPUs, all on a CPU)")

@@ -9,12 +9,11 @@ the index), and an interrupted run goes on where it stopped. Damage is listed an
 can be trained on, and data.max_bad_fraction judges the rest.
 """
 
-import argparse
 import re
 import sys
 from pathlib import Path
 
-from amclr_scale.commands.words import run_command
+from amclr_scale.commands.words import command_parser, run_command
 from amclr_scale.config import schema
 from amclr_scale.data.index import Index, write_index
 from amclr_scale.data.indexing import build
@@ -42,9 +41,7 @@ def table_name(url: str) -> str:
 
 def work(argv: list[str]) -> None:
     """What `main` does, without the words for mistakes."""
-    parser = argparse.ArgumentParser(
-        prog="amclr-scale shards index", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser("shards index", __doc__)
     parser.add_argument("shards", nargs="+", help="a folder, paths with brace patterns, or urls")
     parser.add_argument("--out", type=Path, help="index file to write (default: index.json beside the first shard)")
     parser.add_argument("--workers", type=int, default=0, help="processes (default: this one)")

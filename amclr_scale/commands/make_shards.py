@@ -12,7 +12,6 @@ Samples are shuffled once, so that a shard is a fair sample. What cannot be used
 is listed in rejects.jsonl with the reason. Each shard appears whole or not at all, and an interrupted run goes on.
 """
 
-import argparse
 import hashlib
 import io
 import json
@@ -30,7 +29,7 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import track
 
-from amclr_scale.commands.words import run_command
+from amclr_scale.commands.words import command_parser, run_command
 from amclr_scale.config import schema
 from amclr_scale.data.decoding import BadSampleError, Sample, decode
 from amclr_scale.data.formats.tables import SEPARATORS
@@ -187,9 +186,7 @@ def check_plan(out: Path, plan: dict[str, Any]) -> None:
 
 def work(argv: list[str]) -> None:
     """What `main` does, without the words for mistakes."""
-    parser = argparse.ArgumentParser(
-        prog="amclr-scale shards make", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser("shards make", __doc__)
     parser.add_argument("format", choices=sorted(FORMATS))
     parser.add_argument(
         "--annotations", type=Path, help="annotation file, or a folder saved by Hugging Face's datasets"

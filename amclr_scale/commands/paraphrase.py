@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 
-from amclr_scale.commands.words import run_command
+from amclr_scale.commands.words import command_parser, run_command
 from amclr_scale.config import schema
 from amclr_scale.data.decoding import BadSampleError, Field, Sample, check_whole
 from amclr_scale.data.index import Index
@@ -156,9 +156,7 @@ def finished(out: Path, index: Index, shard: int) -> bool:
 
 def work(argv: list[str]) -> None:
     """What `main` does, without the words for mistakes."""
-    parser = argparse.ArgumentParser(
-        prog="amclr-scale shards paraphrase", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser("shards paraphrase", __doc__)
     parser.add_argument("data", nargs="+", help="shards, named as in data.train")
     parser.add_argument("--model", required=True, help="seq2seq model: a local folder or a hub name")
     parser.add_argument("--out", type=Path, required=True, help="folder for the paraphrases")

@@ -8,7 +8,6 @@ Prints cosine similarity and name of each, the nearest first, and draws the pict
 names are pictures. The query is embedded by the model that the index was made with; --model names another place of it.
 """
 
-import argparse
 import json
 import sys
 from importlib import import_module
@@ -20,7 +19,7 @@ import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont
 
 import amclr_scale
-from amclr_scale.commands.words import run_command
+from amclr_scale.commands.words import command_parser, run_command
 from amclr_scale.data.decoding import BadSampleError, Sample, decode
 from amclr_scale.errors import UserError
 
@@ -80,9 +79,7 @@ def sheet(pictures: list[tuple[Path, float]], title: str) -> Image.Image:
 
 def work(argv: list[str]) -> None:
     """What `main` does, without the words for mistakes."""
-    parser = argparse.ArgumentParser(
-        prog="amclr-scale search", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser("search", __doc__)
     parser.add_argument("index", type=Path, help="NAME.npy or NAME.parquet of amclr-scale embed")
     parser.add_argument("query", help="a text, or the path of a picture")
     parser.add_argument("--count", type=int, default=12, help="how many (default: 12)")

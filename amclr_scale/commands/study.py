@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from amclr_scale.commands.words import command_parser
 from amclr_scale.errors import UserError
 
 if TYPE_CHECKING:
@@ -24,12 +25,7 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     """The command line."""
     from amclr_scale.study.planning.help import describe
 
-    parser = argparse.ArgumentParser(
-        prog="amclr-scale study",
-        description=__doc__,
-        epilog=describe(),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser("study", __doc__, describe())
     parser.add_argument("plan", metavar="PLAN", help="YAML file, or the name of a shipped plan, such as mini_amclr")
     parser.add_argument("words", nargs="*", metavar="key=value", help="overrides of the plan, such as budget.epochs=4")
     one = parser.add_mutually_exclusive_group()

@@ -8,7 +8,6 @@ evaluation.json in the run folder, because launchers do not all pass exit codes 
 passed on to the command, and end the restarts. Exit codes: 0 done, 2 a mistake, 75 ended by a signal, 1 given up.
 """
 
-import argparse
 import os
 import signal
 import subprocess
@@ -21,6 +20,7 @@ from types import FrameType
 from amclr_scale.checkpoint import files
 from amclr_scale.checkpoint.files import CHECKPOINTS
 from amclr_scale.checkpoint.signals import ENDING, EXIT_RESUMABLE
+from amclr_scale.commands.words import command_parser
 
 FRUITLESS = 3  # starts without a new checkpoint after which there is no point in another
 
@@ -105,9 +105,7 @@ def end_group(group: int, patience: float = 60.0, numbers: Sequence[int] = (sign
 
 def main(argv: list[str]) -> int:
     """Read the command line and supervise."""
-    parser = argparse.ArgumentParser(
-        prog="amclr-scale supervise", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser("supervise", __doc__)
     parser.add_argument("--restarts", type=int, default=10)
     parser.add_argument("--pause", type=float, default=5.0, help="seconds before a restart")
     parser.add_argument("command", nargs="+", help="after --")

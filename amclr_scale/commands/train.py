@@ -18,6 +18,7 @@ from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 from amclr_scale.checkpoint.signals import EXIT_RESUMABLE, Signals, StoppedError
+from amclr_scale.commands.words import command_parser
 from amclr_scale.config.help import describe
 from amclr_scale.config.load import dump, load
 from amclr_scale.config.schema import Config
@@ -32,12 +33,7 @@ if TYPE_CHECKING:
 
 def arguments(argv: list[str]) -> argparse.Namespace:
     """The command line: a file, words that override its keys, and what launchers add."""
-    parser = argparse.ArgumentParser(
-        prog="amclr-scale train",
-        description=__doc__,
-        epilog=describe(),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser("train", __doc__, describe())
     parser.add_argument(
         "--config", help="YAML file, or a shipped one's name, such as quickstart; default: the schema's"
     )

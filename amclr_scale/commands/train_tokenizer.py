@@ -7,7 +7,6 @@ so that no text is unknown. The same captions give the same file, byte for byte.
 does not: its entries follow the order of a hash map.)
 """
 
-import argparse
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
@@ -15,7 +14,7 @@ from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-from amclr_scale.commands.words import run_command
+from amclr_scale.commands.words import command_parser, run_command
 from amclr_scale.config import schema
 from amclr_scale.data.decoding import BadSampleError, Field, Sample, check_whole
 from amclr_scale.data.index import Index
@@ -58,9 +57,7 @@ def train(captions: Counter[str], entries: int) -> Tokenizer:
 
 def work(argv: list[str]) -> None:
     """What `main` does, without the words for mistakes."""
-    parser = argparse.ArgumentParser(
-        prog="amclr-scale shards tokenizer", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser("shards tokenizer", __doc__)
     parser.add_argument("data", nargs="+", help="shards, named as in data.train")
     parser.add_argument("--captions", nargs="+", default=["txt"], help="where captions are: txt, json.FIELD")
     parser.add_argument("--entries", type=int, default=4096, help="largest size of the vocabulary")

@@ -1,5 +1,6 @@
-"""What data commands do around their work: mistakes in words, exit code 2, no traceback."""
+"""What commands have in common: how they describe themselves; mistakes in words, exit code 2, no traceback."""
 
+import argparse
 import errno
 import logging
 import sys
@@ -8,6 +9,17 @@ from collections.abc import Callable
 from amclr_scale.errors import UserError
 
 _OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
+
+
+def command_parser(verb: str, doc: str | None, epilog: str | None = None) -> argparse.ArgumentParser:
+    """A parser that says what the module's docstring says, line by line.
+
+    Args:
+        verb: as it is typed after `amclr-scale`.
+        epilog: what follows the options.
+    """
+    plain = argparse.RawDescriptionHelpFormatter
+    return argparse.ArgumentParser(f"amclr-scale {verb}", description=doc, epilog=epilog, formatter_class=plain)
 
 
 def run_command(work: Callable[[list[str]], None], argv: list[str]) -> int:

@@ -149,8 +149,11 @@ def test_embeddings_that_cannot_be_are_answered_in_words(change, message):
 def test_lengths_are_for_objectives_that_need_them():
     """Zeros are what normalising a dead tower's output gives, and not a mistake of the loop; VICReg wants lengths."""
     e = global_batch(0)
-    make("clip")(dataclasses.replace(e, image=torch.zeros_like(e.image), text=e.text.to(torch.bfloat16)))
-    make("vicreg")(dataclasses.replace(e, image=5 * e.image))
+    dead = make("clip")(dataclasses.replace(e, image=torch.zeros_like(e.image)))
+    assert dead.value.item() == pytest.approx(math.log(len(e.image)))  # every pair is as likely
+    assert make("clip")(dataclasses.replace(e, text=e.text.to(torch.bfloat16))).value.isfinite()
+    longer = make("vicreg")(dataclasses.replace(e, image=5 * e.image))
+    assert longer.value > make("vicreg")(e).value  # images and texts are further apart
 
 
 @pytest.mark.parametrize(("name", "options"), [*((name, {}) for name in NAMES), *HINGED])
