@@ -46,7 +46,7 @@ def test_it_reads_a_sample_of_everything_and_says_what_there_is(tmp_path):
     (tmp_path / "classes" / "cat" / "0.png").write_bytes(picture(0))
     tree = with_data(tmp_path, splits={"mine": held, "animals": str(tmp_path / "classes")})
     tree["objective"] = {"name": "amclr"}
-    tree["data"] |= {"image_views": 1, "text_views": 1, "text_view": "txt"}
+    tree["data"] |= {"image_views": 1, "text_views": 1, "text_view": "json.concept"}
     lines = said(tree)
     assert "data.train: 40 samples; read 4: 2 images and 2 texts each, 3x16x16" in lines
     assert "evaluation.splits: mine: 6 images, retrieval; read the first" in lines
