@@ -48,3 +48,8 @@ def when_applied(change: Change) -> None:
         change()
     else:
         waiting.append(change)
+
+
+def is_staged() -> bool:
+    """Whether changes wait: then backward is over when they take place."""
+    return _waiting.get() is not None

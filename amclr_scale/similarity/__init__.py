@@ -4,6 +4,7 @@ from amclr_scale.distributed.collectives import Group, all_gather, all_sum, gath
 from amclr_scale.similarity.backends import describe
 from amclr_scale.similarity.contrast import Contrast, Side, contrast
 from amclr_scale.similarity.gram import column_mean, gram
+from amclr_scale.similarity.keys import ExtraKeys
 from amclr_scale.similarity.nearest import top_k
 from amclr_scale.similarity.pairwise import pairwise
 from amclr_scale.similarity.rows import map_rows
@@ -11,6 +12,7 @@ from amclr_scale.similarity.settings import Settings, configure, current, using
 
 __all__ = [
     "Contrast",
+    "ExtraKeys",
     "Group",
     "Settings",
     "Side",

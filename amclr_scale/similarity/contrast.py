@@ -22,7 +22,7 @@ of 16 bits and under autocast.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import cast
 
 import torch
@@ -32,8 +32,9 @@ from amclr_scale.distributed.collectives import Negatives, check_even, group
 from amclr_scale.similarity import settings
 from amclr_scale.similarity.backends import check_features, similarity_dtype
 from amclr_scale.similarity.distribution import choose
+from amclr_scale.similarity.keys import ExtraKeys
 from amclr_scale.similarity.log_sums import LogSums, Plan
-from amclr_scale.similarity.masks import Grouping, GroupKeys, Groups, masks
+from amclr_scale.similarity.masks import Grouping, GroupKeys, Groups, counted, masks, own_mask
 
 Temperature = float | Tensor
 
@@ -45,8 +46,8 @@ class Side:
     log_sum: Tensor  # (b,) differentiable in anchors, keys and temperature
     positive: Tensor  # (b,) s_ii, differentiable in anchors and keys; not divided by the temperature
     expected: Tensor  # (b,) without gradient
-    num_keys: int  # |N_i| where there are no groups
-    kept: Tensor | None = None  # (b,) int64, |N_i| with groups; None without
+    num_keys: int  # |N_i| where no key is left out
+    kept: Tensor | None = None  # (b,) int64, |N_i| where groups or ids leave keys out; None without
 
     @property
     def log_num_keys(self) -> float | Tensor:
@@ -68,10 +69,10 @@ class Contrast:
         """The number of keys of each anchor, where both directions have the same.
 
         Raises:
-            ValueError: extra keys on one side only, or groups; ask a side.
+            ValueError: extra keys on one side only, or keys that are left out; ask a side.
         """
         if self.image.kept is not None:
-            raise ValueError("num_keys: with groups anchors have different numbers; ask .image.kept or .text.kept")
+            raise ValueError("num_keys: anchors have different numbers; ask .image.kept or .text.kept")
         if self.image.num_keys != self.text.num_keys:
             raise ValueError(
                 f"num_keys: image anchors have {self.image.num_keys} keys, text anchors {self.text.num_keys}; "
@@ -87,8 +88,8 @@ def contrast(
     temperature: Temperature | tuple[Temperature, Temperature],
     exclude_positive: bool = False,
     centred: bool = False,
-    extra_image_keys: Tensor | None = None,
-    extra_text_keys: Tensor | None = None,
+    extra_image_keys: Tensor | ExtraKeys | None = None,
+    extra_text_keys: Tensor | ExtraKeys | None = None,
     image_groups: Groups | None = None,
     text_groups: Groups | None = None,
     extra_image_groups: Groups | None = None,
@@ -96,6 +97,7 @@ def contrast(
     group_keys: GroupKeys = "others",
     margin: float | None = None,
     negatives: Negatives = "all",
+    batch_negatives: bool = True,
 ) -> Contrast:
     """Contrast each image with the texts of all ranks, and each text with the images of all ranks.
 
@@ -108,30 +110,36 @@ def contrast(
         temperature: of all anchors, (), (1,) or a number; of each, (b,); or a pair (image anchors, text anchors).
         exclude_positive: leave the positive out of the sums (j != i).
         centred: subtract the positive's similarity from all others (c_i = s_ii).
-        extra_image_keys: (M, D), further keys for text anchors, without gradient, the same on every rank.
-        extra_text_keys: (M, D), further keys for image anchors.
+        extra_image_keys: (M, D), further keys for text anchors, without gradient, the same on every rank; or
+            `ExtraKeys`, which may be sharded over all ranks, and of which anchors leave out those of their own id.
+        extra_text_keys: likewise, further keys for image anchors.
         image_groups: (b,) int64, a number of every image, whether it is an anchor or a key; or two such tensors, of
             which it is enough that one agrees. A negative number agrees with none. Positives follow `exclude_positive`
             whatever their numbers. An anchor that is left without keys has the log-sum -inf, without gradient.
         text_groups: (b,) int64, of every text.
-        extra_image_groups: (M,) int64, of the extra keys; None: they are in no group.
+        extra_image_groups: (M,) int64, of the extra keys that are a tensor; None: they are in no group.
         extra_text_groups: (M,) int64.
         group_keys: keep the keys of "others", or those of an anchor's "own" group.
         margin: leave out keys whose similarity exceeds the positive's by more; None: none. Neither the limit nor the
             choice has a gradient, and `kept` does not see it.
         negatives: whose keys count: "all" ranks', "local", or those of a group of so many consecutive ranks.
+        batch_negatives: False: of the batch an anchor meets its positive alone, and there are no groups.
 
     Raises:
         ValueError: shapes, types, devices or temperatures that cannot be, an uneven batch, or no key left.
     """
     ranks = group(negatives)
-    _check(image, text, extra_image_keys, extra_text_keys)
+    extra_images = ExtraKeys(extra_image_keys) if isinstance(extra_image_keys, Tensor) else extra_image_keys
+    extra_texts = ExtraKeys(extra_text_keys) if isinstance(extra_text_keys, Tensor) else extra_text_keys
+    _check(image, text, extra_images, extra_texts)
     check_even(image.shape[0], image.shape[1], ranks)
     b, now = len(image), settings.current()
-    if exclude_positive and b * ranks.size == 1 and (extra_image_keys is None or extra_text_keys is None):
+    if not batch_negatives and (image_groups is not None or text_groups is not None):
+        raise ValueError("batch_negatives: expected True where keys have groups, got False")
+    if exclude_positive and (b * ranks.size == 1 or not batch_negatives) and (extra_image_keys is None or extra_text_keys is None):
         raise ValueError(
-            "exclude_positive: a global batch of 1 has no key but the positive; expected at least 2 samples, or extra "
-            "keys for both sides"
+            "exclude_positive: a global batch of 1, or one without batch_negatives, has no key but the positive; "
+            "expected at least 2 samples, or extra keys for both sides"
         )
     dtype = similarity_dtype(image, text)
     of_image, of_text = temperature if isinstance(temperature, tuple) else (temperature, temperature)
@@ -143,15 +151,18 @@ def contrast(
         if margin < 0:
             raise ValueError(f"margin: expected a difference of similarities of at least 0, got {margin}")
         limit = (image.detach().to(dtype) * text.detach().to(dtype)).sum(1) + margin
+    tensors = [len(x) if isinstance(x, Tensor) else 0 for x in (extra_image_keys, extra_text_keys)]
     left_out = masks(
         Grouping(image_groups, text_groups, extra_image_groups, extra_text_groups, group_keys),
         b,
-        _rows(extra_image_keys),
-        _rows(extra_text_keys),
+        *tensors,
         exclude_positive=exclude_positive,
         limit=limit,
         ranks=ranks,
     )
+    for name, keys in (("extra_images", extra_image_keys), ("extra_texts", extra_text_keys)):
+        if isinstance(keys, ExtraKeys):
+            left_out = replace(left_out, **{name: own_mask(keys, limit, group_keys)})
     plan = Plan(
         ranks=ranks,
         settings=now,
@@ -160,15 +171,28 @@ def contrast(
         exclude_positive=exclude_positive,
         centred=centred,
         masks=left_out,
+        batch_negatives=batch_negatives,
+        extra_texts=extra_texts,
+        extra_images=extra_images,
         will_differentiate=torch.is_grad_enabled() and any(x.requires_grad for x in inputs),
     )
-    outputs = LogSums.apply(plan, *inputs, extra_text_keys, extra_image_keys)  # type: ignore[no-untyped-call]
+    outputs = LogSums.apply(plan, *inputs)  # type: ignore[no-untyped-call]
     image_log_sum, text_log_sum, positive, image_expected, text_expected = cast(tuple[Tensor, ...], outputs)
-    num_keys = b * ranks.size - exclude_positive
+    num_keys = (b * ranks.size if batch_negatives else 1) - exclude_positive
     return Contrast(
-        Side(image_log_sum, positive, image_expected, num_keys + _rows(extra_text_keys), left_out.kept_texts),
-        Side(text_log_sum, positive, text_expected, num_keys + _rows(extra_image_keys), left_out.kept_images),
+        Side(image_log_sum, positive, image_expected, *_counts(num_keys, extra_text_keys, left_out.kept_texts)),
+        Side(text_log_sum, positive, text_expected, *_counts(num_keys, extra_image_keys, left_out.kept_images)),
     )
+
+
+def _counts(in_batch: int, extra: Tensor | ExtraKeys | None, kept: Tensor | None) -> tuple[int, Tensor | None]:
+    """The keys of an anchor where none is left out, and those of each anchor (b,) where some are."""
+    if not isinstance(extra, ExtraKeys):
+        return in_batch + (0 if extra is None else len(extra)), kept
+    there, met = counted(extra)
+    if isinstance(met, Tensor):
+        return in_batch + there, met + (in_batch if kept is None else kept)
+    return in_batch + there, None if kept is None else kept + met
 
 
 def _per_anchor(temperature: Temperature, anchors: Tensor, dtype: torch.dtype) -> Tensor:
@@ -187,16 +211,17 @@ def _per_anchor(temperature: Temperature, anchors: Tensor, dtype: torch.dtype) -
     return temperature.to(dtype=dtype, device=anchors.device).reshape(-1).expand(b)
 
 
-def _check(image: Tensor, text: Tensor, extra_image_keys: Tensor | None, extra_text_keys: Tensor | None) -> None:
+def _check(image: Tensor, text: Tensor, extra_images: ExtraKeys | None, extra_texts: ExtraKeys | None) -> None:
     check_features(image, text)
-    for name, extra in (("extra_image_keys", extra_image_keys), ("extra_text_keys", extra_text_keys)):
+    for name, extra in (("extra_image_keys", extra_images), ("extra_text_keys", extra_texts)):
         if extra is None:
             continue
-        if extra.ndim != 2 or extra.shape[1] != image.shape[1]:
-            raise ValueError(f"{name}: expected (M, {image.shape[1]}), got {tuple(extra.shape)}")
-        if extra.requires_grad:
+        if extra.rows.ndim != 2 or extra.rows.shape[1] != image.shape[1]:
+            raise ValueError(f"{name}: expected (M, {image.shape[1]}), got {tuple(extra.rows.shape)}")
+        if extra.rows.requires_grad:
             raise ValueError(f"{name}: extra keys get no gradient; pass {name}.detach()")
-
-
-def _rows(extra: Tensor | None) -> int:
-    return 0 if extra is None else len(extra)
+        if (extra.ids is None) != (extra.anchor_ids is None):
+            raise ValueError(f"{name}: expected ids of keys and of anchors, or neither")
+        for of, found, n in (("ids", extra.ids, len(extra.rows)), ("anchor_ids", extra.anchor_ids, len(image))):
+            if found is not None and (found.shape != (n,) or found.dtype != torch.int64):
+                raise ValueError(f"{name}.{of}: expected ({n},) torch.int64, got {tuple(found.shape)} {found.dtype}")

@@ -96,3 +96,26 @@ def keys_of(local: Tensor, ranks: Group, gather: Gather) -> Keys:
         return RingKeys(local, ranks)
     with purpose(FEATURES):
         return GatheredKeys(all_gather(local, ranks), ranks)
+
+
+@dataclass(frozen=True)
+class ExtraKeys:
+    """Further keys, without gradient, that every anchor of one direction meets.
+
+    Attributes:
+        rows: (m, D): the same M on every rank, or, sharded, the share of them that this rank holds. They may lie on the
+            host, from where they are fetched piece by piece.
+        ids: (m,) int64, on the device of the anchors; None: no anchor leaves one out.
+        anchor_ids: (b,) int64, of this rank's anchors, each of which leaves out the keys with its own id.
+        sharded: the keys are those of all ranks together. Then the anchors travel: ranks exchange what they have summed
+            for one another's, and their gradients.
+        total: M, where the caller knows it; None: ranks are asked.
+        same: (b,) int64, how many have an anchor's own id, where the caller knows it; None: they are counted.
+    """
+
+    rows: Tensor
+    ids: Tensor | None = None
+    anchor_ids: Tensor | None = None
+    sharded: bool = False
+    total: int | None = None
+    same: Tensor | None = None

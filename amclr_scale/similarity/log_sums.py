@@ -15,21 +15,23 @@ float64 before the matrix products, not after.
 """
 
 import math
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from amclr_scale.distributed.collectives import Group, all_gather, exchange
+from amclr_scale.distributed.collectives import Group, all_gather, exchange, group
 from amclr_scale.distributed.first_order import first_order_only
 from amclr_scale.similarity.backends import blocks_for
 from amclr_scale.similarity.blocks import Blocks, Mask, Statistics, TileCache, Weights
-from amclr_scale.similarity.keys import GatheredKeys, Keys, keys_of
+from amclr_scale.similarity.keys import ExtraKeys, GatheredKeys, Keys, keys_of
 from amclr_scale.similarity.masks import Masks
 from amclr_scale.similarity.settings import Distribution, Settings
 
 LOG2_E = math.log2(math.e)
+PIECE = 65_536  # extra keys that come from the host at a time
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,15 @@ class Plan:
     exclude_positive: bool
     centred: bool
     masks: Masks
+    batch_negatives: bool
+    extra_texts: ExtraKeys | None  # of image anchors
+    extra_images: ExtraKeys | None
     will_differentiate: bool
+
+    def blocks(self, image: Tensor, text: Tensor) -> Blocks:
+        """The backend for these features."""
+        extra = [keys.rows for keys in (self.extra_texts, self.extra_images) if keys is not None]
+        return blocks_for(self.settings, self.dtype, image, text, *extra)
 
     def keys(self, local: Tensor, gathered: Tensor | None = None) -> Keys:
         if gathered is not None:
@@ -52,35 +62,33 @@ class Plan:
 
 
 class LogSums(torch.autograd.Function):
-    """(plan, image, text (b, D), temperatures of image and text anchors (b,), extra text and image keys (M, D) or None)
-    -> log-sums of image and text anchors, positives, expectations of image and text anchors: (b,) each.
+    """(plan, image, text (b, D), temperatures of image and text anchors (b,)) -> log-sums of image and text anchors,
+    positives, expectations of image and text anchors: (b,) each.
     """
 
     @staticmethod
-    def forward(ctx: Any, plan: Plan, *inputs: Tensor | None) -> tuple[Tensor, ...]:
-        image, text, image_t, text_t, extra_text, extra_image = inputs
-        assert image is not None
-        assert text is not None
-        assert image_t is not None
-        assert text_t is not None
+    def forward(ctx: Any, plan: Plan, *inputs: Tensor) -> tuple[Tensor, ...]:
+        image, text, image_t, text_t = inputs
         masks = plan.masks
         cache = TileCache(plan.settings.cache_bytes if plan.will_differentiate else 0)
         with torch.autocast(image.device.type, enabled=False):
             positive = torch.empty_like(image_t, memory_format=torch.contiguous_format)
             images, texts = Statistics.empty(LOG2_E / image_t), Statistics.empty(LOG2_E / text_t)
-            text_keys = plan.keys(text)
-            stream = _Stream(plan, blocks_for(plan.settings, plan.dtype, image, text, extra_text, extra_image), cache)
-            if plan.distribution == "two_blocks":
+            text_keys = plan.keys(text) if plan.batch_negatives else None
+            stream = _Stream(plan, plan.blocks(image, text), cache)
+            if text_keys is None:
+                positive = (image.to(plan.dtype) * text.to(plan.dtype)).sum(1)
+                for side in () if plan.exclude_positive else (images, texts):
+                    side.add(positive, torch.ones_like(positive), torch.zeros_like(positive))
+            elif plan.distribution == "two_blocks":
                 stream.accumulate(image, text_keys, images, mask=masks.images, positive=positive)
                 stream.accumulate(text, plan.keys(image), texts, mask=masks.texts)
             else:
                 columns = Statistics.empty(all_gather(texts.rate, plan.ranks))
                 stream.accumulate(image, text_keys, images, columns, mask=masks.images, positive=positive)
                 _merge(columns, texts, plan.ranks)
-            if extra_text is not None:
-                stream.blocks.accumulate(image, extra_text, images, mask=masks.extra_texts)
-            if extra_image is not None:
-                stream.blocks.accumulate(text, extra_image, texts, mask=masks.extra_images)
+            stream.accumulate_extra(image, plan.extra_texts, images, masks.extra_texts)
+            stream.accumulate_extra(text, plan.extra_images, texts, masks.extra_images)
 
             centre = positive if plan.centred else torch.zeros_like(positive)
             image_offset, text_offset = (images.shift - centre) / image_t, (texts.shift - centre) / text_t
@@ -92,7 +100,8 @@ class LogSums(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(image_expected, text_expected)
         gathered = text_keys.rows if isinstance(text_keys, GatheredKeys) and plan.will_differentiate else None
-        ctx.save_for_backward(*inputs, gathered, positive, image_expected, text_expected,
+        extra = (keys.rows if keys else None for keys in (plan.extra_texts, plan.extra_images))  # a change is noticed
+        ctx.save_for_backward(*inputs, *extra, gathered, positive, image_expected, text_expected,
                               images.shift, images.mass, texts.shift, texts.mass, *cache.tiles)  # fmt: skip
         return image_sum, text_sum, positive, image_expected, text_expected
 
@@ -101,7 +110,7 @@ class LogSums(torch.autograd.Function):
     def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
         plan: Plan = ctx.plan
         d_image_sum, d_text_sum, d_positive = upstream[:3]
-        image, text, image_t, text_t, extra_text, extra_image, gathered, positive, *rest = ctx.saved_tensors
+        image, text, image_t, text_t, _, _, gathered, positive, *rest = ctx.saved_tensors
         image_expected, text_expected, image_shift, image_mass, text_shift, text_mass, *tiles = rest
         need_image, need_text, need_image_t, need_text_t = ctx.needs_input_grad[1:5]
 
@@ -112,30 +121,30 @@ class LogSums(torch.autograd.Function):
 
             stream = _Stream(
                 plan,
-                blocks_for(plan.settings, plan.dtype, image, text, extra_text, extra_image),
+                plan.blocks(image, text),
                 TileCache(tiles=tiles),
                 total.to(plan.dtype),
             )
             d_image = torch.zeros_like(image, dtype=plan.dtype) if need_image else None
             d_text: Tensor | None = None
             together = need_text and plan.distribution == "reduce_scatter"
-            if need_image or together:
+            if not plan.batch_negatives:
+                d_text = stream.positive_weight[:, None] * image.to(plan.dtype) if need_text else None
+                if d_image is not None:
+                    d_image += stream.positive_weight[:, None] * text.to(plan.dtype)
+            elif need_image or together:
                 text_keys = plan.keys(text, gathered)
                 stream.differentiate(
                     image, text_keys, images, texts, mask=plan.masks.images, d_anchors=d_image, also_keys=together
                 )
                 d_text = text_keys.gradient
-            if need_text and not together:
+            if need_text and not together and plan.batch_negatives:
                 if plan.distribution == "column_sums" or not need_image:
                     stream.cache = TileCache()  # the tiles in it are those of the pass above
                 d_text = torch.zeros_like(text, dtype=plan.dtype)
                 stream.differentiate(text, plan.keys(image), texts, images, mask=plan.masks.texts, d_anchors=d_text)
-            if images and d_image is not None and extra_text is not None:
-                mask = plan.masks.extra_texts
-                stream.blocks.differentiate(image, extra_text, images, d_anchors=d_image, mask=mask)
-            if texts and d_text is not None and extra_image is not None:
-                mask = plan.masks.extra_images
-                stream.blocks.differentiate(text, extra_image, texts, d_anchors=d_text, mask=mask)
+            stream.differentiate_extra(image, plan.extra_texts, images, plan.masks.extra_texts, d_image)
+            stream.differentiate_extra(text, plan.extra_images, texts, plan.masks.extra_images, d_text)
 
         return (
             None,
@@ -143,8 +152,6 @@ class LogSums(torch.autograd.Function):
             None if d_text is None else d_text.to(text.dtype),
             -d_image_sum * image_expected / image_t if need_image_t and d_image_sum is not None else None,
             -d_text_sum * text_expected / text_t if need_text_t and d_text_sum is not None else None,
-            None,
-            None,
         )
 
 
@@ -205,6 +212,58 @@ class _Stream:
                 mask=mask and mask[:, block.columns],
                 cache=self.cache,
             )
+
+    def accumulate_extra(self, anchors: Tensor, extra: ExtraKeys | None, sums: Statistics, mask: Mask | None) -> None:
+        """Add extra keys to the sums (b,) of their anchors (b, D). Of sharded ones, ranks add up what they have."""
+        if extra is None:
+            return
+        if not extra.sharded:
+            for keys, here in _pieces(extra, mask, anchors.device):
+                self.blocks.accumulate(anchors, keys, sums, mask=here)
+            return
+        ranks = group()
+        every, mask = Statistics.empty(all_gather(sums.rate, ranks)), _of_all_anchors(mask, ranks)
+        for block in keys_of(anchors, ranks, self.plan.settings.gather).blocks():
+            for keys, here in _pieces(extra, mask and mask[block.columns, :], anchors.device):
+                self.blocks.accumulate(block.rows, keys, every[block.columns], mask=here)
+        _merge(every, sums, ranks)
+
+    def differentiate_extra(
+        self, anchors: Tensor, extra: ExtraKeys | None, weights: Weights | None, mask: Mask | None,
+        d_anchors: Tensor | None,
+    ) -> None:  # fmt: skip
+        """Add the gradients of their anchors (b, D). For those of sharded keys, ranks work for one another."""
+        if extra is None or d_anchors is None or weights is None:
+            return
+        if not extra.sharded:
+            for keys, here in _pieces(extra, mask, anchors.device):
+                self.blocks.differentiate(anchors, keys, weights, d_anchors=d_anchors, mask=here)
+            return
+        ranks = group()
+        every, mask = _gather(weights, ranks), _of_all_anchors(mask, ranks)
+        travelling = keys_of(anchors, ranks, self.plan.settings.gather)
+        for block in travelling.blocks(gradient=self.plan.dtype):
+            for keys, here in _pieces(extra, mask and mask[block.columns, :], anchors.device):
+                rows = every and every[block.columns]
+                self.blocks.differentiate(block.rows, keys, rows, d_anchors=block.gradient, mask=here)
+        assert travelling.gradient is not None
+        d_anchors += travelling.gradient
+
+
+def _pieces(extra: ExtraKeys, mask: Mask | None, device: torch.device) -> Iterator[tuple[Tensor, Mask | None]]:
+    """The keys on a device, all at once where they are there, and what anchors leave out of them."""
+    step = max(1, len(extra.rows) if extra.rows.device == device else PIECE)
+    for start in range(0, len(extra.rows), step):
+        part = slice(start, start + step)
+        yield extra.rows[part].to(device), mask and mask[:, part]
+
+
+def _of_all_anchors(mask: Mask | None, ranks: Group) -> Mask | None:
+    """A mask of this rank's anchors -> of all ranks', for the same keys."""
+    if mask is None:
+        return None
+    limit = None if mask.row_limit is None else all_gather(mask.row_limit, ranks)
+    return replace(mask, row_groups=tuple(all_gather(x, ranks) for x in mask.row_groups), row_limit=limit)
 
 
 def _merge(columns: Statistics, into: Statistics, ranks: Group) -> None:

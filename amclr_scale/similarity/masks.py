@@ -12,8 +12,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from amclr_scale.distributed.collectives import Group, all_gather
+from amclr_scale.distributed.collectives import Group, all_gather, gather_numbers, group, reduce_scatter
 from amclr_scale.similarity.blocks import Mask, Parts
+from amclr_scale.similarity.keys import ExtraKeys
 
 Groups = Tensor | tuple[Tensor, ...]
 GroupKeys = Literal["others", "own"]
@@ -118,6 +119,32 @@ def masks(
         kept(image, all_texts, more_texts),
         kept(text, all_images, more_images),
     )
+
+
+def own_mask(keys: ExtraKeys, limit: Tensor | None, group_keys: GroupKeys) -> Mask | None:
+    """What this rank's anchors leave out of extra keys with ids of their own, which are in no group.
+
+    Raises:
+        ValueError: only the keys of an anchor's group were to count.
+    """
+    if group_keys == "own":
+        raise ValueError("group_keys: expected 'others' with ExtraKeys, which are in no group, got 'own'")
+    if keys.ids is None or keys.anchor_ids is None:
+        return None if limit is None else Mask(row_limit=limit)
+    return Mask((keys.anchor_ids,), (keys.ids,), row_limit=limit)
+
+
+def counted(keys: ExtraKeys) -> tuple[int, int | Tensor]:
+    """How many extra keys there are, and how many of them an anchor meets: (b,) where ids leave some out."""
+    there = len(keys.rows) if keys.total is None else keys.total
+    if keys.sharded and keys.total is None:
+        there = sum(numbers[0] for numbers in gather_numbers([there], group()))
+    if keys.ids is None or keys.anchor_ids is None:
+        return there, there
+    if keys.same is not None:
+        return there, there - keys.same
+    same = _equal(all_gather(keys.anchor_ids) if keys.sharded else keys.anchor_ids, keys.ids)
+    return there, there - (reduce_scatter(same) if keys.sharded else same)
 
 
 def _dense(sides: Parts, ranks: Group) -> Tensor:

@@ -57,6 +57,8 @@ def global_batch(
         image_reference=F.normalize(torch.randn(B, 4, generator=g, dtype=torch.float64), dim=1),
         text_reference=F.normalize(torch.randn(B, 4, generator=g, dtype=torch.float64), dim=1),
         text_negatives=tuple(near(text.detach(), 0.8) for _ in range(negatives)),
+        image_momentum=near(image.detach(), 0.2).detach(),
+        text_momentum=near(text.detach(), 0.2).detach(),
     )
 
 
@@ -115,14 +117,21 @@ def run(
     batch: dict[str, Any] | None = None,
     epochs: tuple[float, ...] = (0.0,) * STEPS,
     sample_state: str = "auto",
+    state: dict[str, Tensor] | None = None,
+    first: int = 0,
 ) -> tuple[list[Step], dict[str, Tensor]]:
     """This rank's part of `len(epochs)` steps, and the state after them.
 
     Gradients are divided by the number of ranks, as the engine's average does.
+
+    Args:
+        state: what to go on from, and with which step.
     """
     objective = objectives.create(name, sample_state=sample_state, num_samples=NUM_SAMPLES, **options)
+    if state is not None:
+        objective.load_state_dict(state)
     steps = []
-    for step, epoch in enumerate(epochs):
+    for step, epoch in enumerate(epochs, first):
         embeddings = my_rows(global_batch(step, **(batch or {})))
         objective.set_epoch(epoch)
         with using(chunk=chunk):
@@ -160,11 +169,15 @@ def joined(answers: list[tuple[list[Step], dict[str, Tensor]]]) -> tuple[list[St
     return steps, first
 
 
+class State(dict[str, Tensor]):
+    """What a definition says of the state; what it keeps beside, as attributes, is not compared."""
+
+
 def defined(
     definition: Definition, *, batch: dict[str, Any] | None = None, epochs: tuple[float, ...] = (0.0,) * STEPS
 ) -> tuple[list[Step], dict[str, Tensor]]:
     """The same steps by the definition, differentiated by autograd."""
-    state: dict[str, Tensor] = {}
+    state: dict[str, Tensor] = State()
     steps = []
     for step, _ in enumerate(epochs):
         embeddings = global_batch(step, **(batch or {}))

@@ -1,0 +1,88 @@
+"""fifo_bank is its definition, whatever lies where, and goes on from a checkpoint on other ranks."""
+
+import pytest
+import torch
+
+from amclr_scale.types import Embeddings
+from tests.objectives.banks.plain import banks_of, log_sum
+from tests.objectives.harness import STEPS, assert_same, close, defined, joined, make, run
+
+BATCH = {"duplicate": True}  # one id comes twice in a batch, all come back from step to step
+
+
+def definition(size, *, init="empty", exclude_same_id=True, proximal=0.0, temperature=None, source="student"):
+    initial = {}
+    if init in ("randn", "rand"):
+        bank = make("fifo_bank", size=size, init=init, width=6).bank
+        initial = {"image": bank.image.features.double(), "text": bank.text.features.double()}
+
+    def loss(state, e: Embeddings, step: int):
+        t = 1 / e.logit_scale if temperature is None else temperature
+        banks = banks_of(state, size, init, initial)
+        stored = (e.image, e.text) if source == "student" else (e.image_momentum, e.text_momentum)
+        value = 0
+        for bank, rows in zip(banks, stored, strict=True):
+            bank.first_look(rows, e.ids)
+        for anchors, keys, bank in ((e.image, e.text, banks[1]), (e.text, e.image, banks[0])):
+            left_out = bank.same(e.ids) & exclude_same_id
+            value = value + log_sum(anchors @ keys.T, anchors @ bank.keys().T, left_out, t).mean() / 2
+            value = value - (anchors * keys).sum(1).mean() / t / 2
+        for rows, bank in ((e.image, banks[0]), (e.text, banks[1])):
+            own = [bank.newest(sample) for sample in e.ids.tolist()]
+            near = [(row - q).square().sum() for row, q in zip(rows, own, strict=True) if q is not None]
+            value = value + proximal * sum(near, 0) / len(rows) / 2
+        for side, bank, rows in zip(("image", "text"), banks, stored, strict=True):
+            bank.put(rows, e.ids)
+            bank.into(state, f"bank.{side}")
+        return value.squeeze(), value.squeeze()
+
+    return loss
+
+
+SETTINGS = [
+    {"size": 13},
+    {"size": 16, "exclude_same_id": False, "temperature": 0.1},
+    {"size": 32, "proximal": 3.0},
+    {"size": 13, "init": "batch", "proximal": 1.0, "source": "momentum"},
+    {"size": 50, "init": "randn"},
+    {"size": 11, "init": "rand"},
+    {"size": 20, "init": "zeros"},
+]
+
+
+@pytest.mark.parametrize("options", SETTINGS, ids=str)
+def test_matches_its_definition(options):
+    want = defined(definition(**options), batch=BATCH)
+    for chunk in (1, 5, 100):
+        assert_same(run("fifo_bank", options, chunk=chunk, batch=BATCH), want)
+
+
+ON_RANKS = [SETTINGS[0], SETTINGS[3], SETTINGS[5]]
+
+
+def every_setting(layout):
+    return [run("fifo_bank", options, chunk=3, batch=BATCH, sample_state=layout) for options in ON_RANKS]
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_ranks_are_one_batch(ranks, world_size):
+    for layout in ("replicated", "sharded"):
+        for options, *answers in zip(ON_RANKS, *ranks(world_size, every_setting, layout), strict=True):
+            assert_same(joined(answers), defined(definition(**options), batch=BATCH))
+
+
+def test_a_state_goes_on_bit_for_bit_on_other_ranks(ranks):
+    options, epochs = {"size": 13, "proximal": 1.0}, (0.0,)
+    whole = run("fifo_bank", options, batch=BATCH, epochs=epochs * STEPS)
+    state: dict[str, torch.Tensor] | None = None
+    for first, (world_size, layout) in enumerate(
+        [(2, "sharded"), (1, "replicated"), (4, "sharded"), (2, "replicated"), (1, "sharded")]
+    ):
+        how = {"batch": BATCH, "epochs": epochs, "state": state, "first": first, "sample_state": layout}
+        answers = ranks(world_size, run, "fifo_bank", options, **how)
+        steps, state = joined(answers)
+        assert steps[0].value == pytest.approx(whole[0][first].value, abs=1e-12)
+        close(steps[0].rows["image"], whole[0][first].rows["image"], 1e-12, f"step {first}")
+    assert state.keys() == whole[1].keys()
+    for name, value in state.items():
+        assert torch.equal(value, whole[1][name]), name
