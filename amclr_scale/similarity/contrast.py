@@ -136,7 +136,11 @@ def contrast(
     b, now = len(image), settings.current()
     if not batch_negatives and (image_groups is not None or text_groups is not None):
         raise ValueError("batch_negatives: expected True where keys have groups, got False")
-    if exclude_positive and (b * ranks.size == 1 or not batch_negatives) and (extra_image_keys is None or extra_text_keys is None):
+    if (
+        exclude_positive
+        and (b * ranks.size == 1 or not batch_negatives)
+        and (extra_image_keys is None or extra_text_keys is None)
+    ):
         raise ValueError(
             "exclude_positive: a global batch of 1, or one without batch_negatives, has no key but the positive; "
             "expected at least 2 samples, or extra keys for both sides"

@@ -110,7 +110,9 @@ class MomentumQueue(Objective, name="momentum_queue"):
             self.bank.put(*teacher, ids)
             self.samples.add(global_batch_size(ids))
         cosine = sum(F.cosine_similarity(x.detach(), y, dim=1).mean() for x, y in zip(student, teacher, strict=True))
-        return Loss(loss, numbers(objective=loss, temperature=t, alpha=alpha, teacher_cosine=cosine / 2, **look.metrics))
+        return Loss(
+            loss, numbers(objective=loss, temperature=t, alpha=alpha, teacher_cosine=cosine / 2, **look.metrics)
+        )
 
     def _hard(self, student: Pair, teacher: Pair, look: Look, t: Tensor | float) -> tuple[tuple[Tensor, ...], Pair]:
         """Log-sums less the mean logit of the positives, and this mean, of image and text anchors, (b,) each."""

@@ -17,7 +17,6 @@ from amclr_scale.similarity import ExtraKeys
 from amclr_scale.types import Embeddings
 
 
-
 @dataclass(frozen=True, kw_only=True)
 class BankOptions:
     """Options of every objective that is about banks."""
