@@ -46,6 +46,9 @@ CASES: list[tuple[str, str, dict[str, Any], int]] = [
     ("xamclr", "xamclr", {}, 6),
     ("xamclr_dro", "xamclr_dro", {}, 6),
     ("vicreg", "vicreg", {}, 0),
+    ("fifo_bank", "fifo_bank", {"size": 4096, "init": "randn"}, 3),
+    ("momentum_queue", "momentum_queue", {"size": 4096, "init": "randn"}, 8),
+    ("momentum_queue, alpha=0", "momentum_queue", {"size": 4096, "init": "randn", "alpha": 0.0}, 4),
     ("sogclr, squared_hinge", "sogclr", {"surrogate": "squared_hinge"}, 1),
 ]
 
@@ -70,6 +73,8 @@ def embeddings(batch: int, width: int, num_samples: int) -> Embeddings:
         text_views=(rows(),),
         image_temperature=leaf(0.03, batch),
         text_temperature=leaf(0.03, batch),
+        image_momentum=rows().detach(),
+        text_momentum=rows().detach(),
     )
 
 

@@ -135,6 +135,11 @@ def _objective(config: Config, world_size: int) -> list[str]:
             lines.append(f"{key}: objective {name} reads {kind}, which come from there, got nothing")
         elif there is not None and there != wanted and (wanted or KINDS[kind].several):
             lines.append(f"{key}: objective {name} needs {wanted or 'none'}, got {there}")
+    width = getattr(found.options, "width", None)
+    if width not in (None, config.model.embedding_width):
+        lines.append(
+            f"objective.width: expected model.embedding_width = {config.model.embedding_width}, or null, got {width}"
+        )
     return lines + [f"objective.{line}" for line in found.mistakes(batch, batch // world_size)]
 
 

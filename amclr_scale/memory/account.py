@@ -214,7 +214,9 @@ def _objective_components(config: Config, plan: Plan, num_samples: int, device: 
     """State per sample, and what the objective's forward and backward need at their worst moment."""
     execution, b, W = config.execution, plan.local_batch_size, plan.world_size
     similarity = execution.similarity
-    state, layout = sample_state_bytes(config.objective, num_samples, W, execution.sample_state)
+    state, layout = sample_state_bytes(
+        config.objective, num_samples, W, execution.sample_state, width=config.model.embedding_width
+    )
     group = declared(config.objective).group_size
     memory = objective_memory(
         config.objective, width=config.model.embedding_width, world_size=W, gather=similarity.gather,
@@ -230,7 +232,7 @@ def _objective_components(config: Config, plan: Plan, num_samples: int, device: 
     rows_at_once = max(1, 2**21 // (b * W)) if similarity.chunk == "auto" else similarity.chunk
     blocks, rest = memory.peak(b, workspace=held, rows_at_once=rows_at_once, cache_bytes=similarity.cache_mib * 2**20)
     gradients = passes.leaf_bytes  # counted there
-    waiting = staged_bytes(config.objective, b, W, layout)
+    waiting = staged_bytes(config.objective, b, W, layout, width=config.model.embedding_width)
     return [
         Component(
             "sample state", always(state), "execution.sample_state: sharded divides it by the ranks", "state",

@@ -17,7 +17,7 @@ number of ranks this is exact, whatever the rows.
 import json
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -30,8 +30,10 @@ from torch import Tensor
 from amclr_scale import objectives
 from amclr_scale.declarations import KINDS
 from amclr_scale.memory.tracker import Tracker
+from amclr_scale.objectives.banks.bank import Bank
 from amclr_scale.objectives.base import Layout, Objective
 from amclr_scale.objectives.sample_state import SampleState
+from amclr_scale.objectives.staging import forgotten
 from amclr_scale.similarity import settings
 from amclr_scale.similarity.blocks import Workspace
 from amclr_scale.similarity.settings import Distribution, Gather
@@ -99,32 +101,41 @@ def objective_memory(
 
 
 def sample_state_bytes(
-    objective: dict[str, Any], num_samples: int, world_size: int, layout: Layout
+    objective: dict[str, Any], num_samples: int, world_size: int, layout: Layout, *, width: int | None = None
 ) -> tuple[int, Layout]:
-    """Bytes of an objective's buffers on one rank, and where its state will be: replicated or sharded."""
-    sizes = {where: _state(_key(objective), num_samples, world_size, where) for where in ("auto", "replicated")}
+    """Bytes of an objective's buffers on one rank, and where its state will be: replicated or sharded.
+
+    Args:
+        width: D, which banks of features need.
+    """
+    ask = (_key(objective), num_samples, world_size, width)
+    sizes = {where: _state(*ask, where) for where in ("auto", "replicated")}
     if layout != "auto":
-        return _state(_key(objective), num_samples, world_size, layout), layout
+        return _state(*ask, layout), layout
     return sizes["auto"], "replicated" if sizes["auto"] == sizes["replicated"] else "sharded"
 
 
-def staged_bytes(objective: dict[str, Any], rows: int, world_size: int, layout: Layout) -> int:
+def staged_bytes(
+    objective: dict[str, Any], rows: int, world_size: int, layout: Layout, *, width: int | None = None
+) -> int:
     """Bytes of what waits for the end of a step to be written to the state of its samples, and of their positions.
 
     Args:
         rows: b.
         layout: replicated or sharded, where a rank holds about as many samples of a batch as it encodes.
     """
-    per_row = _bytes_per_sample(_key(objective))
+    per_row = _bytes_per_sample(_key(objective), width)
     return rows * (world_size if layout == "replicated" else 1) * per_row
 
 
 @lru_cache(maxsize=256)
-def _bytes_per_sample(key: str) -> int:
+def _bytes_per_sample(key: str, width: int | None) -> int:
     with torch.device("meta"):
         made = create(key, 1, "replicated", None)
     tables = [module for module in made.modules() if isinstance(module, SampleState)]
-    return sum(sum(column.nbytes for column in table.buffers()) + 8 for table in tables)
+    banks = [module for module in made.modules() if isinstance(module, Bank) and module.size]
+    of_tables = sum(sum(column.nbytes for column in table.buffers()) + 8 for table in tables)
+    return of_tables + sum((width or 0) * bank.dtype.itemsize + 16 for bank in banks)  # features, id, slot
 
 
 def _key(objective: dict[str, Any]) -> str:
@@ -132,9 +143,12 @@ def _key(objective: dict[str, Any]) -> str:
 
 
 @lru_cache(maxsize=256)
-def _state(key: str, num_samples: int, world_size: int, layout: Layout) -> int:
+def _state(key: str, num_samples: int, world_size: int, width: int | None, layout: Layout) -> int:
     with pretended(world_size), torch.device("meta"):
         made = create(key, num_samples, layout, None)
+        for bank in made.modules():
+            if isinstance(bank, Bank) and bank.width is None and width is not None:
+                bank.make(width)
     return sum(buffer.nbytes for buffer in made.buffers())
 
 
@@ -171,6 +185,7 @@ def _fit(
             ),
         ):
             made = create(key, rows * world_size, layout, group_size)
+            made.rehearse(width, rows * world_size)  # the bank's own bytes are state
             areas = (chunk * chunk, chunk * rows * world_size, width * width)
             return _moments(made, random_embeddings(made, rows, width, world_size), areas)
 
@@ -239,7 +254,8 @@ def _moments(objective: Objective, embeddings: Embeddings, areas: tuple[int, int
     tracker = Tracker("cpu")
     tracker.add([*objective.buffers(), *tensors_of(embeddings)], "before")
     tracker.on_change = note
-    with tracker:
+    banks = any(isinstance(module, Bank) for module in objective.modules())
+    with tracker, forgotten() if banks else nullcontext():  # what waits for the end of the step: `staged_bytes`
         objective(embeddings).value.backward()
     return most
 

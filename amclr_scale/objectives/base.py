@@ -103,6 +103,14 @@ class Objective(Declarations, nn.Module):
         """Say how far training is, in passes over the data set; the trainer does so before every step."""
         self.epoch = epoch
 
+    def rehearse(self, width: int, slots: int) -> None:
+        """Be as in the midst of a run, where that matters for what a step costs; nothing is trained afterwards.
+
+        Args:
+            width: D.
+            slots: to have in banks, all of them filled.
+        """
+
     @property
     def learns(self) -> bool:
         """Whether this forward may change state: in training mode, and with gradients on."""

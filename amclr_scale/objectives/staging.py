@@ -50,6 +50,21 @@ def when_applied(change: Change) -> None:
         waiting.append(change)
 
 
+class _Nowhere(list[Change]):
+    def append(self, change: Change) -> None:
+        pass
+
+
+@contextmanager
+def forgotten() -> Iterator[None]:
+    """Let changes of state be forgotten at once, for who asks what a step costs."""
+    before = _waiting.set(_Nowhere())
+    try:
+        yield
+    finally:
+        _waiting.reset(before)
+
+
 def is_staged() -> bool:
     """Whether changes wait: then backward is over when they take place."""
     return _waiting.get() is not None

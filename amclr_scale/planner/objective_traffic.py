@@ -24,6 +24,7 @@ from amclr_scale.config.objective_options import declared
 from amclr_scale.distributed.purpose import current_purpose
 from amclr_scale.memory.objective_memory import create, random_embeddings
 from amclr_scale.objectives.base import Layout
+from amclr_scale.objectives.staging import forgotten
 from amclr_scale.planner.messages import Message, MessageCounter, Messages
 from amclr_scale.similarity import settings
 from amclr_scale.similarity.settings import Distribution, Gather
@@ -120,8 +121,9 @@ def _run(
     try:
         torch.set_num_threads(1)  # what runs here is small
         made = create(key, rows * world_size, layout, group_size)
+        made.rehearse(width, max(int(getattr(made.config, "size", 0)), ROWS[-1] * world_size))
         embeddings = random_embeddings(made, rows, width, world_size)
-        with settings.using(gather=gather, distribution=distribution), _Counter() as counted:
+        with settings.using(gather=gather, distribution=distribution), forgotten(), _Counter() as counted:
             value = made(embeddings).value
             products = counted.products
             value.backward()

@@ -37,6 +37,7 @@ from amclr_scale.engine.batch_plan import Plan, make_plan
 from amclr_scale.memory.passes import gathers
 from amclr_scale.memory.towers import skeleton
 from amclr_scale.memory.units import in_words
+from amclr_scale.objectives.banks.bank import Bank
 from amclr_scale.objectives.base import Layout
 from amclr_scale.objectives.sample_state import REPLICATED_BYTES, SampleState
 from amclr_scale.planner.messages import Message, Messages
@@ -134,8 +135,11 @@ def state_layout(config: Config, num_samples: int) -> Layout:
         return config.execution.sample_state
     with torch.device("meta"):
         made = objectives.from_section(config.objective, "replicated", num_samples=num_samples)
-    tables = [module for module in made.modules() if isinstance(module, SampleState)]
-    largest = max((sum(buffer.nbytes for buffer in table.buffers()) for table in tables), default=0)
+    tables = [module for module in made.modules() if isinstance(module, SampleState | Bank)]
+    for bank in tables:
+        if isinstance(bank, Bank) and bank.width is None:
+            bank.make(config.model.embedding_width, torch.device("meta"))
+    largest = max((sum(x.nbytes for x in table.buffers() if x.is_floating_point()) for table in tables), default=0)
     return "sharded" if largest > REPLICATED_BYTES else "replicated"
 
 

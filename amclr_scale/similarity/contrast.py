@@ -164,9 +164,10 @@ def contrast(
         limit=limit,
         ranks=ranks,
     )
-    for name, keys in (("extra_images", extra_image_keys), ("extra_texts", extra_text_keys)):
-        if isinstance(keys, ExtraKeys):
-            left_out = replace(left_out, **{name: own_mask(keys, limit, group_keys)})
+    if isinstance(extra_image_keys, ExtraKeys):
+        left_out = replace(left_out, extra_images=own_mask(extra_image_keys, limit, group_keys))
+    if isinstance(extra_text_keys, ExtraKeys):
+        left_out = replace(left_out, extra_texts=own_mask(extra_text_keys, limit, group_keys))
     plan = Plan(
         ranks=ranks,
         settings=now,

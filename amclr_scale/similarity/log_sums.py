@@ -129,9 +129,10 @@ class LogSums(torch.autograd.Function):
             d_text: Tensor | None = None
             together = need_text and plan.distribution == "reduce_scatter"
             if not plan.batch_negatives:
-                d_text = stream.positive_weight[:, None] * image.to(plan.dtype) if need_text else None
+                weight = total.to(plan.dtype)[:, None]
+                d_text = weight * image.to(plan.dtype) if need_text else None
                 if d_image is not None:
-                    d_image += stream.positive_weight[:, None] * text.to(plan.dtype)
+                    d_image += weight * text.to(plan.dtype)
             elif need_image or together:
                 text_keys = plan.keys(text, gathered)
                 stream.differentiate(

@@ -22,8 +22,10 @@ NAMES = [
     "dcl",
     "dclw",
     "fastclip",
+    "fifo_bank",
     "isogclr",
     "isogclr_net",
+    "momentum_queue",
     "onlineclr",
     "siglip",
     "sogclr",
@@ -63,7 +65,7 @@ def test_every_objective_takes_num_samples_and_gives_finite_gradients(name):
     assert e.text.grad.abs().max() > 0
     assert all(type(value) is float for value in loss.metrics.values())
     assert math.isfinite(loss.metrics["objective"])
-    assert ("ids" in objective.inputs) == hasattr(objective, "image_state")
+    assert ("ids" in objective.inputs) == (hasattr(objective, "image_state") or hasattr(objective, "bank"))
 
 
 @pytest.mark.parametrize(

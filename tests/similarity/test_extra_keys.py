@@ -74,7 +74,10 @@ def worst_error(sharded, how, **options):
     return max(relative_error(x, y[rows]) for x, y in zip(got, want, strict=True))
 
 
-def all_ways(layouts, hows, flags=tuple(product((True, False), repeat=3))):
+FLAGS = tuple(product((True, False), repeat=3))
+
+
+def all_ways(layouts, hows, flags=FLAGS):
     names = ("batch_negatives", "exclude_positive", "centred")
     return max(
         worst_error(sharded, how, **dict(zip(names, values, strict=True)))

@@ -3,8 +3,8 @@
 b  samples on this rank    B = b W  samples of the global batch    M  slots    D  width    W  ranks
 
 A step reads what the bank holds and then puts the global batch into the slots pointer ... pointer + B - 1 modulo M, so
-M need not be a multiple of B. Two layouts give the same answers. Replicated: every rank holds all slots. Sharded: rank r
-holds the slots that are r modulo W. `state_dict` has all M slots in either layout, so a checkpoint fits any number of
+M need not be a multiple of B. Two layouts give the same answers. Replicated: every rank holds all slots. Sharded: rank
+r holds the slots that are r modulo W. `state_dict` has all M slots in either layout, so a checkpoint fits any number of
 ranks. Pointer, number of filled slots and number of steps are plain numbers that every rank counts alike; a checkpoint
 has them as tensors. A row that is not finite leaves its slot as it was.
 
@@ -92,6 +92,12 @@ class Bank(FullPrecision):
         if self.init in ("randn", "rand") and device.type != "meta":
             self._draw()
 
+    def rehearse(self, width: int, slots: int) -> None:
+        """Be a full bank of so many slots, for who asks what a step costs."""
+        self.size, self.init = slots, "zeros"
+        self.make(width)
+        self.filled, self.steps = slots, 1
+
     def contents(self, features: Tensor, ids: Tensor) -> "Contents":
         """What the bank holds at this step. Every rank calls it, with equally many rows.
 
@@ -136,10 +142,11 @@ class Bank(FullPrecision):
         here = (slots % self.shards[0] == self.shards[1]).nonzero()[:, 0]
         rows, mine = slots[here].to(self.ids.device) // self.shards[0], here.to(of.device) % len(of)
         every, of, batch, in_place = every[mine].to(self.features), of[mine].to(self.ids), len(of), is_staged()
+        full = min(self.size, self.filled + len(slots))
 
         def write() -> None:
             self.steps += 1
-            self.pointer, self.filled = (self.pointer + batch) % self.size, min(self.size, self.filled + len(slots))
+            self.pointer, self.filled = (self.pointer + batch) % self.size, full
             finite = every.isfinite().all(1)
             for name, new in (("features", every), ("ids", of), ("written", torch.full_like(of, self.steps))):
                 table: Tensor = getattr(self, name)
@@ -171,7 +178,7 @@ class Bank(FullPrecision):
     def table(self, name: str) -> Tensor:
         """All M slots' features, ids or writing steps, on the CPU. Where sharded, every rank must call it."""
         local: Tensor = getattr(self, name)
-        num_shards, shard = self.shards
+        num_shards, _ = self.shards
         if num_shards == 1:
             return local.detach().cpu()
         rows = -(-self.size // num_shards)

@@ -3,8 +3,8 @@
 The bank without a momentum encoder of the notes "Increasing negative examples for ITC"; for one modality it is Wang et
 al., "Cross-Batch Memory for Embedding Learning", CVPR 2020, arXiv:1912.06798.
 
-With logits l_ij = s_ij / t of image anchors i over the texts j of the batch, l_ik = z_i . q'_k / t over the rows q'_k of
-the text bank that are not of sample i, and q_i, q'_i the newest rows of sample i itself:
+With logits l_ij = s_ij / t of image anchors i over the texts j of the batch, l_ik = z_i . q'_k / t over the rows q'_k
+of the text bank that are not of sample i, and q_i, q'_i the newest rows of sample i itself:
 
     L_i   = log( sum_j exp(l_ij) + sum_k exp(l_ik) ) - l_ii
     value = (1/2) mean_i (L_i + L'_i) + (proximal/2) mean_i ( |z_i - q_i|^2 + |t_i - q'_i|^2 )
@@ -70,6 +70,9 @@ class FIFOBank(Objective, name="fifo_bank"):
         super().__init__()
         self.config = config
         self.bank = Queues(config, sample_state)
+
+    def rehearse(self, width: int, slots: int) -> None:
+        self.bank.rehearse(width, slots)
 
     def forward(self, embeddings: Embeddings) -> Loss:
         t, ids = learned_temperature(embeddings, self.config.temperature), ids_of(embeddings)

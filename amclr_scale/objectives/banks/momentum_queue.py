@@ -94,6 +94,10 @@ class MomentumQueue(Objective, name="momentum_queue"):
         ramp = self.config.alpha_ramp_samples
         return self.config.alpha * (min(1.0, self.samples.value / ramp) if ramp else 1.0)
 
+    def rehearse(self, width: int, slots: int) -> None:
+        self.bank.rehearse(width, slots)
+        self.samples.value = self.config.alpha_ramp_samples
+
     def forward(self, embeddings: Embeddings) -> Loss:
         t, ids, alpha = learned_temperature(embeddings, self.config.temperature), ids_of(embeddings), self.alpha
         student = (embeddings.image, embeddings.text)

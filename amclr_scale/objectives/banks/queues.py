@@ -21,7 +21,7 @@ from amclr_scale.types import Embeddings
 class BankOptions:
     """Options of every objective that is about banks."""
 
-    size: int  # slots per modality, at least the global batch; 0: none
+    size: int = 65_536  # slots per modality, at least the global batch; 0: none
     width: int | None = None  # of the embeddings; null: as they come
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of what is stored
     init: Literal["empty", "batch", "randn", "rand", "zeros"] = "empty"  # what counts as a key before it was stored
@@ -53,6 +53,12 @@ class Queues(nn.Module):
             Bank(options.size, options.width, init=options.init, dtype=options.dtype, layout=layout, seed=seed)
             for seed in (0, 1)
         )
+
+    def rehearse(self, width: int, slots: int) -> None:
+        """See `Objective.rehearse`."""
+        self.size = min(self.size, slots)
+        for bank in (self.image, self.text):
+            bank.rehearse(width, slots)
 
     def look(self, image: Tensor, text: Tensor, ids: Tensor) -> Look:
         """What they hold. Every rank calls it.

@@ -63,7 +63,7 @@ def every_setting(layout):
     return [run("momentum_queue", options, chunk=3, batch=BATCH, sample_state=layout) for options in SETTINGS[:4]]
 
 
-@pytest.mark.parametrize(("world_size", "layout"), [(2, "sharded"), (4, "sharded"), (2, "replicated")])
+@pytest.mark.parametrize(("world_size", "layout"), [(4, "sharded"), (2, "replicated")])
 def test_ranks_are_one_batch(ranks, world_size, layout):
     for options, *answers in zip(SETTINGS[:4], *ranks(world_size, every_setting, layout), strict=True):
         assert_same(joined(answers), defined(definition(**options), batch=BATCH))
@@ -103,5 +103,5 @@ def test_mistakes_are_answered_in_words():
         with pytest.raises(ValueError, match=message):
             make("momentum_queue", **options)(e)
     flat = {name: x for name, x in e.flat().items() if "momentum" not in name}
-    with pytest.raises(ValueError, match="embeddings.image_momentum: .* set model.momentum"):
+    with pytest.raises(ValueError, match=r"embeddings\.image_momentum: .* set model\.momentum"):
         make("momentum_queue", size=8)(Embeddings.from_flat(flat))
