@@ -1,0 +1,97 @@
+"""What objectives allocate: state, changes of it that wait, and the worst moment of a step, on any rows and ranks."""
+
+import json
+from contextlib import nullcontext
+
+import pytest
+
+from amclr_scale import objectives
+from amclr_scale.memory.objective_memory import (
+    create,
+    objective_memory,
+    pretended,
+    random_embeddings,
+    sample_state_bytes,
+    staged_bytes,
+    tensors_of,
+)
+from amclr_scale.memory.tracker import Tracker
+from amclr_scale.objectives.staging import forgotten, staged
+from amclr_scale.similarity import using
+from amclr_scale.similarity.blocks import Workspace
+from tools.memory_pages import formulas
+
+N = 4096
+
+
+@pytest.mark.parametrize("name", sorted(objectives.available()))
+@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.slow
+def test_every_objective_on_other_rows_than_it_was_run_on(name, world_size):
+    rows, chunk, width = 48, 16, 32
+    memory = objective_memory(
+        {"name": name},
+        width=width,
+        world_size=world_size,
+        gather="all",
+        distribution="column_sums",
+        layout="replicated",
+    )
+    with pretended(world_size), using(chunk=chunk, distribution="column_sums"):
+        made = create(json.dumps({"name": name}), rows * world_size, "replicated", None)
+        made.rehearse(width, rows * world_size)
+        embeddings = random_embeddings(made, rows, width, world_size)
+        tracker = Tracker()
+        tracker.add([*made.buffers(), *tensors_of(embeddings)], "before")
+        before = tracker.total
+        with tracker, forgotten() if hasattr(made, "bank") else nullcontext():
+            made(embeddings).value.backward()
+    assert sum(memory.peak(rows, workspace=Workspace(chunk, chunk, 12), rows_at_once=chunk)) == pytest.approx(
+        tracker.peak - before, rel=0.02
+    )
+
+
+@pytest.mark.parametrize("name", ["sogclr", "isogclr", "amclr_dro", "momentum_queue"])
+def test_changes_of_state_that_wait_for_the_end_of_a_step(name):
+    made = create(json.dumps({"name": name}), 48, "replicated", None)
+    made.rehearse(32, 48)
+    embeddings = random_embeddings(made, 48, 32, 1)
+    tracker = Tracker()
+    tracker.add([*made.buffers(), *tensors_of(embeddings)], "before")
+    with tracker:
+        with staged():
+            made(embeddings).value.backward()
+            held = tracker.total
+        held -= tracker.total
+    assert held == staged_bytes({"name": name}, 48, 1, "replicated", width=32)
+
+
+def test_more_ranks_follow_from_few():
+    ask = {"width": 32, "gather": "all", "distribution": "column_sums", "layout": "replicated"}
+    few, many = (objective_memory({"name": "clip"}, world_size=w, **ask) for w in (4, 64))
+    gathered = 60 * 48 * 32 * 4  # the features of 60 more ranks
+    assert (
+        many.peak(48, workspace=Workspace(48, 48, 12), rows_at_once=48)[1]
+        - few.peak(48, workspace=Workspace(48, 48, 12), rows_at_once=48)[1]
+        > 2 * gathered
+    )
+
+
+@pytest.mark.parametrize("name", ["fifo_bank", "momentum_queue"])
+def test_banks_are_counted_to_the_byte(name):
+    """Two banks of 65,536 x 3,072 floats, and an id and a step of 8 bytes for every slot."""
+    section, each = {"name": name, "size": 65_536}, 805_306_368 + 65_536 * 16
+    assert sample_state_bytes(section, N, 1, "replicated", width=3072) == (2 * each, "replicated")
+    assert sample_state_bytes(section, N, 8, "auto", width=3072) == (2 * each // 8, "sharded")
+    assert sample_state_bytes({**section, "dtype": "bfloat16"}, N, 1, "replicated", width=768)[0] == 2 * (
+        65_536 * (768 * 2 + 16)
+    )
+    assert formulas.queue(65_536, 3072) == 805_306_368
+
+
+def test_sample_state_is_sharded_when_it_is_large():
+    assert sample_state_bytes({"name": "sogclr"}, N, 8, "auto") == (2 * 4 * N, "replicated")
+    assert sample_state_bytes({"name": "sogclr"}, N, 8, "sharded") == (2 * 4 * N // 8, "sharded")
+    size, layout = sample_state_bytes({"name": "sogclr"}, 400_000_000, 8, "auto")
+    assert layout == "sharded"
+    assert size == 2 * 4 * 400_000_000 // 8
