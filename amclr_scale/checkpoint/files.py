@@ -17,10 +17,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from amclr_scale.checkpoint import contents
 from amclr_scale.errors import UserError
 
 CHECKPOINTS = "checkpoints"  # in a run's folder
-MANIFEST = "manifest.json"
+MANIFEST, STATE = "manifest.json", "state.json"
 LATEST, BEST = "latest", "best"
 FORMAT = 1
 
@@ -124,20 +125,13 @@ def step_of(checkpoint: Path) -> int:
 def steps(folder: Path) -> list[int]:
     """Steps of the checkpoints in a folder, whole or not, newest first."""
     found = (path.name.removeprefix("step_") for path in folder.glob("step_*"))
-    return sorted((int(number) for number in found if number.isdigit()), reverse=True)
+    return sorted((int(number) for number in found if number.isdecimal()), reverse=True)
 
 
 def fault(checkpoint: Path) -> str | None:
-    """Why a checkpoint may not be read, in words; None: every byte is as it was written."""
+    """Why a checkpoint may not be read, in words; None: every byte is as it was written, and says what one can say."""
     try:
-        try:
-            manifest = json.loads((checkpoint / MANIFEST).read_text("utf-8"))
-        except ValueError:
-            manifest = None
-        if not isinstance(manifest, dict) or manifest.get("sha256") != _own_hash(manifest):
-            return f"{MANIFEST} is damaged"
-        if manifest["format"] != FORMAT:
-            return f"its format is {manifest['format']}; this version reads {FORMAT}"
+        manifest = _manifest(checkpoint)
         for file in manifest["files"]:
             path = checkpoint / file["name"]
             if not path.is_file():
@@ -147,11 +141,48 @@ def fault(checkpoint: Path) -> str | None:
         for file in manifest["files"]:
             if describe(checkpoint / file["name"]).sha256 != file["sha256"]:
                 return f"{file['name']} is damaged: its bytes are not those that were written"
+        if (checkpoint / STATE).is_file():
+            read_state(checkpoint)
     except FileNotFoundError as error:
         return f"{Path(str(error.filename)).name} is missing"
     except OSError as error:
         return f"it cannot be read: {error}"
+    except ValueError as error:
+        return str(error)
     return None
+
+
+def _manifest(checkpoint: Path) -> dict[str, Any]:
+    """Raise `ValueError` unless it is whole, of this version, and names files of the checkpoint."""
+    try:
+        manifest = contents.parse((checkpoint / MANIFEST).read_text("utf-8"))
+    except ValueError:
+        manifest = None
+    if not isinstance(manifest, dict) or manifest.get("sha256") != _own_hash(manifest):
+        raise ValueError(f"{MANIFEST} is damaged")
+    if manifest.get("format") != FORMAT:
+        raise ValueError(f"its format is {manifest.get('format')}; this version reads {FORMAT}")
+    try:
+        contents.check_manifest(manifest)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{MANIFEST} names what no checkpoint holds: {error}") from error
+    return manifest
+
+
+def read_state(checkpoint: Path) -> dict[str, Any]:
+    """What state.json says.
+
+    Raises:
+        UserError: that cannot be what a run has written.
+        OSError: it is not there.
+    """
+    number = checkpoint.name.removeprefix("step_")
+    try:
+        state = contents.parse((checkpoint / STATE).read_text("utf-8"))
+        contents.check_state(state, int(number) if number.isdecimal() else None)
+    except ValueError as error:
+        raise UserError(f"{checkpoint}: {STATE} is not what a run has written: {error}") from error
+    return dict(state)
 
 
 def mark(checkpoint: Path) -> str:
@@ -243,6 +274,6 @@ def thin_out(folder: Path, keep: int, keep_every: int | None, best: int | None =
 def _number(checkpoint: Path) -> float:
     """How many checkpoints its run had made with it; nan (which no number divides) where it is damaged."""
     try:
-        return int(json.loads((checkpoint / "state.json").read_text("utf-8"))["number"])
+        return int(read_state(checkpoint)["number"])
     except (FileNotFoundError, KeyError, TypeError, ValueError):
         return float("nan")

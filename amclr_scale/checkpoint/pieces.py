@@ -12,7 +12,6 @@ ranks and no rank ever holds the whole. Loading reads whatever ranges the new la
 bit for bit: restored in the layout that they were saved in, training goes on as if nothing had happened.
 """
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +21,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from amclr_scale.checkpoint import contents
+from amclr_scale.checkpoint.contents import COUNTERS
 from amclr_scale.encoders.rank_buffers import mean_of
 from amclr_scale.encoders.weights import saved_parts
 from amclr_scale.engine.teacher import Teacher
@@ -30,7 +31,6 @@ from amclr_scale.engine.zero.flat_shards import shards_of
 MASTER = "parameter"
 AVERAGE = "average"
 BUFFER, AVERAGED_BUFFER = "buffer/", "averaged_buffer/"
-COUNTERS = ("global_steps", "global_samples", "micro_steps", "skipped_steps")
 
 
 @dataclass(frozen=True)
@@ -200,14 +200,19 @@ class PieceReader:
 
     def __init__(self, files: Sequence[Path]):
         self._files: list[Any] = [safe_open(file, "pt") for file in files]
-        self.notes: list[dict[str, Any]] = [json.loads(file.metadata()["notes"]) for file in self._files]
+        self.notes: list[dict[str, Any]] = [contents.parse((f.metadata() or {}).get("notes", "")) for f in self._files]
+        for notes in self.notes:
+            contents.check_notes(notes)
         self._keys: list[set[str]] = [set(file.keys()) for file in self._files]
         self._pieces: dict[str, list[tuple[int, int, Any, str]]] = {}
         for file, keys in zip(self._files, self._keys, strict=True):
             for key in keys:
                 name, at, offset = key.rpartition("@")
                 if at:
-                    (numel,) = file.get_slice(key).get_shape()
+                    shape = file.get_slice(key).get_shape()
+                    if len(shape) != 1 or not offset.isdecimal():
+                        raise ValueError(f"a piece {key[:100]!r} of shape {shape}")
+                    (numel,) = shape
                     self._pieces.setdefault(name, []).append((int(offset), numel, file, key))
         for found in self._pieces.values():
             found.sort(key=lambda piece: piece[0])
@@ -294,7 +299,10 @@ def restore(engine: Any, reader: PieceReader, rank: int) -> None:
     for name, value in notes["counters"].items():
         setattr(engine, name, value)
     if engine.fp16_enabled():
+        known = _numbers(engine.optimizer.loss_scaler)
         for name, value in notes["loss_scale"].items():
+            if name not in known:
+                raise ValueError(f"checkpoint: a loss scaler's {name[:40]!r}, which it does not have")
             setattr(engine.optimizer.loss_scaler, name, value)
 
 

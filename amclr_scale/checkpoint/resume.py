@@ -4,13 +4,12 @@ Nothing here talks to other ranks: rank 0 looks, reads every byte of the candida
 others. A recipe that differs is refused, key by key; how it is executed may differ as it likes. Imports no torch.
 """
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from amclr_scale.checkpoint import files
+from amclr_scale.checkpoint import contents, files
 from amclr_scale.checkpoint.files import CHECKPOINTS
 from amclr_scale.config.load import build, recipe, recipe_hash
 from amclr_scale.config.schema import Config
@@ -101,8 +100,8 @@ def _of_same_recipe(home: Path, config: Config) -> Iterator[Path]:
         states = (pointer.parent / files.name_of(step) / "state.json" for step in files.steps(pointer.parent))
         for state in states:
             try:
-                same = json.loads(state.read_text("utf-8"))["recipe"] == wanted
-            except (OSError, ValueError, KeyError):
+                same = contents.parse(state.read_text("utf-8"))["recipe"] == wanted
+            except (OSError, ValueError, KeyError, TypeError):
                 continue  # damaged: the next one tells
             if same:
                 found.append((pointer.stat().st_mtime, pointer.parent))
@@ -111,12 +110,19 @@ def _of_same_recipe(home: Path, config: Config) -> Iterator[Path]:
 
 
 def _finished(checkpoint: Path) -> bool:
-    state = json.loads((checkpoint / "state.json").read_text("utf-8"))
+    state = _state(checkpoint, "step", "total_steps")
     return bool(state["step"] >= state["total_steps"])
 
 
+def _state(checkpoint: Path, *needed: str) -> dict[str, Any]:
+    state = files.read_state(checkpoint)
+    if missing := [key for key in needed if key not in state]:
+        raise UserError(f"resume: {checkpoint} cannot be used: its {files.STATE} lacks {missing[0]}")
+    return state
+
+
 def _found(checkpoint: Path, complaints: list[str], config: Config) -> Found:
-    state = json.loads((checkpoint / "state.json").read_text("utf-8"))
+    state = _state(checkpoint, "config", "samples", "number", "data_fingerprint")
     changed = differences(state["config"], config)
     refused = [words for key, words in changed.items() if not _allowed(key, config.resume_changed)]
     if refused:

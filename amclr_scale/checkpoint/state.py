@@ -20,18 +20,18 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from amclr_scale.checkpoint import pieces
-from amclr_scale.checkpoint.files import Written, describe, write_json
+from amclr_scale.checkpoint.files import STATE, Written, describe, read_state, write_json
 from amclr_scale.engine.teacher import Teacher
 from amclr_scale.errors import UserError
 
 if TYPE_CHECKING:
     from amclr_scale.engine.hooks import Hook
 
-STATE = "state.json"
 OBJECTIVE = "objective.safetensors"
 TOKENIZER = "tokenizer"
 
@@ -125,16 +125,20 @@ def _copy(part: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: value.detach().to("cpu", copy=True).contiguous() for name, value in part.items()}
 
 
-def read_state(checkpoint: Path) -> dict[str, Any]:
-    """What state.json says."""
-    state: dict[str, Any] = json.loads((checkpoint / STATE).read_text("utf-8"))
-    return state
-
-
 def open_pieces(checkpoint: Path) -> pieces.PieceReader:
-    """The pieces of all ranks that wrote."""
-    ranks = int(read_state(checkpoint)["ranks"])
-    return pieces.PieceReader([checkpoint / file_of(rank) for rank in range(ranks)])
+    """The pieces of all ranks that wrote.
+
+    Raises:
+        UserError: a file is missing, or holds what no run writes.
+    """
+    ranks = int(read_state(checkpoint).get("ranks", 0))
+    there = len(list(checkpoint.glob("rank_*.safetensors")))
+    if ranks != there or not ranks:
+        raise UserError(f"{checkpoint}: expected files of {ranks:,} ranks, as its {STATE} says, found {there:,}")
+    try:
+        return pieces.PieceReader([checkpoint / file_of(rank) for rank in range(ranks)])
+    except (ValueError, OSError, SafetensorError) as error:
+        raise UserError(f"{checkpoint} cannot be used: {error}") from error
 
 
 def restore(
@@ -159,14 +163,20 @@ def restore(
         if teacher:
             pieces.restore_average(teacher, reader, rank, int(engine.world_size))
         objective.load_state_dict(_load(checkpoint / OBJECTIVE))
-    except (ValueError, RuntimeError) as error:
+        _restore_random(reader, rank, device)
+    except (ValueError, RuntimeError, SafetensorError) as error:
         words = str(error).removeprefix("checkpoint: ")
         raise UserError(f"resume: {checkpoint} does not fit this run: {words}") from error
     for hook in hooks:
         if hook.name:
             hook.load_state_dict(_load(checkpoint / file_of_hook(hook)))
+
+
+def _restore_random(reader: pieces.PieceReader, rank: int, device: torch.device) -> None:
     cpu, cuda = reader.tensor("random/cpu", rank), reader.tensor("random/cuda", rank)
     if cpu is not None:
+        if cpu.dtype != torch.uint8 or cpu.shape != torch.get_rng_state().shape:
+            raise ValueError(f"random/cpu is {cpu.dtype} of shape {tuple(cpu.shape)}")
         torch.set_rng_state(cpu)
         saved_random = reader.notes[rank]["random"]
         version, numbers, gauss = saved_random["python"]

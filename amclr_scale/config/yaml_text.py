@@ -7,6 +7,8 @@ import yaml
 
 from amclr_scale.errors import UserError
 
+MOST_VALUES = 100_000
+
 
 class Loader(yaml.SafeLoader):
     """YAML 1.2's idea of plain values; a key given twice is an error.
@@ -58,6 +60,16 @@ Dumper.yaml_implicit_resolvers = {
 }
 
 
+def _values(tree: Any, known: dict[int, int]) -> int:
+    """How many values a tree has, those behind each alias counted each time; every part is looked at once."""
+    if not isinstance(tree, dict | list):
+        return 1
+    if id(tree) not in known:
+        known[id(tree)] = MOST_VALUES + 1  # of one that holds itself
+        known[id(tree)] = 1 + sum(_values(part, known) for part in (tree.values() if isinstance(tree, dict) else tree))
+    return known[id(tree)]
+
+
 def parse(text: str, where: str, hint: str = "") -> Any:
     """What a text of YAML says.
 
@@ -69,6 +81,11 @@ def parse(text: str, where: str, hint: str = "") -> Any:
         UserError: it is no YAML, or gives a key twice.
     """
     try:
-        return yaml.load(text, Loader)
-    except (yaml.YAMLError, ValueError) as error:
+        found = yaml.load(text, Loader)
+        if _values(found, {}) > MOST_VALUES:
+            raise ValueError(f"aliases that stand for more than {MOST_VALUES:,} values")
+        return found
+    except RecursionError:
+        raise UserError(f"{where}: not readable as YAML: nested too deeply{hint}") from None
+    except (yaml.YAMLError, ValueError, TypeError) as error:
         raise UserError(f"{where}: not readable as YAML: {' '.join(str(error).split())}{hint}") from error

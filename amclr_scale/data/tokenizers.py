@@ -138,7 +138,7 @@ def load_tokenizer(spec: str, context_length: int) -> Tokenizer:
     if path.is_file():
         return _from_json(spec, path, context_length)
     if (path / _NAMED).is_file():
-        return load_tokenizer(str(json.loads((path / _NAMED).read_text())["tokenizer"]), context_length)
+        return _named(path / _NAMED, context_length)
     if path.is_dir():
         if {file.name for file in path.iterdir()} - {_FINGERPRINT} == {"tokenizer.json"}:
             return _from_json(spec, path / "tokenizer.json", context_length)
@@ -147,6 +147,17 @@ def load_tokenizer(spec: str, context_length: int) -> Tokenizer:
         f"data.tokenizer: expected emoji, clip, a tokenizer.json or a local folder of a transformers tokenizer, got "
         f"{spec!r}, which is none of them; names on a hub are not downloaded: save the tokenizer to a folder first"
     )
+
+
+def _named(file: Path, context_length: int) -> Tokenizer:
+    """The tokenizer of a package that a saved folder names; a folder names no other folder, least of all itself."""
+    try:
+        name = json.loads(file.read_text("utf-8"))["tokenizer"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise UserError(f"data.tokenizer: {file}: expected the name of a tokenizer, got {error!r:.100}") from error
+    if name not in ("emoji", "clip"):
+        raise UserError(f"data.tokenizer: {file}: expected emoji or clip, got {str(name)[:100]!r}")
+    return load_tokenizer(str(name), context_length)
 
 
 def _first(known: Sequence[str], lookup: Callable[[str], int | None], spec: str, what: str) -> int:

@@ -17,7 +17,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from amclr_scale.checkpoint import files
-from amclr_scale.checkpoint.state import TOKENIZER, open_pieces, read_state
+from amclr_scale.checkpoint.files import read_state
+from amclr_scale.checkpoint.state import TOKENIZER, open_pieces
 from amclr_scale.config.load import build, dump
 from amclr_scale.config.schema import Config
 from amclr_scale.data.names import short_names

@@ -9,8 +9,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from amclr_scale.checkpoint.files import CHECKPOINTS
-from amclr_scale.checkpoint.state import OBJECTIVE, TOKENIZER, read_state
+from amclr_scale.checkpoint.files import CHECKPOINTS, read_state
+from amclr_scale.checkpoint.state import OBJECTIVE, TOKENIZER
 from amclr_scale.data.decoding import BadSampleError, Sample, decode
 from amclr_scale.data.reading import reading_of
 from amclr_scale.errors import UserError

@@ -61,9 +61,9 @@ def test_saved_every_so_many_samples_and_at_the_end(ranks, tmp_path, asynchronou
     for step in (5, 4, 2):
         checkpoint = tmp_path / "checkpoints" / files.name_of(step)
         assert files.fault(checkpoint) is None
-        assert state.read_state(checkpoint)["samples"] == step * SIZE
+        assert files.read_state(checkpoint)["samples"] == step * SIZE
         saved = load_tokenizer(str(checkpoint / "tokenizer"), 8)
-        assert saved.fingerprint() == state.read_state(checkpoint)["tokenizer_fingerprint"]
+        assert saved.fingerprint() == files.read_state(checkpoint)["tokenizer_fingerprint"]
     records = (tmp_path / "metrics.jsonl").read_text()
     assert records.count("checkpoint/write_seconds") == 3
 
