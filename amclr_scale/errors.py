@@ -23,8 +23,12 @@ def one_of(names: Iterable[str]) -> str:
 
 
 def nearest(word: str, known: Iterable[str], n: int = 1, cutoff: float = 0.6) -> list[str]:
-    """The n known words that a misspelt one is nearest to; none that is further away than `cutoff`."""
-    return difflib.get_close_matches(word, list(known), n=n, cutoff=cutoff)
+    """The n known words that a misspelt one is nearest to; none that is further away than `cutoff`.
+
+    Those that begin with it come first: of adam, adamw is meant rather than radam.
+    """
+    near = difflib.get_close_matches(word, list(known), n=10 * n, cutoff=cutoff)
+    return sorted(near, key=lambda one: not one.startswith(word))[:n]
 
 
 def did_you_mean(word: str, known: Iterable[str], n: int = 1) -> str:

@@ -159,9 +159,7 @@ def _nearest(name: str, names: Sequence[str], elsewhere: Sequence[str] = ()) -> 
 def _explain(error: ErrorDetails, prefix: str, root: type[BaseModel]) -> str:
     """One line for one mistake."""
     # pydantic adds the branch of a union ("int", "literal['auto']") to the location: that is no key of ours
-    location = [
-        part for part in error["loc"] if not re.search(r"[\[\]()-]|^(int|float|str|bool|constrained-)", str(part))
-    ]
+    location = [part for part in error["loc"] if not re.search(r"[\[\]()-]|^(int|float|str|bool)$", str(part))]
     key = prefix + ".".join(map(str, location))
     if error["type"] == "extra_forbidden":
         section = _model_at(location[:-1], root)
@@ -172,7 +170,10 @@ def _explain(error: ErrorDetails, prefix: str, root: type[BaseModel]) -> str:
     message = error["msg"].replace("Input should be", "expected").replace("Value error, ", "")
     message = "expected true or false" if error["type"].startswith("bool_") else message
     got = error["input"]
-    fix = ""
+    message, semicolon, fix = message.partition("; ")  # a hint comes last
+    fix = semicolon + fix
+    if error["type"] == "literal_error":
+        fix = did_you_mean(str(got), re.findall(r"'([^']+)'", message))
     if isinstance(got, int | float) and error["type"] == "string_type":
         fix = f"; put it in quotes where it is a name (as a word of a command line: {key}='\"...\"')"
     if isinstance(got, str) and error["type"] == "list_type":

@@ -7,7 +7,8 @@ from dataclasses import replace
 import pytest
 import yaml
 
-from amclr_scale.config.load import build, dump, load, recipe, recipe_hash
+from amclr_scale.config.help import describe
+from amclr_scale.config.load import all_keys, build, dump, load, recipe, recipe_hash
 from amclr_scale.config.objective_options import declared, option_models
 from amclr_scale.config.optimizers import RULES
 from amclr_scale.config.section import Fraction, Section, section_of
@@ -49,8 +50,7 @@ def test_every_mistake_is_told_at_once():
     assert "did you mean 'zero_stage'" in told["execution.zero_stag"]
     assert "did you mean 'optimizer'" in told["optimizr"]
     assert "did you mean 'sogclr'" in told["objective.name"]
-    assert "did you mean 'adamw'?" in told["optimizer.name"]
-    assert told["optimizer.name"].endswith("got 'adamwx'")
+    assert told["optimizer.name"].endswith("got 'adamwx'; did you mean 'adamw'?")
     assert told["optimizer.lr"].endswith("got 'fast'")
     assert "or expected 'auto', got 'many'" in told["execution.similarity.chunk"]
     assert "1.5" in told["train.samples"]
@@ -306,3 +306,41 @@ def test_a_key_that_may_be_true_takes_it():
     config = load(None, ["train.epochs=1", "objective={name: fastclip, compat: true}", "execution.compile=true"])
     assert config.execution.compile is True
     assert config.objective["compat"] is True
+
+
+@pytest.mark.parametrize(
+    ("word", "line"),
+    [
+        ("optimizer.name=adam", "got 'adam'; did you mean 'adamw'?"),  # radam is as near by its letters
+        (
+            "execution.precision=bf61",
+            "expected 'fp32', 'bf16' or 'fp16', got 'bf61'; did you mean 'bf16'?",
+        ),
+        ("model.image.norm=grup", "got 'grup'; did you mean 'group'?"),
+        ("objective.name=sogclr2", "objective.name: no such objective 'sogclr2'; did you mean 'sogclr'?"),
+        ("execution.offload=cpu", "execution.offload: expected 'none', 'optimizer' or 'parameters', got 'cpu'"),
+        ("data.stream=ja", "data.stream: expected true or false, got 'ja'"),  # a key that begins like a type
+    ],
+)
+def test_near_misses_get_a_suggestion(word, line):
+    with pytest.raises(UserError) as caught:
+        load(None, [word, "train.epochs=1"])
+    assert str(caught.value).endswith(line)
+
+
+def test_help_lists_default_and_allowed_values_of_every_key():
+    said = describe()
+    for key in all_keys():
+        (line,) = [one for one in said.splitlines() if one.startswith(f"  {key} = ")]
+        assert line.endswith(")"), line
+        assert "anything" not in line, line
+    for line in (
+        "execution.precision = fp32  (fp32, bf16 or fp16)",
+        "execution.zero_stage = 0  (0, 1, 2 or 3)",
+        "evaluation.splits = []  (a list: text, or a mapping)",
+        "data.augmentation.crop_scale = [0.6, 1.0]  (a list: 2 values, each number at least 0 and at most 1)",
+        "data.weights = null  (a list: number above 0, or null)",
+        "optimizer.step_samples = []  (a list: whole number above 0)",
+        "data.stream = false  (true or false)",
+    ):
+        assert f"  {line}\n" in said
