@@ -43,10 +43,13 @@ def main(argv: list[str]) -> int:
     parser = command_parser("export", __doc__)
     parser.add_argument("checkpoint", type=Path, help="a run folder, or one of its checkpoints")
     parser.add_argument("--to", choices=list(FORMS), default="safetensors")
+    parser.add_argument(
+        "--which", choices=("weights", "momentum"), default="weights", help="momentum: their moving average"
+    )
     parser.add_argument("--out", type=Path, required=True, help="a new folder")
     args = parser.parse_args(argv)
     try:
-        used = export(args.checkpoint, args.out, FORMS[args.to]())
+        used = export(args.checkpoint, args.out, FORMS[args.to](), args.which)
     except UserError as error:
         print(error, file=sys.stderr)
         return 2

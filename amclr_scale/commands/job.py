@@ -30,7 +30,7 @@ from amclr_scale.engine.records import FinalMeasurement, Measurement, TrainingRe
 from amclr_scale.engine.step import TrainStep
 from amclr_scale.errors import UserError
 from amclr_scale.evaluation.models import TEXT_TOWER
-from amclr_scale.evaluation.run import Evaluator
+from amclr_scale.evaluation.run import MOMENTUM, Evaluator
 from amclr_scale.metrics.best import BestSoFar
 from amclr_scale.metrics.log import RunLog
 from amclr_scale.metrics.phases import Phases
@@ -235,14 +235,21 @@ def _evaluation(job: Job) -> Hook | None:
     evaluator, engine, every = job.evaluator, job.trainer.engine, job.config.evaluation.every_samples
     if evaluator is None:
         return None
+    teacher = job.trainer.teacher if job.config.evaluation.momentum else None
+
+    def measure() -> dict[str, float]:
+        results = evaluator(engine)
+        if teacher is None:
+            return results
+        with teacher.in_place():
+            return results | evaluator(engine, MOMENTUM)
+
 
     def told(done: Position, results: dict[str, float]) -> None:
         job.scores.add(done.step, results)
         job.log.say(job.scores.line(done.step, done.samples, results))
 
-    return FinalMeasurement(
-        "eval", lambda: evaluator(engine), job.inputs.plan, job.records, job.log, every=every, told=told
-    )
+    return FinalMeasurement("eval", measure, job.inputs.plan, job.records, job.log, every=every, told=told)
 
 
 def _memory(job: Job) -> Hook | None:

@@ -120,7 +120,8 @@ def conclude(job: "Job", results: dict[str, float]) -> None:
     from amclr_scale.trained.weights import save_weights
 
     folder, log, evaluator = job.folder, job.log, job.evaluator
-    save_weights(folder, job.trainer.model, job.trainer.objective, speaks=job.speaks)
+    trainer = job.trainer
+    save_weights(folder, trainer.model, trainer.objective, speaks=job.speaks, teacher=trainer.teacher)
     if not job.speaks:
         return
     if evaluator:

@@ -68,7 +68,8 @@ def _augmentation(config: Config) -> list[str]:
 def _momentum(config: Config) -> list[str]:
     momentum, execution, lines = config.model.momentum, config.execution, []
     if momentum is None:
-        return []
+        there = "model.momentum: evaluation.momentum measures it, got null; such as model.momentum={decay: 0.995}"
+        return [there] if config.evaluation.momentum else []
     cosine = momentum.decay_schedule == "cosine"
     if cosine and (momentum.start_decay is None or momentum.start_decay > momentum.decay):
         lines.append(

@@ -31,7 +31,7 @@ NEUTRAL = (
 )  # fmt: skip
 
 # Keys that are younger than some recipes: at these values nothing is computed that those recipes did not say.
-LATER: dict[str, Any] = {"evaluation.evaluators": [], "model.momentum": None}
+LATER: dict[str, Any] = {"evaluation.evaluators": [], "evaluation.momentum": False, "model.momentum": None}
 
 
 # Two ways of saying one thing: whichever is said last counts.

@@ -330,6 +330,8 @@ class Evaluation(Section):
     """Samples encoded at once per rank during evaluation; does not change results."""
     resamples: Annotated[int, Field(ge=0)] = 1000
     """Bootstrap resamples behind every 95 % interval; 0: no intervals."""
+    momentum: bool = False
+    """Also measure the moving average of the weights that model.momentum keeps; its numbers begin with momentum/."""
     geometry: bool = False
     """Also measure alignment, uniformity, modality gap, diversity, tolerance and effective rank of each split."""
     evaluators: list[str] = Field([])

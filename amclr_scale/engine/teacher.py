@@ -23,11 +23,13 @@ import torch
 from torch import Tensor
 
 from amclr_scale.config.schema import Config, Momentum
+from amclr_scale.encoders.rank_buffers import averaged_buffers
 from amclr_scale.encoders.weights import saved_parts
 from amclr_scale.engine.micro_batches import on_device, split
 from amclr_scale.engine.random_state import RandomState
 from amclr_scale.engine.schedules import averaging_decay
 from amclr_scale.engine.zero.averaged_weights import AveragedWeights
+from amclr_scale.engine.zero.master_weights import full_fp32
 from amclr_scale.objectives.base import Objective
 from amclr_scale.precision import DTYPES
 from amclr_scale.types import Batch
@@ -111,6 +113,23 @@ class Teacher:
             _put(own, before)
             self.engine.train(training)
             self._within = False
+
+    @torch.no_grad()
+    def saved(self) -> dict[str, Tensor]:
+        """What `state_dict` names, on the host: the average in fp32, the student's where there is none of a weight.
+
+        Buffers that ranks have apart are averaged over the ranks.
+        """
+        module = self.engine.module
+        average = {id(module.get_parameter(name)): value for name, value in self.weights.whole().items()}
+        for name in self.kept:
+            average.pop(id(getattr(module, name)), None)
+        found = {}
+        for name, parameter in saved_parts(module)[0].items():
+            found[name] = average[id(parameter)] if id(parameter) in average else full_fp32(parameter).cpu()
+        with self.in_place():
+            buffers = averaged_buffers(module)
+            return found | {name: buffer.detach().to("cpu", copy=True) for name, buffer in buffers.items()}
 
     @torch.no_grad()
     def lend(self, batch: Batch, micro_batch_sizes: tuple[int, int]) -> dict[str, Tensor]:

@@ -89,7 +89,8 @@ def _ours(name: str) -> Loaded:
         weights=False,  # the run's file has them all, whatever it began from
     )
     load_weights(model, str(weights), key="checkpoint", prefix="", extra=OF_OBJECTIVES)
-    return Loaded(folder.name, model, config, folder, state=folder / "objective.safetensors")
+    name = folder.name if weights.stem == "weights" else f"{folder.name}/{weights.stem}"
+    return Loaded(name, model, config, folder, state=folder / "objective.safetensors")
 
 
 def _with_own_files(config: Config, folder: Path) -> Config:

@@ -22,6 +22,8 @@ from amclr_scale.evaluation.shares import share
 from amclr_scale.evaluation.splits import open_task
 from amclr_scale.evaluation.table import table
 
+MOMENTUM = "momentum/"  # before the names of what was measured of a moving average of the weights
+
 
 class Evaluator:
     """`evaluator(model)` -> results, on every rank. Splits are opened, and mistakes in them found, when it is made.
@@ -52,33 +54,36 @@ class Evaluator:
         self.probes = [(one, *probe_tasks(one, opened)) for one in options.probes]
         self.numbers: dict[str, dict[str, Number]] = {}
 
-    def __call__(self, model: nn.Module) -> dict[str, float]:
+    def __call__(self, model: nn.Module, prefix: str = "") -> dict[str, float]:
         """Measure. The model (or DeepSpeed's engine around it) is put into evaluation mode, and back.
 
         Buffers that ranks have apart (BatchNorm's statistics) are averaged for as long, as in the weights of a run.
+
+        Args:
+            prefix: of all names, where a second model is measured: what is known of the first one stays.
         """
         training = model.training
         model.eval()
         try:
             with one_set_of_buffers(getattr(model, "module", model)):
-                return self.measure(model)
+                return self.measure(model, prefix)
         finally:
             model.train(training)
 
-    def measure(self, encode: Encode) -> dict[str, float]:
+    def measure(self, encode: Encode, prefix: str = "") -> dict[str, float]:
         """The same, for anything that is called like the model."""
         results: dict[str, float] = {}
-        self.numbers = {}
+        self.numbers = dict(self.numbers) if prefix else {}
         classifiers: Classifiers = {}  # splits mostly share their classes
         for task in self.tasks:
             seen = EncodedSplit(encode, task, self.options, classifiers)
             measured = [EVALUATORS[name](seen) for name in self.evaluators]
             numbers = {name: one for found, _ in measured for name, one in found.items()}
             plain = {name: one for _, found in measured for name, one in found.items()}
-            results |= self._flat(task.name, numbers, plain)
+            results |= self._flat(prefix + task.name, numbers, plain)
         for options, train, test in self.probes:
             numbers, plain = measure_probe(encode, options, train, test, self.options.batch_size)
-            results |= self._flat(probe_name(options, self.options), numbers, plain)
+            results |= self._flat(prefix + probe_name(options, self.options), numbers, plain)
         return results
 
     def items(self) -> int:

@@ -11,48 +11,69 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from safetensors.torch import save_file
 from torch import Tensor
 
 from amclr_scale.checkpoint import files
 from amclr_scale.checkpoint.files import read_state
+from amclr_scale.checkpoint.pieces import AVERAGE, AVERAGED_BUFFER, MASTER
 from amclr_scale.checkpoint.state import TOKENIZER, open_pieces
 from amclr_scale.config.load import build, dump
 from amclr_scale.config.schema import Config
 from amclr_scale.data.names import short_names
 from amclr_scale.data.tokenizers import load_tokenizer
+from amclr_scale.engine.teacher import SCALE
 from amclr_scale.errors import UserError
 from amclr_scale.evaluation.models import TEXT_TOWER
 from amclr_scale.evaluation.report import in_words
+from amclr_scale.evaluation.run import MOMENTUM
 from amclr_scale.metrics.run_folder import MODULE
 
+Which = Literal["weights", "momentum"]
 
-def weights_of(checkpoint: Path) -> dict[str, Tensor]:
-    """Every weight and buffer by name: parameters fp32, whoever held which part; buffers averaged over ranks."""
+
+def weights_of(checkpoint: Path, which: Which = "weights") -> dict[str, Tensor]:
+    """Every weight and buffer by name: parameters fp32, whoever held which part; buffers averaged over ranks.
+
+    Args:
+        which: the trained weights, or their moving average (where there is none of a weight, the weight).
+
+    Raises:
+        UserError: the checkpoint has no moving average.
+    """
     reader = open_pieces(checkpoint)
-    weights = {name: reader.whole(name).contiguous() for name in reader.shapes}
-    return {**weights, **reader.averaged_buffers()}
+    if which == "weights":
+        weights = {name: reader.whole(name).contiguous() for name in reader.shapes}
+        return {**weights, **reader.averaged_buffers()}
+    momentum = read_state(checkpoint)["config"]["model"].get("momentum")
+    if momentum is None or not reader.has_average:
+        raise UserError(f"--which: expected weights, got momentum: {checkpoint} was saved without model.momentum")
+    averaged = [n for n in reader.shapes if reader.has(AVERAGE, n) and (momentum.get("scale") or n not in SCALE)]
+    kinds = dict.fromkeys(reader.shapes, MASTER) | dict.fromkeys(averaged, AVERAGE)
+    weights = {name: reader.whole(name, kind).contiguous() for name, kind in kinds.items()}
+    return {**weights, **reader.averaged_buffers(AVERAGED_BUFFER)}
 
 
-def export(path: Path, out: Path, further: Callable[[Path], None] | None = None) -> Path:
+def export(path: Path, out: Path, further: Callable[[Path], None] | None = None, which: Which = "weights") -> Path:
     """Write the folder described above, or nothing; returns the checkpoint that was used.
 
     Args:
         path: a run folder or a checkpoint.
         out: a new or an empty folder.
         further: writes more into the folder, such as another library's files.
+        which: the trained weights, or their moving average.
 
     Raises:
-        UserError: no valid checkpoint at the path, or `out` holds something already.
+        UserError: no valid checkpoint at the path, it has no moving average, or `out` holds something already.
     """
     checkpoint, _ = files.locate(path, "checkpoint", "a checkpoint or a run folder")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"--out: expected a new or an empty folder, got {out}")
     out.mkdir(parents=True, exist_ok=True)
     try:
-        _write(checkpoint, out)
+        _write(checkpoint, out, which)
         if further is not None:
             further(out)
     except BaseException:  # what is there now cannot be told from a whole export
@@ -61,10 +82,10 @@ def export(path: Path, out: Path, further: Callable[[Path], None] | None = None)
     return checkpoint
 
 
-def _write(checkpoint: Path, out: Path) -> None:
+def _write(checkpoint: Path, out: Path, which: Which) -> None:
     state = read_state(checkpoint)
     config = build(state["config"], trusted=False)
-    save_file(weights_of(checkpoint), out / "weights.safetensors", metadata={"format": "pt"})
+    save_file(weights_of(checkpoint, which), out / "weights.safetensors", metadata={"format": "pt"})
     module = checkpoint.parent.parent / MODULE
     if config.objective.get("module") is not None and module.is_file():
         shutil.copyfile(module, out / MODULE)
@@ -80,13 +101,15 @@ def _write(checkpoint: Path, out: Path) -> None:
     if library == "transformers" and found is not None:
         (out / TEXT_TOWER).mkdir()
         (out / TEXT_TOWER / "config.json").write_text((found / "config.json").read_text("utf-8"))
-    (out / "README.md").write_text(card(state, config, _results(checkpoint.parent.parent)))
+    (out / "README.md").write_text(card(state, config, _results(checkpoint.parent.parent, which), which))
 
 
-def _results(run: Path) -> dict[str, Any]:
+def _results(run: Path, which: Which) -> dict[str, Any]:
+    """What was measured of these weights."""
     file = run / "evaluation.json"
     found: dict[str, Any] = json.loads(file.read_text("utf-8")) if file.is_file() else {}
-    return found
+    of_average = {name.removeprefix(MOMENTUM): value for name, value in found.items() if name.startswith(MOMENTUM)}
+    return of_average if which == "momentum" else {n: v for n, v in found.items() if not n.startswith(MOMENTUM)}
 
 
 def _tower(name: str) -> str:
@@ -95,7 +118,14 @@ def _tower(name: str) -> str:
     return f"{library}{slash}{Path(rest).name}" if "/" in rest else name
 
 
-def card(state: dict[str, Any], config: Config, results: dict[str, Any]) -> str:
+def _settings(config: Config) -> str:
+    """The keys of model.momentum that are not their defaults."""
+    momentum = config.model.momentum
+    given = {} if momentum is None else {"decay": momentum.decay, **momentum.model_dump(exclude_defaults=True)}
+    return ", ".join(f"{key} {value}" for key, value in given.items())
+
+
+def card(state: dict[str, Any], config: Config, results: dict[str, Any], which: Which = "weights") -> str:
     """What a reader of the folder needs to know."""
     listed = [config.data.train] if isinstance(config.data.train, str) else config.data.train
     shards = ", ".join(short_names(listed).values())  # no paths of the machine that it was made on
@@ -114,6 +144,7 @@ def card(state: dict[str, Any], config: Config, results: dict[str, Any]) -> str:
             f"({state['samples'] / state['num_samples']:.2f} epochs of {state['num_samples']:,}).",
             "",
             f"- data: {shards} (fingerprint {state['data_fingerprint']})",
+            *([f"- weights: their moving average ({_settings(config)})"] if which == "momentum" else []),
             f"- image tower: {_tower(config.model.image.name)}, {size} x {size} pixels",
             f"- text tower: {_tower(config.model.text.name)}, {config.data.context_length} tokens",
             f"- tokenizer: {tokenizer} (fingerprint {state.get('tokenizer_fingerprint', 'unknown')})",

@@ -1,4 +1,4 @@
-"""A plain file of a trained model: full fp32 weights by name, and the objective's per-sample state beside it."""
+"""Plain files of a trained model: full fp32 weights by name, a teacher's, and the objective's per-sample state."""
 
 from pathlib import Path
 
@@ -8,11 +8,18 @@ from torch import nn
 
 from amclr_scale.encoders.rank_buffers import averaged_buffers
 from amclr_scale.encoders.weights import saved_parts
+from amclr_scale.engine.teacher import Teacher
 from amclr_scale.engine.zero.master_weights import full_fp32
 
+MOMENTUM = "momentum.safetensors"
 
-def save_weights(folder: Path, model: nn.Module, objective: nn.Module, *, speaks: bool) -> None:
-    """Write `weights.safetensors` and, where the objective has state, `objective.safetensors`. All ranks call it.
+
+def save_weights(
+    folder: Path, model: nn.Module, objective: nn.Module, *, speaks: bool, teacher: Teacher | None = None
+) -> None:
+    """Write `weights.safetensors`, a teacher's `momentum.safetensors`, and `objective.safetensors` where it has state.
+
+    All ranks call it.
 
     Buffers that ranks have apart (BatchNorm's statistics) are averaged.
 
@@ -21,7 +28,9 @@ def save_weights(folder: Path, model: nn.Module, objective: nn.Module, *, speaks
         model: the module inside the engine.
         objective: its state is gathered if it is cut over ranks.
         speaks: whether this rank writes.
+        teacher: the run's.
     """
+    average = teacher.saved() if teacher else {}
     weights = {name: full_fp32(parameter).cpu() for name, parameter in saved_parts(model)[0].items()}
     weights |= {name: buffer.detach().to("cpu", copy=True) for name, buffer in averaged_buffers(model).items()}
     state = {
@@ -32,5 +41,7 @@ def save_weights(folder: Path, model: nn.Module, objective: nn.Module, *, speaks
     if not speaks:
         return
     save_file({name: value.contiguous() for name, value in weights.items()}, folder / "weights.safetensors")
+    if average:
+        save_file({name: value.contiguous() for name, value in average.items()}, folder / MOMENTUM)
     if state:
         save_file(state, folder / "objective.safetensors")

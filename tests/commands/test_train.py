@@ -17,6 +17,10 @@ SMALL = [
     "--config", "configs/quickstart.yaml", "train.epochs=null", "train.samples=640", "train.global_batch_size=32",
     "evaluation.splits=[]", "run.log_every_steps=1", "execution.threads=1",
 ]  # fmt: skip
+TEACHER = [
+    "model.momentum={decay: 0.8}", "evaluation.momentum=true", "evaluation.splits=[emoji/val_style]",
+    "evaluation.resamples=0",
+]  # fmt: skip
 
 
 def free_port():
@@ -153,10 +157,10 @@ def probed(folder):
 
 
 def test_every_launcher_and_number_of_ranks_gives_the_same_run(tmp_path):
-    """Also where one measures on the way what batches get wrong, and another does not."""
+    """Also where one measures on the way what batches get wrong and has a teacher, and another does not."""
     traces = {}
     for launcher in LAUNCHERS:
-        probe = [] if launcher == "deepspeed" else ["run.probe.samples=128", "run.probe.every_samples=256"]
+        probe = [] if launcher == "deepspeed" else ["run.probe.samples=128", "run.probe.every_samples=256", *TEACHER]
         done = train(*SMALL, f"run.folder={tmp_path}", f"run.name={launcher}", *probe, launcher=launcher)
         assert done.returncode == 0, done.stderr
         traces[launcher] = trace(tmp_path / launcher)
@@ -166,6 +170,11 @@ def test_every_launcher_and_number_of_ranks_gives_the_same_run(tmp_path):
     assert traces["python"][0] > 3.4  # ln 32 = 3.47: an untrained model
     assert traces["python"] == pytest.approx(traces["deepspeed"], rel=1e-4)
     assert traces["deepspeed"] == traces["torchrun"]
+    one, two = (json.loads((tmp_path / name / "evaluation.json").read_text()) for name in ("python", "torchrun"))
+    assert one == pytest.approx(two, rel=0.01, abs=0.02)
+    recall = "emoji/val_style/image_to_text_R@10"
+    assert one[recall] != one[f"momentum/{recall}"] > 0
+    assert (tmp_path / "torchrun" / "momentum.safetensors").stat().st_size > 100
     one, two = probed(tmp_path / "python"), probed(tmp_path / "torchrun")
     assert list(one) == list(two) == [8, 16, 20]
     for step, found in one.items():

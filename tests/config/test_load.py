@@ -277,6 +277,7 @@ def test_building_from_a_tree_checks_it_too():
         (["data.augmentation.randaugment=[2, 31]"], "data.augmentation.randaugment: expected [operations, magnitude]"),
         (["data.augmentation.color_jitter=-1"], "data.augmentation.color_jitter: expected 0 (none) or more, got -1.0"),
         (["model.momentum={decay: 1.5}"], "model.momentum.decay: expected less than or equal to 1, got 1.5"),
+        (["evaluation.momentum=true"], "model.momentum: evaluation.momentum measures it, got null"),
         (["model.momentum={decay: 1}"], "model.momentum.decay: expected less than 1, where the average never moves"),
         (["model.momentum={decays: 1}"], "model.momentum.decays: no such key; did you mean 'decay'?"),
         (["model.momentum={decay_schedule: cosine}"], "model.momentum.start_decay: decay_schedule cosine begins there"),

@@ -1,7 +1,10 @@
 """What is exported gives the embeddings of the model that was trained, wherever the folder is moved to."""
 
+import json
+import shutil
 import subprocess
 import sys
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -11,14 +14,17 @@ from safetensors.torch import load_file
 
 import amclr_scale
 from amclr_scale.checkpoint import files, state
+from amclr_scale.commands.export import main
 from amclr_scale.config.load import build, dump, recipe_hash
 from amclr_scale.data.evaluation_split import EvaluationSplit
 from amclr_scale.data.tokenizers import load_tokenizer
 from amclr_scale.encoders.build import build_model
 from amclr_scale.engine.deepspeed_setup import build_engine
+from amclr_scale.engine.teacher import Teacher
 from amclr_scale.errors import UserError
 from amclr_scale.trained.export import card, export
 from amclr_scale.trained.model import open_model
+from amclr_scale.trained.weights import save_weights
 from tests.checkpoint.trainer import ROOT
 
 TEXTS = ["a red apple", "two dogs on a sofa", ""]
@@ -26,13 +32,13 @@ CPU = torch.device("cpu")
 TREE = {
     "data": {"image_size": 32, "context_length": 12},
     "train": {"global_batch_size": 8, "samples": 80},
-    "model": {"embedding_width": 16, "text": {"width": 16}},
+    "model": {"embedding_width": 16, "text": {"width": 16}, "momentum": {"decay": 0.75}},
     "execution": {"zero_stage": 2},
 }
 
 
 def make_run(folder):
-    """On each rank: a model at stage 2, saved as the checkpointer does. Returns its embeddings."""
+    """On each rank: a model at stage 2, and a teacher, saved as the checkpointer does. Returns embeddings of both."""
     import torch.distributed as dist
 
     config = build(TREE)
@@ -43,8 +49,16 @@ def make_run(folder):
         image_mean=config.data.image_mean, image_std=config.data.image_std,
     )  # fmt: skip
     engine, _ = build_engine(config, model, no_decay=set(), device=CPU, world_size=2)
+    teacher = Teacher(config.model.momentum, engine, precision="fp32", total_steps=10, lends=(), device=CPU)
+    for share in teacher.weights.shares:
+        share.own.add_(0.02 * torch.randn(share.own.shape))
+    teacher.weights.send_round()
     with torch.no_grad():
         out = model.eval()(images=(pixels(),), texts=(words(TEXTS),))
+        with teacher.in_place():
+            lent = engine(images=(pixels(),), texts=(words(TEXTS),))
+    save_weights(folder, model, torch.nn.Module(), speaks=dist.get_rank() == 0, teacher=teacher)
+    (folder / "weights.safetensors").unlink(missing_ok=True)  # this run has not come to its end
     checkpoints = folder / "checkpoints"
     here = files.staging(checkpoints, 10)
     here.mkdir(parents=True, exist_ok=True)
@@ -52,16 +66,16 @@ def make_run(folder):
         "step": 10, "samples": 80, "total_steps": 10, "number": 1, "recipe": recipe_hash(config), "time": "now",
         "config": config.model_dump(mode="json"), "data_fingerprint": "f", "num_samples": 40, "packages": {},
     }  # fmt: skip
-    written = state.take(engine, torch.nn.Module(), described, CPU).write(here)
+    written = state.take(engine, torch.nn.Module(), described, CPU, teacher=teacher).write(here)
     every = [None, None]
     dist.all_gather_object(every, written)
     if dist.get_rank() == 0:
         files.commit(checkpoints, 10, [file for part in every for file in part])
-        (folder / "evaluation.json").write_text('{"emoji/R@1": 0.5}')
+        (folder / "evaluation.json").write_text('{"emoji/R@1": 0.5, "momentum/emoji/R@1": 0.75}')
         (folder / "config.yaml").write_text(dump(config))
     dist.barrier()
     engine.destroy()
-    return out["image"], out["text"]
+    return out["image"], out["text"], lent["image"], lent["text"]
 
 
 def pixels():
@@ -256,6 +270,31 @@ def test_a_file_of_texts_that_is_missing_is_told(run, tmp_path, capsys):
 def test_every_weight_is_there(run, tmp_path):
     export(run[0], tmp_path / "out")
     assert "image_tower" in " ".join(load_file(tmp_path / "out" / "weights.safetensors"))
+
+
+def test_a_moving_average_of_the_weights_is_exported_and_loaded(run, tmp_path, capsys):
+    folder, *_, image, text = run
+    assert main([str(folder), "--which", "momentum", "--out", str(tmp_path / "out")]) == 0
+    for path in (tmp_path / "out", folder / "momentum.safetensors"):
+        check(amclr_scale.load(path), (folder, image, text))
+    assert not torch.allclose(image, run[1], atol=1e-3)
+    written, trained = load_file(tmp_path / "out" / "weights.safetensors"), export(folder, tmp_path / "student")
+    student = load_file(tmp_path / "student" / "weights.safetensors")
+    assert trained.name == files.name_of(10)
+    assert torch.equal(written["logit_scale"], student["logit_scale"])  # model.momentum.scale is false
+    said = (tmp_path / "out" / "README.md").read_text()
+    assert "their moving average (decay 0.75)" in said
+    assert "75.0" in said
+    assert "50.0" not in said
+    assert "75.0" not in (tmp_path / "student" / "README.md").read_text()
+    copy = tmp_path / "without"
+    shutil.copytree(folder / "checkpoints" / files.name_of(10), copy / "checkpoints" / files.name_of(10))
+    described = json.loads((copy / "checkpoints" / files.name_of(10) / "state.json").read_text())
+    described["config"]["model"]["momentum"] = None
+    with mock.patch("amclr_scale.trained.export.read_state", return_value=described):
+        assert main([str(copy), "--which", "momentum", "--out", str(tmp_path / "none")]) == 2
+    assert "--which: expected weights, got momentum" in capsys.readouterr().err
+    assert not (tmp_path / "none").exists()
 
 
 def test_open_clip_reads_it(tmp_path):
