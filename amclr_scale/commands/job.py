@@ -244,7 +244,6 @@ def _evaluation(job: Job) -> Hook | None:
         with teacher.in_place():
             return results | evaluator(engine, MOMENTUM)
 
-
     def told(done: Position, results: dict[str, float]) -> None:
         job.scores.add(done.step, results)
         job.log.say(job.scores.line(done.step, done.samples, results))
