@@ -1,7 +1,6 @@
 """What is exported gives the embeddings of the model that was trained, wherever the folder is moved to."""
 
 import json
-import shutil
 import subprocess
 import sys
 from unittest import mock
@@ -278,23 +277,17 @@ def test_a_moving_average_of_the_weights_is_exported_and_loaded(run, tmp_path, c
     for path in (tmp_path / "out", folder / "momentum.safetensors"):
         check(amclr_scale.load(path), (folder, image, text))
     assert not torch.allclose(image, run[1], atol=1e-3)
-    written, trained = load_file(tmp_path / "out" / "weights.safetensors"), export(folder, tmp_path / "student")
-    student = load_file(tmp_path / "student" / "weights.safetensors")
-    assert trained.name == files.name_of(10)
+    export(folder, tmp_path / "student")
+    written, student = (load_file(tmp_path / name / "weights.safetensors") for name in ("out", "student"))
     assert torch.equal(written["logit_scale"], student["logit_scale"])  # model.momentum.scale is false
     said = (tmp_path / "out" / "README.md").read_text()
     assert "their moving average (decay 0.75)" in said
-    assert "75.0" in said
-    assert "50.0" not in said
+    assert ("75.0" in said, "50.0" in said) == (True, False)
     assert "75.0" not in (tmp_path / "student" / "README.md").read_text()
-    copy = tmp_path / "without"
-    shutil.copytree(folder / "checkpoints" / files.name_of(10), copy / "checkpoints" / files.name_of(10))
-    described = json.loads((copy / "checkpoints" / files.name_of(10) / "state.json").read_text())
-    described["config"]["model"]["momentum"] = None
-    with mock.patch("amclr_scale.trained.export.read_state", return_value=described):
-        assert main([str(copy), "--which", "momentum", "--out", str(tmp_path / "none")]) == 2
+    without = {"config": {"model": {}}}  # as older ones say
+    with mock.patch("amclr_scale.trained.export.read_state", return_value=without):
+        assert main([str(folder), "--which", "momentum", "--out", str(tmp_path / "none")]) == 2
     assert "--which: expected weights, got momentum" in capsys.readouterr().err
-    assert not (tmp_path / "none").exists()
 
 
 def test_open_clip_reads_it(tmp_path):
