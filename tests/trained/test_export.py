@@ -1,6 +1,5 @@
 """What is exported gives the embeddings of the model that was trained, wherever the folder is moved to."""
 
-import json
 import subprocess
 import sys
 from unittest import mock
