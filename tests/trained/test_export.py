@@ -283,7 +283,7 @@ def test_a_moving_average_of_the_weights_is_exported_and_loaded(run, tmp_path, c
     assert "their moving average (decay 0.75)" in said
     assert ("75.0" in said, "50.0" in said) == (True, False)
     assert "75.0" not in (tmp_path / "student" / "README.md").read_text()
-    without = {"config": {"model": {}}}  # as older ones say
+    without = {"config": {**TREE, "model": {}}}  # as older ones say
     with mock.patch("amclr_scale.trained.export.read_state", return_value=without):
         assert main([str(folder), "--which", "momentum", "--out", str(tmp_path / "none")]) == 2
     assert "--which: expected weights, got momentum" in capsys.readouterr().err
