@@ -86,13 +86,14 @@ def test_options_of_every_objective_are_checked_from_its_source(name):
     assert "objective.nonsense: no such key" in refused(
         "train.epochs=1", f"objective.name={name}", "objective.nonsense=1"
     )
-    config = load(None, ["train.epochs=1", f"objective.name={name}", *views(name)])
+    config = load(None, ["train.epochs=1", f"objective.name={name}", *provided(name)])
     assert set(config.objective) == {"name", *option_models()[name].model_fields}
 
 
-def views(name):
+def provided(name):
     inputs = declared({"name": name}).inputs
-    return [f"data.{key}={inputs.count(key)}" for key in ("image_views", "text_views")]
+    views = [f"data.{key}={inputs.count(key)}" for key in ("image_views", "text_views")]
+    return [*views, *(["model.momentum={}"] if inputs.count("image_momentum") else [])]
 
 
 def test_the_objectives_agree_with_what_is_read_from_their_source():
