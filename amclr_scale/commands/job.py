@@ -173,8 +173,9 @@ def build_job(
     stopwatch.lap("process group")
 
     trainer = build_trainer(
-        config, inputs, device=device, world_size=rank_info.world_size, folder=folder, stopwatch=stopwatch
-    )
+        config, inputs, device=device, world_size=rank_info.world_size, folder=folder, stopwatch=stopwatch,
+        fresh=found is None,
+    )  # fmt: skip
     lock = lock or lock_new(folder, rank_info.rank)
     if rank_info.rank == 0:
         create(

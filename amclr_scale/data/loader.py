@@ -173,6 +173,15 @@ class TrainLoader:
         assert self._source is None
         self.start_step = self._step = step
 
+    def peek(self, samples: int) -> Iterator[Batch]:
+        """This rank's share of the batches that come next, until all ranks together have so many samples.
+
+        They are read in this process; nothing is counted, and the loader stays where it is.
+        """
+        for step in range(self._step, self._step - (-samples // self._parts.batch[0])):
+            first = step * self._parts.parts_per_step
+            yield _batch([_good(self._parts[first + k]) for k in range(self._parts.parts_per_step)])
+
     def __iter__(self) -> "TrainLoader":
         return self
 
@@ -185,13 +194,7 @@ class TrainLoader:
         parts = [self._next_part() for _ in range(self._parts.parts_per_step)]
         self._count([fault for part in parts for fault in part.faults])
         self._count_repeated(parts)
-        text_ids = [part.text_ids for part in parts if part.text_ids is not None]
-        return Batch(
-            ids=_join([part.ids for part in parts]),
-            text_ids=_join(text_ids) if text_ids else None,
-            images=tuple(_join(list(view)) for view in zip(*(part.images for part in parts), strict=True)),
-            texts=tuple(_join(list(view)) for view in zip(*(part.texts for part in parts), strict=True)),
-        )
+        return _batch(parts)
 
     def close(self) -> None:
         """Stop the workers and close the shards."""
@@ -230,9 +233,7 @@ class TrainLoader:
                 f"execution.workers: a worker process died ({error}); it may have run out of memory: lower "
                 "execution.workers, or give the machine more shared memory"
             ) from error
-        if isinstance(part, str):
-            raise UserError(part)
-        return part
+        return _good(part)
 
     def _count(self, faults: list[Fault]) -> None:
         """Count and log unusable samples; stop when there are too many.
@@ -274,6 +275,22 @@ class TrainLoader:
             self._repeated.update(part.repeated)
         if self._seen >= self._patience and self.repeated().get("repeated_texts") == 1:
             raise UserError(repeats(self._seen, self._parts.pipeline.text.further))
+
+
+def _good(part: Part | str) -> Part:
+    if isinstance(part, str):
+        raise UserError(part)
+    return part
+
+
+def _batch(parts: list[Part]) -> Batch:
+    text_ids = [part.text_ids for part in parts if part.text_ids is not None]
+    return Batch(
+        ids=_join([part.ids for part in parts]),
+        text_ids=_join(text_ids) if text_ids else None,
+        images=tuple(_join(list(view)) for view in zip(*(part.images for part in parts), strict=True)),
+        texts=tuple(_join(list(view)) for view in zip(*(part.texts for part in parts), strict=True)),
+    )
 
 
 def _join(parts: list[Tensor]) -> Tensor:

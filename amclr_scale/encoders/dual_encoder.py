@@ -139,6 +139,14 @@ class DualEncoder(nn.Module):
         raw = self.text_tower(tokens)
         return raw, self.text_head(raw)
 
+    def raw_embeddings(self, images: Tensor, texts: Tensor) -> tuple[Tensor, Tensor]:
+        """Embeddings before they are brought to unit length, (b, D) of pictures and of captions.
+
+        Around `forward`, so for a model that is whole: before ZeRO's stage 3 has cut it up.
+        """
+        dtype = self.logit_scale.dtype
+        return self._encode_images(images, dtype)[1], self._encode_texts(texts, dtype)[1]
+
     @torch.no_grad()
     def clamp_logit_scale(self) -> None:
         """Keep the scale in [1, 100]. For plain training loops: under DeepSpeed the fp32 master needs it too."""

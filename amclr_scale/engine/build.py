@@ -20,6 +20,7 @@ from amclr_scale.encoders.build import build_model
 from amclr_scale.encoders.dual_encoder import DualEncoder
 from amclr_scale.engine.batch_plan import Plan, make_plan
 from amclr_scale.engine.deepspeed_setup import adapt_to_objective, build_engine, prepare_towers, sample_views
+from amclr_scale.engine.start_of_parts import start_parts
 from amclr_scale.engine.teacher import Teacher, build_teacher
 from amclr_scale.engine.zero.stage3_init import shape_only
 from amclr_scale.errors import UserError
@@ -93,12 +94,14 @@ def model_of(config: Config, tokenizer: Tokenizer, *, weights: bool = True) -> D
 
 
 def build_trainer(
-    config: Config, inputs: Inputs, *, device: torch.device, world_size: int, folder: Path, stopwatch: Stopwatch
-) -> Trainer:
+    config: Config, inputs: Inputs, *, device: torch.device, world_size: int, folder: Path, stopwatch: Stopwatch,
+    fresh: bool = True,
+) -> Trainer:  # fmt: skip
     """Build the model from the recipe's seed, the objective, and the engine around the model. All ranks call it.
 
     Args:
         folder: the run's, for profiles.
+        fresh: whether the run begins; otherwise a checkpoint has what parts of the objective began with.
 
     Raises:
         UserError: a key of model, objective, optimizer or execution is not usable here.
@@ -111,6 +114,8 @@ def build_trainer(
         config.objective, config.execution.sample_state, num_samples=inputs.loader.num_samples
     ).to(device)
     adapt_to_objective(model, objective, config.model.embedding_width)
+    if fresh:
+        start_parts(model, inputs.loader, device)
     prepare_towers(model, config.execution)
     flops = broadcast_object(count(model, *sample_views(config)) if first else None)
     stopwatch.lap("model")

@@ -75,6 +75,11 @@ class Objective(Declarations, nn.Module):
         learning-rate factor is `optimizer.lr_factors.heads`, or that which an attribute `learning_rate_factor` of the
         module names.
 
+        A part whose arithmetic needs more digits than its weights have, in bf16, makes them float32 itself
+        (`at_least_float32`), in modules of its own where it does so to a submodule's. A part that begins with data has
+        an attribute `start_samples`, how many, and a method `start_from(images, texts)`, which gets their embeddings
+        before unit length, (start_samples, D) each, once, before a new run's first step.
+
         Args:
             options: the Config.
             width: D, of the embeddings.

@@ -10,7 +10,10 @@ With x (D,) a unit embedding (no gradient flows into it) and M prototypes:
     w = softmax(q / exp(kappa)),  c = sigmoid(q)
     t = t_min + (t_max - t_min) sigmoid(w1 . ((w - 1/M) * c) + w0)
 
-Numerics: float32 whatever the embeddings' precision; t lies strictly between its bounds up to rounding.
+The method begins with prototypes that are embeddings of the other modality: `start_from`.
+
+Numerics: float32 at least, also where its weights and the embeddings are bf16: divided by exp(kappa) = 0.01, a rounding
+of q by 2^-9 would choose among prototypes at random. t lies strictly between its bounds up to rounding.
 """
 
 import math
@@ -22,6 +25,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from amclr_scale.errors import UserError
+from amclr_scale.objectives.base import at_least_float32
+
+
+class _Linear(nn.Linear):
+    """In float32 at least; a module of its own, for ZeRO's stage 3 fetches its weights when it is called."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight, bias = at_least_float32(self.weight), at_least_float32(self.bias)
+        return F.linear(x.to(weight.dtype), weight, bias)
 
 
 class TempGenerator(nn.Module):
@@ -57,7 +69,7 @@ class TempGenerator(nn.Module):
         if num_prototypes < 2:
             raise UserError(f"num_prototypes: expected at least 2, got {num_prototypes}")
         self.temperature_min, self.temperature_max, self.dropout = temperature_min, temperature_max, dropout
-        self.hidden = nn.Linear(width, width)
+        self.hidden = _Linear(width, width)
         self.prototypes = nn.Parameter(torch.randn(num_prototypes, width))
         self.kappa = nn.Parameter(torch.full((1,), math.log(0.01)))
         self.weight = nn.Parameter(torch.ones(num_prototypes))  # w1
@@ -88,11 +100,12 @@ class TempGenerator(nn.Module):
         """
         where = "cpu" if embeddings.is_meta else embeddings.device.type
         with torch.autocast(where, enabled=False):
-            x = embeddings.detach().to(self.hidden.weight.dtype)  # (b, D)
-            p = F.dropout(self.hidden(x).sigmoid(), self.dropout, self.training)
-            q = p @ F.normalize(self.prototypes, dim=1).T  # (b, M)
-            w = (q / self.kappa.exp()).softmax(1)
-            score = ((w - 1 / q.shape[1]) * q.sigmoid()) @ self.weight + self.bias  # (b,)
+            own = (self.prototypes, self.kappa, self.weight, self.bias)
+            prototypes, kappa, weight, bias = (at_least_float32(parameter) for parameter in own)
+            p = F.dropout(self.hidden(embeddings.detach()).sigmoid(), self.dropout, self.training)
+            q = p @ F.normalize(prototypes, dim=1).T  # (b, M)
+            w = (q / kappa.exp()).softmax(1)
+            score = ((w - 1 / q.shape[1]) * q.sigmoid()) @ weight + bias  # (b,)
             share = score.sigmoid()
             return self.temperature_min + (self.temperature_max - self.temperature_min) * share
 
@@ -105,6 +118,7 @@ class TempGenerators(nn.Module):
     def __init__(self, image: TempGenerator, text: TempGenerator) -> None:
         super().__init__()
         self.image, self.text = image, text
+        self.start_samples = max(len(image.prototypes), len(text.prototypes))
 
     def forward(self, outputs: Mapping[str, Any]) -> dict[str, Tensor]:
         """`image` and `text`, (b, D), as far as they are there -> `image_temperature` and `text_temperature`, (b,)."""

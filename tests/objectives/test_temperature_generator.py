@@ -1,5 +1,6 @@
 """TempGenerator is its formula, stays inside its bounds and sends nothing into the encoders."""
 
+import copy
 import math
 
 import pytest
@@ -47,6 +48,24 @@ def test_embeddings_get_no_gradient_and_every_parameter_does():
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None, name
         assert parameter.grad.abs().max() > 0, name
+
+
+@pytest.mark.parametrize("from_data", [False, True])
+def test_bf16_weights_and_rows_are_computed_with_in_float32(from_data):
+    torch.manual_seed(0)
+    half = TempGenerator(128).eval()
+    if from_data:
+        half.set_prototypes(3 * torch.randn(256, 128) + 1)
+    half = half.bfloat16()
+    exact = copy.deepcopy(half).double()
+    x = F.normalize(torch.randn(512, 128), dim=1).bfloat16()
+    got, want = half(x), exact(x.double())
+    assert got.dtype == torch.float32
+    torch.testing.assert_close(got.double(), want, rtol=1e-4, atol=0)
+    got.sum().backward(), want.sum().backward()
+    for name, parameter in exact.named_parameters():
+        found = half.get_parameter(name).grad.double()
+        assert F.cosine_similarity(found.flatten(), parameter.grad.flatten(), dim=0) > 0.9999, name
 
 
 def test_dropout_acts_in_training_only():
