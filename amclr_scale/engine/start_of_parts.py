@@ -4,6 +4,8 @@ Rank 0 encodes the samples before the engine is built: on the host, in float32, 
 everybody rank 0's weights, so the parts begin with the same numbers on any number of ranks and at every stage.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -27,7 +29,7 @@ def start_parts(model: DualEncoder, loader: TrainLoader, device: torch.device) -
     Raises:
         UserError: there are fewer samples than a part asks for.
     """
-    parts = model.parts
+    parts: Any = model.parts
     wanted = getattr(parts, "start_samples", 0)
     if parts is None or not wanted:
         return

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from amclr_scale import objectives
 from amclr_scale.config.schema import Config
+from amclr_scale.encoders.dual_encoder import DualEncoder
 from amclr_scale.encoders.norms import keep_statistics
 from amclr_scale.encoders.recomputation import set_recomputation
 from amclr_scale.engine.gradient_cache import cached_backward
@@ -152,15 +153,15 @@ def recipe(image: dict[str, Any], text: dict[str, Any], split: str = "") -> Conf
     return Config.model_validate(tree)
 
 
-def gradients(config: Config, recomputation: str, device: torch.device) -> dict[str, Tensor]:
+def gradients(towers: DualEncoder, norm: str, recomputation: str, device: torch.device) -> dict[str, Tensor]:
     """Of the towers, by the gradient cache, from a batch that waits on the host."""
-    towers = build(config).to(device)
+    towers = towers.to(device)
     set_recomputation(towers.image_tower, recomputation)
     set_recomputation(towers.text_tower, recomputation)
     g = torch.Generator().manual_seed(rank())
     images = torch.randint(0, 256, (6, 3, 32, 32), generator=g, dtype=torch.uint8)
     batch = Batch(torch.arange(6), (images,), (torch.randint(4, 200, (6, 12), generator=g),))
-    sizes = (6, 6) if config.model.image.norm == "sync" else (4, 3)
+    sizes = (6, 6) if norm == "sync" else (4, 3)
     clip, again = objectives.create("clip"), partial(keep_statistics, towers)
     done = cached_backward(towers, clip, batch, micro_batch_sizes=sizes, device=device, again=again)
     found = {name: p.grad.cpu() for name, p in towers.named_parameters() if p.grad is not None}
@@ -168,9 +169,10 @@ def gradients(config: Config, recomputation: str, device: torch.device) -> dict[
 
 
 def compare_towers(config: Config, recomputation: str) -> None:
-    want = gradients(config, recomputation, CPU)
+    norm = config.model.image.norm
+    want, towers = gradients(build(config), norm, recomputation, CPU), build(config)
     with accelerator() as sent:
-        got = gradients(config, recomputation, DEVICE)
+        got = gradients(towers, norm, recomputation, DEVICE)
     assert "_all_gather_single" in sent
     assert len(want) > 20
     assert got.keys() == want.keys()
