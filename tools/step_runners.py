@@ -164,9 +164,9 @@ class Theirs:
         others = [p for p in self.model.parameters() if p.dim() <= 1]
         groups = [{"params": decayed, "weight_decay": 0.2}, {"params": others, "weight_decay": 0.0}]
         self.optimizer = torch.optim.AdamW(groups, lr=1e-4, fused=device.type == "cuda")
-        from torch.utils.flop_counter import FlopCounterMode
+        from amclr_scale.metrics.flops import flop_counter
 
-        counter = FlopCounterMode(display=False)
+        counter = flop_counter()
         with torch.no_grad(), counter:
             self.model(self.images[:2].to(device), self.texts[:2].to(device))
         self.flops = 3.0 * counter.get_total_flops() / 2

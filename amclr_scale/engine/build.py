@@ -20,6 +20,7 @@ from amclr_scale.encoders.build import build_model
 from amclr_scale.encoders.dual_encoder import DualEncoder
 from amclr_scale.engine.batch_plan import Plan, make_plan
 from amclr_scale.engine.deepspeed_setup import adapt_to_objective, build_engine, prepare_towers, sample_views
+from amclr_scale.engine.optimizers import freeze
 from amclr_scale.engine.start_of_parts import start_parts
 from amclr_scale.engine.teacher import Teacher, build_teacher
 from amclr_scale.engine.zero.stage3_init import shape_only
@@ -117,7 +118,8 @@ def build_trainer(
     if fresh:
         start_parts(model, inputs.loader, device)
     prepare_towers(model, config.execution)
-    flops = broadcast_object(count(model, *sample_views(config)) if first else None)
+    freeze(model.named_parameters(), config.optimizer, model.learning_rate_factors())  # and what is frozen counts less
+    flops = broadcast_object(count(model, *sample_views(config, inputs.tokenizer.pad_id)) if first else None)
     stopwatch.lap("model")
 
     similarities = configure_similarity(config.execution, device)

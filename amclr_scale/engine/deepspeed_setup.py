@@ -142,11 +142,11 @@ def build_engine(
     return engine, provider
 
 
-def sample_views(config: Config) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
-    """One sample of the shapes that the recipe trains on, to count operations with."""
+def sample_views(config: Config, pad_id: int) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
+    """One sample of the shapes that the recipe trains on, its caption full of words, to count operations with."""
     data = config.data
     image = torch.zeros(1, 3, data.image_size, data.image_size, dtype=torch.uint8)
-    text = torch.ones(1, data.context_length, dtype=torch.int64)
+    text = torch.full((1, data.context_length), int(pad_id == 0))
     return (image,) * (1 + data.image_views), (text,) * (1 + data.text_views)
 
 

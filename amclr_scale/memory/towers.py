@@ -34,6 +34,7 @@ from amclr_scale.memory.timeline import Timeline
 from amclr_scale.memory.tracker import Tracker
 from amclr_scale.memory.zero3.coordinator import Visit
 from amclr_scale.memory.zero3.hooks import Events, Visits
+from amclr_scale.metrics.flops import flop_counter, frozen_operations
 from amclr_scale.precision import DTYPES
 from amclr_scale.types import flatten, is_shared
 
@@ -52,6 +53,7 @@ class Tower:
         with_graph: forward and backward.
         without_graph: the forward alone, as in the first pass of the gradient cache.
         flops: floating-point operations of one sample's forward, all of its views.
+        frozen_flops: of these, what no backward follows.
         outputs: bytes of what the model gives per sample, embeddings of all views and outputs of an objective's parts.
         shared: bytes of what such parts give once for all samples.
     """
@@ -59,6 +61,7 @@ class Tower:
     with_graph: Timeline
     without_graph: Timeline
     flops: float
+    frozen_flops: float
     outputs: int
     shared: int
 
@@ -167,8 +170,10 @@ def _traced(
         plain = partitioned == "plain linear"
         visits = None if partitioned == "no" else Visits(model, linear_saves_weight=not plain)
         while True:
-            counter = FlopCounterMode(display=False)
-            without_graph = _record(model, modality, inputs, visits, counter=counter)
+            counter = flop_counter()
+            with frozen_operations(model, modality, counter) as of_frozen:
+                without_graph = _record(model, modality, inputs, visits, counter=counter)
+                frozen = of_frozen()
             if visits is None or not visits.learned():
                 break
         with_graph = _record(model, modality, inputs, visits)
@@ -177,8 +182,9 @@ def _traced(
     per_sample = sum(size for name, size in with_graph.outputs.items() if not is_shared(name)) // m
     shared = sum(size for name, size in with_graph.outputs.items() if name.startswith("shared."))
     return Tower(
-        _timeline(with_graph, m), _timeline(without_graph, m), counter.get_total_flops() / m, per_sample, shared
-    )
+        _timeline(with_graph, m), _timeline(without_graph, m), counter.get_total_flops() / m, frozen / m, per_sample,
+        shared,
+    )  # fmt: skip
 
 
 def _copy_of(model: DualEncoder) -> DualEncoder:

@@ -129,7 +129,9 @@ def estimate(
         )
         towers += b / (n * m) * ((n - k) * (first + again) + k * again + n * back)
 
-    useful = ModelFlops(*(round(trace(config, modality).flops) for modality in modalities)).useful()
+    traced = [trace(config, modality) for modality in modalities]
+    model_flops = ModelFlops(*(round(t.flops) for t in traced), *(round(t.frozen_flops) for t in traced))
+    useful = model_flops.useful()
     work = objective_trace(config, world_size, num_samples, profile.type, ranks_per_node)
     objective = work.flops(b) / (profile.peak("fp32") * rates.utilisation) + work.bytes(b) / profile.memory_bandwidth
     if execution.similarity.cache_mib:  # kept tiles save the first of backward's products, about 1 in 4
@@ -162,7 +164,7 @@ def estimate(
         wire_bytes=wire,
         global_batch_size=plan.global_batch_size,
         flops=useful,
-        bound=4 / 3 * useful * b / peak,
+        bound=(useful + model_flops.image + model_flops.text) * b / peak,
     )
 
 
@@ -214,7 +216,8 @@ def _passes_of(tower: Tower, share: float, weights: int) -> tuple[_Pass, _Pass, 
     end, last = tower.with_graph.forward_end, tower.with_graph.end
     first = _Pass(tower.flops, *moved(tower.without_graph, 0, tower.without_graph.end))
     again = _Pass(tower.flops, *moved(tower.with_graph, 0, end))
-    return first, again, _Pass((2 + share) * tower.flops, *moved(tower.with_graph, end, last))
+    back = (2 + share) * (tower.flops - tower.frozen_flops)
+    return first, again, _Pass(back, *moved(tower.with_graph, end, last))
 
 
 def _seconds(

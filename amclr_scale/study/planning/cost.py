@@ -11,7 +11,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Literal
 
 from amclr_scale.config.objective_options import declared
-from amclr_scale.config.schema import Config
+from amclr_scale.config.schema import Config, Optimizer
 
 if TYPE_CHECKING:
     from amclr_scale.planner.objective_traffic import ObjectiveTrace
@@ -40,16 +40,19 @@ def encoder_cost(config: Config) -> float:
 def encoder_flops(config: Config) -> float:
     """Useful operations of both towers per sample, all of its views."""
     data = config.data.model_copy(update={"image_views": 0, "text_views": 0})  # traced once for all arms
-    image, text = _forward(Config(data=data, model=config.model).model_dump_json())
-    return 3 * (image * (1 + config.data.image_views) + text * (1 + config.data.text_views))
+    factors = Optimizer(lr_factors=config.optimizer.lr_factors)  # what is frozen has no backward
+    image, text = _useful(Config(data=data, model=config.model, optimizer=factors).model_dump_json())
+    return image * (1 + config.data.image_views) + text * (1 + config.data.text_views)
 
 
 @lru_cache(maxsize=32)
-def _forward(config: str) -> tuple[float, float]:
+def _useful(config: str) -> tuple[float, float]:
+    """Of one view of each side."""
     from amclr_scale.memory.towers import trace  # seconds of imports, which only this needs
 
     parsed = Config.model_validate_json(config)
-    return trace(parsed, "image").flops, trace(parsed, "text").flops
+    image, text = trace(parsed, "image"), trace(parsed, "text")
+    return 3 * image.flops - 2 * image.frozen_flops, 3 * text.flops - 2 * text.frozen_flops
 
 
 def pairwise_flops(config: Config) -> float:
