@@ -117,6 +117,12 @@ def read_by_masks(options: Any) -> Mapping[str, Any]:
     return {"ids": masked in ("image", "both"), "text_content": masked in ("text", "both")}
 
 
+def read_by_positives(options: Any) -> Mapping[str, Any]:
+    """What `inputs_of` asks for where the option `positives` says which samples are positives of one another."""
+    kinds = {"label": "labels", "image": "ids", "text": "text_content"}
+    return {kind: options.positives == name for name, kind in kinds.items()}
+
+
 class Declarations:
     """The declarations of an objective, with what holds where it says nothing.
 

@@ -12,6 +12,7 @@ An anchor that is left without any key, in a batch of copies of one sample, has 
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 from amclr_scale.objectives.base import require
@@ -69,5 +70,5 @@ NO_MASK = Masking()
 
 
 def where_keys(side: Side, terms: Tensor) -> Tensor:
-    """(b,): 0 for anchors that are left without a key."""
-    return terms if side.kept is None else terms.where(side.kept > 0, 0.0)
+    """(b,): 0 for anchors that are left without a key, by their group or by the margin."""
+    return torch.where(side.log_sum.isneginf(), 0.0, terms)

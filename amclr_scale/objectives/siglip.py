@@ -13,6 +13,8 @@ Numerics: log-sigmoid in float32; no row statistic is needed, so a block of pair
 
 from dataclasses import dataclass
 
+from torch import Tensor
+
 from amclr_scale.errors import UserError
 from amclr_scale.objectives.base import Objective, at_least_float32, numbers
 from amclr_scale.similarity import pairwise
@@ -31,11 +33,21 @@ class SigLIP(Objective, name="siglip"):
         self.config = config
 
     def forward(self, embeddings: Embeddings) -> Loss:
-        for field, value in (("logit_scale", embeddings.logit_scale), ("logit_bias", embeddings.logit_bias)):
-            if value is None:
-                raise UserError(f"embeddings.{field}: siglip needs the model's learned one, got None")
-        assert embeddings.logit_scale is not None
-        assert embeddings.logit_bias is not None
-        scale, bias = at_least_float32(embeddings.logit_scale), at_least_float32(embeddings.logit_bias)
+        scale, bias = scale_and_bias(embeddings, self.name)
         loss = pairwise(embeddings.image, embeddings.text, scale, bias)
         return Loss(loss, numbers(objective=loss, temperature=1 / scale, logit_bias=bias))
+
+
+def scale_and_bias(embeddings: Embeddings, name: str) -> tuple[Tensor, Tensor]:
+    """The model's learned ones, (1,) each.
+
+    Raises:
+        UserError: it has none.
+    """
+    found: list[Tensor] = []
+    for field in ("logit_scale", "logit_bias"):
+        value = getattr(embeddings, field)
+        if value is None:
+            raise UserError(f"embeddings.{field}: {name} needs the model's learned one, got None")
+        found.append(at_least_float32(value))
+    return found[0], found[1]

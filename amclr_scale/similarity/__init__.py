@@ -4,6 +4,7 @@ from amclr_scale.distributed.collectives import Group, all_gather, all_sum, gath
 from amclr_scale.similarity.backends import describe
 from amclr_scale.similarity.contrast import Contrast, Side, contrast
 from amclr_scale.similarity.gram import column_mean, gram
+from amclr_scale.similarity.groups import SameGroup
 from amclr_scale.similarity.keys import ExtraKeys
 from amclr_scale.similarity.nearest import top_k
 from amclr_scale.similarity.pairwise import pairwise
@@ -14,6 +15,7 @@ __all__ = [
     "Contrast",
     "ExtraKeys",
     "Group",
+    "SameGroup",
     "Settings",
     "Side",
     "all_gather",

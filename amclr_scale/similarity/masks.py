@@ -150,10 +150,10 @@ def counted(keys: ExtraKeys) -> tuple[int, int | Tensor]:
 def _dense(sides: Parts, ranks: Group) -> Tensor:
     """Dense numbers of all images (B,), all texts (B,) and the extra ones, end to end."""
     rows = all_gather(torch.stack(sides[:2], dim=1), ranks)  # (B, 2)
-    return _counted_off(torch.cat([*rows.unbind(1), *sides[2:]]))
+    return counted_off(torch.cat([*rows.unbind(1), *sides[2:]]))
 
 
-def _counted_off(x: Tensor) -> Tensor:
+def counted_off(x: Tensor) -> Tensor:
     """0, 1, ... as int32 in the order of size, equal where x is. Nothing waits for the device."""
     sizes, order = x.sort()
     steps = torch.zeros_like(sizes, dtype=torch.int32)
@@ -166,7 +166,7 @@ def _agreeing(anchors: Parts, keys: Parts) -> Tensor:
     found = sum(_equal(x, y) for x, y in zip(anchors, keys, strict=True))
     if len(anchors) == 2:  # those that have both were counted twice
         size = 2**31
-        pairs = _counted_off(torch.cat([x[0].long() * size + x[1] for x in (anchors, keys)]))
+        pairs = counted_off(torch.cat([x[0].long() * size + x[1] for x in (anchors, keys)]))
         found = found - _equal(pairs[: len(anchors[0])], pairs[len(anchors[0]) :])
     assert isinstance(found, Tensor)
     return found

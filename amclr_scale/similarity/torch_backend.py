@@ -62,18 +62,20 @@ class _LeftOut:
             return
         pairs = [x[:, None] == y for x, y in zip(self.mask.row_groups, self.mask.column_groups, strict=True)]
         left_out = pairs[0] if len(pairs) == 1 else pairs[0].logical_or_(pairs[1])
-        self._set(matrix, left_out.logical_not_() if self.mask.only_same else left_out, value)
+        matrix.masked_fill_(self._but_positives(left_out.logical_not_() if self.mask.only_same else left_out), value)
 
-    def above_limit(self, matrix: Tensor, similarities: Tensor, dim: int, value: float) -> None:
-        """Set those that the sums along `dim` do not count."""
+    def above_limit(self, matrix: Tensor, similarities: Tensor, dim: int, value: float, out: Tensor) -> Tensor:
+        """`matrix` with those set that the sums along `dim` do not count, in `out`."""
         limit = None if self.mask is None else (self.mask.row_limit if dim == 1 else self.mask.column_limit)
-        if limit is not None:
-            self._set(matrix, similarities > limit.unsqueeze(dim), value)
+        if limit is None:
+            return matrix
+        left_out = self._but_positives(similarities > limit.unsqueeze(dim))
+        return torch.where(left_out, matrix.new_tensor(value), matrix, out=out)
 
-    def _set(self, matrix: Tensor, left_out: Tensor, value: float) -> None:
+    def _but_positives(self, left_out: Tensor) -> Tensor:
         if found := self.tile.diagonal(left_out, self.diagonal):
             found[1].fill_(False)
-        matrix.masked_fill_(left_out, value)
+        return left_out
 
 
 class TorchBlocks:
@@ -113,8 +115,7 @@ class TorchBlocks:
             for side, dim in sides:
                 counted = similarities
                 if mask and mask.limited:  # of this direction alone
-                    counted = x.copy_(similarities)
-                    left_out.above_limit(counted, similarities, dim, MASKED)
+                    counted = left_out.above_limit(similarities, similarities, dim, MASKED, out=x)
                 shift = torch.maximum(counted.amax(dim), side.shift)
                 torch.sub(counted, shift.unsqueeze(dim), out=x).mul_(side.rate.unsqueeze(dim))
                 torch.exp2(x, out=e)
@@ -144,7 +145,7 @@ class TorchBlocks:
             for (side, dim), out in zip(sides, (weights, more), strict=False):
                 torch.sub(similarities, side.shift.unsqueeze(dim), out=out).mul_(side.rate.unsqueeze(dim))
                 out.exp2_().mul_(side.factor.unsqueeze(dim))
-                left_out.above_limit(out, similarities, dim, 0.0)
+                left_out.above_limit(out, similarities, dim, 0.0, out=out)
             if not sides:
                 weights.zero_()
             elif len(sides) == 2:

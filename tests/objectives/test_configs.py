@@ -16,10 +16,12 @@ def test_the_file_names_an_objective_and_feeds_it(path):
     options = dict(config.objective)
     objective = objectives.create(options.pop("name"), num_samples=100, **options)
     assert path.stem in (objective.name, f"{objective.name}_{options.get('version')}")
-    assert config.data.image_views == config.data.text_views == objective.inputs.count("image_views")
+    for views in ("image_views", "text_views"):
+        assert getattr(config.data, views) == objective.inputs.count(views)
 
 
 def test_every_arm_of_the_comparison_is_there():
     arms = {"clip", "siglip", "dcl", "sogclr", "isogclr", "amclr", "xamclr", "cyclip", "fastclip_v3"}
     arms |= {"fifo_bank", "momentum_queue"}
+    arms |= {"simclr", "slip", "supcon", "decoupled", "one_to_k", "siglip_plus", "debiased"}
     assert {path.stem for path in FILES} == arms
