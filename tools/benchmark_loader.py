@@ -12,6 +12,10 @@ Rounds of both loaders alternate, and medians are reported, so that a busy machi
 the process and its workers together; on a machine with other work they say more than the wall time. --photos makes JPEG
 pictures (256 pixels on the shorter side, quality 90) out of coloured noise with the spectrum of photographs.
 
+    python tools/benchmark_loader.py corpora/icons/train --image-size 32 --resident none host device
+
+compares reading with data sets that are held decoded; run it twice, for the first run decodes them.
+
     python tools/benchmark_loader.py --shuffle 331x10000 --lanes 8 --window 4 --batch 4096
 
 measures the order alone, for a data set of 331 shards of 10,000 samples: how often two samples of one shard meet in a
@@ -187,6 +191,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--samples", type=int, default=10_000, help="per round")
     parser.add_argument("--workers", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--resident", nargs="+", default=["none"], help="data.resident of ours")
     parser.add_argument("--shuffle", metavar="SHARDSxSAMPLES", help="measure the order of such a data set instead")
     parser.add_argument("--lanes", type=int, default=8, help="with --shuffle")
     parser.add_argument("--window", type=int, default=4, help="with --shuffle")
@@ -201,6 +206,10 @@ def main(argv: list[str]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         name = make_photos(Path(folder), arguments.photos) if arguments.photos else arguments.data or "emoji/train"
         data = schema.Data(train=name, image_size=arguments.image_size)
+        held = {
+            "ours" if where == "none" else f"ours ({where})": data.model_copy(update={"resident": where})
+            for where in arguments.resident
+        }
         index = open_index(data)
         steps = -(-arguments.samples // arguments.batch)
         figures: dict[str, dict[str, float]] = {}
@@ -220,10 +229,13 @@ def main(argv: list[str]) -> None:
         for workers in arguments.workers:
             measure(
                 f"{workers} workers",
-                ("ours", lambda n=workers: ours(data, arguments.batch, steps, n)),  # type: ignore[misc]
+                *(
+                    (name, lambda n=workers, one=one: ours(one, arguments.batch, steps, n))
+                    for name, one in held.items()
+                ),
                 ("webdataset", lambda n=workers: plain_webdataset(index, data, arguments.batch, steps, n)),  # type: ignore[misc]
             )
-            first, second = (figures[f"{key} {workers} workers"] for key in ("ours", "webdataset"))
+            first, second = (figures[f"{key} {workers} workers"] for key in (next(iter(held)), "webdataset"))
             ratios = [first[key] / second[key] for key in ("samples_per_s", "samples_per_cpu_s")]
             print(
                 f"{'ours / webdataset':>22} {workers} workers  {ratios[0]:10.2f} {'':9} {ratios[1]:10.2f}", flush=True

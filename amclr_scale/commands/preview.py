@@ -58,7 +58,8 @@ def _read_data(config: Config) -> tuple[int, float, str]:
     """One batch of every lane's next sample through all views, as training reads it."""
     lanes = config.data.lanes
     try:
-        loader = TrainLoader(config.data, seed=config.seed, global_batch_size=lanes)
+        data = config.data.model_copy(update={"resident": "none"})  # a few samples need not be decoded with the rest
+        loader = TrainLoader(data, seed=config.seed, global_batch_size=lanes)
     except UserError as error:
         raise UserError(f"{error}\n--num-samples: with it, the data need not be here") from error
     batch = next(loader)

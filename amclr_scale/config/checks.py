@@ -21,6 +21,7 @@ def check(config: Config, world_size: int, *, objective: bool = True) -> list[st
     return [
         *_finite(config.model_dump(), ""),
         *_augmentation(config),
+        *_resident(config),
         *_momentum(config),
         *_length(config),
         *_shares(config, world_size),
@@ -62,6 +63,23 @@ def _augmentation(config: Config) -> list[str]:
             )
         if recipe.color_jitter < 0:
             lines.append(f"data.{name}.color_jitter: expected 0 (none) or more, got {recipe.color_jitter}")
+    return lines
+
+
+def _resident(config: Config) -> list[str]:
+    data, lines = config.data, []
+    if data.resident != "none" and data.stream:
+        lines.append(
+            f"data.resident: expected none with data.stream, which holds a window of shards, got {data.resident}"
+        )
+    for name in ("augmentation", "image_view") if data.resident == "device" else ():
+        recipe = getattr(data, name) or data.augmentation
+        others = [key for key in ("randaugment", "color_jitter", "amclr") if getattr(recipe, key)]
+        if others and (name == "augmentation" or data.image_views):
+            lines.append(
+                f"data.resident: device crops, flips and greys, expected no data.{name}.{others[0]} with it, got "
+                f"{getattr(recipe, others[0])}; use data.resident=host"
+            )
     return lines
 
 

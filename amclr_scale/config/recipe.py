@@ -106,6 +106,10 @@ class Data(Section):
     stream: bool = False
     """Remote shards go through shared memory instead of the cache: read front to back, two windows per lane held
     at once, fetched again in every epoch. Does not change results."""
+    resident: Literal["none", "host", "device"] = "none"
+    """Where all of the data set is held, decoded once, for data sets of small pictures. host: in the machine's memory,
+    mapped from the cache folder; device: the pictures on every rank's device too, squares of one size up to 64 pixels,
+    cropped, flipped and greyed there. Does not change results."""
     allow_pipe: bool = False
     """Whether shards named pipe:COMMAND may run that shell command."""
 

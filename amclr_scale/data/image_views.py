@@ -54,10 +54,17 @@ def reduction_for(image: Picture, size: int, recipes: Sequence[schema.ImageAugme
     return reduction
 
 
-def _centred_square(picture: Picture) -> Box:
-    side = min(picture.size)
-    left, upper = (picture.width - side) // 2, (picture.height - side) // 2
+def _centred_square(width: int, height: int) -> Box:
+    side = min(width, height)
+    left, upper = (width - side) // 2, (height - side) // 2
     return left, upper, left + side, upper + side
+
+
+def crop_box(width: int, height: int, recipe: schema.ImageAugmentation, draws: Draws) -> Box:
+    """What a recipe cuts out of a picture of that size: the first thing that is drawn of a view."""
+    if recipe.crop_scale == (1.0, 1.0):
+        return _centred_square(width, height)
+    return random_box(draws, width, height, recipe.crop_scale, recipe.crop_ratio)
 
 
 def _resized(picture: Picture, box: Box, size: int) -> Picture:
@@ -66,16 +73,12 @@ def _resized(picture: Picture, box: Box, size: int) -> Picture:
 
 def evaluation_view(picture: Picture, size: int, *, squash: bool = False) -> Picture:
     """The whole shorter side: the centred square, resized to size x size; `squash`: all of it, proportions lost."""
-    return _resized(picture, (0, 0, *picture.size) if squash else _centred_square(picture), size)
+    return _resized(picture, (0, 0, *picture.size) if squash else _centred_square(*picture.size), size)
 
 
 def augmented_view(picture: Picture, size: int, recipe: schema.ImageAugmentation, draws: Draws) -> Picture:
     """One random view of a decoded RGB image, size x size."""
-    if recipe.crop_scale == (1.0, 1.0):
-        box = _centred_square(picture)
-    else:
-        box = random_box(draws, *picture.size, recipe.crop_scale, recipe.crop_ratio)
-    picture = _resized(picture, box, size)
+    picture = _resized(picture, crop_box(*picture.size, recipe, draws), size)
     if draws.chance(recipe.flip):
         picture = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     if recipe.randaugment:

@@ -11,6 +11,7 @@ import signal
 import warnings
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from types import FrameType
 from typing import Any
 
@@ -21,8 +22,9 @@ from torch.utils.data import DataLoader, Dataset
 from amclr_scale.config import schema
 from amclr_scale.data.indexing import open_index
 from amclr_scale.data.order import Order, Visits
-from amclr_scale.data.pipeline import Fault, Part, Pipeline, check_further_captions, repeats
+from amclr_scale.data.pipeline import Fault, Part, Pipeline, check_further_captions, count_repeated, repeats
 from amclr_scale.data.prefetch import Prefetcher
+from amclr_scale.data.resident.crops import ResidentPictures
 from amclr_scale.data.sources import is_remote
 from amclr_scale.data.tokenizers import load_tokenizer
 from amclr_scale.distributed.launcher import ranks_on_node
@@ -158,9 +160,10 @@ class TrainLoader:
         self._workers = workers
         self._step = start_step
         self._prefetcher: Prefetcher | None = None
+        self._pictures: ResidentPictures | None = None
         if not any(is_remote(shard.url) for shard in self.index.shards):
             self.notes = check_further_captions(pipeline, data, seed)
-        else:
+        elif data.resident == "none":
             share = data.lanes // world_size
             own = range(rank * share, (rank + 1) * share)
             self._prefetcher = Prefetcher(
@@ -178,9 +181,10 @@ class TrainLoader:
 
         They are read in this process; nothing is counted, and the loader stays where it is.
         """
+        self._hold()
         for step in range(self._step, self._step - (-samples // self._parts.batch[0])):
             first = step * self._parts.parts_per_step
-            yield _batch([_good(self._parts[first + k]) for k in range(self._parts.parts_per_step)])
+            yield self._batch([_good(self._parts[first + k]) for k in range(self._parts.parts_per_step)])
 
     def __iter__(self) -> "TrainLoader":
         return self
@@ -194,11 +198,32 @@ class TrainLoader:
         parts = [self._next_part() for _ in range(self._parts.parts_per_step)]
         self._count([fault for part in parts for fault in part.faults])
         self._count_repeated(parts)
-        return _batch(parts)
+        batch = self._batch(parts)
+        if self.data.resident == "device":
+            self._repeated["images"] += count_repeated(batch.images)
+        return batch
+
+    def _hold(self) -> None:
+        if self.data.resident != "none" and self._parts.pipeline.resident is None:
+            self._parts.pipeline.hold()
+
+    def _batch(self, parts: list[Part]) -> Batch:
+        """The parts as one; where this rank's device holds the pictures, views are cut out of them there."""
+        batch = _joined(parts)
+        if self.data.resident != "device":
+            return batch
+        if self._pictures is None:
+            held = self._parts.pipeline.resident
+            assert held is not None
+            device = torch.device("cuda" if torch.cuda.is_initialized() else "cpu")
+            self._pictures = ResidentPictures(held, self.data.image_size, device)
+        samples = batch.ids if batch.text_ids is None else batch.text_ids
+        from_base = self.data.image_view_from == "base"
+        return replace(batch, images=self._pictures.views(samples, batch.images, from_base=from_base))
 
     def close(self) -> None:
         """Stop the workers and close the shards."""
-        self._source = None
+        self._source = self._pictures = None
         if self._prefetcher:
             self._prefetcher.close()
         self.index.close()
@@ -207,6 +232,7 @@ class TrainLoader:
 
     def _start(self) -> Iterator[Part | str]:
         numbers = _Numbers(self.start_step * self._parts.parts_per_step)
+        self._hold()  # before workers are forked, who share it
         if not self._workers:
             return (self._parts[number] for number in numbers)
         options: dict[str, Any] = {
@@ -283,7 +309,7 @@ def _good(part: Part | str) -> Part:
     return part
 
 
-def _batch(parts: list[Part]) -> Batch:
+def _joined(parts: list[Part]) -> Batch:
     text_ids = [part.text_ids for part in parts if part.text_ids is not None]
     return Batch(
         ids=_join([part.ids for part in parts]),

@@ -20,6 +20,8 @@ from amclr_scale.data.indexing import IMAGE_EXTENSIONS
 from amclr_scale.data.order import Visits
 from amclr_scale.data.paraphrases import ParaphraseReader
 from amclr_scale.data.randomness import Draws, Purpose
+from amclr_scale.data.resident.crops import plan_crop
+from amclr_scale.data.resident.store import ResidentData, open_resident
 from amclr_scale.data.text_views import TextViews
 from amclr_scale.data.tokenizers import Tokenizer
 from amclr_scale.errors import UserError
@@ -50,7 +52,7 @@ class Part:
 
     ids: Tensor  # (n,) int64
     text_ids: Tensor | None  # (n,) int64, where images have ids of their own
-    images: tuple[Tensor, ...]  # 1 + V of (n, 3, H, W) uint8
+    images: tuple[Tensor, ...]  # 1 + V of (n, 3, H, W) uint8; where devices hold the pictures, of (n, 6) crops
     texts: tuple[Tensor, ...]  # 1 + V of (n, L) int64
     faults: list[Fault]
     repeated: dict[str, int]  # further images, and further texts, that equal an earlier view of their sample
@@ -61,6 +63,7 @@ class Pipeline:
 
     Attributes:
         text: which captions the views show.
+        resident: the decoded data set, once `hold` has opened it.
     """
 
     def __init__(self, index: Index, data: schema.Data, seed: int, tokenizer: Tokenizer):
@@ -68,17 +71,31 @@ class Pipeline:
         self.text = TextViews(data)
         self._image_id = Field.parse(data.image_id) if data.image_id else None
         others = {self._image_id.member} if self._image_id else set()
-        self._wanted = self.text.members | frozenset(IMAGE_EXTENSIONS) | others
+        self._texts = self.text.members | others
+        self._wanted = self._texts | frozenset(IMAGE_EXTENSIONS)
+        self.resident: ResidentData | None = None
         self._recipes = [data.augmentation] + [data.image_view or data.augmentation] * data.image_views
         self._paraphrases = dict[int, ParaphraseReader]()
         if self.text.needs_paraphrases:
             ParaphraseReader(Path(data.paraphrases or ""), index.shards[0]).close()  # a wrong folder is told at once
 
+    def hold(self) -> None:
+        """Open the decoded data set, written first where there is none; samples then come from it.
+
+        Raises:
+            UserError: there is no room for it.
+        """
+        data, index = self.data, self.index
+        ranges = [(recipe.crop_scale, recipe.crop_ratio) for recipe in self._recipes]  # how far a JPEG is reduced
+        name = (index.fingerprint, data.image_size, ranges, data.max_image_pixels)
+        cache, members = index.storage.cache, sorted(self._texts - {PARAPHRASES})
+        self.resident = open_resident(cache, name, members, index.num_samples, self._stored, self._decoded)
+
     def __call__(self, visits: Visits) -> Part:
         data, n = self.data, len(visits)
-        images = tuple(
-            torch.empty(n, 3, data.image_size, data.image_size, dtype=torch.uint8) for _ in range(1 + data.image_views)
-        )
+        shape = (6,) if data.resident == "device" else (3, data.image_size, data.image_size)
+        kind = torch.int16 if data.resident == "device" else torch.uint8
+        images = tuple(torch.empty(n, *shape, dtype=kind) for _ in range(1 + data.image_views))
         captions = list[list[str]]()
         ids, image_ids, faults = list[int](), list[int](), list[Fault]()
         for i, (sample, number) in enumerate(zip(visits.ids.tolist(), visits.passes.tolist(), strict=True)):
@@ -89,7 +106,8 @@ class Pipeline:
             for view, tensor in zip(images, pixels, strict=True):
                 view[i] = tensor
         texts = tuple(self.tokenizer(list(view)) for view in zip(*captions, strict=True))
-        repeated = {"images": _repeated(images), "texts": _repeated(texts)}
+        repeated = {"images": 0 if data.resident == "device" else count_repeated(images)}
+        repeated["texts"] = count_repeated(texts)
         samples = torch.tensor(ids, dtype=torch.int64)
         if not self._image_id:
             return Part(samples, None, images, texts, faults, repeated)
@@ -119,13 +137,24 @@ class Pipeline:
         size, from_base = self.data.image_size, self.data.image_view_from == "base"
         content = self.read(sample)
         captions = self.text.draw(content, self.seed, number, sample)
-        opened = content.image()
-        picture = decode(opened, reduction_for(opened, size, self._recipes))
+        draws = [Draws(self.seed, Purpose.IMAGE, number, sample, view) for view in range(len(self._recipes))]
+        if self.resident and self.data.resident == "device":
+            whole = self.resident.size(sample)
+            plans = list[Tensor]()
+            for view, recipe in enumerate(self._recipes):
+                width, height = (size, size) if view and from_base else whole
+                plans.append(torch.tensor(plan_crop(width, height, recipe, draws[view])))
+            return self._image_of(content, sample), plans, captions
+        picture = self.resident.picture(sample) if self.resident else self._decoded(content)
         views = list[Image.Image]()
         for view, recipe in enumerate(self._recipes):
             source = views[0] if view and from_base else picture
-            views.append(augmented_view(source, size, recipe, Draws(self.seed, Purpose.IMAGE, number, sample, view)))
+            views.append(augmented_view(source, size, recipe, draws[view]))
         return self._image_of(content, sample), [to_tensor(view) for view in views], captions
+
+    def _decoded(self, content: Sample) -> Image.Image:
+        opened = content.image()
+        return decode(opened, reduction_for(opened, self.data.image_size, self._recipes))
 
     def _image_of(self, content: Sample, sample: int) -> int:
         """The id of the sample's image: unique over data sets, and below N."""
@@ -143,12 +172,21 @@ class Pipeline:
         Raises:
             BadSampleError: they cannot be read.
         """
+        if self.resident is None:
+            content = self._stored(sample)
+        else:
+            members = self.resident.members(sample)
+            content = Sample(members, self.data.max_image_pixels, self.data.max_caption_characters)
+        if self.text.needs_paraphrases:
+            shard, row = self.index.locate(sample)
+            content.members = {**content.members, PARAPHRASES: self._paraphrases_of(shard).read(row)}
+        return content
+
+    def _stored(self, sample: int) -> Sample:
         shard, row = self.index.locate(sample)
         reader = self.index.reader(shard)
         check_whole(reader, row)
         members = reader.read(row, self._wanted)
-        if self.text.needs_paraphrases:
-            members[PARAPHRASES] = self._paraphrases_of(shard).read(row)
         return Sample(members, self.data.max_image_pixels, self.data.max_caption_characters)
 
     def _paraphrases_of(self, shard: int) -> ParaphraseReader:
@@ -161,7 +199,7 @@ class Pipeline:
         return reader
 
 
-def _repeated(views: tuple[Tensor, ...]) -> int:
+def count_repeated(views: tuple[Tensor, ...]) -> int:
     """How many rows of further views equal that row of an earlier one."""
     same = [torch.stack([_equal_rows(view, other) for other in views[:k]]).any(0) for k, view in enumerate(views) if k]
     return int(sum(found.sum() for found in same))

@@ -21,10 +21,30 @@ def tool():
 
 
 def test_it_runs(tool, capsys, tmp_path):
-    words = ["emoji/val_concept", "--samples", "256", "--rounds", "1", "--workers", "0", "--image-size", "16"]
+    words = [
+        "emoji/val_concept",
+        "--samples",
+        "256",
+        "--rounds",
+        "1",
+        "--workers",
+        "0",
+        "--image-size",
+        "16",
+        "--resident",
+        "none",
+        "host",
+    ]
     tool.main([*words, "--json", str(tmp_path / "out.json")])
     figures = json.loads((tmp_path / "out.json").read_text())
-    assert set(figures) == {"reading by offset", "reading front to back", "ours 0 workers", "webdataset 0 workers"}
+    rates = (
+        "reading by offset",
+        "reading front to back",
+        "ours 0 workers",
+        "ours (host) 0 workers",
+        "webdataset 0 workers",
+    )
+    assert set(figures) == set(rates)
     assert all(figure["samples_per_s"] > 0 for figure in figures.values())
     assert figures["reading by offset"]["samples_per_cpu_s"] > figures["ours 0 workers"]["samples_per_cpu_s"]
     assert "ours / webdataset" in capsys.readouterr().out

@@ -1,0 +1,132 @@
+"""The data set held decoded: the same batches as from shards, to the last bit, in host memory and on a device."""
+
+import logging
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from amclr_scale.config import schema
+from amclr_scale.config.checks import check
+from amclr_scale.data import loader
+from amclr_scale.data.image_views import augmented_view, to_tensor
+from amclr_scale.data.loader import TrainLoader
+from amclr_scale.data.randomness import Draws
+from amclr_scale.data.resident import store
+from amclr_scale.data.resident.crops import ResidentPictures, plan_crop
+from amclr_scale.errors import UserError
+from tests.data.shards import pair, picture, settings, write_tar
+from tests.data.test_loader import assert_same, joined, take
+
+EVERYTHING = {
+    "image_views": 1, "text_views": 1,
+    "augmentation": schema.ImageAugmentation(
+        crop_scale=(0.3, 1.0), randaugment=(2, 7), color_jitter=0.4, grayscale=0.3
+    ),
+}  # fmt: skip
+GEOMETRY = {
+    "image_views": 1, "text_views": 1,
+    "augmentation": schema.ImageAugmentation(crop_scale=(0.2, 1.0), crop_ratio=(0.5, 2.0), grayscale=0.3),
+}  # fmt: skip
+
+
+@pytest.fixture
+def damaged(tmp_path):
+    """Two shards of squares, with a sample that has no caption, one no picture, one a broken picture."""
+    rng = np.random.default_rng(0)
+    members = []
+    for i in range(40):
+        (name, _), *others = pair(i)
+        noise = Image.fromarray(rng.integers(0, 256, (13, 13, 3), dtype=np.uint8))
+        noise.save(tmp_path / "noise.png")
+        sample = [(name, (tmp_path / "noise.png").read_bytes()), *others]
+        sample = sample[:1] if i == 3 else sample[1:] if i == 17 else sample
+        members += [(name, picture(0)[:40]), *others] if i == 30 else sample
+    write_tar(tmp_path / "shards" / "00000.tar", members[:60])
+    write_tar(tmp_path / "shards" / "00001.tar", members[60:])
+    return str(tmp_path / "shards")
+
+
+@pytest.mark.parametrize("view_from", ["image", "base"])
+def test_batches_are_those_of_the_shards(damaged, view_from, caplog):
+    caplog.set_level(logging.WARNING)
+    for resident, recipe in (("host", EVERYTHING), ("host", GEOMETRY), ("device", GEOMETRY)):
+        data = settings(damaged, image_view_from=view_from, max_bad_fraction=1.0, **recipe)
+        faults = []
+        for held in ("none", resident):
+            caplog.clear()
+            batches = take(data.model_copy(update={"resident": held}), 12)
+            faults.append((batches, [r.getMessage() for r in caplog.records if r.name == loader.__name__]))
+        assert_same(faults[1][0], faults[0][0])
+        assert faults[1][1] == faults[0][1]
+        assert len({message.split(": ")[2] for message in faults[0][1]}) == 3
+
+
+def test_any_number_of_ranks_and_workers(damaged):
+    data = settings(damaged, max_bad_fraction=1.0, **GEOMETRY)
+    expected = take(data, 4)
+    for held in ("host", "device"):
+        resident = data.model_copy(update={"resident": held})
+        assert_same(joined([take(resident, 4, rank=rank, world_size=2) for rank in range(2)]), expected)
+        assert_same(take(resident, 2, workers=2, start_step=2), expected[2:])
+        ahead = loader.TrainLoader(resident, seed=0, global_batch_size=8)
+        assert_same(list(ahead.peek(16)), expected[:2])
+        ahead.close()
+
+
+def test_it_is_decoded_once_for_all_runs_of_the_same_data(damaged, monkeypatch):
+    data = settings(damaged, max_bad_fraction=1.0, resident="host", **EVERYTHING)
+    expected = take(data, 3)
+    monkeypatch.setattr(store, "_write", lambda *_: pytest.fail("decoded again"))
+    assert_same(take(data, 3), expected)
+    with pytest.raises(pytest.fail.Exception, match="decoded again"):
+        take(data.model_copy(update={"image_size": 9}), 1)
+
+
+def test_views_that_repeat_are_counted_on_the_device_too(damaged):
+    same = schema.ImageAugmentation(crop_scale=(1, 1), crop_ratio=(1, 1), flip=0.5)
+    shares = []
+    for held in ("none", "device"):
+        data = settings(damaged, max_bad_fraction=1.0, resident=held, image_views=1, augmentation=same)
+        batches = TrainLoader(data, seed=0, global_batch_size=8)
+        for _ in range(5):
+            next(batches)
+        shares.append(batches.repeated()["repeated_images"])
+        batches.close()
+    assert shares[0] == shares[1] > 0.3
+
+
+class Held:
+    """A decoded data set of n squares of noise; one of them bad."""
+
+    def __init__(self, n, side):
+        self.all = np.random.default_rng(1).integers(0, 256, (n, side, side, 3), dtype=np.uint8)
+        self.all[: n // 2] = self.all[: n // 2] // 128 * 255  # hard edges, where the filter overshoots
+        self.sizes = np.full((n + 1, 2), side, np.int32)
+        self.sizes[2] = 0
+        self.pixels = self.all.reshape(-1)
+
+
+@pytest.mark.parametrize(("side", "size"), [(48, 32), (13, 8), (16, 24), (64, 64)])
+def test_crops_are_pillows_bit_for_bit(side, size):
+    n = 200
+    held = Held(n, side)
+    pictures = ResidentPictures(held, size, torch.device("cpu"))
+    recipe = schema.ImageAugmentation(crop_scale=(0.05, 1.0), crop_ratio=(0.3, 3.0), grayscale=0.5)
+    samples = [sample for sample in range(n + 1) if sample != 2]
+    plans = torch.tensor([plan_crop(side, side, recipe, Draws(5, sample)) for sample in samples])
+    (found,) = pictures.views(torch.tensor(samples), (plans,), from_base=False)
+    for row, sample in enumerate(samples):
+        whole = Image.fromarray(held.all[row])
+        assert torch.equal(found[row], to_tensor(augmented_view(whole, size, recipe, Draws(5, sample))))
+
+
+def test_what_a_device_cannot_hold_is_refused(tmp_path, damaged):
+    write_tar(tmp_path / "oblong" / "0.tar", [member for i in range(20) for member in pair(i)])  # 12 x 10
+    with pytest.raises(UserError, match=r"data\.resident: device holds squares of one size.* got 12 x 10; use"):
+        take(settings(str(tmp_path / "oblong"), resident="device"), 1)
+    config = schema.Config(data=settings(damaged, resident="device", **EVERYTHING))
+    assert any(line.startswith("data.resident: device crops, flips and greys") for line in check(config, 1))
+    config = schema.Config(data=settings(damaged, resident="host", stream=True))
+    assert any(line.startswith("data.resident: expected none with data.stream") for line in check(config, 1))
