@@ -111,10 +111,25 @@ class Equal(NamedTuple):
     why: str
 
 
+def queue_of(options: Any) -> Mapping[str, Any]:
+    """The option `queue` as a mapping with a size, 0 where there is none."""
+    found = getattr(options, "queue", None)
+    if found is None:
+        return {"size": 0}
+    given = found if isinstance(found, Mapping) else vars(found)
+    return {"size": 65_536, "source": "student", **given}
+
+
 def read_by_masks(options: Any) -> Mapping[str, Any]:
-    """What `inputs_of` asks for where the objective has the option mask_duplicates."""
-    masked = options.mask_duplicates
-    return {"ids": masked in ("image", "both"), "text_content": masked in ("text", "both")}
+    """What `inputs_of` asks for where the objective has the options mask_duplicates and queue."""
+    masked, queue = options.mask_duplicates, queue_of(options)
+    momentum = bool(queue["size"]) and queue["source"] == "momentum"
+    return {
+        "ids": masked in ("image", "both") or bool(queue["size"]),
+        "text_content": masked in ("text", "both"),
+        "image_momentum": momentum,
+        "text_momentum": momentum,
+    }
 
 
 def read_by_positives(options: Any) -> Mapping[str, Any]:

@@ -32,7 +32,9 @@ NEUTRAL = (
 )  # fmt: skip
 
 # Keys that are younger than some recipes: at these values nothing is computed that those recipes did not say.
-LATER: dict[str, Any] = {"evaluation.evaluators": [], "evaluation.momentum": False, "model.momentum": None}
+LATER: dict[str, Any] = {
+    "evaluation.evaluators": [], "evaluation.momentum": False, "model.momentum": None, "objective.queue": None,
+}  # fmt: skip
 
 
 # Two ways of saying one thing: whichever is said last counts.

@@ -29,7 +29,7 @@ from pydantic import BaseModel, create_model
 
 from amclr_scale import declarations
 from amclr_scale.config.section import Checked
-from amclr_scale.declarations import Declarations, Equal, Inputs
+from amclr_scale.declarations import Declarations, Equal, Inputs, queue_of
 from amclr_scale.errors import UserError
 
 T = TypeVar("T")
@@ -74,15 +74,19 @@ class Declared:
 
     def negatives(self, B: int) -> int:
         """Negatives of an anchor at a global batch of B."""
-        return self._ask(lambda: self.by.negatives_of(self.options, B))
+        in_batch: int = self._ask(lambda: self.by.negatives_of(self.options, B))
+        return in_batch + int(queue_of(self.options)["size"])
 
     def equals(self, B: int) -> Equal | None:
         """Another objective that computes the same at a global batch of B."""
-        return self._ask(lambda: self.by.equals(self.options, B))
+        return None if queue_of(self.options)["size"] else self._ask(lambda: self.by.equals(self.options, B))
 
     def mistakes(self, B: int, b: int) -> list[str]:
         """What would fail at a global batch of B with b of it on a rank."""
-        return self._ask(lambda: list(self.by.mistakes_of(self.options, B, b)))
+        lines, slots = self._ask(lambda: list(self.by.mistakes_of(self.options, B, b))), queue_of(self.options)["size"]
+        if 0 < slots < B:
+            lines.append(f"queue.size: expected at least train.global_batch_size = {B} slots, or 0, got {slots}")
+        return lines
 
     def _ask(self, declaration: Callable[[], T]) -> T:
         try:
@@ -245,25 +249,29 @@ def _options(file: _File, config: ast.ClassDef) -> dict[str, tuple[Any, Any]]:
     for line in config.body:
         if isinstance(line, ast.AnnAssign) and isinstance(line.target, ast.Name):
             default = ... if line.value is None else ast.literal_eval(line.value)
-            found[line.target.id] = (_annotation(line.annotation), default)
+            found[line.target.id] = (_annotation(line.annotation, file), default)
     return found
 
 
-def _annotation(node: ast.expr) -> Any:
-    """`float | None` and the like, from its syntax. Only what a YAML value can be is allowed."""
+def _annotation(node: ast.expr, file: _File) -> Any:
+    """`float | None` and the like, from its syntax. Only what YAML can hold is allowed: a class is a section."""
     match node:
         case ast.Name(id=name) if name in _TYPES:
             return _TYPES[name]
         case ast.Constant(value=None):
             return None
+        case ast.Name(id=name) if (found := file.class_of(node)) is not None:
+            return create_model(name, __base__=Checked, **_options(*found))  # type: ignore[call-overload]
         case ast.BinOp(left=left, op=ast.BitOr(), right=right):
-            return Union[_annotation(left), _annotation(right)]  # noqa: UP007 - the operands are values here
+            return Union[_annotation(left, file), _annotation(right, file)]  # noqa: UP007 - the operands are values here
         case ast.Subscript(value=ast.Name(id="Literal"), slice=choices):
             values = choices.elts if isinstance(choices, ast.Tuple) else [choices]
             return Literal[tuple(ast.literal_eval(value) for value in values)]
         case ast.Subscript(value=ast.Name(id="Optional"), slice=inner):
-            return Optional[_annotation(inner)]  # noqa: UP045 - likewise
-    raise TypeError(f"{ast.unparse(node)}: an objective's Config may hold int, float, bool, str, Literal and | None")
+            return Optional[_annotation(inner, file)]  # noqa: UP045 - likewise
+    raise TypeError(
+        f"{ast.unparse(node)}: an objective's Config may hold int, float, bool, str, Literal, sections and | None"
+    )
 
 
 def _declarations(file: _File, node: ast.ClassDef) -> type[Declarations]:

@@ -107,6 +107,8 @@ class Probe:
     def _whole(self, objective: Objective) -> Objective:
         """One that has seen nothing yet, for a data set of K samples."""
         changes = {**objective.whole_set_options, "num_samples": self.config.run.probe.samples}
+        if objective.queue is not None:
+            changes["queue"] = None
         section = objectives.without_sizes(self.config.objective)
         return objectives.from_section(section, "replicated", **changes).to(self.device)
 

@@ -20,6 +20,7 @@ from torch import nn
 
 from amclr_scale.config.objective_options import NOT_OPTIONS
 from amclr_scale.errors import UserError
+from amclr_scale.objectives.banks.shared_queue import SharedQueue
 from amclr_scale.objectives.base import Layout, Objective, nearest, parse_options
 from amclr_scale.objectives.outside import outside
 
@@ -83,7 +84,11 @@ def from_section(section: Mapping[str, Any], sample_state: Layout = "auto", **ch
     objective = class_of(section)
     config = config_of(objective, {**section, **changes})
     keeps_state = "sample_state" in inspect.signature(objective.__init__).parameters
-    return objective(config, sample_state) if keeps_state else objective(config)
+    construct: Any = objective
+    made: Objective = construct(config, sample_state) if keeps_state else construct(config)
+    if getattr(config, "queue", None) is not None and config.queue.size:
+        made.queue = SharedQueue(config.queue, sample_state)
+    return made
 
 
 def class_of(section: Mapping[str, Any]) -> type[Objective]:

@@ -81,7 +81,7 @@ class PairedSogCLR(Paired):
     def forward(self, embeddings: Embeddings) -> Loss:
         config, t = self.config, self.config.temperature
         gamma = config.gamma_at(self.epoch)
-        sides = self.pairings.compare(embeddings, t, t, config.masks(embeddings))
+        sides = self.pairings.compare(embeddings, t, t, self.masks(embeddings))
         weights = sides[0].log_g.new_tensor(self.pairings.weights)  # (K,)
         if config.reduce == "mean":
             weights = weights / weights.sum()

@@ -50,7 +50,7 @@ class PairedISogCLR(Paired):
         visits = two_visits(embeddings, self.image_state, self.text_state)
         olds = [visit.read() for visit in visits]
         image_t, text_t = (old["temperature"].expand(-1, num_entries) for old in olds)  # (b, K)
-        sides = self.pairings.compare(embeddings, image_t, text_t, config.masks(embeddings))
+        sides = self.pairings.compare(embeddings, image_t, text_t, self.masks(embeddings))
         weights = sides[0].log_g.new_tensor(self.pairings.weights)  # (K,)
         share = weights / weights.sum()
         if config.reduce == "mean":

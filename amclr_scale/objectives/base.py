@@ -48,6 +48,7 @@ class Objective(Declarations, nn.Module):
     needs_unit_rows: bool = True
     whole_set_options: ClassVar[Mapping[str, Any]] = {}
     epoch: float = 0.0
+    queue: Any  # a `SharedQueue` where the option is set, which `create` gives it; None
     _lengths_seen: bool = False
 
     def __init_subclass__(cls, *, name: str | None = None, **kwargs: Any) -> None:
@@ -57,6 +58,10 @@ class Objective(Declarations, nn.Module):
             if not cls.__module__.startswith(OUTSIDE):  # outside.py keeps those
                 assert name not in Objective.registry, f"two objectives are called {name}"
                 Objective.registry[name] = cls
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.queue = None
 
     @staticmethod
     def model_parts(options: Any, width: int) -> nn.Module | None:
@@ -101,8 +106,15 @@ class Objective(Declarations, nn.Module):
         self._check(embeddings)
         self._check_lengths(embeddings)
         own = {name: getattr(embeddings, kind)[k] for name, kind, k in self.inputs.own_names()}
-        loss: Loss = super().__call__(dataclasses.replace(embeddings, **own) if own else embeddings)
+        read = dataclasses.replace(embeddings, **own) if own else embeddings
+        loss: Loss = super().__call__(read) if self.queue is None else self.queue.around(super().__call__, read, self)
         return loss
+
+    def masks(self, embeddings: Embeddings) -> Any:
+        """What the shared options leave out of the sums over keys, and the keys that they add: a `Masking`."""
+        config: Any = self.config
+        masking = config.masks(embeddings)
+        return masking if self.queue is None else self.queue.beside(masking)
 
     def set_epoch(self, epoch: float) -> None:
         """Say how far training is, in passes over the data set; the trainer does so before every step."""
@@ -115,6 +127,8 @@ class Objective(Declarations, nn.Module):
             width: D.
             slots: to have in banks, all of them filled.
         """
+        if self.queue is not None:
+            self.queue.rehearse(width, slots)
 
     @property
     def learns(self) -> bool:
@@ -279,6 +293,17 @@ def parse_options(name: str, config: Callable[..., Any], options: dict[str, Any]
     return config(**options)
 
 
+def _as_section(option: str, kind: Any, value: Any) -> Any:
+    if isinstance(value, kind):
+        return value
+    names = ", ".join(field.name for field in dataclasses.fields(kind))
+    require(isinstance(value, Mapping), option, f"a section with some of {names}", value)
+    try:
+        return parse_options(option, kind, dict(value))
+    except UserError as error:
+        raise UserError(f"{option}.{error}") from error
+
+
 def _as_type(option: str, hint: Any, value: Any) -> Any:
     choices = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     for choice in choices:
@@ -291,6 +316,8 @@ def _as_type(option: str, hint: Any, value: Any) -> Any:
         elif choice is int:
             if isinstance(value, int) and not isinstance(value, bool):
                 return value
+        elif dataclasses.is_dataclass(choice) and value is not None:
+            return _as_section(option, choice, value)
         elif isinstance(value, choice):
             return value
     wanted: list[str] = []

@@ -102,7 +102,7 @@ class CLIP(Objective, name="clip"):
         images = (embeddings.image, *embeddings.image_views[: self.config.omega])
         texts = (embeddings.text, *embeddings.text_views[: self.config.omega])
         rows, negatives = groups(embeddings.image, self.config.group_size)
-        masking = self.config.masks(embeddings)
+        masking = self.masks(embeddings)
         losses = [
             self._pairing(image[here], text[here], t, negatives, masking.of(here))
             for image, text in product(images, texts)

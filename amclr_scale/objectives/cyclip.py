@@ -73,12 +73,12 @@ class CyCLIP(Objective, name="cyclip"):
     def forward(self, embeddings: Embeddings) -> Loss:
         config, image, text = self.config, embeddings.image, embeddings.text
         t = learned_temperature(embeddings, config.temperature)
-        masks = config.masks(embeddings).of()
-        both = contrast(image, text, temperature=t, centred=True, **masks)
+        masks = self.masks(embeddings)
+        both = contrast(image, text, temperature=t, centred=True, **masks.of())
         contrastive = softmax_loss(both)
         if config.inmodal:
-            among_images = _cross_entropy(image, embeddings.image_views[0], t, masks)
-            among_texts = _cross_entropy(text, embeddings.text_views[0], t, masks)
+            among_images = _cross_entropy(image, embeddings.image_views[0], t, masks.among("image").of())
+            among_texts = _cross_entropy(text, embeddings.text_views[0], t, masks.among("text").of())
             contrastive = (contrastive + (among_images + among_texts) / 2) / 2
         cyclic = cyclic_sum(image, text, config.lambda_in, config.lambda_cross) / global_batch_size(image)
         loss = contrastive + cyclic

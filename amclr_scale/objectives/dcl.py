@@ -50,7 +50,7 @@ class DCL(Objective, name="dcl"):
 
     def forward(self, embeddings: Embeddings) -> Loss:
         t = learned_temperature(embeddings, self.config.temperature)
-        return dcl_loss(embeddings, t, None, self.config.masks(embeddings))
+        return dcl_loss(embeddings, t, None, self.masks(embeddings))
 
 
 class DCLW(Objective, name="dclw"):
@@ -78,7 +78,7 @@ class DCLW(Objective, name="dclw"):
 
     def forward(self, embeddings: Embeddings) -> Loss:
         t = learned_temperature(embeddings, self.config.temperature)
-        return dcl_loss(embeddings, t, self.config.sigma, self.config.masks(embeddings))
+        return dcl_loss(embeddings, t, self.config.sigma, self.masks(embeddings))
 
 
 def dcl_loss(embeddings: Embeddings, temperature: Tensor | float, sigma: float | None, masking: Masking) -> Loss:

@@ -68,7 +68,7 @@ class Debiased(Objective, name="debiased"):
         config, beta = self.config, self.config.hardness
         t = learned_temperature(embeddings, config.temperature)
         rows = (embeddings.image, embeddings.text)
-        options = {"exclude_positive": True, "centred": True, **config.masks(embeddings).of()}
+        options = {"exclude_positive": True, "centred": True, **self.masks(embeddings).of()}
         hard = contrast(*rows, temperature=t / (1 + beta), **options)
         sides = (hard.image, hard.text)
         if beta:

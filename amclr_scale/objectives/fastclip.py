@@ -126,7 +126,7 @@ class FastCLIP(KeepsEstimates, name="fastclip"):
             image_t = text_t = at_least_float32(embeddings.image).new_tensor(self.first_temperature)
         else:
             image_t = text_t = torch.as_tensor(learned_temperature(embeddings, None)).squeeze()
-        sides = centred(embeddings.image, embeddings.text, (image_t, text_t), config.masks(embeddings))
+        sides = centred(embeddings.image, embeddings.text, (image_t, text_t), self.masks(embeddings))
 
         ws: list[Tensor] = []  # (b,) each
         fs: list[Tensor] = []

@@ -63,7 +63,7 @@ class ISogCLR(KeepsEstimates, name="isogclr"):
         olds = [visit.read() for visit in visits]
         image_t, text_t = (old["temperature"] for old in olds)  # (b,)
         margin = config.margin if config.surrogate != "none" else None
-        sides = centred(embeddings.image, embeddings.text, (image_t, text_t), config.masks(embeddings), margin=margin)
+        sides = centred(embeddings.image, embeddings.text, (image_t, text_t), self.masks(embeddings), margin=margin)
 
         terms: list[Tensor] = []  # (b,) each
         objectives: list[Tensor] = []
@@ -134,7 +134,7 @@ class ISogCLRNet(KeepsEstimates, name="isogclr_net"):
         gamma = config.gamma_at(self.epoch)
         image_t, text_t = _generated(embeddings)
         detached = (image_t.detach(), text_t.detach())
-        sides = centred(embeddings.image, embeddings.text, detached, config.masks(embeddings))
+        sides = centred(embeddings.image, embeddings.text, detached, self.masks(embeddings))
 
         value = objective = image_t.new_zeros(())
         visits = two_visits(embeddings, self.image_state, self.text_state)

@@ -6,16 +6,20 @@ mean that SogCLR's relatives take. A pair stays its own positive. `false_negativ
 more like the anchor than its positive by more than m, s_ij > s_ii + m: Zhang et al., "Qwen3 Embedding", 2025,
 arXiv:2506.05176, has m = 0.1. It has no gradient, and does not change the number of keys that a mean divides by.
 
+`queue` adds keys: what the last batches held (banks/shared_queue.py).
+
 An anchor that is left without any key, in a batch of copies of one sample, has nothing to say: its term is 0.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from amclr_scale.objectives.banks.shared_queue import Queue
 from amclr_scale.objectives.base import require
+from amclr_scale.similarity import ExtraKeys
 from amclr_scale.similarity.contrast import Side
 from amclr_scale.types import Embeddings
 
@@ -26,6 +30,7 @@ class MaskOptions:
 
     mask_duplicates: Literal["none", "image", "text", "both"] = "none"  # not negatives: the same image, or caption
     false_negative_margin: float | None = None  # nor what is more similar than the positive by this; null: all are
+    queue: Queue | None = None  # features of the last batches are further keys
 
     def __post_init__(self) -> None:
         margin = self.false_negative_margin
@@ -44,26 +49,38 @@ class MaskOptions:
 
     @property
     def masked(self) -> bool:
-        return self.mask_duplicates != "none" or self.false_negative_margin is not None
+        """Whether the keys are other than those of the batch."""
+        changed = self.mask_duplicates != "none" or self.false_negative_margin is not None
+        return changed or (self.queue is not None and self.queue.size > 0)
 
 
 def refuse_masks(options: MaskOptions, hinged: bool) -> None:
     """Raise where the options leave keys out of what is not a log-sum."""
-    fix = "without masks, or surrogate: none"
+    fix = "without masks and queue, or surrogate: none"
     require(not (hinged and options.masked), "surrogate", fix, "squared_hinge")
 
 
 @dataclass(frozen=True)
 class Masking:
-    """Groups of this rank's samples, alike for images and texts, and a margin."""
+    """Groups of this rank's samples, alike for images and texts, and a margin; and the keys of a queue."""
 
     groups: tuple[Tensor, ...] = ()  # (b,) int64 each
     margin: float | None = None
+    images: ExtraKeys | None = None  # further keys of text anchors
+    texts: ExtraKeys | None = None
 
     def of(self, rows: slice = slice(None)) -> dict[str, Any]:
         """What `contrast` is told, of some rows."""
         groups = tuple(x[rows] for x in self.groups) or None
-        return {"image_groups": groups, "text_groups": groups, "margin": self.margin}
+        told: dict[str, Any] = {"image_groups": groups, "text_groups": groups, "margin": self.margin}
+        for name, keys in (("extra_image_keys", self.images), ("extra_text_keys", self.texts)):
+            told[name] = None if keys is None else keys.of(rows)
+        return told
+
+    def among(self, side: Literal["image", "text"]) -> "Masking":
+        """The same for views of one modality, which are both anchors and keys."""
+        keys = self.images if side == "image" else self.texts
+        return replace(self, images=keys, texts=keys)
 
 
 NO_MASK = Masking()

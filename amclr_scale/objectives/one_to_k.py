@@ -64,7 +64,7 @@ class OneToK(Objective, name="one_to_k"):
     def forward(self, embeddings: Embeddings) -> Loss:
         config = self.config
         t = learned_temperature(embeddings, config.temperature)
-        masks, keep = config.masks(embeddings).of(), config.siblings == "keep"
+        masks, keep = self.masks(embeddings).of(), config.siblings == "keep"
         log_sums: list[Tensor] = []  # (b,) each, of images, less the logit of the pair that it names
         pairs: list[Tensor] = []  # (b,) each, their similarities
         of_texts: list[Tensor] = []
@@ -74,6 +74,7 @@ class OneToK(Objective, name="one_to_k"):
             pairs.append(both.image.positive)
             row = both.text.log_sum
             of_texts.append(row if keep else torch.logaddexp(row, torch.zeros_like(row)))
+            masks = {**masks, "extra_text_keys": None}  # an image meets a queue's texts once
 
         # All less the logit of the first text.
         moved = [x.clamp(min=NOTHING) + (pair - pairs[0]) / t for x, pair in zip(log_sums, pairs, strict=True)]

@@ -63,7 +63,7 @@ class OnlineCLR(FullPrecision, Objective, name="onlineclr"):
 
     def forward(self, embeddings: Embeddings) -> Loss:
         t, positive_t = self.config.temperature, 10 * self.config.temperature
-        masks = self.config.masks(embeddings).of()
+        masks = self.masks(embeddings).of()
         side = contrast(embeddings.image, embeddings.text, temperature=t, exclude_positive=True, **masks).image
         log_e, log_p = side.log_sum, -side.positive / positive_t  # (b,) each
 

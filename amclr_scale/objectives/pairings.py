@@ -77,9 +77,11 @@ class Pairings:
                 there = len(views) ** 2 + 2 * (p - 1)
                 back = there + 1
                 of_image[there], of_image[back] = centred(
-                    images[0], images[p], (image_t(there), image_t(back)), masking
+                    images[0], images[p], (image_t(there), image_t(back)), masking.among("image")
                 )
-                of_text[there], of_text[back] = centred(texts[0], texts[p], (text_t(there), text_t(back)), masking)
+                of_text[there], of_text[back] = centred(
+                    texts[0], texts[p], (text_t(there), text_t(back)), masking.among("text")
+                )
         return _side_by_side(of_image), _side_by_side(of_text)
 
 

@@ -41,6 +41,7 @@ class SimCLR(Objective, name="simclr"):
 
         def __post_init__(self) -> None:
             super().__post_init__()
+            require(self.queue is None, "queue", "null: views of one modality meet no queue here", self.queue)
             check_temperature(self.temperature)
 
     @staticmethod
@@ -94,8 +95,8 @@ class SLIP(Objective, name="slip"):
     def forward(self, embeddings: Embeddings) -> Loss:
         config, e = self.config, embeddings
         t = learned_temperature(e, config.temperature)
-        masks = config.masks(e).of()
-        clip = softmax_loss(contrast(e.image, e.text, temperature=t, centred=True, **masks))
+        masks = config.masks(e).of()  # a queue is CLIP's
+        clip = softmax_loss(contrast(e.image, e.text, temperature=t, centred=True, **self.masks(e).of()))
         inside = clip.new_zeros(())
         for weight, views in ((config.intra_image, e.image_views), (config.intra_text, e.text_views)):
             if weight:

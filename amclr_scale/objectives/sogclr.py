@@ -68,7 +68,7 @@ class SogCLR(KeepsEstimates, name="sogclr"):
         t = config.temperature
         gamma = config.gamma_at(self.epoch)
         margin = config.margin if config.surrogate != "none" else None
-        sides = centred(embeddings.image, embeddings.text, t, config.masks(embeddings), margin=margin)
+        sides = centred(embeddings.image, embeddings.text, t, self.masks(embeddings), margin=margin)
 
         terms: list[Tensor] = []  # (b,) each
         log_us: list[Tensor] = []

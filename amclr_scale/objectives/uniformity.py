@@ -61,7 +61,7 @@ class Uniformity(Objective, name="uniformity"):
     def forward(self, embeddings: Embeddings) -> Loss:
         config, image, text = self.config, embeddings.image, embeddings.text
         t = learned_temperature(embeddings, config.temperature)
-        both = contrast(image, text, temperature=t, centred=True, **config.masks(embeddings).of())
+        both = contrast(image, text, temperature=t, centred=True, **self.masks(embeddings).of())
         clip = softmax_loss(both)
         align = (2 - 2 * both.image.positive).mean()
         uniform = (log_mean_potential(image, image) + log_mean_potential(text, text)) / 2

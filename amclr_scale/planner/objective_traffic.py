@@ -23,6 +23,7 @@ from amclr_scale import objectives
 from amclr_scale.config.objective_options import declared
 from amclr_scale.distributed.purpose import current_purpose
 from amclr_scale.memory.objective_memory import create, random_embeddings
+from amclr_scale.objectives.banks.bank import Bank
 from amclr_scale.objectives.base import Layout
 from amclr_scale.objectives.staging import forgotten
 from amclr_scale.planner.messages import Message, MessageCounter, Messages
@@ -121,7 +122,8 @@ def _run(
     try:
         torch.set_num_threads(1)  # what runs here is small
         made = create(key, rows * world_size, layout, group_size)
-        made.rehearse(width, max(int(getattr(made.config, "size", 0)), ROWS[-1] * world_size))
+        slots = max((bank.size for bank in made.modules() if isinstance(bank, Bank)), default=0)
+        made.rehearse(width, max(slots, ROWS[-1] * world_size))
         embeddings = random_embeddings(made, rows, width, world_size)
         with settings.using(gather=gather, distribution=distribution), forgotten(), _Counter() as counted:
             value = made(embeddings).value

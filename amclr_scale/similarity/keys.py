@@ -12,7 +12,7 @@ behind, until it has met every rank and comes home. A rank holds some blocks of 
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -119,3 +119,10 @@ class ExtraKeys:
     sharded: bool = False
     total: int | None = None
     same: Tensor | None = None
+
+    def of(self, anchors: slice) -> "ExtraKeys":
+        """The same keys for some of the anchors."""
+        ids, same = self.anchor_ids, self.same
+        return replace(
+            self, anchor_ids=None if ids is None else ids[anchors], same=None if same is None else same[anchors]
+        )
