@@ -8,12 +8,14 @@ import warnings
 from collections.abc import Callable
 from typing import cast
 
+import torch
 from torch import Tensor, nn
 
 from amclr_scale.config.schema import ImageTower
 from amclr_scale.encoders.kinds import kind_of
 from amclr_scale.encoders.norms import NOTES, convert_batch_norm, has_batch_norm
 from amclr_scale.encoders.small_resnet import SmallResNet
+from amclr_scale.encoders.trial import UntriedError, trial
 from amclr_scale.encoders.weights import load_weights
 from amclr_scale.errors import UserError, did_you_mean
 from amclr_scale.torchvision_ops import import_torchvision
@@ -21,19 +23,89 @@ from amclr_scale.torchvision_ops import import_torchvision
 CLASSIFIERS = ("fc", "heads", "classifier", "head")  # torchvision's names for what follows the features
 
 
+class SizeError(UserError):
+    """A tower that is not made for images of this size."""
+
+    def __init__(self, name: str, size: int, why: Exception):
+        super().__init__(f"data.image_size: {name} cannot be built for {size} pixels: {why}")
+
+
 def build_image_tower(
     tower: ImageTower, image_size: int, *, weights: bool = True
 ) -> tuple[nn.Module, int, tuple[str, ...]]:
-    """(b, 3, H, W) -> (b, width): the tower, its width, and what to tell the user about its normalisation.
+    """(b, 3, H, W) -> (b, width): the tower, its width, and what to tell the user about it.
+
+    One forward without memory finds out the width, and whether the tower takes images of this size.
 
     Raises:
-        UserError: an unknown name, weights that do not fit, or a BatchNorm tower without a choice of `norm`.
+        UserError: an unknown name, a size or weights that do not fit, or a BatchNorm tower without a choice of `norm`.
     """
     build = kind_of(tower.name, IMAGE_TOWERS, "model.image.name")
-    module, width = build(tower, image_size)
+    try:
+        module, width = build(tower, image_size)
+    except SizeError as error:
+        raise UserError(f"{error}{_sizes_near(tower, image_size)}") from error
+    width, notes = _try(module, width, tower, image_size)
     if tower.weights is not None and weights:
         load_weights(module, tower.weights, key="model.image.weights", prefix="image_tower.")
-    return _normalised(module, tower), width, (NOTES[tower.norm],) if tower.norm in NOTES else ()
+    return _normalised(module, tower), width, (*notes, *([NOTES[tower.norm]] if tower.norm in NOTES else ()))
+
+
+def _try(module: nn.Module, width: int, tower: ImageTower, size: int) -> tuple[int, list[str]]:
+    """The width of the features, and how many pixels a grid of patches cuts off.
+
+    Raises:
+        UserError: the tower does not take images of this size, or gives something else than features.
+    """
+    unseen: list[tuple[int, int]] = []  # pixels at the right and the bottom, and the patches' side
+
+    def look(conv: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        if isinstance(conv, nn.Conv2d) and inputs[0].shape[-1] == size and not any(conv.padding):
+            kernel, stride = int(conv.kernel_size[1]), int(conv.stride[1])
+            unseen.append(((size - kernel) % stride, stride))
+
+    hooks = [part.register_forward_pre_hook(look) for part in module.modules() if isinstance(part, nn.Conv2d)]
+    try:
+        out = trial(module, torch.zeros(2, 3, size, size))
+    except UntriedError:  # it has no memory here, and looks at numbers
+        return width, []
+    except Exception as error:  # whatever a tower raises about images that it cannot take
+        why = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise UserError(
+            f"data.image_size: {tower.name} does not take images of {size} pixels ({why}){_sizes_near(tower, size)}"
+        ) from error
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if not isinstance(out, Tensor) or out.dim() != 2:
+        got = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
+        raise UserError(
+            f"model.image.name: expected one vector per image, (2, width) for two, got {got} from {tower.name}"
+        )
+    cut, patch = min(unseen, default=(0, 0))
+    patches = f"which are no whole patch of {patch} pixels; choose a multiple of {patch}"
+    note = f"data.image_size: {tower.name} never sees the last {cut} of {size} rows and columns, {patches}"
+    return int(out.shape[1]), [note] if cut else []
+
+
+def _sizes_near(tower: ImageTower, size: int) -> str:
+    """Sizes that it takes, in words: the next ones below and above among multiples of common patches."""
+    near: dict[bool, int] = {}
+    candidates = {max(1, size // m + step) * m for m in (14, 16, 28, 32, 64) for step in (0, 1)} | {224, 256}
+    for one in sorted(candidates - {size}, key=lambda other: abs(other - size)):
+        if (one > size) not in near and _takes(tower, one):
+            near[one > size] = one
+    return f"; it takes {' and '.join(str(near[key]) for key in sorted(near))}" if near else ""
+
+
+def _takes(tower: ImageTower, size: int) -> bool:
+    with torch.device("meta"):
+        try:
+            module, _ = kind_of(tower.name, IMAGE_TOWERS, "model.image.name")(tower, size)
+            trial(module, torch.zeros(2, 3, size, size))
+        except Exception:  # whatever it raises: it is one size among others
+            return False
+    return True
 
 
 def _small_resnet(tower: ImageTower, image_size: int) -> tuple[nn.Module, int]:
@@ -78,9 +150,7 @@ def _torchvision(tower: ImageTower, image_size: int) -> tuple[nn.Module, int]:
         try:
             module: nn.Module = models.get_model(name, weights=None, **fixed)
         except (ValueError, RuntimeError, AssertionError) as error:
-            raise UserError(
-                f"data.image_size: torchvision/{name} cannot be built for {image_size} pixels: {error}"
-            ) from error
+            raise SizeError(f"torchvision/{name}", image_size, error) from error
     if name in ("inception_v3", "googlenet"):
         raise UserError(
             f"model.image.name: torchvision/{name} has several outputs in training; choose another, such as resnet50"
@@ -125,7 +195,7 @@ def _timm(tower: ImageTower, image_size: int) -> tuple[nn.Module, int]:
     except TypeError:  # a size that is fixed by the weights, not by the architecture
         module = timm.create_model(name, pretrained=False, num_classes=0)
     except (ValueError, AssertionError) as error:
-        raise UserError(f"data.image_size: timm/{name} cannot be built for {image_size} pixels: {error}") from error
+        raise SizeError(f"timm/{name}", image_size, error) from error
     return module, int(getattr(module, "head_hidden_size", None) or cast(Tensor, module.num_features))
 
 

@@ -1,15 +1,21 @@
 """A tower's weights from a local file: a library's, or one of our own checkpoints. Nothing is ever downloaded."""
 
+import argparse
+import pickle
+from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from amclr_scale.errors import UserError
+from amclr_scale.errors import UserError, one_of
 
 CLASSIFIERS = ("fc.", "head.", "heads.", "classifier.")  # what a classification checkpoint has and a tower has not
 OF_OBJECTIVES = ("parts.", "temperatures.")  # what an objective trained beside the towers; the second before 0.2
-NESTED = ("state_dict", "model")  # where training scripts put the weights inside what they save
+# Where training scripts put the weights inside what they save, the first one that is there.
+NESTED = ("state_dict", "model_state_dict", "model", "module", "state_dict_ema", "model_ema")
+_INSIDE = "_orig_mod."  # what torch.compile puts before the names of a module that it wraps, wherever that stands
 
 
 def saved_parts(model: nn.Module) -> tuple[dict[str, nn.Parameter], dict[str, Tensor]]:
@@ -26,27 +32,28 @@ def saved_parts(model: nn.Module) -> tuple[dict[str, nn.Parameter], dict[str, Te
 def load_weights(tower: nn.Module, path: str, *, key: str, prefix: str, extra: tuple[str, ...] = CLASSIFIERS) -> None:
     """Copy a file's weights into a tower (or a whole model), all of them by name.
 
+    The tower may be a part of what the file holds, under whatever prefix has all of its names: module., model.,
+    visual.trunk.; what torch.compile wraps has the names of what is inside.
+
     Args:
         path: .safetensors, or a file of torch.save that holds tensors only.
         key: the configuration key to name in errors.
-        prefix: the tower's place in a checkpoint of ours, such as "image_tower."; used where the file has it.
+        prefix: the tower's place in a checkpoint of ours, such as "image_tower.", which decides between several.
         extra: how names may begin that the file has and the tower has not.
 
     Raises:
         UserError: no such file, not weights, or not this tower's.
     """
-    state = _read(path, key)
-    if any(name.startswith(prefix) for name in state):
-        state = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
-    own = tower.state_dict()
-    state = _under_every_name(state, tower)
+    whole, own = _read(path, key), tower.state_dict()
+    state = _part(whole, tower, prefix, f"{key}: {path}")
     made_anew = dict(tower.named_buffers(remove_duplicate=False)).keys() - own.keys()  # which older runs saved
     missing = [name for name in own if name not in state]
     foreign = [n for n in state if n not in own and n not in made_anew and not n.startswith(extra)]
     if missing or foreign:
         raise UserError(
             f"{key}: {path} does not hold this tower's weights: {len(missing)} of its {len(own)} tensors are missing"
-            f"{_some(missing)}, {len(foreign)} are unknown{_some(foreign)}; choose the tower that it was made from"
+            f"{_some(missing)}, {len(foreign)} are unknown{_some(foreign)}; its names begin with {_beginnings(whole)}, "
+            f"the tower's with {_beginnings(own)}; choose the tower that it was made from"
         )
     shapes = [f"{n} {tuple(state[n].shape)} for {tuple(own[n].shape)}" for n in own if state[n].shape != own[n].shape]
     if shapes:
@@ -55,6 +62,34 @@ def load_weights(tower: nn.Module, path: str, *, key: str, prefix: str, extra: t
             "tokenizer) that the file was made with"
         )
     tower.load_state_dict({name: state[name] for name in own})
+
+
+def _part(state: dict[str, Tensor], tower: nn.Module, prefix: str, where: str) -> dict[str, Tensor]:
+    """The tower's tensors under its own names, from under the prefix that has all of them; else what there is.
+
+    Raises:
+        UserError: several have, and none of them is `prefix`.
+    """
+    own = list(tower.state_dict())
+    prefixes = {name.removesuffix(one) for one in own[:8] for name in state if name.endswith(one)}
+    whole: dict[str, dict[str, Tensor]] = {}
+    for before in sorted((one for one in prefixes if one == "" or one.endswith(".")), key=len):
+        inside = {name.removeprefix(before): value for name, value in state.items() if name.startswith(before)}
+        inside = _under_every_name(inside, tower)
+        if all(name in inside for name in own):
+            whole[before] = inside
+    if "" in whole or not whole:
+        return whole.get("") or _under_every_name(state, tower)
+    meant = [before for before in whole if prefix and before.endswith(prefix)] or list(whole)
+    if len(meant) > 1:
+        raise UserError(f"{where} holds such a tower several times, under {one_of(meant)}; save the one that is meant")
+    return whole[meant[0]]
+
+
+def _beginnings(names: Iterable[str]) -> str:
+    """The first words of tensors' names, the most frequent first."""
+    counts = Counter(name.partition(".")[0] + "." * ("." in name) for name in names)
+    return ", ".join([word for word, _ in counts.most_common(3)] + ["..."] * (len(counts) > 3))
 
 
 def _under_every_name(state: dict[str, Tensor], tower: nn.Module) -> dict[str, Tensor]:
@@ -78,15 +113,20 @@ def _read(path: str, key: str) -> dict[str, Tensor]:
             from safetensors.torch import load_file
 
             return load_file(path)
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals([argparse.Namespace]):  # options of a training script: plain values
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise UserError(
+            f"{key}: {path} cannot be read as weights: it holds Python objects beside tensors, which are never "
+            "unpickled, or is damaged; save model.state_dict() alone"
+        ) from error
     except Exception as error:  # whatever the two readers raise about a broken file
         raise UserError(f"{key}: {path} cannot be read as weights: {type(error).__name__}: {error}") from error
-    for name in NESTED:
-        if isinstance(state, dict) and isinstance(state.get(name), dict):
-            state = state[name]
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+    while isinstance(state, dict) and (inner := next((n for n in NESTED if isinstance(state.get(n), dict)), None)):
+        state = state[inner]
+    if not isinstance(state, dict) or not state or not all(isinstance(value, Tensor) for value in state.values()):
         raise UserError(f"{key}: {path} holds no plain table of tensors; save model.state_dict()")
-    return {name.removeprefix("module."): value for name, value in state.items()}
+    return {name.replace(_INSIDE, ""): value for name, value in state.items()}
 
 
 def _some(names: list[str]) -> str:

@@ -1,5 +1,6 @@
 """Towers by name, their weights from local files, their errors: the key first, and no wait for a network."""
 
+import argparse
 import socket
 
 import pytest
@@ -198,3 +199,44 @@ def test_a_folder_without_config(tmp_path):
 def test_a_vit_that_pictures_do_not_fit():
     with pytest.raises(UserError, match=r"^data.image_size: torchvision/vit_b_16 cannot be built for 33 pixels"):
         build_image_tower(ImageTower(name="torchvision/vit_b_16"), 33)
+
+
+WRAPPED = [
+    "{}", "module.{}", "_orig_mod.{}", "module._orig_mod.{}", "_orig_mod.module.{}", "model.{}", "module.module.{}",
+    "visual.trunk.{}", "net.student.{}",
+]  # fmt: skip
+
+
+def test_weights_under_the_names_that_training_scripts_give_them(tmp_path):
+    """DDP's, torch.compile's, Lightning's, open_clip's, DeepSpeed's, timm's."""
+    tower, _, _ = build_image_tower(ImageTower(name="timm/test_vit"), 32)
+    state = tower.state_dict()
+    path = tmp_path / "weights.pt"
+
+    def loaded(saved):
+        torch.save(saved, path)
+        with torch.device("cpu"):
+            made, _, _ = build_image_tower(ImageTower(name="timm/test_vit", weights=str(path)), 32)
+        return all(torch.equal(value, state[name]) for name, value in made.state_dict().items())
+
+    for form in WRAPPED:
+        assert loaded({"state_dict": {form.format(name): value for name, value in state.items()}}), form
+    compiled_inside = {name.replace("blocks.", "blocks._orig_mod."): value for name, value in state.items()}
+    assert loaded(compiled_inside)
+    whole = {f"visual.trunk.{name}": value for name, value in state.items()}
+    assert loaded({**whole, "visual.head.proj.weight": torch.zeros(8, 64), "logit_scale": torch.tensor(2.0)})
+    args = argparse.Namespace(lr=1.0, out=None)
+    for saved in (
+        {"model_state_dict": state}, {"epoch": 3, "model_ema": state}, {"model": {"state_dict": state}},
+        {"state_dict_ema": state, "state_dict": state, "epoch": 3}, {"model": state, "args": args},
+    ):  # fmt: skip
+        assert loaded(saved), list(saved)
+
+    with pytest.raises(
+        UserError, match=r"several times, under (student|teacher)\. or (student|teacher)\.; save the one"
+    ):
+        loaded({f"{which}.{name}": value for which in ("student", "teacher") for name, value in state.items()})
+    with pytest.raises(UserError, match=r"its names begin with encoder\., decoder\., the tower's with"):
+        loaded({"encoder.a": torch.ones(1), "encoder.b": torch.ones(1), "decoder.a": torch.ones(1)})
+    with pytest.raises(UserError, match="cannot be read as weights: it holds Python objects beside tensors"):
+        loaded({"model": tower})

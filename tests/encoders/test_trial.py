@@ -1,9 +1,11 @@
-"""One forward without memory says how long captions may be and how wide their features are."""
+"""One forward without memory says how long captions may be, how large images, and how wide their features are."""
 
 import pytest
 import torch
+from torch import nn
 
-from amclr_scale.config.schema import TextTower
+from amclr_scale.config.schema import ImageTower, TextTower
+from amclr_scale.encoders.image_towers import IMAGE_TOWERS, build_image_tower
 from amclr_scale.encoders.text_towers import build_text_tower
 from amclr_scale.encoders.trial import largest
 from amclr_scale.errors import UserError
@@ -66,3 +68,48 @@ def test_a_causal_model_that_looks_both_ways_pools_by_mean(tmp_path, both_ways, 
 
 def test_the_largest_that_fits():
     assert [largest(lambda n, end=end: n <= end, 7) for end in range(9)] == [0, 1, 2, 3, 4, 5, 6, 7, 7]
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "told"),
+    [
+        ("timm/test_vit", 100, "timm/test_vit does not take images of 100 pixels (Input height"),
+        ("timm/test_convnext", 16, "timm/test_convnext does not take images of 16 pixels (Calculated padded input"),
+        ("torchvision/vit_b_16", 100, "torchvision/vit_b_16 cannot be built for 100 pixels: Input shape"),
+    ],
+)
+def test_an_image_size_that_does_not_fit(name, size, told):
+    with torch.device("meta"), pytest.raises(UserError) as caught:
+        build_image_tower(ImageTower(name=name), size)
+    assert str(caught.value).startswith(f"data.image_size: {told}")
+    assert str(caught.value).endswith("; it takes 32" if size == 16 else "; it takes 96 and 112")
+
+
+def test_pixels_that_a_grid_of_patches_cuts_off():
+    tower, width, notes = build_image_tower(ImageTower(name="timm/mixer_s32_224"), 70)
+    (note,) = notes
+    assert note == (
+        "data.image_size: timm/mixer_s32_224 never sees the last 6 of 70 rows and columns, which are no whole patch of "
+        "32 pixels; choose a multiple of 32"
+    )
+    images = torch.randn(1, 3, 70, 70, requires_grad=True)
+    out = tower(images)
+    out.square().sum().backward()
+    assert out.shape == (1, width)
+    seen = images.grad.abs().sum((0, 1))
+    assert (seen.sum(0) == 0).tolist() == (seen.sum(1) == 0).tolist() == [False] * 64 + [True] * 6
+    assert build_image_tower(ImageTower(name="timm/test_vit"), 64)[2] == ()
+    assert build_image_tower(ImageTower(), 70)[2] == ()
+
+
+class Flat(nn.Module):
+    def forward(self, images):
+        return images.mean((2, 3)) @ torch.ones(3, 5, device=images.device)
+
+
+def test_a_tower_of_one_s_own_is_tried_too(monkeypatch):
+    monkeypatch.setitem(IMAGE_TOWERS, "flat", lambda tower, size: (Flat(), 7))  # its own word for its width is wrong
+    assert build_image_tower(ImageTower(name="flat"), 8)[1] == 5
+    monkeypatch.setitem(IMAGE_TOWERS, "grid", lambda tower, size: (nn.Conv2d(3, 4, 2), 4))
+    with pytest.raises(UserError, match=r"^model\.image\.name: expected one vector per image, .* got \(2, 4, 7, 7\)"):
+        build_image_tower(ImageTower(name="grid"), 8)
