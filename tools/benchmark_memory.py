@@ -29,7 +29,6 @@ import torch.multiprocessing as mp
 from amclr_scale.config.load import load
 from amclr_scale.config.schema import Config
 from amclr_scale.memory.account import Account, account
-from amclr_scale.memory.components import PHASES
 from amclr_scale.memory.measured.phase_peaks import MemoryReport, Peak
 from amclr_scale.memory.units import in_words
 
@@ -158,6 +157,7 @@ def measure(config: Config, world_size: int, rank: int, *, look: bool = True) ->
     from amclr_scale.engine.batch_plan import make_plan
     from amclr_scale.engine.deepspeed_setup import adapt_to_objective, build_engine, prepare_towers
     from amclr_scale.engine.step import TrainStep
+    from amclr_scale.engine.teacher import build_teacher
     from amclr_scale.metrics.phases import Phases
     from amclr_scale.similarity import configure
     from amclr_scale.types import Batch
@@ -184,10 +184,12 @@ def measure(config: Config, world_size: int, rank: int, *, look: bool = True) ->
     engine, _ = build_engine(config, model, no_decay=model.no_weight_decay(), device=device, world_size=world_size)
     phases, kept = Phases(device), config.execution.kept_micro_batches
     assert kept != "auto"
+    teacher = build_teacher(config, engine, objective, total_steps=STEPS, device=device)
     step = TrainStep(
-        engine, objective, micro_batch_sizes=plan.micro_batch_sizes, kept=kept, device=device, phases=phases
-    )
-    report = MemoryReport(device, engine, objective, phases) if look else None
+        engine, objective, micro_batch_sizes=plan.micro_batch_sizes, kept=kept, device=device, phases=phases,
+        teacher=teacher,
+    )  # fmt: skip
+    report = MemoryReport(device, engine, objective, phases, teacher) if look else None
     losses = list[float]()
     b, generator = plan.local_batch_size, torch.Generator().manual_seed(rank)
     batch: Batch | None = None
@@ -295,7 +297,7 @@ HEADER = (
 def by_phase(predicted: Account, measured: Measured) -> str:
     """Every phase's peak, for whoever looks for an error."""
     lines = []
-    for phase in PHASES:
+    for phase in predicted.phases:
         peak = measured.peaks[phase]
         ours = predicted.by_phase[phase]
         lines.append(f"    {phase:10} {ours:>14,} {peak.allocated:>14,} {ours / peak.allocated - 1:+7.2%}")

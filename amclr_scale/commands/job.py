@@ -260,7 +260,7 @@ def _memory(job: Job) -> Hook | None:
     predicted = predict_memory(job.config, job.rank_info, job.inputs.loader.num_samples) if job.speaks else None
     return StepMemory(
         job.folder, predicted, device=job.device, engine=job.trainer.engine, objective=job.trainer.objective,
-        phases=job.step.phases, say=job.log.say,
+        phases=job.step.phases, say=job.log.say, teacher=job.trainer.teacher,
     )  # fmt: skip
 
 

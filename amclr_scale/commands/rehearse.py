@@ -86,7 +86,7 @@ def rehearse_here(options: argparse.Namespace) -> None:
     from amclr_scale.distributed.process_group import seed_everything, start, stop
     from amclr_scale.engine.build import build_trainer, open_data
     from amclr_scale.engine.step import TrainStep
-    from amclr_scale.memory.components import PHASES
+    from amclr_scale.memory.account import phases_of
     from amclr_scale.memory.measured.phase_peaks import MemoryReport
     from amclr_scale.metrics.phases import Phases
     from amclr_scale.metrics.stopwatch import Stopwatch
@@ -111,7 +111,7 @@ def rehearse_here(options: argparse.Namespace) -> None:
         begin = time.perf_counter()
         step(batch, config.optimizer.lr)  # optimizer states begin to exist; timed, for nobody looks on
         seconds = time.perf_counter() - begin
-        report = MemoryReport(device, trainer.engine, trainer.objective, phases)
+        report = MemoryReport(device, trainer.engine, trainer.objective, phases, trainer.teacher)
         beside = 0  # the most that this process holds beside tensors, between two operations
         tracker = report.tracker
         assert tracker is not None
@@ -133,7 +133,7 @@ def rehearse_here(options: argparse.Namespace) -> None:
     found: dict[str, float] = {
         "peak_bytes": max(peaks.values()),
         "seconds": seconds,
-        **{phase: peaks.get(phase, 0) for phase in PHASES},
+        **{phase: peaks.get(phase, 0) for phase in phases_of(config)},
     }
     Path(f"{options.rehearse}{rank_info.rank}").write_text(json.dumps(found))
     limited(

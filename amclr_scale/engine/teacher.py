@@ -95,6 +95,11 @@ class Teacher:
         self.weights.follow(0.0)
         self.buffers = {name: _copy(buffer) for name, buffer in self._own_buffers().items()}
 
+    def tensors(self) -> Iterator[Tensor]:
+        """What it keeps on this rank."""
+        yield from (share.own for share in self.weights.shares)
+        yield from self.buffers.values()
+
     @contextmanager
     def in_place(self) -> Iterator[None]:
         """Inside it the engine is the teacher, in evaluation mode; afterwards it is the student, bit for bit."""

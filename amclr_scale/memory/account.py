@@ -26,10 +26,11 @@ from amclr_scale.config.schema import Config
 from amclr_scale.distributed.launcher import ranks_on_node
 from amclr_scale.engine.batch_plan import Plan, make_plan
 from amclr_scale.engine.optimizers import parameter_groups
-from amclr_scale.memory.components import PHASES, Component, Phase, always
+from amclr_scale.memory.components import PHASES, TEACHER, Component, Phase, always
 from amclr_scale.memory.objective_memory import made_together, objective_memory, sample_state_bytes, staged_bytes
 from amclr_scale.memory.passes import Passes
-from amclr_scale.memory.state import Groups, state_components
+from amclr_scale.memory.state import Groups, state_components, stepped
+from amclr_scale.memory.teacher import Weights, lent_sides, teacher_components
 from amclr_scale.memory.towers import skeleton
 from amclr_scale.memory.units import in_words
 from amclr_scale.similarity import Group, Settings
@@ -63,6 +64,7 @@ class Account:
     local_batch_size: int
     micro_batch_sizes: tuple[int, int]  # images, texts
     notes: tuple[str, ...] = field(default=())  # what the numbers leave out or bound
+    phases: tuple[Phase, ...] = PHASES  # of this run's steps
 
     def in_phase(self, phase: Phase, place: str = "device") -> int:
         """Bytes at the peak of a phase."""
@@ -71,12 +73,12 @@ class Account:
     @property
     def by_phase(self) -> dict[Phase, int]:
         """Bytes on the device at the peak of each phase."""
-        return {phase: self.in_phase(phase) for phase in PHASES}
+        return {phase: self.in_phase(phase) for phase in self.phases}
 
     @property
     def peak_phase(self) -> Phase:
         """The phase with the largest peak."""
-        return max(PHASES, key=self.in_phase)
+        return max(self.phases, key=self.in_phase)
 
     @property
     def peak_bytes(self) -> int:
@@ -86,7 +88,7 @@ class Account:
     @property
     def host_bytes(self) -> int:
         """In the host's memory, beside the device's."""
-        return max(self.in_phase(phase, "host") for phase in PHASES)
+        return max(self.in_phase(phase, "host") for phase in self.phases)
 
     def of_kind(self, *kinds: str, phase: Phase | None = None) -> int:
         """Bytes of some kinds of components on the device at the peak of a phase, by default of the largest one."""
@@ -122,11 +124,11 @@ class Account:
         def row(name: str, sizes: list[int]) -> str:
             return f"{name:{wide}}" + "".join(f"{in_words(size) if size else '':>12}" for size in sizes)
 
-        lines = [f"{'':{wide}}" + "".join(f"{phase:>12}" for phase in PHASES)]
-        lines += [row(n, [c.by_phase.get(p, 0) for p in PHASES]) for n, c in zip(names, shown, strict=True)]
+        lines = [f"{'':{wide}}" + "".join(f"{phase:>12}" for phase in self.phases)]
+        lines += [row(n, [c.by_phase.get(p, 0) for p in self.phases]) for n, c in zip(names, shown, strict=True)]
         lines.append(row("total", list(self.by_phase.values())))
         if self.host_bytes:
-            lines.append(row("total (host)", [self.in_phase(p, "host") for p in PHASES]))
+            lines.append(row("total (host)", [self.in_phase(p, "host") for p in self.phases]))
         return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
 
 
@@ -158,18 +160,33 @@ def account(config: Config, *, world_size: int, num_samples: int, device: str | 
             widening=passes.widening,
         ),
         *passes.components(),
+        *teacher_components(config, plan, kind, Weights(*stepped(config, groups, world_size, kind, buffers)), passes),
         *_objective_components(config, plan, num_samples, kind, passes),
         *_input_components(config, plan, kind),
     ]
     if kind == "cuda":
-        peaks = {p: sum(c.by_phase.get(p, 0) for c in components if c.place == "device") for p in PHASES}
+        peaks = {p: sum(c.by_phase.get(p, 0) for c in components if c.place == "device") for p in (*PHASES, TEACHER)}
         slack = {p: CUBLAS_WORKSPACE + round(FRAGMENTATION * size) for p, size in peaks.items()}
         components.append(
             Component("workspace and fragmentation", slack, "PYTORCH_ALLOC_CONF=expandable_segments:True", "slack")
         )
     return Account(
-        tuple(components), kind, world_size, plan.local_batch_size, plan.micro_batch_sizes, _notes(config, kind)
+        tuple(components),
+        kind,
+        world_size,
+        plan.local_batch_size,
+        plan.micro_batch_sizes,
+        _notes(config, kind),
+        phases_of(config),
     )
+
+
+def phases_of(config: Config) -> tuple[Phase, ...]:
+    """Of a step, in its order."""
+    if not lent_sides(config) or config.model.momentum is None:
+        return PHASES
+    at = PHASES.index("pass_1") + (config.model.momentum.order == "last")
+    return (*PHASES[:at], TEACHER, *PHASES[at:])
 
 
 def _notes(config: Config, device: str) -> tuple[str, ...]:
@@ -179,8 +196,8 @@ def _notes(config: Config, device: str) -> tuple[str, ...]:
         notes.append("execution.compile: compiled towers may need less or more than accounted")
     if together := made_together(json.dumps(config.objective, sort_keys=True), config.model.embedding_width):
         notes.append(f"left out: activations of the objective's parts that read both sides ({', '.join(together)})")
-    if config.model.momentum is not None:
-        notes.append("left out: what a teacher holds while it encodes")
+    if lent_sides(config) and config.execution.zero_stage == 3:
+        notes.append("what a teacher gathers at stage 3 is taken for what the first pass does")
     if config.execution.kept_micro_batches == "auto":
         notes.append("execution.kept_micro_batches: auto is counted as 1")
     if device == "cuda":
@@ -294,5 +311,11 @@ def _input_components(config: Config, plan: Plan, device: str) -> list[Component
         images, texts = plan.micro_batch_sizes
         two = 2 if plan.micro_batches > 1 else 1  # the next one is on its way
         inputs: dict[Phase, int] = dict.fromkeys(("pass_1", "pass_2"), two * (images * image + texts * text))
-        found.append(Component("micro-batches on the device", inputs, "execution.micro_batch_size", "input"))
+        sides = lent_sides(config)
+        lent = tensors[0] * images * ("image" in sides) + 8 * data.context_length * texts * ("text" in sides)
+        found.append(
+            Component(
+                "micro-batches on the device", {**inputs, TEACHER: two * lent}, "execution.micro_batch_size", "input"
+            )
+        )
     return found

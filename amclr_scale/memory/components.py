@@ -4,8 +4,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-Phase = Literal["data", "pass_1", "objective", "pass_2", "reduce", "optimizer"]
-PHASES: tuple[Phase, ...] = ("data", "pass_1", "objective", "pass_2", "reduce", "optimizer")
+Phase = Literal["data", "teacher", "pass_1", "objective", "pass_2", "reduce", "optimizer"]
+PHASES: tuple[Phase, ...] = ("data", "pass_1", "objective", "pass_2", "reduce", "optimizer")  # of every step
+TEACHER: Phase = "teacher"  # of steps in which one encodes the batch, before pass_1 or after it
 Kind = Literal["state", "gradients", "activations", "features", "similarity", "input", "slack"]
 Place = Literal["device", "host"]
 
@@ -37,9 +38,9 @@ class Component:
     @property
     def phases(self) -> tuple[Phase, ...]:
         """Those in which it is alive."""
-        return tuple(phase for phase in PHASES if self.by_phase.get(phase, 0))
+        return tuple(phase for phase in (*PHASES, TEACHER) if self.by_phase.get(phase, 0))
 
 
 def always(size: int) -> dict[Phase, int]:
     """Alive in every phase."""
-    return dict.fromkeys(PHASES, size)
+    return dict.fromkeys((*PHASES, TEACHER), size)

@@ -85,7 +85,7 @@ class Passes:
         self.towers: dict[Modality, Tower] = {m: trace(config, m, device, partitioned=cut) for m in MODALITIES}
         self._row = {m: self.towers[m].outputs for m in MODALITIES}  # bytes of a sample's outputs
         self.kept = _kept(config, plan)
-        self._without, self._with = _cut(list(_runs(plan)), plan.micro_batches - self.kept)
+        self._without, self._with = _cut(list(runs_of(plan)), plan.micro_batches - self.kept)
         shared = max(tower.shared for tower in self.towers.values())
         self.leaf_bytes = plan.local_batch_size * sum(self._row.values()) + shared
         self._replay = self._follow(config, device, sizes) if cut else None
@@ -106,8 +106,7 @@ class Passes:
         """The worst moment of each phase."""
         gathered: dict[Phase, int] = {} if self._replay is None else self._replay.between
         before = Moment()
-        graphs = self._with_graphs(before.and_also(features=self._outputs(self._without)), self._with)
-        with_leaves = graphs.and_also(features=2 * self.leaf_bytes)
+        with_leaves = self.after_first_pass.and_also(features=2 * self.leaf_bytes)
         return {
             "data": before.and_also(gathered=gathered.get("data", 0)),
             "pass_1": _worst(self._first_pass(before)),
@@ -116,6 +115,17 @@ class Passes:
             "reduce": Moment(features=3 * self.leaf_bytes, gathered=gathered.get("reduce", 0)),
             "optimizer": Moment(features=2 * self.leaf_bytes),
         }
+
+    @property
+    def after_first_pass(self) -> Moment:
+        """Outputs and kept graphs."""
+        return self._with_graphs(Moment(features=self._outputs(self._without)), self._with)
+
+    @property
+    def gathered_in_first_pass(self) -> list[int]:
+        """Bytes of gathered parameters at the worst moment of each forward that is looked at."""
+        calls = self._replay.first_pass if self._replay else []
+        return [int(found.bytes.max()) for call in calls for found in call.values()]
 
     def components(self) -> list[Component]:
         """Activations of each tower, features, and gradients during the second pass."""
@@ -221,7 +231,7 @@ def gathers(config: Config, plan: Plan, device: str) -> Counter[int]:
     Args:
         device: cpu or cuda.
     """
-    cut = _cut(list(_runs(plan)), plan.micro_batches - _kept(config, plan))
+    cut = _cut(list(runs_of(plan)), plan.micro_batches - _kept(config, plan))
     found, calls = _replayed(config, plan, device, parameter_sizes(config), *cut)
     return found.sent_in(calls[0] + calls[1])
 
@@ -258,7 +268,7 @@ def _worst(moments: Iterable[Moment]) -> Moment:
     return max(moments, key=lambda moment: moment.total, default=Moment())
 
 
-def _runs(plan: Plan) -> Iterator[Run]:
+def runs_of(plan: Plan) -> Iterator[Run]:
     """What each call encodes, as `gradient_cache.split` cuts the batch."""
     images, texts = plan.micro_batch_sizes
 

@@ -56,6 +56,14 @@ class Sizes:
         return sum(self.numels)
 
 
+def stepped(config: Config, groups: Groups, world_size: int, device: str, buffers: int) -> tuple[int, int, Place]:
+    """What a moving average copies: elements with padding (stage 3: this rank's), bytes of buffers; and its place."""
+    stage = config.execution.zero_stage
+    part = sum(_part(group, world_size, stage) for group in groups)
+    numel = part if stage == 3 else part * world_size if stage else sum(map(sum, groups))
+    return numel, buffers, "host" if device == "cuda" and config.execution.offload != "none" else "device"
+
+
 def state_components(
     config: Config, groups: Groups, frozen: tuple[int, ...], buffers: int, world_size: int, device: str, *,
     gradients_in_pass_2: int, widening: int,
@@ -101,13 +109,6 @@ def state_components(
             f"{more}, or execution.offload: optimizer", "state", aside,
         ),
     ]  # fmt: skip
-    if config.model.momentum is not None:
-        found.append(
-            Component(
-                "moving average", always(4 * (part if stage == 3 else padded)), "model.momentum: null", "state",
-                aside if stage == 3 else "device",
-            )
-        )  # fmt: skip
     if stage == 3:
         found += [
             Component(

@@ -13,7 +13,7 @@ from torch import nn
 from amclr_scale.config.load import load
 from amclr_scale.engine.batch_plan import Plan
 from amclr_scale.memory.account import account
-from amclr_scale.memory.components import PHASES
+from amclr_scale.memory.components import TEACHER
 from amclr_scale.memory.measured.phase_peaks import MemoryReport
 from amclr_scale.memory.measured.report import STEPS, StepMemory
 from amclr_scale.metrics.phases import Phases
@@ -56,6 +56,8 @@ PLAIN_LINEAR = [
     "deepspeed.zero_optimization.memory_efficient_linear=false",
     "deepspeed.zero_optimization.stage3_param_persistence_threshold=100",
 ]
+LENDS = ["objective={name: momentum_queue, size: 64, width: 128}"]  # which asks for both sides of a teacher
+HALF = ["execution.precision=bf16", "execution.zero_stage=2"]
 CASES = [
     (1, ["execution.micro_batch_size=16"]),
     (2, ["execution.micro_batch_size=8", "execution.zero_stage=2", "execution.precision=bf16"]),
@@ -66,6 +68,9 @@ CASES = [
     (2, ["optimizer.lr_factors.image_tower=0", "execution.zero_stage=2", "execution.micro_batch_size=8"]),
     (1, ["optimizer.lr_factors.text_tower=0", "optimizer.lr_factors.heads=0", "execution.micro_batch_size=16"]),
     (2, ["optimizer.lr_factors.image_tower=0", "execution.zero_stage=3", "execution.micro_batch_size=8"]),
+    (2, [*LENDS, "model.momentum={}", *HALF, "execution.micro_batch_size=8", "execution.recompute_image=full"]),
+    (2, [*LENDS, "model.momentum={order: last}", "execution.micro_batch_size=16", "execution.kept_micro_batches=2"]),
+    (2, [*LENDS, "model.momentum={}", "execution.micro_batch_size=8", "execution.zero_stage=3"]),
 ]
 
 
@@ -74,11 +79,16 @@ def test_predicted_is_measured_in_every_phase(ranks, world_size, words):
     words = [*WORDS, *words, "train.global_batch_size=64"]
     predicted = account(load(None, words, world_size), world_size=world_size, num_samples=4096, device="cpu")
     state, peaks, _ = ranks(world_size, _train, words, world_size, True)[0]
-    ours = sum(c.bytes for c in predicted.components if c.kind == "state" and c.name != "gathered parameters")
+    stay = [c for c in predicted.components if c.kind == "state" and c.phases != (TEACHER,)]
+    ours = sum(c.bytes for c in stay if c.name != "gathered parameters")
     assert ours == pytest.approx(sum(state.values()), rel=0.02)
     assert predicted.peak_bytes == pytest.approx(max(size for size, _ in peaks.values()), rel=0.1)
-    for phase in PHASES:
-        assert predicted.by_phase[phase] == pytest.approx(peaks[phase][0], rel=0.03), phase
+    for phase in predicted.phases:
+        # What a teacher has left gathered at stage 3 is not followed: a bound from above.
+        bound = (
+            0.15 if phase == "pass_1" and TEACHER in predicted.phases and "execution.zero_stage=3" in words else 0.03
+        )
+        assert predicted.by_phase[phase] == pytest.approx(peaks[phase][0], rel=bound), phase
 
 
 def test_looking_on_changes_no_number(ranks):

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from amclr_scale.engine.teacher import Teacher
 from amclr_scale.engine.zero.gradient_sums import held_gradient
 from amclr_scale.memory.measured.gloo import WaitingTracker
 from amclr_scale.metrics.phases import Phases
@@ -27,7 +28,8 @@ from amclr_scale.metrics.phases import Phases
 PARAMETERS, BUFFERS, OPTIMIZER, SAMPLE_STATE = "parameters", "buffers", "optimizer states", "sample state"
 GRADIENTS, SHARES, BUCKET = "gradients", "gradient shares", "reduction bucket"
 GATHERED = "gathered parameters"
-STATE = (PARAMETERS, BUFFERS, OPTIMIZER, SAMPLE_STATE)
+AVERAGE = "moving average"
+STATE = (PARAMETERS, BUFFERS, OPTIMIZER, SAMPLE_STATE, AVERAGE)
 
 
 @dataclass
@@ -52,14 +54,18 @@ class MemoryReport:
         engine: DeepSpeed's, with the model and optimizer.
         objective: its buffers are the state per sample.
         phases: of the step that is looked at.
+        teacher: of the run.
 
     Attributes:
         peaks: of each phase, over all steps since the last `restart`.
         state: bytes by kind that stay from step to step, as of the last `restart`.
     """
 
-    def __init__(self, device: torch.device, engine: Any, objective: nn.Module, phases: Phases):
+    def __init__(
+        self, device: torch.device, engine: Any, objective: nn.Module, phases: Phases, teacher: Teacher | None = None
+    ):
         self.device, self.engine, self.objective, self.phases = device, engine, objective, phases
+        self.teacher = teacher
         self.peaks: dict[str, Peak] = {}
         self.state: dict[str, int] = {}
         self.tracker = WaitingTracker(device.type) if device.type != "cuda" else None
@@ -110,6 +116,7 @@ class MemoryReport:
             BUFFERS: list(module.buffers()),
             OPTIMIZER: list(_optimizer_tensors(optimizer, set(map(id, module.parameters())))),
             SAMPLE_STATE: list(self.objective.buffers()),
+            AVERAGE: list(self.teacher.tensors()) if self.teacher else [],
             SHARES: [x for x in [getattr(optimizer, "grad_partitions_flat_buffer", None)] if x is not None],
             BUCKET: list(_buckets(optimizer)),
         }

@@ -16,8 +16,8 @@ from torch import nn
 
 from amclr_scale.engine.batch_plan import Position
 from amclr_scale.engine.hooks import Hook
+from amclr_scale.engine.teacher import Teacher
 from amclr_scale.memory.account import Account
-from amclr_scale.memory.components import PHASES
 from amclr_scale.memory.measured.phase_peaks import MemoryReport
 from amclr_scale.memory.units import in_words
 from amclr_scale.metrics.phases import Phases
@@ -37,11 +37,11 @@ class StepMemory(Hook):
 
     def __init__(
         self, folder: Path, predicted: Account | None, *, device: torch.device, engine: Any, objective: nn.Module,
-        phases: Phases, say: Callable[[str], object],
+        phases: Phases, say: Callable[[str], object], teacher: Teacher | None = None,
     ):  # fmt: skip
         self.folder, self.predicted, self.device, self.say = folder, predicted, device, say
         self.steps = 0
-        self._begin = partial(MemoryReport, device, engine, objective, phases)
+        self._begin = partial(MemoryReport, device, engine, objective, phases, teacher)
         self._report: MemoryReport | None = None
 
     def __enter__(self) -> Self:
@@ -80,7 +80,7 @@ def as_json(predicted: Account, report: MemoryReport) -> dict[str, Any]:
     phases = {
         phase: {"predicted": predicted.by_phase[phase], "measured": peak.allocated, "reserved": peak.reserved,
                 "parts": peak.parts}
-        for phase in PHASES if (peak := report.peaks.get(phase))
+        for phase in predicted.phases if (peak := report.peaks.get(phase))
     }  # fmt: skip
     return {
         "device": str(report.device),
@@ -96,7 +96,7 @@ def as_json(predicted: Account, report: MemoryReport) -> dict[str, Any]:
 
 def _rows(predicted: Account, report: MemoryReport) -> list[tuple[str, str, str, str, str]]:
     found = list[tuple[str, str, str, str, str]]()
-    for phase in PHASES:
+    for phase in predicted.phases:
         peak = report.peaks.get(phase)
         if peak is not None and peak.allocated:
             ours = predicted.by_phase[phase]
@@ -120,7 +120,7 @@ def as_markdown(predicted: Account, report: MemoryReport) -> str:
     table = ["| phase | predicted | measured | error | reserved |", "|---|---|---|---|---|"]
     table += [f"| {' | '.join(row)} |" for row in _rows(predicted, report)]
     parts = ["| phase | measured, by what it is or by the phase that made it |", "|---|---|"]
-    for phase in PHASES:
+    for phase in predicted.phases:
         if (peak := report.peaks.get(phase)) and peak.parts:
             largest = sorted(peak.parts.items(), key=lambda part: -part[1])
             parts.append(f"| {phase} | {', '.join(f'{name} {in_words(size)}' for name, size in largest)} |")
