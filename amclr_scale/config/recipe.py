@@ -96,6 +96,8 @@ class Data(Section):
     """Share of unreadable samples past which the run stops. Each is replaced by another sample, and logged."""
     max_image_pixels: Positive = 100_000_000
     """Images with more pixels count as unreadable: decompression bombs."""
+    max_image_mib: Positive = 1024
+    """Images that would take more MiB while they are decoded count as unreadable: by pixels, mode and format."""
     max_caption_characters: Positive = 10_000
     """Longer captions count as unreadable."""
     cache: str | None = None

@@ -11,7 +11,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from PIL import Image, PngImagePlugin, UnidentifiedImageError
@@ -23,7 +23,16 @@ from amclr_scale.data.indexing import IMAGE_EXTENSIONS
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "PPM", "TIFF", "AVIF", "JPEG2000", "ICO", "HEIF")
 PARAPHRASES = "paraphrases"  # a member that lies beside the shard (data/paraphrases.py)
 
-Image.MAX_IMAGE_PIXELS = None  # our own limit is `data.max_image_pixels`, checked before any pixel is decoded
+# Our own limits are `data.max_image_pixels` and `data.max_image_mib`, checked before any pixel is decoded.
+Image.MAX_IMAGE_PIXELS = None
+# Bytes for a pixel while a picture becomes RGB, at most, as measured: of its mode (Pillow holds it, and what `decode`
+# makes of it), and of its format's decoder (coefficients of progressive JPEGs, canvases, planes).
+_OF_MODE = {"1": 5, "L": 5, "P": 5, "RGB": 4, "RGBX": 4, "I": 24, "F": 28, "CMYK": 8, "YCbCr": 8, "LAB": 8, "HSV": 8}
+_OF_TRANSPARENT, _OF_SIXTEEN_BITS = 16, 14
+_OF_FORMAT = {"JPEG": 6, "WEBP": 16, "AVIF": 8, "HEIF": 12, "JPEG2000": 20}
+_OF_OTHERS = 2
+_ICON, _PNG, _JP2, _CODESTREAM = b"\0\0\1\0", b"\x89PNG\r\n\x1a\n", b"jP  ", b"\xff\x4f\xff\x51"
+_TILE = (322, 323)  # TIFF tags TileWidth and TileLength
 # Programs that draw pictures write their whole settings into them: text is no reason to refuse whole pixels.
 PngImagePlugin.MAX_TEXT_CHUNK, PngImagePlugin.MAX_TEXT_MEMORY = 2**24, 2**26
 
@@ -73,8 +82,11 @@ class Field:
 class Sample:
     """The members of one sample, decoded when asked for."""
 
-    def __init__(self, members: Mapping[str, bytes], max_image_pixels: int, max_caption_characters: int):
-        self.members = members
+    def __init__(
+        self, members: Mapping[str, bytes], max_image_pixels: int, max_caption_characters: int,
+        max_image_mib: int = 1024,
+    ):  # fmt: skip
+        self.members, self.max_image_bytes = members, max_image_mib << 20
         self.max_image_pixels, self.max_caption_characters = max_image_pixels, max_caption_characters
         self._parsed = dict[str, Any]()
 
@@ -82,23 +94,39 @@ class Sample:
         """The image, opened but not decoded.
 
         Raises:
-            BadSampleError: there is none, it is empty, not an image, or has too many pixels.
+            BadSampleError: there is none, it is empty, not an image, has too many pixels, or would take too much
+                memory.
         """
         extension = next((e for e in IMAGE_EXTENSIONS if e in self.members), None)
         if extension is None:
             raise BadSampleError("missing image")
         if not self.members[extension]:
             raise BadSampleError("empty member", f".{extension}")
+        data = self.members[extension]
+        for width, height in _sizes_inside(data):
+            self._check(width, height, _OF_TRANSPARENT + _OF_OTHERS)
         try:
-            image = Image.open(io.BytesIO(self.members[extension]), formats=readable_formats())
+            image = Image.open(io.BytesIO(data), formats=readable_formats())
         except UnidentifiedImageError as error:
-            words = "HEIC, which needs pillow-heif" if self.members[extension][4:10] == b"ftyphe" else "no known format"
+            words = "HEIC, which needs pillow-heif" if data[4:10] == b"ftyphe" else "no known format"
             raise BadSampleError("corrupt image", words) from error
         except Exception as error:  # decoders of broken files raise whatever they like
             raise BadSampleError("corrupt image", str(error)) from error
-        if image.width * image.height > self.max_image_pixels:
-            raise BadSampleError("too many pixels", f"{image.width} x {image.height}")
+        self._check(image.width, image.height, bytes_per_pixel(image))
+        tags = getattr(image, "tag_v2", {})
+        with suppress(TypeError, ValueError):
+            self._check(*(int(tags.get(tag, 0)) for tag in _TILE), _OF_TRANSPARENT)
         return image
+
+    def _check(self, width: int, height: int, each: int) -> None:
+        """Raise `BadSampleError` for so many pixels, with so many bytes for each while they are decoded."""
+        if width * height > self.max_image_pixels:
+            raise BadSampleError("too many pixels", f"{width} x {height}")
+        if width * height * each > self.max_image_bytes:
+            words = f"{width} x {height} with {each} bytes for each while it is decoded"
+            raise BadSampleError(
+                "too many pixels", f"{words}: more than data.max_image_mib={self.max_image_bytes >> 20}"
+            )
 
     def value(self, field: Field) -> Any:
         """What is at a field; None where the sample has no such thing.
@@ -144,6 +172,41 @@ class Sample:
         if max(map(len, captions)) > self.max_caption_characters:
             raise BadSampleError("huge caption", f"{max(map(len, captions)):,} characters")
         return captions
+
+
+def bytes_per_pixel(image: Image.Image) -> int:
+    """What decoding it takes at most, for each pixel, beside the file itself."""
+    mode = image.mode
+    if mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
+        own = _OF_TRANSPARENT
+    else:
+        own = _OF_SIXTEEN_BITS if mode.startswith("I;") else _OF_MODE.get(mode, _OF_TRANSPARENT)
+    return own + _OF_FORMAT.get(image.format or "", _OF_OTHERS)
+
+
+def _sizes_inside(data: bytes) -> list[tuple[int, int]]:
+    """Sizes of pictures that Pillow decodes though it goes by another size, or while it opens a file.
+
+    Those of an icon's pictures, and of a JPEG 2000's code beside that of its box.
+    """
+    found = []
+    if data[:4] == _ICON:
+        for entry in range(int.from_bytes(data[4:6], "little")):
+            at = int.from_bytes(data[18 + 16 * entry : 22 + 16 * entry], "little")
+            head = data[at : at + 24]
+            if head[:8] == _PNG:
+                found.append((_number(head[16:20], "big"), _number(head[20:24], "big")))
+            elif _number(head[:4], "little") != 12:  # OS/2's, whose sides have 16 bits
+                found.append((_number(head[4:8], "little"), _number(head[8:12], "little") // 2))  # with its mask below
+    elif data[:4] == _CODESTREAM or data[4:8] == _JP2:
+        at = data.find(_CODESTREAM) + 8
+        right, bottom, left, top = (int.from_bytes(data[at + i : at + i + 4], "big") for i in range(0, 16, 4))
+        found.append((max(right - left, 0), max(bottom - top, 0)))
+    return found
+
+
+def _number(data: bytes, order: Literal["big", "little"]) -> int:
+    return abs(int.from_bytes(data, order, signed=True))
 
 
 def decode(image: Image.Image, reduction: int = 1) -> Image.Image:

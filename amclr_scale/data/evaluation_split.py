@@ -88,7 +88,12 @@ class EvaluationSplit:
         shard, row = self.index.locate(sample)
         reader = self.index.reader(shard)
         check_whole(reader, row)
-        return Sample(reader.read(row, members), self.data.max_image_pixels, self.data.max_caption_characters)
+        return Sample(
+            reader.read(row, members),
+            self.data.max_image_pixels,
+            self.data.max_caption_characters,
+            self.data.max_image_mib,
+        )
 
     def _refuse(self, sample: int, error: BadSampleError) -> UserError:
         shard, row = self.index.locate(sample)

@@ -187,7 +187,7 @@ class Pipeline:
         reader = self.index.reader(shard)
         check_whole(reader, row)
         members = reader.read(row, self._wanted)
-        return Sample(members, self.data.max_image_pixels, self.data.max_caption_characters)
+        return Sample(members, self.data.max_image_pixels, self.data.max_caption_characters, self.data.max_image_mib)
 
     def _paraphrases_of(self, shard: int) -> ParaphraseReader:
         reader = self._paraphrases.get(shard)

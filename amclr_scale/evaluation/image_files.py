@@ -84,7 +84,12 @@ class ImageFiles:
             yield Batch(ids=torch.tensor(rows), images=(images,), texts=(texts,))
 
     def _image(self, path: Path) -> Tensor:
-        sample = Sample({"jpg": path.read_bytes()}, self.data.max_image_pixels, self.data.max_caption_characters)
+        sample = Sample(
+            {"jpg": path.read_bytes()},
+            self.data.max_image_pixels,
+            self.data.max_caption_characters,
+            self.data.max_image_mib,
+        )
         try:
             return self.reading.view(decode(sample.image()))
         except BadSampleError as error:

@@ -79,7 +79,7 @@ class Model:
         try:
             if isinstance(image, str | Path):
                 content = {"jpg": Path(image).read_bytes()}
-                image = Sample(content, data.max_image_pixels, data.max_caption_characters).image()
+                image = Sample(content, data.max_image_pixels, data.max_caption_characters, data.max_image_mib).image()
             elif not isinstance(image, Image.Image):
                 raise UserError(f"images: expected files, PIL images or one tensor of all, got {type(image).__name__}")
             return self.reading.view(decode(image))
