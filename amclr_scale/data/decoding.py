@@ -115,7 +115,8 @@ class Sample:
         self._check(image.width, image.height, bytes_per_pixel(image))
         tags = getattr(image, "tag_v2", {})
         with suppress(TypeError, ValueError):
-            self._check(*(int(tags.get(tag, 0)) for tag in _TILE), _OF_TRANSPARENT)
+            width, height = (int(tags.get(tag, 0)) for tag in _TILE)
+            self._check(width, height, _OF_TRANSPARENT)
         return image
 
     def _check(self, width: int, height: int, each: int) -> None:

@@ -9,7 +9,7 @@ import sys
 import zlib
 
 import pytest
-from PIL import Image
+from PIL import Image, ImageFile, TiffImagePlugin
 
 from amclr_scale.data.decoding import BadSampleError, Sample, bytes_per_pixel, readable_formats
 
@@ -51,9 +51,14 @@ def jpeg2000(side):
 
 def tiled(side):
     """A small TIFF whose only tile says that it is large."""
+    tags = TiffImagePlugin.ImageFileDirectory_v2()
+    values = {256: 16, 257: 16, 258: (8, 8, 8), 259: 1, 262: 2, 277: 3, 322: side, 323: side, 324: (8,), 325: (768,)}
+    for tag, value in values.items():
+        tags[tag] = value
     out = io.BytesIO()
-    Image.new("RGB", (16, 16)).save(out, "TIFF", tiffinfo={322: side, 323: side})
-    return out.getvalue()
+    out.write(b"II*\0" + struct.pack("<I", 8))
+    tags.save(out)
+    return out.getvalue() + bytes(768)
 
 
 HOSTILE = {
@@ -74,7 +79,7 @@ def test_too_many_pixels_are_found_before_any_is_decoded(kind, monkeypatch):
     if kind == "jpeg 2000" and "JPEG2000" not in readable_formats():
         pytest.skip("this build of Pillow has no JPEG 2000")
     content = HOSTILE[kind]()
-    monkeypatch.setattr(Image.Image, "load", lambda image: pytest.fail(f"{image.size} is decoded"))
+    monkeypatch.setattr(ImageFile.ImageFile, "load", lambda image: pytest.fail(f"{image.size} is decoded"))
     with pytest.raises(BadSampleError) as refused:
         Sample({"png": content}, *LIMITS).image()
     assert refused.value.kind == "too many pixels"
