@@ -115,8 +115,8 @@ def make_fit(options: argparse.Namespace) -> Any:
 
 
 def table(choices: list[Any]) -> str:
-    """One line per choice."""
-    from amclr_scale.memory.units import in_words
+    """One line per choice, times in two digits."""
+    from amclr_scale.memory.units import in_two_digits, in_words
 
     head = ("zero", "offload", "recompute", "micro-batch", "kept", "gather", "chunk")
     rows = [(*head, "memory", "s/step", "samples/s", "sent", "time in")]
@@ -126,8 +126,8 @@ def table(choices: list[Any]) -> str:
         rows.append((
             str(s["zero_stage"]), s["offload"], f"{s['recompute_image']}/{s['recompute_text']}",
             str(s["micro_batch_size"]), str(s["kept_micro_batches"]), s["similarity.gather"],
-            str(s["similarity.chunk"]), in_words(choice.account.peak_bytes), f"{cost.seconds:.4g}",
-            f"{cost.samples_per_second:,.0f}", in_words(round(cost.wire_bytes)), ", ".join(parts),
+            str(s["similarity.chunk"]), in_words(choice.account.peak_bytes), in_two_digits(cost.seconds),
+            in_two_digits(cost.samples_per_second), in_words(round(cost.wire_bytes)), ", ".join(parts),
         ))  # fmt: skip
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
@@ -135,13 +135,17 @@ def table(choices: list[Any]) -> str:
 
 def answer(options: argparse.Namespace, fit: Any) -> list[Any]:
     """Search, print, and return the choices."""
-    from amclr_scale.memory.units import in_words
+    from amclr_scale.memory.units import in_two_digits, in_words
+    from amclr_scale.planner.step_time import between
     from amclr_scale.planner.traffic import on_the_wire
 
     nodes = -(-fit.world_size // fit.ranks_per_node)
     print(f"{fit.world_size} ranks on {nodes} node{'s' * (nodes > 1)}: {fit.profile.name}, {in_words(fit.memory)} for "
           f"the tensors of one; {fit.num_samples:,} samples; {fit.config.execution.precision}")  # fmt: skip
-    print(f"rates: {fit.profile.source}; utilisation {fit.rates.utilisation:.0%}")
+    slow, fast = fit.rates.ends()
+    given = options.utilisation is not None or fit.profile.type == "cpu"
+    print(f"rates: {fit.profile.source}; utilisation {fit.rates.utilisation:.0%}, from {slow.utilisation:.0%} to "
+          f"{fast.utilisation:.0%}" + ("" if given else f": {fit.profile.utilisation.source}"))  # fmt: skip
     batch = options.batch or fit.largest()
     if not options.batch:
         print(f"largest global batch: {batch:,} ({batch // fit.world_size:,} per rank)")
@@ -150,6 +154,12 @@ def answer(options: argparse.Namespace, fit: Any) -> list[Any]:
     choices: list[Any] = fit.fastest(batch, options.top)
     best = choices[0]
     print(f"\nfastest settings for a global batch of {batch:,} (predicted):\n{table(choices)}\n")
+    ends = between(
+        best.config, fit.profile, world_size=fit.world_size, num_samples=fit.num_samples,
+        ranks_per_node=fit.ranks_per_node, rates=fit.rates,
+    )  # fmt: skip
+    least, _, most = (in_two_digits(cost.samples_per_second) for cost in ends)
+    print(f"expect {least} to {most} samples/s of the first; the order is surer than the times\n")
     print(f"{best.account.table()}\n")
     wire = on_the_wire(
         best.config, world_size=fit.world_size, num_samples=fit.num_samples, device_type=fit.profile.type,
@@ -164,6 +174,7 @@ def answer(options: argparse.Namespace, fit: Any) -> list[Any]:
             }
             for choice in choices
         ]  # fmt: skip
+        found[0]["samples_per_second_between"] = sorted(cost.samples_per_second for cost in ends)
         options.json.write_text(json.dumps({"global_batch_size": batch, "choices": found}, indent=1) + "\n")
     return choices
 

@@ -19,9 +19,9 @@ from amclr_scale.engine.schedules import peak_learning_rate
 from amclr_scale.errors import UserError
 from amclr_scale.evaluation.run import Evaluator
 from amclr_scale.memory.account import account
-from amclr_scale.memory.units import in_words
+from amclr_scale.memory.units import in_two_digits, in_words
 from amclr_scale.metrics.devices import DeviceProfile, find_profile
-from amclr_scale.planner.step_time import estimate
+from amclr_scale.planner.step_time import between
 
 PER_NODE = 8  # GPUs
 
@@ -123,13 +123,11 @@ def _needs(
     of = f" of {profile.name} ({in_words(profile.memory_bytes)})" if profile else ""
     yield f"predicted memory of a rank{of}:\n{predicted.table()}\n{predicted.advice(limit)}"
     if profile:
-        cost = estimate(
-            config,
-            profile,
-            world_size=plan.world_size,
-            num_samples=num_samples,
-            ranks_per_node=min(plan.world_size, PER_NODE),
+        per_node = min(plan.world_size, PER_NODE)
+        costs = between(config, profile, world_size=plan.world_size, num_samples=num_samples, ranks_per_node=per_node)
+        least, speed, most = (in_two_digits(cost.samples_per_second) for cost in costs)
+        long, usual, short = (in_two_digits(plan.total_samples / cost.samples_per_second / 3600) for cost in costs)
+        yield (
+            f"predicted speed: {speed} samples/s ({least} to {most}), {in_two_digits(costs[1].seconds)} s per step, "
+            f"{usual} hours in all ({short} to {long}), without evaluation"
         )
-        speed = cost.samples_per_second
-        hours = f"{plan.total_samples / speed / 3600:,.2f} hours in all, without evaluation"
-        yield f"predicted speed: {speed:,.0f} samples/s, {cost.seconds:.3g} s per step, {hours}"

@@ -163,11 +163,16 @@ def reduce_scatter(x: Tensor, ranks: Group | None = None) -> Tensor:
     x = x.detach().contiguous()
     if ranks.size == 1:
         return x
-    if x.device.type == "cpu":  # gloo's own sends the whole of x to everybody
+    if exchanges_sums(x.device):
         return exchange(x.view(ranks.size, -1, *x.shape[1:]), ranks).sum(0)
     out = x.new_empty((x.shape[0] // ranks.size, *x.shape[1:]))
     _reduce_scatter_single(out, x, group=ranks.process_group)
     return out
+
+
+def exchanges_sums(device: torch.device) -> bool:
+    """Whether `reduce_scatter` exchanges parts and adds them up: gloo's own sends the whole of x to everybody."""
+    return device.type == "cpu"
 
 
 class Arrival:

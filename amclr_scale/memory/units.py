@@ -1,5 +1,6 @@
 """Bytes in words, and words in bytes. Binary units everywhere: 1 GiB = 2^30 bytes. Nothing is rounded in silence."""
 
+import math
 import re
 
 from amclr_scale.errors import UserError
@@ -15,6 +16,15 @@ def in_words(size: int) -> str:
         if abs(size) >= unit:
             return f"{size / unit:.2f} {name}" if unit == GIB else f"{size / unit:.1f} {name}"
     return f"{size} B"
+
+
+def in_two_digits(x: float) -> str:
+    """`2,900` for 2890, `0.012` for 0.01234: as many digits as a prediction deserves."""
+    if x == 0 or not math.isfinite(x):
+        return f"{x:g}"
+    places = 1 - math.floor(math.log10(abs(x)))
+    rounded = round(x, places)
+    return f"{rounded:,.{max(0, 1 - math.floor(math.log10(abs(rounded))))}f}"
 
 
 def in_bytes(words: str, key: str = "memory") -> int:

@@ -28,6 +28,19 @@ GIGA, TERA, GIB = 1e9, 1e12, 2**30
 
 
 @dataclass(frozen=True)
+class Utilisation:
+    """Shares of a peak that a whole training step reaches: where most lie between `least` and `most`."""
+
+    least: float
+    usual: float
+    most: float
+    source: str
+
+
+USUAL = Utilisation(0.15, 0.3, 0.5, "a guess")
+
+
+@dataclass(frozen=True)
 class DeviceProfile:
     """One device; rates are per second, links per direction."""
 
@@ -42,6 +55,7 @@ class DeviceProfile:
     host_link: float  # bytes/s to the host's memory
     node_link: float  # bytes/s to other nodes
     measured: bool = False  # here, rather than stated by its vendor
+    utilisation: Utilisation = USUAL
 
     def peak(self, precision: str, *, tf32: bool = False) -> float:
         """FLOP/s of dense matrix products.
@@ -68,6 +82,7 @@ def profiles() -> dict[str, DeviceProfile]:
             link=entry["link_gbs"] * GIGA,
             host_link=entry["host_gbs"] * GIGA,
             node_link=entry["node_gbs"] * GIGA,
+            utilisation=Utilisation(*entry["utilisation"]) if "utilisation" in entry else USUAL,
         )
         for name, entry in yaml.safe_load(FILE.read_text()).items()
     }

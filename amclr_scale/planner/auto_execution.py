@@ -18,7 +18,7 @@ from amclr_scale.distributed.launcher import RankInfo, export
 from amclr_scale.distributed.process_group import broadcast_object, device_type
 from amclr_scale.engine.batch_plan import make_plan
 from amclr_scale.memory.account import account
-from amclr_scale.memory.units import in_words
+from amclr_scale.memory.units import in_two_digits, in_words
 from amclr_scale.metrics.devices import DeviceProfile, find_profile, measure_cpu, profile_of
 from amclr_scale.planner.search import Fit
 from amclr_scale.planner.settings import KEYS, changed, largest_number, settings_of
@@ -126,7 +126,8 @@ class AutoExecution:
         words += [
             f"execution: auto -> {' '.join(f'{key}={value}' for key, value in settings_of(chosen).items())}",
             f"  {in_words(found.account.peak_bytes)} at the peak (phase {found.account.peak_phase}, most of it "
-            f"{largest.name}), about {found.cost.seconds:.3g} s a step, {found.cost.samples_per_second:.3g} samples/s"
+            f"{largest.name}), about {in_two_digits(found.cost.seconds)} s a step, "
+            f"{in_two_digits(found.cost.samples_per_second)} samples/s"
             + (f"; given, so kept: {', '.join(sorted(fixed))}" if fixed else ""),
         ]
         return chosen, words

@@ -15,12 +15,14 @@ import sys
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
+from unittest import mock
 
 import torch.distributed as dist
 from torch import Tensor
 
 from amclr_scale import objectives
 from amclr_scale.config.objective_options import declared
+from amclr_scale.distributed import collectives
 from amclr_scale.distributed.purpose import current_purpose
 from amclr_scale.memory.objective_memory import create, random_embeddings
 from amclr_scale.objectives.banks.bank import Bank
@@ -85,7 +87,7 @@ def _quadratic(values: list[int], rows: int) -> float:
 
 def trace_objective(
     objective: dict[str, Any], *, world_size: int, width: int, local_rows: int,
-    distribution: Distribution, gather: Gather, layout: Layout,
+    distribution: Distribution, gather: Gather, layout: Layout, device_type: str = "cpu",
 ) -> ObjectiveTrace:  # fmt: skip
     """Run an objective on random rows. Cached; only outside of a real process group.
 
@@ -94,6 +96,7 @@ def trace_objective(
         width: D.
         local_rows: of a rank in the job, to which groups of pairs are scaled.
         distribution, layout: what the job will use, not auto.
+        device_type: cpu or cuda, which differ in the collectives that they use.
 
     Raises:
         RuntimeError: a process group exists already and this combination has not been traced before.
@@ -104,14 +107,14 @@ def trace_objective(
         group = declared(objective).group_size
         if group is not None:  # whole ranks stay whole ranks; groups inside a rank send nothing, whatever their size
             group = group // local_rows * rows or rows
-        works.append(_run(key, world_size, width, rows, distribution, gather, layout, group))
+        works.append(_run(key, world_size, width, rows, distribution, gather, layout, group, device_type))
     return ObjectiveTrace(tuple(works))
 
 
 @lru_cache(maxsize=256)
 def _run(
     key: str, world_size: int, width: int, rows: int,
-    distribution: Distribution, gather: Gather, layout: Layout, group_size: int | None,
+    distribution: Distribution, gather: Gather, layout: Layout, group_size: int | None, device_type: str,
 ) -> Work:  # fmt: skip
     import torch.testing._internal.distributed.fake_pg  # registers the backend called "fake"
 
@@ -125,7 +128,8 @@ def _run(
         slots = max((bank.size for bank in made.modules() if isinstance(bank, Bank)), default=0)
         made.rehearse(width, max(slots, ROWS[-1] * world_size))
         embeddings = random_embeddings(made, rows, width, world_size)
-        with settings.using(gather=gather, distribution=distribution), forgotten(), _Counter() as counted:
+        there = mock.patch.object(collectives, "exchanges_sums", return_value=device_type == "cpu")
+        with settings.using(gather=gather, distribution=distribution), forgotten(), there, _Counter() as counted:
             value = made(embeddings).value
             products = counted.products
             value.backward()

@@ -9,17 +9,20 @@ A step is the sum of these, per rank; nothing is taken to overlap but stage 3's 
                  larger counts, and before it on a CPU. Operations, bytes and launches (allocations) are traced
                  (towers.py); u is the utilisation that matrix products reach
     objective    operations of its float32 products / (peak u) + bytes / memory bandwidth, traced (objective_trace.py)
-    messages     bytes on the wire (wire.py) / link + calls x their latency. A ring passes a node's border once, so
-                 gathering and reducing run at the smaller of the link inside and all network cards of a node together;
-                 what goes to everybody (all_to_all) or the neighbour (send) has one card
+    messages     bytes on the wire (traffic.py) / link + calls x their latency. A ring passes a node's border once, so
+                 gathering and reducing run at the smaller of the link inside and all network cards of a node together.
+                 Of what goes to everybody (all_to_all), the part for other nodes takes a device's own card and the rest
+                 the link inside, at the same time; what goes to the neighbour (send) waits for the one card at a border
     optimizer    every state read and written once / memory bandwidth; offloaded states at the speed of the host's link
     host         offloaded gradients and parameters / the host's link
 
-Waiting for data and evaluation are not in it. `Rates` holds what no data sheet says; `--utilisation` of `amclr-scale
-fit` or the hfu that a run logged replaces its first guess. Orders are more reliable than times.
+Waiting for data and evaluation are not in it. `Rates` holds what no data sheet says: u was measured for some devices
+(devices.yaml) and is a guess for the others; `--utilisation` of `amclr-scale fit`, the hfu that a run logged, replaces
+it. `between` gives the times for the least and the most u, and nobody should read more than two digits of any. Orders
+are more reliable than times.
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 
 import torch
@@ -30,7 +33,7 @@ from amclr_scale.encoders.recomputation import Recomputation, recomputed_share
 from amclr_scale.engine.batch_plan import make_plan
 from amclr_scale.memory.timeline import Timeline
 from amclr_scale.memory.towers import Modality, Tower, skeleton, trace
-from amclr_scale.metrics.devices import DeviceProfile
+from amclr_scale.metrics.devices import USUAL, DeviceProfile
 from amclr_scale.metrics.flops import ModelFlops
 from amclr_scale.planner.messages import Messages
 from amclr_scale.planner.traffic import (
@@ -44,24 +47,36 @@ from amclr_scale.planner.traffic import (
 from amclr_scale.precision import DTYPES
 
 # Numbers that the optimizer keeps per parameter, beside the parameter itself.
-DIRECT = ("all_to_all", "send")  # through one network card, not round a ring that uses all of a node's
+SPREAD = 0.2  # one run's hfu says so much about another's: a plain and a cached step on the same card (measurements.md)
 
 
 @dataclass(frozen=True)
 class Rates:
     """What a job reaches of a device's peak; guesses unless measured."""
 
-    utilisation: float = 0.5  # of the peak of matrix products
+    utilisation: float = USUAL.usual  # of the peak of matrix products
     launch: float = 1.5e-5  # seconds that the host takes for each allocation of a tower, operations between included
     message: float = 3e-5  # seconds before a collective's first byte
 
+    least: float | None = None  # utilisations to be expected; None: `utilisation`, give or take `SPREAD`
+    most: float | None = None
 
-CPU_RATES = Rates(utilisation=0.7, launch=3e-5, message=2e-4)  # of a peak that was measured, not stated
+    def ends(self) -> tuple["Rates", "Rates"]:
+        """The same with the least and with the most utilisation."""
+        least, most = self.least or self.utilisation * (1 - SPREAD), self.most or self.utilisation * (1 + SPREAD)
+        return replace(self, utilisation=least), replace(self, utilisation=min(1.0, most))
+
+
+# Of a peak that was measured, not stated.
+CPU_RATES = Rates(utilisation=0.7, launch=3e-5, message=2e-4, least=0.5, most=0.9)
 
 
 def default_rates(profile: DeviceProfile) -> Rates:
     """For a GPU or for this machine's CPU."""
-    return CPU_RATES if profile.type == "cpu" else Rates()
+    if profile.type == "cpu":
+        return CPU_RATES
+    reached = profile.utilisation
+    return Rates(utilisation=reached.usual, least=reached.least, most=reached.most)
 
 
 @dataclass(frozen=True)
@@ -168,6 +183,26 @@ def estimate(
     )
 
 
+def between(
+    config: Config,
+    profile: DeviceProfile,
+    *,
+    world_size: int,
+    num_samples: int,
+    ranks_per_node: int | None = None,
+    rates: Rates | None = None,
+) -> tuple[Cost, Cost, Cost]:
+    """The cost of one step where the device reaches the least of its peak, as much as usual, and the most."""
+    rates = rates or default_rates(profile)
+    slow, usual, fast = (
+        estimate(
+            config, profile, world_size=world_size, num_samples=num_samples, ranks_per_node=ranks_per_node, rates=one
+        )
+        for one in (rates.ends()[0], rates, rates.ends()[1])
+    )
+    return slow, usual, fast
+
+
 def _kept_by_tower(kept: int, images: int, texts: int) -> tuple[int, int]:
     """Kept micro-batches of each tower: the last ones, and with sizes of their own texts come last."""
     if images == texts:
@@ -226,8 +261,14 @@ def _seconds(
     here = min(ranks_per_node or world_size, world_size)
     total = 0.0
     for message in messages:
-        link = profile.link
+        seconds = message.wire_bytes / profile.link
         if here < world_size:
-            link = profile.node_link if message.collective in DIRECT else min(link, profile.node_link * here)
-        total += message.wire_bytes / link + message.calls * rates.message
+            outside = message.wire_bytes
+            if message.collective == "all_to_all":  # each rank to each other, of which so many are elsewhere
+                outside *= (world_size - here) / (world_size - 1)
+                seconds *= (here - 1) / (world_size - 1)
+            elif message.collective != "send":
+                outside /= here
+            seconds = max(seconds, outside / profile.node_link)
+        total += seconds + message.calls * rates.message
     return total

@@ -126,6 +126,7 @@ def objective_trace(
         ),
         gather=similarity.gather,
         layout=state_layout(config, num_samples),
+        device_type=device_type,
     )  # fmt: skip
 
 

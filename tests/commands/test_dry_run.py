@@ -68,7 +68,9 @@ def test_ranks_and_a_device_are_pretended_and_the_data_need_not_be_here():
     assert "data.train: not looked at; 1,000,000 samples (--num-samples)" in lines
     assert "global batch 64 = 4 ranks x 16" in lines
     assert "predicted memory of a rank of H100" in lines or "predicted memory of a rank of h100" in lines
-    assert re.search(r"predicted speed: [\d,]+ samples/s, .* s per step, [\d.]+ hours in all", lines)
+    assert re.search(
+        r"predicted speed: [\d,]+ samples/s \([\d,]+ to [\d,]+\), .* s per step, [\d.]+ hours in all \(", lines
+    )
     alone = said(tree, "--num-samples", "1000000", "--device", "h100")
     assert "global batch 64 = 1 ranks x 64" in alone
     with pytest.raises(UserError, match=r"^--device: expected cpu or one of"):

@@ -4,11 +4,14 @@ import dataclasses
 
 import pytest
 
+from amclr_scale.config.load import build
 from amclr_scale.memory.towers import trace
+from amclr_scale.memory.units import in_two_digits
 from amclr_scale.metrics.devices import find_profile
 from amclr_scale.planner.messages import Message, Messages
 from amclr_scale.planner.settings import changed, with_batch
-from amclr_scale.planner.step_time import Rates, estimate
+from amclr_scale.planner.step_time import Rates, _seconds, between, default_rates, estimate
+from amclr_scale.planner.traffic import on_the_wire
 from tests.planner.test_search import small
 
 H100 = find_profile("h100")
@@ -53,6 +56,70 @@ def test_messages_grow_with_the_stage_and_with_slow_networks():
     assert apart.messages > stages[1].messages
     assert apart.wire_bytes == stages[1].wire_bytes
     assert seconds(world_size=1).messages == 0
+
+
+@pytest.mark.parametrize(("device", "collective"), [("cuda", "reduce_scatter"), ("cpu", "all_to_all")])
+def test_sums_are_scattered_as_the_device_does_it(device, collective):
+    """One tower's gradient, B D float32; exchanged in parts on a CPU, where gloo would send all of it to everybody."""
+    config = changed(with_batch(small(), 128), **{"similarity.distribution": "reduce_scatter"})
+    found = on_the_wire(config, world_size=16, num_samples=10_000, device_type=device, ranks_per_node=8).messages
+    largest = max(
+        (m for m in found if m.purpose == "features" and m.collective != "all_gather"), key=lambda m: m.payload
+    )
+    assert (largest.collective, largest.payload) == (collective, 128 * config.model.embedding_width * 4)
+
+
+def test_two_nodes_use_all_their_cards():
+    """16 ranks, 8 a node, 15/16 of a payload each: a ring crosses with 8 cards, an exchange with each rank's own."""
+    profile = dataclasses.replace(H100, link=8e9, node_link=1e9)
+    took = {
+        name: _seconds(Messages((Message(name, 16, 16_000_000_000),)), profile, NO_WAITING, 16, 8)
+        for name in ("reduce_scatter", "all_gather", "all_to_all", "send")
+    }
+    assert took == pytest.approx({"reduce_scatter": 15 / 8, "all_gather": 15 / 8, "all_to_all": 8, "send": 16})
+    assert _seconds(Messages((Message("all_to_all", 16, 16_000_000_000),)), profile, NO_WAITING, 16, 16) == 15 / 8
+
+
+@pytest.mark.parametrize(("micro_batch", "measured"), [(2048, 6163), (256, 3841)], ids=["plain", "cached"])
+def test_what_was_measured_on_a_gpu_lies_in_the_interval(micro_batch, measured):
+    """docs/measurements.md, "On a GPU": samples/s of ViT-B/32 and a 12-layer text tower on one H200."""
+    tree = {
+        "data": {"image_size": 224, "context_length": 77, "tokenizer": "clip"},
+        "model": {
+            "image": {"name": "timm/vit_base_patch32_224"}, "text": {"width": 512, "layers": 12, "heads": 8},
+            "embedding_width": 512,
+        },
+        "train": {"global_batch_size": 2048, "samples": 2048},
+        "execution": {
+            "precision": "bf16", "zero_stage": 1, "micro_batch_size": micro_batch, "kept_micro_batches": 1,
+        },
+    }  # fmt: skip
+    job = {"profile": find_profile("h200"), "world_size": 1, "num_samples": 10**6}
+    slow, usual, fast = (cost.samples_per_second for cost in between(build(tree, 1), **job))
+    assert slow < measured < fast
+    assert usual == pytest.approx(measured, rel=0.2)
+
+
+def test_a_measured_utilisation_leaves_a_fifth():
+    slow, fast = Rates(utilisation=0.4).ends()
+    assert (slow.utilisation, fast.utilisation) == pytest.approx((0.32, 0.48))
+    slow, fast = default_rates(find_profile("h100")).ends()
+    assert (slow.utilisation, fast.utilisation) == (0.2, 0.4)
+    assert default_rates(find_profile("v100")).utilisation == 0.3  # a guess
+
+
+def test_two_digits():
+    numbers = {
+        2890: "2,900",
+        0.01234: "0.012",
+        9.96: "10",
+        0.0996: "0.10",
+        1.25: "1.2",
+        41: "41",
+        0: "0",
+        123456: "120,000",
+    }
+    assert {x: in_two_digits(x) for x in numbers} == numbers
 
 
 def test_offload_costs_the_hosts_link():
