@@ -4,11 +4,13 @@ The unit of work is a part of a batch, so that all workers decode one large batc
 stays near one batch per rank. Parts come back in the order they were asked for, whoever made them.
 """
 
+import atexit
 import logging
 import multiprocessing
 import os
 import signal
 import warnings
+import weakref
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
@@ -92,6 +94,16 @@ def _start_worker(_: int) -> None:
     signal.signal(signal.SIGTERM, second_time)
     for number in (signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
+
+
+_with_workers: weakref.WeakSet["TrainLoader"] = weakref.WeakSet()
+
+
+@atexit.register
+def _close_all() -> None:
+    """Before Python's own end, which asks workers to end once and waits for ever."""
+    for loader in list(_with_workers):
+        loader.close()
 
 
 class TrainLoader:
@@ -223,6 +235,8 @@ class TrainLoader:
 
     def close(self) -> None:
         """Stop the workers and close the shards."""
+        # Not left to garbage collection: the traceback of an error in a worker holds on to what would be collected.
+        getattr(self._source, "_shutdown_workers", bool)()
         self._source = self._pictures = None
         if self._prefetcher:
             self._prefetcher.close()
@@ -246,6 +260,7 @@ class TrainLoader:
         }
         with warnings.catch_warnings():  # how many workers a machine can feed is the user's choice
             warnings.filterwarnings("ignore", "This DataLoader will create")
+            _with_workers.add(self)
             return iter(DataLoader(self._parts, batch_size=None, sampler=numbers, num_workers=self._workers, **options))
 
     def _next_part(self) -> Part:

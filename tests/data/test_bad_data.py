@@ -1,5 +1,6 @@
 """Every fault that a sample can have: counted by kind, logged with shard and key, replaced the same way everywhere."""
 
+import contextlib
 import gzip
 import io
 import itertools
@@ -240,7 +241,9 @@ def test_workers_outlive_signals_to_the_whole_process_tree(tmp_path):
     for _ in range(6):  # more than was fetched ahead
         assert len(next(loader).ids) == 8
     worker.send_signal(signal.SIGTERM)
-    assert worker.wait(20) is not None
+    with contextlib.suppress(RuntimeError):  # in which torch says that a worker has ended, if it is the first to see
+        worker.wait(20)
+    assert not worker.is_running() or worker.status() == psutil.STATUS_ZOMBIE
     loader.close()
 
 

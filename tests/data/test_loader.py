@@ -2,7 +2,11 @@
 
 import itertools
 import logging
+import multiprocessing
 import random
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +16,7 @@ from amclr_scale.data.loader import TrainLoader
 from amclr_scale.errors import UserError
 from tests.data.shards import settings, write_shards
 
+ROOT = Path(__file__).parents[2]
 AUGMENTED = {"image_views": 1, "text_views": 1}
 
 
@@ -181,6 +186,32 @@ def test_an_error_of_ours_in_a_worker_keeps_its_place(tmp_path, workers):
     with pytest.raises(TypeError, match="NoneType"):
         next(loader)
     loader.close()
+    assert multiprocessing.active_children() == []  # at once, though the error's traceback still holds them
+
+
+OF_OURS = """
+import sys
+from amclr_scale.data.loader import TrainLoader
+from tests.data.shards import settings
+loader = TrainLoader(settings(sys.argv[1]), seed=0, global_batch_size=8, workers=2)
+loader._parts.pipeline.tokenizer = None
+next(loader)
+"""
+
+
+@pytest.mark.launch
+def test_an_error_of_ours_in_a_worker_ends_the_process(tmp_path):
+    write_shards(tmp_path, [20, 20])
+    done = subprocess.run(
+        [sys.executable, "-c", OF_OURS, str(tmp_path)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert "TypeError: 'NoneType' object is not callable" in done.stderr
 
 
 def test_logs_name_the_process_that_indexes(tmp_path, caplog):
