@@ -60,8 +60,9 @@ def _try(module: nn.Module, width: int, tower: ImageTower, size: int) -> tuple[i
     unseen: list[tuple[int, int]] = []  # pixels at the right and the bottom, and the patches' side
 
     def look(conv: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        patches = isinstance(conv, nn.Conv2d) and conv.kernel_size == conv.stride and conv.padding in ((0, 0), "valid")
-        if patches and inputs[0].shape[1:] == (3, size, size):  # of the image itself
+        if not isinstance(conv, nn.Conv2d) or inputs[0].shape[1:] != (3, size, size):
+            return  # it does not see the image itself
+        if conv.kernel_size == conv.stride and conv.padding in ((0, 0), "valid"):
             unseen.append((size % conv.stride[1], conv.stride[1]))
 
     hooks = [part.register_forward_pre_hook(look) for part in module.modules() if isinstance(part, nn.Conv2d)]
