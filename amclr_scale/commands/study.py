@@ -8,8 +8,10 @@ failed, 2 a mistake in the plan, told in words, 75 asked to end: the same comman
 
 import argparse
 import contextlib
+import math
 import signal
 import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,6 +39,11 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     )  # fmt: skip
     one.add_argument("--pilot", action="store_true", help="only measure samples/s of every arm and batch size")
     one.add_argument("--slurm", metavar="DIR", help="write job arrays into DIR instead of running; submits nothing")
+    parser.add_argument(
+        "--minutes", type=float, metavar="N", default=math.inf,
+        help="run a piece of the study: after so long cells save and it ends with 75; the same command goes on, on "
+        "another machine too, where the folder is copied. With --dry-run: what a piece will finish",
+    )  # fmt: skip
     parser.add_argument("--cells", metavar="PATTERN", help="only cells with such names, as 'sogclr-*-s0'")
     return parser.parse_intermixed_args(argv)
 
@@ -60,12 +67,13 @@ def study(options: argparse.Namespace) -> int:
     from amclr_scale.study.running.margin import check_margin
     from amclr_scale.study.running.phases import called, run_phases
     from amclr_scale.study.running.pilot import run_pilot
-    from amclr_scale.study.running.preview import hours, preview
+    from amclr_scale.study.running.preview import hours, piece, preview
     from amclr_scale.study.running.slurm import write_jobs
     from amclr_scale.study.running.tuning import plan_cells
 
     if options.report or options.publish:
         return report(reported_folder(options), Path(options.publish) if options.publish else None)
+    until = end_of(options.minutes)
     plan = load_plan(Path(options.plan), options.words)
     folder = StudyFolder(plan.place)
     tree = base_tree(plan)
@@ -87,6 +95,7 @@ def study(options: argparse.Namespace) -> int:
         folder.check(plan, cells)
         check_margin(plan, folder, cells)
         say(preview(plan, folder, cells, epoch, memory=options.dry_run))
+        say(piece(plan, folder, chosen, options.minutes))
         if options.dry_run:
             for choice in choices:
                 say(choice.line(plan.criterion.name))
@@ -99,10 +108,21 @@ def study(options: argparse.Namespace) -> int:
             if waiting := sum(cell.waits for cell in cells):
                 say(f"{waiting} cells wait for the learning rates that these choose: the same command then writes them")
             return 0
-        outcome = run_phases(plan, tree, epoch, folder, cells, say, pattern=options.cells)
+        outcome = run_phases(plan, tree, epoch, folder, cells, say, pattern=options.cells, until=until)
         if outcome.done and not outcome.interrupted:
             report(folder.path)
         return outcome.exit_code
+
+
+def end_of(minutes: float) -> float:
+    """By time.monotonic(), when a piece of so many minutes that begins now is over.
+
+    Raises:
+        UserError: that is no time.
+    """
+    if not minutes > 0:
+        raise UserError(f"--minutes: expected a number above 0, got {minutes:g}")
+    return time.monotonic() + 60 * minutes
 
 
 def epoch_of(plan: "StudyPlan", tree: Mapping[str, Any]) -> float:

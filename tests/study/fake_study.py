@@ -3,6 +3,7 @@
 python -m tests.study.fake_study PLAN FOLDER HOW [key=value ...]
 """
 
+import math
 import sys
 from pathlib import Path
 
@@ -19,7 +20,9 @@ def fake_command(_: StudyPlan, folder: StudyFolder, cell: Planned, slot: int, ho
     return [sys.executable, "-S", FAKE, str(folder.runs / cell.name), cell.recipe_hash, how]
 
 
-def run_fakes(plan: StudyPlan, cells: list[Planned], how: dict[str, str], said: list[str] | None = None) -> Outcome:
+def run_fakes(
+    plan: StudyPlan, cells: list[Planned], how: dict[str, str], said: list[str] | None = None, until: float = math.inf
+) -> Outcome:
     """Run cells that behave as `how` says by name, `done` where it says nothing."""
 
     def make_command(plan: StudyPlan, folder: StudyFolder, cell: Planned, slot: int) -> list[str]:
@@ -28,7 +31,7 @@ def run_fakes(plan: StudyPlan, cells: list[Planned], how: dict[str, str], said: 
     place = StudyFolder(plan.place)
     with place.lock():
         place.write(plan, {}, [])  # counting operations takes longer than all the cells
-        return Runner(plan, place, cells, (said if said is not None else []).append, make_command).run()
+        return Runner(plan, place, cells, (said if said is not None else []).append, make_command, until).run()
 
 
 def main(file: str, folder: str, how: str, *words: str) -> int:

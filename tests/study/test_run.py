@@ -22,7 +22,7 @@ from amclr_scale.study.running import pilot
 from amclr_scale.study.running import run as run_module
 from amclr_scale.study.running.folder import StudyFolder
 from amclr_scale.study.running.pilot import rate
-from amclr_scale.study.running.preview import hours
+from amclr_scale.study.running.preview import hours, piece
 from amclr_scale.study.running.progress import Rates, duration
 from amclr_scale.study.running.run import Runner
 from tests.study.fake_study import fake_command, run_fakes
@@ -61,6 +61,36 @@ def test_all_arms_of_a_seed_come_before_the_next_seed_and_finished_cells_are_ski
     assert "training in clip-B32-s0, done" in (plan.place / "logs" / "clip-B32-s0.log").read_text()
     assert run_fakes(plan, cells, {}).exit_code == 0
     assert len(attempts(plan)) == 4
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_piece_of_a_study_saves_when_its_time_is_over_and_the_next_one_goes_on(tmp_path: Path) -> None:
+    plan, cells = make(tmp_path)
+    said: list[str] = []
+    outcome = run_fakes(plan, cells, {"sogclr-B32-s0": "slow"}, said, until=time.monotonic() + 3)
+    assert (outcome.done, outcome.interrupted, outcome.exit_code) == (1, True, 75)
+    assert attempts(plan)[-1] == ("sogclr-B32-s0", "interrupted", 75)
+    assert said[-1] == "--minutes: 1 cells save their state; the same command goes on"
+    assert run_fakes(plan, cells, {}, until=time.monotonic() - 1).exit_code == 75  # not a cell is started
+    assert len(attempts(plan)) == 2
+    assert run_fakes(plan, cells, {}).exit_code == 0
+
+
+def test_what_a_piece_will_finish_is_said(tmp_path: Path) -> None:
+    plan, cells = make(tmp_path, "expected={samples_per_second: 100, seconds_per_cell: 2}")
+    seconds = [cell.samples / 100 + 2 for cell in cells]
+    assert len(set(seconds)) == 1
+    folder, minutes = StudyFolder(plan.place), seconds[0] / 60
+    said = piece(plan, folder, cells, 2.25 * minutes)
+    assert "finish 2 of 4 cells (clip-B32-s0 to sogclr-B32-s0); clip-B32-s1 takes about" in said
+    assert said.endswith("and gets 25% of it")
+    assert piece(plan, folder, cells, 99 * minutes).endswith(
+        "finish 4 of 4 cells (clip-B32-s0 to sogclr-B32-s1); then all are finished"
+    )
+    twice = plan.model_copy(update={"execution": plan.execution.model_copy(update={"jobs": 2})})
+    assert "finish 2 of 4" in piece(twice, folder, cells, 2.25 * minutes)  # the rate is that of all jobs
+    blind = plan.model_copy(update={"expected": None})
+    assert "unknown until a cell has run" in piece(blind, folder, cells, 5)
 
 
 @pytest.mark.usefixtures("quick")

@@ -1,5 +1,6 @@
 """What a study is about to do, in words and a table: what is held fixed, the cells, hours, memory, warnings."""
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from amclr_scale.config.schema import Config
@@ -8,6 +9,7 @@ from amclr_scale.study.planning.plan import Expected, StudyPlan
 from amclr_scale.study.planning.warnings import warnings
 from amclr_scale.study.running.folder import StudyFolder
 from amclr_scale.study.running.progress import Rates, duration
+from amclr_scale.study.running.run import waiting
 
 
 def preview(
@@ -156,11 +158,47 @@ def hours(plan: StudyPlan, folder: StudyFolder, cells: Sequence[Planned]) -> str
     return "\n".join(lines)
 
 
+def piece(plan: StudyPlan, folder: StudyFolder, cells: Sequence[Planned], minutes: float) -> str:
+    """What so many minutes will finish: by cells that have run, else the pilot's rates, else as the plan expects."""
+    if math.isinf(minutes):
+        return "in one piece; --minutes N runs so many minutes and saves"
+    rates, left = Rates(folder, cells), 60.0 * minutes * plan.execution.jobs
+    finished, order = list[str](), waiting(plan, folder, cells)
+    for cell in order:
+        seconds = rates.predict(cell)
+        if seconds is None and cell.setting in folder.rates:
+            seconds = cell.samples / folder.rates[cell.setting]
+        if seconds is None and plan.expected:
+            seconds = plan.execution.jobs * expected_seconds(plan.expected, [cell])
+        if seconds is None:
+            return f"{minutes:g} minutes: unknown until a cell has run, or --pilot"
+        if seconds > left:
+            next_one = f"{cell.name} takes about {duration(seconds)} and gets {left / seconds:.0%} of it"
+            break
+        left -= seconds
+        finished.append(cell.name)
+    else:
+        next_one = "then all are finished"
+    named = f" ({finished[0]}{f' to {finished[-1]}' if len(finished) > 1 else ''})" if finished else ""
+    return f"{minutes:g} minutes finish {len(finished)} of {len(order)} cells{named}; {next_one}"
+
+
+def expected_seconds(expected: Expected, cells: Sequence[Planned]) -> float:
+    """How long cells take as the plan expects, all its devices at work."""
+    if expected.device is None:
+        work, rate = sum(cell.samples * cell.encoder_cost for cell in cells), expected.samples_per_second or 0.0
+        return work / rate + len(cells) * expected.seconds_per_cell
+    from amclr_scale.metrics.devices import find_profile
+
+    peak = find_profile(expected.device).peak(cells[0].config.execution.precision)
+    return sum(sum(cell.flops) for cell in cells) / (expected.count * peak * expected.utilisation)
+
+
 def expectation(expected: Expected, cells: Sequence[Planned]) -> str:
     """The arithmetic from operations, or from a rate, to hours."""
     if expected.device is None:
         work, rate = sum(cell.samples * cell.encoder_cost for cell in cells), expected.samples_per_second or 0.0
-        seconds = work / rate + len(cells) * expected.seconds_per_cell
+        seconds = expected_seconds(expected, cells)
         return (
             f"{work:,.0f} samples through both towers / {rate:g} per second + {len(cells)} cells x "
             f"{expected.seconds_per_cell:g} s = {duration(seconds)}"
@@ -169,7 +207,7 @@ def expectation(expected: Expected, cells: Sequence[Planned]) -> str:
 
     precision = cells[0].config.execution.precision
     peak, flops = find_profile(expected.device).peak(precision), sum(sum(cell.flops) for cell in cells)
-    seconds = flops / (expected.count * peak * expected.utilisation)
+    seconds = expected_seconds(expected, cells)
     return (
         f"{flops:.3g} FLOPs / ({expected.count} {expected.device} x {peak:.4g} x {expected.utilisation:g}) = "
         f"{seconds / 3600:.1f} h"

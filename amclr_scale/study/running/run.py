@@ -7,6 +7,7 @@ kernel tells them (Linux). The same command then goes on where it stopped.
 
 import base64
 import json
+import math
 import os
 import re
 import signal
@@ -62,6 +63,14 @@ class Outcome:
     def exit_code(self) -> int:
         """0: every cell is finished; 1: some failed; 75: asked to end, the same command goes on."""
         return EXIT_RESUMABLE if self.interrupted else 1 if self.failed else 0
+
+
+def waiting(plan: StudyPlan, folder: StudyFolder, cells: Sequence[Planned]) -> list[Planned]:
+    """The cells that are not finished, in the order in which they run: all arms of one seed before the next seed, so
+    that a study that is stopped early still compares all arms.
+    """
+    seeds = [*plan.tuning_seeds, *plan.seeds]
+    return [cell for cell in sorted(cells, key=lambda one: seeds.index(one.seed)) if not folder.is_finished(cell)]
 
 
 Command = Callable[[StudyPlan, StudyFolder, Planned, int], list[str]]
@@ -139,6 +148,7 @@ class Runner:
         cells: in the order in which they are to run.
         say: takes a line for the user.
         make_command: of a cell; another one in tests.
+        until: by time.monotonic(), when to end as if a signal asked to.
     """
 
     def __init__(
@@ -148,13 +158,11 @@ class Runner:
         cells: Sequence[Planned],
         say: Callable[[str], None],
         make_command: Command = command,
+        until: float = math.inf,
     ):
         self.plan, self.folder, self.cells = plan, folder, list(cells)
-        self._say, self._command = say, make_command
-        # all arms of one seed before the next seed: a study that is stopped early still compares all arms
-        seeds = [*plan.tuning_seeds, *plan.seeds]
-        ordered = sorted(cells, key=lambda cell: seeds.index(cell.seed))
-        self._waiting = deque(cell for cell in ordered if not folder.is_finished(cell))
+        self._say, self._command, self._until = say, make_command, until
+        self._waiting = deque(waiting(plan, folder, cells))
         self._running: list[_Running] = []
         self._failures: dict[str, int] = {}
         self._resumes: dict[str, int] = {}
@@ -171,7 +179,7 @@ class Runner:
         try:
             with self._progress:
                 self.folder.record_killed()
-                while (self._waiting or self._running) and not self._signal:
+                while (self._waiting or self._running) and not self._over():
                     while self._waiting and len(self._running) < self.plan.execution.jobs:
                         self._start(self._waiting.popleft())
                     time.sleep(POLL)
@@ -186,6 +194,12 @@ class Runner:
                 signal.signal(number, handler)
         done = sum(self.folder.is_finished(cell) for cell in self.cells)
         return Outcome(done, tuple(self._failed), bool(self._signal))
+
+    def _over(self) -> bool:
+        """Whether somebody has asked to end, or the piece of the study that was asked for is over."""
+        if not self._signal and time.monotonic() >= self._until:
+            self._signal = "--minutes"
+        return bool(self._signal)
 
     def _now(self) -> list[tuple[Planned, float]]:
         return [(one.cell, one.started) for one in self._running]
