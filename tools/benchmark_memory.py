@@ -184,7 +184,7 @@ def measure(config: Config, world_size: int, rank: int, *, look: bool = True) ->
     engine, _ = build_engine(config, model, no_decay=model.no_weight_decay(), device=device, world_size=world_size)
     phases, kept = Phases(device), config.execution.kept_micro_batches
     assert kept != "auto"
-    teacher = build_teacher(config, engine, objective, total_steps=STEPS, device=device)
+    teacher = build_teacher(config, engine, total_steps=STEPS, device=device)
     step = TrainStep(
         engine, objective, micro_batch_sizes=plan.micro_batch_sizes, kept=kept, device=device, phases=phases,
         teacher=teacher,

@@ -4,7 +4,7 @@ In two parts, since mistakes in the data are found before any process waits for 
 process group.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch
 
 from amclr_scale import objectives
 from amclr_scale.config.schema import Config, Execution
+from amclr_scale.config.teacher import lent_sides
 from amclr_scale.data.loader import TrainLoader
 from amclr_scale.data.tokenizers import Tokenizer, load_tokenizer
 from amclr_scale.distributed.launcher import RankInfo
@@ -120,6 +121,8 @@ def build_trainer(
     prepare_towers(model, config.execution)
     freeze(model.named_parameters(), config.optimizer, model.learning_rate_factors())  # and what is frozen counts less
     flops = broadcast_object(count(model, *sample_views(config, inputs.tokenizer.pad_id)) if first else None)
+    views = {"image": 1 + config.data.image_views, "text": 1 + config.data.text_views}
+    flops = replace(flops, lent=sum(getattr(flops, side) // views[side] for side in lent_sides(config)))
     stopwatch.lap("model")
 
     similarities = configure_similarity(config.execution, device)
@@ -127,7 +130,7 @@ def build_trainer(
         config, model, no_decay=model.no_weight_decay(), factors=model.learning_rate_factors(), device=device,
         world_size=world_size, folder=folder,
     )  # fmt: skip
-    teacher = build_teacher(config, engine, objective, total_steps=inputs.plan.total_steps, device=device)
+    teacher = build_teacher(config, engine, total_steps=inputs.plan.total_steps, device=device)
     stopwatch.lap("engine")
     return Trainer(model, objective, engine, optimizer, similarities, flops, teacher)
 

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from amclr_scale.config.schema import Config, Momentum
+from amclr_scale.config.teacher import lent_sides
 from amclr_scale.encoders.rank_buffers import averaged_buffers
 from amclr_scale.encoders.weights import saved_parts
 from amclr_scale.engine.micro_batches import on_device, split
@@ -30,12 +31,10 @@ from amclr_scale.engine.random_state import RandomState
 from amclr_scale.engine.schedules import averaging_decay
 from amclr_scale.engine.zero.averaged_weights import AveragedWeights
 from amclr_scale.engine.zero.master_weights import full_fp32
-from amclr_scale.objectives.base import Objective
 from amclr_scale.precision import DTYPES
 from amclr_scale.types import Batch
 
 SCALE = ("logit_scale", "logit_bias")
-LENT = ("image", "text")  # as image_momentum, text_momentum
 
 
 class Teacher:
@@ -46,7 +45,7 @@ class Teacher:
         engine: DeepSpeed's, around the student.
         precision: what the student computes in.
         total_steps: of the run, for the decay's course.
-        lends: which of `LENT` the objective asks for.
+        lends: which of image and text it encodes, as image_momentum and text_momentum.
 
     Attributes:
         weights: the average.
@@ -156,16 +155,13 @@ class Teacher:
         return {f"{side}_momentum": torch.cat(found) for side, found in parts.items()}
 
 
-def build_teacher(
-    config: Config, engine: Any, objective: Objective, *, total_steps: int, device: torch.device
-) -> Teacher | None:
+def build_teacher(config: Config, engine: Any, *, total_steps: int, device: torch.device) -> Teacher | None:
     """The teacher that model.momentum asks for, if it does."""
     if config.model.momentum is None:
         return None
-    lends = [side for side in LENT if f"{side}_momentum" in objective.inputs]
     return Teacher(
-        config.model.momentum, engine, precision=config.execution.precision, total_steps=total_steps, lends=lends,
-        device=device,
+        config.model.momentum, engine, precision=config.execution.precision, total_steps=total_steps,
+        lends=lent_sides(config), device=device,
     )  # fmt: skip
 
 

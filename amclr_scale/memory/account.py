@@ -23,6 +23,7 @@ import torch
 
 from amclr_scale.config.objective_options import declared
 from amclr_scale.config.schema import Config
+from amclr_scale.config.teacher import lent_sides
 from amclr_scale.distributed.launcher import ranks_on_node
 from amclr_scale.engine.batch_plan import Plan, make_plan
 from amclr_scale.engine.optimizers import parameter_groups
@@ -30,7 +31,7 @@ from amclr_scale.memory.components import PHASES, TEACHER, Component, Phase, alw
 from amclr_scale.memory.objective_memory import made_together, objective_memory, sample_state_bytes, staged_bytes
 from amclr_scale.memory.passes import Passes
 from amclr_scale.memory.state import Groups, state_components, stepped
-from amclr_scale.memory.teacher import Weights, lent_sides, teacher_components
+from amclr_scale.memory.teacher import Weights, teacher_components
 from amclr_scale.memory.towers import skeleton
 from amclr_scale.memory.units import in_words
 from amclr_scale.similarity import Group, Settings

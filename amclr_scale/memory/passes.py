@@ -18,6 +18,7 @@ from functools import cached_property
 from itertools import groupby, repeat
 
 from amclr_scale.config.schema import Config
+from amclr_scale.config.teacher import lent_sides
 from amclr_scale.engine.batch_plan import Plan
 from amclr_scale.memory.components import Component, Phase
 from amclr_scale.memory.stage3_gathers import LOOKED_AT, Both, Calls, Replay, fewer, looked_at, replay
@@ -233,7 +234,13 @@ def gathers(config: Config, plan: Plan, device: str) -> Counter[int]:
     """
     cut = _cut(list(runs_of(plan)), plan.micro_batches - _kept(config, plan))
     found, calls = _replayed(config, plan, device, parameter_sizes(config), *cut)
-    return found.sent_in(calls[0] + calls[1])
+    in_order = calls[0] + calls[1]
+    sent = found.sent_in(in_order)
+    if lent_sides(config):
+        sent.update(found.sent_in_first_pass(in_order))
+        limit = Limits.of(config.deepspeed).persistent  # they are given up before the teacher encodes, and after it
+        sent.update({numel: 2 for numel in parameter_sizes(config) if numel <= limit})
+    return sent
 
 
 def _kept(config: Config, plan: Plan) -> int:

@@ -54,11 +54,24 @@ class Replay:
 
     def sent_in(self, calls: Calls) -> Counter[int]:
         """Messages by their elements in a step of all these calls, which may be more than were followed."""
-        weights = [_stands_for(index, count) for _, count in calls for index in looked_at(count)]
-        found = Counter[int]()
-        for weight, messages in zip([*weights, *weights, 1], self.sent, strict=True):
-            found.update({elements: weight * several for elements, several in Counter(messages).items()})
-        return found
+        weights = _weights(calls)
+        return _weighed([*weights, *weights, 1], self.sent)
+
+    def sent_in_first_pass(self, calls: Calls) -> Counter[int]:
+        """Those of the first forwards alone."""
+        weights = _weights(calls)
+        return _weighed(weights, self.sent[: len(weights)])
+
+
+def _weights(calls: Calls) -> list[int]:
+    return [_stands_for(index, count) for _, count in calls for index in looked_at(count)]
+
+
+def _weighed(weights: list[int], sent: list[list[int]]) -> Counter[int]:
+    found = Counter[int]()
+    for weight, messages in zip(weights, sent, strict=True):
+        found.update({elements: weight * several for elements, several in Counter(messages).items()})
+    return found
 
 
 def fewer(calls: Calls, *towers: Tower) -> Calls:

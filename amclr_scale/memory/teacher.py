@@ -13,24 +13,15 @@ are traced in training mode: what dropout makes there, the teacher does not make
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from amclr_scale.config.objective_options import declared
 from amclr_scale.config.schema import Config
+from amclr_scale.config.teacher import Side, lent_sides
 from amclr_scale.engine.batch_plan import Plan
-from amclr_scale.engine.teacher import LENT
 from amclr_scale.memory.components import TEACHER, Component, Phase, Place, always
 from amclr_scale.memory.passes import Moment, Passes, runs_of
-from amclr_scale.memory.towers import MODALITIES, Modality, trace
+from amclr_scale.memory.towers import trace
 from amclr_scale.precision import DTYPES
 
 WIDE = 4  # bytes of an element of a feature, and of a kept weight
-
-
-def lent_sides(config: Config) -> tuple[Modality, ...]:
-    """Of which modalities a teacher encodes every batch."""
-    if config.model.momentum is None:
-        return ()
-    inputs = declared(config.objective).inputs
-    return tuple(side for side in MODALITIES if side in LENT and inputs.count(f"{side}_momentum"))
 
 
 def computes_in(config: Config) -> str:
@@ -102,7 +93,7 @@ def teacher_components(config: Config, plan: Plan, device: str, weights: Weights
 
 
 def _moments(
-    config: Config, plan: Plan, device: str, sides: tuple[Modality, ...], now: Moment, features: int
+    config: Config, plan: Plan, device: str, sides: tuple[Side, ...], now: Moment, features: int
 ) -> Iterator[Moment]:
     """One micro-batch after another, and all features joined."""
     cut = config.execution.zero_stage == 3 and plan.world_size > 1

@@ -1,6 +1,7 @@
 """Floating-point operations of a model, and the share of a device's peak that they reach.
 
-Useful operations count each sample once: a forward, and a backward of twice that, which a frozen tower has not.
+Useful operations count each sample once: a forward, and a backward of twice that, which a frozen tower has not; and the
+forward of a teacher (`model.momentum`) whose features the objective reads.
 Hardware operations also count what is done again to save memory: the second forward of the gradient cache, and
 recomputed activations. Utilisation is operations per second over the device's peak for dense matrix products in the
 precision used (devices.py). Attention counts its two products in full, masked or not, whichever kernel computes them.
@@ -23,16 +24,18 @@ class ModelFlops:
     Attributes:
         image, text: of each side, with its head.
         frozen_image, frozen_text: of these, what no backward follows.
+        lent: of a teacher that encodes one view of each sample, without a backward.
     """
 
     image: int
     text: int
     frozen_image: int = 0
     frozen_text: int = 0
+    lent: int = 0
 
     def useful(self) -> float:
         """Forward and backward, once."""
-        return 3.0 * (self.image + self.text) - 2.0 * (self.frozen_image + self.frozen_text)
+        return 3.0 * (self.image + self.text) - 2.0 * (self.frozen_image + self.frozen_text) + self.lent
 
     def hardware(self, *, second_forwards: float, recomputed_image: float, recomputed_text: float) -> float:
         """With what is done again.

@@ -6,6 +6,7 @@
     temperature_spread   temperatures of the samples visited so far
     gradient_norms       norm of the gradient that reaches each modality's embeddings
     collisions           samples that a batch holds twice, and negatives that are positives as ids and captions tell
+    teacher_cosine       how near the features of a teacher are to the student's
     of_step              what of these a single step can answer
 
 Every function returns floats about the global batch, the same on every rank, and has to be called by all ranks.
@@ -124,6 +125,19 @@ def collisions(ids: Tensor, captions: Tensor, text_ids: Tensor | None = None) ->
     return dict(numbers(duplicates=count[count > 1].sum() / B, false_negatives=same / max(1, B * (B - 1))))
 
 
+@torch.no_grad()
+def teacher_cosine(embeddings: Embeddings) -> dict[str, float]:
+    """Mean cosine of each embedding with the teacher's of the same sample; {} where none is lent."""
+    found = {}
+    for side in ("image", "text"):
+        lent = embeddings.given.get(f"{side}_momentum")
+        if isinstance(lent, Tensor):
+            rows = at_least_float32(getattr(embeddings, side).detach())
+            cosines = torch.nn.functional.cosine_similarity(rows, at_least_float32(lent), dim=1)
+            found[f"teacher_cosine_{side}"] = all_sum(cosines.mean()) / world_size()
+    return dict(numbers(**found))
+
+
 def of_step(objective: Objective, embeddings: Embeddings, captions: Tensor | None = None) -> dict[str, float]:
     """All of the above that one step's embeddings, after backward, can answer: what the trainer logs now and then.
 
@@ -136,6 +150,7 @@ def of_step(objective: Objective, embeddings: Embeddings, captions: Tensor | Non
         found |= geometry(image, text)
         if embeddings.logit_scale is not None:
             found |= npc_multiplier(image, text, 1 / at_least_float32(embeddings.logit_scale.detach()))
+    found |= teacher_cosine(embeddings)
     if captions is not None and embeddings.ids is not None:
         found |= collisions(embeddings.ids, captions.to(image.device), embeddings.text_ids)
     return found

@@ -28,9 +28,11 @@ from functools import lru_cache
 import torch
 
 from amclr_scale.config.schema import Config
+from amclr_scale.config.teacher import lent_sides
 from amclr_scale.encoders.dual_encoder import DualEncoder
 from amclr_scale.encoders.recomputation import Recomputation, recomputed_share
 from amclr_scale.engine.batch_plan import make_plan
+from amclr_scale.memory.teacher import computes_in, encodes
 from amclr_scale.memory.timeline import Timeline
 from amclr_scale.memory.towers import Modality, Tower, skeleton, trace
 from amclr_scale.metrics.devices import USUAL, DeviceProfile
@@ -143,9 +145,19 @@ def estimate(
             for p in passes
         )
         towers += b / (n * m) * ((n - k) * (first + again) + k * again + n * back)
+    lent = 0.0  # operations per sample of a teacher's forward
+    for modality in lent_sides(config):
+        m, forward = plan.micro_batch_sizes[modality == "text"], _passes(encodes(config), modality)[0]
+        moves = forward.bytes(m) / profile.memory_bandwidth
+        works = forward.flops * m / (profile.peak(computes_in(config)) * rates.utilisation)
+        together = sum if profile.type == "cpu" else max
+        towers += b / m * together((forward.launches * rates.launch, max(works, moves)))
+        lent += forward.flops
 
-    traced = [trace(config, modality) for modality in modalities]
-    model_flops = ModelFlops(*(round(t.flops) for t in traced), *(round(t.frozen_flops) for t in traced))
+    image, text = (trace(config, modality) for modality in modalities)
+    model_flops = ModelFlops(
+        round(image.flops), round(text.flops), round(image.frozen_flops), round(text.frozen_flops), round(lent)
+    )
     useful = model_flops.useful()
     work = objective_trace(config, world_size, num_samples, profile.type, ranks_per_node)
     objective = work.flops(b) / (profile.peak("fp32") * rates.utilisation) + work.bytes(b) / profile.memory_bandwidth
@@ -168,6 +180,7 @@ def estimate(
     share = parameters / (world_size if execution.zero_stage else 1)
     states = 1 + config.optimizer.rule.moments(config.optimizer)
     touched = share * 4 * (2 * states + 1) + parameters * (DTYPES[execution.precision].itemsize + 4)
+    touched += share * 4 * 3 * (config.model.momentum is not None)  # the masters read, the average read and written
     offloaded = execution.offload != "none" and profile.type == "cuda"
     to_host, from_host = host_traffic(config, world_size, gathered) if offloaded else (0, 0)
     return Cost(

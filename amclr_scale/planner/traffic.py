@@ -17,6 +17,9 @@ is exact. DeepSpeed's part (0.19), as payloads of collectives:
                   in each first forward, second forward and backward. k = n = 1 and P below
                   stage3_max_reuse_distance: each once, as they stay between forward and backward
 
+A moving average of the weights: at stages 1 and 2 an all_gather of P numbers, 4 bytes each. At stage 3 one that lends
+features gathers parameters as another first pass does, and those below the threshold twice more.
+
 e is 2 for bf16 and fp16. Large tensors, L, have more than stage3_param_persistence_threshold elements (default
 100,000); recomputed activations fetch nothing more. Held against measurement in tests, within 0.5 %. Left out: norms,
 overflow flags, losses (some numbers each), sums of layerwise optimizers (two per layer), BatchNorm's of norm=sync.
@@ -166,6 +169,8 @@ def zero_messages(config: Config, world_size: int, fetched: Fetches) -> Messages
     found = [message("all_reduce", parameters, 4, "gradients")]
     if stage > 0:
         found.append(message("all_gather", parameters, e, "parameters"))
+        if config.model.momentum is not None:
+            found.append(message("all_gather", parameters, 4, "moving average"))
     return Messages(tuple(found))
 
 

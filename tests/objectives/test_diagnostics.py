@@ -1,5 +1,7 @@
 """Diagnostics equal their dense definitions, on one rank and on two."""
 
+import dataclasses
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -82,7 +84,11 @@ def test_a_step_answers_what_it_can():
     assert {"alignment", "modality_gap", "temperature_image_std"} <= found.keys()
     free = make("vicreg")
     free(e).value.backward()
-    assert set(diagnostics.of_step(free, e)) == {"gradient_norm_image", "gradient_norm_text"}
+    lent = dataclasses.replace(e, given={"text_momentum": -e.text.detach()})
+    assert diagnostics.of_step(objective, lent)["teacher_cosine_text"] == pytest.approx(-1)
+    assert "teacher_cosine_image" not in diagnostics.of_step(objective, lent)
+    cosines = {"teacher_cosine_image", "teacher_cosine_text"}
+    assert set(diagnostics.of_step(free, e)) == {"gradient_norm_image", "gradient_norm_text", *cosines}
 
 
 IDS = torch.tensor([3, 7, 3, 9, 11, 9, 9, 2])

@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 
 from amclr_scale.config.load import build
+from amclr_scale.config.schema import Momentum
 from amclr_scale.memory.towers import trace
 from amclr_scale.memory.units import in_two_digits
 from amclr_scale.metrics.devices import find_profile
@@ -36,6 +37,14 @@ def test_towers_take_their_operations():
     assert seconds(ONLY_OPERATIONS, rates=NO_WAITING, kept_micro_batches=64).towers == pytest.approx(3.5 * one)
     both = {"recompute_image": "full", "recompute_text": "full", "kept_micro_batches": 128}
     assert seconds(ONLY_OPERATIONS, rates=NO_WAITING, **both).towers == pytest.approx(4 * one)
+    words = {
+        "model": small().model.model_copy(update={"momentum": Momentum()}),
+        "objective": {"name": "momentum_queue"},
+    }
+    taught = changed(with_batch(small().model_copy(update=words), 8192), micro_batch_size=64, kept_micro_batches=128)
+    cost = estimate(taught, ONLY_OPERATIONS, world_size=1, num_samples=10_000, rates=NO_WAITING)
+    assert cost.towers == pytest.approx(4 * one)  # one more forward, of a teacher
+    assert cost.flops == pytest.approx(4 * flops)
 
 
 def test_a_slower_device_a_smaller_utilisation_or_tiny_micro_batches_take_longer():

@@ -19,6 +19,7 @@ from amclr_scale.encoders.build import build_model
 from amclr_scale.engine.batch_plan import make_plan
 from amclr_scale.engine.deepspeed_setup import build_engine, prepare_towers
 from amclr_scale.engine.step import TrainStep
+from amclr_scale.engine.teacher import build_teacher
 from amclr_scale.metrics.phases import Phases
 from amclr_scale.planner.messages import Message, MessageCounter, Messages
 from amclr_scale.planner.objective_traffic import trace_objective
@@ -166,14 +167,19 @@ STAGES = [
     (3, 4, 2, 0, "fp32"),
     (3, 1, 2, 5, "fp32"),
 ]
+TAUGHT = ((2, 4, None, 1, "bf16"), (3, 4, None, 1, "fp32"))  # beside a teacher
 LEFT_OUT = 2  # all-gathers of a loss and the like
 
 
-def settings_of(stage: int, micro: int, text: int | None, kept: int, precision: str) -> Config:
+def settings_of(stage: int, micro: int, text: int | None, kept: int, precision: str, *, taught: bool = False) -> Config:
+    teacher = {"momentum": {}} if taught else {}
+    objective = {"objective": {"name": "momentum_queue", "size": 64, "width": 16}} if taught else {}
     return build(
         {
+            **objective,
             "data": {"image_size": 16, "context_length": 8},
             "model": {
+                **teacher,
                 "embedding_width": 16,
                 "image": {"width": 8},
                 "text": {"width": 64, "layers": 3, "heads": 2},
@@ -201,17 +207,22 @@ def model_of(config: Config) -> nn.Module:
     )  # fmt: skip
 
 
-def trained(case: tuple[int, int, int | None, int, str]) -> tuple[dict[str, tuple[int, int]], float]:
+def trained(
+    case: tuple[int, int, int | None, int, str], *, taught: bool = False
+) -> tuple[dict[str, tuple[int, int]], float]:
     """Payloads and calls of a training step by collective, and what DeepSpeed's own logger adds up."""
     import deepspeed.comm as ds_comm
 
-    config = settings_of(*case)
+    config = settings_of(*case, taught=taught)
     model = model_of(config)
     prepare_towers(model, config.execution)
     engine, _ = build_engine(config, model, no_decay=model.no_weight_decay(), device=CPU, world_size=2)
     sizes = (case[1], case[2] or case[1])
-    objective = objectives.create("clip")
-    step = TrainStep(engine, objective, micro_batch_sizes=sizes, device=CPU, phases=Phases(CPU), kept=case[3])
+    objective = objectives.from_section(config.objective, "replicated", num_samples=1000)
+    step = TrainStep(
+        engine, objective, micro_batch_sizes=sizes, device=CPU, phases=Phases(CPU), kept=case[3],
+        teacher=build_teacher(config, engine, total_steps=3, device=CPU),
+    )  # fmt: skip
     ids = torch.arange(8) + 8 * rank()
     batch = Batch(ids, (torch.randint(0, 255, (8, 3, 16, 16), dtype=torch.uint8),), (torch.randint(1, 200, (8, 8)),))
     for _ in range(2):  # stage 3 learns the order of modules
@@ -230,6 +241,20 @@ def trained(case: tuple[int, int, int | None, int, str]) -> tuple[dict[str, tupl
 
 def all_trained() -> list[tuple[dict[str, tuple[int, int]], float]]:
     return [trained(case) for case in STAGES]
+
+
+def all_taught() -> list[tuple[dict[str, tuple[int, int]], float]]:
+    return [trained(case, taught=True) for case in TAUGHT]
+
+
+def test_a_teacher_sends_what_was_predicted(ranks):
+    measured = ranks(2, all_taught)[0]
+    for case, (found, _) in zip(TAUGHT, measured, strict=True):
+        config = settings_of(*case, taught=True)
+        wire = on_the_wire(config, world_size=2, num_samples=1000, device_type="cpu")
+        ratio = sum(size for size, _ in found.values()) / wire.messages.payload_bytes
+        print(*case, f"measured over predicted {ratio:.5f}")
+        assert ratio == pytest.approx(1, abs=0.01), case
 
 
 def test_zero_sends_what_was_predicted(ranks):

@@ -6,11 +6,12 @@ from typing import Any
 import pytest
 
 from amclr_scale.config.load import merge, recipe
+from amclr_scale.config.schema import Momentum
 from amclr_scale.errors import UserError
 from amclr_scale.study.planning import cells as cells_module
 from amclr_scale.study.planning.arms import CONTROLS
 from amclr_scale.study.planning.cells import Planned, base_tree, make_cells, reference_of
-from amclr_scale.study.planning.cost import encoder_flops, pairwise_flops
+from amclr_scale.study.planning.cost import encoder_cost, encoder_flops, pairwise_flops
 from amclr_scale.study.planning.load import load_plan
 from amclr_scale.study.planning.warnings import warnings
 from tests.study.test_plan import PLAN
@@ -80,6 +81,10 @@ def test_operations_are_those_that_training_counts(tmp_path: Path) -> None:
     less = count(model, *sample_views(config, 0)).useful()
     assert encoder_flops(frozen) == pytest.approx(less, rel=1e-6)
     assert less < 0.8 * encoder_flops(config)
+    taught = planned(tmp_path, "arms=[clip]")["clip-B32-s0"].config
+    words = {"model": taught.model.model_copy(update={"momentum": Momentum()}), "objective": {"name": "momentum_queue"}}
+    assert encoder_flops(taught.model_copy(update=words)) == pytest.approx(4 / 3 * encoder_flops(taught), rel=1e-6)
+    assert encoder_cost(taught.model_copy(update=words)) == pytest.approx(4 / 3)
     # 2 x 2 matrices of 32 keys of width 128: forward 2 D per similarity, backward to both sides and once again 6 D
     assert pairwise_flops(config) == 4 * 32 * (2 * 128 + 6 * 128)
 

@@ -8,12 +8,14 @@ a gradient cache or recomputation does again is a choice of execution and not co
 
 import json
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from amclr_scale.config.objective_options import declared
 from amclr_scale.config.schema import Config, Optimizer
+from amclr_scale.config.teacher import lent_sides
 
 if TYPE_CHECKING:
+    from amclr_scale.memory.towers import Tower
     from amclr_scale.planner.objective_traffic import ObjectiveTrace
 
 
@@ -33,26 +35,36 @@ def negatives(config: Config) -> int:
 
 
 def encoder_cost(config: Config) -> float:
-    """Forward passes of both towers per sample, relative to one view of each."""
-    return (2 + config.data.image_views + config.data.text_views) / 2
+    """Passes of both towers per sample, relative to one view of each; a teacher's forward is a third of one."""
+    return (2 + config.data.image_views + config.data.text_views + len(lent_sides(config)) / 3) / 2
 
 
 def encoder_flops(config: Config) -> float:
-    """Useful operations of both towers per sample, all of its views."""
+    """Useful operations of both towers per sample, all of its views, and of a teacher's forward."""
     data = config.data.model_copy(update={"image_views": 0, "text_views": 0})  # traced once for all arms
     factors = Optimizer(lr_factors=config.optimizer.lr_factors)  # what is frozen has no backward
-    image, text = _useful(Config(data=data, model=config.model, optimizer=factors).model_dump_json())
-    return image * (1 + config.data.image_views) + text * (1 + config.data.text_views)
+    image, text = _operations(Config(data=data, model=config.model, optimizer=factors).model_dump_json())
+    lent = sum({"image": image, "text": text}[side].forward for side in lent_sides(config))
+    return image.useful * (1 + config.data.image_views) + text.useful * (1 + config.data.text_views) + lent
+
+
+class _Operations(NamedTuple):
+    useful: float
+    forward: float
 
 
 @lru_cache(maxsize=32)
-def _useful(config: str) -> tuple[float, float]:
+def _operations(config: str) -> tuple[_Operations, _Operations]:
     """Of one view of each side."""
     from amclr_scale.memory.towers import trace  # seconds of imports, which only this needs
 
     parsed = Config.model_validate_json(config)
     image, text = trace(parsed, "image"), trace(parsed, "text")
-    return 3 * image.flops - 2 * image.frozen_flops, 3 * text.flops - 2 * text.frozen_flops
+    return _of(image), _of(text)
+
+
+def _of(tower: "Tower") -> _Operations:
+    return _Operations(3 * tower.flops - 2 * tower.frozen_flops, tower.flops)
 
 
 def pairwise_flops(config: Config) -> float:
