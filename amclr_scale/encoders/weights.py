@@ -1,10 +1,10 @@
 """A tower's weights from a local file: a library's, or one of our own checkpoints. Nothing is ever downloaded."""
 
 import argparse
-import pickle
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
+from pickle import UnpicklingError
 
 import torch
 from torch import Tensor, nn
@@ -115,7 +115,7 @@ def _read(path: str, key: str) -> dict[str, Tensor]:
             return load_file(path)
         with torch.serialization.safe_globals([argparse.Namespace]):  # options of a training script: plain values
             state = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
+    except UnpicklingError as error:
         raise UserError(
             f"{key}: {path} cannot be read as weights: it holds Python objects beside tensors, which are never "
             "unpickled, or is damaged; save model.state_dict() alone"

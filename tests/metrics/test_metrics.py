@@ -22,10 +22,11 @@ from amclr_scale.metrics.phases import Phases
 class Linears(nn.Module):
     def __init__(self):
         super().__init__()
-        self.image, self.text = nn.Linear(10, 20), nn.Linear(6, 4)
+        self.image_tower, self.text_tower = nn.Linear(10, 20), nn.Linear(6, 4)
+        self.image_head, self.text_head = nn.Identity(), nn.Identity()
 
     def forward(self, images, texts):
-        return [self.image(x) for x in images] + [self.text(x) for x in texts]
+        return [self.image_tower(x) for x in images] + [self.text_tower(x) for x in texts]
 
 
 def test_operations_are_counted_per_sample_and_view():

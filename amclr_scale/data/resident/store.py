@@ -40,7 +40,7 @@ class ResidentData:
         self._members: list[str] = about["members"]
         self._unread = {int(sample): BadSampleError(*words) for sample, words in about["unread"].items()}
         self._undecoded = {int(sample): BadSampleError(*words) for sample, words in about["undecoded"].items()}
-        with np.load(folder / "table.npz") as table:
+        with np.load(folder / "table.npz", allow_pickle=False) as table:
             self.sizes: NDArray[np.int32] = table["sizes"]
             self._text_ends: NDArray[np.int64] = table["text_ends"]  # (N, members); -1: no such member
         counts = self.sizes.astype(np.int64).prod(1) * 3
