@@ -8,7 +8,8 @@ A step is the sum of these, per rank; nothing is taken to overlap but stage 3's 
                  operations, and what recomputation runs again. Launches x their time run beside that on a GPU, so the
                  larger counts, and before it on a CPU. Operations, bytes and launches (allocations) are traced
                  (towers.py); u is the utilisation that matrix products reach
-    objective    operations of its float32 products / (peak u) + bytes / memory bandwidth, traced (objective_trace.py)
+    objective    operations of its products / (peak u), in the precision that they run in there (`split`: three bfloat16
+                 products for one), + bytes / memory bandwidth, traced (objective_traffic.py)
     messages     bytes on the wire (traffic.py) / link + calls x their latency. A ring passes a node's border once, so
                  gathering and reducing run at the smaller of the link inside and all network cards of a node together.
                  Of what goes to everybody (all_to_all), the part for other nodes takes a device's own card and the rest
@@ -47,6 +48,8 @@ from amclr_scale.planner.traffic import (
     zero_messages,
 )
 from amclr_scale.precision import DTYPES
+from amclr_scale.similarity.precision import form_of
+from amclr_scale.similarity.settings import Settings
 
 # Numbers that the optimizer keeps per parameter, beside the parameter itself.
 SPREAD = 0.2  # one run's hfu says so much about another's: a plain and a cached step on the same card (measurements.md)
@@ -160,7 +163,9 @@ def estimate(
     )
     useful = model_flops.useful()
     work = objective_trace(config, world_size, num_samples, profile.type, ranks_per_node)
-    objective = work.flops(b) / (profile.peak("fp32") * rates.utilisation) + work.bytes(b) / profile.memory_bandwidth
+    products, kind = _products(config, profile)
+    objective = products * work.flops(b) / (profile.peak(kind) * rates.utilisation)
+    objective += work.bytes(b) / profile.memory_bandwidth
     if execution.similarity.cache_mib:  # kept tiles save the first of backward's products, about 1 in 4
         tiles = min(1.0, execution.similarity.cache_mib * 2**20 / (b * b * world_size * 4))
         objective *= 1 - tiles / 4
@@ -221,6 +226,15 @@ def _kept_by_tower(kept: int, images: int, texts: int) -> tuple[int, int]:
     if images == texts:
         return min(kept, images), min(kept, texts)
     return min(images, max(0, kept - texts)), min(kept, texts)
+
+
+def _products(config: Config, profile: DeviceProfile) -> tuple[int, str]:
+    """How many products an objective's one is, and in which precision the device multiplies."""
+    settings = Settings(precision=config.execution.similarity.precision, run_precision=config.execution.precision)
+    form = form_of(settings, torch.float32, fast_narrow=profile.type == "cuda")  # of the float32 rows that towers give
+    if form == "split":
+        return (3, "bf16") if profile.type == "cuda" else (3, "fp32")
+    return 1, form if profile.type == "cuda" else "fp32"  # a CPU multiplies rounded operands as float32
 
 
 @dataclass(frozen=True)

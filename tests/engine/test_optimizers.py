@@ -14,6 +14,7 @@ from amclr_scale.config.optimizers import RULES
 from amclr_scale.config.schema import Optimizer
 from amclr_scale.engine.optimizers import build_optimizer, set_learning_rate
 from amclr_scale.engine.step import _is_out_of_memory
+from amclr_scale.engine.zero.layerwise import LAMB, LARS
 
 CUDA = torch.device("cuda")
 
@@ -92,6 +93,20 @@ def test_one_weight_decay_for_all_rules(name, layerwise):
     start = weights_after(name, 0.1, [])
     after = weights_after(name, 0.1, [torch.zeros_like(start)] * 50, layerwise)
     torch.testing.assert_close(after, start * (1 - 0.02 * 0.5 * 0.1 * FACTORS.get(name, 1.0)) ** 50)
+
+
+@pytest.mark.parametrize("size", [1e-30, 1e-22, 1e-3])
+@pytest.mark.parametrize("rule", [LAMB, LARS])
+def test_layers_with_hardly_any_gradient_stay_finite(rule, size):
+    """|w|^2 / |u|^2 is beyond float32 where |u|^2 is below its normal numbers."""
+    weight = torch.nn.Parameter(torch.ones(4, 4))
+    options = {"betas": (0.9, 0.999), "eps": 1e-8} if rule is LAMB else {"momentum": 0.9}
+    optimizer = rule([weight], lr=0.01, weight_decay=0.1, **options)
+    for seed in range(3):
+        weight.grad = size * torch.randn(4, 4, generator=torch.Generator().manual_seed(seed))
+        optimizer.step()
+    assert weight.isfinite().all()
+    assert (weight - 1).norm() < 4 * 3 * 0.02
 
 
 @pytest.mark.parametrize("name", ["lamb", "lars"])

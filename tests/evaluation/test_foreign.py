@@ -107,7 +107,8 @@ def test_pictures_and_captions_encode_as_at_home(tmp_path, kind):
         want_image = features(model.get_image_features(**processor(wide_picture(), return_tensors="pt")))
     loaded = amclr_scale.load(f"transformers/{tmp_path}")
     torch.testing.assert_close(loaded.encode_text(TEXTS), want_text, rtol=0, atol=1e-5)
-    torch.testing.assert_close(loaded.encode_image(wide_picture()), want_image, rtol=0, atol=1e-5)
+    length = float(want_image.norm())  # 1, but for a random EfficientNet, which gives next to nothing
+    torch.testing.assert_close(loaded.encode_image(wide_picture()), want_image, rtol=0, atol=1e-5 * length)
     assert (loaded.config.data.context_length, loaded.config.data.image_size) == (16, 32)
 
 

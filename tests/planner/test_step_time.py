@@ -109,6 +109,27 @@ def test_what_was_measured_on_a_gpu_lies_in_the_interval(micro_batch, measured):
     assert usual == pytest.approx(measured, rel=0.2)
 
 
+@pytest.mark.parametrize(
+    ("run", "asked", "products", "kind"),
+    [
+        ("fp32", "auto", 1, "fp32"),
+        ("bf16", "auto", 3, "bf16"),
+        ("bf16", "fp32", 1, "fp32"),
+        ("fp32", "bf16", 1, "bf16"),
+    ],
+)
+def test_an_objective_multiplies_in_its_own_precision(run, asked, products, kind):
+    config = changed(with_batch(small(), 8192), micro_batch_size=64, kept_micro_batches=0)
+    similarity = config.execution.similarity.model_copy(update={"precision": asked})
+    execution = config.execution.model_copy(update={"precision": run, "similarity": similarity})
+    cost = estimate(
+        config.model_copy(update={"execution": execution}), ONLY_OPERATIONS, world_size=1, num_samples=10_000,
+        rates=NO_WAITING,
+    )  # fmt: skip
+    operations = 8 * 8192**2 * config.model.embedding_width  # CLIP's four products
+    assert cost.objective == pytest.approx(products * operations / (0.5 * H100.peak(kind)), rel=1e-6)
+
+
 def test_a_measured_utilisation_leaves_a_fifth():
     slow, fast = Rates(utilisation=0.4).ends()
     assert (slow.utilisation, fast.utilisation) == pytest.approx((0.32, 0.48))

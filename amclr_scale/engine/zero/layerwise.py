@@ -146,7 +146,7 @@ def _adam_moments(
 
 def _trust_ratio(weight: Tensor, update: Tensor, coefficient: float = 1.0) -> Tensor:
     """|w| / |u| times the coefficient, and 1 where either is zero. Both are squared norms, (R,)."""
-    ratio = coefficient * (weight / update).sqrt()
+    ratio = coefficient * weight.sqrt() / update.sqrt()  # their quotient may be too large for a float where this is not
     return torch.where((weight > 0) & (update > 0), ratio, torch.ones_like(weight))
 
 

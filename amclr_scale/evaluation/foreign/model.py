@@ -19,7 +19,7 @@ from amclr_scale.data.reading import Reading
 from amclr_scale.encoders.dual_encoder import Normalise
 from amclr_scale.errors import UserError
 
-PROOF = 1e-5  # unit vectors may differ by so much in each number
+PROOF = 1e-5  # unit vectors may differ by so much in each number; shorter ones (all but 0) by as much of their length
 CAPTIONS = ["a photo of two cats", " ".join(["a red house on the mat, 2 dogs sleeping"] * 40)]  # the second is cut
 
 
@@ -90,16 +90,20 @@ def prove(name: str, library: str, model: Foreign, reading: Reading, want: dict[
     """
     model.eval()
     got = model(images=(reading.view(proof_picture())[None],), texts=(reading.tokenizer(CAPTIONS),))
-    apart = {
-        side: float((got[side] - want[side]).abs().max()) if got[side].shape == want[side].shape else float("inf")
-        for side in ("image", "text")
-    }
+    apart = {side: _apart(got[side], want[side]) for side in ("image", "text")}
     if not all(value <= PROOF for value in apart.values()):
         raise UserError(
             f"checkpoint: {name}: {type(model.inner).__name__} would not be measured as {library} encodes: features of "
             f"a picture differ by {apart['image']:.1e}, of captions by {apart['text']:.1e} (at most {PROOF:.0e}); this "
             "kind of model cannot be evaluated here"
         )
+
+
+def _apart(got: Tensor, want: Tensor) -> float:
+    """The largest difference of two numbers, as a share of the length of the longest row."""
+    if got.shape != want.shape:
+        return float("inf")
+    return float((got - want).abs().max() / want.norm(dim=1).max())
 
 
 def foreign_config(tokenizer: str, context_length: int, image_size: int, mean: Any, std: Any) -> Config:
