@@ -78,6 +78,9 @@ class Data(Section):
     """Where samples that share an image say which: json.FIELD, numbers 0, 1, ... per data set (amclr-scale shards make
     writes image_id). Per-sample state of images then goes by image, that of texts by sample; null: one caption per
     image."""
+    labels: str | None = None
+    """Where samples say of which class they are, for objectives that ask (supcon): json.FIELD, words or numbers. Equal
+    ones are one class; a sample that has nothing there is in none."""
     image_views: Annotated[int, Field(ge=0)] = 0
     """Further augmented views of every image (AmCLR's omega)."""
     image_view: ImageAugmentation | None = None

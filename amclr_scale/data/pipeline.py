@@ -4,6 +4,8 @@ A sample that cannot be used is replaced by another one, whose id is drawn from 
 count and every number of workers replaces it by the same sample, which then carries its own id.
 """
 
+import hashlib
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -52,6 +54,7 @@ class Part:
 
     ids: Tensor  # (n,) int64
     text_ids: Tensor | None  # (n,) int64, where images have ids of their own
+    labels: Tensor | None  # (n,) int64, where samples have classes: equal for one class, -1 for none
     images: tuple[Tensor, ...]  # 1 + V of (n, 3, H, W) uint8; where devices hold the pictures, of (n, 6) crops
     texts: tuple[Tensor, ...]  # 1 + V of (n, L) int64
     faults: list[Fault]
@@ -70,7 +73,8 @@ class Pipeline:
         self.index, self.data, self.seed, self.tokenizer = index, data, seed, tokenizer
         self.text = TextViews(data)
         self._image_id = Field.parse(data.image_id) if data.image_id else None
-        others = {self._image_id.member} if self._image_id else set()
+        self._labels = Field.parse(data.labels) if data.labels else None
+        others = {field.member for field in (self._image_id, self._labels) if field}
         self._texts = self.text.members | others
         self._wanted = self._texts | frozenset(IMAGE_EXTENSIONS)
         self.resident: ResidentData | None = None
@@ -97,11 +101,12 @@ class Pipeline:
         kind = torch.int16 if data.resident == "device" else torch.uint8
         images = tuple(torch.empty(n, *shape, dtype=kind) for _ in range(1 + data.image_views))
         captions = list[list[str]]()
-        ids, image_ids, faults = list[int](), list[int](), list[Fault]()
+        ids, image_ids, labels, faults = list[int](), list[int](), list[int](), list[Fault]()
         for i, (sample, number) in enumerate(zip(visits.ids.tolist(), visits.passes.tolist(), strict=True)):
-            used, image_id, pixels, words = self._good(sample, number, faults)
+            used, image_id, label, pixels, words = self._good(sample, number, faults)
             ids.append(used)
             image_ids.append(image_id)
+            labels.append(label)
             captions.append(words)
             for view, tensor in zip(images, pixels, strict=True):
                 view[i] = tensor
@@ -109,11 +114,12 @@ class Pipeline:
         repeated = {"images": 0 if data.resident == "device" else count_repeated(images)}
         repeated["texts"] = count_repeated(texts)
         samples = torch.tensor(ids, dtype=torch.int64)
+        classes = torch.tensor(labels, dtype=torch.int64) if self._labels else None
         if not self._image_id:
-            return Part(samples, None, images, texts, faults, repeated)
-        return Part(torch.tensor(image_ids, dtype=torch.int64), samples, images, texts, faults, repeated)
+            return Part(samples, None, classes, images, texts, faults, repeated)
+        return Part(torch.tensor(image_ids, dtype=torch.int64), samples, classes, images, texts, faults, repeated)
 
-    def _good(self, sample: int, number: int, faults: list[Fault]) -> tuple[int, int, list[Tensor], list[str]]:
+    def _good(self, sample: int, number: int, faults: list[Fault]) -> tuple[int, int, int, list[Tensor], list[str]]:
         """The sample, or the first of its replacements that can be used. Only the sample itself counts as a fault."""
         draws = Draws(self.seed, Purpose.REPLACEMENT, number, sample)
         used, fault = sample, None
@@ -133,7 +139,7 @@ class Pipeline:
             f"{_ATTEMPTS:,} others drawn in its place; is this the right data set?"
         )
 
-    def _views(self, sample: int, number: int) -> tuple[int, list[Tensor], list[str]]:
+    def _views(self, sample: int, number: int) -> tuple[int, int, list[Tensor], list[str]]:
         size, from_base = self.data.image_size, self.data.image_view_from == "base"
         content = self.read(sample)
         captions = self.text.draw(content, self.seed, number, sample)
@@ -144,13 +150,21 @@ class Pipeline:
             for view, recipe in enumerate(self._recipes):
                 width, height = (size, size) if view and from_base else whole
                 plans.append(torch.tensor(plan_crop(width, height, recipe, draws[view])))
-            return self._image_of(content, sample), plans, captions
+            return self._image_of(content, sample), self.label_of(content), plans, captions
         picture = self.resident.picture(sample) if self.resident else self._decoded(content)
         views = list[Image.Image]()
         for view, recipe in enumerate(self._recipes):
             source = views[0] if view and from_base else picture
             views.append(augmented_view(source, size, recipe, draws[view]))
-        return self._image_of(content, sample), [to_tensor(view) for view in views], captions
+        return self._image_of(content, sample), self.label_of(content), [to_tensor(view) for view in views], captions
+
+    def label_of(self, content: Sample) -> int:
+        """A number of the sample's class; -1 where it has none, or none was asked for."""
+        value = None if self._labels is None else content.value(self._labels)
+        if value is None:
+            return -1
+        words = json.dumps(value, sort_keys=True).encode()
+        return int.from_bytes(hashlib.blake2b(words, digest_size=8).digest(), "big") >> 1
 
     def _decoded(self, content: Sample) -> Image.Image:
         opened = content.image()
@@ -225,11 +239,13 @@ def check_further_captions(pipeline: Pipeline, data: schema.Data, seed: int) -> 
     """
     text, total = pipeline.text, pipeline.index.num_samples
     repeated = looked_at = 0
+    labelled = 0
     having = dict.fromkeys((*text.base[1:], *text.further), 0)
     for sample in np.unique(np.linspace(0, total - 1, LOOKED_AT).astype(int)).tolist():
         try:
             content = pipeline.read(sample)
             captions = text.draw(content, seed, 0, sample)
+            labelled += pipeline.label_of(content) >= 0
             for place in having:
                 having[place] += bool(content.captions(place, optional=True))
         except BadSampleError:
@@ -238,6 +254,11 @@ def check_further_captions(pipeline: Pipeline, data: schema.Data, seed: int) -> 
         repeated += any(caption in captions[:view] for view, caption in enumerate(captions))
     if not looked_at:
         return []  # training will tell what is wrong with them
+    if data.labels and not labelled:
+        raise UserError(
+            f"data.labels: expected a place where samples say their class, got {data.labels}: none of {looked_at} "
+            "samples looked at has anything there"
+        )
     missing = [place for place, count in having.items() if not count]
     asked = data.text_view != schema.Data().text_view
     if text.further and asked and all(place in missing for place in text.further):

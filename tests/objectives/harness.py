@@ -22,12 +22,20 @@ Definition = Callable[[dict[str, Tensor], Embeddings, int], tuple[Tensor, Tensor
 
 
 def global_batch(
-    step: int, *, views: int = 0, scale: float = 12.0, duplicate: bool = False, copies: bool = False, negatives: int = 0
+    step: int,
+    *,
+    views: int = 0,
+    scale: float = 12.0,
+    duplicate: bool = False,
+    copies: bool = False,
+    negatives: int = 0,
+    heads: bool = False,
 ) -> Embeddings:
     """The whole batch of a step. Texts resemble their images; ids come back from step to step.
 
-    With `duplicate`, one id of step 3 occurs twice, on different ranks; with `copies`, most ids do, in every step.
-    Labels, and what captions are known by, come several times in any case. References have a width of their own.
+    With `duplicate`, one id of step 3 occurs twice, on different ranks; with `copies`, most ids do, in every step. With
+    `heads` there is what parts of an objective make. Labels, and what captions are known by, come several times in any
+    case. References have a width of their own.
     """
     g = torch.Generator().manual_seed(100 + step)
 
@@ -42,7 +50,14 @@ def global_batch(
         ids[-1] = ids[1]
     if copies:
         ids = torch.randint(5, (B,), generator=torch.Generator().manual_seed(step))
+    made: dict[str, Any] = {}
+    if heads:
+        h = torch.Generator().manual_seed(200 + step)
+        sides = [f"{side}_{what}" for side in ("image", "text") for what in ("predicted", "projected")]
+        made = {name: torch.randn(B, D, generator=h, dtype=torch.float64).requires_grad_() for name in sides}
+        made["shared"] = {"prototypes": torch.randn(5, D, generator=h, dtype=torch.float64).requires_grad_()}
     return Embeddings(
+        **made,
         image=image,
         text=text,
         ids=ids,
@@ -77,7 +92,7 @@ def _leaves(embeddings: Embeddings) -> tuple[dict[str, Tensor], dict[str, Tensor
     rows |= {f"image_views[{i}]": view for i, view in enumerate(embeddings.image_views)}
     rows |= {f"text_views[{i}]": view for i, view in enumerate(embeddings.text_views)}
     rows |= {name: x for name, x in flatten(embeddings.given).items() if x.requires_grad}
-    shared: dict[str, Tensor] = {}
+    shared: dict[str, Tensor] = dict(embeddings.shared)
     for name in ("logit_scale", "logit_bias"):
         shared[name] = getattr(embeddings, name)
     return rows, shared
@@ -105,6 +120,7 @@ def my_rows(embeddings: Embeddings) -> Embeddings:
         logit_bias=embeddings.logit_bias.detach().clone().requires_grad_(),
         image_views=tuple(leaf(view) for view in embeddings.image_views),
         text_views=tuple(leaf(view) for view in embeddings.text_views),
+        shared={name: x.detach().clone().requires_grad_() for name, x in embeddings.shared.items()},
         given={name: tuple(map(leaf, x)) if isinstance(x, tuple) else leaf(x) for name, x in embeddings.given.items()},
     )
 

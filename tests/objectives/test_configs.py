@@ -7,7 +7,8 @@ import pytest
 from amclr_scale import objectives
 from amclr_scale.config.load import load
 
-FILES = sorted((Path(__file__).parents[2] / "configs" / "objectives").glob("*.yaml"))
+CONFIGS = Path(__file__).parents[2] / "configs"
+FILES = sorted((CONFIGS / "objectives").glob("*.yaml"))
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
@@ -24,4 +25,17 @@ def test_every_arm_of_the_comparison_is_there():
     arms = {"clip", "siglip", "dcl", "sogclr", "isogclr", "amclr", "xamclr", "cyclip", "fastclip_v3"}
     arms |= {"fifo_bank", "momentum_queue"}
     arms |= {"simclr", "slip", "supcon", "decoupled", "one_to_k", "siglip_plus", "debiased"}
+    arms |= {"gram", "m2_mixup", "cacr", "swav", "siamlip", "barlip", "rankclip"}
     assert {path.stem for path in FILES} == arms
+
+
+def test_the_strong_recipe_is_the_quickstart_but_for_its_four_means():
+    strong, plain = load(CONFIGS / "recipes" / "strong.yaml"), load(CONFIGS / "quickstart.yaml")
+    assert dict(strong.objective) == {**plain.objective, "label_smoothing": 0.1}
+    for side in ("image", "text"):
+        ours, theirs = getattr(strong.model, side), getattr(plain.model, side)
+        assert (ours.projection, ours.dropout) == ("mlp", 0.1)
+        assert ours.model_copy(update={"projection": theirs.projection, "dropout": theirs.dropout}) == theirs
+    assert strong.data.augmentation != plain.data.augmentation
+    assert strong.data.model_copy(update={"augmentation": plain.data.augmentation}) == plain.data
+    assert (strong.train, strong.optimizer) == (plain.train, plain.optimizer)

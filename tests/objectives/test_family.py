@@ -1,5 +1,6 @@
 """Objectives with several positives, more views or corrected negatives are their definitions, and one another."""
 
+import random
 from collections.abc import Callable
 from typing import Any
 
@@ -109,7 +110,124 @@ def debiased(prior: float, hardness: float, t: float):
     return lambda state, e, step: both_ways(rows, e, t)
 
 
+def softmax_of(e, t):
+    return both_ways(lambda x, *_: softmax(x), e, t)[0]
+
+
+def volume(*vectors: Tensor) -> Tensor:
+    """(B, B), of unit rows that broadcast, by the determinant of their Gram matrix: ones on its diagonal."""
+    stacked = torch.stack(torch.broadcast_tensors(*vectors), -2)  # (B, B, n, D)
+    ones = torch.eye(len(vectors), dtype=torch.float64)
+    return (((stacked @ stacked.mT) * (1 - ones) + ones).det().clamp(min=0) + 1e-6).sqrt()
+
+
+def gram(third: str | None, smoothing: float):
+    def definition(state, e, step):
+        others = [] if third is None else [getattr(e, f"{third}_views")[0][None]]
+        x = -volume(e.text[:, None], e.image[None], *others) * e.logit_scale
+        target = (1 - smoothing) * EYE.double() + smoothing / B
+        value = -((target * x.log_softmax(1)).sum() + (target * x.T.log_softmax(1)).sum()) / (2 * B)
+        return value, value
+
+    return definition
+
+
+def m2_mixup(state, e, step):
+    share = random.Random(f"7 {EPOCHS[step]!r}").betavariate(0.5, 0.5)
+    theta = (e.image * e.text).sum(1).acos()[:, None]
+    mixed = ((share * theta).sin() * e.image + ((1 - share) * theta).sin() * e.text) / theta.sin()
+    own = (e.image * e.text).sum(1) / 0.07
+    x = [off_diagonal(a @ mixed.T / 0.07) for a in (e.image, e.text)]
+    parts = [(m.logsumexp(1).exp() / own.exp() + 1).log().mean() for m in x]
+    value = softmax_of(e, 0.1) + 0.3 / (1 + int(EPOCHS[step])) * (parts[0] + parts[1])
+    return value, value
+
+
+def cacr(state, e, step):
+    value = 0.0
+    for anchors, positives in ((e.image, (e.text, e.text_views[0])), (e.text, (e.image, e.image_views[0]))):
+        near = torch.stack([2 - 2 * (anchors * x).sum(1) for x in positives], 1)  # squared distances of unit rows
+        away = 2 - 2 * anchors @ positives[0].T
+        weights = off_diagonal(-2 * away).softmax(1)
+        value = value + ((near.softmax(1) * near).sum(1) - 0.5 * (weights * away).sum(1)).mean() / 2
+    return value, value
+
+
+def swav(clip: float, frozen: bool):
+    def definition(state, e, step):
+        c = F.normalize(e.prototypes, dim=1)
+        c = c.detach() if frozen else c
+        s = [x @ c.T for x in (e.image, e.text)]
+        codes = []
+        for x in s:
+            q = (x.detach() / 0.05).exp()
+            for _ in range(3):
+                q = q / q.sum(0, keepdim=True)
+                q = q / q.sum(1, keepdim=True)
+            codes.append(q)
+        swap = [(q * (x / 0.1).log_softmax(1)).sum(1) for q, x in zip(codes[::-1], s, strict=True)]
+        value = -0.1 * (swap[0] + swap[1]).mean() + (clip * softmax_of(e, 0.1) if clip else 0)
+        return value, value
+
+    return definition
+
+
+def siamlip(state, e, step):
+    pairs = ((e.image_predicted, e.text.detach()), (e.text_predicted, e.image.detach()))
+    missed = [(F.normalize(p, dim=1) - x).square().sum(1).mean() for p, x in pairs]
+    value = softmax_of(e, 0.1) + (missed[0] + missed[1]) / 2
+    return value, value
+
+
+def barlip(state, e, step):
+    columns = []
+    for v in (e.image_projected, e.text_projected):
+        columns.append((v - v.mean(0)) / (v.var(0, correction=0) + 1e-5).sqrt())
+    c = columns[0].T @ columns[1] / B
+    target = torch.eye(len(c), dtype=torch.float64)
+    weights = torch.where(target == 1, 1.0, 0.005)
+    value = 0.025 * (weights * (c - target).square()).sum() + 0 * e.image.sum()
+    return value, value
+
+
+def negclip(state, e, step):
+    keys = torch.cat([e.text, *e.text_negatives])
+    own = (e.image * e.text).sum(1) * e.logit_scale
+    of_image = (e.image @ keys.T * e.logit_scale).logsumexp(1) - own
+    value = (of_image + (e.text @ e.image.T * e.logit_scale).logsumexp(1) - own).mean() / 2
+    return value, value
+
+
+def cwcl(sides: str):
+    def definition(state, e, step):
+        s, value = e.image @ e.text.T * e.logit_scale, 0.0
+        for name, x in (("image", s), ("text", s.T)):
+            p = getattr(e, f"{name}_reference")
+            w = (1 + p @ p.T) / 2 if sides in (name, "both") else EYE.double()
+            value = value - ((w / w.sum(1, keepdim=True)) * x.log_softmax(1)).sum() / (2 * B)
+        return value, value
+
+    return definition
+
+
+def rankclip(state, e, step):
+    def list_mle(pred, true):
+        total = 0.0
+        for row, order in zip(pred * e.logit_scale, true.argsort(stable=True, dim=1, descending=True), strict=True):
+            x = row[order]
+            total = total + sum(x[k:].logsumexp(0) - x[k] for k in range(B))
+        return total / B
+
+    z, t = e.image @ e.image.T, e.text @ e.text.T
+    s = e.image @ e.text.T
+    lists = list_mle(z, t) + list_mle(t, z) + list_mle(s, s.T) + list_mle(s.T, s)
+    value = softmax_of(e, 1 / e.logit_scale) + min(3 * int(EPOCHS[step]) / 4, 2.0) * lists / (32 * B)
+    return value, value
+
+
+EPOCHS = (0.0, 0.4, 1.2, 2.0, 3.9)
 VIEWS = {"views": 2}
+HEADS = {"heads": True}
 CASES: list[tuple[str, dict[str, Any], Any, dict[str, Any]]] = [
     ("simclr", {"modality": "text"}, simclr, VIEWS),
     ("slip", {"intra_image": 0.5, "intra_text": 2.0, "intra_temperature": 0.2}, slip, VIEWS),
@@ -123,18 +241,31 @@ CASES: list[tuple[str, dict[str, Any], Any, dict[str, Any]]] = [
     ("siglip_plus", {"positives": "text"}, siglip_plus, {}),
     ("debiased", {"temperature": 0.1, "prior": 0.3}, debiased(0.3, 0.0, 0.1), {}),
     ("debiased", {"temperature": 0.1, "prior": 0.01, "hardness": 0.7}, debiased(0.01, 0.7, 0.1), {}),
+    ("gram", {}, gram(None, 0.1), {}),
+    ("gram", {"third": "image", "label_smoothing": 0.0}, gram("image", 0.0), VIEWS),
+    ("gram", {"third": "text"}, gram("text", 0.1), VIEWS),
+    ("m2_mixup", {"temperature": 0.1, "mix_weight": 0.3, "mix_seed": 7}, m2_mixup, {}),
+    ("cacr", {"omega": 1, "repulsion": 0.5}, cacr, VIEWS),
+    ("swav", {"temperature": 0.1, "clip": 0.5, "freeze_epochs": 0.0}, swav(0.5, False), HEADS),
+    ("swav", {"clip": 0.0, "freeze_epochs": 9.0}, swav(0.0, True), HEADS),
+    ("siamlip", {"temperature": 0.1}, siamlip, HEADS),
+    ("barlip", {"clip": 0.0}, barlip, HEADS),
+    ("negclip", {"negatives": 2}, negclip, {"negatives": 2}),
+    ("cwcl", {}, cwcl("image"), {}),
+    ("cwcl", {"reference": "both"}, cwcl("both"), {}),
+    ("rankclip", {"ramp_epochs": 5.0}, rankclip, {}),
 ]
 
 
 IDS = [f"{case[0]}-{case[1]}" for case in CASES]
-ONCE = (0.0,)  # nothing is kept from step to step
+ONCE = EPOCHS[:1]  # nothing is kept from step to step
 
 
 @pytest.mark.parametrize(("name", "options", "definition", "batch"), CASES, ids=IDS)
 def test_matches_its_definition(name, options, definition, batch):
-    want = defined(definition, batch=batch)
+    want = defined(definition, batch=batch, epochs=EPOCHS)
     for chunk in (3, "auto"):
-        assert_same(run(name, options, chunk=chunk, batch=batch), want)
+        assert_same(run(name, options, chunk=chunk, batch=batch, epochs=EPOCHS), want)
 
 
 def all_of_them(chunk):
@@ -166,6 +297,11 @@ ALIKE = [
     ("one_to_k", {"texts": 1, "siblings": "mask"}, "clip", {}, 1e-12),
     ("debiased", {"prior": 0.0}, "clip", {}, 1e-12),
     ("slip", {"intra_image": 0.0}, "clip", {}, 1e-12),
+    ("m2_mixup", {"mix_weight": 0.0}, "clip", {}, 1e-12),
+    ("siamlip", {"predict_weight": 0.0}, "clip", {}, 1e-12),
+    ("swav", {"swap_weight": 0.0}, "clip", {}, 1e-12),
+    ("barlip", {"weight": 0.0}, "clip", {}, 1e-12),
+    ("rankclip", {"weight": 0.0}, "clip", {}, 1e-12),
 ]
 
 
@@ -180,18 +316,19 @@ def test_without_its_addition_it_is_another(name, options, other, others, tolera
         return e
 
     monkeypatch.setattr("tests.objectives.harness.global_batch", alone)
-    got, want = run(name, options, batch=VIEWS), run(other, others, batch=VIEWS)
+    everything = {**VIEWS, **HEADS}
+    got, want = run(name, options, batch=everything), run(other, others, batch=everything)
     assert_same(got, want, tolerance)
     assert want[0][0].rows["image" if others.get("modality") != "text" else "text"].abs().max() > 1e-3
 
 
 def test_small_temperatures_stay_finite():
     for name, options, _, _ in CASES:
-        e = my_rows(global_batch(0, views=2, scale=200.0)).map(
+        e = my_rows(global_batch(0, views=2, scale=200.0, negatives=2, heads=True)).map(
             lambda _, x: x.detach().float().requires_grad_() if x.is_floating_point() else x
         )
         kept = {key: value for key, value in options.items() if "temperature" not in key}
-        cold = {key: 0.005 for key in ("temperature", "intra_temperature") if key in options}
+        cold = {key: 0.005 for key in ("temperature", "intra_temperature", "mix_temperature") if key in options}
         loss = make(name, **kept, **cold)(e)
         loss.value.backward()
         assert loss.value.isfinite(), name

@@ -1,0 +1,98 @@
+"""RankCLIP: lists of similarities are ordered alike, inside the modalities and between them.
+
+Zhang et al., "RankCLIP: Ranking-Consistent Language-Image Pretraining", ICCV 2025, arXiv:2404.09387.
+
+With pi the order of row i of `true`, from large to small, x = scale times a row of `pred`:
+
+    ListMLE(pred, true) = mean_i sum_k [ log sum_{l >= k} exp(x_pi(l)) - x_pi(k) ]
+    value = CLIP + w / (32 B) ( ListMLE(ZZ^T, TT^T) + ListMLE(TT^T, ZZ^T) + ListMLE(S, S^T) + ListMLE(S^T, S) )
+    w     = min(3 e / (ramp_epochs - 1), weight) in epoch e = 0, 1, ...                     constant without a ramp
+
+The gradient goes to what is ordered, not to what gives the order.
+
+Numerics: sums of tails by logcumsumexp in float32, a block of rows at a time; ties of the order go by position.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from amclr_scale.declarations import read_by_masks
+from amclr_scale.objectives.base import (
+    Objective,
+    at_least_float32,
+    global_batch_size,
+    learned_temperature,
+    numbers,
+    require,
+)
+from amclr_scale.objectives.clip import check_temperature, softmax_loss
+from amclr_scale.objectives.masking import MaskOptions
+from amclr_scale.similarity import all_gather, contrast, map_rows
+from amclr_scale.types import Embeddings, Loss
+
+OF_FOUR = 32.0  # what the authors divide the four lists' sum by, beside the batch
+
+
+class RankCLIP(Objective, name="rankclip"):
+    """CLIP with a list-wise loss that makes the order of similarities the same in both modalities."""
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(MaskOptions):
+        """Options of `rankclip`."""
+
+        temperature: float | None = None  # fixed; null: learned, 1 / logit_scale
+        weight: float = 2.0  # of the lists' part, at most
+        ramp_epochs: float | None = None  # epochs over whose first two thirds it grows; null: constant
+
+        def __post_init__(self) -> None:
+            super().__post_init__()
+            check_temperature(self.temperature)
+            require(self.weight >= 0, "weight", "a weight of at least 0", self.weight)
+            ramp = self.ramp_epochs
+            require(ramp is None or ramp > 1, "ramp_epochs", "more than 1 epoch, or null", ramp)
+
+    @staticmethod
+    def inputs_of(options: Any) -> Mapping[str, Any]:
+        return read_by_masks(options)
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.config = config
+
+    def forward(self, embeddings: Embeddings) -> Loss:
+        config = self.config
+        image, text = at_least_float32(embeddings.image), at_least_float32(embeddings.text)
+        t, masks = learned_temperature(embeddings, config.temperature), config.masks(embeddings).of()
+        clip = softmax_loss(contrast(image, text, temperature=t, centred=True, **masks))
+        lists = [
+            list_mle(*pred, *true, t)
+            for pred, true in (
+                ((image, image), (text, text)),
+                ((text, text), (image, image)),
+                ((image, text), (text, image)),
+                ((text, image), (image, text)),
+            )
+        ]
+        ranks = sum(lists[1:], lists[0]).mean() / (OF_FOUR * global_batch_size(image))
+        weight = config.weight
+        if config.ramp_epochs is not None:
+            weight = min(3 * math.floor(self.epoch) / (config.ramp_epochs - 1), weight)
+        loss = clip + weight * ranks
+        return Loss(loss, numbers(objective=loss, clip=clip, ranks=ranks, weight=weight, temperature=t))
+
+
+def list_mle(anchors: Tensor, keys: Tensor, true_anchors: Tensor, true_keys: Tensor, t: Tensor | float) -> Tensor:
+    """(b,): the loss of each row of anchors.keys / t in the order of true_anchors.true_keys, over all ranks' keys."""
+    everybody = all_gather(true_keys)
+
+    def rows(s: Tensor, own: Tensor, true: Tensor) -> tuple[Tensor]:
+        order = (true @ everybody.T).argsort(stable=True, dim=1, descending=True)
+        x = s.gather(1, order) / t
+        tails = x.flip(1).logcumsumexp(1).flip(1)
+        return ((tails - x).sum(1),)
+
+    return map_rows(rows, anchors, keys, true_anchors.detach())[0]
