@@ -84,7 +84,7 @@ class BarLIP(Objective, name="barlip"):
         decorrelation = (own - 1).square().sum() + config.redundancy * others
         loss, found = config.weight * decorrelation, {"decorrelation": decorrelation}
         if config.clip:
-            t, masks = learned_temperature(embeddings, config.temperature), config.masks(embeddings).of()
+            t, masks = learned_temperature(embeddings, config.temperature), self.masks(embeddings).of()
             clip = softmax_loss(contrast(embeddings.image, embeddings.text, temperature=t, centred=True, **masks))
             loss, found = loss + config.clip * clip, {**found, "clip": clip}
         return Loss(loss, numbers(objective=loss, **found))

@@ -62,8 +62,9 @@ class M2Mixup(Objective, name="m2_mixup"):
     def forward(self, embeddings: Embeddings) -> Loss:
         config = self.config
         image, text = at_least_float32(embeddings.image), at_least_float32(embeddings.text)
-        t, masks = learned_temperature(embeddings, config.temperature), config.masks(embeddings).of()
-        both = contrast(image, text, temperature=t, centred=True, **masks)
+        t = learned_temperature(embeddings, config.temperature)
+        both = contrast(image, text, temperature=t, centred=True, **self.masks(embeddings).of())
+        masks = config.masks(embeddings).of()  # a queue is CLIP's
         share = place(config.mix_seed, self.epoch, config.mix_beta)
         mixed = between(image, text, both.image.positive, share)
         terms: list[Tensor] = []

@@ -55,7 +55,7 @@ class NegCLIP(Objective, name="negclip"):
 
     def forward(self, embeddings: Embeddings) -> Loss:
         t = learned_temperature(embeddings, self.config.temperature)
-        masks = self.config.masks(embeddings).of()
+        masks = self.masks(embeddings).of()
         both = contrast(embeddings.image, embeddings.text, temperature=t, centred=True, **masks)
         log_sum = both.image.log_sum
         for wrong in embeddings.text_negatives[: self.config.negatives]:

@@ -66,7 +66,7 @@ class RankCLIP(Objective, name="rankclip"):
     def forward(self, embeddings: Embeddings) -> Loss:
         config = self.config
         image, text = at_least_float32(embeddings.image), at_least_float32(embeddings.text)
-        t, masks = learned_temperature(embeddings, config.temperature), config.masks(embeddings).of()
+        t, masks = learned_temperature(embeddings, config.temperature), self.masks(embeddings).of()
         clip = softmax_loss(contrast(image, text, temperature=t, centred=True, **masks))
         lists = [
             list_mle(*pred, *true, t)

@@ -85,7 +85,7 @@ class SiamLIP(Objective, name="siamlip"):
         predict = (missed[0] + missed[1]).mean() / 2
         loss, found = config.predict_weight * predict, {"predict": predict}
         if config.clip:
-            t, masks = learned_temperature(embeddings, config.temperature), config.masks(embeddings).of()
+            t, masks = learned_temperature(embeddings, config.temperature), self.masks(embeddings).of()
             clip = softmax_loss(contrast(embeddings.image, embeddings.text, temperature=t, centred=True, **masks))
             loss, found = loss + config.clip * clip, {**found, "clip": clip}
         return Loss(loss, numbers(objective=loss, **found))

@@ -102,7 +102,7 @@ class SwAV(Objective, name="swav"):
         swap = (terms[0] + terms[1]).mean() / 2
         loss, found = config.swap_weight * swap, {"swap": swap}
         if config.clip:
-            t, masks = learned_temperature(embeddings, config.temperature), config.masks(embeddings).of()
+            t, masks = learned_temperature(embeddings, config.temperature), self.masks(embeddings).of()
             clip = softmax_loss(contrast(image, text, temperature=t, centred=True, **masks))
             loss, found = loss + config.clip * clip, {**found, "clip": clip}
         return Loss(loss, numbers(objective=loss, **found))
