@@ -9,7 +9,6 @@ import yaml
 
 from amclr_scale.config.help import describe
 from amclr_scale.config.load import all_keys, build, dump, load, recipe, recipe_hash
-from amclr_scale.config.objective_options import declared, option_models
 from amclr_scale.config.optimizers import RULES
 from amclr_scale.config.section import Fraction, Section, section_of
 from amclr_scale.errors import UserError
@@ -79,35 +78,6 @@ def test_an_optimizers_own_options(monkeypatch):
 
 def test_a_key_in_the_wrong_section_is_found():
     assert "did you mean optimizer.lr?" in refused("train.epochs=1", "train.lr=1")
-
-
-@pytest.mark.parametrize("name", sorted(option_models()))
-def test_options_of_every_objective_are_checked_from_its_source(name):
-    assert "objective.nonsense: no such key" in refused(
-        "train.epochs=1", f"objective.name={name}", "objective.nonsense=1"
-    )
-    words = ["train.epochs=1", f"objective.name={name}", *provided(name)]
-    if name in LIBRARY_ONLY:
-        assert "no configuration provides them" in refused(*words)
-        return
-    config = load(None, words)
-    assert set(config.objective) == {"name", *option_models()[name].model_fields}
-
-
-LIBRARY_ONLY = {"negclip", "cwcl"}  # they read what the loader does not bring
-
-
-def provided(name):
-    inputs = declared({"name": name}).inputs
-    views = [f"data.{key}={inputs.count(key)}" for key in ("image_views", "text_views")]
-    others = {"image_momentum": "model.momentum={}", "labels": "data.labels=json.concept"}
-    return [*views, *(word for kind, word in others.items() if inputs.count(kind))]
-
-
-def test_the_objectives_agree_with_what_is_read_from_their_source():
-    from amclr_scale import objectives
-
-    assert set(objectives.available()) == set(option_models())
 
 
 def test_options_of_one_objective_do_not_outlive_a_change_of_name(tmp_path):

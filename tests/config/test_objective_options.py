@@ -210,3 +210,30 @@ def test_an_arm_of_a_study_may_be_a_file(tmp_path):
     assert set(cells) == {"clip-B32-s0", "mine-B32-prototypes4-s0", "mine-B32-prototypes8-s0"}
     assert cells["mine-B32-prototypes4-s0"].config.data.image_views == 2  # an axis of the objective brings them along
     assert cells["mine-B32-prototypes4-s0"].negatives == 31 + 4
+
+
+@pytest.mark.parametrize("name", sorted(option_models()))
+def test_options_of_every_objective_are_checked_from_its_source(name):
+    assert "objective.nonsense: no such key" in refused(f"objective.name={name}", "objective.nonsense=1")
+    words = ["train.epochs=1", f"objective.name={name}", *provided(name)]
+    if name in LIBRARY_ONLY:
+        assert "no configuration provides them" in refused(*words[1:])
+        return
+    config = load(None, words)
+    assert set(config.objective) == {"name", *option_models()[name].model_fields}
+
+
+LIBRARY_ONLY = {"negclip", "cwcl"}  # they read what the loader does not bring
+
+
+def provided(name):
+    inputs = declared({"name": name}).inputs
+    views = [f"data.{key}={inputs.count(key)}" for key in ("image_views", "text_views")]
+    others = {"image_momentum": "model.momentum={}", "labels": "data.labels=json.concept"}
+    return [*views, *(word for kind, word in others.items() if inputs.count(kind))]
+
+
+def test_the_objectives_agree_with_what_is_read_from_their_source():
+    from amclr_scale import objectives
+
+    assert set(objectives.available()) == set(option_models())
