@@ -22,7 +22,7 @@ WORKERS ?= 2
 test: $(INSTALLED)
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(PYTEST)
 
-# One process, nothing that starts ranks or commands: about a minute.
+# One process, nothing that starts ranks or commands, no long files: 90 s of CPU at most.
 FAST := not ranks and not deepspeed and not launch and not slow and not cuda
 test-fast: $(INSTALLED)
 	$(BIN)/python -m pytest -m "$(FAST)" $(PYTEST)

@@ -22,10 +22,19 @@ torch.set_num_threads(1)
 
 SECONDS_PER_CALL = 240
 
+# Without them the tests that start nothing take a minute and a half of CPU, not two.
+LONG_FILES = {
+    "commands/test_agreement", "data/test_resident", "encoders/test_decay", "encoders/test_towers",
+    "encoders/test_trial", "evaluation/test_evaluate", "memory/test_towers", "metrics/test_flops", "study/test_report",
+    "study/test_report_cases", "study/test_statistics_resampling", "study/test_statistics_sweeps", "study/test_tuning",
+}  # fmt: skip
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark what starts ranks, or builds an engine, by what it uses: `make test-fast` leaves both out."""
+    """Mark what starts ranks, or builds an engine, by what it uses, and long files: `make test-fast` leaves them out."""
     for item in items:
+        if f"{item.path.parent.name}/{item.path.stem}" in LONG_FILES:
+            item.add_marker("slow")
         if {"ranks", "gpu"} & set(getattr(item, "fixturenames", ())):
             item.add_marker("ranks")
         if hasattr(getattr(item, "module", None), "build_engine"):
