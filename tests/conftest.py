@@ -31,7 +31,7 @@ LONG_FILES = {
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark what starts ranks, or builds an engine, by what it uses, and long files: `make test-fast` leaves them out."""
+    """Mark what starts ranks or builds an engine by what it uses, and long files: `make test-fast` leaves them out."""
     for item in items:
         if f"{item.path.parent.name}/{item.path.stem}" in LONG_FILES:
             item.add_marker("slow")
