@@ -22,6 +22,7 @@ from amclr_scale.engine.step import OutOfMemoryError, TrainStep
 from amclr_scale.metrics.phases import Phases
 from amclr_scale.types import Embeddings, Loss
 from tests.engine.test_alignment import layout
+from tests.engine.test_teacher import close, taught
 from tests.engine.towers import config, differences, engine_run, local_batch, plain_run, towers
 
 pytestmark = [
@@ -45,6 +46,13 @@ def against_plain(changes: dict[str, Any], device: torch.device = CUDA) -> dict[
         f"{sizes}, {kept} kept": differences([engine_run(settings, sizes, kept, STEPS, device=device)], want)
         for sizes, kept in MICRO_BATCHES
     }
+
+
+@pytest.mark.parametrize(("stage", "offload"), [(1, "none"), (3, "none"), (1, "optimizer"), (3, "optimizer")])
+def test_a_teacher_follows_the_masters(gpu, stage, offload):
+    found = gpu(taught, stage, (3, 4), precision="bf16", steps=5, device=CUDA, offload=offload)
+    assert all(close(found["teacher"][name], value) for name, value in found["averages"].items())
+    assert (torch.linalg.vector_norm(found["seen"][..., :8], dim=-1) - 1).abs().max() < 1e-5
 
 
 def assert_close(found: dict[str, dict[str, float]], bound: float) -> None:

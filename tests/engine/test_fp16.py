@@ -12,9 +12,11 @@ import torch
 from torch import Tensor
 
 from amclr_scale import objectives
+from amclr_scale.config.schema import Momentum
 from amclr_scale.distributed.collectives import rank, world_size
 from amclr_scale.engine.deepspeed_setup import build_engine
 from amclr_scale.engine.step import NonFiniteError, TrainStep
+from amclr_scale.engine.teacher import Teacher
 from amclr_scale.engine.zero.master_weights import full_fp32
 from amclr_scale.metrics.phases import Phases
 from amclr_scale.types import Embeddings, Loss
@@ -33,7 +35,7 @@ def half_run(
         options: name and options of the objective, clip if there are none.
 
     Returns:
-        Of a step: was it applied, the loss scale, a weight, and the objective's state.
+        Of a step: was it applied, the loss scale, a weight, and the objective's state with the teacher's weight.
     """
     tree = config(SIZE, execution__zero_stage=stage, execution__precision="fp16", optimizer__lr=0.002)
     settings = tree.model_copy(update={"deepspeed": {"fp16": {"initial_scale_power": power, "hysteresis": 1}}})
@@ -47,7 +49,10 @@ def half_run(
         loss = made(embeddings)
         return Loss(loss.value * float("nan"), loss.metrics) if len(told) == poison and rank() == 0 else loss
 
-    step = TrainStep(engine, objective, micro_batch_sizes=(3, 3), device=CPU, phases=Phases(CPU), kept=1)
+    teacher = Teacher(Momentum(decay=0.5), engine, precision="fp16", total_steps=steps, lends=(), device=CPU)
+    step = TrainStep(
+        engine, objective, micro_batch_sizes=(3, 3), device=CPU, phases=Phases(CPU), kept=1, teacher=teacher
+    )
     told: list[Any] = []
     for n in range(steps):
         try:
@@ -56,6 +61,7 @@ def half_run(
             told.append(str(error))
             break
         state = {name: value.clone() for name, value in made.state_dict().items()}
+        state["teacher"] = teacher.weights.whole()["words.weight"]
         told.append(
             (engine.was_step_applied(), float(engine.optimizer.cur_scale), full_fp32(model.words.weight), state)
         )
@@ -95,7 +101,7 @@ STATEFUL = (
 
 @pytest.mark.parametrize("options", STATEFUL, ids=lambda options: options["name"])
 @pytest.mark.parametrize("stage", [1, 2, 3])
-def test_a_skipped_step_leaves_no_trace_in_the_objectives_state(ranks, stage, options):
+def test_a_skipped_step_leaves_no_trace_in_the_objectives_state_and_the_teacher(ranks, stage, options):
     """Embeddings and loss are finite: it is the scaled gradient that overflows."""
     for _, told in ranks(2, half_run, stage, 22, 12, **options):
         applied, states = [one for one, *_ in told], [state for *_, state in told]

@@ -90,20 +90,22 @@ def taught(
     settings: Momentum = COSINE,
     steps: int = STEPS,
     dropout: float = 0.0,
+    device: torch.device = CPU,
+    offload: str = "none",
 ) -> dict[str, Any]:
     """The teacher's weights after so many steps, all its features on this rank, the student's weights, and so on."""
     changes: dict[str, Any] = {"name": "sgd", "weight_decay": 0.0, "max_grad_norm": 0.0}
-    execution = {"zero_stage": stage, "precision": precision}
+    execution = {"zero_stage": stage, "precision": precision, "offload": offload}
     named = {f"optimizer__{key}": value for key, value in changes.items()}
     run = config(SIZE, **named, **{f"execution__{key}": value for key, value in execution.items()})
     model: Any = towers(dropout)
-    engine, _ = build_engine(run, model, no_decay=model.no_weight_decay(), device=CPU, world_size=world_size())
+    engine, _ = build_engine(run, model, no_decay=model.no_weight_decay(), device=device, world_size=world_size())
     teacher = Teacher(
-        settings, engine, precision=precision, total_steps=steps, lends=("image", "text"), device=CPU
+        settings, engine, precision=precision, total_steps=steps, lends=("image", "text"), device=device
     )  # fmt: skip
     objective = FollowsTeacher()
     step = TrainStep(
-        engine, objective, micro_batch_sizes=sizes, device=CPU, phases=Phases(CPU), kept=1, teacher=teacher
+        engine, objective, micro_batch_sizes=sizes, device=device, phases=Phases(device), kept=1, teacher=teacher
     )
     torch.manual_seed(rank())
     averages = {name: full_fp32(p) for name, p in model.named_parameters()}
@@ -114,8 +116,8 @@ def taught(
             averages[name] = m * averages[name] + (1 - m) * full_fp32(p)
     found = {
         "teacher": teacher.weights.whole(),
-        "averages": averages,
-        "seen": torch.stack(objective.seen),
+        "averages": {name: value.cpu() for name, value in averages.items()},
+        "seen": torch.stack(objective.seen).cpu(),
         "student": {name: full_fp32(p).cpu() for name, p in model.named_parameters()},
     }
     engine.destroy()
@@ -129,8 +131,9 @@ def all_runs(stage: int) -> dict[str, dict[str, Any]]:
     if stage in (0, 3):
         runs["dropout, first"] = taught(stage, (3, 3), steps=2, dropout=0.4)
         runs["dropout, last"] = taught(stage, (3, 3), steps=2, dropout=0.4, settings=last)
-    if stage in (1, 3):
-        runs["bf16"] = taught(stage, (3, 3), precision="bf16", settings=Momentum(decay=0.9999))
+    if stage in (1, 3):  # and with masters on the host, where there is another place
+        slow = Momentum(decay=0.9999)
+        runs["bf16"] = taught(stage, (3, 3), precision="bf16", settings=slow, offload="optimizer")
     return runs
 
 
