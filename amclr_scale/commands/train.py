@@ -77,7 +77,7 @@ def run(config: Config, source: str | None, rank_info: RankInfo, stopwatch: Stop
     prepared = prepare(config, rank_info)
     stopwatch.lap("data")
     device = start(rank_info, config.execution.threads)
-    watchdog = Watchdog(rank_info)
+    watchdog = Watchdog(rank_info, limit=60 * config.run.watch_minutes)
     try:
         check_ranks_agree(config, prepared)
         job = build_job(
@@ -86,6 +86,9 @@ def run(config: Config, source: str | None, rank_info: RankInfo, stopwatch: Stop
         carry_out(job)
     except (AgreedError, StoppedError):
         watchdog.leave()  # all ranks end at one place: none of them is missing
+        raise
+    except UserError as error:
+        watchdog.announce(str(error))  # others may wait for this rank in a collective
         raise
     job.inputs.loader.close()
     watchdog.leave()

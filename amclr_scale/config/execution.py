@@ -109,6 +109,9 @@ class Run(Section):
     """Run folders are made in here."""
     name: str | None = None
     """Name of this run's folder; null: configuration name, objective, batch size and time."""
+    watch_minutes: PositiveNumber = 2.0
+    """Minutes without a sign of life after which a rank, a node or the network counts as lost, and all ranks end;
+    longer than the longest pause of a healthy rank."""
     log_every_steps: Positive = 10
     """Steps between two lines on the console and in metrics.jsonl."""
     diagnostics: bool = False

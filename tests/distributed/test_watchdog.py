@@ -1,4 +1,4 @@
-"""A rank that hangs is named by the others, which end in a bounded time."""
+"""A rank that hangs is named by the others, which end in a bounded time; rank 0 too, though it keeps the store."""
 
 import os
 import signal
@@ -25,6 +25,9 @@ print("up", flush=True)
 if sys.argv[3] == "leave":
     watchdog.leave()
     sys.exit(0)
+if sys.argv[3] == f"mistake of {rank}":
+    watchdog.announce("data.train: expected words")
+    os._exit(2)
 dist.barrier() if rank else time.sleep(60)
 """
 
@@ -40,19 +43,37 @@ def start(tmp_path, what):
     ]  # fmt: skip
 
 
-def test_a_rank_that_hangs_is_named(tmp_path):
+@pytest.mark.parametrize(
+    ("lost", "words"),
+    [
+        (2, "rank 2 (HOST) has given no sign of life for 2 s"),
+        (0, "rank 0 (HOST) at 127.0.0.1 has not answered for 2 s"),
+    ],
+)
+def test_a_rank_that_hangs_is_named(tmp_path, lost, words):
     ranks = start(tmp_path, "stay")
     for rank in ranks:
         assert rank.stdout.readline() == "up\n"
-    ranks[2].send_signal(signal.SIGSTOP)
+    ranks[lost].send_signal(signal.SIGSTOP)
     began = time.monotonic()
-    for rank in ranks[:2]:
-        _, said = rank.communicate(timeout=30)
-        assert rank.returncode == 1
-        assert "rank 2 has given no sign of life for 2 s" in said
+    for number in {0, 1, 2} - {lost}:
+        _, said = ranks[number].communicate(timeout=30)
+        assert ranks[number].returncode == 1
+        assert words.replace("HOST", os.uname().nodename) in said
     assert time.monotonic() - began < 15
-    ranks[2].kill()
-    ranks[2].communicate()
+    ranks[lost].kill()
+    ranks[lost].communicate()
+
+
+@pytest.mark.parametrize("one", [0, 1])
+def test_a_mistake_of_one_rank_ends_all_with_its_words(tmp_path, one):
+    """Rank 0 keeps the store: it stays until the others have read it."""
+    ranks = start(tmp_path, f"mistake of {one}")
+    for number, rank in enumerate(ranks):
+        _, said = rank.communicate(timeout=60)
+        assert rank.returncode == 2
+        told = f"rank {number} ends: rank {one} ({os.uname().nodename}): data.train: expected words"
+        assert (told in said) == (number != one), said
 
 
 def test_leaving_is_not_dying(tmp_path):
