@@ -82,7 +82,7 @@ class Watchdog:
                 self._store.set(self._key(self.rank), str(beats))
                 if self._store.check([ACCUSED]):
                     code, _, words = self._store.get(ACCUSED).decode().partition(" ")
-                    self._end(words, int(code))
+                    self._end(words, int(code), others_may_not_know=True)
                 now = self._store.get(self._key(neighbour))
             except (RuntimeError, ValueError) as error:  # torch.distributed's errors are RuntimeErrors
                 if self._leaving.is_set():
@@ -101,9 +101,11 @@ class Watchdog:
     def _say(self, words: str) -> None:
         print(f"\nrank {self.rank} ends: {words}; its own last lines say why", file=sys.stderr, flush=True)
 
-    def _end(self, words: str, code: int = 1) -> None:
+    def _end(self, words: str, code: int = 1, *, others_may_not_know: bool = False) -> None:
         if not self._leaving.is_set():
             self._say(words)
+            if others_may_not_know:  # a collective that breaks would end them before they have read it
+                time.sleep(1.5 * self.beat)
             os._exit(code)
 
     def announce(self, mistake: str) -> None:
@@ -119,14 +121,15 @@ class Watchdog:
         timer.daemon = True
         timer.start()
         try:
-            if not self._store.check([ACCUSED]):
+            first = not self._store.check([ACCUSED])
+            if first:
                 self._store.set(ACCUSED, f"{MISTAKE} {self._name(self.rank)}: {mistake}")
         except (RuntimeError, ValueError):
             return
         finally:
             timer.cancel()
-        if self.rank == 0:
-            time.sleep(2 * self.beat)  # the store goes with this process
+        if first or self.rank == 0:  # the store goes with rank 0; and a collective that breaks would end the others
+            time.sleep(2 * self.beat)
 
     def leave(self) -> None:
         """This rank is done, and is not to be missed. All ranks call it together, before the process group ends."""
