@@ -40,6 +40,7 @@ class Watchdog:
     def __init__(self, rank_info: RankInfo, limit: float = LIMIT, beat: float = BEAT):
         self.rank, self.world_size = rank_info.rank, rank_info.world_size
         self.limit, self.beat = limit, min(beat, limit / 4)
+        self.reading = max(1.5 * self.beat, 2.0)  # seconds in which all have looked, on a busy machine too
         self._leaving, self._returned = threading.Event(), time.monotonic()
         if self.world_size == 1:
             return
@@ -95,7 +96,7 @@ class Watchdog:
                 words = f"{self._name(neighbour)} has given no sign of life for {self.limit:.0f} s: it died or hangs"
                 self._say(words)
                 self._store.set(ACCUSED, f"1 {words}")
-                time.sleep(2 * self.beat)  # for the others to read it
+                time.sleep(self.reading)  # for the others to read it
                 os._exit(1)
 
     def _say(self, words: str) -> None:
@@ -105,7 +106,7 @@ class Watchdog:
         if not self._leaving.is_set():
             self._say(words)
             if others_may_not_know:  # a collective that breaks would end them before they have read it
-                time.sleep(1.5 * self.beat)
+                time.sleep(self.reading)
             os._exit(code)
 
     def announce(self, mistake: str) -> None:
@@ -117,7 +118,7 @@ class Watchdog:
             return
         self._leaving.set()
         self._thread.join(self.beat)
-        timer = threading.Timer(2 * self.beat, os._exit, (MISTAKE,))  # the store may be gone
+        timer = threading.Timer(2 * self.reading, os._exit, (MISTAKE,))  # the store may be gone
         timer.daemon = True
         timer.start()
         try:
@@ -129,7 +130,7 @@ class Watchdog:
         finally:
             timer.cancel()
         if first or self.rank == 0:  # the store goes with rank 0; and a collective that breaks would end the others
-            time.sleep(2 * self.beat)
+            time.sleep(2 * self.reading)
 
     def leave(self) -> None:
         """This rank is done, and is not to be missed. All ranks call it together, before the process group ends."""

@@ -71,7 +71,7 @@ def test_a_mistake_of_one_rank_ends_all_with_its_words(tmp_path, one):
     ranks = start(tmp_path, f"mistake of {one}")
     for number, rank in enumerate(ranks):
         _, said = rank.communicate(timeout=60)
-        assert rank.returncode == 2
+        assert rank.returncode == 2, said
         told = f"rank {number} ends: rank {one} ({os.uname().nodename}): data.train: expected words"
         assert (told in said) == (number != one), said
 
