@@ -94,7 +94,9 @@ class Watchdog:
                 seen, seen_at = now, time.monotonic()
             elif time.monotonic() - seen_at > self.limit:
                 words = f"{self._name(neighbour)} has given no sign of life for {self.limit:.0f} s: it died or hangs"
+                self._leaving.set()
                 self._say(words)
+                self._end_later(1)
                 self._store.set(ACCUSED, f"1 {words}")
                 time.sleep(self.reading)  # for the others to read it
                 os._exit(1)
@@ -104,10 +106,23 @@ class Watchdog:
 
     def _end(self, words: str, code: int = 1, *, others_may_not_know: bool = False) -> None:
         if not self._leaving.is_set():
+            self._leaving.set()  # so that the timer is silent meanwhile
             self._say(words)
             if others_may_not_know:  # a collective that breaks would end them before they have read it
                 time.sleep(self.reading)
             os._exit(code)
+
+    def _end_later(self, code: int, words: str = "") -> threading.Timer:
+        """End this process all the same where the store does not answer what is asked next."""
+
+        def end() -> None:
+            print(f"\n{words}" if words else "", file=sys.stderr, flush=True)
+            os._exit(code)
+
+        timer = threading.Timer(2 * self.reading, end)
+        timer.daemon = True
+        timer.start()
+        return timer
 
     def announce(self, mistake: str) -> None:
         """Have the other ranks end with code 2: this one has met a mistake, and they may be waiting for it.
@@ -118,9 +133,7 @@ class Watchdog:
             return
         self._leaving.set()
         self._thread.join(self.beat)
-        timer = threading.Timer(2 * self.reading, os._exit, (MISTAKE,))  # the store may be gone
-        timer.daemon = True
-        timer.start()
+        timer = self._end_later(MISTAKE, mistake)
         try:
             first = not self._store.check([ACCUSED])
             if first:
