@@ -153,9 +153,10 @@ class Declarations:
     def inputs_of(options: Any) -> Mapping[str, Any]:
         """What it reads beside image and text, such as {"ids": True, "image_views": 2, "labels": True}.
 
-        Names for several of a kind, {"image_views": ("near", "far")}, are then attributes of `Embeddings`.
+        Names for several of a kind, {"image_views": ("near", "far")}, are then attributes of `Embeddings`. By default
+        what the options of masking.py ask for, where it has them.
         """
-        return {}
+        return read_by_masks(options) if hasattr(options, "mask_duplicates") else {}
 
     @staticmethod
     def negatives_of(options: Any, B: int) -> int:

@@ -12,13 +12,11 @@ the global batch:
 Numerics: columns are centred before they are multiplied; P x P sums in float32, never B x B.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
-from amclr_scale.declarations import read_by_masks
 from amclr_scale.objectives.base import (
     Objective,
     at_least_float32,
@@ -57,10 +55,6 @@ class BarLIP(Objective, name="barlip"):
                 require(getattr(self, key) >= 0, key, "a weight of at least 0", getattr(self, key))
             for key in ("coordinates", "hidden"):
                 require(getattr(self, key) > 0, key, "at least 1", getattr(self, key))
-
-    @staticmethod
-    def inputs_of(options: Any) -> Mapping[str, Any]:
-        return read_by_masks(options)
 
     @staticmethod
     def negatives_of(options: Any, B: int) -> int:

@@ -13,13 +13,10 @@ the control that separates SogCLR's moving average from its missing positive.
 Numerics: log-sum-exp in float32; w is a softmax over the global batch, shifted by its maximum, and differentiated.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor
 
-from amclr_scale.declarations import read_by_masks
 from amclr_scale.objectives.base import Objective, learned_temperature, numbers, require
 from amclr_scale.objectives.clip import check_temperature
 from amclr_scale.objectives.masking import Masking, MaskOptions, where_keys
@@ -39,10 +36,6 @@ class DCL(Objective, name="dcl"):
         def __post_init__(self) -> None:
             super().__post_init__()
             check_temperature(self.temperature)
-
-    @staticmethod
-    def inputs_of(options: Any) -> Mapping[str, Any]:
-        return read_by_masks(options)
 
     def __init__(self, config: Config) -> None:
         super().__init__()
@@ -67,10 +60,6 @@ class DCLW(Objective, name="dclw"):
             super().__post_init__()
             check_temperature(self.temperature)
             require(self.sigma > 0, "sigma", "a positive number", self.sigma)
-
-    @staticmethod
-    def inputs_of(options: Any) -> Mapping[str, Any]:
-        return read_by_masks(options)
 
     def __init__(self, config: Config) -> None:
         super().__init__()

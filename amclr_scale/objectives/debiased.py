@@ -16,14 +16,13 @@ Numerics: log v is made from log G by log1p(-p / G), so nothing of size exp(1/t)
 """
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from amclr_scale.declarations import Equal, read_by_masks
+from amclr_scale.declarations import Equal
 from amclr_scale.objectives.base import Objective, learned_temperature, numbers, require
 from amclr_scale.objectives.clip import check_temperature
 from amclr_scale.objectives.masking import MaskOptions, where_keys
@@ -48,10 +47,6 @@ class Debiased(Objective, name="debiased"):
             check_temperature(self.temperature)
             require(0 <= self.prior < 1, "prior", "a share in [0, 1)", self.prior)
             require(self.hardness >= 0, "hardness", "a number of at least 0", self.hardness)
-
-    @staticmethod
-    def inputs_of(options: Any) -> Mapping[str, Any]:
-        return read_by_masks(options)
 
     @staticmethod
     def equals(options: Any, B: int) -> Equal | None:

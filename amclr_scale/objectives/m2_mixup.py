@@ -15,14 +15,11 @@ Numerics: the cosine is kept a few roundings away from -1 and 1; M_i is logaddex
 
 import math
 import random
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from amclr_scale.declarations import read_by_masks
 from amclr_scale.objectives.base import Objective, at_least_float32, learned_temperature, numbers, require
 from amclr_scale.objectives.clip import check_temperature, softmax_loss
 from amclr_scale.objectives.masking import MaskOptions
@@ -50,10 +47,6 @@ class M2Mixup(Objective, name="m2_mixup"):
             require(self.mix_temperature > 0, "mix_temperature", "a positive number", self.mix_temperature)
             require(self.mix_weight >= 0, "mix_weight", "a weight of at least 0", self.mix_weight)
             require(self.mix_beta > 0, "mix_beta", "a positive number", self.mix_beta)
-
-    @staticmethod
-    def inputs_of(options: Any) -> Mapping[str, Any]:
-        return read_by_masks(options)
 
     def __init__(self, config: Config) -> None:
         super().__init__()

@@ -23,7 +23,6 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from amclr_scale.declarations import read_by_masks
 from amclr_scale.objectives.base import FullPrecision, Objective, global_batch_size, numbers, require
 from amclr_scale.objectives.estimator import ratio
 from amclr_scale.objectives.masking import MaskOptions
@@ -50,10 +49,6 @@ class OnlineCLR(FullPrecision, Objective, name="onlineclr"):
             super().__post_init__()
             require(self.temperature > 0, "temperature", "a positive number", self.temperature)
             require(0 < self.gamma <= 1, "gamma", "a weight in (0, 1]", self.gamma)
-
-    @staticmethod
-    def inputs_of(options: Any) -> Mapping[str, Any]:
-        return read_by_masks(options)
 
     def __init__(self, config: Config) -> None:
         super().__init__()

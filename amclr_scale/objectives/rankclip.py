@@ -14,13 +14,10 @@ Numerics: sums of tails by logcumsumexp in float32, a block of rows at a time; t
 """
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor
 
-from amclr_scale.declarations import read_by_masks
 from amclr_scale.objectives.base import (
     Objective,
     at_least_float32,
@@ -54,10 +51,6 @@ class RankCLIP(Objective, name="rankclip"):
             require(self.weight >= 0, "weight", "a weight of at least 0", self.weight)
             ramp = self.ramp_epochs
             require(ramp is None or ramp > 1, "ramp_epochs", "more than 1 epoch, or null", ramp)
-
-    @staticmethod
-    def inputs_of(options: Any) -> Mapping[str, Any]:
-        return read_by_masks(options)
 
     def __init__(self, config: Config) -> None:
         super().__init__()

@@ -19,7 +19,6 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from amclr_scale.declarations import read_by_masks
 from amclr_scale.objectives.base import Objective, at_least_float32, learned_temperature, numbers, require
 from amclr_scale.objectives.clip import check_temperature, softmax_loss
 from amclr_scale.objectives.masking import MaskOptions
@@ -61,10 +60,6 @@ class SiamLIP(Objective, name="siamlip"):
             for key in ("clip", "predict_weight"):
                 require(getattr(self, key) >= 0, key, "a weight of at least 0", getattr(self, key))
             require(self.hidden > 0, "hidden", "a width of at least 1", self.hidden)
-
-    @staticmethod
-    def inputs_of(options: Any) -> Mapping[str, Any]:
-        return read_by_masks(options)
 
     @staticmethod
     def negatives_of(options: Any, B: int) -> int:

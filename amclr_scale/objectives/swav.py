@@ -25,7 +25,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from amclr_scale.declarations import read_by_masks
 from amclr_scale.objectives.base import Objective, at_least_float32, learned_temperature, numbers, require
 from amclr_scale.objectives.clip import check_temperature, softmax_loss
 from amclr_scale.objectives.masking import MaskOptions
@@ -69,10 +68,6 @@ class SwAV(Objective, name="swav"):
                 require(getattr(self, key) > 0, key, "a positive number", getattr(self, key))
             require(self.prototypes > 1, "prototypes", "at least 2", self.prototypes)
             require(self.iterations > 0, "iterations", "at least 1", self.iterations)
-
-    @staticmethod
-    def inputs_of(options: Any) -> Mapping[str, Any]:
-        return read_by_masks(options)
 
     @staticmethod
     def negatives_of(options: Any, B: int) -> int:

@@ -18,13 +18,10 @@ Numerics: the exponents lie in [-8, 0], so nothing overflows; log-sums are float
 """
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor
 
-from amclr_scale.declarations import read_by_masks
 from amclr_scale.objectives.base import Objective, learned_temperature, numbers, require
 from amclr_scale.objectives.clip import check_temperature, softmax_loss
 from amclr_scale.objectives.masking import MaskOptions
@@ -49,10 +46,6 @@ class Uniformity(Objective, name="uniformity"):
             check_temperature(self.temperature)
             for key in ("alignment", "uniformity", "cross_uniformity"):
                 require(getattr(self, key) >= 0, key, "a weight of at least 0", getattr(self, key))
-
-    @staticmethod
-    def inputs_of(options: Any) -> Mapping[str, Any]:
-        return read_by_masks(options)
 
     def __init__(self, config: Config) -> None:
         super().__init__()
