@@ -1,7 +1,12 @@
 """The process group, the device, and the seeds of one rank."""
 
+import contextlib
 import os
 import random
+import sys
+import threading
+import time
+from collections.abc import Iterator
 from typing import Literal, TypeVar, cast
 
 import numpy as np
@@ -12,6 +17,7 @@ from amclr_scale.distributed.launcher import RankInfo, end_with_launcher, export
 from amclr_scale.errors import UserError
 
 T = TypeVar("T")
+_SHELLS = ("bash", "sh", "zsh", "fish", "interactive")  # what SLURM calls a job that is a shell
 
 
 def device_type() -> Literal["cuda", "cpu"]:
@@ -50,8 +56,56 @@ def start(rank_info: RankInfo, threads: int | None = None) -> torch.device:
 
     leave_messages_to_gloo()
     if not dist.is_initialized():
-        deepspeed.init_distributed(dist_backend="nccl" if cuda else "gloo", auto_mpi_discovery=False, verbose=False)
+        with told_while_joining(rank_info):
+            deepspeed.init_distributed(dist_backend="nccl" if cuda else "gloo", auto_mpi_discovery=False, verbose=False)
     return device
+
+
+@contextlib.contextmanager
+def told_while_joining(rank_info: RankInfo, first: float = 10.0, every: float = 60.0) -> Iterator[None]:
+    """Say that this rank waits for others, if it has to.
+
+    Args:
+        rank_info: this process among the others.
+        first: seconds after which it is said.
+        every: seconds from then on.
+
+    Raises:
+        UserError: rank 0's port is taken.
+    """
+    host, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")
+    joined, began = threading.Event(), time.monotonic()
+    shell = ""
+    if "SLURM_PROCID" in os.environ and os.environ.get("SLURM_JOB_NAME") in _SHELLS:
+        shell = "; started from an interactive srun shell? It holds one of the tasks: put srun before the command"
+
+    def tell() -> None:
+        pause = first
+        while not joined.wait(pause):
+            waited, pause = time.monotonic() - began, every
+            print(
+                f"rank {rank_info.rank} has waited {waited:.0f} s for the other {rank_info.world_size - 1} of "
+                f"{rank_info.world_size} ranks to come to {host}:{port}{shell}",
+                file=sys.stderr,
+                flush=True,
+            )
+
+    thread = threading.Thread(target=tell, name="joining", daemon=True)
+    if rank_info.world_size > 1 and (rank_info.rank == 0 or rank_info.local_rank == 0):
+        thread.start()
+    try:
+        yield
+    except dist.DistNetworkError as error:
+        if "EADDRINUSE" not in str(error):
+            raise
+        raise UserError(
+            f"MASTER_PORT: expected a free port on {host}, got {port}, on which another program listens, perhaps "
+            "another run; choose another (deepspeed --master_port N, torchrun --master-port N, else MASTER_PORT=N)"
+        ) from error
+    finally:
+        joined.set()
+        if thread.is_alive():
+            thread.join()
 
 
 def leave_messages_to_gloo() -> None:
