@@ -311,7 +311,7 @@ def made_together(key: str, width: int) -> tuple[str, ...]:
 
 def _random(name: str, rows: int, width: int) -> Tensor:
     """Rows of a kind of input."""
-    kind, sizes = KINDS[name], {"D": width}
+    kind, sizes = KINDS[name], {"D": width, "R": width}  # a reference's own is not known here
     shape = [sizes[side] if isinstance(side, str) else side for side in kind.shape]
     if kind.dtype == "float":
         x = torch.randn(rows, *shape)

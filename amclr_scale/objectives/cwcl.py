@@ -20,6 +20,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -80,6 +81,11 @@ def weighted_mean(anchors: Tensor, keys: Tensor, reference: Tensor) -> Tensor:
     """
     B = global_batch_size(anchors)
     reference = reference.to(anchors.dtype)
-    moments, sums = gram(keys, reference), B * column_mean(keys)  # (D, R), (D,)
-    weighted = ((anchors @ moments) * reference).sum(1) + anchors @ sums
-    return weighted / (reference @ (B * column_mean(reference)) + B)
+    moments, sums, total = (
+        gram(keys, reference),
+        B * column_mean(keys),
+        B * column_mean(reference),
+    )  # (D, R), (D,), (R,)
+    with torch.autocast(anchors.device.type, enabled=False):
+        weighted = ((anchors @ moments) * reference).sum(1) + anchors @ sums
+        return weighted / (reference @ total + B)
