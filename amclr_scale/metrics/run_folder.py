@@ -8,12 +8,13 @@ Imports no torch: whether the folder can be written is checked before any proces
 import json
 import os
 import platform
+import shutil
 import subprocess
 import time
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import psutil
 
@@ -26,6 +27,7 @@ PACKAGES = ("amclr_scale", "torch", "torchvision", "deepspeed", "transformers", 
 METRICS = "metrics.jsonl"
 MODULE = "objective.py"
 DROPPED = "metrics_dropped.jsonl"
+_CHUNK = 1 << 16  # bytes read at once from the end of a file
 
 
 def check_writable(config: Config) -> None:
@@ -162,18 +164,47 @@ def drop_records_after(folder: Path, step: int) -> None:
     file = folder / METRICS
     if not file.exists():
         return
-    kept: list[str] = []
-    dropped: list[str] = []
-    for line in file.read_text("utf-8", errors="replace").splitlines():
-        try:
-            record = json.loads(line)
-            later = not isinstance(record, dict) or record.get("step", 0) > step
-        except ValueError:
-            later = True
-        (dropped if later else kept).append(line + "\n")
-    if dropped:
-        with (folder / DROPPED).open("a") as aside:
-            aside.writelines(dropped)
-        new = folder / f".{METRICS}.new"
-        new.write_text("".join(kept))
-        new.replace(file)
+    end = _end_of_records(file, step)
+    if end < file.stat().st_size:
+        with file.open("rb") as records, (folder / DROPPED).open("ab") as aside:
+            records.seek(end)
+            shutil.copyfileobj(records, aside)
+        with (folder / DROPPED).open("rb+") as aside:
+            _end_line(aside)
+        os.truncate(file, end)
+    with file.open("rb+") as records:
+        _end_line(records)
+
+
+def _end_of_records(file: Path, step: int) -> int:
+    """Where what a run of so many steps has written ends: records are in order, so it is looked for from the end."""
+    with file.open("rb") as records:
+        end = records.seek(0, os.SEEK_END)
+        while end:
+            start, line = end, b""
+            while start and b"\n" not in line[:-1]:  # the last line, with the end of the one before
+                start = max(0, start - _CHUNK)
+                records.seek(start)
+                line = records.read(end - start)
+            line = line[line[:-1].rfind(b"\n") + 1 :]
+            if _is_of(line, step):
+                return end
+            end -= len(line)
+    return 0
+
+
+def _is_of(line: bytes, step: int) -> bool:
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(record, dict) and record.get("step", 0) <= step
+
+
+def _end_line(file: IO[bytes]) -> None:
+    """Add what a line lacks that was cut off at its very end."""
+    size = file.seek(0, os.SEEK_END)
+    if size:
+        file.seek(size - 1)
+        if file.read(1) != b"\n":
+            file.write(b"\n")
