@@ -33,6 +33,7 @@ NEUTRAL = (
 
 # Keys that are younger than some recipes: at these values nothing is computed that those recipes did not say.
 LATER: dict[str, Any] = {
+    "data.image_group": None,
     "data.max_image_mib": 1024, "evaluation.evaluators": [], "evaluation.momentum": False, "model.momentum": None,
     "objective.queue": None,
 }  # fmt: skip

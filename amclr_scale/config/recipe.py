@@ -85,8 +85,12 @@ class Data(Section):
     """Further augmented views of every image (AmCLR's omega)."""
     image_view: ImageAugmentation | None = None
     """How further image views are made; null: like the base view, from other random numbers."""
-    image_view_from: Literal["image", "base"] = "image"
-    """What further image views are made of: the image itself, or its base view (AmCLR)."""
+    image_view_from: Literal["image", "base", "group"] = "image"
+    """What further image views are made of: the image itself, its base view (AmCLR), or another sample's image of the
+    same `image_group`, drawn per epoch, as another artist's drawing of one concept; a sample that is alone in its group
+    shows its own. group needs `resident`, for any sample may be wanted at any time."""
+    image_group: str | None = None
+    """Where samples say what they show: json.FIELD, such as json.concept. image_view_from: group reads it."""
     text_views: Annotated[int, Field(ge=0)] = 0
     """Further captions of every sample, drawn from `text_view`."""
     text_view: str | list[str] = "json.captions"

@@ -217,7 +217,8 @@ class TrainLoader:
 
     def _hold(self) -> None:
         if self.data.resident != "none" and self._parts.pipeline.resident is None:
-            self._parts.pipeline.hold()
+            if note := self._parts.pipeline.hold():
+                log.info(note)
 
     def _batch(self, parts: list[Part]) -> Batch:
         """The parts as one; where this rank's device holds the pictures, views are cut out of them there."""
@@ -229,9 +230,8 @@ class TrainLoader:
             assert held is not None
             device = torch.device("cuda" if torch.cuda.is_initialized() else "cpu")
             self._pictures = ResidentPictures(held, self.data.image_size, device)
-        samples = batch.ids if batch.text_ids is None else batch.text_ids
         from_base = self.data.image_view_from == "base"
-        return replace(batch, images=self._pictures.views(samples, batch.images, from_base=from_base))
+        return replace(batch, images=self._pictures.views(batch.images, from_base=from_base))
 
     def close(self) -> None:
         """Stop the workers and close the shards."""

@@ -6,6 +6,7 @@ count and every number of workers replaces it by the same sample, which then car
 
 import hashlib
 import json
+from collections.abc import Hashable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from amclr_scale.data.order import Visits
 from amclr_scale.data.paraphrases import ParaphraseReader
 from amclr_scale.data.randomness import Draws, Purpose
 from amclr_scale.data.resident.crops import plan_crop
+from amclr_scale.data.resident.groups import Groups
 from amclr_scale.data.resident.store import ResidentData, open_resident
 from amclr_scale.data.text_views import TextViews
 from amclr_scale.data.tokenizers import Tokenizer
@@ -55,7 +57,7 @@ class Part:
     ids: Tensor  # (n,) int64
     text_ids: Tensor | None  # (n,) int64, where images have ids of their own
     labels: Tensor | None  # (n,) int64, where samples have classes: equal for one class, -1 for none
-    images: tuple[Tensor, ...]  # 1 + V of (n, 3, H, W) uint8; where devices hold the pictures, of (n, 6) crops
+    images: tuple[Tensor, ...]  # 1 + V of (n, 3, H, W) uint8; where devices hold the pictures, of (n, 7) crops
     texts: tuple[Tensor, ...]  # 1 + V of (n, L) int64
     faults: list[Fault]
     repeated: dict[str, int]  # further images, and further texts, that equal an earlier view of their sample
@@ -67,6 +69,7 @@ class Pipeline:
     Attributes:
         text: which captions the views show.
         resident: the decoded data set, once `hold` has opened it.
+        groups: which samples show the same, where further views are drawn from these.
     """
 
     def __init__(self, index: Index, data: schema.Data, seed: int, tokenizer: Tokenizer):
@@ -74,31 +77,62 @@ class Pipeline:
         self.text = TextViews(data)
         self._image_id = Field.parse(data.image_id) if data.image_id else None
         self._labels = Field.parse(data.labels) if data.labels else None
-        others = {field.member for field in (self._image_id, self._labels) if field}
+        self._image_group = Field.parse(data.image_group) if data.image_group else None
+        others = {field.member for field in (self._image_id, self._labels, self._image_group) if field}
         self._texts = self.text.members | others
         self._wanted = self._texts | frozenset(IMAGE_EXTENSIONS)
         self.resident: ResidentData | None = None
+        self.groups: Groups | None = None
         self._recipes = [data.augmentation] + [data.image_view or data.augmentation] * data.image_views
         self._paraphrases = dict[int, ParaphraseReader]()
         if self.text.needs_paraphrases:
             ParaphraseReader(Path(data.paraphrases or ""), index.shards[0]).close()  # a wrong folder is told at once
 
-    def hold(self) -> None:
+    def hold(self) -> str:
         """Open the decoded data set, written first where there is none; samples then come from it.
+
+        Returns:
+            What the log should say; "" for nothing.
 
         Raises:
             UserError: there is no room for it.
         """
         data, index = self.data, self.index
         ranges = [(recipe.crop_scale, recipe.crop_ratio) for recipe in self._recipes]  # how far a JPEG is reduced
-        name = (index.fingerprint, data.image_size, ranges, data.max_image_pixels)
+        name = (index.fingerprint, data.image_size, ranges, data.max_image_pixels, data.max_image_mib)
         cache, members = index.storage.cache, sorted(self._texts - {PARAPHRASES})
         self.resident = open_resident(cache, name, members, index.num_samples, self._stored, self._decoded)
+        if data.image_view_from != "group":
+            return ""
+        self.groups = Groups(map(self._group_of, range(index.num_samples)))
+        return (
+            f"data: {self.groups.alone:,} of {index.num_samples:,} samples are alone in their data.image_group; their "
+            "further views are of their own image"
+        )
+
+    def _group_of(self, sample: int) -> Hashable | None:
+        """What the sample says it shows; None where it says nothing, or cannot be used."""
+        assert self.resident
+        assert self._image_group
+        try:
+            self.resident.size(sample)
+            value = self.read(sample).value(self._image_group)
+        except BadSampleError:
+            return None
+        return value if isinstance(value, str | int) else None
+
+    def _sources(self, sample: int, number: int) -> list[int]:
+        """The samples whose pictures the views show."""
+        found = [sample]
+        for view in range(1, len(self._recipes)):
+            draws = Draws(self.seed, Purpose.GROUP, number, sample, view)
+            found.append(self.groups.other(sample, found, draws) if self.groups else sample)
+        return found
 
     def __call__(self, visits: Visits) -> Part:
         data, n = self.data, len(visits)
-        shape = (6,) if data.resident == "device" else (3, data.image_size, data.image_size)
-        kind = torch.int16 if data.resident == "device" else torch.uint8
+        shape = (7,) if data.resident == "device" else (3, data.image_size, data.image_size)
+        kind = torch.int64 if data.resident == "device" else torch.uint8
         images = tuple(torch.empty(n, *shape, dtype=kind) for _ in range(1 + data.image_views))
         captions = list[list[str]]()
         ids, image_ids, labels, faults = list[int](), list[int](), list[int](), list[Fault]()
@@ -144,17 +178,19 @@ class Pipeline:
         content = self.read(sample)
         captions = self.text.draw(content, self.seed, number, sample)
         draws = [Draws(self.seed, Purpose.IMAGE, number, sample, view) for view in range(len(self._recipes))]
+        sources = self._sources(sample, number)
         if self.resident and self.data.resident == "device":
-            whole = self.resident.size(sample)
             plans = list[Tensor]()
             for view, recipe in enumerate(self._recipes):
-                width, height = (size, size) if view and from_base else whole
-                plans.append(torch.tensor(plan_crop(width, height, recipe, draws[view])))
+                width, height = (size, size) if view and from_base else self.resident.size(sources[view])
+                plans.append(torch.tensor([*plan_crop(width, height, recipe, draws[view]), sources[view]]))
             return self._image_of(content, sample), self.label_of(content), plans, captions
         picture = self.resident.picture(sample) if self.resident else self._decoded(content)
         views = list[Image.Image]()
         for view, recipe in enumerate(self._recipes):
             source = views[0] if view and from_base else picture
+            if self.resident and sources[view] != sample:
+                source = self.resident.picture(sources[view])
             views.append(augmented_view(source, size, recipe, draws[view]))
         return self._image_of(content, sample), self.label_of(content), [to_tensor(view) for view in views], captions
 

@@ -27,6 +27,7 @@ class Purpose(enum.IntEnum):
     TEXT = 4
     REPLACEMENT = 5
     WORDS = 6
+    GROUP = 7
 
 
 def _finalise(z: int) -> int:

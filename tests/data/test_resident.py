@@ -115,8 +115,8 @@ def test_crops_are_pillows_bit_for_bit(side, size):
     pictures = ResidentPictures(held, size, torch.device("cpu"))
     recipe = schema.ImageAugmentation(crop_scale=(0.05, 1.0), crop_ratio=(0.3, 3.0), grayscale=0.5)
     samples = [sample for sample in range(n + 1) if sample != 2]
-    plans = torch.tensor([plan_crop(side, side, recipe, Draws(5, sample)) for sample in samples])
-    (found,) = pictures.views(torch.tensor(samples), (plans,), from_base=False)
+    plans = torch.tensor([[*plan_crop(side, side, recipe, Draws(5, sample)), sample] for sample in samples])
+    (found,) = pictures.views((plans,), from_base=False)
     for row, sample in enumerate(samples):
         whole = Image.fromarray(held.all[row])
         assert torch.equal(found[row], to_tensor(augmented_view(whole, size, recipe, Draws(5, sample))))
@@ -130,3 +130,35 @@ def test_what_a_device_cannot_hold_is_refused(tmp_path, damaged):
     assert any(line.startswith("data.resident: device crops, flips and greys") for line in check(config, 1))
     config = schema.Config(data=settings(damaged, resident="host", stream=True))
     assert any(line.startswith("data.resident: expected none with data.stream") for line in check(config, 1))
+
+
+def test_further_views_are_other_pictures_of_the_group(tmp_path):
+    """Pictures of one colour say whose they are; groups of 4, 3 and 1, and one whose other picture is broken."""
+    concepts = ["a", "b", "a", "c", "b", "a", "a", "b", "d", "d"]
+    members = []
+    for i, concept in enumerate(concepts):
+        (name, _), *others = pair(i, concept=concept)
+        members += [(name, picture(20 * i, (10, 10)) if i != 9 else b"broken"), *others]
+    write_tar(tmp_path / "shards" / "0.tar", members)
+    plain = schema.ImageAugmentation(crop_scale=(1, 1), flip=0)
+    recipe = {"augmentation": plain, "image_views": 2, "image_view_from": "group", "image_group": "json.concept"}
+    data = settings(str(tmp_path / "shards"), max_bad_fraction=1.0, **recipe)
+    host, device = (take(data.model_copy(update={"resident": held}), 30) for held in ("host", "device"))
+    assert_same(device, host)
+    shown = {i: set() for i in range(10)}
+    for batch in host:
+        for row, sample in enumerate(batch.ids.tolist()):
+            base, *further = (int(view[row, 0, 0, 0]) // 20 for view in batch.images)
+            assert base == sample
+            shown[sample].update(further)
+            if concepts[sample] in "ab":
+                assert len({base, *further}) == 3  # as long as there are others
+    for sample in range(9):
+        others = {i for i, concept in enumerate(concepts) if concept == concepts[sample] and i not in (sample, 9)}
+        assert shown[sample] == (others or {sample})
+    ranks = [take(data.model_copy(update={"resident": "host"}), 4, rank=rank, world_size=2) for rank in range(2)]
+    assert_same(joined(ranks), host[:4])
+    wrong = settings(str(tmp_path), image_view_from="group")
+    assert [line.partition(":")[0] for line in check(schema.Config(data=wrong), 1)][:2] == [
+        "data.image_group", "data.resident",
+    ]  # fmt: skip

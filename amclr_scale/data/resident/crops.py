@@ -82,22 +82,20 @@ class ResidentPictures:
             self._pictures[part] = torch.from_numpy(rows[part].copy()).to(device).permute(0, 3, 1, 2)
         self._tables: dict[int, Tensor] = {}
 
-    def views(self, samples: Tensor, crops: tuple[Tensor, ...], *, from_base: bool) -> tuple[Tensor, ...]:
-        """Every view of the samples, (n, 3, size, size) uint8 on the device.
+    def views(self, crops: tuple[Tensor, ...], *, from_base: bool) -> tuple[Tensor, ...]:
+        """Every view of n samples, (n, 3, size, size) uint8 on the device.
 
         Args:
-            samples: (n,) int64 ids.
-            crops: for each view (n, 6), from `plan_crop`.
+            crops: for each view (n, 7) int64, from `plan_crop`, and the id of the sample whose picture it is.
             from_base: whether further views are made of the first one.
         """
-        samples = samples.to(self.device)
         found = list[Tensor]()
         for view, crop in enumerate(crops):
-            planned, out = crop.to(self.device, torch.int64), list[Tensor]()
-            for start in range(0, len(samples), _AT_ONCE):
+            planned, out = crop.to(self.device), list[Tensor]()
+            for start in range(0, len(planned), _AT_ONCE):
                 part = slice(start, start + _AT_ONCE)
                 base = view and from_base
-                source = found[0][part] if base else self._pictures[self._row[samples[part]]]
+                source = found[0][part] if base else self._pictures[self._row[planned[part, 6]]]
                 out.append(self._cropped(source, planned[part]))
             found.append(torch.cat(out) if len(out) > 1 else out[0])
         return tuple(found)
@@ -105,7 +103,7 @@ class ResidentPictures:
     def _cropped(self, source: Tensor, crop: Tensor) -> Tensor:
         n, _, side, _ = source.shape
         table = self._table(side)
-        left, upper, right, lower, flip, grey = crop.unbind(1)
+        left, upper, right, lower, flip, grey, _ = crop.unbind(1)
         across, down = table[left, right], table[upper, lower]  # (n, size, side) each
         x = _rounded(source.double().reshape(n, 3 * side, side) @ across.transpose(1, 2))
         x = _rounded(down[:, None] @ x.view(n, 3, side, self.size))
