@@ -216,9 +216,9 @@ class TrainLoader:
         return batch
 
     def _hold(self) -> None:
-        if self.data.resident != "none" and self._parts.pipeline.resident is None:
-            if note := self._parts.pipeline.hold():
-                log.info(note)
+        held = self.data.resident == "none" or self._parts.pipeline.resident is not None
+        if not held and (note := self._parts.pipeline.hold()):
+            log.info(note)
 
     def _batch(self, parts: list[Part]) -> Batch:
         """The parts as one; where this rank's device holds the pictures, views are cut out of them there."""
