@@ -86,8 +86,7 @@ class Data(Section):
     image_view: ImageAugmentation | None = None
     """How further image views are made; null: like the base view, from other random numbers."""
     image_view_from: Literal["image", "base", "group"] = "image"
-    """What further image views are made of: the image itself, its base view (AmCLR), or (group) another sample's image
-    of the same `image_group`, drawn per epoch; its own where it is alone. group needs `resident`."""
+    """What further image views show: the image, its base view (AmCLR), or another image of `image_group` (`resident`)."""
     image_group: str | None = None
     """Where samples say what they show, such as json.concept: for image_view_from group."""
     text_views: Annotated[int, Field(ge=0)] = 0
@@ -115,8 +114,7 @@ class Data(Section):
     """Remote shards go through shared memory instead of the cache: read front to back, two windows per lane held
     at once, fetched again in every epoch. Does not change results."""
     resident: Literal["none", "host", "device"] = "none"
-    """Where all of the data set is held, decoded once. host: in memory, mapped from the cache folder; device: on every
-    rank's device too, squares up to 64 pixels, cropped, flipped and greyed there. Does not change results."""
+    """Hold all samples decoded: in memory, or small squares on every device too. Does not change results."""
     allow_pipe: bool = False
     """Whether shards named pipe:COMMAND may run that shell command."""
 
