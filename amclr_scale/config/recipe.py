@@ -86,7 +86,7 @@ class Data(Section):
     image_view: ImageAugmentation | None = None
     """How further image views are made; null: like the base view, from other random numbers."""
     image_view_from: Literal["image", "base", "group"] = "image"
-    """What further image views show: the image, its base view (AmCLR), or another image of `image_group` (`resident`)."""
+    """What further image views show: the image, its base view (AmCLR), or another image of its `image_group`."""
     image_group: str | None = None
     """Where samples say what they show, such as json.concept: for image_view_from group."""
     text_views: Annotated[int, Field(ge=0)] = 0
