@@ -48,6 +48,7 @@ CASES: list[tuple[str, str, dict[str, Any], int]] = [
     ("vicreg", "vicreg", {}, 0),
     ("fifo_bank", "fifo_bank", {"size": 4096, "init": "randn"}, 3),
     ("momentum_queue", "momentum_queue", {"size": 4096, "init": "randn"}, 8),
+    ("full_bank", "full_bank", {"negatives": 4096, "num_texts": None}, 2),
     ("momentum_queue, alpha=0", "momentum_queue", {"size": 4096, "init": "randn", "alpha": 0.0}, 4),
     ("clip, mask_duplicates", "clip", {"mask_duplicates": "both"}, 1),
     ("clip, false_negative_margin", "clip", {"false_negative_margin": 0.1}, 1),

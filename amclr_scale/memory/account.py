@@ -28,7 +28,9 @@ from amclr_scale.distributed.launcher import ranks_on_node
 from amclr_scale.engine.batch_plan import Plan, make_plan
 from amclr_scale.engine.optimizers import parameter_groups
 from amclr_scale.memory.components import PHASES, TEACHER, Component, Phase, always
-from amclr_scale.memory.objective_memory import made_together, objective_memory, sample_state_bytes, staged_bytes
+from amclr_scale.memory.objective_memory import (
+    host_state_bytes, made_together, objective_memory, sample_state_bytes, staged_bytes,
+)  # fmt: skip
 from amclr_scale.memory.passes import Passes
 from amclr_scale.memory.state import Groups, state_components, stepped
 from amclr_scale.memory.teacher import Weights, teacher_components
@@ -250,11 +252,13 @@ def _objective_components(config: Config, plan: Plan, num_samples: int, device: 
     rows_at_once = max(1, 2**21 // (b * W)) if similarity.chunk == "auto" else similarity.chunk
     blocks, rest = memory.peak(b, workspace=held, rows_at_once=rows_at_once, cache_bytes=similarity.cache_mib * 2**20)
     gradients = passes.leaf_bytes  # counted there
+    on_host = host_state_bytes(config.objective, num_samples, W, layout, width=config.model.embedding_width)
     waiting = staged_bytes(config.objective, b, W, layout, width=config.model.embedding_width)
     return [
         Component(
             "sample state", always(state), "execution.sample_state: sharded divides it by the ranks", "state",
         ),
+        Component("sample state on the host", always(on_host), "objective.device", "state", "host"),
         Component(
             "changes of sample state", dict.fromkeys(("objective", "pass_2", "reduce", "optimizer"), waiting),
             "execution.sample_state: sharded divides it by the ranks", "state",

@@ -132,9 +132,11 @@ def staged_bytes(
 def _bytes_per_sample(key: str, width: int | None) -> int:
     with torch.device("meta"):
         made = create(key, 1, "replicated", None)
+        if width is not None:
+            made.allocate(width)
     tables = [module for module in made.modules() if isinstance(module, SampleState)]
     banks = [module for module in made.modules() if isinstance(module, Bank) and module.size]
-    of_tables = sum(sum(column.nbytes for column in table.buffers()) + 8 for table in tables)
+    of_tables = sum(sum(column.nbytes // len(column) for column in table.buffers()) + 8 for table in tables)
     return of_tables + sum((width or 0) * bank.dtype.itemsize + 16 for bank in banks)  # features, id, slot
 
 
@@ -143,17 +145,28 @@ def _key(objective: dict[str, Any]) -> str:
 
 
 @lru_cache(maxsize=256)
-def _state(key: str, num_samples: int, world_size: int, width: int | None, layout: Layout) -> int:
+def _state(
+    key: str, num_samples: int, world_size: int, width: int | None, layout: Layout, on_host: bool = False
+) -> int:
     with pretended(world_size), torch.device("meta"):
         made = create(key, num_samples, layout, None)
-        for bank in made.modules():
-            if isinstance(bank, Bank) and bank.width is None and width is not None:
-                bank.make(width)
-    return sum(buffer.nbytes for buffer in made.buffers())
+        if width is not None:
+            made.allocate(width)
+    tables = [module for module in made.modules() if getattr(module, "on_host", False) is on_host]
+    return sum(buffer.nbytes for table in tables for buffer in table.buffers(recurse=False))
+
+
+def host_state_bytes(
+    objective: dict[str, Any], num_samples: int, world_size: int, layout: Layout, *, width: int | None = None
+) -> int:
+    """Bytes of an objective's tables that stay on the host, for each rank."""
+    return _state(_key(objective), num_samples, world_size, width, layout, on_host=True)
 
 
 def create(key: str, num_samples: int, layout: Layout, group_size: int | None) -> Objective:
     section = json.loads(key)
+    drawn = section.get("negatives")  # of a bank of the whole data set, which is no smaller
+    num_samples = max(num_samples, drawn) if isinstance(drawn, int) else num_samples
     changes = {} if group_size is None else {str(objectives.class_of(section).group_option): group_size}
     return objectives.from_section(section, layout, num_samples=num_samples, **changes)
 
@@ -254,8 +267,8 @@ def _moments(objective: Objective, embeddings: Embeddings, areas: tuple[int, int
     tracker = Tracker("cpu")
     tracker.add([*objective.buffers(), *tensors_of(embeddings)], "before")
     tracker.on_change = note
-    banks = any(isinstance(module, Bank) for module in objective.modules())
-    with tracker, forgotten() if banks else nullcontext():  # what waits for the end of the step: `staged_bytes`
+    stores = objective.stores_features or objective.queue is not None
+    with tracker, forgotten() if stores else nullcontext():  # what waits for the end of the step: `staged_bytes`
         objective(embeddings).value.backward()
     return most
 

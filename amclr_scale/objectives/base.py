@@ -38,6 +38,7 @@ class Objective(Declarations, nn.Module):
         needs_unit_rows: embeddings must have unit length; False for VICReg, which needs them as they are.
         whole_set_options: options that differ where one batch is the whole data set, for they only make up for its
             not being that (whole_set.py compares the two).
+        stores_features: it keeps rows of embeddings for later steps, which it reads until its backward is over.
         epoch: samples seen / samples in the data set, as of the last `set_epoch`.
     """
 
@@ -48,6 +49,7 @@ class Objective(Declarations, nn.Module):
     needs_unit_rows: bool = True
     whole_set_options: ClassVar[Mapping[str, Any]] = {}
     epoch: float = 0.0
+    stores_features: bool = False
     queue: Any  # a `SharedQueue` where the option is set, which `create` gives it; None
     _lengths_seen: bool = False
 
@@ -119,6 +121,11 @@ class Objective(Declarations, nn.Module):
     def set_epoch(self, epoch: float) -> None:
         """Say how far training is, in passes over the data set; the trainer does so before every step."""
         self.epoch = epoch
+
+    def allocate(self, width: int) -> None:
+        """Make state that waits for the first embeddings to know their width."""
+        if self.queue is not None:
+            self.queue.allocate(width)
 
     def rehearse(self, width: int, slots: int) -> None:
         """Be as in the midst of a run, where that matters for what a step costs; nothing is trained afterwards.
@@ -305,7 +312,7 @@ def _as_section(option: str, kind: Any, value: Any) -> Any:
 
 
 def _as_type(option: str, hint: Any, value: Any) -> Any:
-    choices = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    choices = typing.get_args(hint) if typing.get_origin(hint) in (types.UnionType, typing.Union) else (hint,)
     for choice in choices:
         if typing.get_origin(choice) is Literal:
             if value in typing.get_args(choice):

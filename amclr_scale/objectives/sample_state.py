@@ -172,6 +172,11 @@ class Visit:
     def __init__(self, state: SampleState, ids: Tensor, every: Tensor) -> None:
         self._state, self._ids, self._every = state, ids, every
 
+    @property
+    def ids(self) -> Tensor:
+        """(b,) int64, of the samples looked at."""
+        return self._ids
+
     @purpose(STATE)
     def read(self) -> dict[str, Tensor]:
         """Column -> (b,) or (b, width), as they were before this step, on the device of the ids."""

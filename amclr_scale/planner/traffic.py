@@ -139,10 +139,8 @@ def state_layout(config: Config, num_samples: int) -> Layout:
         return config.execution.sample_state
     with torch.device("meta"):
         made = objectives.from_section(config.objective, "replicated", num_samples=num_samples)
+        made.allocate(config.model.embedding_width)
     tables = [module for module in made.modules() if isinstance(module, SampleState | Bank)]
-    for bank in tables:
-        if isinstance(bank, Bank) and bank.width is None:
-            bank.make(config.model.embedding_width, torch.device("meta"))
     largest = max((sum(x.nbytes for x in table.buffers() if x.is_floating_point()) for table in tables), default=0)
     return "sharded" if largest > REPLICATED_BYTES else "replicated"
 

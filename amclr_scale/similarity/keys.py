@@ -110,7 +110,8 @@ class ExtraKeys:
         sharded: the keys are those of all ranks together. Then the anchors travel: ranks exchange what they have summed
             for one another's, and their gradients.
         total: M, where the caller knows it; None: ranks are asked.
-        same: (b,) int64, how many have an anchor's own id, where the caller knows it; None: they are counted.
+        same: (b,) int64, how many an anchor leaves out, where the caller knows it; None: they are counted.
+        there: (m,) bool, which of the rows are keys at all; None: all. Then `same` is given.
     """
 
     rows: Tensor
@@ -119,6 +120,7 @@ class ExtraKeys:
     sharded: bool = False
     total: int | None = None
     same: Tensor | None = None
+    there: Tensor | None = None
 
     def of(self, anchors: slice) -> "ExtraKeys":
         """The same keys for some of the anchors."""

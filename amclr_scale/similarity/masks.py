@@ -131,7 +131,10 @@ def own_mask(keys: ExtraKeys, limit: Tensor | None, group_keys: GroupKeys) -> Ma
         raise ValueError("group_keys: expected 'others' with ExtraKeys, which are in no group, got 'own'")
     if keys.ids is None or keys.anchor_ids is None:
         return None if limit is None else Mask(row_limit=limit)
-    return Mask((keys.anchor_ids,), (keys.ids,), row_limit=limit)
+    if keys.there is None:
+        return Mask((keys.anchor_ids,), (keys.ids,), row_limit=limit)
+    absent = torch.zeros_like(keys.anchor_ids)  # what is not there is in one more group with every anchor
+    return Mask((keys.anchor_ids, absent), (keys.ids, keys.there.long()), row_limit=limit)
 
 
 def counted(keys: ExtraKeys) -> tuple[int, int | Tensor]:

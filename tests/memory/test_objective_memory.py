@@ -8,6 +8,7 @@ import pytest
 from amclr_scale import objectives
 from amclr_scale.memory.objective_memory import (
     create,
+    host_state_bytes,
     objective_memory,
     pretended,
     random_embeddings,
@@ -44,7 +45,7 @@ def test_every_objective_on_other_rows_than_it_was_run_on(name, world_size):
         tracker = Tracker()
         tracker.add([*made.buffers(), *tensors_of(embeddings)], "before")
         before = tracker.total
-        with tracker, forgotten() if hasattr(made, "bank") else nullcontext():
+        with tracker, forgotten() if made.stores_features else nullcontext():
             made(embeddings).value.backward()
     assert sum(memory.peak(rows, workspace=Workspace(chunk, chunk, 12), rows_at_once=chunk)) == pytest.approx(
         tracker.peak - before,
@@ -52,7 +53,7 @@ def test_every_objective_on_other_rows_than_it_was_run_on(name, world_size):
     )
 
 
-@pytest.mark.parametrize("name", ["sogclr", "isogclr", "amclr_dro", "momentum_queue"])
+@pytest.mark.parametrize("name", ["sogclr", "isogclr", "amclr_dro", "momentum_queue", "full_bank"])
 def test_changes_of_state_that_wait_for_the_end_of_a_step(name):
     made = create(json.dumps({"name": name}), 48, "replicated", None)
     made.rehearse(32, 48)
@@ -88,6 +89,14 @@ def test_banks_are_counted_to_the_byte(name):
         65_536 * (768 * 2 + 16)
     )
     assert formulas.queue(65_536, 3072) == 805_306_368
+
+
+def test_a_row_for_every_sample_is_counted_where_it_lies():
+    rows = 2 * 4 * 768 * N
+    for device, (on_device, on_host) in {"gpu": (rows, 0), "host": (0, rows), "sharded": (rows // 8, 0)}.items():
+        ask = ({"name": "full_bank", "device": device, "negatives": 512}, N, 8, "replicated")
+        assert sample_state_bytes(*ask, width=768)[0] == on_device
+        assert host_state_bytes(*ask, width=768) == on_host
 
 
 def test_sample_state_is_sharded_when_it_is_large():

@@ -109,6 +109,7 @@ WITHOUT = {
     "decoupled",
     "fifo_bank",
     "momentum_queue",
+    "full_bank",
     "gram",
     "cacr",
     "cwcl",

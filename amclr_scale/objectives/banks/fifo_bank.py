@@ -31,6 +31,7 @@ from amclr_scale.types import Embeddings, Loss
 class FIFOBank(Objective, name="fifo_bank"):
     """CLIP with a bank of past features as further negatives, without gradient into them."""
 
+    stores_features = True
     whole_set_options: ClassVar[Mapping[str, Any]] = {"size": 0}
 
     @dataclass(frozen=True, kw_only=True)
@@ -70,6 +71,9 @@ class FIFOBank(Objective, name="fifo_bank"):
         super().__init__()
         self.config = config
         self.bank = Queues(config, sample_state)
+
+    def allocate(self, width: int) -> None:
+        self.bank.allocate(width)
 
     def rehearse(self, width: int, slots: int) -> None:
         self.bank.rehearse(width, slots)

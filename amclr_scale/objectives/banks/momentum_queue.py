@@ -47,6 +47,7 @@ Pair = tuple[Tensor, Tensor]  # of images and of texts
 class MomentumQueue(Objective, name="momentum_queue"):
     """ALBEF's contrastive loss with a momentum encoder, queues and soft targets; MoCo at alpha = 0."""
 
+    stores_features = True
     whole_set_options: ClassVar[Mapping[str, Any]] = {"size": 0, "queue_only": False}
 
     @dataclass(frozen=True, kw_only=True)
@@ -93,6 +94,9 @@ class MomentumQueue(Objective, name="momentum_queue"):
         """Share of the teacher in the targets of the next step."""
         ramp = self.config.alpha_ramp_samples
         return self.config.alpha * (min(1.0, self.samples.value / ramp) if ramp else 1.0)
+
+    def allocate(self, width: int) -> None:
+        self.bank.allocate(width)
 
     def rehearse(self, width: int, slots: int) -> None:
         self.bank.rehearse(width, slots)

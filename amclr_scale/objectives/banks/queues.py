@@ -54,6 +54,12 @@ class Queues(nn.Module):
             for seed in (0, 1)
         )
 
+    def allocate(self, width: int) -> None:
+        """See `Objective.allocate`."""
+        for bank in (self.image, self.text):
+            if bank.width is None:
+                bank.make(width)
+
     def rehearse(self, width: int, slots: int) -> None:
         """See `Objective.rehearse`."""
         self.size = min(self.size, slots)
