@@ -29,7 +29,11 @@ from amclr_scale.engine.batch_plan import Plan, make_plan
 from amclr_scale.engine.optimizers import parameter_groups
 from amclr_scale.memory.components import PHASES, TEACHER, Component, Phase, always
 from amclr_scale.memory.objective_memory import (
-    host_state_bytes, made_together, objective_memory, sample_state_bytes, staged_bytes,
+    host_state_bytes,
+    made_together,
+    objective_memory,
+    sample_state_bytes,
+    staged_bytes,
 )  # fmt: skip
 from amclr_scale.memory.passes import Passes
 from amclr_scale.memory.state import Groups, state_components, stepped
