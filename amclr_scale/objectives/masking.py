@@ -68,11 +68,14 @@ class Masking:
     margin: float | None = None
     images: ExtraKeys | None = None  # further keys of text anchors
     texts: ExtraKeys | None = None
+    key_gradient: bool = True
 
     def of(self, rows: slice = slice(None)) -> dict[str, Any]:
         """What `contrast` is told, of some rows."""
         groups = tuple(x[rows] for x in self.groups) or None
         told: dict[str, Any] = {"image_groups": groups, "text_groups": groups, "margin": self.margin}
+        if not self.key_gradient:
+            told["key_gradient"] = False
         for name, keys in (("extra_image_keys", self.images), ("extra_text_keys", self.texts)):
             told[name] = None if keys is None else keys.of(rows)
         return told

@@ -98,6 +98,7 @@ def contrast(
     margin: float | None = None,
     negatives: Negatives = "all",
     batch_negatives: bool = True,
+    key_gradient: bool = True,
 ) -> Contrast:
     """Contrast each image with the texts of all ranks, and each text with the images of all ranks.
 
@@ -124,10 +125,22 @@ def contrast(
             choice has a gradient, and `kept` does not see it.
         negatives: whose keys count: "all" ranks', "local", or those of a group of so many consecutive ranks.
         batch_negatives: False: of the batch an anchor meets its positive alone, and there are no groups.
+        key_gradient: False: no gradient flows into what an anchor is compared with, its positive among it.
 
     Raises:
         ValueError: shapes, types, devices or temperatures that cannot be, an uneven batch, or no key left.
     """
+    if not key_gradient:
+        of_image, of_text = (
+            contrast(
+                rows, keys, temperature=temperature, exclude_positive=exclude_positive, centred=centred,
+                extra_image_keys=extra_image_keys, extra_text_keys=extra_text_keys, image_groups=image_groups,
+                text_groups=text_groups, extra_image_groups=extra_image_groups, extra_text_groups=extra_text_groups,
+                group_keys=group_keys, margin=margin, negatives=negatives, batch_negatives=batch_negatives,
+            )
+            for rows, keys in ((image, text.detach()), (image.detach(), text))
+        )  # fmt: skip
+        return Contrast(of_image.image, of_text.text)
     ranks = group(negatives)
     extra_images = ExtraKeys(extra_image_keys) if isinstance(extra_image_keys, Tensor) else extra_image_keys
     extra_texts = ExtraKeys(extra_text_keys) if isinstance(extra_text_keys, Tensor) else extra_text_keys

@@ -13,6 +13,10 @@ A pair of which the bank holds nothing adds nothing to the proximal term; that i
 and at the borders of epochs. Rows of the bank get no gradient. After the loss the batch, or what the momentum encoder
 made of it, takes the place of the oldest rows (bank.py).
 
+Stored rows push their anchors, yet nothing pushes them: as keys of the batch, positives are pulled with their full
+weight and pushed with the batch's share of it, so that all embeddings drift together. `key_gradient` false takes both
+away.
+
 Numerics: as in CLIP; the bank's rows join the same running log-sum.
 """
 
@@ -39,6 +43,9 @@ class FIFOBank(Objective, name="fifo_bank"):
         """Options of `fifo_bank`."""
 
         temperature: float | None = None  # fixed; null: learned, 1 / logit_scale
+        key_gradient: bool = (
+            True  # false: neither the batch's keys nor positives as keys get one, as stored ones get none
+        )
         proximal: float = 0.0  # weight of the squared distance to what the sample has stored last
         source: Literal["student", "momentum"] = "student"  # whose features are stored; momentum: model.momentum's
 
@@ -88,6 +95,7 @@ class FIFOBank(Objective, name="fifo_bank"):
         both = contrast(
             image, text, temperature=t, centred=True,
             extra_image_keys=look.extra_images, extra_text_keys=look.extra_texts,
+            key_gradient=self.config.key_gradient,
         )  # fmt: skip
         loss = softmax_loss(both)
         if self.config.proximal:

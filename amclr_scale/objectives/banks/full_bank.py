@@ -65,6 +65,7 @@ class FullBank(Objective, name="full_bank"):
         negatives: int | Literal["all"] = "all"  # samples that are drawn for a step; all: of the data set
         temperature: float | None = 0.07  # fixed; null: learned, 1 / logit_scale
         proximal: float = 30.0  # weight of the squared distance to the sample's own row
+        key_gradient: bool = True  # false: positives as keys get no gradient, as stored rows get none
         momentum: float = 0.5  # weight of the old row in the new one
         device: Literal["gpu", "host", "sharded"] = "gpu"  # where rows are; sharded: cut over the ranks' GPUs
 
@@ -132,7 +133,7 @@ class FullBank(Objective, name="full_bank"):
         texts, seen_texts = self._keys(self.text_state, ids[1], own[1], 1)
         both = contrast(
             image, text, temperature=t, centred=True, batch_negatives=False, extra_image_keys=images,
-            extra_text_keys=texts,
+            extra_text_keys=texts, key_gradient=config.key_gradient,
         )  # fmt: skip
         loss = softmax_loss(both)
         if config.proximal:

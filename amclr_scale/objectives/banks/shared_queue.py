@@ -22,6 +22,7 @@ class Queue(BankOptions):
     """Options of the queue."""
 
     source: Literal["student", "momentum"] = "student"  # whose features are stored; momentum: model.momentum's
+    key_gradient: bool = True  # false: neither the batch's keys nor positives as keys get one, as stored ones get none
 
 
 class SharedQueue(Queues):
@@ -29,7 +30,7 @@ class SharedQueue(Queues):
 
     def __init__(self, options: Queue, layout: Layout) -> None:
         super().__init__(options, layout)
-        self.source = options.source
+        self.source, self.key_gradient = options.source, options.key_gradient
         self._look: Look | None = None
         self._read = False
 
@@ -53,4 +54,6 @@ class SharedQueue(Queues):
         """A `Masking` with the queue's keys."""
         assert self._look is not None, "outside of a step"
         self._read = True
-        return replace(masking, images=self._look.extra_images, texts=self._look.extra_texts)
+        return replace(
+            masking, images=self._look.extra_images, texts=self._look.extra_texts, key_gradient=self.key_gradient
+        )

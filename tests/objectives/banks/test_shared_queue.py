@@ -28,7 +28,7 @@ from tests.objectives.harness import (
 
 OWN = torch.eye(B, dtype=torch.bool)
 QUEUE = {"queue": {"size": 13}}
-TEACHER = {"queue": {"size": 16, "source": "momentum", "init": "batch"}}
+TEACHER = {"queue": {"size": 16, "source": "momentum", "init": "batch", "key_gradient": False}}
 
 
 def definition(name, *, queue, temperature=0.1, gamma=0.6, intra_weight=1.0):
@@ -43,6 +43,7 @@ def definition(name, *, queue, temperature=0.1, gamma=0.6, intra_weight=1.0):
 
         def against(anchors, keys, bank):
             """(B,) log-sums less the positive's logit, and how many keys they are of."""
+            keys = keys if queue.get("key_gradient", True) else keys.detach()
             x, same = anchors @ keys.T, bank.same(e.ids)
             if name != "clip":
                 x = x.masked_fill(OWN, -torch.inf)
@@ -167,5 +168,6 @@ def test_it_is_a_section_of_the_configuration():
     config = load("configs/quickstart.yaml", ["objective.name=sogclr", "objective.queue.size=512"])
     assert config.objective["queue"] == {
         "size": 512, "width": None, "dtype": "float32", "init": "empty", "exclude_same_id": True, "source": "student",
+        "key_gradient": True,
     }  # fmt: skip
     assert load("configs/quickstart.yaml", ["objective.name=sogclr"]).objective["queue"] is None
