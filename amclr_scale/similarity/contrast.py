@@ -131,7 +131,7 @@ def contrast(
         ValueError: shapes, types, devices or temperatures that cannot be, an uneven batch, or no key left.
     """
     if not key_gradient:
-        of_image, of_text = (
+        one, other = (
             contrast(
                 rows, keys, temperature=temperature, exclude_positive=exclude_positive, centred=centred,
                 extra_image_keys=extra_image_keys, extra_text_keys=extra_text_keys, image_groups=image_groups,
@@ -140,7 +140,7 @@ def contrast(
             )
             for rows, keys in ((image, text.detach()), (image.detach(), text))
         )  # fmt: skip
-        return Contrast(of_image.image, of_text.text)
+        return Contrast(one.image, other.text)
     ranks = group(negatives)
     extra_images = ExtraKeys(extra_image_keys) if isinstance(extra_image_keys, Tensor) else extra_image_keys
     extra_texts = ExtraKeys(extra_text_keys) if isinstance(extra_text_keys, Tensor) else extra_text_keys
