@@ -181,13 +181,14 @@ def test_a_shard_that_vanishes_is_told_and_does_not_hang(tmp_path, workers):
 @pytest.mark.parametrize("workers", [0, 2])
 def test_an_error_of_ours_in_a_worker_keeps_its_place(tmp_path, workers):
     """What is not the user's mistake ends with the traceback of the worker."""
+    before = set(multiprocessing.active_children())
     write_shards(tmp_path, [20, 20])
     loader = TrainLoader(settings(str(tmp_path)), seed=0, global_batch_size=8, workers=workers)
     loader._parts.pipeline.tokenizer = None
     with pytest.raises(TypeError, match="NoneType"):
         next(loader)
     loader.close()
-    assert multiprocessing.active_children() == []  # at once, though the error's traceback still holds them
+    assert set(multiprocessing.active_children()) <= before  # at once, though the error's traceback still holds them
 
 
 OF_OURS = """
