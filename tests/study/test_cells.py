@@ -9,7 +9,7 @@ from amclr_scale.config.load import merge, recipe
 from amclr_scale.config.schema import Momentum
 from amclr_scale.errors import UserError
 from amclr_scale.study.planning import cells as cells_module
-from amclr_scale.study.planning.arms import CONTROLS
+from amclr_scale.study.planning.arms import ABSENT, CONTROLS
 from amclr_scale.study.planning.cells import Planned, base_tree, make_cells, reference_of
 from amclr_scale.study.planning.cost import encoder_cost, encoder_flops, pairwise_flops
 from amclr_scale.study.planning.load import load_plan
@@ -310,3 +310,11 @@ def test_too_few_seeds_for_the_margin_are_told(tmp_path: Path) -> None:
         in (told(tmp_path))
     )
     assert "1 seed: no spread" in told(tmp_path, "seeds=[3]")
+
+
+def test_queues_and_momentum_encoders_are_arms_as_the_answer_to_their_names_says(tmp_path: Path) -> None:
+    for name, said in ABSENT.items():
+        arm = said[said.index("{") :]
+        cell = planned(tmp_path, f"arms=[clip, {arm}]")[f"{name}-B32-s0"]
+        assert cell.config.objective["size"] == 512
+        assert cell.encoder_cost == pytest.approx(4 / 3 if name == "momentum" else 1)

@@ -101,7 +101,7 @@ def test_what_decides_the_answer_has_no_default(plan_file: Path, key: str, tmp_p
     ("words", "told"),
     [
         (["arms=[clip, sogcrl]"], "arms: no such arm 'sogcrl'; did you mean 'sogclr'?"),
-        (["arms=[clip, queue]"], "arms: queue: a queue of past features is no objective here"),
+        (["arms=[clip, queue]"], "arms: queue: its size is to be chosen: {name: queue, like: clip"),
         (["arms=[clip, clip]"], "arms: clip is there 2 times"),
         (["budget.steps=10"], "budget.steps: has no meaning when held_equal is samples; remove it"),
         (["budget.samples=null"], "budget: held_equal samples needs exactly one of"),

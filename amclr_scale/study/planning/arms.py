@@ -125,8 +125,13 @@ CONTROLS: dict[str, Control] = {
     ),
 }
 
-# Arms that the literature has and this toolkit has not: named, so that asking for one is answered with the reason.
+# Names of the literature that leave too much open to be arms: asking for one is answered with what to write.
 ABSENT = {
-    "queue": "a queue of past features is no objective here",
-    "momentum": "a momentum encoder is no objective here",
+    "queue": (
+        "its size is to be chosen: {name: queue, like: clip, words: [objective.name=fifo_bank, objective.size=512]}"
+    ),
+    "momentum": (
+        "its size and decay are to be chosen: {name: momentum, like: clip, words: [objective.name=momentum_queue, "
+        "objective.size=512, 'model.momentum={decay: 0.99}']}"
+    ),
 }

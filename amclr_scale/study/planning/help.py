@@ -13,5 +13,5 @@ def describe() -> str:
     lines.append("known arms:")
     for name, control in CONTROLS.items():
         lines += [f"  {name}: {control.tells}", f"      {' '.join(control.words)}"]
-    lines += [f"  not here: {name}: {why}" for name, why in ABSENT.items()]
+    lines += [f"  no arm by itself: {name}: {why}" for name, why in ABSENT.items()]
     return "\n".join(lines)

@@ -177,7 +177,7 @@ def _check_arms(plan: StudyPlan) -> Iterator[str]:
         if known in CONTROLS:
             continue
         if known in ABSENT:
-            yield f"arms: {known}: {ABSENT[known]} yet; the arms there are: {', '.join(CONTROLS)}"
+            yield f"arms: {known}: {ABSENT[known]}; the arms there are: {', '.join(CONTROLS)}"
         else:
             hint = did_you_mean(known, CONTROLS) or "; an arm of your own needs like: and words:"
             yield f"arms: no such arm '{known}'{hint} The arms there are: {', '.join(CONTROLS)}"
