@@ -43,8 +43,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
-    """What a test draws without a seed of its own does not depend on the tests before it."""
+    """What a test draws without a seed of its own, and how sums are cut, does not depend on the tests before it."""
     torch.manual_seed(0)
+    torch.set_num_threads(1)
 
 
 def _serve(rank: int, world_size: int, store: str, pipe: Connection, device: str) -> None:
