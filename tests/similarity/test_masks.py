@@ -141,7 +141,7 @@ def test_masks_on_ranks(ranks, W):
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("exclude_positive", [False, True])
-def test_groups_of_one_change_nothing_bit_for_bit(precision, exclude_positive):
+def test_groups_of_one_change_nothing(precision, exclude_positive):
     inputs = draw(45, 40, 0, dtype=torch.float32, extra=7)
     ids, more = torch.randperm(45) * 3, (1000 + torch.arange(8), 2000 + torch.arange(7))
     several = (torch.full((45,), -1), ids)
@@ -165,8 +165,10 @@ def test_groups_of_one_change_nothing_bit_for_bit(precision, exclude_positive):
         assert all((x == n).all() for x, n in zip(kept, (52 - exclude_positive, 53 - exclude_positive), strict=False))
         found.append([c.image.log_sum, c.text.log_sum, c.image.expected, *torch.autograd.grad(total, mine.leaves[:2])])
     common = precision == "bf16"  # a limit takes one exponential per direction, where groups take what they find
+    # With a mask, kernels of 16-bit operands take smaller tiles: sums of the same numbers, grouped otherwise.
+    bound = 1e-6 if INTERPRETED and precision == "bf16" else 0
     for other in found[1 : 4 if common else 5]:
-        assert all(torch.equal(x, y) for x, y in zip(found[0], other, strict=True))
+        assert all(torch.allclose(x, y, rtol=0, atol=bound) for x, y in zip(found[0], other, strict=True))
 
 
 @pytest.mark.parametrize(
