@@ -47,6 +47,7 @@ class Source:
     """An objective as its file has it."""
 
     options: type[BaseModel]  # a model of them, with extra keys forbidden
+    whole: type[BaseModel]  # with num_samples too, where the Config has it: no key, the trainer takes it from the index
     declarations: type[Declarations]
 
 
@@ -97,15 +98,21 @@ class Declared:
             raise UserError(f"objective.name: {self.name}: {why}") from error
 
 
-def declared(section: Mapping[str, Any]) -> Declared:
+def declared(section: Mapping[str, Any], num_samples: int | None = None) -> Declared:
     """What the objective of a configuration's section declares. Options that it does not name have their defaults.
+
+    Args:
+        section: `objective` of a configuration.
+        num_samples: N, of the data set; None where it is not known, or does not matter to what will be asked.
 
     Raises:
         UserError: there is no such objective.
     """
     source = find(section)
     known = {key: value for key, value in section.items() if key in source.options.model_fields}
-    return Declared(str(section["name"]), source.options.model_construct(**known), source.declarations)
+    if "num_samples" in source.whole.model_fields:
+        known["num_samples"] = num_samples
+    return Declared(str(section["name"]), source.whole.model_construct(**known), source.declarations)
 
 
 def find(section: Mapping[str, Any]) -> Source:
@@ -230,9 +237,10 @@ def _sources(file: _File) -> Iterator[tuple[str, Source]]:
         if named and isinstance(named[0], str):
             found = file.inside(node, "Config")
             options = _options(*found) if found else {}
-            options.pop("num_samples", None)  # the trainer takes it from the index
+            of_data = {"num_samples": (int | None, None)} if options.pop("num_samples", None) else {}
             model: type[BaseModel] = create_model(named[0], __base__=Checked, **options)  # type: ignore[call-overload]
-            yield named[0], Source(model, _declarations(file, node))
+            whole: type[BaseModel] = create_model(named[0], __base__=model, **of_data)  # type: ignore[call-overload]
+            yield named[0], Source(model, whole, _declarations(file, node))
 
 
 def _options(file: _File, config: ast.ClassDef) -> dict[str, tuple[Any, Any]]:

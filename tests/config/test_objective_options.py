@@ -54,12 +54,11 @@ def test_both_readings_declare_the_same(section):
 
     objective = objectives.class_of(section)
     options = objectives.config_of(objective, {**section, "num_samples": 10})
-    read = declared(section)
+    read = declared(section, num_samples=10)
     assert read.inputs == Inputs(objective.inputs_of(options))
     assert read.by.group_option == objective.group_option
     for B in (8, 64):
-        if section["name"] != "full_bank":  # its negatives are the data set, whose size only the class is told
-            assert read.negatives(B) == objective.negatives_of(options, B)
+        assert read.negatives(B) == objective.negatives_of(options, B)
         assert read.equals(B) == objective.equals(options, B)
         assert read.mistakes(B, 4) == list(objective.mistakes_of(options, B, 4))
 
@@ -80,6 +79,8 @@ def test_equalities():
     assert declared({"name": "clip", "group_size": 32}).equals(64) is None
     assert declared({"name": "clip", "group_size": 16}).negatives(64) == 15
     assert declared({"name": "vicreg"}).negatives(64) == 0
+    assert declared({"name": "full_bank"}, num_samples=1000).negatives(64) == 999
+    assert declared({"name": "full_bank", "negatives": 50}, num_samples=1000).negatives(64) == 50
 
 
 def test_reading_declarations_imports_no_torch():

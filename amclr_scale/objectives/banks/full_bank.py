@@ -83,8 +83,7 @@ class FullBank(Objective, name="full_bank"):
 
     @staticmethod
     def negatives_of(options: Any, B: int) -> int:
-        everybody = options.negatives == "all"
-        return int(getattr(options, "num_samples", B)) - 1 if everybody else int(options.negatives)
+        return int(options.num_samples) - 1 if options.negatives == "all" else int(options.negatives)
 
     @staticmethod
     def mistakes_of(options: Any, B: int, b: int) -> Iterable[str]:

@@ -69,7 +69,7 @@ class Planned:
     @property
     def negatives(self) -> int:
         """Per anchor and term."""
-        return negatives(self.config)
+        return negatives(self.config, round(self.samples / self.epochs))
 
     @property
     def comparisons(self) -> int:

@@ -29,9 +29,9 @@ def matrices(config: Config) -> int:
     return _trace(config).products
 
 
-def negatives(config: Config) -> int:
-    """Per anchor and term."""
-    return declared(config.objective).negatives(config.train.global_batch_size)
+def negatives(config: Config, num_samples: int) -> int:
+    """Per anchor and term, in a data set of so many samples."""
+    return declared(config.objective, num_samples).negatives(config.train.global_batch_size)
 
 
 def encoder_cost(config: Config) -> float:
