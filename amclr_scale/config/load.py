@@ -1,7 +1,7 @@
 """From a YAML file and `a.b=c` words to a checked `Config`: every mistake in one answer, the key first.
 
-A file may name another one in `base:` and then holds differences only. Imports no torch, so that a login node
-answers in milliseconds and no process group starts on a mistake.
+A file may name another one in `base:`, by its path from there or by a shipped one's name, and then holds differences
+only. Imports no torch, so that a login node answers in milliseconds and no process group starts on a mistake.
 """
 
 import hashlib
@@ -19,7 +19,7 @@ from amclr_scale.config.checks import check
 from amclr_scale.config.objective_options import NOT_OPTIONS, digest, option_models, outside, source_of
 from amclr_scale.config.schema import Config
 from amclr_scale.config.section import Section, section_of
-from amclr_scale.config.shipped import find
+from amclr_scale.config.shipped import find, find_from
 from amclr_scale.config.yaml_text import Dumper, parse
 from amclr_scale.errors import UserError, did_you_mean, nearest
 
@@ -96,7 +96,7 @@ def read_file(path: Path, seen: tuple[Path, ...] = (), argument: str = "--config
     if base is not None and not isinstance(base, str):
         raise UserError(f"base: expected the path of a YAML file in {path}, got {base!r}")
     return (
-        merge(read_file(path.parent / base, (*seen, path.resolve()), "base"), _spelt_out(tree))
+        merge(read_file(find_from(path, base), (*seen, path.resolve()), "base"), _spelt_out(tree))
         if base
         else _spelt_out(tree)
     )

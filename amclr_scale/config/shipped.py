@@ -24,14 +24,27 @@ def find(name: str | Path, folder: str = "") -> Path:
         folder: where to look first: objectives, studies or evaluation.
     """
     path = Path(name).expanduser()
-    if path.is_file() or path.is_absolute():
-        return path
+    return path if path.is_file() or path.is_absolute() else _shipped(path, folder) or path
+
+
+def find_from(file: Path, name: str) -> Path:
+    """The file that a name means inside another configuration, wherever the command is run; beside it if there is none.
+
+    Args:
+        file: the configuration that names it.
+        name: a path relative to the file's folder, or a shipped configuration's name.
+    """
+    beside = file.parent / Path(name).expanduser()
+    return beside if beside.is_file() else _shipped(Path(name), "") or beside
+
+
+def _shipped(path: Path, folder: str) -> Path | None:
     parts = path.parts[1:] if path.parts[:1] == ("configs",) else path.parts
     for place in (folder, *FOLDERS):
         for found in (shipped().joinpath(place, *parts), shipped().joinpath(place, *parts[:-1], f"{path.name}.yaml")):
             if parts and found.is_file():
                 return found
-    return path
+    return None
 
 
 def names(folder: str = "") -> list[str]:

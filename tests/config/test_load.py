@@ -126,6 +126,16 @@ def test_broken_files(tmp_path, text, message):
     assert message in refused(path=tmp_path / "a.yaml")
 
 
+def test_a_base_is_a_path_from_its_file_or_a_shipped_name(tmp_path, monkeypatch):
+    (tmp_path / "a.yaml").write_text("base: objectives/sogclr\ntrain: {epochs: 3}\n")
+    assert load(tmp_path / "a.yaml").objective["name"] == "sogclr"
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "b.yaml").write_text("train: {epochs: 2}\n")
+    (tmp_path / "a.yaml").write_text("base: b.yaml\n")
+    monkeypatch.chdir(tmp_path / "elsewhere")  # where a command is run is no matter
+    assert f"got {tmp_path / 'b.yaml'}, which does not exist" in refused(path=tmp_path / "a.yaml")
+
+
 def test_a_missing_file_and_a_word_without_a_value():
     assert "--config: expected a YAML file or the name of a shipped one, got nowhere.yaml" in refused(
         path="nowhere.yaml"

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from amclr_scale.config.shipped import shipped
 from amclr_scale.errors import UserError
 from amclr_scale.study.planning.cells import Planned, base_tree, make_cells
 from amclr_scale.study.planning.lengths import samples_per_epoch
@@ -216,6 +217,10 @@ def test_the_configuration_is_found_from_the_plans_folder() -> None:
     assert Path(plan.config) == (PLANS.parent / "quickstart.yaml").resolve()
     assert plan.name == "mini_amclr"
     assert str(plan.place) == "studies/mini_amclr"
+
+
+def test_the_configuration_may_be_a_shipped_one(plan_file: Path) -> None:
+    assert Path(load_plan(plan_file, ["config=quickstart"]).config) == shipped() / "quickstart.yaml"
 
 
 def test_a_plan_that_is_built_on_another_one_may_have_a_name_of_its_own(plan_file: Path, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import yaml
 from pydantic import ValidationError
 
 from amclr_scale.config.load import from_words, merge, mistakes, read_file
-from amclr_scale.config.shipped import find
+from amclr_scale.config.shipped import find, find_from
 from amclr_scale.errors import UserError, did_you_mean
 from amclr_scale.study.planning.amounts import MOST_OF_EFFECT, POINTS, amount, unit_of_keys, written
 from amclr_scale.study.planning.arms import ABSENT, CONTROLS
@@ -30,7 +30,7 @@ def plan_tree(path: Path, words: Sequence[str] = ()) -> dict[str, Any]:
     if isinstance(tree.get("arms"), list):
         tree["arms"] = [{"name": arm} if isinstance(arm, str) else arm for arm in tree["arms"]]
     if isinstance(tree.get("config"), str):
-        tree["config"] = str((path.parent / tree["config"]).resolve())
+        tree["config"] = str(find_from(path, tree["config"]).resolve())
     return tree
 
 

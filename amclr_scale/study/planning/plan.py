@@ -158,7 +158,7 @@ class StudyPlan(Section):
     question: str = ""
     """What it is to answer, in a sentence: printed, and the head of the report."""
     config: str
-    """The configuration that all arms share: a YAML file, relative to the plan's folder."""
+    """The configuration that all arms share: a YAML file, relative to the plan's folder, or a shipped one's name."""
     words: tuple[str, ...] = ()
     """Overrides of the configuration for all arms."""
     arms: Annotated[list[ArmPlan], Field(min_length=1)]
