@@ -70,9 +70,11 @@ class Paired(KeepsEstimates):
 class PairedSogCLR(Paired):
     """What AmCLR and xAmCLR share: the value, and the state."""
 
+    config: PairedOptions
+
     def __init__(self, config: PairedOptions, pairings: Pairings, layout: Layout) -> None:
-        super().__init__()
-        self.config, self.pairings = config, pairings
+        super().__init__(config)
+        self.pairings = pairings
         width = len(pairings.weights) if config.state == "per_pair" else 1
         self.image_state, self.text_state = two_states(
             config.num_samples, config.num_texts, {"log_u": -float("inf")}, layout, width=width

@@ -32,10 +32,11 @@ class RobustPairedOptions(PairedOptions, RobustOptions):
 class PairedISogCLR(Paired):
     """What AmCLR-DRO and xAmCLR-DRO share: the value, and the state."""
 
+    config: RobustPairedOptions
+
     def __init__(self, config: RobustPairedOptions, pairings: Pairings, layout: Layout) -> None:
-        super().__init__()
-        self.config, self.pairings = config, pairings
-        self.descent = config.descent()
+        super().__init__(config)
+        self.pairings, self.descent = pairings, config.descent()
         self.image_state, self.text_state = two_states(
             config.num_samples,
             config.num_texts,

@@ -56,6 +56,8 @@ class BarLIP(Objective, name="barlip"):
             for key in ("coordinates", "hidden"):
                 require(getattr(self, key) > 0, key, "at least 1", getattr(self, key))
 
+    config: Config
+
     @staticmethod
     def negatives_of(options: Any, B: int) -> int:
         return B - 1 if options.clip else 0
@@ -63,10 +65,6 @@ class BarLIP(Objective, name="barlip"):
     @staticmethod
     def model_parts(options: Config, width: int) -> nn.Module:
         return Heads("projected", width, options.hidden, options.coordinates)
-
-    def __init__(self, config: Config) -> None:
-        super().__init__()
-        self.config = config
 
     def forward(self, embeddings: Embeddings) -> Loss:
         config, B = self.config, global_batch_size(embeddings.image)

@@ -31,10 +31,11 @@ class Objective(Declarations, nn.Module):
     The first line of the class's docstring is its description in `available()`. `Config` holds the options, each a
     plain annotated literal, and checks them together in `__post_init__`; a Config may inherit options from another.
     Options and `Declarations` are also read from source, without importing this package (docs/objectives.md).
-    The constructor takes the Config, and `sample_state` where the objective keeps state per sample.
+    The constructor takes the Config, and `sample_state` where the objective keeps state per sample. A line
+    `config: Config` after the options gives them their type.
 
     Attributes:
-        config: the options; the constructor sets it.
+        config: the options.
         needs_unit_rows: embeddings must have unit length; False for VICReg, which needs them as they are.
         whole_set_options: options that differ where one batch is the whole data set, for they only make up for its
             not being that (whole_set.py compares the two).
@@ -46,6 +47,7 @@ class Objective(Declarations, nn.Module):
     name: ClassVar[str]
     Config: ClassVar[Callable[..., Any]]
 
+    config: Any
     needs_unit_rows: bool = True
     whole_set_options: ClassVar[Mapping[str, Any]] = {}
     epoch: float = 0.0
@@ -61,8 +63,9 @@ class Objective(Declarations, nn.Module):
                 assert name not in Objective.registry, f"two objectives are called {name}"
                 Objective.registry[name] = cls
 
-    def __init__(self) -> None:
+    def __init__(self, config: Any) -> None:
         super().__init__()
+        self.config = config
         self.queue = None
 
     @staticmethod

@@ -43,13 +43,11 @@ class CACR(Objective, name="cacr"):
             for key in ("positive_sharpness", "negative_sharpness", "attraction", "repulsion"):
                 require(getattr(self, key) >= 0, key, "a number of at least 0", getattr(self, key))
 
+    config: Config
+
     @staticmethod
     def inputs_of(options: Any) -> Mapping[str, Any]:
         return {"image_views": options.omega, "text_views": options.omega}
-
-    def __init__(self, config: Config) -> None:
-        super().__init__()
-        self.config = config
 
     def forward(self, embeddings: Embeddings) -> Loss:
         config, omega = self.config, self.config.omega

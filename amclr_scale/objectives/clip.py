@@ -68,6 +68,8 @@ class CLIP(Objective, name="clip"):
             enough = self.group_size is None or self.group_size > 1
             require(enough, "group_size", "at least 2 pairs, or null for the whole batch", self.group_size)
 
+    config: Config
+
     @staticmethod
     def inputs_of(options: Any) -> Mapping[str, Any]:
         return {**read_by_masks(options), "image_views": options.omega, "text_views": options.omega}
@@ -92,10 +94,6 @@ class CLIP(Objective, name="clip"):
                 f"group_size: expected a divisor of train.global_batch_size = {B} that divides a rank's share of {b} "
                 f"or is a multiple of it, got {size}"
             )
-
-    def __init__(self, config: Config) -> None:
-        super().__init__()
-        self.config = config
 
     def forward(self, embeddings: Embeddings) -> Loss:
         t = learned_temperature(embeddings, self.config.temperature)

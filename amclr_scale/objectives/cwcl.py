@@ -49,13 +49,11 @@ class CWCL(Objective, name="cwcl"):
         def __post_init__(self) -> None:
             check_temperature(self.temperature)
 
+    config: Config
+
     @staticmethod
     def inputs_of(options: Any) -> Mapping[str, Any]:
         return {f"{side}_reference": options.reference in (side, "both") for side in ("image", "text")}
-
-    def __init__(self, config: Config) -> None:
-        super().__init__()
-        self.config = config
 
     def forward(self, embeddings: Embeddings) -> Loss:
         image, text = at_least_float32(embeddings.image), at_least_float32(embeddings.text)

@@ -62,13 +62,11 @@ class CyCLIP(Objective, name="cyclip"):
             require(self.lambda_in >= 0, "lambda_in", "a weight of at least 0", self.lambda_in)
             require(self.lambda_cross >= 0, "lambda_cross", "a weight of at least 0", self.lambda_cross)
 
+    config: Config
+
     @staticmethod
     def inputs_of(options: Any) -> Mapping[str, Any]:
         return {**read_by_masks(options), "image_views": int(options.inmodal), "text_views": int(options.inmodal)}
-
-    def __init__(self, config: Config) -> None:
-        super().__init__()
-        self.config = config
 
     def forward(self, embeddings: Embeddings) -> Loss:
         config, image, text = self.config, embeddings.image, embeddings.text

@@ -37,9 +37,7 @@ class DCL(Objective, name="dcl"):
             super().__post_init__()
             check_temperature(self.temperature)
 
-    def __init__(self, config: Config) -> None:
-        super().__init__()
-        self.config = config
+    config: Config
 
     def forward(self, embeddings: Embeddings) -> Loss:
         t = learned_temperature(embeddings, self.config.temperature)
@@ -61,9 +59,7 @@ class DCLW(Objective, name="dclw"):
             check_temperature(self.temperature)
             require(self.sigma > 0, "sigma", "a positive number", self.sigma)
 
-    def __init__(self, config: Config) -> None:
-        super().__init__()
-        self.config = config
+    config: Config
 
     def forward(self, embeddings: Embeddings) -> Loss:
         t = learned_temperature(embeddings, self.config.temperature)

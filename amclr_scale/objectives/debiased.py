@@ -48,16 +48,14 @@ class Debiased(Objective, name="debiased"):
             require(0 <= self.prior < 1, "prior", "a share in [0, 1)", self.prior)
             require(self.hardness >= 0, "hardness", "a number of at least 0", self.hardness)
 
+    config: Config
+
     @staticmethod
     def equals(options: Any, B: int) -> Equal | None:
         if options.prior or options.hardness:
             return None
         same = {key: getattr(options, key) for key in ("temperature", "mask_duplicates", "false_negative_margin")}
         return Equal("clip", same, "without a prior and hardness nothing is corrected")
-
-    def __init__(self, config: Config) -> None:
-        super().__init__()
-        self.config = config
 
     def forward(self, embeddings: Embeddings) -> Loss:
         config, beta = self.config, self.config.hardness

@@ -39,13 +39,11 @@ class Decoupled(Objective, name="decoupled"):
         def __post_init__(self) -> None:
             check_temperature(self.temperature)
 
+    config: Config
+
     @staticmethod
     def inputs_of(options: Any) -> Mapping[str, Any]:
         return read_by_positives(options)
-
-    def __init__(self, config: Config) -> None:
-        super().__init__()
-        self.config = config
 
     def forward(self, embeddings: Embeddings) -> Loss:
         image, text = embeddings.image, embeddings.text

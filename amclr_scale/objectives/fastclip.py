@@ -105,9 +105,10 @@ class FastCLIP(KeepsEstimates, name="fastclip"):
             """The option temperature, or the version's own; 0 where the model learns it."""
             return self.temperature or {"v1": 0.07, "v2": 0.03}.get(self.version, 0.0)
 
+    config: Config
+
     def __init__(self, config: Config, sample_state: Layout = "auto") -> None:
-        super().__init__()
-        self.config = config
+        super().__init__(config)
         self.rho, self.first_temperature = config.radius, config.first_temperature
         columns = {"log_u": -math.inf}
         if config.version == "v2":

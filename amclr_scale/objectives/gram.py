@@ -45,13 +45,11 @@ class GRAM(Objective, name="gram"):
             check_temperature(self.temperature)
             require(0 <= self.label_smoothing < 1, "label_smoothing", "a share in [0, 1)", self.label_smoothing)
 
+    config: Config
+
     @staticmethod
     def inputs_of(options: Any) -> Mapping[str, Any]:
         return {} if options.third == "none" else {f"{options.third}_views": 1}
-
-    def __init__(self, config: Config) -> None:
-        super().__init__()
-        self.config = config
 
     def forward(self, embeddings: Embeddings) -> Loss:
         image, text = at_least_float32(embeddings.image), at_least_float32(embeddings.text)

@@ -50,9 +50,11 @@ class ISogCLR(KeepsEstimates, name="isogclr"):
             super().__post_init__()
             refuse_masks(self, self.surrogate != "none")
 
+    config: Config
+
     def __init__(self, config: Config, sample_state: Layout = "auto") -> None:
-        super().__init__()
-        self.config, self.descent = config, config.descent()
+        super().__init__(config)
+        self.descent = config.descent()
         columns = {"log_u": -float("inf"), "temperature": config.temperature, "v": 0.0}
         self.image_state, self.text_state = two_states(config.num_samples, config.num_texts, columns, sample_state)
 
@@ -107,9 +109,10 @@ class ISogCLRNet(KeepsEstimates, name="isogclr_net"):
             require(0 < low < high, "temperature_min", "0 < temperature_min < temperature_max", low)
             require(self.num_prototypes > 1, "num_prototypes", "at least 2", self.num_prototypes)
 
+    config: Config
+
     def __init__(self, config: Config, sample_state: Layout = "auto") -> None:
-        super().__init__()
-        self.config = config
+        super().__init__(config)
         self.image_state, self.text_state = two_states(
             config.num_samples, config.num_texts, {"log_u": -float("inf")}, sample_state
         )

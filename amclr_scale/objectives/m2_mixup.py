@@ -48,9 +48,7 @@ class M2Mixup(Objective, name="m2_mixup"):
             require(self.mix_weight >= 0, "mix_weight", "a weight of at least 0", self.mix_weight)
             require(self.mix_beta > 0, "mix_beta", "a positive number", self.mix_beta)
 
-    def __init__(self, config: Config) -> None:
-        super().__init__()
-        self.config = config
+    config: Config
 
     def forward(self, embeddings: Embeddings) -> Loss:
         config = self.config

@@ -41,6 +41,8 @@ class NegCLIP(Objective, name="negclip"):
             check_temperature(self.temperature)
             require(1 <= self.negatives <= 16, "negatives", "1 to 16 wrong captions of a sample", self.negatives)
 
+    config: Config
+
     @staticmethod
     def inputs_of(options: Any) -> Mapping[str, Any]:
         return {**read_by_masks(options), "text_negatives": options.negatives}
@@ -48,10 +50,6 @@ class NegCLIP(Objective, name="negclip"):
     @staticmethod
     def negatives_of(options: Any, B: int) -> int:
         return B - 1 + int(options.negatives) * B
-
-    def __init__(self, config: Config) -> None:
-        super().__init__()
-        self.config = config
 
     def forward(self, embeddings: Embeddings) -> Loss:
         t = learned_temperature(embeddings, self.config.temperature)

@@ -49,6 +49,8 @@ class OneToK(Objective, name="one_to_k"):
             check_temperature(self.temperature)
             require(1 <= self.texts <= 9, "texts", "1 to 9 texts of an image", self.texts)
 
+    config: Config
+
     @staticmethod
     def inputs_of(options: Any) -> Mapping[str, Any]:
         return {**read_by_masks(options), "text_views": options.texts - 1}
@@ -56,10 +58,6 @@ class OneToK(Objective, name="one_to_k"):
     @staticmethod
     def negatives_of(options: Any, B: int) -> int:
         return int(options.texts) * (B - 1)
-
-    def __init__(self, config: Config) -> None:
-        super().__init__()
-        self.config = config
 
     def forward(self, embeddings: Embeddings) -> Loss:
         config = self.config

@@ -50,9 +50,10 @@ class OnlineCLR(FullPrecision, Objective, name="onlineclr"):
             require(self.temperature > 0, "temperature", "a positive number", self.temperature)
             require(0 < self.gamma <= 1, "gamma", "a weight in (0, 1]", self.gamma)
 
+    config: Config
+
     def __init__(self, config: Config) -> None:
-        super().__init__()
-        self.config = config
+        super().__init__(config)
         for name in ("log_u_negative", "log_u_positive"):
             self.register_buffer(name, torch.full((1,), -math.inf, dtype=torch.float64))
 

@@ -52,9 +52,7 @@ class RankCLIP(Objective, name="rankclip"):
             ramp = self.ramp_epochs
             require(ramp is None or ramp > 1, "ramp_epochs", "more than 1 epoch, or null", ramp)
 
-    def __init__(self, config: Config) -> None:
-        super().__init__()
-        self.config = config
+    config: Config
 
     def forward(self, embeddings: Embeddings) -> Loss:
         config = self.config

@@ -61,6 +61,8 @@ class SiamLIP(Objective, name="siamlip"):
                 require(getattr(self, key) >= 0, key, "a weight of at least 0", getattr(self, key))
             require(self.hidden > 0, "hidden", "a width of at least 1", self.hidden)
 
+    config: Config
+
     @staticmethod
     def negatives_of(options: Any, B: int) -> int:
         return B - 1 if options.clip else 0
@@ -68,10 +70,6 @@ class SiamLIP(Objective, name="siamlip"):
     @staticmethod
     def model_parts(options: Config, width: int) -> nn.Module:
         return Heads("predicted", width, options.hidden, width)
-
-    def __init__(self, config: Config) -> None:
-        super().__init__()
-        self.config = config
 
     def forward(self, embeddings: Embeddings) -> Loss:
         config = self.config

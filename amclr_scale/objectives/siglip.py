@@ -28,9 +28,7 @@ class SigLIP(Objective, name="siglip"):
     class Config:
         """Options of `siglip`: none. Its scale and bias are the model's."""
 
-    def __init__(self, config: Config) -> None:
-        super().__init__()
-        self.config = config
+    config: Config
 
     def forward(self, embeddings: Embeddings) -> Loss:
         scale, bias = scale_and_bias(embeddings, self.name)

@@ -32,13 +32,11 @@ class SigLIPPlus(Objective, name="siglip_plus"):
 
         positives: Literal["label", "image", "text"] = "image"  # of one class; of one image; with one caption
 
+    config: Config
+
     @staticmethod
     def inputs_of(options: Any) -> Mapping[str, Any]:
         return read_by_positives(options)
-
-    def __init__(self, config: Config) -> None:
-        super().__init__()
-        self.config = config
 
     def forward(self, embeddings: Embeddings) -> Loss:
         scale, bias = scale_and_bias(embeddings, self.name)

@@ -44,6 +44,8 @@ class SimCLR(Objective, name="simclr"):
             require(self.queue is None, "queue", "null: views of one modality meet no queue here", self.queue)
             check_temperature(self.temperature)
 
+    config: Config
+
     @staticmethod
     def inputs_of(options: Any) -> Mapping[str, Any]:
         return {**read_by_masks(options), f"{options.modality}_views": 1}
@@ -51,10 +53,6 @@ class SimCLR(Objective, name="simclr"):
     @staticmethod
     def negatives_of(options: Any, B: int) -> int:
         return 2 * B - 2
-
-    def __init__(self, config: Config) -> None:
-        super().__init__()
-        self.config = config
 
     def forward(self, embeddings: Embeddings) -> Loss:
         t = learned_temperature(embeddings, self.config.temperature)
@@ -83,14 +81,12 @@ class SLIP(Objective, name="slip"):
             for key in ("intra_image", "intra_text"):
                 require(getattr(self, key) >= 0, key, "a weight of at least 0", getattr(self, key))
 
+    config: Config
+
     @staticmethod
     def inputs_of(options: Any) -> Mapping[str, Any]:
         views = {f"{side}_views": 2 * bool(getattr(options, f"intra_{side}")) for side in ("image", "text")}
         return {**read_by_masks(options), **views}
-
-    def __init__(self, config: Config) -> None:
-        super().__init__()
-        self.config = config
 
     def forward(self, embeddings: Embeddings) -> Loss:
         config, e = self.config, embeddings

@@ -49,6 +49,8 @@ class SogCLR(KeepsEstimates, name="sogclr"):
             super().__post_init__()
             refuse_masks(self, self.surrogate != "none")
 
+    config: Config
+
     @staticmethod
     def equals(options: Any, B: int) -> Equal | None:
         if options.gamma < 1 or options.surrogate != "none":
@@ -57,8 +59,7 @@ class SogCLR(KeepsEstimates, name="sogclr"):
         return Equal("dcl", same, "at gamma = 1 SogCLR's gradient is DCL's times the temperature")
 
     def __init__(self, config: Config, sample_state: Layout = "auto") -> None:
-        super().__init__()
-        self.config = config
+        super().__init__(config)
         self.image_state, self.text_state = two_states(
             config.num_samples, config.num_texts, {"log_u": -float("inf")}, sample_state
         )

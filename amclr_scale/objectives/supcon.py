@@ -47,6 +47,8 @@ class SupCon(Objective, name="supcon"):
         def __post_init__(self) -> None:
             check_temperature(self.temperature)
 
+    config: Config
+
     @staticmethod
     def inputs_of(options: Any) -> Mapping[str, Any]:
         views = {} if options.between == "modalities" else {f"{options.between}_views": 1}
@@ -55,10 +57,6 @@ class SupCon(Objective, name="supcon"):
     @staticmethod
     def negatives_of(options: Any, B: int) -> int:
         return B - 1 if options.between == "modalities" else 2 * B - 2
-
-    def __init__(self, config: Config) -> None:
-        super().__init__()
-        self.config = config
 
     def forward(self, embeddings: Embeddings) -> Loss:
         config = self.config

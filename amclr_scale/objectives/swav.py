@@ -69,6 +69,8 @@ class SwAV(Objective, name="swav"):
             require(self.prototypes > 1, "prototypes", "at least 2", self.prototypes)
             require(self.iterations > 0, "iterations", "at least 1", self.iterations)
 
+    config: Config
+
     @staticmethod
     def negatives_of(options: Any, B: int) -> int:
         return B - 1 if options.clip else 0
@@ -76,10 +78,6 @@ class SwAV(Objective, name="swav"):
     @staticmethod
     def model_parts(options: Config, width: int) -> nn.Module:
         return Prototypes(width, options.prototypes)
-
-    def __init__(self, config: Config) -> None:
-        super().__init__()
-        self.config = config
 
     def forward(self, embeddings: Embeddings) -> Loss:
         config = self.config

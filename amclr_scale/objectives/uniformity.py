@@ -47,9 +47,7 @@ class Uniformity(Objective, name="uniformity"):
             for key in ("alignment", "uniformity", "cross_uniformity"):
                 require(getattr(self, key) >= 0, key, "a weight of at least 0", getattr(self, key))
 
-    def __init__(self, config: Config) -> None:
-        super().__init__()
-        self.config = config
+    config: Config
 
     def forward(self, embeddings: Embeddings) -> Loss:
         config, image, text = self.config, embeddings.image, embeddings.text

@@ -40,13 +40,11 @@ class VICReg(Objective, name="vicreg"):
             for key in ("invariance", "variance", "covariance"):
                 require(getattr(self, key) >= 0, key, "a weight of at least 0", getattr(self, key))
 
+    config: Config
+
     @staticmethod
     def negatives_of(options: Any, B: int) -> int:
         return 0
-
-    def __init__(self, config: Config) -> None:
-        super().__init__()
-        self.config = config
 
     def forward(self, embeddings: Embeddings) -> Loss:
         image, text = at_least_float32(embeddings.image), at_least_float32(embeddings.text)

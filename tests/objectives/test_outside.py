@@ -258,9 +258,6 @@ class Both(Objective, name="both"):
     @staticmethod
     def model_parts(options, width):
         return Product(width)
-    def __init__(self, config):
-        super().__init__()
-        self.config = config
     def forward(self, embeddings):
         raise NotImplementedError
 """

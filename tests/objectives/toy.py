@@ -41,6 +41,8 @@ class Toy(Objective, name="toy"):
         def __post_init__(self) -> None:
             require(self.prototypes > 0, "prototypes", "at least 1", self.prototypes)
 
+    config: Config
+
     @staticmethod
     def inputs_of(options: Any) -> Mapping[str, Any]:
         return {"image_views": ("near", "far")}
@@ -52,10 +54,6 @@ class Toy(Objective, name="toy"):
     @staticmethod
     def model_parts(options: Config, width: int) -> nn.Module:
         return Parts(width, options.prototypes)
-
-    def __init__(self, config: Config) -> None:
-        super().__init__()
-        self.config = config
 
     def forward(self, embeddings: Embeddings) -> Loss:
         clip = softmax_loss(contrast(embeddings.image, embeddings.text, temperature=0.1, centred=True))

@@ -54,6 +54,8 @@ class FIFOBank(Objective, name="fifo_bank"):
             require(self.proximal >= 0, "proximal", "a weight of at least 0", self.proximal)
             super().__post_init__()
 
+    config: Config
+
     @staticmethod
     def inputs_of(options: Any) -> Mapping[str, Any]:
         momentum = options.source == "momentum"
@@ -75,8 +77,7 @@ class FIFOBank(Objective, name="fifo_bank"):
             yield f"size: expected at least train.global_batch_size = {B} slots, or 0, got {options.size}"
 
     def __init__(self, config: Config, sample_state: Layout = "auto") -> None:
-        super().__init__()
-        self.config = config
+        super().__init__(config)
         self.bank = Queues(config, sample_state)
 
     def allocate(self, width: int) -> None:

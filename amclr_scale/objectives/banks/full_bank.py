@@ -77,6 +77,8 @@ class FullBank(Objective, name="full_bank"):
             if isinstance(self.negatives, int):
                 require(self.negatives > 0, "negatives", "a number of samples, or all", self.negatives)
 
+    config: Config
+
     @staticmethod
     def inputs_of(options: Any) -> Mapping[str, Any]:
         return {"ids": True}
@@ -91,12 +93,11 @@ class FullBank(Objective, name="full_bank"):
             yield f"negatives: expected a number of samples, or all, got {options.negatives}"
 
     def __init__(self, config: Config, sample_state: Layout = "auto") -> None:
-        super().__init__()
+        super().__init__(config)
         sizes = (("num_samples", config.num_samples), ("num_texts", config.num_texts or config.num_samples))
         for key, size in sizes:
             fits = config.negatives == "all" or config.negatives <= size
             require(fits, "negatives", f"at most {key} = {size}, or all", config.negatives)
-        self.config = config
         self.layout: Layout = "sharded" if config.device == "sharded" else sample_state
         self.image_state = self.text_state = None
         self.steps = Count()

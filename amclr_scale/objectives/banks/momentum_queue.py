@@ -69,6 +69,8 @@ class MomentumQueue(Objective, name="momentum_queue"):
             require(fits, "in_batch_keys", "momentum, since queue_only is true", self.in_batch_keys)
             super().__post_init__()
 
+    config: Config
+
     @staticmethod
     def inputs_of(options: Any) -> Mapping[str, Any]:
         return {"ids": True, "image_momentum": True, "text_momentum": True}
@@ -84,8 +86,7 @@ class MomentumQueue(Objective, name="momentum_queue"):
             yield f"size: expected at least train.global_batch_size = {B} slots, or 0, got {options.size}"
 
     def __init__(self, config: Config, sample_state: Layout = "auto") -> None:
-        super().__init__()
-        self.config = config
+        super().__init__(config)
         self.bank = Queues(config, sample_state)
         self.samples = Count()
 
