@@ -19,7 +19,7 @@ from amclr_scale.engine.profiling import SKIPPED
 from amclr_scale.engine.zero.alignment import report_misaligned
 from amclr_scale.engine.zero.gradient_norm import fuse_norm
 from amclr_scale.engine.zero.layerwise import attach
-from amclr_scale.engine.zero.stage3_init import partition
+from amclr_scale.engine.zero.stage3_init import partition, undo_linear
 from amclr_scale.errors import UserError
 from amclr_scale.metrics.devices import device_peak
 from amclr_scale.metrics.flops import ModelFlops
@@ -129,6 +129,7 @@ def build_engine(
     # DeepSpeed sets the whole bucket aside, 2 GB of float32, however small the model is.
     generated["zero_optimization"].setdefault("reduce_bucket_size", min(REDUCE_BUCKET, trained))
     if config.execution.zero_stage < 3:
+        undo_linear()
         model.to(device)
     else:
         partition(model, generated, DTYPES[config.execution.precision], device)

@@ -87,6 +87,22 @@ def test_two_ranks(ranks):
         assert not found
 
 
+def linear_after(*stages: int) -> list[str]:
+    """The module of `torch.nn.functional.linear` after an engine of each stage."""
+    modules = []
+    for stage in stages:
+        layout("quickstart", stage=stage)
+        modules.append(torch.nn.functional.linear.__module__)
+    return modules
+
+
+def test_an_engine_at_stage_3_leaves_nothing_to_the_next(ranks):
+    """Its linear rounds otherwise in 16 bits: a run after it, in the same process, would give other numbers."""
+    ((first, after),) = ranks(1, linear_after, 3, 1)
+    assert first.startswith("deepspeed")
+    assert after == "torch._C._nn"
+
+
 class Odd(nn.Module):
     """What ZeRO would lay end to end: a scale of one element, then a matrix."""
 
