@@ -32,6 +32,7 @@ CASES: list[tuple[str, str, dict[str, Any], int]] = [
     ("dcl", "dcl", {}, 1),
     ("dclw", "dclw", {}, 1),
     ("sogclr", "sogclr", {}, 1),
+    ("scent", "scent", {}, 1),
     ("isogclr", "isogclr", {}, 1),
     ("isogclr_net", "isogclr_net", {}, 1),
     ("fastclip v0", "fastclip", {"version": "v0"}, 1),

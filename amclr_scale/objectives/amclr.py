@@ -30,9 +30,9 @@ from torch import Tensor
 from amclr_scale.declarations import read_by_masks
 from amclr_scale.objectives.base import Layout, numbers, require
 from amclr_scale.objectives.estimator import (
+    Average,
     EstimatorOptions,
     KeepsEstimates,
-    log_moving_average,
     ratio,
     two_states,
     two_visits,
@@ -77,25 +77,27 @@ class PairedSogCLR(Paired):
         self.pairings = pairings
         width = len(pairings.weights) if config.state == "per_pair" else 1
         self.image_state, self.text_state = two_states(
-            config.num_samples, config.num_texts, {"log_u": -float("inf")}, layout, width=width
+            config.num_samples, config.num_texts, config.columns(), layout, width=width
         )
 
     def forward(self, embeddings: Embeddings) -> Loss:
         config, t = self.config, self.config.temperature
-        gamma = config.gamma_at(self.epoch)
         sides = self.pairings.compare(embeddings, t, t, self.masks(embeddings))
         weights = sides[0].log_g.new_tensor(self.pairings.weights)  # (K,)
         if config.reduce == "mean":
             weights = weights / weights.sum()
 
+        averages: list[Average] = []
         value = objective = weights.new_zeros(())
         for side, visit in zip(sides, two_visits(embeddings, self.image_state, self.text_state), strict=True):
-            log_u, kept = paired_average(visit.read()["log_u"], side.log_g.detach(), gamma, config.state)
+            old, log_g = visit.read(), side.log_g.detach()
+            averages.append(config.average(old, self.epoch))
+            log_u, kept = paired_average(old["log_u"], log_g, averages[-1], config.state)
             if self.learns:
-                visit.write(log_u=kept)
+                visit.write(log_u=kept, **config.counted(old, log_g))
             value = value + ((t * ratio(side.log_g, log_u)).mean(0) * weights).sum()
             objective = objective + ((t * log_u).mean(0) * weights).sum()
-        return Loss(value, numbers(objective=objective, gamma=gamma))
+        return Loss(value, numbers(objective=objective, gamma=averages[0].mean_gamma))
 
 
 class AmCLR(PairedSogCLR, name="amclr"):
@@ -122,28 +124,28 @@ class XAmCLR(PairedSogCLR, name="xamclr"):
         super().__init__(config, Pairings(config.omega, config.intra_weight), sample_state)
 
 
-def paired_average(old: Tensor, log_g: Tensor, gamma: float, state: State) -> tuple[Tensor, Tensor]:
+def paired_average(old: Tensor, log_g: Tensor, average: Average, state: State) -> tuple[Tensor, Tensor]:
     """Update the moving averages of a list.
 
     Args:
         old: (b, K) with per_pair, else (b, 1).
         log_g: (b, K).
-        gamma: weight of log_g.
+        average: the rule.
         state: see above.
 
     Returns:
         What each entry divides by, (b, K), and what is kept, of the shape of old.
     """
     if state == "per_pair":
-        log_u = log_moving_average(old, log_g, gamma)
+        log_u = average(old, log_g)
         return log_u, log_u
     if state == "shared_mean":
         mean = (log_g.logsumexp(1) - log_g.new_tensor(float(log_g.shape[1])).log())[:, None]
-        log_u = log_moving_average(old, mean, gamma)
+        log_u = average(old, mean)
         return log_u.expand_as(log_g), log_u
-    unseen, left = old[:, 0].isneginf(), old[:, 0]
+    unseen, left = old.isneginf(), old  # (b, 1)
     columns: list[Tensor] = []
-    for g in log_g.unbind(1):
-        left = log_moving_average(left.masked_fill(unseen, -torch.inf), g, gamma)
+    for g in log_g.split(1, dim=1):
+        left = average(left.masked_fill(unseen, -torch.inf), g)
         columns.append(left)
-    return torch.stack(columns, 1), left[:, None]
+    return torch.cat(columns, 1), left

@@ -40,14 +40,13 @@ class PairedISogCLR(Paired):
         self.image_state, self.text_state = two_states(
             config.num_samples,
             config.num_texts,
-            {"log_u": -float("inf"), "temperature": config.temperature, "v": 0.0},
+            {**config.columns(), "temperature": config.temperature, "v": 0.0},
             layout,
             width=len(pairings.weights) if config.state == "per_pair" else 1,
         )
 
     def forward(self, embeddings: Embeddings) -> Loss:
         config, num_entries = self.config, len(self.pairings.weights)
-        gamma = config.gamma_at(self.epoch)
         visits = two_visits(embeddings, self.image_state, self.text_state)
         olds = [visit.read() for visit in visits]
         image_t, text_t = (old["temperature"].expand(-1, num_entries) for old in olds)  # (b, K)
@@ -60,13 +59,14 @@ class PairedISogCLR(Paired):
         value = objective = weights.new_zeros(())
         for side, visit, old in zip(sides, visits, olds, strict=True):
             t: Tensor = old["temperature"].to(side.log_g.dtype)  # (b, K), or (b, 1) where shared
-            log_u, kept = paired_average(old["log_u"], side.log_g.detach(), gamma, config.state)
+            log_g, average = side.log_g.detach(), config.average(old, self.epoch)
+            log_u, kept = paired_average(old["log_u"], log_g, average, config.state)
             if self.learns:
                 r = temperature_gradient(log_u, side.log_g, side.expected, config.rho)  # (b, K)
                 if config.state != "per_pair":
                     r = (r * share).sum(1, keepdim=True)
                 new_t, v = self.descent.step(t, old["v"], r, self.epoch)
-                visit.write(log_u=kept, temperature=new_t, v=v)
+                visit.write(log_u=kept, **config.counted(old, log_g), temperature=new_t, v=v)
             value = value + ((t * ratio(side.log_g, log_u)).mean(0) * weights).sum()
             objective = objective + ((t * (log_u + config.rho)).mean(0) * weights).sum()
         return Loss(

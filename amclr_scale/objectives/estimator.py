@@ -7,6 +7,13 @@ For anchor i, negatives j != i, h_ij = s_ij - s_ii, temperature t_i:
     u_i <- (1 - gamma) u_i + gamma g_i     what all batches said; u_i = g_i at first sight
     w_i  = g_i / u_i                       differentiated in g_i only; the estimator's gradient is that of t_i w_i
 
+gamma is one of four, `gamma_schedule`:
+
+    constant   gamma
+    cosine     from 1 in epoch 0 to gamma after gamma_epochs, by whole epochs (FastCLIP)
+    visits     max(gamma, 1 / k) at a sample's k-th visit: the plain mean of its g as long as that is above gamma
+    scent      sigmoid(log_alpha + log u_i): the larger the estimate, the faster it moves (scent.py); gamma is not read
+
 Numerics: g and u are held as logarithms, so exp(log g - log u) <= 1 / gamma and nothing overflows or starves,
 however small the temperature and however wide the gap between positives and negatives.
 """
@@ -30,31 +37,87 @@ Temperature = float | Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
-class EstimatorOptions(MaskOptions):
-    """Options of every objective that keeps u for each sample."""
+class TableOptions(MaskOptions):
+    """Options of every objective that keeps something for each sample."""
 
     num_samples: int  # images in the data set
     num_texts: int | None = None  # texts in the data set, where that is another number
+
+
+@dataclass(frozen=True, kw_only=True)
+class EstimatorOptions(TableOptions):
+    """Options of every objective that keeps u for each sample, as a moving average."""
+
     gamma: float = 0.8  # weight of the newest batch in u
-    gamma_schedule: Literal["constant", "cosine"] = "constant"  # cosine: from 1 in epoch 0 to gamma
+    gamma_schedule: Literal["constant", "cosine", "visits", "scent"] = "constant"  # see above
     gamma_epochs: float | None = None  # epochs the cosine takes
+    log_alpha: float = 10.0  # scent: logarithm of the dual step alpha
 
     def __post_init__(self) -> None:
         require(0 < self.gamma <= 1, "gamma", "a weight in (0, 1]", self.gamma)
         require(
-            self.gamma_schedule == "constant" or (self.gamma_epochs is not None and self.gamma_epochs > 0),
+            self.gamma_schedule != "cosine" or (self.gamma_epochs is not None and self.gamma_epochs > 0),
             "gamma_epochs",
             f"a positive number of epochs for the {self.gamma_schedule} schedule",
             self.gamma_epochs,
         )
+        check_log_alpha(self.log_alpha)
         super().__post_init__()
 
+    def columns(self) -> dict[str, float]:
+        """What a table holds for u: column -> initial value."""
+        return {"log_u": -math.inf, **({"visits": 0.0} if self.gamma_schedule == "visits" else {})}
+
+    def average(self, old: Mapping[str, Tensor], epoch: float) -> "Average":
+        """How this step's g goes into u.
+
+        Args:
+            old: the samples' rows, with the columns above; (b,) or (b, width) each.
+            epoch: samples seen / N.
+        """
+        if self.gamma_schedule == "scent":
+            return Average(adaptive_gamma(old["log_u"], self.log_alpha), self.log_alpha)
+        if self.gamma_schedule == "visits":
+            return Average((1 / (old["visits"] + 1)).clamp(min=self.gamma))
+        return Average(self.gamma_at(epoch))
+
     def gamma_at(self, epoch: float) -> float:
-        """The weight of the newest batch in u."""
+        """The weight of the newest batch in u, where the schedule goes by epochs."""
         if self.gamma_schedule == "constant":
             return self.gamma
         assert self.gamma_epochs is not None, "__post_init__ refuses this"
         return cosine_from_one(epoch, self.gamma, self.gamma_epochs)
+
+    def counted(self, old: Mapping[str, Tensor], log_g: Tensor) -> dict[str, Tensor]:
+        """The next visits, where they are counted; anchors without keys have not been visited.
+
+        Args:
+            old: see `average`.
+            log_g: (b,), or (b, K) where old has (b, K) or (b, 1).
+        """
+        if self.gamma_schedule != "visits":
+            return {}
+        visits, seen = old["visits"], ~log_g.isneginf()
+        return {"visits": visits + (seen if seen.shape == visits.shape else seen.any(1, keepdim=True))}
+
+
+@dataclass(frozen=True)
+class Average:
+    """A rule that makes the next log u of the old one and of log g."""
+
+    gamma: float | Tensor  # weight of the newest batch, one for all or one per number in the table
+    log_alpha: float | None = None  # where gamma is SCENT's
+
+    def __call__(self, old: Tensor, new: Tensor) -> Tensor:
+        """The next log u; see `log_moving_average`, which says what -inf means."""
+        if self.log_alpha is None:
+            return log_moving_average(old, new, self.gamma)
+        return dual_step(old, new, self.log_alpha)
+
+    @property
+    def mean_gamma(self) -> float | Tensor:
+        """For metrics."""
+        return self.gamma.mean() if isinstance(self.gamma, Tensor) else self.gamma
 
 
 class KeepsEstimates(Objective):
@@ -117,17 +180,43 @@ def _hinged(anchors: Tensor, keys: Tensor, temperature: Temperature, margin: flo
     return Centred(*map_rows(rows, anchors, keys, per_row))
 
 
-def log_moving_average(old: Tensor, new: Tensor, gamma: float) -> Tensor:
+def log_moving_average(old: Tensor, new: Tensor, gamma: float | Tensor) -> Tensor:
     """log((1 - gamma) exp(old) + gamma exp(new)); `new` where old is -inf, the value before the first visit.
 
     Where new is -inf, of an anchor without keys, old stays.
     """
     old = old.to(new.dtype)
     new = torch.where(new.isneginf(), old, new)
-    if gamma == 1.0:
+    if isinstance(gamma, Tensor):
+        weight = gamma.to(new.dtype)
+        blended = torch.logaddexp(old + torch.log1p(-weight), new + weight.log())
+    elif gamma == 1.0:
         return new
-    blended = torch.logaddexp(old + math.log1p(-gamma), new + math.log(gamma))
+    else:
+        blended = torch.logaddexp(old + math.log1p(-gamma), new + math.log(gamma))
     return torch.where(old.isneginf(), new, blended)
+
+
+def dual_step(old: Tensor, new: Tensor, log_alpha: float) -> Tensor:
+    """The logarithm of exp(old) (1 + alpha exp(new)) / (1 + alpha exp(old)), between old and new; -inf as above.
+
+    `log_moving_average` with gamma = sigmoid(log_alpha + old), which neither overflows nor forms an exponential.
+    """
+    old = old.to(new.dtype)
+    new = torch.where(new.isneginf(), old, new)
+    zero = torch.zeros_like(new)
+    moved = old + (torch.logaddexp(log_alpha + new, zero) - torch.logaddexp(log_alpha + old, zero))
+    return torch.where(old.isneginf(), new, moved)
+
+
+def adaptive_gamma(old: Tensor, log_alpha: float) -> Tensor:
+    """The weight of the newest batch in `dual_step`; 1 at first sight."""
+    return torch.where(old.isneginf(), 1.0, (log_alpha + old).sigmoid())
+
+
+def check_log_alpha(log_alpha: float) -> None:
+    """Raise unless it is a logarithm."""
+    require(math.isfinite(log_alpha), "log_alpha", "the logarithm of a positive number, such as 10", log_alpha)
 
 
 def ratio(log_g: Tensor, log_u: Tensor) -> Tensor:

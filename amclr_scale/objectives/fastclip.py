@@ -33,11 +33,11 @@ from torch import Tensor
 
 from amclr_scale.objectives.base import Layout, at_least_float32, learned_temperature, numbers, require
 from amclr_scale.objectives.estimator import (
+    Average,
     Centred,
     EstimatorOptions,
     KeepsEstimates,
     centred,
-    log_moving_average,
     two_states,
     two_visits,
 )
@@ -60,7 +60,9 @@ class FastCLIP(KeepsEstimates, name="fastclip"):
         version: Literal["v0", "v1", "v2", "v3"] = "v3"  # see above
         temperature: float | None = None  # v1: fixed (null: 0.07); v2: every sample's first (null: 0.03); v0, v3: null
         gamma: float = 0.2  # weight of the newest batch in u, at the end of the schedule
-        gamma_schedule: Literal["constant", "cosine"] = "cosine"  # cosine: from 1 in epoch 0 to gamma
+        gamma_schedule: Literal["constant", "cosine", "visits", "scent"] = (
+            "cosine"  # cosine: from 1 in epoch 0 to gamma
+        )
         gamma_epochs: float | None = 18.0  # epochs the cosine takes
         rho: float | None = None  # radius of the robust losses v2 (null: 7.0) and v3 (null: 6.5)
         eps: float = 1e-14  # added to u
@@ -79,6 +81,8 @@ class FastCLIP(KeepsEstimates, name="fastclip"):
                 f"null for {self.version}, which learns logit_scale" if learned else "a positive number",
                 self.temperature,
             )
+            published = not self.compat or self.gamma_schedule in ("constant", "cosine")
+            require(published, "gamma_schedule", "constant or cosine with compat, as published", self.gamma_schedule)
             require(self.eps > 0, "eps", "a positive number", self.eps)
             require(self.gradient_clip > 0, "gradient_clip", "a positive bound", self.gradient_clip)
             low, high = self.temperature_min, self.temperature_max
@@ -110,7 +114,7 @@ class FastCLIP(KeepsEstimates, name="fastclip"):
     def __init__(self, config: Config, sample_state: Layout = "auto") -> None:
         super().__init__(config)
         self.rho, self.first_temperature = config.radius, config.first_temperature
-        columns = {"log_u": -math.inf}
+        columns = config.columns()
         if config.version == "v2":
             columns |= {"temperature": self.first_temperature, "m": 0.0, "v": 0.0, "visits": 0.0}
             if config.compat:
@@ -131,12 +135,16 @@ class FastCLIP(KeepsEstimates, name="fastclip"):
 
         ws: list[Tensor] = []  # (b,) each
         fs: list[Tensor] = []
+        gammas: list[float | Tensor] = []
         rows = ((embeddings.image, embeddings.text), (embeddings.text, embeddings.image))
         for side, visit, old, (anchors, keys) in zip(sides, visits, olds, rows, strict=True):
-            new = self._average(side, old, anchors, keys)
+            average = self._rule(old)
+            gammas.append(average.mean_gamma)
+            new = self._average(average, side, old, anchors, keys)
             log_eps = torch.full_like(new["log_u"], math.log(config.eps))
             f = torch.logaddexp(new["log_u"], log_eps + new["bound"] if "bound" in new else log_eps)
             if self.learns:
+                new |= config.counted(old, side.log_g)
                 if per_sample:
                     new |= self._adam(old, temperature_gradient(f, side.log_g, side.expected, self.rho))
                 visit.write(**new)
@@ -150,24 +158,25 @@ class FastCLIP(KeepsEstimates, name="fastclip"):
                 objective=objective,
                 temperature_image=image_t.mean(),
                 temperature_text=text_t.mean(),
-                gamma=self._gamma(),
+                gamma=gammas[0],
             ),
         )
 
-    def _gamma(self) -> float:
-        config = self.config
-        if config.compat and self.epoch < 1:
-            return 1.0
-        return config.gamma_at(self.epoch)
+    def _rule(self, old: dict[str, Tensor]) -> Average:
+        if self.config.compat and self.epoch < 1:
+            return Average(1.0)
+        return self.config.average(old, self.epoch)
 
-    def _average(self, side: Centred, old: dict[str, Tensor], anchors: Tensor, keys: Tensor) -> dict[str, Tensor]:
+    def _average(
+        self, average: Average, side: Centred, old: dict[str, Tensor], anchors: Tensor, keys: Tensor
+    ) -> dict[str, Tensor]:
         """The next log u, and with it the bound on exponents that compat v2 subtracts."""
-        log_u, gamma = old["log_u"], self._gamma()
+        log_u = old["log_u"]
         if not self.config.compat:
-            return {"log_u": log_moving_average(log_u, side.log_g.detach(), gamma)}
+            return {"log_u": average(log_u, side.log_g.detach())}
         started = log_u - old["bound"] if "bound" in old else log_u
         log_u = log_u.masked_fill(started < LOG_UNSEEN, -math.inf)
-        new = {"log_u": log_moving_average(log_u, side.log_g.detach(), gamma)}
+        new = {"log_u": average(log_u, side.log_g.detach())}
         if "bound" in old:
             largest = _largest_gap(anchors.detach(), keys.detach()) / old["temperature"]
             new["bound"] = torch.maximum(old["bound"], largest)

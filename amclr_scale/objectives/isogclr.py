@@ -24,7 +24,6 @@ from amclr_scale.objectives.estimator import (
     EstimatorOptions,
     KeepsEstimates,
     centred,
-    log_moving_average,
     ratio,
     two_states,
     two_visits,
@@ -55,12 +54,11 @@ class ISogCLR(KeepsEstimates, name="isogclr"):
     def __init__(self, config: Config, sample_state: Layout = "auto") -> None:
         super().__init__(config)
         self.descent = config.descent()
-        columns = {"log_u": -float("inf"), "temperature": config.temperature, "v": 0.0}
+        columns = {**config.columns(), "temperature": config.temperature, "v": 0.0}
         self.image_state, self.text_state = two_states(config.num_samples, config.num_texts, columns, sample_state)
 
     def forward(self, embeddings: Embeddings) -> Loss:
         config = self.config
-        gamma = config.gamma_at(self.epoch)
         visits = two_visits(embeddings, self.image_state, self.text_state)
         olds = [visit.read() for visit in visits]
         image_t, text_t = (old["temperature"] for old in olds)  # (b,)
@@ -71,11 +69,12 @@ class ISogCLR(KeepsEstimates, name="isogclr"):
         objectives: list[Tensor] = []
         for side, visit, old in zip(sides, visits, olds, strict=True):
             t = old["temperature"].to(side.log_g.dtype)
-            log_u = log_moving_average(old["log_u"], side.log_g.detach(), gamma)
+            log_g = side.log_g.detach()
+            log_u = config.average(old, self.epoch)(old["log_u"], log_g)
             if self.learns:
                 r = temperature_gradient(log_u, side.log_g, side.expected, config.rho)
                 new_t, v = self.descent.step(t, old["v"], r, self.epoch)
-                visit.write(log_u=log_u, temperature=new_t, v=v)
+                visit.write(log_u=log_u, **config.counted(old, log_g), temperature=new_t, v=v)
             terms.append(t * ratio(side.log_g, log_u))
             objectives.append(t * (log_u + config.rho))
 
@@ -114,7 +113,7 @@ class ISogCLRNet(KeepsEstimates, name="isogclr_net"):
     def __init__(self, config: Config, sample_state: Layout = "auto") -> None:
         super().__init__(config)
         self.image_state, self.text_state = two_states(
-            config.num_samples, config.num_texts, {"log_u": -float("inf")}, sample_state
+            config.num_samples, config.num_texts, config.columns(), sample_state
         )
 
     @staticmethod
@@ -134,7 +133,6 @@ class ISogCLRNet(KeepsEstimates, name="isogclr_net"):
     def forward(self, embeddings: Embeddings) -> Loss:
         """The value is mean_i t_i g_i / u_i + r_i t_i: features see t_i as constant, and t_i's gradient is r_i / B."""
         config = self.config
-        gamma = config.gamma_at(self.epoch)
         image_t, text_t = _generated(embeddings)
         detached = (image_t.detach(), text_t.detach())
         sides = centred(embeddings.image, embeddings.text, detached, self.masks(embeddings))
@@ -142,9 +140,10 @@ class ISogCLRNet(KeepsEstimates, name="isogclr_net"):
         value = objective = image_t.new_zeros(())
         visits = two_visits(embeddings, self.image_state, self.text_state)
         for side, visit, t in zip(sides, visits, (image_t, text_t), strict=True):
-            log_u = log_moving_average(visit.read()["log_u"], side.log_g.detach(), gamma)
+            old, log_g = visit.read(), side.log_g.detach()
+            log_u = config.average(old, self.epoch)(old["log_u"], log_g)
             if self.learns:
-                visit.write(log_u=log_u)
+                visit.write(log_u=log_u, **config.counted(old, log_g))
             r = temperature_gradient(log_u, side.log_g, side.expected, config.rho)
             value = value + (t.detach() * ratio(side.log_g, log_u) + r * t).mean()
             objective = objective + (t.detach() * (log_u + config.rho)).mean()

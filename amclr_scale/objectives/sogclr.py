@@ -21,10 +21,10 @@ from torch import Tensor
 from amclr_scale.declarations import Equal
 from amclr_scale.objectives.base import Layout, numbers, require
 from amclr_scale.objectives.estimator import (
+    Average,
     EstimatorOptions,
     KeepsEstimates,
     centred,
-    log_moving_average,
     ratio,
     two_states,
     two_visits,
@@ -53,7 +53,7 @@ class SogCLR(KeepsEstimates, name="sogclr"):
 
     @staticmethod
     def equals(options: Any, B: int) -> Equal | None:
-        if options.gamma < 1 or options.surrogate != "none":
+        if options.gamma < 1 or options.gamma_schedule == "scent" or options.surrogate != "none":
             return None
         same = {key: getattr(options, key) for key in ("temperature", "mask_duplicates", "false_negative_margin")}
         return Equal("dcl", same, "at gamma = 1 SogCLR's gradient is DCL's times the temperature")
@@ -61,27 +61,33 @@ class SogCLR(KeepsEstimates, name="sogclr"):
     def __init__(self, config: Config, sample_state: Layout = "auto") -> None:
         super().__init__(config)
         self.image_state, self.text_state = two_states(
-            config.num_samples, config.num_texts, {"log_u": -float("inf")}, sample_state
+            config.num_samples, config.num_texts, config.columns(), sample_state
         )
 
     def forward(self, embeddings: Embeddings) -> Loss:
         config = self.config
         t = config.temperature
-        gamma = config.gamma_at(self.epoch)
         margin = config.margin if config.surrogate != "none" else None
         sides = centred(embeddings.image, embeddings.text, t, self.masks(embeddings), margin=margin)
 
         terms: list[Tensor] = []  # (b,) each
         log_us: list[Tensor] = []
+        averages: list[Average] = []
         for side, visit in zip(sides, two_visits(embeddings, self.image_state, self.text_state), strict=True):
-            log_u = log_moving_average(visit.read()["log_u"], side.log_g.detach(), gamma)
+            old, log_g = visit.read(), side.log_g.detach()
+            averages.append(config.average(old, self.epoch))
+            log_u = averages[-1](old["log_u"], log_g)
             if self.learns:
-                visit.write(log_u=log_u)
+                visit.write(log_u=log_u, **config.counted(old, log_g))
             terms.append(t * ratio(side.log_g, log_u))
             log_us.append(log_u)
 
         image_log_u, text_log_u = log_us
         return Loss(
             (terms[0] + terms[1]).mean(),
-            numbers(objective=t * (image_log_u + text_log_u).mean(), log_u_image=image_log_u.mean(), gamma=gamma),
+            numbers(
+                objective=t * (image_log_u + text_log_u).mean(),
+                log_u_image=image_log_u.mean(),
+                gamma=averages[0].mean_gamma,
+            ),
         )

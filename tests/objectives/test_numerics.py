@@ -12,6 +12,7 @@ STATEFUL = [
     ("clip", {"temperature": T}),
     ("dcl", {"temperature": T}),
     ("sogclr", {"temperature": T}),
+    ("scent", {"temperature": T}),
     ("isogclr", {"temperature": T, "eta": 1e-4}),
     ("isogclr_net", {}),
     ("fastclip", {"version": "v1", "temperature": T, "eps": 1e-30}),

@@ -117,6 +117,7 @@ VISITED = {  # with these options the second visit of the same embeddings finds 
     "clip": {}, "dcl": {}, "dclw": {}, "uniformity": {}, "siglip": {}, "cyclip": {}, "vicreg": {},
     "simclr": {}, "slip": {}, "supcon": {"positives": "text"}, "decoupled": {"positives": "text"}, "one_to_k": {},
     "siglip_plus": {"positives": "text"}, "debiased": {}, "gram": {}, "m2_mixup": {}, "cacr": {}, "rankclip": {},
+    "scent": {},
 }  # fmt: skip
 
 
