@@ -49,6 +49,21 @@ class Found:
             )
         return step
 
+    def check(self, config: Config, *, data: str | None, tokenizer: str) -> int:
+        """Steps that are done, once nothing stands against going on.
+
+        Args:
+            data, tokenizer: fingerprints of what the run would read; data None: it is not looked at.
+
+        Raises:
+            UserError: the batch size does not fit, or data or tokenizer are others.
+        """
+        step = self.step(config)
+        if data is not None:
+            self.check_data(config, data)
+        self.check_tokenizer(config, tokenizer)
+        return step
+
     def check_data(self, config: Config, fingerprint: str) -> None:
         """Raise `UserError` if the data set's content is not what the position in it was counted on."""
         if fingerprint != self.fingerprint and not _allowed("data.train", config.resume_changed):

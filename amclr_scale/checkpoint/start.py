@@ -47,9 +47,7 @@ def agree_on_start(
                 if files.steps(found.checkpoint.parent)[0] != files.step_of(found.checkpoint):
                     found = find(config)  # another job was in it and has just ended
             if found:
-                found.step(config)
-                found.check_data(config, fingerprint)
-                found.check_tokenizer(config, tokenizer.fingerprint())
+                found.check(config, data=fingerprint, tokenizer=tokenizer.fingerprint())
                 if folder.resolve() != found.run.resolve() and (folder / RECORDS).exists():
                     words = f"run.name: {folder} holds another run than the one that resume={config.resume} names"
         except UserError as error:

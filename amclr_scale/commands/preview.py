@@ -7,6 +7,7 @@ laptop; without the data `--num-samples` stands in for its index.
 import argparse
 from collections.abc import Iterator
 
+from amclr_scale.checkpoint.resume import find
 from amclr_scale.commands.job import predict_memory
 from amclr_scale.config.schema import Config
 from amclr_scale.data.loader import TrainLoader
@@ -40,22 +41,25 @@ def preview(config: Config, rank_info: RankInfo, options: argparse.Namespace) ->
             raise UserError(f"--{error}") from error
     world_size = options.ranks or rank_info.world_size
     tokenizer = load_tokenizer(config.data.tokenizer, config.data.context_length)
+    fingerprint = None
     if options.num_samples:
         num_samples = per_epoch = options.num_samples
         yield f"data.train: not looked at; {num_samples:,} samples (--num-samples)"
     else:
-        num_samples, per_epoch, said = _read_data(config)
+        loader, said = _read_data(config)
+        num_samples, per_epoch, fingerprint = loader.num_samples, loader.samples_per_epoch, loader.fingerprint
         yield said
     plan = make_plan(config, per_epoch, world_size)
     yield from _read_splits(config)
     yield _model(config, tokenizer)
     yield str(plan)
+    yield from _resumed(config, plan, fingerprint, tokenizer)
     yield _learning_rate(config)
     yield from _needs(config, plan, num_samples, profile, rank_info, options)
 
 
-def _read_data(config: Config) -> tuple[int, float, str]:
-    """One batch of every lane's next sample through all views, as training reads it."""
+def _read_data(config: Config) -> tuple[TrainLoader, str]:
+    """One batch of every lane's next sample through all views, as training reads it; the loader is closed then."""
     lanes = config.data.lanes
     try:
         data = config.data.model_copy(update={"resident": "none"})  # a few samples need not be decoded with the rest
@@ -66,13 +70,9 @@ def _read_data(config: Config) -> tuple[int, float, str]:
     loader.close()
     views = f"{len(batch.images)} images and {len(batch.texts)} texts each"
     bad = f", {sum(loader.counts.values())} of them bad" if loader.counts else ""
-    return (
-        loader.num_samples,
-        loader.samples_per_epoch,
-        (
-            f"data.train: {loader.num_samples:,} samples; read {len(batch.ids)}{bad}: {views}, "
-            f"{'x'.join(map(str, batch.images[0].shape[1:]))}"
-        ),
+    return loader, (
+        f"data.train: {loader.num_samples:,} samples; read {len(batch.ids)}{bad}: {views}, "
+        f"{'x'.join(map(str, batch.images[0].shape[1:]))}"
     )
 
 
@@ -95,6 +95,20 @@ def _model(config: Config, tokenizer: Tokenizer) -> str:
     image, text = (sum(p.numel() for p in tower.parameters()) for tower in towers)
     notes = "".join(f"\nnote: {note}" for note in model.notes)
     return f"{total:,} parameters ({image:,} image tower, {text:,} text tower); {tokenizer.vocab_size:,} tokens{notes}"
+
+
+def _resumed(config: Config, plan: Plan, fingerprint: str | None, tokenizer: Tokenizer) -> Iterator[str]:
+    """Where the run would go on from: the checkpoint is read as a run reads it, but nothing is locked or moved."""
+    found = find(config)
+    if found is None:
+        if config.resume != "never":
+            yield f"resume: {config.resume} finds nothing to go on from: the run begins anew"
+        return
+    step = found.check(config, data=fingerprint, tokenizer=tokenizer.fingerprint())
+    for note in found.notes():
+        yield f"note: {note}"
+    left = max(0, plan.total_steps - step)
+    yield f"resume: {found.samples:,} samples seen, {left:,} of {plan.total_steps:,} steps left"
 
 
 def _learning_rate(config: Config) -> str:

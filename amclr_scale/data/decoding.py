@@ -32,6 +32,7 @@ _OF_TRANSPARENT, _OF_SIXTEEN_BITS = 16, 14
 _OF_FORMAT = {"JPEG": 6, "WEBP": 16, "AVIF": 8, "HEIF": 12, "JPEG2000": 20}
 _OF_OTHERS = 2
 _ICON, _PNG, _JP2, _CODESTREAM = b"\0\0\1\0", b"\x89PNG\r\n\x1a\n", b"jP  ", b"\xff\x4f\xff\x51"
+_HEIF = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")  # the brands that its files begin with
 _TILE = (322, 323)  # TIFF tags TileWidth and TileLength
 # Programs that draw pictures write their whole settings into them: text is no reason to refuse whole pixels.
 PngImagePlugin.MAX_TEXT_CHUNK, PngImagePlugin.MAX_TEXT_MEMORY = 2**24, 2**26
@@ -108,8 +109,9 @@ class Sample:
         try:
             image = Image.open(io.BytesIO(data), formats=readable_formats())
         except UnidentifiedImageError as error:
-            words = "HEIC, which needs pillow-heif" if data[4:10] == b"ftyphe" else "no known format"
-            raise BadSampleError("corrupt image", words) from error
+            if data[4:8] == b"ftyp" and data[8:12] in _HEIF:
+                raise BadSampleError("no decoder", "HEIC: pip install pillow-heif") from error
+            raise BadSampleError("corrupt image", "no known format") from error
         except Exception as error:  # decoders of broken files raise whatever they like
             raise BadSampleError("corrupt image", str(error)) from error
         self._check(image.width, image.height, bytes_per_pixel(image))

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from amclr_scale.config.schema import ImageTower
 from amclr_scale.encoders.kinds import kind_of
 from amclr_scale.encoders.norms import NOTES, convert_batch_norm, has_batch_norm
+from amclr_scale.encoders.patch_grid import PatchGrid
 from amclr_scale.encoders.small_resnet import SmallResNet
 from amclr_scale.encoders.trial import UntriedError, trial
 from amclr_scale.encoders.weights import load_weights
@@ -57,15 +58,7 @@ def _try(module: nn.Module, width: int, tower: ImageTower, size: int) -> tuple[i
     Raises:
         UserError: the tower does not take images of this size, or gives something else than features.
     """
-    unseen: list[tuple[int, int]] = []  # pixels at the right and the bottom, and the patches' side
-
-    def look(conv: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        if not isinstance(conv, nn.Conv2d) or inputs[0].shape[1:] != (3, size, size):
-            return  # it does not see the image itself
-        if conv.kernel_size == conv.stride and conv.padding in ((0, 0), "valid"):
-            unseen.append((size % conv.stride[1], conv.stride[1]))
-
-    hooks = [part.register_forward_pre_hook(look) for part in module.modules() if isinstance(part, nn.Conv2d)]
+    grid = PatchGrid(module, size)
     try:
         out = trial(module, torch.zeros(2, 3, size, size))
     except UntriedError:  # it has no memory here, and looks at numbers
@@ -76,17 +69,14 @@ def _try(module: nn.Module, width: int, tower: ImageTower, size: int) -> tuple[i
             f"data.image_size: {tower.name} does not take images of {size} pixels ({why}){_sizes_near(tower, size)}"
         ) from error
     finally:
-        for hook in hooks:
-            hook.remove()
+        grid.close()
     if not isinstance(out, Tensor) or out.dim() != 2:
         got = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
         raise UserError(
             f"model.image.name: expected one vector per image, (2, width) for two, got {got} from {tower.name}"
         )
-    cut, patch = min(unseen, default=(0, 0))
-    patches = f"which are no whole patch of {patch} pixels; choose a multiple of {patch}"
-    note = f"data.image_size: {tower.name} never sees the last {cut} of {size} rows and columns, {patches}"
-    return int(out.shape[1]), [note] if cut else []
+    unseen = grid.unseen()
+    return int(out.shape[1]), [f"data.image_size: {tower.name} never sees {unseen}"] if unseen else []
 
 
 def _sizes_near(tower: ImageTower, size: int) -> str:

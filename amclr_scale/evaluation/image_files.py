@@ -114,7 +114,14 @@ def picture_folder(path: Path) -> list[Item]:
         log.warning("%s: %s: %s", _KEY, path, found.told())
     here = [picture for picture in found.pictures if picture.parent == path]
     if any(map(found.has_text, here)):
-        return [Item(picture, found.captions(picture)) for picture in found.pictures]
+        items = [Item(picture, found.captions(picture)) for picture in found.pictures]
+        bare = [item.path for item in items if not item.captions]
+        if bare:
+            raise UserError(
+                f"{_KEY}: {path}: expected a text beside each picture, got none for {len(bare):,} of {len(items):,}, "
+                f"the first is {bare[0].relative_to(path)}; write {bare[0].stem}.txt, or take the picture out"
+            )
+        return items
     folders = sorted(folder for folder in path.iterdir() if folder.is_dir() and not is_hidden(folder))
     if not folders:
         raise UserError(

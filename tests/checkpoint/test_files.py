@@ -29,13 +29,14 @@ def configuration(folder, **keys):
     return build(tree)
 
 
-def write(home, step, config, number=1):
+def write(home, step, config, number=1, **about):
     folder = home / "a" / "checkpoints"
     here = files.staging(folder, step)
     here.mkdir(parents=True)
     state = {
         "step": step, "samples": step * 64, "total_steps": 100, "number": number, "recipe": recipe_hash(config),
         "config": config.model_dump(mode="json"), "data_fingerprint": "f", "tokenizer_fingerprint": "t", "ranks": 2,
+        **about,
     }  # fmt: skip
     (here / "state.json").write_text(json.dumps(state))
     for name in NAMES[2:]:

@@ -9,8 +9,11 @@ from safetensors.torch import save_file
 from amclr_scale.commands.preview import preview
 from amclr_scale.commands.train import arguments, check_dry_run
 from amclr_scale.config.load import build
+from amclr_scale.data.loader import TrainLoader
+from amclr_scale.data.tokenizers import load_tokenizer
 from amclr_scale.distributed.launcher import RankInfo
 from amclr_scale.errors import UserError
+from tests.checkpoint.test_files import truncated, write
 from tests.evaluation.shards import picture, write_split, write_tar
 
 TREE = {
@@ -94,6 +97,48 @@ def test_what_training_could_not_read_is_told(tmp_path):
     weights = {"name": "torchvision/resnet18", "weights": str(tmp_path / "weights.safetensors")}
     tree["model"] = {"embedding_width": 8, "image": weights, "text": {"width": 16}}
     with pytest.raises(UserError, match=r"^model.image.weights: "):
+        said(tree)
+
+
+def test_the_checkpoint_to_go_on_from_is_checked(tmp_path):
+    """Found, whole, and of this recipe, data and tokenizer, as the run itself would find out in its job."""
+    tree = with_data(tmp_path) | {"run": {"folder": str(tmp_path / "runs"), "name": "a"}}
+    assert "resume: auto finds nothing to go on from: the run begins anew" in said({**tree, "resume": "auto"})
+    assert "resume" not in said(tree)
+    content = TrainLoader(build(tree).data, seed=0, global_batch_size=4).fingerprint
+    about = {"data_fingerprint": content, "tokenizer_fingerprint": load_tokenizer("emoji", 12).fingerprint()}
+    saved = write(tmp_path / "runs", 4, build(tree), **about)
+    tree["resume"] = str(tmp_path / "runs" / "a")
+    lines = said(tree)
+    assert "resume: 256 samples seen, 6 of 10 steps left" in lines
+    assert f"note: resumed from {saved}" in lines
+    assert "6 of 10 steps left" in said({**tree, "data": {**tree["data"], "train": "/nowhere"},
+                                         "resume_changed": ["data.train"]}, "--num-samples", "40")  # fmt: skip
+    faster = {**TREE["optimizer"], "lr": 1}
+    mistakes = {
+        "resume: .*was made by another recipe(.|\n)*optimizer.lr: 0.001 in": {"optimizer": faster},
+        "train.global_batch_size: expected a divisor of the 256 samples": {
+            "train": {"global_batch_size": 96, "samples": 640}, "resume_changed": ["train"]
+        },
+        "resume: expected never, auto, or a folder with a checkpoint, got ": {"resume": str(tmp_path / "none")},
+    }  # fmt: skip
+    for words, change in mistakes.items():
+        with pytest.raises(UserError, match=f"^{words}"):
+            said({**tree, **change})
+    write_split(tmp_path / "other", 39)
+    data = {**tree["data"], "train": str(tmp_path / "other")}
+    with pytest.raises(UserError, match=r"^resume: .* was made by another recipe"):
+        said({**tree, "data": data})
+    write(tmp_path / "runs", 5, build(tree), **{**about, "data_fingerprint": "another"})
+    with pytest.raises(UserError, match=r"^data.train: the shards are not those that .*step_00000005"):
+        said(tree)
+    write(tmp_path / "runs", 6, build(tree), **{**about, "tokenizer_fingerprint": "another"})
+    with pytest.raises(UserError, match=r"^data.tokenizer: emoji is not what it was"):
+        said(tree)
+    last = tmp_path / "runs" / "a" / "checkpoints" / "step_00000006"
+    truncated(last / "rank_00000.safetensors")
+    tree["resume"] = str(last)
+    with pytest.raises(UserError, match=r"^resume: .*step_00000006 cannot be used: rank_00000.safetensors"):
         said(tree)
 
 

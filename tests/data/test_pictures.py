@@ -4,14 +4,16 @@ import io
 import json
 import os
 import subprocess
+import sys
 import tarfile
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image, PngImagePlugin, TiffImagePlugin
 
 from amclr_scale.commands.make_shards import main as make_shards
-from amclr_scale.data.decoding import BadSampleError, Sample, decode
+from amclr_scale.data.decoding import BadSampleError, Sample, decode, readable_formats
 from amclr_scale.data.evaluation_split import EvaluationSplit
 from amclr_scale.data.formats.picture_files import Classes, find_pictures
 from amclr_scale.data.formats.tar import scan
@@ -35,15 +37,28 @@ def sample(data):
     return decode(Sample({"jpg": data}, 10**6, 1).image())
 
 
+HEIC = b"\0\0\0\x1cftypheic\0\0\0\0mif1heicmiaf" + bytes(20)  # how such a file begins
+
+
 @pytest.fixture
-def classes(tmp_path):
+def no_heif(monkeypatch):
+    """As where pillow-heif is not installed."""
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)
+    monkeypatch.delitem(Image.OPEN, "HEIF", raising=False)
+    readable_formats.cache_clear()
+    yield
+    readable_formats.cache_clear()
+
+
+@pytest.fixture
+def classes(tmp_path, no_heif):
     """Two folders with a picture of every kind, one of them under a name that says nothing; and what is none."""
     for colour, name in ((0, "tabby_cat"), (200, "fire_truck")):
         (tmp_path / name).mkdir()
         for i, (extension, kind) in enumerate(KINDS.items()):
             (tmp_path / name / f"{i}.{extension}").write_bytes(saved(kind, (colour, 9 * i, 99)))
         (tmp_path / name / "no_ending").write_bytes(saved())
-        (tmp_path / name / "photo.heic").write_bytes(b"\0\0\0\x18ftypheic" + bytes(40))
+        (tmp_path / name / "photo.heic").write_bytes(HEIC)
         (tmp_path / name / "film.mov").write_bytes(bytes(100))
         (tmp_path / name / ".DS_Store").write_bytes(bytes(9))
     (tmp_path / ".ipynb_checkpoints").mkdir()
@@ -66,6 +81,38 @@ def test_a_picture_of_any_kind_counts_and_the_others_are_told(classes, caplog, c
     said = capsys.readouterr()
     assert f"a folder of pictures; {PASSED_OVER}: 20 records" in said.err
     assert "read 20, wrote 20 samples in 1 shards, rejected 0" in said.out
+
+
+def test_heic_without_a_decoder_is_named(tmp_path, no_heif, capsys):
+    """In a folder and where annotations name it; other files of the family are known by their brands."""
+    for brand in (b"heic", b"mif1"):
+        with pytest.raises(BadSampleError) as caught:
+            sample(HEIC.replace(b"ftypheic", b"ftyp" + brand))
+        assert (caught.value.kind, caught.value.detail) == ("no decoder", "HEIC: pip install pillow-heif")
+    (tmp_path / "0.heic").write_bytes(HEIC)
+    (tmp_path / "0.jpg").write_bytes(saved())
+    pairs = [{"image": name, "caption": "a"} for name in ("0.heic", "0.jpg")]
+    (tmp_path / "pairs.json").write_text(json.dumps(pairs))
+    assert (
+        make_shards(["annotations", "--annotations", str(tmp_path / "pairs.json"), "--out", str(tmp_path / "out")]) == 0
+    )
+    assert "read 2, wrote 1 samples in 1 shards, rejected 1 (1 no decoder; rejects.jsonl)" in capsys.readouterr().out
+
+
+def test_heic_with_its_decoder(tmp_path, capsys):
+    """It is a picture like others, and becomes PNG in shards, which everybody can read."""
+    pytest.importorskip("pillow_heif")
+    readable_formats()  # registers it
+    Image.new("RGB", (64, 48), (90, 30, 99)).save(tmp_path / "0.heic", quality=95)
+    (tmp_path / "0.txt").write_text("a plum")
+    assert decode(Sample({"heic": (tmp_path / "0.heic").read_bytes()}, 10**6, 1).image()).size == (64, 48)
+    assert make_shards(["folder", "--images", str(tmp_path), "--out", str(tmp_path / "out")]) == 0
+    assert "read 1, wrote 1 samples in 1 shards, rejected 0" in capsys.readouterr().out
+    split = EvaluationSplit(str(tmp_path / "out"), settings(str(tmp_path / "out"), image_size=32))
+    (batch,) = split.batches(2)
+    assert (batch.images[0][0].float().mean((1, 2)) - torch.tensor([90.0, 30.0, 99.0])).abs().max() < 4
+    (item,) = picture_folder(tmp_path)
+    assert (item.path.name, item.captions) == ("0.heic", ["a plum"])
 
 
 def test_folders_inside_picture_folder(tmp_path):

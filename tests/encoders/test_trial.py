@@ -103,6 +103,30 @@ def test_pixels_that_a_grid_of_patches_cuts_off():
         assert build_image_tower(ImageTower(), size)[2] == ()
 
 
+@pytest.mark.parametrize(
+    ("name", "size", "cut", "better"),
+    [
+        ("tnt_s_patch16_224", 36, 4, "16 pixels; choose a multiple of 16"),  # patches by unfolding
+        ("tnt_s_legacy_patch16_224", 36, 4, "19 pixels; choose a multiple of 16"),  # unfolded behind a convolution
+        ("pit_ti_224", 100, 4, "16 pixels; choose a multiple of 8"),  # patches that overlap
+        ("test_resnet", 31, 0, ""),
+        ("test_vit", 32, 0, ""),
+    ],
+)
+def test_pixels_that_other_grids_cut_off(name, size, cut, better):
+    tower, _, notes = build_image_tower(
+        ImageTower(name=f"timm/{name}", norm="group" if "resnet" in name else "default"), size
+    )
+    images = torch.randn(1, 3, size, size, requires_grad=True)
+    tower(images).square().sum().backward()
+    unseen = images.grad.abs().sum((0, 1)) == 0
+    assert unseen.all(0).sum() == unseen.all(1).sum() == cut
+    told = [note for note in notes if "never sees" in note]
+    assert [f"never sees the last {cut} of {size} " in note and note.endswith(better) for note in told] == [
+        True
+    ] * bool(cut)
+
+
 class Flat(nn.Module):
     def forward(self, images):
         return images.mean((2, 3)) @ torch.ones(3, 5, device=images.device)

@@ -24,7 +24,7 @@ from amclr_scale.evaluation.progress import EvaluationProgress
 from amclr_scale.evaluation.run import Evaluator
 from amclr_scale.evaluation.sheet import text_to_image_sheet
 from amclr_scale.evaluation.table import DETAILS
-from tests.evaluation.shards import write_split
+from tests.evaluation.shards import picture, write_split
 from tests.evaluation.test_models import write_run
 from tests.evaluation.test_run import model, recipe
 
@@ -83,6 +83,53 @@ def test_results_of_a_run_go_into_its_folder(runs):
     results = json.loads((runs / "first" / "evaluation" / "results.json").read_text())
     want = Evaluator(recipe(f"{runs}/split/00000.tar"))(model(recipe()))
     assert results["results"]["first"] == pytest.approx(want, abs=1e-9)
+
+
+def pictures(folder, names, texts=()):
+    for number, name in enumerate(names):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(picture(number))
+    for name in texts:
+        (folder / name).with_suffix(".txt").write_text(f"about {name}")
+    return folder
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_a_folder_of_any_kind_gives_numbers_or_words(runs, tmp_path, capsys, named):
+    """Never an empty table: `evaluate RUN --set evaluation.splits=[FOLDER]`."""
+    classes, flat = ["cat/0.jpg", "cat/1.jpg", "dog/0.jpg"], ["0.jpg", "1.jpg", "2.jpg"]
+    good = {
+        "classes": (classes, (), ["zero_shot_top1"]),
+        "classes with texts": (classes, classes, ["zero_shot_top1", "image_to_text_R@1"]),
+        "classes with some texts": (classes, classes[:1], ["zero_shot_top1"]),
+        "photos": (flat, flat, ["image_to_text_R@1"]),
+    }
+    for kind, (names, texts, wanted) in good.items():
+        folder = pictures(tmp_path / kind, names, texts)
+        split = "mine" if named else kind
+        given = f"{{mine: {folder}}}" if named else f"[{folder}]"
+        words = ["--set", f"evaluation.splits={given}", "--set", "evaluation.resamples=0"]
+        assert main([str(runs / "first"), *words, "--output", str(tmp_path / "out")]) == 0
+        (found,) = json.loads((tmp_path / "out" / "results.json").read_text())["results"].values()
+        assert all(f"{split}/{name}" in found for name in wanted)
+        assert f"{split}/zero_shot_top1" in found or "zero_shot_top1" not in wanted
+        assert "zero-shot" in capsys.readouterr().out or "zero_shot_top1" not in wanted
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    bad = {
+        "expected a .txt beside each picture, or a folder for each class, got 3 pictures without either":
+            pictures(tmp_path / "bare", flat),
+        "expected a text beside each picture, got none for 1 of 3, the first is 2.jpg; write 2.txt":
+            pictures(tmp_path / "gaps", flat, flat[:2]),
+        "expected a folder with an index.json": empty,
+    }  # fmt: skip
+    for words, folder in bad.items():
+        given = f"{{mine: {folder}}}" if named else f"[{folder}]"
+        assert main([str(runs / "first"), "--set", f"evaluation.splits={given}"]) == 2
+        said = capsys.readouterr()
+        assert said.err.strip().startswith("evaluation.splits: ")
+        assert words in said.err
+        assert said.out == ""
 
 
 @pytest.mark.launch
