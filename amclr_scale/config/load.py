@@ -155,7 +155,8 @@ def all_keys(model: type[BaseModel] = Config, prefix: str = "") -> Iterator[str]
 def _nearest(name: str, names: Sequence[str], elsewhere: Sequence[str] = ()) -> str:
     if near := did_you_mean(name, names):
         return near
-    same_word = [key for key in elsewhere if nearest(name, [key.rpartition(".")[2]], cutoff=0.8)]
+    sections = dict.fromkeys(key[:at] for key in elsewhere for at, letter in enumerate(key) if letter == ".")
+    same_word = [key for key in (*elsewhere, *sections) if nearest(name, [key.rpartition(".")[2]], cutoff=0.8)]
     if same_word:
         return f"; did you mean {same_word[0]}?"
     return f"; known: {', '.join(names)}" if names and len(names) <= 20 else ""

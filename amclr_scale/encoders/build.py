@@ -1,8 +1,9 @@
 """A model from its section of the configuration."""
 
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, Literal
 
-from amclr_scale.config.schema import Model
+from amclr_scale.config.schema import ImageTower, Model, TextTower
 from amclr_scale.encoders.dual_encoder import DualEncoder
 from amclr_scale.encoders.heads import build_head
 from amclr_scale.encoders.image_towers import build_image_tower
@@ -54,5 +55,21 @@ def build_model(
         logit_bias=model.logit_bias,
         image_mean=image_mean,
         image_std=image_std,
-        notes=notes,
+        notes=(*notes, *unread(model.image, "image"), *unread(model.text, "text")),
     )
+
+
+def unread(tower: ImageTower | TextTower, side: Literal["image", "text"]) -> Iterator[str]:
+    """One line about the keys that were changed and that a tower of this name does not read.
+
+    Whose a key is says its description: `small_transformer: width.`
+    """
+    kind = tower.name.partition("/")[0]
+    keys: dict[str, list[str]] = {}
+    for key, field in type(tower).model_fields.items():
+        owner, colon, _ = (field.description or "").partition(": ")
+        of_another = colon and " " not in owner and owner.partition("/")[0] != kind
+        if of_another and getattr(tower, key) != field.default:
+            keys.setdefault(owner, []).append(f"model.{side}.{key}")
+    for owner, changed in keys.items():
+        yield f"{', '.join(changed)}: read by {owner} only, not by {tower.name}"

@@ -78,6 +78,7 @@ def test_an_optimizers_own_options(monkeypatch):
 
 def test_a_key_in_the_wrong_section_is_found():
     assert "did you mean optimizer.lr?" in refused("train.epochs=1", "train.lr=1")
+    assert "did you mean data.augmentation?" in refused("train.epochs=1", "augmentation={flip: 0.5}")
 
 
 def test_options_of_one_objective_do_not_outlive_a_change_of_name(tmp_path):

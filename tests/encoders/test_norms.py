@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from amclr_scale.config.schema import ImageTower
+from amclr_scale.config.schema import ImageTower, TextTower
+from amclr_scale.encoders.build import unread
 from amclr_scale.encoders.norms import (
     BatchNorm,
     FrozenBatchNorm,
@@ -119,6 +120,15 @@ def test_choices_are_explicit_and_explained():
     assert "execution.micro_batch_size" in model(image=ImageTower(norm="batch")).notes[0]
     assert "number of ranks" in model(image=ImageTower(norm="sync")).notes[0]
     assert model().notes == ()
+
+
+def test_keys_of_another_tower_are_told():
+    tiny = TextTower(name="transformers/distilbert", layers=2, width=32)
+    (told,) = unread(tiny, "text")
+    assert told == "model.text.width, model.text.layers: read by small_transformer only, not by transformers/distilbert"
+    (told,) = model(image=ImageTower(name="timm/resnet18", norm="group", depth=18)).notes
+    assert told == "model.image.depth: read by small_resnet only, not by timm/resnet18"
+    assert not [*unread(ImageTower(width=8), "image"), *unread(TextTower(name="transformers/bert"), "text")]
 
 
 def test_a_second_forward_can_leave_the_statistics_alone():
