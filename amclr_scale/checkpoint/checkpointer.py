@@ -18,7 +18,7 @@ from torch import nn
 from amclr_scale.checkpoint import files, state
 from amclr_scale.checkpoint.files import CHECKPOINTS, Written
 from amclr_scale.checkpoint.resume import Found
-from amclr_scale.checkpoint.signals import Signals, StoppedError
+from amclr_scale.checkpoint.signals import Signals, StoppedError, UnsavedError
 from amclr_scale.config.load import recipe_hash
 from amclr_scale.config.schema import Config
 from amclr_scale.data.tokenizers import Tokenizer
@@ -99,14 +99,16 @@ class Checkpointer(Hook):
         self.scores = scores or BestSoFar()
         self._writing: _Writing | None = None
         self._saved_at = time.monotonic()
-        self._step = found.step(config) if found else 0
+        self._step = self._whole = found.step(config) if found else 0  # done, and of the newest whole checkpoint
+        self._failures = 0  # in a row
 
     def after_step(self, done: Position) -> None:
         """Save if it is time to.
 
         Raises:
             StoppedError: a signal or train.max_hours; everything is saved.
-            RuntimeError: a checkpoint could not be written, and checkpoint.on_failure is stop.
+            UnsavedError: a checkpoint could not be written, and checkpoint.on_failure is stop, or it was the last of
+                checkpoint.max_failures in a row, or the run is to end early.
         """
         self._step = done.step
         settings = self.config.checkpoint
@@ -127,11 +129,12 @@ class Checkpointer(Hook):
             return
         self._save(done.step)
         if done.last or signalled or late:
-            saved = self._finish()
+            self._finish()
+            saved = self._whole == done.step
             self.signals.saves = not saved and not done.last  # from here on there is nothing to lose
         if signalled or (late and not done.last):
             if not saved:
-                raise RuntimeError(f"checkpoint: step {done.step} could not be saved, and the run was asked to end")
+                raise UnsavedError(f"checkpoint: step {done.step} could not be saved, and the run was asked to end")
             why = (
                 (self.signals.received or "a signal came") if signalled else f"train.max_hours: {limit} hours are over"
             )
@@ -179,11 +182,11 @@ class Checkpointer(Hook):
             "packages": installed_packages(),
         }
 
-    def _finish(self) -> bool:
-        """Wait until all ranks have written, and make the checkpoint valid. Returns whether it is."""
+    def _finish(self) -> None:
+        """Wait until all ranks have written, and make the checkpoint valid."""
         writing, self._writing = self._writing, None
         if writing is None:
-            return True
+            return
         began = time.perf_counter()
         writing.wait()
         everyone = gather_objects((writing.files, writing.error, writing.bytes))
@@ -196,7 +199,8 @@ class Checkpointer(Hook):
                 problem = f"rank 0: {error}"
         if self._agree(bool(problem))[0]:
             self._failed(writing.step, problem or "rank 0 cannot complete it")
-            return False
+            return
+        self._whole, self._failures = writing.step, 0
         if self.rank == 0:
             self._thin_out()
         size, waited = sum(size for _, _, size in everyone), time.perf_counter() - began
@@ -208,7 +212,6 @@ class Checkpointer(Hook):
         record = {"of_step": writing.step, "bytes": size, **seconds}
         place = {"step": self._step, "samples": self._step * self.plan.global_batch_size}
         self.log.write({**place, **{f"checkpoint/{key}": value for key, value in record.items()}})
-        return True
 
     def _best(self) -> int | None:
         """The step that scored best in what `checkpoint.best` names."""
@@ -233,8 +236,15 @@ class Checkpointer(Hook):
         if self.rank == 0:
             files.clean(self.folder)
         words = f"checkpoint: step {step} could not be written ({problem}); earlier checkpoints are untouched"
-        if self.config.checkpoint.on_failure == "stop":
-            raise RuntimeError(words)
+        self._failures += 1
+        settings, last = self.config.checkpoint, self._step == self.plan.total_steps
+        if settings.on_failure == "stop" and not last:  # the end still has weights and results to leave
+            raise UnsavedError(words)
+        if self._failures == settings.max_failures and not last:
+            raise UnsavedError(
+                f"{words}\ncheckpoint.max_failures: {self._failures} in a row could not be written, so the run ends; "
+                "make room and go on with resume=auto"
+            )
         self._saved_at = time.monotonic()
         self.log.say(f"{words}; training goes on")
 
@@ -246,6 +256,15 @@ class Checkpointer(Hook):
         return self
 
     def __exit__(self, *error: object) -> None:
-        """Let the writer come to its end; a checkpoint that others may not have finished stays invisible."""
+        """Let the writer come to its end; a checkpoint that others may not have finished stays invisible.
+
+        Raises:
+            UnsavedError: the run has come to its end, and its last step is not saved.
+        """
         if self._writing is not None:
             self._writing.wait()
+        if error[0] is None and self._whole < self._step == self.plan.total_steps:
+            raise UnsavedError(
+                f"checkpoint: the last step, {self._step}, could not be saved (the reason is above); weights and "
+                f"results are in {self.folder.parent}, and the newest checkpoint is of step {self._whole}"
+            )

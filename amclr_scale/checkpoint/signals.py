@@ -20,6 +20,10 @@ _STOP = b"\0"  # no signal's number: the thread ends
 _SHOW_CURSOR = "\x1b[?25h"  # which a progress line hides
 
 
+class UnsavedError(Exception):
+    """A checkpoint that the run cannot do without could not be written. All ranks raise it at the same place."""
+
+
 class StoppedError(Exception):
     """The run was asked to end early. Its state is saved; `str()` says why and where."""
 

@@ -65,10 +65,14 @@ def digest_of_source() -> str:
 
 
 def _evaluated(evaluator: Evaluator | None) -> Iterator[tuple[str, str]]:
-    """Of each split that is measured, a digest of its captions and classes; 12 hex digits."""
-    for task in evaluator.tasks if evaluator else []:
+    """Of each split that is measured or that a probe learns on, a digest of its captions and classes; 12 hex digits."""
+    if evaluator is None:
+        return
+    learned = [(f"{side} of probe {one.train}", task) for one, *pair in evaluator.probes
+               for side, task in zip(("train", "test"), pair, strict=True)]  # fmt: skip
+    for name, task in [*((task.name, task) for task in evaluator.tasks), *learned]:
         split = task.split
         yield (
-            task.name,
+            name,
             digest_of([split.num_samples, split.caption_lists, task.labels.tolist(), task.class_names, task.templates]),
         )

@@ -3,9 +3,11 @@
     amclr-scale supervise --restarts 10 -- deepspeed launch/train.py --config x.yaml run.name=x resume=auto
 
 The command must say resume=auto, and run.name so that it goes on with its own run. Exit code 2 (a mistake that words
-can mend) is not tried again, nor is a run that made no step in three starts one after another. Success is judged by
-evaluation.json in the run folder, because launchers do not all pass exit codes on. Signals sent to this process are
-passed on to the command, and end the restarts. Exit codes: 0 done, 2 a mistake, 75 ended by a signal, 1 given up.
+can mend) is not tried again, nor is a run that made no step in three starts one after another. A run is done when it has
+left evaluation.json in its folder, because launchers do not all pass exit codes on: 0 without that file is a crash.
+With it, another code (the last checkpoint could not be written) is no reason to start again, and is told. Signals sent
+to this process are passed on to the command, and end the restarts. Exit codes: 0 done, 2 a mistake, 75 ended by a
+signal, 1 given up, or done with an error.
 """
 
 import os
@@ -52,7 +54,7 @@ def supervise(command: list[str], restarts: int, pause: float) -> int:
             passed.append(number)
             os.killpg(child.pid, number)
 
-    for number in (*ENDING, signal.SIGINT):
+    for number in ENDING:
         signal.signal(number, pass_on)
     fruitless = 0
     for start in range(restarts + 1):
@@ -64,7 +66,9 @@ def supervise(command: list[str], restarts: int, pause: float) -> int:
             os.killpg(child.pid, received[-1])
         code = child.wait()
         if result.exists() and result.stat().st_mtime >= began:
-            return 0
+            if code:
+                print(f"\nsupervise: {result} is there, but the command ended with {code}: see above", file=sys.stderr)
+            return int(code != 0)
         if code == 2:
             return 2
         if received:

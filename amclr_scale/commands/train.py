@@ -5,7 +5,7 @@
 The same words follow `torchrun launch/train.py`, `srun` or, for one rank, `amclr-scale train`. Exit codes: 0 done,
 1 failed, 2 a mistake in the configuration, the data or the command, told in words, 75 ended early by Ctrl-C, SIGTERM,
 SIGUSR1 or train.max_hours with all its state saved: the same command with resume=auto goes on. A second signal ends it
-at once.
+at once. A run whose last checkpoint could not be written has failed.
 """
 
 import argparse
@@ -17,7 +17,7 @@ import time
 from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
-from amclr_scale.checkpoint.signals import EXIT_RESUMABLE, Signals, StoppedError
+from amclr_scale.checkpoint.signals import EXIT_RESUMABLE, Signals, StoppedError, UnsavedError
 from amclr_scale.commands.words import command_parser
 from amclr_scale.config.help import describe
 from amclr_scale.config.load import dump, load
@@ -84,7 +84,7 @@ def run(config: Config, source: str | None, rank_info: RankInfo, stopwatch: Stop
             config, source, prepared, rank_info=rank_info, device=device, signals=signals, stopwatch=stopwatch
         )
         carry_out(job)
-    except (AgreedError, StoppedError):
+    except (AgreedError, StoppedError, UnsavedError):
         watchdog.leave()  # all ranks end at one place: none of them is missing
         raise
     except UserError as error:
@@ -144,6 +144,8 @@ def run_to_end(config: Config, source: str | None, rank_info: RankInfo, stopwatc
         return 0
     except StoppedError as stopped:
         code, speaks, words = EXIT_RESUMABLE, rank_info.rank == 0, str(stopped)
+    except UnsavedError as error:
+        code, speaks, words = 1, rank_info.rank == 0, str(error)
     except AgreedError as error:
         code, speaks, words = 2, rank_info.local_rank == 0, str(error)
     if speaks:

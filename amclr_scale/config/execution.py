@@ -91,6 +91,8 @@ class Checkpoint(Section):
     """Write beside training, from a copy in host memory; false: training waits for the disk."""
     on_failure: Literal["continue", "stop"] = "continue"
     """When one cannot be written (a full disk): say so and train on, or end the run. Earlier ones stay in any case."""
+    max_failures: Positive | None = 3
+    """Checkpoints in a row that cannot be written before the run ends all the same; null: it never does."""
 
 
 class BatchProbe(Section):

@@ -2,7 +2,8 @@
 
 Each rank counts up a number in a store of its own (TCP, served by rank 0) and looks at its right-hand neighbour's. One
 that has stood still for too long is announced to all in the same store. So the work per rank does not grow with the
-number of ranks, and all have ended `limit` seconds and two beats later, whatever collective they were waiting in.
+number of ranks, and all have ended `limit` seconds, three beats and the time that others get to read later, whatever
+collective they were waiting in.
 
 A store that is gone without a word (rank 0 stopped, its node or the link to it lost) would be waited for for ever. So
 each process has a timer beside it, which needs nobody: a beat that has not come back within the limit ends the process.

@@ -51,7 +51,6 @@ from amclr_scale.precision import DTYPES
 from amclr_scale.similarity.precision import form_of
 from amclr_scale.similarity.settings import Settings
 
-# Numbers that the optimizer keeps per parameter, beside the parameter itself.
 SPREAD = 0.2  # one run's hfu says so much about another's: a plain and a cached step on the same card (measurements.md)
 
 

@@ -11,11 +11,12 @@ import torch.distributed as dist
 
 from amclr_scale.checkpoint import files, state
 from amclr_scale.checkpoint.checkpointer import Checkpointer
-from amclr_scale.checkpoint.signals import Signals, StoppedError
+from amclr_scale.checkpoint.signals import Signals, StoppedError, UnsavedError
 from amclr_scale.data.tokenizers import load_tokenizer
 from amclr_scale.engine.batch_plan import make_plan
 from amclr_scale.metrics.log import RunLog
 from tests.checkpoint.trainer import CPU, ROOT, SAMPLES, SIZE, Trainer
+from tests.commands.test_train import SMALL, train
 
 SCORES = [0.3, 0.5, 0.4, 0.5, 0.2, 0.6]
 
@@ -45,7 +46,7 @@ def kept(folder, steps, act=lambda done, signals: None, max_hours=None, **settin
                     if checkpoint.best:
                         saver.scores.add(done, {checkpoint.best: SCORES[done - 1]})
                     saver.after_step(plan.position(done))
-        except (StoppedError, RuntimeError) as error:
+        except (StoppedError, UnsavedError) as error:
             end = f"{type(error).__name__}: {error}"
     dist.barrier()
     trainer.close()
@@ -150,8 +151,8 @@ def test_an_old_one_that_cannot_be_removed_does_not_end_the_run(ranks, tmp_path)
     assert files.fault(tmp_path / "checkpoints" / files.name_of(3)) is None
 
 
-def full_disk(folder, on_failure):
-    return kept(folder, 4, every_samples=SIZE, on_failure=on_failure, asynchronous=False)
+def full_disk(folder, steps, **settings):
+    return kept(folder, steps, every_samples=SIZE, asynchronous=False, **settings)
 
 
 @pytest.fixture
@@ -168,21 +169,43 @@ def small_disk(tmp_path):
     subprocess.run(["umount", "-l", str(disk)], check=True)
 
 
-@pytest.mark.parametrize("on_failure", ["continue", "stop"])
-def test_a_full_disk_loses_nothing(ranks, small_disk, on_failure):
-    (steps, words, end, reached), other = ranks(2, full_disk, small_disk / "run", on_failure)
-    assert steps == [1]
-    assert files.fault(small_disk / "run" / "checkpoints" / files.name_of(1)) is None
-    assert not list((small_disk / "run" / "checkpoints").glob(".writing*"))
-    if on_failure == "stop":
-        assert "step 2 could not be written" in end
-        assert "No space left on device" in end
-        assert other[2].startswith("RuntimeError: checkpoint: step 2 could not be written")
-        assert reached == 2
-    else:
-        assert end == ""
-        assert reached == 4
-        assert next(w for w in words if "training goes on" in w).startswith("checkpoint: step 2 could not be written")
+FULL = [  # settings, steps to make, steps made, how it ends
+    ({"on_failure": "stop"}, 4, 2, "UnsavedError: checkpoint: step 2 could not be written"),
+    ({}, 6, 4, "in a row could not be written, so the run ends; make room and go on with resume=auto"),
+    ({"max_failures": None}, 6, 6, "UnsavedError: checkpoint: the last step, 6, could not be saved"),
+    ({"on_failure": "stop"}, 2, 2, "UnsavedError: checkpoint: the last step, 2, could not be saved"),
+]
+
+
+@pytest.mark.parametrize(("settings", "steps", "made", "how"), FULL)
+def test_a_full_disk_loses_nothing_and_is_no_success(ranks, small_disk, settings, steps, made, how):
+    for saved, words, end, reached in ranks(2, full_disk, small_disk / "run", steps, **settings):
+        assert saved == [1]
+        assert how in end
+        assert reached == made
+        told = [line for line in words if "training goes on" in line]
+        assert len(told) == (made - 2 if "so the run ends" in end else made - 1 if "last step" in end else 0)
+    checkpoints = small_disk / "run" / "checkpoints"
+    assert files.fault(checkpoints / files.name_of(1)) is None
+    assert not list(checkpoints.glob(".writing*"))
+
+
+@pytest.mark.launch
+@pytest.mark.parametrize(("launcher", "number"), [("python", 1), ("torchrun", 2)])
+def test_a_run_whose_last_checkpoint_is_not_there_has_failed(small_disk, launcher, number):
+    """Though its weights and numbers are: exit code 1, with words of one rank."""
+    home = small_disk.parent
+    (home / "a").mkdir()
+    (home / "a" / "checkpoints").symlink_to(small_disk)
+    words = [*SMALL, f"run.folder={home}", "run.name=a", "train.samples=64", "checkpoint.every_minutes=null"]
+    done = train(*words, launcher=launcher)
+    assert done.returncode == 1, done.stderr
+    assert done.stderr.count("checkpoint: the last step, 2, could not be saved (the reason is above)") == 1
+    assert "No space left on device" in done.stdout
+    assert "died or hangs" not in done.stderr
+    if number == 1:
+        assert "Traceback" not in done.stderr  # torchrun has one of its own for a rank that fails
+    assert {"weights.safetensors", "evaluation.json"} <= {path.name for path in (home / "a").iterdir()}
 
 
 ASKED = """

@@ -70,6 +70,15 @@ def test_tokenizer_evaluation_and_versions_are_compared(shards):
     }  # fmt: skip
 
 
+def test_what_probes_learn_on_is_compared(shards, tmp_path):
+    """Under one name, on a node whose copy has other labels."""
+    shard, found = tmp_path / "shard.tar", []
+    for first in (0, 1):
+        write_tar(shard, [m for i in range(8) for m in pair(i, kind=f"class {(i + first) % 2}")])
+        found.append(compared(shards, f"evaluation.probes=[{{train: {shard}, test: {shard}, classes: json.kind}}]"))
+    assert changed(*found) == {f"evaluation.splits: {side} of probe {shard}" for side in ("train", "test")}
+
+
 @pytest.mark.launch
 def test_two_ranks_that_differ_end_with_words(shards, tmp_path):
     """Started by hand, as on two nodes; the shards lie under one name, in another order."""
