@@ -3,8 +3,8 @@
     amclr-scale supervise --restarts 10 -- deepspeed launch/train.py --config x.yaml run.name=x resume=auto
 
 The command must say resume=auto, and run.name so that it goes on with its own run. Exit code 2 (a mistake that words
-can mend) is not tried again, nor is a run that made no step in three starts one after another. A run is done when it has
-left evaluation.json in its folder, because launchers do not all pass exit codes on: 0 without that file is a crash.
+can mend) is not tried again, nor is a run that made no step in three starts one after another. A run is done when it
+has left evaluation.json in its folder, because launchers do not all pass exit codes on: 0 without that file is a crash.
 With it, another code (the last checkpoint could not be written) is no reason to start again, and is told. Signals sent
 to this process are passed on to the command, and end the restarts. Exit codes: 0 done, 2 a mistake, 75 ended by a
 signal, 1 given up, or done with an error.
