@@ -4,8 +4,9 @@
     amclr-scale evaluate runs/A runs/B --suite emoji
     torchrun --nproc-per-node 8 launch/evaluate.py open_clip/ViT-B-32:FILE --suite configs/evaluation/retrieval.yaml
 
-A suite is a YAML file with a section `evaluation` (and `data`, where captions are elsewhere); without one, what the
-run itself measured is measured again. Several models are compared item by item with the first.
+A suite is a YAML file with a section `evaluation` (and `data`, where captions are elsewhere), called as its file is, or
+NAME=FILE; without one, what the run itself measured is measured again. Several models are compared item by item with
+the first.
 """
 
 import argparse
@@ -13,6 +14,7 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +34,9 @@ def arguments(argv: list[str]) -> argparse.Namespace:
         nargs="+",
         help="run folders, their checkpoints, exported folders, open_clip/ARCHITECTURE:FILE, transformers/FOLDER",
     )
-    parser.add_argument("--suite", action="append", default=[], metavar="FILE", help="what to measure; may be repeated")
+    parser.add_argument(
+        "--suite", action="append", default=[], metavar="[NAME=]FILE", help="what to measure; may be repeated"
+    )
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="such as evaluation.batch_size=512"
     )
@@ -50,7 +54,24 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def laid_over(config: Config, suites: list[str], words: list[str]) -> Config:
+def suites_by_name(given: list[str]) -> dict[str, str]:
+    """Name -> file of every suite: NAME=FILE, or as the file is called.
+
+    Raises:
+        UserError: two have one name.
+    """
+    found: dict[str, str] = {}
+    for words in given:
+        name, equals, file = words.partition("=")
+        if not equals or Path(words).exists():
+            name, file = Path(words).stem, words
+        if name in found:
+            raise UserError(f"--suite: expected names that differ, got {name} twice; such as --suite other={file}")
+        found[name] = file
+    return found
+
+
+def laid_over(config: Config, suites: Iterable[str], words: list[str]) -> Config:
     """A model's configuration with the suites' and the command line's keys over it."""
     tree: dict[str, Any] = config.model_dump(mode="json")
     tree["data"]["allow_pipe"] = False  # a folder from elsewhere must not choose a shell command and allow it too
@@ -111,9 +132,10 @@ def run(options: argparse.Namespace, rank_info: RankInfo) -> None:
     folder: Path | None = Path(options.output) if options.output else None
     resamples = 0
     first_config: Config | None = None
+    suites = suites_by_name(options.suite)
     for checkpoint in options.checkpoints:
         loaded = open_model(checkpoint)
-        config = laid_over(loaded.config, options.suite, options.set)
+        config = laid_over(loaded.config, suites.values(), options.set)
         if not config.evaluation.splits and not config.evaluation.probes:
             raise UserError("--suite: expected something to measure; give a suite, or --set evaluation.splits=[...]")
         first_config = first_config or config
@@ -138,7 +160,8 @@ def run(options: argparse.Namespace, rank_info: RankInfo) -> None:
                     folder.mkdir(parents=True, exist_ok=True)
                     sheet.save(folder / f"sheet_{len(results)}_{number}.png")
         if speaks:
-            print(f"{checkpoint}, in {precision[name]}, {time.perf_counter() - begin:.1f} s", flush=True)
+            by = f", by {' and '.join(suites)}" if suites else ""
+            print(f"{checkpoint}, in {precision[name]}{by}, {time.perf_counter() - begin:.1f} s", flush=True)
             if sides := read_temperatures(loaded.state):
                 learned[name] = sides
         resamples = config.evaluation.resamples
@@ -155,7 +178,7 @@ def run(options: argparse.Namespace, rank_info: RankInfo) -> None:
                 f"{pair}: percentage points, paired, 95 % interval\n  " + "\n  ".join(comparison_lines(compared[pair]))
             )
     if speaks and folder is not None:
-        write(folder, results, compared, learned, precision=precision, prompts=prompts)
+        write(folder, results, compared, learned, precision=precision, prompts=prompts, suites=list(suites))
         print(f"results.json and results.md in {folder}")
     if rank_info.world_size > 1:
         stop()

@@ -2,25 +2,24 @@
 
 A configuration has two halves. The *recipe* (`seed data model objective optimizer train evaluation`) says what is
 computed; `execution` and `run` say how, where and how loudly. Changing only the second half does not change the
-numbers beyond rounding. The global batch size is the only batch size in the recipe. Its parts are in `recipe` and
-`execution`, and everything is imported from here.
+numbers beyond rounding. The global batch size is the only batch size in the recipe. Its parts are in `recipe`,
+`evaluation` and `execution`, and everything is imported from here.
 """
 
 from typing import Any
 
 from pydantic import Field
 
+from amclr_scale.config.evaluation import Evaluation, Probe
 from amclr_scale.config.execution import BatchProbe, Checkpoint, Execution, Run, Similarity
 from amclr_scale.config.recipe import (
     Data,
-    Evaluation,
     ImageAugmentation,
     ImageTower,
     LearningRateFactors,
     Model,
     Momentum,
     Optimizer,
-    Probe,
     TextAugmentation,
     TextTower,
     Train,

@@ -10,6 +10,10 @@ PositiveNumber = Annotated[float, Field(gt=0)]
 # a list, or its words with commas between them, as a command line has them
 Words = Annotated[list[str], BeforeValidator(lambda v: [w.strip() for w in v.split(",")] if isinstance(v, str) else v)]
 
+# Name -> where it lies; null, in what was exported: not on this machine.
+Names = Annotated[dict[str, str | None], Field(min_length=1)]
+OneName = Annotated[dict[str, str | None], Field(min_length=1, max_length=1)]
+
 
 class Checked(BaseModel):
     """Unknown keys are errors, and true and false are no numbers."""

@@ -22,7 +22,7 @@ from amclr_scale.data.formats.members import ChangedShardError, Members
 from amclr_scale.data.formats.shards import format_of, is_packed
 from amclr_scale.data.formats.tar import RULE
 from amclr_scale.data.index import Index, Shard, absolute, check_files, check_table, read_entries
-from amclr_scale.data.sources import Source, is_remote, resolve_all
+from amclr_scale.data.sources import Given, Source, is_remote, resolve_all
 from amclr_scale.data.storage import Storage, address_key, locked, make_storage
 from amclr_scale.errors import UserError
 
@@ -35,7 +35,7 @@ IMAGE_EXTENSIONS = (
 )  # fmt: skip
 
 
-def open_index(data: schema.Data, names: str | Sequence[str] | None = None, key: str = "data.train") -> Index:
+def open_index(data: schema.Data, names: Given | None = None, key: str = "data.train") -> Index:
     """The index of `data.train` (or of `names`), built first where there is none.
 
     Raises:

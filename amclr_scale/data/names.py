@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from amclr_scale.config.schema import Evaluation, Probe
 from amclr_scale.data.formats.shards import shard_suffixes
-from amclr_scale.data.sources import embedded_splits
+from amclr_scale.data.sources import Given, embedded_splits, paths_of
 from amclr_scale.errors import UserError
 
 
@@ -47,25 +47,41 @@ def _parts(path: str) -> list[str]:
     return words
 
 
+def known_as(given: Given) -> dict[str, str | None]:
+    """Name -> path of what a recipe gives with names or without; None: the path is not known here."""
+    if isinstance(given, Mapping):
+        return dict(given)
+    return {name: path for path, name in short_names([given] if isinstance(given, str) else given).items()}
+
+
 def split_names(evaluation: Evaluation) -> dict[str, str]:
     """Name -> path of every split to evaluate.
 
     Raises:
-        UserError: a split is listed twice.
+        UserError: a split is listed twice, or of some only the names are known.
     """
-    splits = evaluation.splits
+    key, splits = "evaluation.splits", evaluation.splits
+    paths = paths_of(splits, key)
     if isinstance(splits, Mapping):
-        return dict(splits)
+        return dict(zip(splits, paths, strict=True))
     twice = next((path for path, count in Counter(splits).items() if count > 1), None)
     if twice is not None:
-        raise UserError(f"evaluation.splits: expected every split once, got {twice} twice")
+        raise UserError(f"{key}: expected every split once, got {twice} twice")
     return {name: path for path, name in short_names(splits).items()}
+
+
+def probe_splits(probe: Probe, evaluation: Evaluation) -> list[tuple[str, str | None]]:
+    """Name and path of a probe's `train` and `test`: names of their own, those of evaluation.splits, or short ones."""
+    called = {path: name for name, path in known_as(evaluation.splits).items() if path is not None}
+    every = [one for each in evaluation.probes for one in (each.test, each.train) if isinstance(one, str)]
+    called = short_names([path for path in every if path not in called]) | called
+    return [
+        next(iter(one.items())) if isinstance(one, Mapping) else (called[one], one) for one in (probe.train, probe.test)
+    ]
 
 
 def probe_name(probe: Probe, evaluation: Evaluation) -> str:
     """What a probe's numbers are called: `val_style from train, json.group`."""
-    paths = {path: name for name, path in split_names(evaluation).items()}
-    every = [path for one in evaluation.probes for path in (one.test, one.train)]
-    names = short_names([path for path in every if path not in paths]) | paths
+    (train, _), (test, _) = probe_splits(probe, evaluation)
     where = f", {probe.classes}" if probe.classes else ""
-    return f"{names[probe.test]} from {names[probe.train]}{where}"
+    return f"{test} from {train}{where}"

@@ -1,7 +1,7 @@
 """What `data.train` and `evaluation.splits` may name: a split of the embedded corpus, an index, a folder, shards."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -93,9 +93,33 @@ def _folder(name: str, folder: Path, key: str) -> Source:
     return Source(name, None, tuple(urls))
 
 
-def resolve_all(names: str | Sequence[str], key: str) -> list[Source]:
-    """`resolve`, for one name or a list."""
-    listed = [names] if isinstance(names, str) else list(names)
+Given = str | Sequence[str] | Mapping[str, str | None]  # one, several, or several with names
+
+
+def paths_of(given: Given, key: str) -> list[str]:
+    """Where data sets lie that are given by path or by name.
+
+    Raises:
+        UserError: of some only the names are known, as in the configuration of an exported model.
+    """
+    if isinstance(given, str):
+        return [given]
+    if not isinstance(given, Mapping):
+        return list(given)
+    unknown = [name for name, path in given.items() if path is None]
+    if unknown:
+        lie = " and ".join(unknown) + (" lie" if unknown[1:] else " lies")
+        example = ", ".join(f"{name}: {path or 'PATH'}" for name, path in given.items())
+        raise UserError(
+            f"{key}: expected where {lie} on this machine, got null (an exported model keeps names, not paths); set "
+            f"{key}={{{example}}}"
+        )
+    return [path for path in given.values() if path is not None]
+
+
+def resolve_all(names: Given, key: str) -> list[Source]:
+    """`resolve`, for one, several, or several with names."""
+    listed = paths_of(names, key)
     if not listed:
         raise UserError(f"{key}: expected at least one name of shards, got an empty list")
     return [resolve(name, key) for name in listed]

@@ -41,16 +41,23 @@ def markdown(
     *,
     precision: Mapping[str, str] | None = None,
     prompts: Sequence[str] = (),
+    suites: Sequence[str] = (),
 ) -> str:
     """A table with one row per number and one column per model, the first prompts, then the comparisons.
 
     Args:
         precision: what each model computed in.
         prompts: the first ones of each split, in words.
+        suites: what was measured by, by name.
     """
     models = [f"{name} ({precision[name]})" if precision else name for name in results]
     names = [name for name in dict.fromkeys(n for found in results.values() for n in found) if not _is_detail(name)]
-    lines = ["# Evaluation", "", "Shares in percent with their 95 % intervals; the rest as it is.", ""]
+    lines = [
+        f"# Evaluation{': ' * bool(suites)}{', '.join(suites)}",
+        "",
+        "Shares in percent with their 95 % intervals; the rest as it is.",
+        "",
+    ]
     lines += ["| | " + " | ".join(models) + " | chance |", "|---" * (len(models) + 2) + "|"]
     for name in names:
         cells = [_cell(found, name) for found in results.values()]
@@ -103,12 +110,13 @@ def write(
     *,
     precision: Mapping[str, str] | None = None,
     prompts: Sequence[str] = (),
+    suites: Sequence[str] = (),
 ) -> None:
     """results.json and results.md in a folder.
 
     Args:
         temperatures: of every sample, by model and side.
-        precision, prompts: see `markdown`.
+        precision, prompts, suites: see `markdown`.
     """
     folder.mkdir(parents=True, exist_ok=True)
     listed = {pair: {name: vars(one) for name, one in found.items()} for pair, found in compared.items()}
@@ -116,10 +124,10 @@ def write(
     spread = {name: {side: vars(one) for side, one in sides.items()} for name, sides in learned.items()}
     content = {
         "results": results, "comparisons": listed, "temperatures": spread, "precision": precision or {},
-        "prompts": list(prompts),
+        "prompts": list(prompts), "suites": list(suites),
     }  # fmt: skip
     (folder / "results.json").write_text(json.dumps(content, indent=1) + "\n", "utf-8")
-    text = markdown(results, compared, precision=precision, prompts=prompts)
+    text = markdown(results, compared, precision=precision, prompts=prompts, suites=suites)
     (folder / "results.md").write_text(text + temperature_sections(learned), "utf-8")
 
 

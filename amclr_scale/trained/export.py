@@ -1,6 +1,6 @@
 """From a checkpoint to plain files: weights by name, configuration, tokenizer and a card. No DeepSpeed, no GPU.
 
-    weights.safetensors   every weight, fp32        config.yaml   the resolved recipe
+    weights.safetensors   every weight, fp32        config.yaml   the resolved recipe, without paths
     tokenizer/            as it was trained with    text_tower/   a transformers tower's architecture, where it has one
     README.md             what it is and how it was made
 
@@ -22,7 +22,7 @@ from amclr_scale.checkpoint.pieces import AVERAGE, AVERAGED_BUFFER, MASTER
 from amclr_scale.checkpoint.state import TOKENIZER, open_pieces
 from amclr_scale.config.load import build, dump
 from amclr_scale.config.schema import Config
-from amclr_scale.data.names import short_names
+from amclr_scale.data.names import known_as, short_names
 from amclr_scale.data.tokenizers import load_tokenizer
 from amclr_scale.engine.teacher import SCALE
 from amclr_scale.errors import UserError
@@ -30,6 +30,7 @@ from amclr_scale.evaluation.models import TEXT_TOWER
 from amclr_scale.evaluation.report import in_words
 from amclr_scale.evaluation.run import MOMENTUM
 from amclr_scale.metrics.run_folder import MODULE
+from amclr_scale.trained.portable import portable
 
 Which = Literal["weights", "momentum"]
 
@@ -56,7 +57,10 @@ def weights_of(checkpoint: Path, which: Which = "weights") -> dict[str, Tensor]:
     return {**weights, **reader.averaged_buffers(AVERAGED_BUFFER)}
 
 
-def export(path: Path, out: Path, further: Callable[[Path], None] | None = None, which: Which = "weights") -> Path:
+def export(
+    path: Path, out: Path, further: Callable[[Path], None] | None = None, which: Which = "weights", *,
+    leaves: bool = True,
+) -> Path:  # fmt: skip
     """Write the folder described above, or nothing; returns the checkpoint that was used.
 
     Args:
@@ -64,6 +68,7 @@ def export(path: Path, out: Path, further: Callable[[Path], None] | None = None,
         out: a new or an empty folder.
         further: writes more into the folder, such as another library's files.
         which: the trained weights, or their moving average.
+        leaves: whether the folder is for other machines too: its configuration then has names, and no paths.
 
     Raises:
         UserError: no valid checkpoint at the path, it has no moving average, or `out` holds something already.
@@ -73,7 +78,7 @@ def export(path: Path, out: Path, further: Callable[[Path], None] | None = None,
         raise UserError(f"--out: expected a new or an empty folder, got {out}")
     out.mkdir(parents=True, exist_ok=True)
     try:
-        _write(checkpoint, out, which)
+        _write(checkpoint, out, which, leaves=leaves)
         if further is not None:
             further(out)
     except BaseException:  # what is there now cannot be told from a whole export
@@ -82,7 +87,7 @@ def export(path: Path, out: Path, further: Callable[[Path], None] | None = None,
     return checkpoint
 
 
-def _write(checkpoint: Path, out: Path, which: Which) -> None:
+def _write(checkpoint: Path, out: Path, which: Which, *, leaves: bool) -> None:
     state = read_state(checkpoint)
     config = build(state["config"], trusted=False)
     save_file(weights_of(checkpoint, which), out / "weights.safetensors", metadata={"format": "pt"})
@@ -90,7 +95,7 @@ def _write(checkpoint: Path, out: Path, which: Which) -> None:
     if config.objective.get("module") is not None and module.is_file():
         shutil.copyfile(module, out / MODULE)
         config = config.model_copy(update={"objective": {**config.objective, "module": MODULE}})
-    (out / "config.yaml").write_text(dump(config))
+    (out / "config.yaml").write_text(dump(portable(config) if leaves else config))
     own = checkpoint / TOKENIZER
     tokenizer = load_tokenizer(str(own) if own.is_dir() else config.data.tokenizer, config.data.context_length)
     tokenizer.check_saved(own)
@@ -127,8 +132,7 @@ def _settings(config: Config) -> str:
 
 def card(state: dict[str, Any], config: Config, results: dict[str, Any], which: Which = "weights") -> str:
     """What a reader of the folder needs to know."""
-    listed = [config.data.train] if isinstance(config.data.train, str) else config.data.train
-    shards = ", ".join(short_names(listed).values())  # no paths of the machine that it was made on
+    shards = ", ".join(known_as(config.data.train))  # no paths of the machine that it was made on
     tokenizer = short_names([config.data.tokenizer])[config.data.tokenizer]
     size = config.data.image_size
     numbers = {name: float(value) for name, value in results.items() if isinstance(value, int | float)}

@@ -98,7 +98,7 @@ def open_model(name: str) -> Loaded:
     if ended or not (path.name.startswith("step_") or (path / CHECKPOINTS).is_dir() or path.name == CHECKPOINTS):
         return load_model(name)
     with tempfile.TemporaryDirectory() as folder:
-        checkpoint = export(path, Path(folder))
+        checkpoint = export(path, Path(folder), leaves=False)
         loaded = load_model(folder)
     run, config = checkpoint.parent.parent, loaded.config
     if (checkpoint / TOKENIZER).is_dir():

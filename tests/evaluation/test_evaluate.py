@@ -15,9 +15,10 @@ from PIL import Image
 from rich.console import Console
 from safetensors.torch import save_file
 
-from amclr_scale.commands.evaluate import main
+from amclr_scale.commands.evaluate import main, suites_by_name
 from amclr_scale.distributed.collectives import rank, world_size
 from amclr_scale.encoders.dual_encoder import Normalise
+from amclr_scale.errors import UserError
 from amclr_scale.evaluation import sheet as sheets
 from amclr_scale.evaluation.models import load_model
 from amclr_scale.evaluation.progress import EvaluationProgress
@@ -53,7 +54,7 @@ def runs(tmp_path_factory) -> Path:
 def test_two_runs_beside_one_another(runs, tmp_path, capsys):
     suite = tmp_path / "suite.yaml"
     suite.write_text("evaluation:\n  geometry: true\n")
-    words = [str(runs / "first"), str(runs / "second"), "--suite", str(suite), "--sheet", "3"]
+    words = [str(runs / "first"), str(runs / "second"), "--suite", f"shapes={suite}", "--sheet", "3"]
     assert main([*words, "--set", "evaluation.resamples=200", "--output", str(tmp_path / "out")]) == 0
     said = capsys.readouterr().out
     results = json.loads((tmp_path / "out" / "results.json").read_text())
@@ -72,6 +73,14 @@ def test_two_runs_beside_one_another(runs, tmp_path, capsys):
     assert better["low"] > 0
     assert "second against first: percentage points" in said
     table = (tmp_path / "out" / "results.md").read_text()
+    assert table.startswith("# Evaluation: shapes\n")
+    assert results["suites"] == ["shapes"]
+    assert "/first, in fp32, by shapes, " in said
+    assert suites_by_name(["a/mine.yaml", "b=c.yaml"]) == {"mine": "a/mine.yaml", "b": "c.yaml"}
+    with pytest.raises(
+        UserError, match=r"^--suite: expected names that differ, got a twice; such as --suite other=b/a"
+    ):
+        suites_by_name(["a.yaml", "b/a.yaml"])
     assert "| first (fp32) | second (fp32) | chance |" in table
     assert f"| {split}/R@mean | {100 * measured[0]:.1f} [" in table
     for number in (1, 2):

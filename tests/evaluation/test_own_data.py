@@ -4,8 +4,10 @@ import json
 
 import pytest
 
+from amclr_scale.config.load import build
 from amclr_scale.config.schema import Evaluation
-from amclr_scale.data.names import short_names, split_names
+from amclr_scale.data.names import known_as, probe_name, short_names, split_names
+from amclr_scale.data.sources import resolve_all
 from amclr_scale.errors import UserError
 from amclr_scale.evaluation.run import Evaluator
 from tests.evaluation.shards import picture, write_split
@@ -134,6 +136,25 @@ def test_splits_have_names():
     twice = config.evaluation.model_copy(update={"splits": ["/data/x", "/data/x"]})
     with pytest.raises(UserError, match=r"^evaluation.splits: expected every split once, got /data/x twice"):
         split_names(twice)
+
+
+def test_training_data_and_probes_have_names_too():
+    """{photos: PATH} wherever data sets are named; what has no path is told by name."""
+    listed = ["/data/cc3m/{0..3}.tar", "emoji/train"]
+    named = {"web": "/data/cc3m/{0..3}.tar", "emoji": "emoji/train"}
+    assert known_as(build({"data": {"train": named}, "train": {"epochs": 1}}).data.train) == named
+    assert known_as(listed) == {"cc3m": listed[0], "emoji/train": "emoji/train"}
+    assert [one.name for one in resolve_all({"emoji": "emoji/train"}, "data.train")] == ["emoji/train"]
+    with pytest.raises(UserError, match=r"^data.train: expected where web and photos lie on this machine, got null .*"
+                       r"; set data.train=\{web: PATH, emoji: emoji/train, photos: PATH\}$"):  # fmt: skip
+        resolve_all({"web": None, "emoji": "emoji/train", "photos": None}, "data.train")
+    probes = [{"train": {"mine": "/data/x/train"}, "test": "/data/y/val"}]
+    evaluation = build(
+        {"train": {"epochs": 1}, "evaluation": {"splits": {"held": "/data/y/val"}, "probes": probes}}
+    ).evaluation
+    assert probe_name(evaluation.probes[0], evaluation) == "held from mine"
+    with pytest.raises(UserError, match=r"^evaluation.probes.0.test: "):
+        build({"evaluation": {"probes": [{"train": "a", "test": {"b": "c", "d": "e"}}]}})
 
 
 def test_results_are_called_by_the_names(tmp_path):

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 import amclr_scale
 from amclr_scale.checkpoint import files, state
 from amclr_scale.commands.export import main
+from amclr_scale.commands.main import main as amclr_scale_command
 from amclr_scale.config.load import build, dump, recipe_hash
 from amclr_scale.data.evaluation_split import EvaluationSplit
 from amclr_scale.data.tokenizers import load_tokenizer
@@ -20,10 +21,11 @@ from amclr_scale.encoders.build import build_model
 from amclr_scale.engine.deepspeed_setup import build_engine
 from amclr_scale.engine.teacher import Teacher
 from amclr_scale.errors import UserError
-from amclr_scale.trained.export import card, export
+from amclr_scale.trained.export import export
 from amclr_scale.trained.model import open_model
 from amclr_scale.trained.weights import save_weights
 from tests.checkpoint.trainer import ROOT
+from tests.evaluation.shards import write_split
 
 TEXTS = ["a red apple", "two dogs on a sofa", ""]
 CPU = torch.device("cpu")
@@ -289,6 +291,24 @@ def test_a_moving_average_of_the_weights_is_exported_and_loaded(run, tmp_path, c
     assert "--which: expected weights, got momentum" in capsys.readouterr().err
 
 
+def test_an_exported_model_says_which_splits_it_needs(run, tmp_path, capsys, monkeypatch):
+    split = write_split(tmp_path / "photos", 6)
+    config = build({**TREE, "evaluation": {"splits": [str(split)], "resamples": 0}})
+    monkeypatch.setattr("amclr_scale.trained.export.build", lambda tree, trusted: config)
+    main([str(run[0]), "--out", str(tmp_path / "out")])
+    assert str(tmp_path) not in (tmp_path / "out" / "config.yaml").read_text()
+    capsys.readouterr()
+    words = ["evaluate", str(tmp_path / "out")]
+    assert amclr_scale_command(words) == 2
+    told = (
+        "\nevaluation.splits: expected where photos lies on this machine, got null (an exported model keeps names, not"
+    )
+    assert capsys.readouterr().err == f"{told} paths); set evaluation.splits={{photos: PATH}}\n"
+    assert amclr_scale_command([*words, "--set", f"evaluation.splits={{photos: {split}}}"]) == 0
+    assert "photos" in capsys.readouterr().out
+    assert open_model(str(run[0])).config.evaluation.splits == [str(split)]  # the run itself keeps its paths
+
+
 def test_open_clip_reads_it(tmp_path):
     import json
 
@@ -330,20 +350,3 @@ def test_open_clip_has_no_small_towers(run, tmp_path):
     with pytest.raises(UserError, match=r"model\.image\.name: expected timm/NAME"):
         export(run[0], tmp_path / "out", as_open_clip.write)
     assert not (tmp_path / "out").exists()  # nor half of an export
-
-
-def test_a_card_shows_no_paths_of_the_machine():
-    data = {
-        "train": ["/home/me/cc3m/{000..331}.tar", "/data/photos"],
-        "tokenizer": "/home/me/models/bert/tokenizer.json",
-    }
-    tree = {**TREE, "data": {**TREE["data"], **data}, "model": {"text": {"name": "transformers//home/me/models/bert"}}}
-    state = {
-        "packages": {}, "step": 1, "total_steps": 2, "samples": 8, "num_samples": 8, "data_fingerprint": "f",
-        "recipe": "r", "time": "now",
-    }  # fmt: skip
-    said = card(state, build(tree), {"photos/image_to_text_R@1": 0.5})
-    assert "- data: cc3m, photos (fingerprint f)" in said
-    assert "- text tower: transformers/bert, 12 tokens" in said
-    assert "/home" not in said
-    assert "/data" not in said

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from amclr_scale.config.schema import Probe
+from amclr_scale.data.sources import paths_of
 from amclr_scale.errors import UserError
 from amclr_scale.evaluation.encode import Encode, encode_images
 from amclr_scale.evaluation.frozen_features import linear, neighbours
@@ -21,19 +22,21 @@ FEATURES = {"embedding": "image", "tower": "image_features"}
 
 def probe_tasks(one: Probe, opened: Callable[..., Task]) -> tuple[Task, Task]:
     """The two labelled splits of a probe, which must agree about the classes."""
-    tasks = []
-    for key, name in (("train", one.train), ("test", one.test)):
-        task = opened(name, classes=one.classes)
+    tasks, named = [], dict[str, str]()
+    for key, given in (("train", one.train), ("test", one.test)):
+        (path,) = paths_of(given, f"evaluation.probes.{key}")
+        task = opened(path, classes=one.classes)
+        named[key] = path
         if not task.class_names:
             raise UserError(
-                f"evaluation.probes.{key}: expected labelled images, got {name}, which has no classes; of shards "
+                f"evaluation.probes.{key}: expected labelled images, got {path}, which has no classes; of shards "
                 "evaluation.probes.classes says where they are"
             )
         tasks.append(task)
     if tasks[0].class_names != tasks[1].class_names:
         raise UserError(
-            f"evaluation.probes.test: {one.test} has other classes ({len(tasks[1].class_names)}) than "
-            f"{one.train} ({len(tasks[0].class_names)})"
+            f"evaluation.probes.test: {named['test']} has other classes ({len(tasks[1].class_names)}) than "
+            f"{named['train']} ({len(tasks[0].class_names)})"
         )
     return tasks[0], tasks[1]
 

@@ -144,11 +144,14 @@ def _records(path: Path) -> list[dict[str, Any]]:
     return found
 
 
+NAMES = ("data.train", "evaluation.splits")  # what they hold is named by users: one value each
+
+
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested keys joined by dots."""
     flat: dict[str, Any] = {}
     for key, value in tree.items():
-        if isinstance(value, Mapping) and value:
+        if isinstance(value, Mapping) and value and f"{prefix}{key}" not in NAMES:
             flat |= flatten(value, f"{prefix}{key}.")
         else:
             flat[f"{prefix}{key}"] = value

@@ -11,6 +11,7 @@ from typing import Any
 
 import yaml
 
+from amclr_scale.data.names import known_as
 from amclr_scale.metrics.scores import words_of
 from amclr_scale.study.analysis.comparison import Comparison, Outcome, compare
 from amclr_scale.study.analysis.groups import Group, called, find
@@ -190,7 +191,7 @@ def scale_of(study: Study) -> str:
     sizes = ", ".join(f"{batch:,}" for batch in batches)
     seeds = len({one.cell.seed for one in study.runs})
     return (
-        f"{run.config.get('data.train')}, {names} ({weights}), {length} samples, B = {sizes}, "
+        f"{', '.join(known_as(run.config.get('data.train', '')))}, {names} ({weights}), {length} samples, B = {sizes}, "
         f"{seeds} {'seed' if seeds == 1 else 'seeds'}"
     )
 

@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from amclr_scale.config.schema import Config
+from amclr_scale.data.names import known_as
 from amclr_scale.study.planning.cells import Planned, predicted_gib, reference_of
 from amclr_scale.study.planning.plan import Expected, StudyPlan
 from amclr_scale.study.planning.warnings import warnings
@@ -91,7 +92,7 @@ def _shared(cells: Sequence[Planned]) -> Iterator[str]:
         told = {tell(cell.config) for cell in cells}
         return [*told] if len(told) == 1 else []
 
-    yield from same(lambda config: f"data {config.data.train}")
+    yield from same(lambda config: f"data {', '.join(known_as(config.data.train))}")
     yield from same(
         lambda config: f"{config.model.image.name} from {'given' if config.model.image.weights else 'random'} weights"
     )
