@@ -298,8 +298,7 @@ def test_an_exported_model_says_which_splits_it_needs(run, tmp_path, capsys, mon
     main([str(run[0]), "--out", str(tmp_path / "out")])
     assert str(tmp_path) not in (tmp_path / "out" / "config.yaml").read_text()
     capsys.readouterr()
-    words = ["evaluate", str(tmp_path / "out")]
-    assert amclr_scale_command(words) == 2
+    assert amclr_scale_command(words := ["evaluate", str(tmp_path / "out")]) == 2
     told = capsys.readouterr().err
     assert told.startswith("\nevaluation.splits: expected where photos lies on this machine, got null")
     assert told.endswith("; set evaluation.splits={photos: PATH}\n")
