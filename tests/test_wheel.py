@@ -67,7 +67,7 @@ def test_the_verbs_of_an_installed_package_run_from_anywhere(site, tmp_path):
         Image.new("RGB", (40, 40), (60 * number, 10, 200)).save(pictures / f"{number}.png")
         (pictures / f"{number}.txt").write_text(f"square number {number}")
     verbs = [
-        ["train", "--config", "quickstart", *SMALL, "run.name=first"],
+        ["--local_rank=0", "train", "--config", "quickstart", *SMALL, "run.name=first"],  # as deepspeed --module has it
         ["evaluate", "runs/first", "--suite", "emoji", *(w for s in UNHURRIED for w in ("--set", s))],
         ["export", "runs/first", "--out", "model"],
         ["embed", "model", "--images", str(pictures), "--out", "rows.npy"],

@@ -48,6 +48,8 @@ def usage() -> str:
 def main(argv: list[str] | None = None) -> int:
     """Call the verb's main. Exit codes: the verb's own; 2 for no such verb; 130 after Ctrl-C."""
     words = sys.argv[1:] if argv is None else argv
+    if words and words[0].startswith(("--local_rank=", "--local-rank=")):
+        words = words[1:]  # `deepspeed --module amclr_scale train` puts it first; LOCAL_RANK says the same
     if words[:1] == ["--version"]:
         print(f"amclr_scale {amclr_scale.__version__}")
         return 0
