@@ -164,6 +164,14 @@ class Declarations:
         return B - 1
 
     @staticmethod
+    def stored_rows_of(options: Any) -> int | Literal["all"]:
+        """Stored rows of the data set's samples that a step compares with: so many, or those of all samples.
+
+        Such an objective is made for no smaller data set, and with "all" a step costs the more the larger the set is.
+        """
+        return 0
+
+    @staticmethod
     def equals(options: Any, B: int) -> Equal | None:
         """Another objective that computes the same at a global batch of B: studies check that they agree."""
         return None

@@ -78,6 +78,11 @@ class Declared:
         in_batch: int = self._ask(lambda: self.by.negatives_of(self.options, B))
         return in_batch + int(queue_of(self.options)["size"])
 
+    @property
+    def stored_rows(self) -> int | Literal["all"]:
+        """Stored rows of the data set's samples that a step compares with."""
+        return self._ask(lambda: self.by.stored_rows_of(self.options))
+
     def equals(self, B: int) -> Equal | None:
         """Another objective that computes the same at a global batch of B."""
         return None if queue_of(self.options)["size"] else self._ask(lambda: self.by.equals(self.options, B))

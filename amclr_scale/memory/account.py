@@ -244,7 +244,7 @@ def _objective_components(config: Config, plan: Plan, num_samples: int, device: 
     group = declared(config.objective).group_size
     memory = objective_memory(
         config.objective, width=config.model.embedding_width, world_size=W, gather=similarity.gather,
-        distribution=_distribution(config, W, b, device), layout=layout,
+        distribution=_distribution(config, W, b, device), layout=layout, num_samples=num_samples,
         group_share=None if group is None else group / b,
     )  # fmt: skip
     settings = Settings(

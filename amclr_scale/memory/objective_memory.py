@@ -28,6 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from amclr_scale import objectives
+from amclr_scale.config.objective_options import declared
 from amclr_scale.declarations import KINDS
 from amclr_scale.memory.tracker import Tracker
 from amclr_scale.objectives.banks.bank import Bank
@@ -44,6 +45,7 @@ GROUPS_TRACED = 4  # of more groups inside a rank, so many: each adds what the o
 PRIMES = (13, 11)  # c; the first that does not divide D
 ITEMSIZES = ((4,), (1, 4, 8), (4,))  # of what tiles, blocks (masks and indices, too) and moments hold
 TRACED = 4 * BUFFERS  # bytes per entry of what the traced backend, torch, holds of a tile
+TABLES = (263, 521)  # stored rows, likewise; of no size that tiles and blocks have
 FEW = (2, 4)  # ranks from which larger groups follow: everything is affine in their number
 Alive = tuple[int, int, int]  # bytes per element of what is alive of tiles, blocks and moments
 
@@ -84,7 +86,7 @@ class ObjectiveMemory:
 
 def objective_memory(
     objective: dict[str, Any], *, width: int, world_size: int, gather: Gather, distribution: Distribution,
-    layout: Layout, group_share: float | None = None,
+    layout: Layout, num_samples: int, group_share: float | None = None,
 ) -> ObjectiveMemory:  # fmt: skip
     """Run an objective on random rows. Cached; only outside of a real process group.
 
@@ -92,12 +94,17 @@ def objective_memory(
         objective: name and options, as in a configuration.
         width: D.
         distribution, layout: what the job will use, not auto.
+        num_samples: N.
         group_share: where the objective has groups of pairs: their size over a rank's rows.
 
     Raises:
         RuntimeError: a process group exists already and this combination is not known yet.
     """
-    return _fit(_key(objective), width, world_size, gather, distribution, layout, group_share)
+    ask = (_key(objective), width, world_size, gather, distribution, layout, group_share)
+    if declared(objective).stored_rows != "all":
+        return _fit(*ask, None)
+    low, high = (_fit(*ask, size) for size in TABLES)
+    return _extrapolated(low, high, (num_samples - TABLES[0]) / (TABLES[1] - TABLES[0]), world_size)
 
 
 def sample_state_bytes(
@@ -164,9 +171,10 @@ def host_state_bytes(
 
 
 def create(key: str, num_samples: int, layout: Layout, group_size: int | None) -> Objective:
+    """The objective of a section, as JSON, for so many samples, or as many as it needs."""
     section = json.loads(key)
-    drawn = section.get("negatives")  # of a bank of the whole data set, which is no smaller
-    num_samples = max(num_samples, drawn) if isinstance(drawn, int) else num_samples
+    stored = declared(section).stored_rows
+    num_samples = max(num_samples, stored) if isinstance(stored, int) else num_samples
     changes = {} if group_size is None else {str(objectives.class_of(section).group_option): group_size}
     return objectives.from_section(section, layout, num_samples=num_samples, **changes)
 
@@ -174,11 +182,11 @@ def create(key: str, num_samples: int, layout: Layout, group_size: int | None) -
 @lru_cache(maxsize=256)
 def _fit(
     key: str, width: int, world_size: int, gather: Gather, distribution: Distribution, layout: Layout,
-    group_share: float | None,
+    group_share: float | None, table: int | None,
 ) -> ObjectiveMemory:  # fmt: skip
     if world_size > FEW[1]:
-        low, high = (_fit(key, width, ranks, gather, distribution, layout, group_share) for ranks in FEW)
-        return _extrapolated(low, high, world_size)
+        low, high = (_fit(key, width, ranks, gather, distribution, layout, group_share, table) for ranks in FEW)
+        return _extrapolated(low, high, (world_size - FEW[0]) / (FEW[1] - FEW[0]), world_size)
     chunk = next(prime for prime in PRIMES if width % prime)
 
     # Groups inside a rank: rows in whole groups, as many of them as the job's rank has, or enough to see what one adds.
@@ -197,7 +205,7 @@ def _fit(
                 precision="fp32",
             ),
         ):
-            made = create(key, rows * world_size, layout, group_size)
+            made = create(key, table or rows * world_size, layout, group_size)
             made.rehearse(width, rows * world_size)  # the bank's own bytes are state
             areas = (chunk * chunk, chunk * rows * world_size, width * width)
             return _moments(made, random_embeddings(made, rows, width, world_size), areas)
@@ -213,8 +221,8 @@ def _fit(
     return ObjectiveMemory(moments, contrasts, width, world_size)
 
 
-def _extrapolated(low: ObjectiveMemory, high: ObjectiveMemory, world_size: int) -> ObjectiveMemory:
-    share = (world_size - low.world_size) / (high.world_size - low.world_size)
+def _extrapolated(low: ObjectiveMemory, high: ObjectiveMemory, share: float, world_size: int) -> ObjectiveMemory:
+    """Where low is at 0 and high at 1."""
 
     def between(a: float, b: float) -> float:
         return a + share * (b - a)
@@ -305,14 +313,13 @@ def made_together(key: str, width: int) -> tuple[str, ...]:
         width: D.
     """
     section = json.loads(key)
-    made = objectives.from_section(section, "replicated", num_samples=1)
-    parts = made.model_parts(made.config, width)
+    inputs, parts = declared(section).inputs, objectives.parts_of(section, width)
     if parts is None:
         return ()
     state = torch.get_rng_state()
     given: dict[str, dict[str, Any]] = {}
     for side in ("image", "text"):
-        views = tuple(_random(side, 2, width) for _ in range(made.inputs.count(f"{side}_views")))
+        views = tuple(_random(side, 2, width) for _ in range(inputs.count(f"{side}_views")))
         given[side] = {side: _random(side, 2, width), f"{side}_views": views}
     shared = {"logit_scale": torch.full((1,), 10.0), "logit_bias": torch.full((1,), -10.0)}
     with torch.no_grad():

@@ -10,12 +10,14 @@ A moving average per sample promises that batches of B stand in for the data set
                   partitions mean(g . g') is |E g|^2, without noise, and mean(g . G) is E g . G
 
 `cosine` is that of one estimate with G, noise and all; `expected_cosine` is that of E g, what a step size that goes to
-zero follows. Both are 1 where B = K, for any objective, once its state has been visited or where it has none.
+zero follows. Both are 1 where B = K, for any objective, once its state has been visited or where it has none. Where
+rows of features are stored for every sample, those of G are the present ones of the K samples.
 
 Numerics: products of gradients are summed in float64.
 """
 
 import math
+from typing import TypeGuard
 
 import torch
 from torch import Tensor
@@ -68,6 +70,8 @@ def compare_with_whole_set(
     whole.train()
     whole.set_epoch(objective.epoch)
     everything = torch.arange(K, device=ids.device)
+    if whole.stores_features:
+        _gradient(whole, embeddings, [everything], rows)  # what it stores is then of the present
     G = _gradient(whole, embeddings, [everything], rows)
     found = _estimator_error([(stored[side], _column(whole, side, rows[side])) for side in SIDES])
 
@@ -87,7 +91,7 @@ def compare_with_whole_set(
 def _carry_over(objective: Objective, whole: Objective, side: str, ids: Tensor, rows: Tensor) -> Tensor | None:
     """Give `whole` the present temperatures of its samples; returns the stored estimates, (K,) or (K, width)."""
     state, new = getattr(objective, f"{side}_state", None), getattr(whole, f"{side}_state", None)
-    if not isinstance(state, SampleState):
+    if not _estimates(state):
         return None
     assert isinstance(new, SampleState)
     share = len(ids) // world_size()
@@ -101,7 +105,11 @@ def _carry_over(objective: Objective, whole: Objective, side: str, ids: Tensor, 
 
 def _column(objective: Objective, side: str, rows: Tensor) -> Tensor | None:
     state = getattr(objective, f"{side}_state", None)
-    return state.column(ESTIMATE)[rows.cpu()].to(rows.device) if isinstance(state, SampleState) else None
+    return state.column(ESTIMATE)[rows.cpu()].to(rows.device) if _estimates(state) else None
+
+
+def _estimates(state: object) -> TypeGuard[SampleState]:
+    return isinstance(state, SampleState) and ESTIMATE in state.columns
 
 
 def _estimator_error(sides: list[tuple[Tensor | None, Tensor | None]]) -> dict[str, float]:

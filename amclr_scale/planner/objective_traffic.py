@@ -50,6 +50,7 @@ class ObjectiveTrace:
     """One objective on so many ranks, for any number of rows."""
 
     runs: tuple[Work, ...]  # with the numbers of rows in ROWS
+    stored: int = 0  # rows of the data set that each anchor is compared with
 
     def messages(self, local_rows: int) -> Messages:
         """What one rank sends in a step, forward and backward."""
@@ -67,9 +68,14 @@ class ObjectiveTrace:
 
     @property
     def products(self) -> int:
-        """Products of all rows with all rows in the forward pass: those whose results are quadratic in the rows."""
+        """Products of all rows with all rows in the forward pass, and of all with the stored ones.
+
+        Results of the first are quadratic in the rows; where rows are stored, what is linear in them is the second.
+        """
         first, second, third = (run.products for run in self.runs)
-        return (third - 2 * second + first) // (2 * (ROWS[1] - ROWS[0]) ** 2)
+        quadratic = (third - 2 * second + first) // (2 * (ROWS[1] - ROWS[0]) ** 2)
+        linear = (second - first) // (ROWS[1] - ROWS[0]) - quadratic * (ROWS[0] + ROWS[1])
+        return quadratic + (round(linear / self.stored) if self.stored else 0)
 
     def bytes(self, local_rows: int) -> float:
         """Bytes that element-wise operations read and write on one rank; tiles that stay in a cache are counted too."""
@@ -87,7 +93,7 @@ def _quadratic(values: list[int], rows: int) -> float:
 
 def trace_objective(
     objective: dict[str, Any], *, world_size: int, width: int, local_rows: int,
-    distribution: Distribution, gather: Gather, layout: Layout, device_type: str = "cpu",
+    distribution: Distribution, gather: Gather, layout: Layout, num_samples: int, device_type: str = "cpu",
 ) -> ObjectiveTrace:  # fmt: skip
     """Run an objective on random rows. Cached; only outside of a real process group.
 
@@ -96,6 +102,7 @@ def trace_objective(
         width: D.
         local_rows: of a rank in the job, to which groups of pairs are scaled.
         distribution, layout: what the job will use, not auto.
+        num_samples: N, which matters where all stored rows are read.
         device_type: cpu or cuda, which differ in the collectives that they use.
 
     Raises:
@@ -103,17 +110,35 @@ def trace_objective(
     """
     key = json.dumps(objectives.without_sizes(objective), sort_keys=True)
     works = []
+    said = declared(objective)
     for rows in ROWS:
-        group = declared(objective).group_size
+        group = said.group_size
         if group is not None:  # whole ranks stay whole ranks; groups inside a rank send nothing, whatever their size
             group = group // local_rows * rows or rows
-        works.append(_run(key, world_size, width, rows, distribution, gather, layout, group, device_type))
-    return ObjectiveTrace(tuple(works))
+        ask = (world_size, width, rows, distribution, gather, layout, group, device_type)
+        if said.stored_rows == "all":
+            tables = (ROWS[-1] * world_size, 2 * ROWS[-1] * world_size)
+            works.append(_at(num_samples, tables, *(_run(key, table, *ask) for table in tables)))
+        else:
+            works.append(_run(key, rows * world_size, *ask))
+    return ObjectiveTrace(tuple(works), num_samples if said.stored_rows == "all" else said.stored_rows)
+
+
+def _at(table: int, tables: tuple[int, int], few: Work, more: Work) -> Work:
+    """The work with so many stored rows, from that with two other numbers of them: all of it is linear in them."""
+
+    def line(x: int, y: int) -> int:
+        return round(x + (y - x) * (table - tables[0]) / (tables[1] - tables[0]))
+
+    pairs = zip(few.messages, more.messages, strict=True)
+    messages = tuple(replace(one, payload=line(one.payload, other.payload)) for one, other in pairs)
+    counts = (line(getattr(few, name), getattr(more, name)) for name in ("flops", "products", "bytes"))
+    return Work(messages, *counts)
 
 
 @lru_cache(maxsize=256)
 def _run(
-    key: str, world_size: int, width: int, rows: int,
+    key: str, num_samples: int, world_size: int, width: int, rows: int,
     distribution: Distribution, gather: Gather, layout: Layout, group_size: int | None, device_type: str,
 ) -> Work:  # fmt: skip
     import torch.testing._internal.distributed.fake_pg  # registers the backend called "fake"
@@ -124,7 +149,7 @@ def _run(
     dist.init_process_group("fake", rank=0, world_size=world_size, store=torch._C._distributed_c10d.HashStore())
     try:
         torch.set_num_threads(1)  # what runs here is small
-        made = create(key, rows * world_size, layout, group_size)
+        made = create(key, num_samples, layout, group_size)
         slots = max((bank.size for bank in made.modules() if isinstance(bank, Bank)), default=0)
         made.rehearse(width, max(slots, ROWS[-1] * world_size))
         embeddings = random_embeddings(made, rows, width, world_size)

@@ -129,6 +129,7 @@ def objective_trace(
         ),
         gather=similarity.gather,
         layout=state_layout(config, num_samples),
+        num_samples=num_samples,
         device_type=device_type,
     )  # fmt: skip
 

@@ -37,9 +37,10 @@ def test_every_objective_on_other_rows_than_it_was_run_on(name, world_size):
         gather="all",
         distribution="column_sums",
         layout="replicated",
+        num_samples=N,
     )
     with pretended(world_size), using(chunk=chunk, distribution="column_sums"):
-        made = create(json.dumps({"name": name}), rows * world_size, "replicated", None)
+        made = create(json.dumps({"name": name}), N, "replicated", None)
         made.rehearse(width, rows * world_size)
         embeddings = random_embeddings(made, rows, width, world_size)
         tracker = Tracker()
@@ -69,7 +70,7 @@ def test_changes_of_state_that_wait_for_the_end_of_a_step(name):
 
 
 def test_more_ranks_follow_from_few():
-    ask = {"width": 32, "gather": "all", "distribution": "column_sums", "layout": "replicated"}
+    ask = {"width": 32, "gather": "all", "distribution": "column_sums", "layout": "replicated", "num_samples": N}
     few, many = (objective_memory({"name": "clip"}, world_size=w, **ask) for w in (4, 64))
     gathered = 60 * 48 * 32 * 4  # the features of 60 more ranks
     assert (

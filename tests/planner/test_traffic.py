@@ -13,7 +13,7 @@ from amclr_scale import objectives
 from amclr_scale.config.load import build
 from amclr_scale.config.schema import Config
 from amclr_scale.data.tokenizers import load_tokenizer
-from amclr_scale.distributed.collectives import rank, world_size
+from amclr_scale.distributed.collectives import rank
 from amclr_scale.distributed.process_group import seed_everything
 from amclr_scale.encoders.build import build_model
 from amclr_scale.engine.batch_plan import make_plan
@@ -62,6 +62,8 @@ OBJECTIVES = [
     {"name": "sogclr", "surrogate": "squared_hinge"},
     {"name": "isogclr"},
     {"name": "amclr_dro"},
+    {"name": "full_bank"},
+    {"name": "full_bank", "negatives": 70},
 ]
 WAYS = [
     ("all", "column_sums", "sharded"),
@@ -77,9 +79,7 @@ def all_measured(rows: int) -> list[dict[str, object]]:
     for options in OBJECTIVES:
         for gather, distribution, layout in WAYS:
             plain = {key: value for key, value in options.items() if key != "name"}
-            made = objectives.create(
-                str(options["name"]), num_samples=rows * world_size(), sample_state=layout, **plain
-            )
+            made = objectives.create(str(options["name"]), num_samples=100, sample_state=layout, **plain)
             views = [F.normalize(torch.randn(rows, D), dim=1).requires_grad_() for _ in range(4)]
             scale, bias = (torch.full((1,), x).requires_grad_() for x in (10.0, -10.0))
             embeddings = Embeddings(
@@ -110,8 +110,9 @@ def test_every_objective_sends_what_was_predicted_to_the_byte(ranks):
     cases = [(options, way) for options in OBJECTIVES for way in WAYS]
     for (options, (gather, distribution, layout)), found in zip(cases, measured[0], strict=True):
         trace = trace_objective(
-            options, world_size=2, width=D, local_rows=rows, distribution=distribution, gather=gather, layout=layout
-        )
+            options, world_size=2, width=D, local_rows=rows, distribution=distribution, gather=gather, layout=layout,
+            num_samples=1000,
+        )  # fmt: skip
         assert _in_numbers(trace.messages(rows)) == found, (options, gather, distribution, layout)
 
 
@@ -120,7 +121,7 @@ def test_clip_sends_its_formula():
     W, b, width = 8, 96, 32
     trace = trace_objective(
         {"name": "clip"}, world_size=W, width=width, local_rows=b,
-        distribution="column_sums", gather="all", layout="replicated",
+        distribution="column_sums", gather="all", layout="replicated", num_samples=1000,
     )  # fmt: skip
     features, check = 2 * W * b * width * 4, W * 2 * 8
     assert trace.messages(b).payload_bytes == features + check + W * b * 4 * (1 + 3 + 2 * 3)
@@ -128,11 +129,24 @@ def test_clip_sends_its_formula():
     assert trace.flops(b) == pytest.approx(5 * 2 * b * (W * b) * width)
 
 
+@pytest.mark.parametrize(("negatives", "stored"), [("all", 3_000_000), (500, 500)])
+@pytest.mark.parametrize("W", [1, 4])
+def test_stored_rows_are_those_of_the_data_set(negatives, stored, W):
+    """2 D for each similarity of two directions, again in backward, and 2 D for the anchor's gradient."""
+    b, width, N = 96, 32, 3_000_000
+    trace = trace_objective(
+        {"name": "full_bank", "negatives": negatives}, world_size=W, width=width, local_rows=b,
+        distribution="column_sums", gather="all", layout="replicated", num_samples=N,
+    )  # fmt: skip
+    assert trace.flops(b) == pytest.approx(2 * b * stored * 3 * 2 * width, rel=1e-6)
+    assert trace.products == 2
+
+
 def test_tracing_leaves_this_process_as_it_was():
     state = torch.get_rng_state()
     trace_objective(
         {"name": "dcl"}, world_size=4, width=6, local_rows=9,
-        distribution="two_blocks", gather="all", layout="replicated",
+        distribution="two_blocks", gather="all", layout="replicated", num_samples=1000,
     )  # fmt: skip
     assert torch.equal(state, torch.get_rng_state())
     assert not dist.is_initialized()
@@ -146,7 +160,7 @@ def trace_inside() -> str:
     try:
         trace_objective(
             {"name": "clip"}, world_size=3, width=5, local_rows=7,
-            distribution="two_blocks", gather="all", layout="replicated",
+            distribution="two_blocks", gather="all", layout="replicated", num_samples=1000,
         )  # fmt: skip
     except RuntimeError as error:
         return str(error)
@@ -263,7 +277,7 @@ def test_zero_sends_what_was_predicted(ranks):
         config = settings_of(*case)
         objective = trace_objective(
             {"name": "clip"}, world_size=2, width=16, local_rows=8,
-            distribution="column_sums", gather="all", layout="replicated",
+            distribution="column_sums", gather="all", layout="replicated", num_samples=1000,
         )  # fmt: skip
         fetched = fetches(config, make_plan(config, 1000, 2), "cpu")
         predicted = zero_messages(config, 2, fetched) + objective.messages(8)

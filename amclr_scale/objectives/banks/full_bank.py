@@ -18,7 +18,7 @@ Numerics: as in CLIP. Where rows lie on the host, those that a step needs are fe
 import random
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -51,6 +51,7 @@ class FullBank(Objective, name="full_bank"):
     """A stored row per sample as negatives, with a proximal term to the sample's own: NPID for two modalities."""
 
     stores_features = True
+    whole_set_options: ClassVar[Mapping[str, Any]] = {"negatives": "all"}
 
     image_state: SampleState | None
     text_state: SampleState | None
@@ -86,6 +87,11 @@ class FullBank(Objective, name="full_bank"):
     @staticmethod
     def negatives_of(options: Any, B: int) -> int:
         return int(options.num_samples) - 1 if options.negatives == "all" else int(options.negatives)
+
+    @staticmethod
+    def stored_rows_of(options: Any) -> int | Literal["all"]:
+        drawn: int | Literal["all"] = options.negatives
+        return drawn
 
     @staticmethod
     def mistakes_of(options: Any, B: int, b: int) -> Iterable[str]:

@@ -67,19 +67,25 @@ class Planned:
         return recipe_hash(self.config)
 
     @property
+    def num_samples(self) -> int:
+        """Of the data set."""
+        return round(self.samples / self.epochs)
+
+    @property
     def negatives(self) -> int:
         """Per anchor and term."""
-        return negatives(self.config, round(self.samples / self.epochs))
+        return negatives(self.config, self.num_samples)
 
     @property
     def comparisons(self) -> int:
         """Per anchor over all terms."""
-        return matrices(self.config) * self.negatives
+        return matrices(self.config, self.num_samples) * self.negatives
 
     @property
     def flops(self) -> tuple[float, float]:
         """Useful operations of the whole cell: both towers, and the similarities."""
-        return encoder_flops(self.config) * self.samples, pairwise_flops(self.config) * self.samples
+        pairs = pairwise_flops(self.config, self.num_samples)
+        return encoder_flops(self.config) * self.samples, pairs * self.samples
 
     def entry(self) -> dict[str, Any]:
         """Its line in cells.json."""

@@ -24,9 +24,12 @@ def group_of(config: Config) -> int:
     return declared(config.objective).group_size or config.train.global_batch_size
 
 
-def matrices(config: Config) -> int:
-    """Products of all embeddings with all others per step, one for every pairing of views; 0: no negatives (VICReg)."""
-    return _trace(config).products
+def matrices(config: Config, num_samples: int) -> int:
+    """Products of all embeddings with all others per step, one for every pairing of views; 0: no negatives (VICReg).
+
+    Where rows of the data set are stored, those of all embeddings with them.
+    """
+    return _trace(config, num_samples).products
 
 
 def negatives(config: Config, num_samples: int) -> int:
@@ -67,24 +70,28 @@ def _of(tower: "Tower") -> _Operations:
     return _Operations(3 * tower.flops - 2 * tower.frozen_flops, tower.flops)
 
 
-def pairwise_flops(config: Config) -> float:
-    """Useful operations of the objective's matrix products per sample."""
+def pairwise_flops(config: Config, num_samples: int) -> float:
+    """Useful operations of the objective's matrix products per sample, in a data set of so many."""
     group = group_of(config)
-    return _trace(config).flops(group) / group
+    return _trace(config, num_samples).flops(group) / group
 
 
-def _trace(config: Config) -> "ObjectiveTrace":
-    return _traced(json.dumps(config.objective, sort_keys=True), config.model.embedding_width, group_of(config))
+def _trace(config: Config, num_samples: int) -> "ObjectiveTrace":
+    counts = declared(config.objective).stored_rows == "all"  # for others it is not asked once more
+    return _traced(
+        json.dumps(config.objective, sort_keys=True), config.model.embedding_width, group_of(config),
+        num_samples if counts else 0,
+    )  # fmt: skip
 
 
 @lru_cache(maxsize=256)
-def _traced(objective: str, width: int, group: int) -> "ObjectiveTrace":
+def _traced(objective: str, width: int, group: int, num_samples: int) -> "ObjectiveTrace":
     from amclr_scale.planner.objective_traffic import trace_objective  # seconds of imports
 
     options: dict[str, Any] = json.loads(objective)
     return trace_objective(
         options, world_size=1, width=width, local_rows=group, distribution="reduce_scatter", gather="all",
-        layout="replicated",
+        layout="replicated", num_samples=num_samples,
     )  # fmt: skip
 
 
