@@ -270,6 +270,7 @@ def test_parts_that_read_both_modalities(tmp_path):
     section = {"name": "both", "module": str(careful)}
     assert made_together(json.dumps(section), 4) == ("match",)
     assert made_together(json.dumps(SECTION), 4) == made_together('{"name": "clip"}', 4) == ()
+    assert made_together('{"name": "full_bank", "negatives": 50}', 4) == ()
     model = DualEncoder(
         *(torch.nn.Flatten() for _ in range(4)), temperature=0.1, logit_bias=0.0, image_mean=(0.0,) * 3,
         image_std=(1.0,) * 3,
