@@ -8,7 +8,7 @@
 named by shard and key; --side text embeds each sample's first caption. Beside NAME.npy (float32, one row each, unit
 length) a NAME.txt names the rows; a .parquet (needs pyarrow) holds both columns, `name` and `embedding`. NAME.npy.json
 says which model they are of, and `amclr-scale search NAME.npy "a red apple"` finds the nearest. Rows are written as
-they are made.
+they are made. What --shards gives can be data.image_reference or data.text_reference of a run on the same shards.
 """
 
 import argparse
@@ -29,6 +29,7 @@ from amclr_scale.commands.words import command_parser
 from amclr_scale.data.evaluation_split import EvaluationSplit
 from amclr_scale.data.formats.picture_files import find_pictures
 from amclr_scale.data.names import short_names
+from amclr_scale.data.references import FINGERPRINT
 from amclr_scale.errors import UserError
 from amclr_scale.trained.model import Model
 
@@ -63,8 +64,8 @@ def lines_of(file: str) -> list[str]:
     return text.removesuffix("\n").split("\n") if text else []
 
 
-def of_shards(model: Model, args: argparse.Namespace) -> tuple[int, Rows]:
-    """The samples of a data set in the order of ids: how many, and their rows."""
+def of_shards(model: Model, args: argparse.Namespace) -> tuple[int, Rows, str]:
+    """The samples of a data set in the order of ids: how many, their rows, and the data set's fingerprint."""
     caption = args.caption or model.config.data.caption
     data = model.config.data.model_copy(update={"caption": caption})
     split = EvaluationSplit(args.shards, data, reading=model.reading)
@@ -80,7 +81,7 @@ def of_shards(model: Model, args: argparse.Namespace) -> tuple[int, Rows]:
                 embedded = model.encode_image(batch.images[0], args.batch_size).numpy()
                 yield [split.key(sample) for sample in batch.ids.tolist()], embedded
 
-    return split.num_samples, rows()
+    return split.num_samples, rows(), split.index.fingerprint
 
 
 def write(out: Path, total: int, width: int, rows: Rows) -> None:
@@ -143,9 +144,12 @@ def main(argv: list[str]) -> int:
         if args.out.suffix == ".parquet":
             _pyarrow(args.out)  # before the work
         model = amclr_scale.load(args.model, args.device)
-        total, rows = of_shards(model, args) if args.shards else listed(model, args)
-        write(args.out, total, model.config.model.embedding_width, rows)
         about = {"model": str(Path(args.model).absolute()), "folder": str(Path.cwd())}
+        if args.shards:
+            total, rows, about[FINGERPRINT] = of_shards(model, args)
+        else:
+            total, rows = listed(model, args)
+        write(args.out, total, model.config.model.embedding_width, rows)
         args.out.with_name(f"{args.out.name}.json").write_text(json.dumps(about, indent=1) + "\n", "utf-8")
     except UserError as error:
         print(error, file=sys.stderr)

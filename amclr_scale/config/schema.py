@@ -10,17 +10,16 @@ from typing import Any
 
 from pydantic import Field
 
+from amclr_scale.config.augmentation import ImageAugmentation, TextAugmentation
 from amclr_scale.config.evaluation import Evaluation, Probe
 from amclr_scale.config.execution import BatchProbe, Checkpoint, Execution, Run, Similarity
 from amclr_scale.config.recipe import (
     Data,
-    ImageAugmentation,
     ImageTower,
     LearningRateFactors,
     Model,
     Momentum,
     Optimizer,
-    TextAugmentation,
     TextTower,
     Train,
 )

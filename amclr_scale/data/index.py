@@ -76,7 +76,11 @@ class Index:
     @property
     def fingerprint(self) -> str:
         """Of the content: the same wherever the shards lie, different when any sample moved. 32 hex digits."""
-        words = json.dumps([[shard.num_samples, shard.digest] for shard in self.shards])
+        return self.fingerprint_of(slice(None))
+
+    def fingerprint_of(self, shards: slice) -> str:
+        """Of some shards' content, as an index of these alone would have it."""
+        words = json.dumps([[shard.num_samples, shard.digest] for shard in self.shards[shards]])
         return hashlib.sha256(words.encode()).hexdigest()[:32]
 
     def locate(self, sample: int) -> tuple[int, int]:

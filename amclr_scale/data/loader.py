@@ -326,11 +326,10 @@ def _good(part: Part | str) -> Part:
 
 def _joined(parts: list[Part]) -> Batch:
     text_ids = [part.text_ids for part in parts if part.text_ids is not None]
-    labels = [part.labels for part in parts if part.labels is not None]
     return Batch(
         ids=_join([part.ids for part in parts]),
         text_ids=_join(text_ids) if text_ids else None,
-        given={"labels": _join(labels)} if labels else {},
+        given={name: _join([part.given[name] for part in parts]) for name in parts[0].given},
         images=tuple(_join(list(view)) for view in zip(*(part.images for part in parts), strict=True)),
         texts=tuple(_join(list(view)) for view in zip(*(part.texts for part in parts), strict=True)),
     )

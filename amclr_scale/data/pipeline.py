@@ -23,6 +23,7 @@ from amclr_scale.data.indexing import IMAGE_EXTENSIONS
 from amclr_scale.data.order import Visits
 from amclr_scale.data.paraphrases import ParaphraseReader
 from amclr_scale.data.randomness import Draws, Purpose
+from amclr_scale.data.references import open_references
 from amclr_scale.data.resident.crops import plan_crop
 from amclr_scale.data.resident.groups import Groups
 from amclr_scale.data.resident.store import ResidentData, open_resident
@@ -56,9 +57,9 @@ class Part:
 
     ids: Tensor  # (n,) int64
     text_ids: Tensor | None  # (n,) int64, where images have ids of their own
-    labels: Tensor | None  # (n,) int64, where samples have classes: equal for one class, -1 for none
     images: tuple[Tensor, ...]  # 1 + V of (n, 3, H, W) uint8; where devices hold the pictures, of (n, 7) crops
     texts: tuple[Tensor, ...]  # 1 + V of (n, L) int64
+    given: dict[str, Tensor]  # (n, ...) that no tower reads: `Batch.given`
     faults: list[Fault]
     repeated: dict[str, int]  # further images, and further texts, that equal an earlier view of their sample
 
@@ -77,6 +78,7 @@ class Pipeline:
         self.text = TextViews(data)
         self._image_id = Field.parse(data.image_id) if data.image_id else None
         self._labels = Field.parse(data.labels) if data.labels else None
+        self._references = open_references(data, index)
         self._image_group = Field.parse(data.image_group) if data.image_group else None
         others = {field.member for field in (self._image_id, self._labels, self._image_group) if field}
         self._texts = self.text.members | others
@@ -148,10 +150,12 @@ class Pipeline:
         repeated = {"images": 0 if data.resident == "device" else count_repeated(images)}
         repeated["texts"] = count_repeated(texts)
         samples = torch.tensor(ids, dtype=torch.int64)
-        classes = torch.tensor(labels, dtype=torch.int64) if self._labels else None
+        given = {name: references(ids) for name, references in self._references.items()}
+        if self._labels:  # equal for one class, -1 for none
+            given["labels"] = torch.tensor(labels, dtype=torch.int64)
         if not self._image_id:
-            return Part(samples, None, classes, images, texts, faults, repeated)
-        return Part(torch.tensor(image_ids, dtype=torch.int64), samples, classes, images, texts, faults, repeated)
+            return Part(samples, None, images, texts, given, faults, repeated)
+        return Part(torch.tensor(image_ids, dtype=torch.int64), samples, images, texts, given, faults, repeated)
 
     def _good(self, sample: int, number: int, faults: list[Fault]) -> tuple[int, int, int, list[Tensor], list[str]]:
         """The sample, or the first of its replacements that can be used. Only the sample itself counts as a fault."""

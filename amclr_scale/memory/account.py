@@ -24,6 +24,7 @@ import torch
 from amclr_scale.config.objective_options import declared
 from amclr_scale.config.schema import Config
 from amclr_scale.config.teacher import lent_sides
+from amclr_scale.data.references import reference_widths
 from amclr_scale.distributed.launcher import ranks_on_node
 from amclr_scale.engine.batch_plan import Plan, make_plan
 from amclr_scale.engine.optimizers import parameter_groups
@@ -205,6 +206,8 @@ def _notes(config: Config, device: str) -> tuple[str, ...]:
         notes.append(f"left out: activations of the objective's parts that read both sides ({', '.join(together)})")
     if lent_sides(config) and config.execution.zero_stage == 3:
         notes.append("what a teacher gathers at stage 3 is taken for what the first pass does")
+    for name in reference_widths(config.data)[1]:
+        notes.append(f"data.{name}: the file is not here, so its width is taken for model.embedding_width")
     if config.execution.kept_micro_batches == "auto":
         notes.append("execution.kept_micro_batches: auto is counted as 1")
     if device == "cuda":
@@ -245,7 +248,7 @@ def _objective_components(config: Config, plan: Plan, num_samples: int, device: 
     memory = objective_memory(
         config.objective, width=config.model.embedding_width, world_size=W, gather=similarity.gather,
         distribution=_distribution(config, W, b, device), layout=layout, num_samples=num_samples,
-        group_share=None if group is None else group / b,
+        group_share=None if group is None else group / b, references=reference_widths(config.data)[0],
     )  # fmt: skip
     settings = Settings(
         chunk=similarity.chunk, backend=similarity.backend, precision=similarity.precision,
@@ -300,7 +303,8 @@ def _input_components(config: Config, plan: Plan, device: str) -> list[Component
     data, workers, b = config.data, config.execution.workers, plan.local_batch_size
     tensors = [3 * data.image_size**2] * (1 + data.image_views) + [8 * data.context_length] * (1 + data.text_views)
     image, text = (sum(size) for size in (tensors[: 1 + data.image_views], tensors[1 + data.image_views :]))
-    tensors += [8] * (2 if data.image_id else 1)  # ids
+    given = _given(config)
+    tensors += [8] * (2 if data.image_id else 1) + list(given.values())  # ids, and what no tower reads
     row = sum(tensors)
     batch = b * row
     knob = "train.global_batch_size over more ranks"
@@ -320,6 +324,8 @@ def _input_components(config: Config, plan: Plan, device: str) -> list[Component
         images, texts = plan.micro_batch_sizes
         two = 2 if plan.micro_batches > 1 else 1  # the next one is on its way
         inputs: dict[Phase, int] = dict.fromkeys(("pass_1", "pass_2"), two * (images * image + texts * text))
+        beside: tuple[Phase, ...] = ("objective", "pass_2", "reduce", "optimizer")
+        found.append(Component("labels and references", dict.fromkeys(beside, b * sum(given.values())), knob, "input"))
         sides = lent_sides(config)
         lent = tensors[0] * images * ("image" in sides) + 8 * data.context_length * texts * ("text" in sides)
         found.append(
@@ -328,3 +334,12 @@ def _input_components(config: Config, plan: Plan, device: str) -> list[Component
             )
         )
     return found
+
+
+def _given(config: Config) -> dict[str, int]:
+    """Bytes for each sample of what goes to the objective as the loader gives it."""
+    data = config.data
+    widths, unknown = reference_widths(data)
+    found = {name: 4 * width for name, width in widths.items()}
+    found |= dict.fromkeys(unknown, 4 * config.model.embedding_width)
+    return found | ({"labels": 8} if data.labels else {})

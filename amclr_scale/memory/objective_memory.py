@@ -16,7 +16,7 @@ number of ranks this is exact, whatever the rows.
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
@@ -47,6 +47,7 @@ ITEMSIZES = ((4,), (1, 4, 8), (4,))  # of what tiles, blocks (masks and indices,
 TRACED = 4 * BUFFERS  # bytes per entry of what the traced backend, torch, holds of a tile
 TABLES = (263, 521)  # stored rows, likewise; of no size that tiles and blocks have
 FEW = (2, 4)  # ranks from which larger groups follow: everything is affine in their number
+Widths = tuple[tuple[str, int], ...]  # R of each kind of reference
 Alive = tuple[int, int, int]  # bytes per element of what is alive of tiles, blocks and moments
 
 
@@ -86,13 +87,14 @@ class ObjectiveMemory:
 
 def objective_memory(
     objective: dict[str, Any], *, width: int, world_size: int, gather: Gather, distribution: Distribution,
-    layout: Layout, num_samples: int, group_share: float | None = None,
+    layout: Layout, num_samples: int, group_share: float | None = None, references: Mapping[str, int] | None = None,
 ) -> ObjectiveMemory:  # fmt: skip
     """Run an objective on random rows. Cached; only outside of a real process group.
 
     Args:
         objective: name and options, as in a configuration.
         width: D.
+        references: R of each kind of reference, where it is not D.
         distribution, layout: what the job will use, not auto.
         num_samples: N.
         group_share: where the objective has groups of pairs: their size over a rank's rows.
@@ -100,7 +102,8 @@ def objective_memory(
     Raises:
         RuntimeError: a process group exists already and this combination is not known yet.
     """
-    ask = (_key(objective), width, world_size, gather, distribution, layout, group_share)
+    widths = tuple(sorted((references or {}).items()))
+    ask = (_key(objective), width, world_size, gather, distribution, layout, group_share, widths)
     if declared(objective).stored_rows != "all":
         return _fit(*ask, None)
     low, high = (_fit(*ask, size) for size in TABLES)
@@ -182,10 +185,11 @@ def create(key: str, num_samples: int, layout: Layout, group_size: int | None) -
 @lru_cache(maxsize=256)
 def _fit(
     key: str, width: int, world_size: int, gather: Gather, distribution: Distribution, layout: Layout,
-    group_share: float | None, table: int | None,
+    group_share: float | None, references: Widths, table: int | None,
 ) -> ObjectiveMemory:  # fmt: skip
     if world_size > FEW[1]:
-        low, high = (_fit(key, width, ranks, gather, distribution, layout, group_share, table) for ranks in FEW)
+        ask = (gather, distribution, layout, group_share, references, table)
+        low, high = (_fit(key, width, ranks, *ask) for ranks in FEW)
         return _extrapolated(low, high, (world_size - FEW[0]) / (FEW[1] - FEW[0]), world_size)
     chunk = next(prime for prime in PRIMES if width % prime)
 
@@ -208,7 +212,7 @@ def _fit(
             made = create(key, table or rows * world_size, layout, group_size)
             made.rehearse(width, rows * world_size)  # the bank's own bytes are state
             areas = (chunk * chunk, chunk * rows * world_size, width * width)
-            return _moments(made, random_embeddings(made, rows, width, world_size), areas)
+            return _moments(made, random_embeddings(made, rows, width, world_size, dict(references)), areas)
 
     few, more = 2 * chunk * parts, 3 * chunk * parts
     one, two, cached = run(few), run(more), run(few, 2**40)
@@ -285,10 +289,14 @@ def tensors_of(embeddings: Embeddings) -> list[Tensor]:
     return list(embeddings.flat().values())
 
 
-def random_embeddings(objective: Objective, rows: int, width: int, world_size: int) -> Embeddings:
+def random_embeddings(
+    objective: Objective, rows: int, width: int, world_size: int, references: Mapping[str, int] | None = None
+) -> Embeddings:
     """All that the objective reads, outputs of its parts among it, as leaves: random rows of a rank."""
     torch.manual_seed(0)
-    made: dict[str, Any] = {name: _random(name, rows, width) for name in ("image", "text", *objective.inputs)}
+    made: dict[str, Any] = {
+        name: _random(name, rows, width, (references or {}).get(name)) for name in ("image", "text", *objective.inputs)
+    }
     for name, kind in KINDS.items():
         if kind.several and name in objective.inputs:
             made[name] = tuple(_random(name, rows, width) for _ in range(objective.inputs.count(name)))
@@ -329,9 +337,9 @@ def made_together(key: str, width: int) -> tuple[str, ...]:
     return tuple(name for name in both if name not in alone)
 
 
-def _random(name: str, rows: int, width: int) -> Tensor:
+def _random(name: str, rows: int, width: int, reference: int | None = None) -> Tensor:
     """Rows of a kind of input."""
-    kind, sizes = KINDS[name], {"D": width, "R": width}  # a reference's own is not known here
+    kind, sizes = KINDS[name], {"D": width, "R": reference or width}
     shape = [sizes[side] if isinstance(side, str) else side for side in kind.shape]
     if kind.dtype == "float":
         x = torch.randn(rows, *shape)

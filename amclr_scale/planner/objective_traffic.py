@@ -12,6 +12,7 @@ or the similarity engine do, and a new objective needs no line in this file. Run
 import json
 import math
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
@@ -24,7 +25,7 @@ from amclr_scale import objectives
 from amclr_scale.config.objective_options import declared
 from amclr_scale.distributed import collectives
 from amclr_scale.distributed.purpose import current_purpose
-from amclr_scale.memory.objective_memory import create, random_embeddings
+from amclr_scale.memory.objective_memory import Widths, create, random_embeddings
 from amclr_scale.objectives.banks.bank import Bank
 from amclr_scale.objectives.base import Layout
 from amclr_scale.objectives.staging import forgotten
@@ -94,6 +95,7 @@ def _quadratic(values: list[int], rows: int) -> float:
 def trace_objective(
     objective: dict[str, Any], *, world_size: int, width: int, local_rows: int,
     distribution: Distribution, gather: Gather, layout: Layout, num_samples: int, device_type: str = "cpu",
+    references: Mapping[str, int] | None = None,
 ) -> ObjectiveTrace:  # fmt: skip
     """Run an objective on random rows. Cached; only outside of a real process group.
 
@@ -103,6 +105,7 @@ def trace_objective(
         local_rows: of a rank in the job, to which groups of pairs are scaled.
         distribution, layout: what the job will use, not auto.
         num_samples: N, which matters where all stored rows are read.
+        references: R of each kind of reference, where it is not D.
         device_type: cpu or cuda, which differ in the collectives that they use.
 
     Raises:
@@ -115,7 +118,8 @@ def trace_objective(
         group = said.group_size
         if group is not None:  # whole ranks stay whole ranks; groups inside a rank send nothing, whatever their size
             group = group // local_rows * rows or rows
-        ask = (world_size, width, rows, distribution, gather, layout, group, device_type)
+        widths = tuple(sorted((references or {}).items()))
+        ask = (world_size, width, rows, distribution, gather, layout, group, device_type, widths)
         if said.stored_rows == "all":
             tables = (ROWS[-1] * world_size, 2 * ROWS[-1] * world_size)
             works.append(_at(num_samples, tables, *(_run(key, table, *ask) for table in tables)))
@@ -140,6 +144,7 @@ def _at(table: int, tables: tuple[int, int], few: Work, more: Work) -> Work:
 def _run(
     key: str, num_samples: int, world_size: int, width: int, rows: int,
     distribution: Distribution, gather: Gather, layout: Layout, group_size: int | None, device_type: str,
+    references: Widths,
 ) -> Work:  # fmt: skip
     import torch.testing._internal.distributed.fake_pg  # registers the backend called "fake"
 
@@ -152,7 +157,7 @@ def _run(
         made = create(key, num_samples, layout, group_size)
         slots = max((bank.size for bank in made.modules() if isinstance(bank, Bank)), default=0)
         made.rehearse(width, max(slots, ROWS[-1] * world_size))
-        embeddings = random_embeddings(made, rows, width, world_size)
+        embeddings = random_embeddings(made, rows, width, world_size, dict(references))
         there = mock.patch.object(collectives, "exchanges_sums", return_value=device_type == "cpu")
         with settings.using(gather=gather, distribution=distribution), forgotten(), there, _Counter() as counted:
             value = made(embeddings).value

@@ -35,6 +35,7 @@ import torch
 
 from amclr_scale import objectives
 from amclr_scale.config.schema import Config
+from amclr_scale.data.references import reference_widths
 from amclr_scale.distributed.collectives import Group
 from amclr_scale.engine.batch_plan import Plan, make_plan
 from amclr_scale.memory.passes import gathers
@@ -131,6 +132,7 @@ def objective_trace(
         layout=state_layout(config, num_samples),
         num_samples=num_samples,
         device_type=device_type,
+        references=reference_widths(config.data)[0],
     )  # fmt: skip
 
 

@@ -150,7 +150,7 @@ def test_features_of_a_teacher_need_one(tmp_path):
     assert load(None, ["train.epochs=1", "model.momentum={}", *words]).model.momentum.decay == 0.995
 
 
-PROVIDED = ("views", "momentum", "labels")
+PROVIDED = ("views", "momentum", "labels", "reference")
 
 
 @pytest.mark.parametrize("name", [n for n, kind in KINDS.items() if kind.key and not n.endswith(PROVIDED)])
@@ -225,13 +225,14 @@ def test_options_of_every_objective_are_checked_from_its_source(name):
     assert set(config.objective) == {"name", *option_models()[name].model_fields}
 
 
-LIBRARY_ONLY = {"negclip", "cwcl"}  # they read what the loader does not bring
+LIBRARY_ONLY = {"negclip"}  # they read what the loader does not bring
 
 
 def provided(name):
     inputs = declared({"name": name}).inputs
     views = [f"data.{key}={inputs.count(key)}" for key in ("image_views", "text_views")]
     others = {"image_momentum": "model.momentum={}", "labels": "data.labels=json.concept"}
+    others |= {f"{side}_reference": f"data.{side}_reference=r.npy" for side in ("image", "text")}
     return [*views, *(word for kind, word in others.items() if inputs.count(kind))]
 
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from amclr_scale.config.objective_options import declared
 from amclr_scale.config.schema import Config, Optimizer
 from amclr_scale.config.teacher import lent_sides
+from amclr_scale.data.references import reference_widths
 
 if TYPE_CHECKING:
     from amclr_scale.memory.towers import Tower
@@ -80,18 +81,20 @@ def _trace(config: Config, num_samples: int) -> "ObjectiveTrace":
     counts = declared(config.objective).stored_rows == "all"  # for others it is not asked once more
     return _traced(
         json.dumps(config.objective, sort_keys=True), config.model.embedding_width, group_of(config),
-        num_samples if counts else 0,
+        num_samples if counts else 0, tuple(sorted(reference_widths(config.data)[0].items())),
     )  # fmt: skip
 
 
 @lru_cache(maxsize=256)
-def _traced(objective: str, width: int, group: int, num_samples: int) -> "ObjectiveTrace":
+def _traced(
+    objective: str, width: int, group: int, num_samples: int, references: tuple[tuple[str, int], ...]
+) -> "ObjectiveTrace":
     from amclr_scale.planner.objective_traffic import trace_objective  # seconds of imports
 
     options: dict[str, Any] = json.loads(objective)
     return trace_objective(
         options, world_size=1, width=width, local_rows=group, distribution="reduce_scatter", gather="all",
-        layout="replicated", num_samples=num_samples,
+        layout="replicated", num_samples=num_samples, references=dict(references),
     )  # fmt: skip
 
 
