@@ -26,10 +26,10 @@ from torch import Tensor
 
 import amclr_scale
 from amclr_scale.commands.words import command_parser
+from amclr_scale.data.beside.references import FINGERPRINT
 from amclr_scale.data.evaluation_split import EvaluationSplit
 from amclr_scale.data.formats.picture_files import find_pictures
 from amclr_scale.data.names import short_names
-from amclr_scale.data.references import FINGERPRINT
 from amclr_scale.errors import UserError
 from amclr_scale.trained.model import Model
 

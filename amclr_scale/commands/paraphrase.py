@@ -26,10 +26,10 @@ from torch import Tensor
 
 from amclr_scale.commands.words import command_parser, run_command
 from amclr_scale.config import schema
+from amclr_scale.data.beside.paraphrases import ParaphraseReader, paraphrase_file, write_paraphrases
 from amclr_scale.data.decoding import BadSampleError, Field, Sample, check_whole
 from amclr_scale.data.index import Index
 from amclr_scale.data.indexing import open_index
-from amclr_scale.data.paraphrases import ParaphraseReader, paraphrase_file, write_paraphrases
 from amclr_scale.data.tokenizers import well_formed
 from amclr_scale.errors import UserError
 from amclr_scale.torchvision_ops import import_torchvision

@@ -21,7 +21,7 @@ from amclr_scale.data.indexing import IMAGE_EXTENSIONS
 
 # What a picture may be, whatever its member is called.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "PPM", "TIFF", "AVIF", "JPEG2000", "ICO", "HEIF")
-PARAPHRASES = "paraphrases"  # a member that lies beside the shard (data/paraphrases.py)
+PARAPHRASES = "paraphrases"  # a member that lies beside the shard (data/beside/paraphrases.py)
 
 # Our own limits are `data.max_image_pixels` and `data.max_image_mib`, checked before any pixel is decoded.
 Image.MAX_IMAGE_PIXELS = None

@@ -16,14 +16,14 @@ from PIL import Image
 from torch import Tensor
 
 from amclr_scale.config import schema
+from amclr_scale.data.beside.paraphrases import ParaphraseReader
+from amclr_scale.data.beside.references import open_references
 from amclr_scale.data.decoding import PARAPHRASES, BadSampleError, Field, Sample, check_whole, decode
 from amclr_scale.data.image_views import augmented_view, reduction_for, to_tensor
 from amclr_scale.data.index import Index
 from amclr_scale.data.indexing import IMAGE_EXTENSIONS
 from amclr_scale.data.order import Visits
-from amclr_scale.data.paraphrases import ParaphraseReader
 from amclr_scale.data.randomness import Draws, Purpose
-from amclr_scale.data.references import open_references
 from amclr_scale.data.resident.crops import plan_crop
 from amclr_scale.data.resident.groups import Groups
 from amclr_scale.data.resident.store import ResidentData, open_resident

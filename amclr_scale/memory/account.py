@@ -24,7 +24,7 @@ import torch
 from amclr_scale.config.objective_options import declared
 from amclr_scale.config.schema import Config
 from amclr_scale.config.teacher import lent_sides
-from amclr_scale.data.references import reference_widths
+from amclr_scale.data.beside.references import reference_widths
 from amclr_scale.distributed.launcher import ranks_on_node
 from amclr_scale.engine.batch_plan import Plan, make_plan
 from amclr_scale.engine.optimizers import parameter_groups

@@ -35,7 +35,7 @@ import torch
 
 from amclr_scale import objectives
 from amclr_scale.config.schema import Config
-from amclr_scale.data.references import reference_widths
+from amclr_scale.data.beside.references import reference_widths
 from amclr_scale.distributed.collectives import Group
 from amclr_scale.engine.batch_plan import Plan, make_plan
 from amclr_scale.memory.passes import gathers

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from amclr_scale.config.objective_options import declared
 from amclr_scale.config.schema import Config, Optimizer
 from amclr_scale.config.teacher import lent_sides
-from amclr_scale.data.references import reference_widths
+from amclr_scale.data.beside.references import reference_widths
 
 if TYPE_CHECKING:
     from amclr_scale.memory.towers import Tower

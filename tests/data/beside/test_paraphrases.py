@@ -10,10 +10,10 @@ import torch
 
 from amclr_scale.commands import paraphrase
 from amclr_scale.config import schema
+from amclr_scale.data.beside.paraphrases import ParaphraseReader, paraphrase_file, write_paraphrases
 from amclr_scale.data.formats.members import ChangedShardError
 from amclr_scale.data.indexing import open_index
 from amclr_scale.data.loader import TrainLoader
-from amclr_scale.data.paraphrases import ParaphraseReader, paraphrase_file, write_paraphrases
 from amclr_scale.data.tokenizers import EMOJI
 from amclr_scale.errors import UserError
 from amclr_scale.torchvision_ops import import_torchvision

@@ -9,8 +9,8 @@ import torch
 
 from amclr_scale.commands.embed import main as embed
 from amclr_scale.config.load import load
+from amclr_scale.data.beside.references import References, open_references
 from amclr_scale.data.indexing import open_index
-from amclr_scale.data.references import References, open_references
 from amclr_scale.errors import UserError
 from amclr_scale.memory.account import account
 from tests.data.shards import pair, settings, write_shards, write_tar
