@@ -72,6 +72,8 @@ CASES: list[tuple[str, str, dict[str, Any], int]] = [
     ("negclip", "negclip", {}, 2),
     ("cwcl", "cwcl", {}, 1),
     ("rankclip", "rankclip", {}, 5),
+    ("vrns", "vrns", {}, 1),
+    ("drrho", "drrho", {}, 2),
     ("sogclr, squared_hinge", "sogclr", {"surrogate": "squared_hinge"}, 1),
 ]
 
@@ -96,6 +98,7 @@ def embeddings(batch: int, width: int, num_samples: int) -> Embeddings:
         text_views=(rows(), rows()),
         text_content=torch.randint(num_samples, (batch,), generator=generator),
         image_reference=rows().detach(),
+        text_reference=rows().detach(),
         text_negatives=(rows(),),
         image_predicted=rows(),
         text_predicted=rows(),

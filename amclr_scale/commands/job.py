@@ -226,8 +226,9 @@ def _probe(job: Job) -> Hook | None:
         return None
     plan, engine, objective = job.inputs.plan, job.trainer.engine, job.trainer.objective
     probe = Probe(
-        job.config, job.probed, micro_batch_sizes=plan.micro_batch_sizes, device=job.device, teacher=job.trainer.teacher
-    )
+        job.config, job.probed, micro_batch_sizes=plan.micro_batch_sizes, device=job.device,
+        order=job.inputs.loader.order, teacher=job.trainer.teacher,
+    )  # fmt: skip
     every = job.config.run.probe.every_samples or plan.samples_per_epoch
     return Measurement("probe", lambda: probe(engine, objective), plan, job.records, job.log, every=every, state=probe)
 

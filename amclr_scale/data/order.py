@@ -28,6 +28,8 @@ from numpy.typing import NDArray
 from amclr_scale.data.randomness import Purpose, permutation
 from amclr_scale.errors import UserError
 
+_LOOK_BACK = 65_536  # samples that `last_visits` looks at in one piece
+
 
 @dataclass(frozen=True)
 class Visits:
@@ -173,6 +175,28 @@ class Order:
         m, share = global_batch_size // self.lanes, self.lanes // world_size
         served = [self.visits(lane, step * m, (step + 1) * m) for lane in range(rank * share, (rank + 1) * share)]
         return Visits(np.concatenate([v.ids for v in served]), np.concatenate([v.passes for v in served]))
+
+    def last_visits(self, ids: NDArray[np.int64], step: int, global_batch_size: int) -> NDArray[np.int64]:
+        """In which step before `step` each of some samples was served last; -1: in none.
+
+        Looks back until all are found, which is an epoch or so: as many numbers as it has samples are made, in pieces.
+
+        Args:
+            ids: (K,), each once.
+        """
+        m = global_batch_size // self.lanes
+        known = np.argsort(ids)
+        found = np.full(len(ids), -1, dtype=np.int64)
+        stop = step * m
+        while stop > 0 and (found < 0).any():
+            start = max(0, stop - max(m, _LOOK_BACK // self.lanes))
+            for lane in range(self.lanes):
+                served = self.visits(lane, start, stop).ids
+                place = np.minimum(np.searchsorted(ids, served, sorter=known), len(ids) - 1)
+                hit = ids[known[place]] == served
+                np.maximum.at(found, known[place[hit]], np.arange(start, stop)[hit] // m)
+            stop = start
+        return found
 
     def shards_ahead(self, lane: int, position: int, windows: int) -> list[tuple[int, ...]]:
         """First ids of the runs in the window at a lane's position and the next few: what a reader needs soon."""

@@ -3,8 +3,9 @@
 The samples are the first K that another seed's order would give, augmented once: the same for every objective, batch
 size, number of ranks and moment of a run. They are encoded in evaluation mode with the present weights;
 objectives/whole_set.py says what is then compared. How far the embeddings have moved since the measurement before is
-their drift, mean |f_t(x) - f_(t-dt)(x)|^2: what makes stored averages, queues and banks stale. Nothing that trains is
-changed: weights, per-sample state and random numbers are afterwards what they were.
+their drift, mean |f_t(x) - f_(t-dt)(x)|^2: what makes stored averages, queues and banks stale. How long ago each was
+visited follows from the order of training. Nothing that trains is changed: weights, per-sample state and random numbers
+are afterwards what they were.
 
 Costs K forward passes, host memory for K / W samples as the loader gives them and for K embeddings, and on every rank K
 embeddings and gradients of every view.
@@ -12,21 +13,24 @@ embeddings and gradients of every view.
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from amclr_scale import objectives
 from amclr_scale.config.schema import Config
 from amclr_scale.data.loader import TrainLoader
+from amclr_scale.data.order import Order
 from amclr_scale.distributed.launcher import RankInfo
 from amclr_scale.encoders.rank_buffers import one_set_of_buffers
+from amclr_scale.engine.last_layer import LastLayer
 from amclr_scale.engine.micro_batches import on_device, split
 from amclr_scale.engine.random_state import RandomState
 from amclr_scale.engine.teacher import Teacher
 from amclr_scale.errors import UserError
 from amclr_scale.objectives.base import Objective, numbers
 from amclr_scale.objectives.whole_set import compare_with_whole_set
-from amclr_scale.similarity import all_gather
+from amclr_scale.similarity import all_gather, rank
 from amclr_scale.types import Batch, Embeddings, flatten, is_shared
 
 ANOTHER_SEED = 1_000_003  # added to the run's: the probe is not what training begins with
@@ -58,14 +62,15 @@ class Probe:
     Args:
         batch: this rank's share of the samples, from `read_probe`.
         micro_batch_sizes: images and texts encoded at once.
+        order: of training's samples, from which follows when each was visited; None: ages are not known.
         teacher: of the run, who lends the objective what it asks for.
     """
 
     def __init__(
         self, config: Config, batch: Batch, *, micro_batch_sizes: tuple[int, int], device: torch.device,
-        teacher: Teacher | None = None,
+        order: Order | None = None, teacher: Teacher | None = None,
     ):  # fmt: skip
-        self.config, self.batch, self.teacher = config, batch, teacher
+        self.config, self.batch, self.order, self.teacher = config, batch, order, teacher
         self.micro_batch_sizes, self.device = micro_batch_sizes, device
         self._before: dict[str, Tensor] = {}  # (K, D) on the host, by modality: embeddings of the last measurement
 
@@ -74,19 +79,24 @@ class Probe:
 
         From the second measurement on also `drift_image` and `drift_text`, from 0 to 4 for unit rows.
         """
-        training = engine.training
+        training, b = engine.training, len(self.batch)
+        layer = LastLayer({"image": len(self.batch.images), "text": len(self.batch.texts)})
         engine.eval()
         try:
-            with RandomState(self.device), one_set_of_buffers(engine.module):
+            with RandomState(self.device), one_set_of_buffers(engine.module), layer.noted(engine.module):
                 embeddings = self._encode(engine)
         finally:
             engine.train(training)
+        mine = slice(rank() * b, (rank() + 1) * b)
+        layer.forget_others(embeddings.flat(), mine)
         found = compare_with_whole_set(
             objective,
             self._whole(objective),
             embeddings,
             global_batch_size=self.config.train.global_batch_size,
             seed=self.config.seed,
+            ages=self._ages(embeddings, objective.epoch),
+            layer=lambda gradient: layer(gradient, mine),
         )
         return found | self._drift(embeddings)
 
@@ -98,6 +108,20 @@ class Probe:
         """Continue; the state of a probe of another size is left aside, as it says nothing about these samples."""
         K = self.config.run.probe.samples
         self._before = state if all(len(x) == K for x in state.values()) else {}
+
+    def _ages(self, embeddings: Embeddings, epoch: float) -> Tensor | None:
+        """(K,) steps since each sample's last visit, negative where there was none.
+
+        Args:
+            epoch: at the beginning of the last step.
+        """
+        if self.order is None:
+            return None
+        assert embeddings.ids is not None
+        B = self.config.train.global_batch_size
+        done = round(epoch * self.order.samples_per_epoch / B) + 1
+        last = self.order.last_visits(embeddings.ids.cpu().numpy(), done, B)
+        return torch.from_numpy(np.where(last < 0, -1, done - last)).to(embeddings.ids.device)
 
     def _drift(self, embeddings: Embeddings) -> dict[str, float]:
         now = {"image": embeddings.image.float().cpu(), "text": embeddings.text.float().cpu()}

@@ -39,6 +39,7 @@ from amclr_scale.objectives.base import (
     require,
 )
 from amclr_scale.objectives.masking import MaskOptions
+from amclr_scale.objectives.reference import check_reference, in_excess
 from amclr_scale.similarity import Contrast, column_mean, contrast
 from amclr_scale.types import Embeddings, Loss
 
@@ -57,6 +58,7 @@ class CLIP(Objective, name="clip"):
         label_smoothing: float = 0.0  # share of the target spread evenly over all keys
         omega: int = 0  # further views per modality, all pairings of which are contrasted
         group_size: int | None = None  # pairs, consecutive in the global batch, that share negatives; null: all
+        reference: bool = False  # similarities count in excess of a frozen model's, as in drrho
 
         def __post_init__(self) -> None:
             super().__post_init__()
@@ -67,12 +69,16 @@ class CLIP(Objective, name="clip"):
             require(not (self.label_smoothing and self.masked), "label_smoothing", fix, self.label_smoothing)
             enough = self.group_size is None or self.group_size > 1
             require(enough, "group_size", "at least 2 pairs, or null for the whole batch", self.group_size)
+            require(not (self.reference and self.omega), "omega", "0 beside a reference: views have none", self.omega)
+            check_reference(self, self.reference)
 
     config: Config
 
     @staticmethod
     def inputs_of(options: Any) -> Mapping[str, Any]:
-        return {**read_by_masks(options), "image_views": options.omega, "text_views": options.omega}
+        views = {"image_views": options.omega, "text_views": options.omega}
+        referred = {"image_reference": options.reference, "text_reference": options.reference}
+        return {**read_by_masks(options), **views, **referred}
 
     @staticmethod
     def negatives_of(options: Any, B: int) -> int:
@@ -82,7 +88,7 @@ class CLIP(Objective, name="clip"):
     def equals(options: Any, B: int) -> Equal | None:
         if options.group_size != B:
             return None
-        keys = ("temperature", "label_smoothing", "omega", "mask_duplicates", "false_negative_margin")
+        keys = ("temperature", "label_smoothing", "omega", "mask_duplicates", "false_negative_margin", "reference")
         others = {key: getattr(options, key) for key in keys}
         return Equal("clip", others, "one group is the whole batch")
 
@@ -97,6 +103,8 @@ class CLIP(Objective, name="clip"):
 
     def forward(self, embeddings: Embeddings) -> Loss:
         t = learned_temperature(embeddings, self.config.temperature)
+        if self.config.reference:
+            embeddings = in_excess(embeddings)
         images = (embeddings.image, *embeddings.image_views[: self.config.omega])
         texts = (embeddings.text, *embeddings.text_views[: self.config.omega])
         rows, negatives = groups(embeddings.image, self.config.group_size)

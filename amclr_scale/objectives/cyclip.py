@@ -94,7 +94,7 @@ def cyclic_sum(image: Tensor, text: Tensor, lambda_in: float, lambda_cross: floa
     with torch.autocast(image.device.type, enabled=False):
         with torch.no_grad():
             s, r = image + text, image - text
-            p, q = _symmetric(s), _symmetric(r)  # (D, D)
+            p, q = symmetric(s), symmetric(r)  # (D, D)
             value = both * (p * q).sum()
             to_s, to_r = s @ (2 * both * q), r @ (2 * both * p)  # (b, D), the gradient of value
             if apart:
@@ -107,7 +107,7 @@ def cyclic_sum(image: Tensor, text: Tensor, lambda_in: float, lambda_cross: floa
         return value + all_sum(linear - linear.detach())
 
 
-def _symmetric(x: Tensor) -> Tensor:
+def symmetric(x: Tensor) -> Tensor:
     """The product gram(x, x), of which the lower left quarter is the upper right one: three quarters of the work."""
     half = x.shape[1] // 2
     top, corner = gram(x[:, :half], x), gram(x[:, half:], x[:, half:])

@@ -13,12 +13,13 @@ With h_ij = s_ij - s_ii over the negatives j != i of the batch (images i against
 Numerics: u is kept as log u, so the ratio never exceeds 1 / gamma and never starves (estimator.py).
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from torch import Tensor
 
-from amclr_scale.declarations import Equal
+from amclr_scale.declarations import Equal, read_by_masks
 from amclr_scale.objectives.base import Layout, numbers, require
 from amclr_scale.objectives.estimator import (
     Average,
@@ -30,6 +31,7 @@ from amclr_scale.objectives.estimator import (
     two_visits,
 )
 from amclr_scale.objectives.masking import refuse_masks
+from amclr_scale.objectives.reference import check_reference, in_excess
 from amclr_scale.types import Embeddings, Loss
 
 
@@ -43,17 +45,24 @@ class SogCLR(KeepsEstimates, name="sogclr"):
         temperature: float = 0.07  # fixed, shared by all samples
         surrogate: Literal["none", "squared_hinge"] = "none"  # squared_hinge: max(0, h + margin)^2 in place of h
         margin: float = 1.0  # c of the squared hinge
+        reference: bool = False  # similarities count in excess of a frozen model's, as in drrho
 
         def __post_init__(self) -> None:
             require(self.temperature > 0, "temperature", "a positive number", self.temperature)
             super().__post_init__()
             refuse_masks(self, self.surrogate != "none")
+            check_reference(self, self.reference)
 
     config: Config
 
     @staticmethod
+    def inputs_of(options: Any) -> Mapping[str, Any]:
+        referred = {"image_reference": options.reference, "text_reference": options.reference}
+        return {**read_by_masks(options), "ids": True, **referred}
+
+    @staticmethod
     def equals(options: Any, B: int) -> Equal | None:
-        if options.gamma < 1 or options.gamma_schedule == "scent" or options.surrogate != "none":
+        if options.reference or options.gamma < 1 or options.gamma_schedule == "scent" or options.surrogate != "none":
             return None
         same = {key: getattr(options, key) for key in ("temperature", "mask_duplicates", "false_negative_margin")}
         return Equal("dcl", same, "at gamma = 1 SogCLR's gradient is DCL's times the temperature")
@@ -67,6 +76,8 @@ class SogCLR(KeepsEstimates, name="sogclr"):
     def forward(self, embeddings: Embeddings) -> Loss:
         config = self.config
         t = config.temperature
+        if config.reference:
+            embeddings = in_excess(embeddings)
         margin = config.margin if config.surrogate != "none" else None
         sides = centred(embeddings.image, embeddings.text, t, self.masks(embeddings), margin=margin)
 

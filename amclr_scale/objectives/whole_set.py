@@ -9,14 +9,20 @@ A moving average per sample promises that batches of B stand in for the data set
     bias, noise   two estimates g, g' share what all batches get wrong but not the luck of the draw, so for independent
                   partitions mean(g . g') is |E g|^2, without noise, and mean(g . G) is E g . G
 
+    ages          the error of samples by how long ago their last visit was: what a moving average pays for memory
+
 `cosine` is that of one estimate with G, noise and all; `expected_cosine` is that of E g, what a step size that goes to
 zero follows. Both are 1 where B = K, for any objective, once its state has been visited or where it has none. Where
 rows of features are stored for every sample, those of G are the present ones of the K samples.
+
+`bias` is |E g - G| / |G| and `noise` the standard deviation of one estimate, sqrt(E |g - E g|^2) / |G|. All of it is
+also had of the gradient of the parameters of the last layer, a linear function of the embeddings' one (`layer`).
 
 Numerics: products of gradients are summed in float64.
 """
 
 import math
+from collections.abc import Callable
 from typing import TypeGuard
 
 import torch
@@ -28,7 +34,10 @@ from amclr_scale.objectives.sample_state import SampleState
 from amclr_scale.similarity import all_gather, all_sum, rank, world_size
 from amclr_scale.types import Embeddings, is_shared, takes_gradient
 
+Gradient = dict[str, Tensor]  # by flat name
+
 SIDES = ("image", "text")
+TENTHS = 10
 ESTIMATE = "log_u"  # the column that a batch estimates; others (temperatures) are what they are
 
 
@@ -40,6 +49,8 @@ def compare_with_whole_set(
     global_batch_size: int,
     partitions: int = 2,
     seed: int = 0,
+    ages: Tensor | None = None,
+    layer: Callable[[Gradient], Gradient] | None = None,
 ) -> dict[str, float]:
     """Compare stored averages and gradients of batches with those of all K samples as one batch.
 
@@ -52,13 +63,18 @@ def compare_with_whole_set(
         global_batch_size: B; divides K, and is a multiple of the number of ranks.
         partitions: random ones, at least 2.
         seed: of the partitions.
+        ages: (K,) of any unit, how long ago each sample was visited; negative: never.
+        layer: a linear map of gradients with respect to all K rows of every view, such as that to the gradient of the
+            last layer's parameters; the same on every rank.
 
     Returns:
         For an objective with averages per sample `estimator_error`, the median of |u - g| / g, `estimator_error_p90`,
         its 90th percentile (the mean says little: g may be tiny), `estimator_log_ratio`, the mean of log(u / g), all
         over entries that were visited, and `estimator_visited`, their share. For every objective `gradient_cosine`,
         `gradient_norm_ratio` |g| / |G|; `expected_gradient_cosine`, `expected_gradient_norm_ratio` of E g, left out
-        where the estimates of E g contradict one another.
+        where the estimates of E g contradict one another; `gradient_bias` and `gradient_noise`. With `layer` the same
+        numbers of what it makes, `layer_gradient_cosine` and so on. With `ages`, `estimator_error_age_1` to `_10`: the
+        median error of the tenth of the samples that were visited last, to that of those visited longest ago.
     """
     ids, text_ids = embeddings.ids, embeddings.text_ids
     assert ids is not None, "the probe gives every sample its id"
@@ -73,7 +89,7 @@ def compare_with_whole_set(
     if whole.stores_features:
         _gradient(whole, embeddings, [everything], rows)  # what it stores is then of the present
     G = _gradient(whole, embeddings, [everything], rows)
-    found = _estimator_error([(stored[side], _column(whole, side, rows[side])) for side in SIDES])
+    found = _estimator_error([(stored[side], _column(whole, side, rows[side])) for side in SIDES], ages)
 
     generator = torch.Generator().manual_seed(seed)
     was_training = objective.training
@@ -85,7 +101,15 @@ def compare_with_whole_set(
         ]
     finally:
         objective.train(was_training)
-    return found | _likeness(G, gs)
+    found |= _likeness(G, gs)
+    if layer is not None:
+        of_layer = _likeness(layer(G), [layer(g) for g in gs])
+        found |= {_of_layer(key): value for key, value in of_layer.items()}
+    return found
+
+
+def _of_layer(key: str) -> str:
+    return key.replace("gradient", "layer_gradient", 1)
 
 
 def _carry_over(objective: Objective, whole: Objective, side: str, ids: Tensor, rows: Tensor) -> Tensor | None:
@@ -112,14 +136,15 @@ def _estimates(state: object) -> TypeGuard[SampleState]:
     return isinstance(state, SampleState) and ESTIMATE in state.columns
 
 
-def _estimator_error(sides: list[tuple[Tensor | None, Tensor | None]]) -> dict[str, float]:
-    log_ratios: list[Tensor] = []  # log(u / g), of every sample and entry; -inf where never visited
+def _estimator_error(sides: list[tuple[Tensor | None, Tensor | None]], ages: Tensor | None) -> dict[str, float]:
+    log_ratios: list[Tensor] = []  # (K, width) each: log(u / g), -inf where never visited
     for log_u, log_g in sides:
         if log_u is not None and log_g is not None:
-            log_ratios.append((log_u.reshape(len(log_u), -1) - log_g.reshape(len(log_g), -1)).flatten())
+            log_ratios.append(log_u.reshape(len(log_u), -1) - log_g.reshape(len(log_g), -1))
     if not log_ratios:
         return {}
-    log_ratio = torch.cat(log_ratios).double()
+    by_sample = torch.cat(log_ratios, 1).double()
+    log_ratio = by_sample.flatten()
     visited = log_ratio.isfinite()
     share = {"estimator_visited": visited.double().mean()}
     if not visited.any():
@@ -128,8 +153,24 @@ def _estimator_error(sides: list[tuple[Tensor | None, Tensor | None]]) -> dict[s
     error = log_ratio.expm1().abs()
     return dict(numbers(
         estimator_error=_percentile(error, 50), estimator_error_p90=_percentile(error, 90),
-        estimator_log_ratio=log_ratio.mean(), **share,
+        estimator_log_ratio=log_ratio.mean(), **share, **({} if ages is None else _by_age(by_sample, ages)),
     ))  # fmt: skip
+
+
+def _by_age(log_ratios: Tensor, ages: Tensor) -> dict[str, Tensor]:
+    """The median error of each tenth of the visited samples, the youngest first; nothing for fewer than ten.
+
+    Args:
+        log_ratios: (K, entries of a sample).
+        ages: (K,), negative where never visited.
+    """
+    visited = (ages >= 0) & log_ratios.isfinite().all(1)
+    order = ages[visited].argsort(stable=True)
+    if len(order) < TENTHS:
+        return {}
+    errors = log_ratios[visited][order].expm1().abs()
+    tenths = errors.tensor_split(TENTHS)
+    return {f"estimator_error_age_{k}": _percentile(x.flatten(), 50) for k, x in enumerate(tenths, 1)}
 
 
 def _percentile(x: Tensor, percent: float) -> Tensor:
@@ -137,9 +178,7 @@ def _percentile(x: Tensor, percent: float) -> Tensor:
     return x.kthvalue(max(1, math.ceil(percent / 100 * len(x)))).values
 
 
-def _gradient(
-    objective: Objective, embeddings: Embeddings, batches: list[Tensor], ids: dict[str, Tensor]
-) -> dict[str, Tensor]:
+def _gradient(objective: Objective, embeddings: Embeddings, batches: list[Tensor], ids: dict[str, Tensor]) -> Gradient:
     """Gradient of the mean over these batches with respect to all K rows of every view, the same on every rank.
 
     Args:
@@ -166,19 +205,27 @@ def _gradient(
     return {name: all_sum(x) for name, x in total.items()}
 
 
-def _dot(a: dict[str, Tensor], b: dict[str, Tensor]) -> Tensor:
+def _dot(a: Gradient, b: Gradient) -> Tensor:
     return torch.stack([(a[name].double() * b[name].double()).sum() for name in a]).sum()
 
 
-def _likeness(G: dict[str, Tensor], gs: list[dict[str, Tensor]]) -> dict[str, float]:
+def _likeness(G: Gradient, gs: list[Gradient]) -> dict[str, float]:
     norm = _dot(G, G).sqrt()
     norms = torch.stack([_dot(g, g).sqrt() for g in gs])
     along = torch.stack([_dot(g, G) for g in gs]) / norm  # component of each estimate in the direction of G
     found = dict(numbers(gradient_cosine=(along / norms).mean(), gradient_norm_ratio=norms.mean() / norm))
     pairs = [(i, j) for i in range(len(gs)) for j in range(i)]
     squared = float(torch.stack([_dot(gs[i], gs[j]) for i, j in pairs]).mean())  # of E g
+    length, shadow = float(norm), float(along.mean())  # |G|, and E g . G / |G|
+    variance, off = float(norms.square().mean()) - squared, squared - 2 * shadow * length + length**2
+    found |= {"gradient_noise": _root(variance) / length, "gradient_bias": _root(off) / length}
     if squared > 0:
         expected = math.sqrt(squared)
         found["expected_gradient_cosine"] = float(along.mean()) / expected
         found["expected_gradient_norm_ratio"] = expected / float(norm)
     return found
+
+
+def _root(x: float) -> float:
+    """Of a square that is only estimated, and may come out below 0."""
+    return math.sqrt(max(x, 0.0))

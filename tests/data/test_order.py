@@ -1,6 +1,7 @@
 """The order of samples: every visit once, the same for every number of ranks, at any position at once."""
 
 from collections import Counter
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -50,6 +51,19 @@ def test_ranks_share_the_same_global_batch(order, m, step):
         assert len({len(part) for part in parts}) == 1
         np.testing.assert_array_equal(np.concatenate([part.ids for part in parts]), whole.ids)
         np.testing.assert_array_equal(np.concatenate([part.passes for part in parts]), whole.passes)
+
+
+@settings(deadline=None, max_examples=40)
+@given(orders(), st.integers(1, 3), st.integers(0, 25), st.integers(1, 40))
+def test_last_visits_are_those_of_the_steps_before(order, m, step, look_back):
+    B, N = m * order.lanes, int(order.samples_per_epoch)
+    want = {}
+    for number in range(step):
+        want |= dict.fromkeys(order.batch(number, B).ids.tolist(), number)
+    ids = np.random.default_rng(step).permutation(N)[: 1 + N // 2]
+    with mock.patch("amclr_scale.data.order._LOOK_BACK", look_back):
+        got = order.last_visits(ids, step, B)
+    assert got.tolist() == [want.get(i, -1) for i in ids.tolist()]
 
 
 @settings(deadline=None, max_examples=60)

@@ -48,6 +48,7 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
 ]
 COVERED = {  # made of what the others are made of
     "slip", "one_to_k", "siglip_plus", "debiased", "m2_mixup", "cacr", "siamlip", "negclip", "cwcl", "rankclip",
+    "vrns", "drrho",
 }  # fmt: skip
 VARIANTS += [(name, {}) for name in objectives.available() if name not in {*dict(VARIANTS), *COVERED}]
 

@@ -13,6 +13,7 @@ from amclr_scale.types import Embeddings
 from tests.objectives.harness import D, off_diagonal
 
 K, B, N, T = 12, 4, 30, 0.1
+AGES = torch.tensor([5, 3, 8, 1, 9, 9, 2, 30, 7, 4, 12, 6])  # steps since the visit of each sample
 IDS = torch.randperm(N, generator=torch.Generator().manual_seed(3))[:K]
 
 
@@ -48,7 +49,7 @@ def compare(name, options, *, train_on=None, batch=B, views=0, sample_state="rep
         objective(replace(train_on, **share))
     before = {key: value.clone() for key, value in objective.state_dict().items()}
     whole = objectives.create(name, **{**options, **objective.whole_set_options, "num_samples": K})
-    found = compare_with_whole_set(objective, whole, embeddings(1, views), global_batch_size=batch)
+    found = compare_with_whole_set(objective, whole, embeddings(1, views), global_batch_size=batch, ages=AGES)
     after = objective.state_dict()
     assert objective.training
     assert all(torch.equal(after[key], value) for key, value in before.items())
@@ -82,7 +83,13 @@ def dense_sogclr(gamma=0.3):
     gs = [gradient(torch.randperm(K, generator=orders).split(B), u) for _ in range(2)]
     error = (u / g - 1).abs().flatten().sort().values
     squared = (gs[0] @ gs[1]).item()
-    return {
+    onto = sum((x @ G).item() for x in gs) / 2
+    order = AGES.argsort(stable=True)
+    tenths = [(u / g - 1).abs()[:, rows].T.flatten().sort().values for rows in order.tensor_split(10)]
+    ages = {f"estimator_error_age_{k}": x[math.ceil(len(x) / 2) - 1].item() for k, x in enumerate(tenths, 1)}
+    return ages | {
+        "gradient_bias": math.sqrt(max(squared - 2 * onto + (G @ G).item(), 0)) / G.norm().item(),
+        "gradient_noise": math.sqrt(sum((x @ x).item() for x in gs) / 2 - squared) / G.norm().item(),
         "estimator_error": error[K - 1].item(),  # of 2 K
         "estimator_error_p90": error[math.ceil(0.9 * 2 * K) - 1].item(),
         "estimator_log_ratio": (u / g).log().mean().item(),
@@ -111,19 +118,20 @@ def test_what_was_never_visited_has_no_error():
     assert "estimator_error" not in got
 
 
+ERRORS_BY_AGE = [f"estimator_error_age_{k}" for k in range(1, 11)]
 VISITED = {  # with these options the second visit of the same embeddings finds what the first one left
     "sogclr": {}, "isogclr": {"eta": 0.0}, "isogclr_net": {}, "fastclip": {"version": "v2", "temperature_lr": 0.0},
     "amclr": {}, "xamclr": {}, "amclr_dro": {"eta": 0.0}, "xamclr_dro": {"eta": 0.0}, "onlineclr": {"gamma": 1.0},
     "clip": {}, "dcl": {}, "dclw": {}, "uniformity": {}, "siglip": {}, "cyclip": {}, "vicreg": {},
     "simclr": {}, "slip": {}, "supcon": {"positives": "text"}, "decoupled": {"positives": "text"}, "one_to_k": {},
     "siglip_plus": {"positives": "text"}, "debiased": {}, "gram": {}, "m2_mixup": {}, "cacr": {}, "rankclip": {},
-    "scent": {}, "full_bank": {},
+    "scent": {}, "vrns": {"target": -0.03}, "full_bank": {},
 }  # fmt: skip
 
 
 def test_every_objective_is_here():
     others = {"fifo_bank", "momentum_queue"}  # what they hold is of other batches
-    others |= {"swav", "siamlip", "barlip", "negclip", "cwcl"}  # they read more than these embeddings have
+    others |= {"swav", "siamlip", "barlip", "negclip", "cwcl", "drrho"}  # they read more than these embeddings have
     assert set(VISITED) | others == set(objectives.available())
 
 
@@ -134,8 +142,10 @@ def test_a_batch_of_all_samples_is_the_whole_set(name):
     ours = dict(got)
     if "estimator_visited" in got:
         assert ours.pop("estimator_visited") == 1
-        for key in ("estimator_error", "estimator_error_p90", "estimator_log_ratio"):
+        for key in ("estimator_error", "estimator_error_p90", "estimator_log_ratio", *ERRORS_BY_AGE):
             assert ours.pop(key) == pytest.approx(0, abs=1e-6)
+    for key in ("gradient_bias", "gradient_noise"):
+        assert ours.pop(key) == pytest.approx(0, abs=3e-4)
     assert set(ours) == {f"{kind}gradient_{what}" for kind in ("", "expected_") for what in ("cosine", "norm_ratio")}
     assert ours == pytest.approx(dict.fromkeys(ours, 1.0), rel=1e-6)
 

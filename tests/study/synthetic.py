@@ -192,6 +192,7 @@ def probed(arm: str, batch: int, seed: int, samples: int) -> dict[str, float | N
         return gradient
     error = 64 / batch * 0.01**share * (1 + seed / 10)
     return {"probe/estimator_error": error, "probe/estimator_error_p90": 3 * error,
+            **{f"probe/estimator_error_age_{k}": error * k for k in range(1, 11)},
             "probe/estimator_log_ratio": -error / 2, "probe/estimator_visited": share, **gradient}  # fmt: skip
 
 

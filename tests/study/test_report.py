@@ -158,6 +158,8 @@ def test_the_probe_is_drawn_over_epochs_and_batch_sizes(folder, markdown):
     ]
     assert [float(row["estimator_error"]) for row in curve] == pytest.approx(truth)
     assert [float(row["epochs"]) for row in curve] == pytest.approx([0.415, 0.83, 1.245, 1.66])
+    ages = [row for row in read("probe_error_by_age") if row["global_batch_size"] == "256"]
+    assert [float(row["estimator_error"]) / truth[-1] for row in ages] == pytest.approx(range(1, 11))
     interval = estimate([synthetic.probed("amclr", 256, seed, 8192)["probe/gradient_cosine"] for seed in (0, 1, 2)])
     last = {(row["title"], row["global_batch_size"]): row for row in read("probe_last")}
     by_batch = {(row["title"], row["global_batch_size"]): row for row in read("probe_gradient_by_batch")}

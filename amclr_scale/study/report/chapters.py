@@ -213,6 +213,8 @@ def against_whole_set(report: Document, groups: Sequence[Group], looks: Looks) -
             "- *Expected*: the mean over all ways to draw the batches, estimated from random partitions. What is left "
             "is bias, which every batch has; the rest of the distance is the luck of the draw, which later steps even "
             "out.",
+            "- *Bias* and *noise*: |E g - G| and the standard deviation of one estimate, over |G|. *Last layer*: of "
+            "the gradient of the parameters of the linear layer in which each encoder's head ends.",
             "- Every method is held against its own objective on all K samples, not against the others'. One without "
             "averages is held against a batch of K.",
         ]),
@@ -224,6 +226,7 @@ def against_whole_set(report: Document, groups: Sequence[Group], looks: Looks) -
         probe_figures.DRIFT_IMAGE, probe_figures.DRIFT_TEXT,
     ):  # fmt: skip
         report.figure(probe_figures.curve(probed, looks, quantity))
+    report.figure(probe_figures.by_age(probed, looks))
 
 
 def checks(report: Document, study: Study, first: Analysed) -> None:

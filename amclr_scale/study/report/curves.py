@@ -106,7 +106,7 @@ def panels(
         panel: the column that has a panel per value.
         line: the column that has a line per value, `title` or `global_batch_size`.
         label: of the y axis.
-        by: the column on the x axis, `samples` or `epochs`.
+        by: the column on the x axis, `samples`, `epochs` or another.
         log: whether the y axis is logarithmic.
     """
     if not rows:

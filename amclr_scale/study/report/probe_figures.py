@@ -49,13 +49,23 @@ EXPECTED_COSINE = Quantity("expected_gradient_cosine", "cosine, expected gradien
 EXPECTED_NORM = Quantity(
     "expected_gradient_norm_ratio", "norm over the whole set's, expected gradient", "norm ratio, expected", ".3f"
 )
+BIAS = Quantity("gradient_bias", "bias over the whole set's norm", "bias", ".3f", ideal=0.0)
+NOISE = Quantity("gradient_noise", "deviation of one estimate over the whole set's norm", "noise", ".3f", ideal=0.0)
+LAYER_COSINE = Quantity("layer_gradient_cosine", "cosine, last layer's parameters", "cosine, last layer", ".4f")
+LAYER_EXPECTED_COSINE = Quantity(
+    "layer_expected_gradient_cosine", "cosine, expected, last layer's parameters", "expected, last layer", ".4f"
+)
 DRIFT_IMAGE, DRIFT_TEXT = (
     Quantity(f"drift_{side}", f"squared movement of {side} embeddings", f"drift, {side}", ideal=0.0)
     for side in ("image", "text")
 )  # since the measurement before
 QUANTITIES = (
-    ERROR, ERROR_P90, LOG_RATIO, VISITED, COSINE, NORM, EXPECTED_COSINE, EXPECTED_NORM, DRIFT_IMAGE, DRIFT_TEXT
+    ERROR, ERROR_P90, LOG_RATIO, VISITED, COSINE, NORM, EXPECTED_COSINE, EXPECTED_NORM, BIAS, NOISE,
+    LAYER_COSINE, LAYER_EXPECTED_COSINE, DRIFT_IMAGE, DRIFT_TEXT,
 )  # fmt: skip
+TENTHS = tuple(
+    Quantity(f"estimator_error_age_{k}", f"error, {k} of ten by age", f"age {k}", ideal=0.0) for k in range(1, 11)
+)  # of the samples: those visited last, to those visited longest ago
 BY_BATCH = ((COSINE, NORM), (EXPECTED_COSINE, EXPECTED_NORM))
 WIDE_RANGE = 20.0  # largest over smallest value from which an axis is logarithmic
 
@@ -112,6 +122,25 @@ def curve(groups: Sequence[Group], looks: Looks, quantity: Quantity) -> Figure |
         by="epochs",
         log=wide,
     )
+
+
+def by_age(groups: Sequence[Group], looks: Looks) -> Figure | None:
+    """The last error of averages by the age of a sample's last visit; None where nobody logged it."""
+    rows: list[dict[str, Any]] = []
+    for group in groups:
+        for number, quantity in enumerate(TENTHS, 1):
+            if one := last(group, quantity):
+                rows.append(
+                    {"title": group.title, "global_batch_size": group.global_batch_size, "age": number,
+                     **columns_of(ERROR.key, one)}
+                )  # fmt: skip
+    return panels(
+        "probe_error_by_age",
+        "Relative error of u at the end, median over samples, by the age of the last visit in tenths of the samples: 1 "
+        "was visited last, 10 longest ago; mean over seeds.",
+        [{**row, "y": row[ERROR.key]} for row in rows], rows,
+        panel="global_batch_size", line="title", label=ERROR.words, looks=looks, by="age",
+    )  # fmt: skip
 
 
 def by_batch(groups: Sequence[Group], looks: Looks) -> Figure | None:
