@@ -52,8 +52,6 @@ class VRNS(Objective, name="vrns"):
             require(self.weight >= 0, "weight", "a weight of at least 0", self.weight)
             within = self.target is None or -1 <= self.target < 1
             require(within, "target", "a similarity in [-1, 1), or null", self.target)
-            several = self.target is not None or self.num_samples > 1
-            require(several, "num_samples", "at least 2, the size of the data set", self.num_samples)
 
     config: Config
 
@@ -61,7 +59,7 @@ class VRNS(Objective, name="vrns"):
         config = self.config
         t, masks = learned_temperature(embeddings, config.temperature), self.masks(embeddings).of()
         clip = softmax_loss(contrast(embeddings.image, embeddings.text, temperature=t, centred=True, **masks))
-        delta = -1 / (config.num_samples - 1) if config.target is None else config.target
+        delta = -1 / max(config.num_samples - 1, 1) if config.target is None else config.target
         spread = deviation(embeddings.image, embeddings.text, delta)
         loss = clip + config.weight * spread
         return Loss(loss, numbers(objective=loss, clip=clip, negative_spread=spread, temperature=t))
