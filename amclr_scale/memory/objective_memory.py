@@ -31,10 +31,9 @@ from amclr_scale import objectives
 from amclr_scale.config.objective_options import declared
 from amclr_scale.declarations import KINDS
 from amclr_scale.memory.tracker import Tracker
-from amclr_scale.objectives.banks.bank import Bank
 from amclr_scale.objectives.base import Layout, Objective
-from amclr_scale.objectives.sample_state import SampleState
 from amclr_scale.objectives.staging import forgotten
+from amclr_scale.objectives.table import tables_of
 from amclr_scale.similarity import settings
 from amclr_scale.similarity.blocks import Workspace
 from amclr_scale.similarity.settings import Distribution, Gather
@@ -144,10 +143,7 @@ def _bytes_per_sample(key: str, width: int | None) -> int:
         made = create(key, 1, "replicated", None)
         if width is not None:
             made.allocate(width)
-    tables = [module for module in made.modules() if isinstance(module, SampleState)]
-    banks = [module for module in made.modules() if isinstance(module, Bank) and module.size]
-    of_tables = sum(sum(column.nbytes // len(column) for column in table.buffers()) + 8 for table in tables)
-    return of_tables + sum((width or 0) * bank.dtype.itemsize + 16 for bank in banks)  # features, id, slot
+    return sum(table.staged_bytes(width or 0) for table in tables_of(made))
 
 
 def _key(objective: dict[str, Any]) -> str:

@@ -13,36 +13,29 @@ Numerics: columns are centred before they are multiplied; P x P sums in float32,
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor, nn
 
 from amclr_scale.objectives.base import (
-    Objective,
     at_least_float32,
     global_batch_size,
-    learned_temperature,
-    numbers,
     require,
 )
-from amclr_scale.objectives.clip import check_temperature, softmax_loss
-from amclr_scale.objectives.masking import MaskOptions
+from amclr_scale.objectives.beside_clip import BesideCLIP, BesideOptions
 from amclr_scale.objectives.siamlip import Heads
-from amclr_scale.similarity import column_mean, contrast, gram
+from amclr_scale.similarity import column_mean, gram
 from amclr_scale.types import Embeddings, Loss
 
 LEAST = 1e-5  # added to variances
 
 
-class BarLIP(Objective, name="barlip"):
+class BarLIP(BesideCLIP, name="barlip"):
     """Cross-correlation of the two modalities' coordinates, without negatives."""
 
     @dataclass(frozen=True, kw_only=True)
-    class Config(MaskOptions):
+    class Config(BesideOptions):
         """Options of `barlip`."""
 
-        temperature: float | None = None  # of CLIP's part: fixed; null: learned, 1 / logit_scale
-        clip: float = 1.0  # weight of CLIP's part; 0: no negatives at all
         weight: float = 0.025  # weight of the correlations
         redundancy: float = 0.005  # of the correlations between different coordinates, beside 1
         coordinates: int = 8192  # P, coordinates that are compared
@@ -50,17 +43,12 @@ class BarLIP(Objective, name="barlip"):
 
         def __post_init__(self) -> None:
             super().__post_init__()
-            check_temperature(self.temperature)
             for key in ("clip", "weight", "redundancy"):
                 require(getattr(self, key) >= 0, key, "a weight of at least 0", getattr(self, key))
             for key in ("coordinates", "hidden"):
                 require(getattr(self, key) > 0, key, "at least 1", getattr(self, key))
 
     config: Config
-
-    @staticmethod
-    def negatives_of(options: Any, B: int) -> int:
-        return B - 1 if options.clip else 0
 
     @staticmethod
     def model_parts(options: Config, width: int) -> nn.Module:
@@ -74,12 +62,7 @@ class BarLIP(Objective, name="barlip"):
         own = correlations.diagonal()
         others = correlations.square().sum() - own.square().sum()
         decorrelation = (own - 1).square().sum() + config.redundancy * others
-        loss, found = config.weight * decorrelation, {"decorrelation": decorrelation}
-        if config.clip:
-            t, masks = learned_temperature(embeddings, config.temperature), self.masks(embeddings).of()
-            clip = softmax_loss(contrast(embeddings.image, embeddings.text, temperature=t, centred=True, **masks))
-            loss, found = loss + config.clip * clip, {**found, "clip": clip}
-        return Loss(loss, numbers(objective=loss, **found))
+        return self.with_clip(embeddings, config.weight, decorrelation=decorrelation)
 
 
 def standard(x: Tensor) -> Tensor:

@@ -21,15 +21,16 @@ from torch import Tensor
 from amclr_scale.distributed import collectives
 from amclr_scale.distributed.purpose import purpose
 from amclr_scale.errors import UserError
-from amclr_scale.objectives.base import FullPrecision, Layout
+from amclr_scale.objectives.base import Layout
 from amclr_scale.objectives.staging import when_applied
+from amclr_scale.objectives.table import Table
 
 REPLICATED_BYTES = 256 * 2**20  # "auto" shards a state that is larger than this
 
 STATE = "per-sample state"  # the purpose of its messages
 
 
-class SampleState(FullPrecision):
+class SampleState(Table):
     """A table of N rows with named columns, held as buffers.
 
     Columns are float32, and become float64 the first time that float64 embeddings visit.
@@ -73,6 +74,9 @@ class SampleState(FullPrecision):
         shape = (rows, width) if width else (rows,)
         for name, initial in columns.items():
             self.register_buffer(name, torch.full(shape, initial, dtype=torch.float32))
+
+    def staged_bytes(self, width: int) -> int:
+        return sum(column.nbytes // len(column) for column in self.buffers()) + 8  # its columns, and which row
 
     @purpose(STATE)
     def visit(self, ids: Tensor, dtype: torch.dtype = torch.float32) -> "Visit":

@@ -19,10 +19,8 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from amclr_scale.objectives.base import Objective, at_least_float32, learned_temperature, numbers, require
-from amclr_scale.objectives.clip import check_temperature, softmax_loss
-from amclr_scale.objectives.masking import MaskOptions
-from amclr_scale.similarity import contrast
+from amclr_scale.objectives.base import at_least_float32, require
+from amclr_scale.objectives.beside_clip import BesideCLIP, BesideOptions
 from amclr_scale.types import Embeddings, Loss
 
 
@@ -42,30 +40,23 @@ class Heads(nn.Module):
         return {f"{side}_{self.name}": head(outputs[side]) for side, head in sides if side in outputs}
 
 
-class SiamLIP(Objective, name="siamlip"):
+class SiamLIP(BesideCLIP, name="siamlip"):
     """Prediction of the other modality's embedding, without negatives."""
 
     @dataclass(frozen=True, kw_only=True)
-    class Config(MaskOptions):
+    class Config(BesideOptions):
         """Options of `siamlip`."""
 
-        temperature: float | None = None  # of CLIP's part: fixed; null: learned, 1 / logit_scale
-        clip: float = 1.0  # weight of CLIP's part; 0: no negatives at all
         predict_weight: float = 1.0  # weight of the prediction
         hidden: int = 2048  # width of the predictors' inner layer
 
         def __post_init__(self) -> None:
             super().__post_init__()
-            check_temperature(self.temperature)
             for key in ("clip", "predict_weight"):
                 require(getattr(self, key) >= 0, key, "a weight of at least 0", getattr(self, key))
             require(self.hidden > 0, "hidden", "a width of at least 1", self.hidden)
 
     config: Config
-
-    @staticmethod
-    def negatives_of(options: Any, B: int) -> int:
-        return B - 1 if options.clip else 0
 
     @staticmethod
     def model_parts(options: Config, width: int) -> nn.Module:
@@ -76,9 +67,4 @@ class SiamLIP(Objective, name="siamlip"):
         pairs = ((embeddings.image_predicted, embeddings.text), (embeddings.text_predicted, embeddings.image))
         missed = [2 - 2 * F.cosine_similarity(at_least_float32(p), at_least_float32(x.detach())) for p, x in pairs]
         predict = (missed[0] + missed[1]).mean() / 2
-        loss, found = config.predict_weight * predict, {"predict": predict}
-        if config.clip:
-            t, masks = learned_temperature(embeddings, config.temperature), self.masks(embeddings).of()
-            clip = softmax_loss(contrast(embeddings.image, embeddings.text, temperature=t, centred=True, **masks))
-            loss, found = loss + config.clip * clip, {**found, "clip": clip}
-        return Loss(loss, numbers(objective=loss, **found))
+        return self.with_clip(embeddings, config.predict_weight, predict=predict)

@@ -25,10 +25,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from amclr_scale.objectives.base import Objective, at_least_float32, learned_temperature, numbers, require
-from amclr_scale.objectives.clip import check_temperature, softmax_loss
-from amclr_scale.objectives.masking import MaskOptions
-from amclr_scale.similarity import all_gather, contrast
+from amclr_scale.objectives.base import at_least_float32, require
+from amclr_scale.objectives.beside_clip import BesideCLIP, BesideOptions
+from amclr_scale.similarity import all_gather
 from amclr_scale.types import Embeddings, Loss
 
 
@@ -43,15 +42,13 @@ class Prototypes(nn.Module):
         return {"shared": {"prototypes": self.prototypes}}
 
 
-class SwAV(Objective, name="swav"):
+class SwAV(BesideCLIP, name="swav"):
     """Swapped prediction of cluster assignments between images and texts, beside CLIP or alone."""
 
     @dataclass(frozen=True, kw_only=True)
-    class Config(MaskOptions):
+    class Config(BesideOptions):
         """Options of `swav`."""
 
-        temperature: float | None = None  # of CLIP's part: fixed; null: learned, 1 / logit_scale
-        clip: float = 1.0  # weight of CLIP's part; 0: no negatives at all
         swap_weight: float = 0.2  # weight of the swapped prediction
         swap_temperature: float = 0.1  # of predictions
         prototypes: int = 3000  # K
@@ -61,7 +58,6 @@ class SwAV(Objective, name="swav"):
 
         def __post_init__(self) -> None:
             super().__post_init__()
-            check_temperature(self.temperature)
             for key in ("clip", "swap_weight", "freeze_epochs"):
                 require(getattr(self, key) >= 0, key, "a number of at least 0", getattr(self, key))
             for key in ("swap_temperature", "epsilon"):
@@ -70,10 +66,6 @@ class SwAV(Objective, name="swav"):
             require(self.iterations > 0, "iterations", "at least 1", self.iterations)
 
     config: Config
-
-    @staticmethod
-    def negatives_of(options: Any, B: int) -> int:
-        return B - 1 if options.clip else 0
 
     @staticmethod
     def model_parts(options: Config, width: int) -> nn.Module:
@@ -93,12 +85,7 @@ class SwAV(Objective, name="swav"):
                 for code, s in zip(reversed(codes), scores, strict=True)
             ]
         swap = (terms[0] + terms[1]).mean() / 2
-        loss, found = config.swap_weight * swap, {"swap": swap}
-        if config.clip:
-            t, masks = learned_temperature(embeddings, config.temperature), self.masks(embeddings).of()
-            clip = softmax_loss(contrast(image, text, temperature=t, centred=True, **masks))
-            loss, found = loss + config.clip * clip, {**found, "clip": clip}
-        return Loss(loss, numbers(objective=loss, **found))
+        return self.with_clip(embeddings, config.swap_weight, swap=swap)
 
 
 def assignments(logits: Tensor, iterations: int) -> Tensor:

@@ -26,9 +26,9 @@ from amclr_scale.config.objective_options import declared
 from amclr_scale.distributed import collectives
 from amclr_scale.distributed.purpose import current_purpose
 from amclr_scale.memory.objective_memory import Widths, create, random_embeddings
-from amclr_scale.objectives.banks.bank import Bank
 from amclr_scale.objectives.base import Layout
 from amclr_scale.objectives.staging import forgotten
+from amclr_scale.objectives.table import tables_of
 from amclr_scale.planner.messages import Message, MessageCounter, Messages
 from amclr_scale.similarity import settings
 from amclr_scale.similarity.settings import Distribution, Gather
@@ -155,7 +155,7 @@ def _run(
     try:
         torch.set_num_threads(1)  # what runs here is small
         made = create(key, num_samples, layout, group_size)
-        slots = max((bank.size for bank in made.modules() if isinstance(bank, Bank)), default=0)
+        slots = max((table.slots for table in tables_of(made)), default=0)
         made.rehearse(width, max(slots, ROWS[-1] * world_size))
         embeddings = random_embeddings(made, rows, width, world_size, dict(references))
         there = mock.patch.object(collectives, "exchanges_sums", return_value=device_type == "cpu")

@@ -41,9 +41,9 @@ from amclr_scale.engine.batch_plan import Plan, make_plan
 from amclr_scale.memory.passes import gathers
 from amclr_scale.memory.towers import skeleton
 from amclr_scale.memory.units import in_words
-from amclr_scale.objectives.banks.bank import Bank
 from amclr_scale.objectives.base import Layout
-from amclr_scale.objectives.sample_state import REPLICATED_BYTES, SampleState
+from amclr_scale.objectives.sample_state import REPLICATED_BYTES
+from amclr_scale.objectives.table import tables_of
 from amclr_scale.planner.messages import Message, Messages
 from amclr_scale.planner.objective_traffic import ObjectiveTrace, trace_objective
 from amclr_scale.precision import DTYPES
@@ -143,7 +143,7 @@ def state_layout(config: Config, num_samples: int) -> Layout:
     with torch.device("meta"):
         made = objectives.from_section(config.objective, "replicated", num_samples=num_samples)
         made.allocate(config.model.embedding_width)
-    tables = [module for module in made.modules() if isinstance(module, SampleState | Bank)]
+    tables = tables_of(made)
     largest = max((sum(x.nbytes for x in table.buffers() if x.is_floating_point()) for table in tables), default=0)
     return "sharded" if largest > REPLICATED_BYTES else "replicated"
 

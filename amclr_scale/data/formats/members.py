@@ -100,12 +100,7 @@ class Members:
         with partial.open("wb") as file:
             np.savez_compressed(
                 file,
-                row_start=self.row_start,
-                offset=self.offset,
-                size=self.size,
-                header=self.header,
-                extension=self.extension,
-                flag=self.flag,
+                **{name: getattr(self, name) for name in _COLUMNS},
                 extensions=np.array(self.extensions, dtype=np.str_),
                 damage=np.array(self.damage, dtype=np.str_),
                 digest=np.array(self.digest),

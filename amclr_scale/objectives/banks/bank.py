@@ -26,9 +26,10 @@ from torch import Tensor
 
 from amclr_scale.distributed import collectives
 from amclr_scale.distributed.purpose import purpose
-from amclr_scale.objectives.base import FullPrecision, Layout, require
+from amclr_scale.objectives.base import Layout, require
 from amclr_scale.objectives.sample_state import REPLICATED_BYTES, STATE
 from amclr_scale.objectives.staging import is_staged, when_applied
+from amclr_scale.objectives.table import Table
 
 Init = Literal["empty", "batch", "randn", "rand", "zeros"]
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -38,7 +39,7 @@ TABLES = ("features", "ids", "written")
 AT_ONCE = 4096  # random rows that are made at a time, whatever the layout
 
 
-class Bank(FullPrecision):
+class Bank(Table):
     """M slots as buffers: features (M, D), ids (M,) int64, and the step (M,) int64 that has written each.
 
     Where the width is not given, they are made when the first features or a checkpoint come.
@@ -91,6 +92,13 @@ class Bank(FullPrecision):
         self.register_buffer("written", torch.zeros(rows, dtype=torch.int64, device=device))
         if self.init in ("randn", "rand") and device.type != "meta":
             self._draw()
+
+    @property
+    def slots(self) -> int:
+        return self.size
+
+    def staged_bytes(self, width: int) -> int:
+        return width * self.dtype.itemsize + 16 if self.size else 0  # features, id, slot
 
     def rehearse(self, width: int, slots: int) -> None:
         """Be a full bank of so many slots, for who asks what a step costs."""

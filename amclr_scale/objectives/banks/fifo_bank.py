@@ -20,22 +20,21 @@ away.
 Numerics: as in CLIP; the bank's rows join the same running log-sum.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 from amclr_scale.declarations import Equal
-from amclr_scale.objectives.banks.queues import BankOptions, Queues, ids_of, proximal
-from amclr_scale.objectives.base import Layout, Objective, learned_temperature, numbers, require
+from amclr_scale.objectives.banks.queues import BankOptions, KeepsQueues, ids_of, proximal
+from amclr_scale.objectives.base import learned_temperature, numbers, require
 from amclr_scale.objectives.clip import check_temperature, softmax_loss
 from amclr_scale.similarity import contrast
 from amclr_scale.types import Embeddings, Loss
 
 
-class FIFOBank(Objective, name="fifo_bank"):
+class FIFOBank(KeepsQueues, name="fifo_bank"):
     """CLIP with a bank of past features as further negatives, without gradient into them."""
 
-    stores_features = True
     whole_set_options: ClassVar[Mapping[str, Any]] = {"size": 0}
 
     @dataclass(frozen=True, kw_only=True)
@@ -70,21 +69,6 @@ class FIFOBank(Objective, name="fifo_bank"):
         if options.size:
             return None
         return Equal("clip", {"temperature": options.temperature}, "a bank without slots adds nothing")
-
-    @staticmethod
-    def mistakes_of(options: Any, B: int, b: int) -> Iterable[str]:
-        if 0 < options.size < B:
-            yield f"size: expected at least train.global_batch_size = {B} slots, or 0, got {options.size}"
-
-    def __init__(self, config: Config, sample_state: Layout = "auto") -> None:
-        super().__init__(config)
-        self.bank = Queues(config, sample_state)
-
-    def allocate(self, width: int) -> None:
-        self.bank.allocate(width)
-
-    def rehearse(self, width: int, slots: int) -> None:
-        self.bank.rehearse(width, slots)
 
     def forward(self, embeddings: Embeddings) -> Loss:
         t, ids = learned_temperature(embeddings, self.config.temperature), ids_of(embeddings)

@@ -18,7 +18,7 @@ Nothing of size b x B is kept: sum_j y_ij x_ij needs of the softmax only the mea
 t times the gradient of the teacher's own log-sum with respect to z^m_i. Numerics: as in CLIP.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -27,10 +27,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from amclr_scale.objectives.banks.count import Count
-from amclr_scale.objectives.banks.queues import BankOptions, Look, Queues, ids_of
+from amclr_scale.objectives.banks.queues import BankOptions, KeepsQueues, Look, ids_of
 from amclr_scale.objectives.base import (
     Layout,
-    Objective,
     at_least_float32,
     global_batch_size,
     learned_temperature,
@@ -44,10 +43,9 @@ from amclr_scale.types import Embeddings, Loss
 Pair = tuple[Tensor, Tensor]  # of images and of texts
 
 
-class MomentumQueue(Objective, name="momentum_queue"):
+class MomentumQueue(KeepsQueues, name="momentum_queue"):
     """ALBEF's contrastive loss with a momentum encoder, queues and soft targets; MoCo at alpha = 0."""
 
-    stores_features = True
     whole_set_options: ClassVar[Mapping[str, Any]] = {"size": 0, "queue_only": False}
 
     @dataclass(frozen=True, kw_only=True)
@@ -80,14 +78,8 @@ class MomentumQueue(Objective, name="momentum_queue"):
         in_batch = 0 if options.queue_only else (B - 1) * (2 if options.in_batch_keys == "both" else 1)
         return in_batch + int(options.size)
 
-    @staticmethod
-    def mistakes_of(options: Any, B: int, b: int) -> Iterable[str]:
-        if 0 < options.size < B:
-            yield f"size: expected at least train.global_batch_size = {B} slots, or 0, got {options.size}"
-
     def __init__(self, config: Config, sample_state: Layout = "auto") -> None:
-        super().__init__(config)
-        self.bank = Queues(config, sample_state)
+        super().__init__(config, sample_state)
         self.samples = Count()
 
     @property
@@ -96,11 +88,8 @@ class MomentumQueue(Objective, name="momentum_queue"):
         ramp = self.config.alpha_ramp_samples
         return self.config.alpha * (min(1.0, self.samples.value / ramp) if ramp else 1.0)
 
-    def allocate(self, width: int) -> None:
-        self.bank.allocate(width)
-
     def rehearse(self, width: int, slots: int) -> None:
-        self.bank.rehearse(width, slots)
+        super().rehearse(width, slots)
         self.samples.value = self.config.alpha_ramp_samples
 
     def forward(self, embeddings: Embeddings) -> Loss:

@@ -4,15 +4,16 @@ Both know their rows by the sample's id, so that an anchor finds its own sample'
 Such rows are false negatives, and are left out unless `exclude_same_id` is off; they are counted in either case.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from amclr_scale.objectives.banks.bank import Bank, Contents, Own
-from amclr_scale.objectives.base import Layout, at_least_float32, require
+from amclr_scale.objectives.base import Layout, Objective, at_least_float32, require
 from amclr_scale.similarity import ExtraKeys
 from amclr_scale.types import Embeddings
 
@@ -102,6 +103,28 @@ class Queues(nn.Module):
         if self.size:
             self.image.put(image.detach(), ids)
             self.text.put(text.detach(), ids)
+
+
+class KeepsQueues(Objective):
+    """An objective whose options are a bank's: what the two banks ask of it."""
+
+    stores_features = True
+    config: BankOptions
+
+    @staticmethod
+    def mistakes_of(options: Any, B: int, b: int) -> Iterable[str]:
+        if 0 < options.size < B:
+            yield f"size: expected at least train.global_batch_size = {B} slots, or 0, got {options.size}"
+
+    def __init__(self, config: BankOptions, sample_state: Layout = "auto") -> None:
+        super().__init__(config)
+        self.bank = Queues(config, sample_state)
+
+    def allocate(self, width: int) -> None:
+        self.bank.allocate(width)
+
+    def rehearse(self, width: int, slots: int) -> None:
+        self.bank.rehearse(width, slots)
 
 
 @torch.no_grad()
