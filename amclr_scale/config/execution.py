@@ -2,9 +2,11 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
+from amclr_scale.config.backends import SIMILARITY_BACKENDS
 from amclr_scale.config.section import Positive, PositiveNumber, Section
+from amclr_scale.errors import did_you_mean, one_of
 
 
 class Similarity(Section):
@@ -14,9 +16,9 @@ class Similarity(Section):
     """Rows of similarities alive at once."""
     gather: Literal["all", "ring"] = "all"
     """all: gather every rank's features; ring: pass them round, memory for one rank's block only."""
-    backend: Literal["auto", "torch", "triton"] = "auto"
-    """Who computes the blocks: torch anywhere; triton, fused kernels, on CUDA. auto: triton where it can, and the log
-    says which."""
+    backend: str = "auto"
+    """Who computes the blocks: torch anywhere; triton, fused kernels, on CUDA; or one that was added. auto: triton
+    where it can, and the log says which."""
     precision: Literal["auto", "fp32", "split", "bf16"] = "auto"
     """Of the operands of matrix products; similarities, exponents and sums are float32 always. bf16: rounded; split:
     each number as a sum of two bfloat16, three products for one. auto: fp32 in a run of that precision and on CPUs,
@@ -25,6 +27,14 @@ class Similarity(Section):
     """How ranks share the matrix products (docs/similarity.md)."""
     cache_mib: Annotated[int, Field(ge=0)] = 0
     """Memory per rank in MiB to keep similarity blocks in, instead of computing them again in backward."""
+
+    @field_validator("backend")
+    @classmethod
+    def _known(cls, name: str) -> str:
+        known = ("auto", *SIMILARITY_BACKENDS)
+        if name not in known:
+            raise ValueError(f"expected {one_of(known)}{did_you_mean(name, known)}")
+        return name
 
 
 class Execution(Section):

@@ -1,8 +1,10 @@
 """Which backend computes blocks, and in which precision.
 
-A further backend is one file with a class like `TorchBlocks` and one line in `BACKENDS`.
+A further backend is one file with a class like `TorchBlocks` and a `Backend` that describes it, and one line in
+`SIMILARITY_BACKENDS` (config/backends.py).
 """
 
+import importlib
 import importlib.util
 import os
 from collections.abc import Callable
@@ -12,6 +14,7 @@ from functools import lru_cache, reduce
 import torch
 from torch import Tensor
 
+from amclr_scale.config.backends import SIMILARITY_BACKENDS
 from amclr_scale.similarity.blocks import Blocks, Workspace
 from amclr_scale.similarity.precision import AT_ONCE, WIDE_PRODUCTS, Form, form_of
 from amclr_scale.similarity.settings import Settings
@@ -21,7 +24,7 @@ Maker = Callable[[Settings, torch.dtype, Form, torch.device], Blocks]
 
 @dataclass(frozen=True)
 class Backend:
-    """A line of the table.
+    """What a backend says about itself.
 
     Attributes:
         make: settings, the type of similarities, the form of operands, the device -> `Blocks`.
@@ -82,13 +85,17 @@ def _triton_workspace(settings: Settings, form: Form, device: torch.device) -> W
     return Workspace(rows, columns, span_bytes(form), converted, AT_ONCE)
 
 
-BACKENDS = {
-    "triton": Backend(_triton, _triton_missing, _triton_workspace, fast_narrow=lambda device: True),
-    "torch": Backend(
-        _torch, lambda device: "", _torch_workspace, fast_narrow=lambda device: device.type == "cuda" and WIDE_PRODUCTS
-    ),
-}
-"""In the order in which `auto` tries them on CUDA; elsewhere it takes torch."""
+TRITON = Backend(_triton, _triton_missing, _triton_workspace, fast_narrow=lambda device: True)
+TORCH = Backend(
+    _torch, lambda device: "", _torch_workspace, fast_narrow=lambda device: device.type == "cuda" and WIDE_PRODUCTS
+)
+
+
+def described(name: str) -> Backend:
+    """The backend of this name in `SIMILARITY_BACKENDS`."""
+    module, attribute = SIMILARITY_BACKENDS[name].split(":")
+    backend: Backend = getattr(importlib.import_module(module), attribute)
+    return backend
 
 
 def chosen(settings: Settings, device: torch.device) -> str:
@@ -99,16 +106,16 @@ def chosen(settings: Settings, device: torch.device) -> str:
     """
     name = settings.backend
     if name == "auto":
-        usable = [name for name, backend in BACKENDS.items() if not backend.missing(device)]
+        usable = [name for name in SIMILARITY_BACKENDS if not described(name).missing(device)]
         return usable[0] if device.type == "cuda" else "torch"
-    if missing := BACKENDS[name].missing(device):
+    if missing := described(name).missing(device):
         raise ValueError(f"backend: expected one that works on {device}, got {name}: {missing}")
     return name
 
 
 def form_in_force(settings: Settings, features: torch.dtype, device: torch.device) -> Form:
     """The form of operands for features of this type."""
-    return form_of(settings, features, fast_narrow=BACKENDS[chosen(settings, device)].fast_narrow(device))
+    return form_of(settings, features, fast_narrow=described(chosen(settings, device)).fast_narrow(device))
 
 
 def blocks_for(settings: Settings, dtype: torch.dtype, *features: Tensor | None) -> Blocks:
@@ -116,13 +123,13 @@ def blocks_for(settings: Settings, dtype: torch.dtype, *features: Tensor | None)
     given = [x for x in features if x is not None]
     device = given[0].device
     form = form_in_force(settings, reduce(torch.promote_types, (x.dtype for x in given)), device)
-    return BACKENDS[chosen(settings, device)].make(settings, dtype, form, device)
+    return described(chosen(settings, device)).make(settings, dtype, form, device)
 
 
 def workspace(settings: Settings, device: torch.device) -> Workspace:
     """What the backend in force holds while it works on float32 features."""
     form = form_in_force(settings, torch.float32, device)
-    return BACKENDS[chosen(settings, device)].workspace(settings, form, device)
+    return described(chosen(settings, device)).workspace(settings, form, device)
 
 
 FORMS = {
@@ -137,7 +144,7 @@ FORMS = {
 def describe(settings: Settings, device: torch.device, features: torch.dtype = torch.float32) -> str:
     """In words: the backend and the precision in force for features of this type, and why not another backend."""
     name, form = chosen(settings, device), form_in_force(settings, features, device)
-    why = BACKENDS["triton"].missing(device) if name == "torch" and device.type == "cuda" else ""
+    why = TRITON.missing(device) if name == "torch" and device.type == "cuda" else ""
     reason = f"; not triton: {why}" if settings.backend == "auto" and why else ""
     sums = "float64" if form == "fp64" else "float32"
     return f"{name} backend on {device.type}, {FORMS[form]}, similarities and sums {sums}{reason}"

@@ -12,8 +12,9 @@ from contextvars import ContextVar
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, get_args
 
+from amclr_scale.config.backends import SIMILARITY_BACKENDS
+
 Gather = Literal["all", "ring"]
-Backend = Literal["auto", "torch", "triton"]
 Precision = Literal["auto", "fp32", "split", "bf16"]
 RunPrecision = Literal["fp32", "bf16", "fp16"]
 Distribution = Literal["auto", "reduce_scatter", "column_sums", "two_blocks"]
@@ -29,8 +30,9 @@ class Settings:
     gather: Gather = "all"
     """`all`: every rank holds all keys, memory O(B D). `ring`: keys travel from rank to rank, memory O(b D)."""
 
-    backend: Backend = "auto"
-    """Who computes a block: `torch` everywhere; `triton`, fused kernels, on CUDA. `auto`: triton where it can."""
+    backend: str = "auto"
+    """Who computes a block: `torch` everywhere; `triton`, fused kernels, on CUDA; or one that was added. `auto`: triton
+    where it can."""
 
     precision: Precision = "auto"
     """Of the operands of matrix products (`precision.py`): `fp32`; `bf16`, rounded; `split`, three bfloat16 products
@@ -52,11 +54,12 @@ class Settings:
         if self.chunk != "auto" and (isinstance(self.chunk, bool) or not isinstance(self.chunk, int) or self.chunk < 1):
             raise ValueError(f"chunk: expected 'auto' or a positive number of rows, got {self.chunk!r}")
         for name, kind in (
-            ("gather", Gather), ("backend", Backend), ("precision", Precision), ("run_precision", RunPrecision),
-            ("distribution", Distribution),
+            ("gather", get_args(Gather)), ("backend", ("auto", *sorted(SIMILARITY_BACKENDS))),
+            ("precision", get_args(Precision)), ("run_precision", get_args(RunPrecision)),
+            ("distribution", get_args(Distribution)),
         ):  # fmt: skip
-            if getattr(self, name) not in get_args(kind):
-                raise ValueError(f"{name}: expected one of {', '.join(get_args(kind))}, got {getattr(self, name)!r}")
+            if getattr(self, name) not in kind:
+                raise ValueError(f"{name}: expected one of {', '.join(kind)}, got {getattr(self, name)!r}")
         if isinstance(self.cache_bytes, bool) or not isinstance(self.cache_bytes, int) or self.cache_bytes < 0:
             raise ValueError(f"cache_bytes: expected a number of bytes, 0 or more, got {self.cache_bytes!r}")
 

@@ -11,14 +11,21 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import torch
 
 from amclr_scale.commands.make_shards import main as make_shards
 from amclr_scale.config import schema
 from amclr_scale.data.formats.members import ChangedShardError
 from amclr_scale.data.indexing import open_index
 from amclr_scale.data.tokenizers import load_tokenizer
+from amclr_scale.similarity import using
+from amclr_scale.similarity.torch_backend import BUFFERS
 from tests.data.test_loader import assert_same, take
 from tests.evaluation.shards import COLOURS, picture, write_split
+from tests.memory.test_account import found as accounted
+from tests.similarity.definition import draw
+from tests.similarity.test_contrast import OPTIONS, worst_error
+from tests.similarity.test_pairwise import worst_error as pairwise_error
 
 pytestmark = pytest.mark.launch
 
@@ -29,14 +36,14 @@ SMALL = [
 ]  # fmt: skip
 
 
-ADDITIONS = ["hook", "optimizer", "score", "evaluator", "tower", "shard_format", "split_format"]
+ADDITIONS = ["backend", "hook", "optimizer", "score", "evaluator", "tower", "shard_format", "split_format"]
 ALL = ["optimizer.name=signum", "optimizer.options.forget=0.5", "optimizer.lr=1e-4", "execution.zero_stage=2"]
 TOWERS = ["model.image.name=colours", "model.image.width=24", "model.text.name=words"]
 JOBS = {  # a run's name -> its further words
     "whole": [*ALL, "evaluation.splits=[HELD_OUT]", "evaluation.every_samples=128", "evaluation.evaluators=[nearness]"],
     "stopped": [*ALL, "train.max_hours=1e-9"],  # after its first step
     "stopped again": [*ALL, "resume=auto"],
-    "another": [*ALL, "optimizer.options.forget=0.9"],
+    "another": [*ALL, "optimizer.options.forget=0.9", "execution.similarity.backend=dense"],
     "towers": [
         *TOWERS,
         "execution.micro_batch_size=16",
@@ -124,9 +131,29 @@ def test_an_optimizer(jobs):
     assert "objective clip, our own Signum, on cpu" in said
     whole, goes_on, another = (losses(folder / name) for name in ("whole", "stopped", "another"))
     assert goes_on == whole
-    assert whole[0] == another[0]
+    assert another[0] == pytest.approx(whole[0], rel=1e-6)  # by another backend
     assert whole[-1] != another[-1]
     assert "options:\n    forget: 0.5" in (folder / "whole/config.yaml").read_text()
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+def test_a_backend_of_similarities(jobs, options):
+    """It trains, in the account of memory too, and is the definition."""
+    assert "dense backend on cpu, float32 operands" in jobs[1]
+    importlib.import_module("tests.commands.additions.backend")
+    with using(backend="dense"):
+        assert worst_error(draw(45, 40, 0, dtype=torch.float32, extra=7), **options) < 2e-6
+        assert pairwise_error(45, 40, 0, {"backend": "dense"}, dtype="float32") < 2e-6
+
+
+def test_the_account_of_a_backend():
+    importlib.import_module("tests.commands.additions.backend")
+    dense, tiles = (
+        accounted(f"execution.similarity.backend={name}", "execution.similarity.chunk=1000", batch=4000)
+        for name in ("dense", "torch")
+    )
+    more = 4 * 4 * 4000**2 - BUFFERS * 4 * 1000**2
+    assert dense.in_phase("objective") - tiles.in_phase("objective") == more
 
 
 def test_scores_of_rankings(jobs):
