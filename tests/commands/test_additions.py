@@ -136,10 +136,12 @@ def test_an_optimizer(jobs):
     assert "options:\n    forget: 0.5" in (folder / "whole/config.yaml").read_text()
 
 
-@pytest.mark.parametrize("options", OPTIONS)
-def test_a_backend_of_similarities(jobs, options):
-    """It trains, in the account of memory too, and is the definition."""
+def test_a_backend_of_similarities(jobs):
     assert "dense backend on cpu, float32 operands" in jobs[1]
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+def test_such_a_backend_is_the_definition(options):
     importlib.import_module("tests.commands.additions.backend")
     with using(backend="dense"):
         assert worst_error(draw(45, 40, 0, dtype=torch.float32, extra=7), **options) < 2e-6

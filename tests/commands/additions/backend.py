@@ -64,9 +64,9 @@ class Dense:
             positives(sign, diagonal)[0].fill_(-1)
         logits = sign * (s * numbers.scale + numbers.bias)
         weights = sign * logits.sigmoid()
-        numbers.loss += F.softplus(logits).double().sum()
-        numbers.d_scale += (weights * s).double().sum()
-        numbers.d_bias += weights.double().sum()
+        numbers.loss.add_(F.softplus(logits).double().sum())
+        numbers.d_scale.add_((weights * s).double().sum())
+        numbers.d_bias.add_(weights.double().sum())
         self.add(weights, anchors, keys, d_anchors, d_keys)
 
     def add(self, weights, anchors, keys, d_anchors, d_keys):
