@@ -15,6 +15,7 @@ import torch
 
 from amclr_scale.commands.make_shards import main as make_shards
 from amclr_scale.config import schema
+from amclr_scale.config.backends import SIMILARITY_BACKENDS
 from amclr_scale.data.formats.members import ChangedShardError
 from amclr_scale.data.indexing import open_index
 from amclr_scale.data.tokenizers import load_tokenizer
@@ -140,22 +141,30 @@ def test_a_backend_of_similarities(jobs):
     assert "dense backend on cpu, float32 operands" in jobs[1]
 
 
+@pytest.fixture
+def dense():
+    name = importlib.import_module("tests.commands.additions.backend").__name__
+    SIMILARITY_BACKENDS["dense"] = f"{name}:DENSE"
+    yield
+    del SIMILARITY_BACKENDS["dense"]
+
+
+@pytest.mark.usefixtures("dense")
 @pytest.mark.parametrize("options", OPTIONS)
 def test_such_a_backend_is_the_definition(options):
-    importlib.import_module("tests.commands.additions.backend")
     with using(backend="dense"):
         assert worst_error(draw(45, 40, 0, dtype=torch.float32, extra=7), **options) < 2e-6
         assert pairwise_error(45, 40, 0, {"backend": "dense"}, dtype="float32") < 2e-6
 
 
+@pytest.mark.usefixtures("dense")
 def test_the_account_of_a_backend():
-    importlib.import_module("tests.commands.additions.backend")
-    dense, tiles = (
+    whole, tiles = (
         accounted(f"execution.similarity.backend={name}", "execution.similarity.chunk=1000", batch=4000)
         for name in ("dense", "torch")
     )
     more = 4 * 4 * 4000**2 - BUFFERS * 4 * 1000**2
-    assert dense.in_phase("objective") - tiles.in_phase("objective") == more
+    assert whole.in_phase("objective") - tiles.in_phase("objective") == more
 
 
 def test_scores_of_rankings(jobs):
