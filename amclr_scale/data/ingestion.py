@@ -267,6 +267,10 @@ def _folder(source: Annotations, into: Records) -> None:
     found = find_pictures(source.images)
     into.decided = "; ".join(filter(None, ("a folder of pictures", found.told())))
     classes = Classes(source.images, found.pictures)
+    if not found.pictures:
+        raise UserError(
+            f"--images: {source.images}: expected pictures, found none{found.told() and '; ' + found.told()}"
+        )
     for number, path in enumerate(found.pictures):
         captions, folder, fields = found.captions(path), classes.folder(path), dict[str, Any]()
         if folder and not found.has_text(path):

@@ -28,7 +28,12 @@ class SizeError(UserError):
     """A tower that is not made for images of this size."""
 
     def __init__(self, name: str, size: int, why: Exception):
-        super().__init__(f"data.image_size: {name} cannot be built for {size} pixels: {why}")
+        super().__init__(f"data.image_size: {name} cannot be built for {size} pixels: {_words(why)}")
+
+
+def _words(error: Exception) -> str:
+    """What an error says, in a line; what it is, where it says nothing."""
+    return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
 def build_image_tower(
@@ -64,9 +69,9 @@ def _try(module: nn.Module, width: int, tower: ImageTower, size: int) -> tuple[i
     except UntriedError:  # it has no memory here, and looks at numbers
         return width, []
     except Exception as error:  # whatever a tower raises about images that it cannot take
-        why = str(error).strip().partition("\n")[0] or type(error).__name__
         raise UserError(
-            f"data.image_size: {tower.name} does not take images of {size} pixels ({why}){_sizes_near(tower, size)}"
+            f"data.image_size: {tower.name} does not take images of {size} pixels ({_words(error)})"
+            f"{_sizes_near(tower, size)}"
         ) from error
     finally:
         grid.close()

@@ -96,9 +96,14 @@ class ImageFiles:
             raise UserError(f"{_KEY}: {self.name}: {path} cannot be used: {error}") from error
 
 
+def holds_shards(folder: Path) -> bool:
+    """Whether a folder is one of shards."""
+    return (folder / "index.json").is_file() or bool(shards_in(folder))
+
+
 def is_picture_folder(path: Path) -> bool:
     """Whether a folder holds pictures, at any depth, and no shards."""
-    return path.is_dir() and not (path / "index.json").is_file() and not shards_in(path) and holds_picture(path)
+    return path.is_dir() and not holds_shards(path) and holds_picture(path)
 
 
 def picture_folder(path: Path) -> list[Item]:

@@ -11,12 +11,20 @@ from torch import Tensor
 from amclr_scale.config.schema import Data, Evaluation
 from amclr_scale.data.evaluation_split import EvaluationSplit, class_names
 from amclr_scale.data.formats.annotation_files import read_json
+from amclr_scale.data.formats.picture_files import find_pictures
 from amclr_scale.data.reading import Reading, reading_of, square_view
 from amclr_scale.data.sources import embedded_splits, shards_in
 from amclr_scale.errors import UserError
 from amclr_scale.evaluation.cifar import CifarFiles, find_cifar
 from amclr_scale.evaluation.class_names import imagenet_metadata, lines_of, name_classes
-from amclr_scale.evaluation.image_files import ImageFiles, Item, annotations, is_picture_folder, picture_folder
+from amclr_scale.evaluation.image_files import (
+    ImageFiles,
+    Item,
+    annotations,
+    holds_shards,
+    is_picture_folder,
+    picture_folder,
+)
 from amclr_scale.evaluation.shares import share
 from amclr_scale.evaluation.zero_shot import prompts
 from amclr_scale.types import Batch
@@ -203,6 +211,9 @@ def _cifar(named: NamedSplit) -> Opened | None:
 
 def _pictures(named: NamedSplit) -> Opened | None:
     if not is_picture_folder(named.path):
+        told = "" if not named.path.is_dir() or holds_shards(named.path) else find_pictures(named.path).told()
+        if told:
+            raise UserError(f"{_KEY}: {named.given}: expected pictures or shards, found neither; {told}")
         return None
     split = named.of_files(picture_folder(named.path))
     names = sorted({str(label) for label in split.labels or []})

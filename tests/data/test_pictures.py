@@ -90,6 +90,11 @@ def test_heic_without_a_decoder_is_named(tmp_path, no_heif, capsys):
             sample(HEIC.replace(b"ftypheic", b"ftyp" + brand))
         assert (caught.value.kind, caught.value.detail) == ("no decoder", "HEIC: pip install pillow-heif")
     (tmp_path / "0.heic").write_bytes(HEIC)
+    assert make_shards(["folder", "--images", str(tmp_path), "--out", str(tmp_path / "out")]) == 2
+    told = (
+        "expected pictures, found none; passed over 1 files that are no readable pictures: 1 .heic (needs pillow-heif)"
+    )
+    assert capsys.readouterr().err.endswith(f"--images: {tmp_path}: {told}\n")
     (tmp_path / "0.jpg").write_bytes(saved())
     pairs = [{"image": name, "caption": "a"} for name in ("0.heic", "0.jpg")]
     (tmp_path / "pairs.json").write_text(json.dumps(pairs))

@@ -123,14 +123,17 @@ def test_a_folder_of_any_kind_gives_numbers_or_words(runs, tmp_path, capsys, nam
         assert all(f"{split}/{name}" in found for name in wanted)
         assert f"{split}/zero_shot_top1" in found or "zero_shot_top1" not in wanted
         assert "zero-shot" in capsys.readouterr().out or "zero_shot_top1" not in wanted
-    empty = tmp_path / "empty"
+    empty, films = tmp_path / "empty", tmp_path / "films"
     empty.mkdir()
+    films.mkdir()
+    (films / "0.mov").write_bytes(bytes(100))
     bad = {
         "expected a .txt beside each picture, or a folder for each class, got 3 pictures without either":
             pictures(tmp_path / "bare", flat),
         "expected a text beside each picture, got none for 1 of 3, the first is 2.jpg; write 2.txt":
             pictures(tmp_path / "gaps", flat, flat[:2]),
         "expected a folder with an index.json": empty,
+        "expected pictures or shards, found neither; passed over 1 files that are no readable pictures: 1 .mov": films,
     }  # fmt: skip
     for words, folder in bad.items():
         given = f"{{mine: {folder}}}" if named else f"[{folder}]"
