@@ -85,6 +85,7 @@ def test_the_largest_that_fits():
             "timm/vit_tiny_r_s16_p8_224",
             100,
             "timm/vit_tiny_r_s16_p8_224 cannot be built for 100 pixels: AssertionError",
+            "96 and 128",
         ),
     ],
 )
