@@ -16,6 +16,10 @@ class AgreedError(UserError):
     """A mistake that all ranks know of, and raise at the same place: each of them can end with it, in good order."""
 
 
+class AbsentError(Exception):
+    """Other ranks have not come, or one of them has failed, before anything could begin; trying again may help."""
+
+
 def one_of(names: Iterable[str]) -> str:
     """`a, b or c`."""
     *most, last = names

@@ -9,7 +9,7 @@ from amclr_scale.checkpoint.lock import RunLock
 from amclr_scale.checkpoint.resume import Found, find
 from amclr_scale.config.schema import Config
 from amclr_scale.data.tokenizers import Tokenizer
-from amclr_scale.distributed.agreement import where
+from amclr_scale.distributed.launcher import where
 from amclr_scale.distributed.process_group import broadcast_object, gather_objects
 from amclr_scale.errors import AgreedError, UserError
 

@@ -17,8 +17,8 @@ from amclr_scale.metrics.run_folder import installed_packages
 PACKAGE = Path(__file__).parents[1]
 # Keys that a node may have its own way: where it keeps copies, how it shares its cores out, what is said elsewhere.
 OWN = (
-    "data.cache", "data.cache_gib", "execution.threads", "execution.workers", "objective.module", "run.wandb",
-    "run.wandb_group", "run.wandb_project",
+    "data.cache", "data.cache_gib", "data.max_shard_gib", "execution.threads", "execution.workers", "objective.module",
+    "run.wandb", "run.wandb_group", "run.wandb_project",
 )  # fmt: skip
 
 

@@ -23,7 +23,7 @@ from amclr_scale.config.load import build, from_words, merge, read_file
 from amclr_scale.config.schema import Config
 from amclr_scale.config.shipped import find
 from amclr_scale.distributed.launcher import RankInfo, end_with_launcher, read_rank_info
-from amclr_scale.errors import UserError
+from amclr_scale.errors import AbsentError, UserError
 
 
 def arguments(argv: list[str]) -> argparse.Namespace:
@@ -201,6 +201,9 @@ def main(argv: list[str]) -> int:
             sys.stdout.flush()
             os._exit(2)  # others may be waiting in a collective
         return 2
+    except AbsentError as error:
+        print(f"\n{error}", file=sys.stderr, flush=True)
+        return 1
     except KeyboardInterrupt:
         if rank_info.world_size > 1:
             os._exit(128 + signal.SIGINT)

@@ -6,10 +6,12 @@ The command must say resume=auto, and run.name so that it goes on with its own r
 can mend) is not tried again, nor is a run that made no step in three starts one after another. A run is done when it
 has left evaluation.json in its folder, because launchers do not all pass exit codes on: 0 without that file is a crash.
 With it, another code (the last checkpoint could not be written) is no reason to start again, and is told. Signals sent
-to this process are passed on to the command, and end the restarts. Exit codes: 0 done, 2 a mistake, 75 ended by a
-signal, 1 given up, or done with an error.
+to this process are passed on to the command, and end the restarts: on all nodes, where each has a `supervise` of its
+own, which reads of it in the run folder. Exit codes: 0 done, 2 a mistake, 75 ended by a signal, 1 given up, or done
+with an error.
 """
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -19,11 +21,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 
+import psutil
+
 from amclr_scale.checkpoint import files
 from amclr_scale.checkpoint.files import CHECKPOINTS
 from amclr_scale.checkpoint.signals import ENDING, EXIT_RESUMABLE
 from amclr_scale.commands.words import command_parser
 
+ASKED = "asked_to_end"  # in the run folder: when a supervisor was sent a signal last
 FRUITLESS = 3  # starts without a new checkpoint after which there is no point in another
 
 
@@ -43,35 +48,37 @@ def supervise(command: list[str], restarts: int, pause: float) -> int:
         print("command: expected the words resume=auto and run.name=NAME in it", file=sys.stderr)
         return 2
     run = Path(word(command, "run.folder", "runs")) / word(command, "run.name", "")
-    result = run / "evaluation.json"
+    result, asked = run / "evaluation.json", run / ASKED
     received: list[int] = []
     passed: list[int] = []
     child: subprocess.Popen[bytes] | None = None
 
     def pass_on(number: int, _: FrameType | None) -> None:
         received.append(number)
+        with contextlib.suppress(OSError):  # there is no run yet
+            asked.touch()
         if child is not None and child.poll() is None:
             passed.append(number)
             os.killpg(child.pid, number)
 
     for number in ENDING:
         signal.signal(number, pass_on)
-    fruitless = 0
+    fruitless, began = 0, time.time()
     for start in range(restarts + 1):
-        if received:  # while nothing ran
+        if received or changed_since(asked, began):  # while nothing ran
             return EXIT_RESUMABLE
         before, began = newest(run), time.time()
         child = subprocess.Popen(command, start_new_session=True)
         if received and not passed:  # it came before there was somebody to pass it on to
             os.killpg(child.pid, received[-1])
         code = child.wait()
-        if result.exists() and result.stat().st_mtime >= began:
+        if changed_since(result, began):
             if code:
                 print(f"\nsupervise: {result} is there, but the command ended with {code}: see above", file=sys.stderr)
             return int(code != 0)
         if code == 2:
             return 2
-        if received:
+        if received or changed_since(asked, began):
             end_group(child.pid, numbers=(0,))  # `deepspeed` ends at once, and its ranks when they have saved
             return EXIT_RESUMABLE
         fruitless = 0 if newest(run) > before else fruitless + 1
@@ -83,10 +90,27 @@ def supervise(command: list[str], restarts: int, pause: float) -> int:
             return 1
         end_group(child.pid)
         until = time.monotonic() + pause
-        while not received and time.monotonic() < until:
+        while not (received or changed_since(asked, began)) and time.monotonic() < until:
             time.sleep(0.1)
     print(f"supervise: {restarts} restarts are used up", file=sys.stderr)
     return 1
+
+
+def changed_since(path: Path, moment: float) -> bool:
+    """Whether a file is there and was written after a moment of `time.time()`."""
+    try:
+        return path.stat().st_mtime >= moment
+    except OSError:
+        return False
+
+
+def lives(group: int) -> bool:
+    """Whether a process group has a process that runs: one that has ended may wait for ever to be asked how."""
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error, OSError):
+            if os.getpgid(process.pid) == group and process.status() != psutil.STATUS_ZOMBIE:
+                return True
+    return False
 
 
 def end_group(group: int, patience: float = 60.0, numbers: Sequence[int] = (signal.SIGTERM, signal.SIGKILL)) -> None:
@@ -100,11 +124,12 @@ def end_group(group: int, patience: float = 60.0, numbers: Sequence[int] = (sign
         until = time.monotonic() + patience
         try:
             os.killpg(group, number)
-            while time.monotonic() < until:
-                os.killpg(group, 0)
-                time.sleep(0.2)
         except ProcessLookupError:
             return
+        while time.monotonic() < until:
+            if not lives(group):
+                return
+            time.sleep(0.2)
 
 
 def main(argv: list[str]) -> int:

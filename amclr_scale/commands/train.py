@@ -14,7 +14,7 @@ import os
 import signal
 import sys
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from typing import TYPE_CHECKING
 
 from amclr_scale.checkpoint.signals import EXIT_RESUMABLE, Signals, StoppedError, UnsavedError
@@ -23,7 +23,7 @@ from amclr_scale.config.help import describe
 from amclr_scale.config.load import dump, load
 from amclr_scale.config.schema import Config
 from amclr_scale.distributed.launcher import RankInfo, end_with_launcher, read_rank_info, when_runner_ends
-from amclr_scale.errors import AgreedError, UserError
+from amclr_scale.errors import AbsentError, AgreedError, UserError
 from amclr_scale.metrics.run_folder import check_writable
 from amclr_scale.metrics.stopwatch import Stopwatch
 
@@ -76,7 +76,9 @@ def run(config: Config, source: str | None, rank_info: RankInfo, stopwatch: Stop
     # Data first: mistakes in it are found before any process waits for another.
     prepared = prepare(config, rank_info)
     stopwatch.lap("data")
-    device = start(rank_info, config.execution.threads)
+    device = start(rank_info, config.execution.threads, config.run.rendezvous_minutes)
+    if not rank_info.counted:
+        rank_info = read_rank_info()  # they have been
     watchdog = Watchdog(rank_info, limit=60 * config.run.watch_minutes)
     try:
         check_ranks_agree(config, prepared)
@@ -148,10 +150,27 @@ def run_to_end(config: Config, source: str | None, rank_info: RankInfo, stopwatc
         code, speaks, words = 1, rank_info.rank == 0, str(error)
     except AgreedError as error:
         code, speaks, words = 2, rank_info.local_rank == 0, str(error)
+    except AbsentError as error:
+        code, speaks, words = 1, rank_info.local_rank == 0, str(error)
     if speaks:
         print(f"\n{words}", file=sys.stderr, flush=True)
     stop()  # together: a launcher ends the others as soon as one has left
     return code
+
+
+def tell_waiting(rank_info: RankInfo, words: str, code: int) -> None:
+    """Ranks that wait for this one to join them end with these words; those that it has joined have been told."""
+    if rank_info.world_size == 1:
+        return
+    import torch.distributed as dist
+
+    from amclr_scale.distributed.launcher import export
+    from amclr_scale.distributed.rendezvous import tell_others
+
+    if not dist.is_initialized():
+        with suppress(UserError):  # an address that nobody knows
+            export(rank_info)
+        tell_others(rank_info, words, code)
 
 
 def main(argv: list[str]) -> int:
@@ -184,10 +203,16 @@ def main(argv: list[str]) -> int:
         # Every rank meets the same mistake, as a rule, and one voice per node is enough: the others give it time to
         # speak and the launcher time to end them. One that is alive after that has met a mistake of its own.
         if rank_info.local_rank:
+            tell_waiting(rank_info, str(error), 2)
             time.sleep(5)
         print(f"\n{error}", file=sys.stderr, flush=True)
+        if not rank_info.local_rank:
+            tell_waiting(rank_info, str(error), 2)
         # Others may be waiting in a collective: leaving at once, without Python's own farewell, ends them too.
         sys.stdout.flush()
         os._exit(2)
+    except Exception as error:
+        tell_waiting(rank_info, f"{type(error).__name__}: {error}", 1)
+        raise
     except KeyboardInterrupt:  # before signals are listened to, or while a dry run reads
         return 128 + signal.SIGINT

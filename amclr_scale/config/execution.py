@@ -121,6 +121,8 @@ class Run(Section):
     """Run folders are made in here."""
     name: str | None = None
     """Name of this run's folder; null: configuration name, objective, batch size and time."""
+    rendezvous_minutes: PositiveNumber = 5.0
+    """Minutes that ranks wait for one another before a run begins; then all that have come end."""
     watch_minutes: PositiveNumber = 2.0
     """Minutes without a sign of life after which a rank, a node or the network counts as lost, and all ranks end;
     longer than the longest pause of a healthy rank."""

@@ -81,7 +81,9 @@ class Data(Section):
     """Folder for unpacked shards, fetched shards and indexes that training had to make; null: amclr_scale in
     $XDG_CACHE_HOME or ~/.cache. Does not change results."""
     cache_gib: PositiveNumber = 50.0
-    """Bound on the fetched remote shards in the cache, per machine, in GiB. Does not change results."""
+    """Bound on the fetched and unpacked shards in the cache, per machine, in GiB. Does not change results."""
+    max_shard_gib: PositiveNumber = 100.0
+    """Larger shards are refused while they are fetched or unpacked. Does not change results."""
     stream: bool = False
     """Remote shards go through shared memory instead of the cache: read front to back, two windows per lane held
     at once, fetched again in every epoch. Does not change results."""

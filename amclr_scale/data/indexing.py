@@ -149,8 +149,8 @@ def _index_shard(job: tuple[str, Path, Storage]) -> Shard:
     source = address_key(url)
     members = _table(table)
     if members is None or members.source != source:
-        members = format_of(url).scan(storage.local_path(url))
-        members.source = source
+        members = _scan(url, storage)
+        members.source = source if not (members.damage and is_remote(url)) else ""  # to be looked at again
         members.save(table)
     return Shard(
         url=url,
@@ -162,6 +162,25 @@ def _index_shard(job: tuple[str, Path, Storage]) -> Shard:
         sha256=file_sha256(url) if is_packed(url) and not is_remote(url) else None,  # it names the unpacked copy
         damage=tuple(members.damage),
     )
+
+
+def _scan(url: str, storage: Storage) -> Members:
+    """What is in a shard; a copy that is damaged is not kept for the next run, which may find it mended.
+
+    Raises:
+        UserError: it is no shard, such as the page that a server shows to those who have to log in.
+    """
+    path = storage.local_path(url)
+    try:
+        members = format_of(url).scan(path)
+    except UserError as error:
+        storage.forget(url)
+        if is_remote(url):
+            raise UserError(f"{url}: what was fetched is no shard ({error}); it is removed from the cache") from error
+        raise
+    if members.damage:
+        storage.forget(url)
+    return members
 
 
 def _table(path: Path) -> Members | None:

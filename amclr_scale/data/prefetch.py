@@ -28,12 +28,12 @@ class Prefetcher:
         self._threads = ThreadPoolExecutor(_AT_ONCE, thread_name_prefix="fetch")
         sizes = sorted((shard.file_size or 0 for shard in index.shards if is_remote(shard.url)), reverse=True)
         at_once = len(lanes) * order.window * 2
-        stream, bound = index.storage.stream, index.storage.fetched_bytes
+        stream, bound = index.storage.stream, index.storage.cached_bytes
         together = sizes[: at_once * ranks_here]  # of different ranks: one that several read is there once
         if stream:  # every rank by itself
             index.storage.fetched_bytes = sum(sizes[:at_once])
             stream.check_room(index.storage.fetched_bytes * ranks_here)
-        elif sum(together) > bound:
+        elif bound is not None and sum(together) > bound:
             whose = "a rank's lanes read" if ranks_here == 1 else f"the lanes of this machine's {ranks_here} ranks read"
             raise UserError(
                 f"data.cache_gib: expected room for the {len(together)} shards that {whose} at once "

@@ -19,7 +19,7 @@ import subprocess
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -29,13 +29,19 @@ log = logging.getLogger(__name__)
 
 ATTEMPTS = 5
 FIRST_PAUSE = 1.0  # seconds; each further pause is twice as long
-TIMEOUT = 60.0  # seconds without a byte
+TIMEOUT = 60.0  # seconds without a byte, and over which the rate is measured
+LEAST = 4096  # bytes per second: less counts as a store that does not answer
+LARGEST = 1 << 40  # bytes of a shard, unpacked, where nobody says otherwise
 _COPY = 1 << 20
 _NEVER_THERE = (401, 403, 404, 410)  # trying again does not help
 
 
 class _PermanentError(Exception):
     """A failure that will be the same next time."""
+
+
+class LargeShardError(UserError):
+    """A shard is larger than the user allows."""
 
 
 _FINAL = (_PermanentError, FileNotFoundError, PermissionError)
@@ -75,15 +81,32 @@ def _fsspec(url: str) -> Any:
         raise _PermanentError(str(error)) from error
 
 
-def _copy(url: str, target: Path) -> None:
+def write_bounded(source: Any, out: IO[bytes], url: str, largest: int) -> None:
+    """Copy a stream, as long as it is no larger than a shard may be.
+
+    Raises:
+        LargeShardError: it is larger; nothing beyond the bound has been written.
+    """
+    left = largest
+    while part := source.read(_COPY):
+        left -= len(part)
+        if left < 0:
+            raise LargeShardError(
+                f"data.max_shard_gib: expected shards of at most {largest / 2**30:.3g} GiB, also when unpacked, got a "
+                f"larger one: {url}; raise it if that is how large it is meant to be"
+            )
+        out.write(part)
+
+
+def _copy(url: str, target: Path, largest: int) -> None:
     """One attempt; a gzipped shard is unpacked on the way."""
     with _opened(url) as (stream, length), target.open("wb") as out:
-        counted = _Counted(stream)
-        head = counted.read(2)
+        counted = _Counted(stream, least=0 if url.startswith("pipe:") else LEAST)  # a command takes its time
+        head = counted.read(1)
+        head += counted.read(1) if head else b""
         source: Any = _Joined(head, counted)
         with gzip.open(source) if head == b"\x1f\x8b" else contextlib.nullcontext(source) as plain:
-            while part := plain.read(_COPY):
-                out.write(part)
+            write_bounded(plain, out, url, largest)
     if not counted.total:  # only now: a command's exit code says more
         raise OSError("no data")
     if length is not None and counted.total != length:
@@ -91,12 +114,22 @@ def _copy(url: str, target: Path) -> None:
 
 
 class _Counted:
-    def __init__(self, stream: IO[bytes]):
-        self.stream, self.total = stream, 0
+    """Counts the bytes of a stream, which have to come at a rate of `least` per second."""
+
+    def __init__(self, stream: IO[bytes], least: int):
+        self.stream, self.total, self.least = stream, 0, least
+        # What is there, where a stream tells: else a store that sends a byte now and then is waited for by the MiB.
+        self._some = getattr(stream, "read1", stream.read)
+        self._since, self._before = time.monotonic(), 0
 
     def read(self, size: int) -> bytes:
-        part = self.stream.read(size)
+        part: bytes = self._some(size)
         self.total += len(part)
+        if (waited := time.monotonic() - self._since) > TIMEOUT and part:
+            came, least = self.total - self._before, self.least * waited
+            if came < least:
+                raise OSError(f"{came:,} bytes in {waited:.0f} s: slower than {self.least:,} per second")
+            self._since, self._before = time.monotonic(), self.total
         return part
 
 
@@ -114,19 +147,25 @@ class _Joined(io.RawIOBase):
         return part or self.rest.read(size if size >= 0 else _COPY)
 
 
-def fetch(url: str, target: Path) -> None:
+def fetch(url: str, target: Path, largest: int = LARGEST) -> None:
     """Bring the tar at `url` to `target`, whole or not at all, with several attempts.
 
+    Args:
+        largest: bytes that it may have, unpacked.
+
     Raises:
+        LargeShardError: it has more.
         UserError: the last attempt failed too.
     """
     partial = target.with_name(f".{target.name}.{os.getpid()}")
     pause = FIRST_PAUSE
     for attempt in range(1, ATTEMPTS + 1):
         try:
-            _copy(url, partial)
+            _copy(url, partial, largest)
             partial.replace(target)
             return
+        except LargeShardError:
+            raise
         except Exception as error:  # the libraries behind fsspec have errors of their own
             words = str(error) or type(error).__name__
             if attempt == ATTEMPTS or isinstance(error, _FINAL):
@@ -141,10 +180,10 @@ def fetch(url: str, target: Path) -> None:
             partial.unlink(missing_ok=True)
 
 
-def make_room(folder: Path, limit: int, keep: Path) -> None:
-    """Remove the least recently used shards of `folder` until they take at most `limit` bytes; never `keep`."""
+def make_room(folders: Iterable[Path], limit: int, keep: Path) -> None:
+    """Remove the least recently used shards of these folders until they take at most `limit` bytes; never `keep`."""
     found = []
-    for path in folder.glob("*.tar"):
+    for path in (path for folder in folders for path in folder.glob("*.tar")):
         with contextlib.suppress(FileNotFoundError):  # another process makes room too
             status = path.stat()
             found.append((status.st_mtime_ns, status.st_size, path))

@@ -1,9 +1,11 @@
 """From a shard's address to bytes: a local file to read anywhere in, whatever the shard is stored as.
 
 * A shard on a file system is read where it lies.
-* One that is gzipped (.tar.gz) is unpacked once into the cache folder.
-* A remote shard is fetched once into the cache folder (`data/remote.py`), which is kept below a bound; or, with
-  `data.stream`, into memory (`data/streaming.py`).
+* One that is gzipped (.tar.gz) is unpacked into the cache folder.
+* A remote shard is fetched into the cache folder (`data/remote.py`); or, with `data.stream`, into memory
+  (`data/streaming.py`).
+
+Both count towards the bound on the cache folder: what was not used for longest goes first.
 
 Everything then is the same: the format of the shard (data/formats/shards.py) reads members where its table says. Cached
 files appear whole or not at all, and processes that want the same file at once wait for the one that makes it.
@@ -21,12 +23,13 @@ from pathlib import Path
 from amclr_scale.config import schema
 from amclr_scale.data.formats.members import ChangedShardError, check_regular
 from amclr_scale.data.formats.shards import is_packed
-from amclr_scale.data.remote import fetch, make_room
+from amclr_scale.data.remote import LARGEST, fetch, make_room, write_bounded
 from amclr_scale.data.sources import is_remote
 from amclr_scale.data.streaming import Stream
 from amclr_scale.errors import UserError
 
 _COPY = 1 << 20  # bytes per read while copying
+FETCHED, UNPACKED = "fetched", "unpacked"  # folders in the cache
 _OPEN_SHARDS = 256  # files a process keeps open
 
 
@@ -75,10 +78,14 @@ def address_key(url: str) -> str:
     return hashlib.sha256(words.encode("utf-8", "surrogateescape")).hexdigest()
 
 
-def unpack(url: str, target: Path, sha256: str | None) -> None:
+def unpack(url: str, target: Path, sha256: str | None, largest: int = LARGEST) -> None:
     """Write the shard inside the gzipped file at `url` to `target`, whole or not at all.
 
+    Args:
+        largest: bytes that it may have, unpacked.
+
     Raises:
+        LargeShardError: it has more.
         ChangedShardError: the file's checksum is not `sha256`.
         UserError: it is damaged, or the disk is full.
     """
@@ -95,8 +102,7 @@ def unpack(url: str, target: Path, sha256: str | None) -> None:
                 )
             packed.seek(0)
             with gzip.open(packed) as stream, partial.open("wb") as out:
-                while part := stream.read(_COPY):
-                    out.write(part)
+                write_bounded(stream, out, url, largest)
         partial.replace(target)
     except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"{url}: cannot be unpacked into {target.parent}: {error}") from error
@@ -109,13 +115,23 @@ class Storage:
 
     Args:
         cache: folder for what is unpacked or fetched.
-        fetched_bytes: bound on the fetched shards in it.
+        cached_bytes: bound on what is in it; None: there is none.
         allow_pipe: whether `pipe:` urls may run their shell commands.
         stream: memory for fetched shards, instead of the cache folder.
+        largest: bytes that a shard may have when it is unpacked or fetched.
+
+    Attributes:
+        fetched_bytes: bound on the fetched shards.
     """
 
-    def __init__(self, cache: Path, fetched_bytes: int = 0, allow_pipe: bool = False, stream: Stream | None = None):
-        self.cache, self.fetched_bytes, self.allow_pipe, self.stream = cache, fetched_bytes, allow_pipe, stream
+    def __init__(
+        self, cache: Path, cached_bytes: int | None = None, allow_pipe: bool = False, stream: Stream | None = None,
+        largest: int = LARGEST,
+    ):  # fmt: skip
+        self.cache, self.cached_bytes, self.allow_pipe, self.stream = cache, cached_bytes, allow_pipe, stream
+        self.largest = largest
+        # Of a stream: one shard at a time, until a loader knows how many it needs at once.
+        self.fetched_bytes = 0 if stream else cached_bytes
 
     def local_path(self, url: str, sha256: str | None = None) -> Path:
         """A local, uncompressed file with the shard's content; unpacks or fetches it first if need be.
@@ -130,13 +146,26 @@ class Storage:
         check_regular(url)
         if not is_packed(url):
             return Path(url)
-        target = self.cache / "unpacked" / f"{sha256 or address_key(url)}.tar"
-        if not target.exists():
+        target = self.cache / UNPACKED / f"{sha256 or address_key(url)}.tar"
+        try:
+            os.utime(target)  # used now: the last to be removed
+        except FileNotFoundError:
             target.parent.mkdir(parents=True, exist_ok=True)
             with locked(target):
                 if not target.exists():
-                    unpack(url, target, sha256)
+                    unpack(url, target, sha256, self.largest)
+            self._make_room(target, self.cached_bytes)
         return target
+
+    def forget(self, url: str) -> None:
+        """Remove what was fetched of a shard, which has turned out to be damaged: the next one may be whole."""
+        if is_remote(url) and not self.stream:
+            (self.cache / FETCHED / f"{address_key(url)}.tar").unlink(missing_ok=True)
+
+    def _make_room(self, keep: Path, limit: int | None) -> None:
+        folders = [self.cache / name for name in (FETCHED, UNPACKED)]
+        if limit is not None:
+            make_room(folders if keep.parent in folders else [keep.parent], limit, keep)
 
     def open(self, url: str, sha256: str | None = None) -> int:
         """A descriptor of that file, to be closed by the caller.
@@ -158,7 +187,7 @@ class Storage:
             raise UserError(
                 f"data.allow_pipe: {url} would run a shell command; set data.allow_pipe=true if you trust its author"
             )
-        folder = self.stream.folder() if self.stream else self.cache / "fetched"
+        folder = self.stream.folder() if self.stream else self.cache / FETCHED
         if not self.stream:  # a stream that is closed meanwhile takes its folder with it
             folder.mkdir(parents=True, exist_ok=True)
         target = folder / f"{address_key(url)}.tar"
@@ -167,8 +196,8 @@ class Storage:
         except FileNotFoundError:
             with locked(target):
                 if not target.exists():
-                    fetch(url, target)
-            make_room(target.parent, self.fetched_bytes, target)
+                    fetch(url, target, self.largest)
+            self._make_room(target, self.fetched_bytes)
         return target
 
 
@@ -178,6 +207,5 @@ def make_storage(data: schema.Data) -> Storage:
     Raises:
         UserError: the cache folder cannot be written.
     """
-    if data.stream:  # one shard at a time, until a loader knows how many it needs at once
-        return Storage(cache_folder(data.cache), 0, data.allow_pipe, Stream())
-    return Storage(cache_folder(data.cache), int(data.cache_gib * 2**30), data.allow_pipe)
+    bound, largest = (int(gib * 2**30) for gib in (data.cache_gib, data.max_shard_gib))
+    return Storage(cache_folder(data.cache), bound, data.allow_pipe, Stream() if data.stream else None, largest)

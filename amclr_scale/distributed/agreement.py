@@ -11,6 +11,7 @@ import platform
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from amclr_scale.distributed.launcher import where
 from amclr_scale.distributed.process_group import broadcast_object, gather_objects
 from amclr_scale.errors import AgreedError
 
@@ -55,21 +56,3 @@ def _differences(first: Mapping[str, str], everyone: Sequence[tuple[str, Mapping
         lines.append(f"{key}: expected the same on all ranks, got {got}")
     more = [f"and {len(lines) - SHOWN} more"] if len(lines) > SHOWN else []
     return [*lines[:SHOWN], *more, "start every node with the same command, code and data"]
-
-
-def where(ranks: Sequence[int], hosts: Sequence[str]) -> str:
-    """`ranks 0-7 (node1), 9 (node2)`: some ranks, and the hosts that they are on.
-
-    Args:
-        ranks: in rising order.
-        hosts: of all ranks.
-    """
-    spans: list[list[int]] = []
-    for rank in ranks:
-        if spans and spans[-1][1] == rank - 1 and hosts[rank] == hosts[spans[-1][0]]:
-            spans[-1][1] = rank
-        else:
-            spans.append([rank, rank])
-    words = [f"{a}-{b}" if a < b else str(a) for a, b in spans]
-    named = [f"{span} ({hosts[a]})" for span, (a, _) in zip(words, spans, strict=True)]
-    return f"rank{'s' * (len(ranks) > 1)} {', '.join(named)}"

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import psutil
@@ -30,6 +30,25 @@ class RankInfo:
     local_rank: int = 0  # on this node
     world_size: int = 1
     local_world_size: int = 1  # processes on this node
+    counted: bool = True  # whether the launcher has said how many those are; else they are counted when all have met
+
+
+def where(ranks: Sequence[int], hosts: Sequence[str] = ()) -> str:
+    """`ranks 0-7 (node1), 9 (node2)`: some ranks, and the hosts that they are on.
+
+    Args:
+        ranks: in rising order.
+        hosts: of all ranks; empty: they are not named.
+    """
+    spans: list[list[int]] = []
+    for rank in ranks:
+        if spans and spans[-1][1] == rank - 1 and (not hosts or hosts[rank] == hosts[spans[-1][0]]):
+            spans[-1][1] = rank
+        else:
+            spans.append([rank, rank])
+    words = [f"{a}-{b}" if a < b else str(a) for a, b in spans]
+    named = [f"{span} ({hosts[a]})" if hosts else span for span, (a, _) in zip(words, spans, strict=True)]
+    return f"rank{'s' * (len(ranks) > 1)} {', '.join(named)}"
 
 
 def _first_host(environment: Mapping[str, str]) -> str:
@@ -63,13 +82,13 @@ def read_rank_info(environment: Mapping[str, str] | None = None) -> RankInfo:
     try:
         if "RANK" in env and "WORLD_SIZE" in env:  # deepspeed, torchrun
             world = int(env["WORLD_SIZE"])
-            local_world = env.get("LOCAL_WORLD_SIZE") or env.get("LOCAL_SIZE") or world
-            return RankInfo(int(env["RANK"]), int(env.get("LOCAL_RANK", 0)), world, int(local_world))
+            said = env.get("LOCAL_WORLD_SIZE") or env.get("LOCAL_SIZE")
+            return RankInfo(int(env["RANK"]), int(env.get("LOCAL_RANK", 0)), world, int(said or world), bool(said))
         if "SLURM_STEP_NUM_TASKS" in env and "SLURM_PROCID" in env:  # srun; a batch script by itself sets no step
-            tasks_here = env.get("SLURM_STEP_TASKS_PER_NODE", env["SLURM_STEP_NUM_TASKS"]).split("(")[0].split(",")[0]
-            return RankInfo(
-                int(env["SLURM_PROCID"]), int(env["SLURM_LOCALID"]), int(env["SLURM_STEP_NUM_TASKS"]), int(tasks_here)
-            )
+            said = env.get("SLURM_STEP_TASKS_PER_NODE", env["SLURM_STEP_NUM_TASKS"])
+            tasks_here = int(said.split("(")[0].split(",")[0])  # of the first node, where nodes differ
+            rank, local_rank, world = (int(env[f"SLURM_{name}"]) for name in ("PROCID", "LOCALID", "STEP_NUM_TASKS"))
+            return RankInfo(rank, local_rank, world, tasks_here, "," not in said)
     except (KeyError, ValueError) as error:
         raise UserError(f"environment: the launcher's variables do not fit together: {error}") from error
     return RankInfo()
@@ -98,6 +117,8 @@ def when_runner_ends(tell: Callable[[str], None]) -> None:
 
     It hands no signal on to the process that starts the ranks (on one node), which lives on without it.
     """
+    if not os.getppid():  # the first process of a container, or one that was sent into it
+        return
     launcher = psutil.Process(os.getppid())
     runner = launcher.parent()
     if runner is None or "deepspeed.launcher.launch" not in launcher.cmdline():

@@ -1,23 +1,18 @@
 """The process group, the device, and the seeds of one rank."""
 
-import contextlib
 import os
 import random
-import sys
-import threading
-import time
-from collections.abc import Iterator
 from typing import Literal, TypeVar, cast
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
-from amclr_scale.distributed.launcher import RankInfo, end_with_launcher, export
+from amclr_scale.distributed.launcher import RankInfo, end_with_launcher, export, ranks_on_node
+from amclr_scale.distributed.rendezvous import MINUTES, meet, told_while_joining
 from amclr_scale.errors import UserError
 
 T = TypeVar("T")
-_SHELLS = ("bash", "sh", "zsh", "fish", "interactive")  # what SLURM calls a job that is a shell
 
 
 def device_type() -> Literal["cuda", "cpu"]:
@@ -25,15 +20,18 @@ def device_type() -> Literal["cuda", "cpu"]:
     return "cuda" if torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu" else "cpu"
 
 
-def start(rank_info: RankInfo, threads: int | None = None) -> torch.device:
+def start(rank_info: RankInfo, threads: int | None = None, minutes: float = MINUTES) -> torch.device:
     """Join the process group (NCCL on CUDA, gloo on CPU) and take this rank's device.
 
     Args:
         rank_info: this process among the others.
-        threads: CPU threads of this rank; None: the machine's cores over the ranks on it.
+        threads: CPU threads of this rank; None: OMP_NUM_THREADS, or the machine's cores over the ranks on it.
+        minutes: to wait for the other ranks.
 
     Raises:
-        UserError: this rank has no device of its own.
+        UserError: this rank has no device of its own, or its port is taken.
+        AgreedError: another rank has met a mistake, or does not reach the others.
+        AbsentError: other ranks have not come in time.
     """
     cuda = device_type() == "cuda"
     if cuda and rank_info.local_rank >= torch.cuda.device_count():
@@ -46,7 +44,6 @@ def start(rank_info: RankInfo, threads: int | None = None) -> torch.device:
     if rank_info.world_size > 1:
         end_with_launcher()
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if cuda else "cpu")
-    torch.set_num_threads(threads or max(1, len(os.sched_getaffinity(0)) // rank_info.local_world_size))
     device = torch.device("cuda", rank_info.local_rank) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
@@ -55,57 +52,22 @@ def start(rank_info: RankInfo, threads: int | None = None) -> torch.device:
     import deepspeed
 
     leave_messages_to_gloo()
-    if not dist.is_initialized():
-        with told_while_joining(rank_info):
-            deepspeed.init_distributed(dist_backend="nccl" if cuda else "gloo", auto_mpi_discovery=False, verbose=False)
+    backend, absent = "nccl" if cuda else "gloo", list[int]()
+    if rank_info.world_size > 1 and not dist.is_initialized():
+        with told_while_joining(rank_info, minutes, absent=absent):
+            store, hosts = meet(rank_info, backend, minutes, absent)
+            if not rank_info.counted:
+                os.environ["LOCAL_WORLD_SIZE"] = str(hosts.count(hosts[rank_info.rank]))
+            dist.init_process_group(backend, store=store, rank=rank_info.rank, world_size=rank_info.world_size)
+    deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
+    torch.set_num_threads(threads or _threads_here())
     return device
 
 
-@contextlib.contextmanager
-def told_while_joining(rank_info: RankInfo, first: float = 10.0, every: float = 60.0) -> Iterator[None]:
-    """Say that this rank waits for others, if it has to.
-
-    Args:
-        rank_info: this process among the others.
-        first: seconds after which it is said.
-        every: seconds from then on.
-
-    Raises:
-        UserError: rank 0's port is taken.
-    """
-    host, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")
-    joined, began = threading.Event(), time.monotonic()
-    shell = ""
-    if "SLURM_PROCID" in os.environ and os.environ.get("SLURM_JOB_NAME") in _SHELLS:
-        shell = "; started from an interactive srun shell? It holds one of the tasks: put srun before the command"
-
-    def tell() -> None:
-        pause = first
-        while not joined.wait(pause):
-            waited, pause = time.monotonic() - began, every
-            print(
-                f"rank {rank_info.rank} has waited {waited:.0f} s for the other {rank_info.world_size - 1} of "
-                f"{rank_info.world_size} ranks to come to {host}:{port}{shell}",
-                file=sys.stderr,
-                flush=True,
-            )
-
-    thread = threading.Thread(target=tell, name="joining", daemon=True)
-    if rank_info.world_size > 1 and (rank_info.rank == 0 or rank_info.local_rank == 0):
-        thread.start()
-    try:
-        yield
-    except dist.DistNetworkError as error:
-        if "EADDRINUSE" not in str(error):
-            raise
-        raise UserError(
-            f"MASTER_PORT: expected a free port on {host}, got {port}, on which another program listens, perhaps "
-            "another run; choose another (deepspeed --master_port N, torchrun --master-port N, else MASTER_PORT=N)"
-        ) from error
-    finally:
-        joined.set()
-        if thread.is_alive():
-            thread.join()
+def _threads_here() -> int:
+    """CPU threads of a rank where nobody has said: torchrun sets OMP_NUM_THREADS for its ranks, and users do."""
+    said = os.environ.get("OMP_NUM_THREADS", "").split(",")[0]
+    return int(said) if said.isdigit() and int(said) else max(1, len(os.sched_getaffinity(0)) // ranks_on_node())
 
 
 def leave_messages_to_gloo() -> None:

@@ -29,7 +29,7 @@ if what == "sleep":
     print("up", flush=True)
     import time
     time.sleep(60)
-sys.exit(2 if what == "mistake" else 1)
+sys.exit({"mistake": 2, "nothing said": 0}.get(what, 1))
 """
 
 
@@ -74,6 +74,23 @@ def test_gives_up_without_progress_and_without_restarts(tmp_path):
     (tmp_path / "b").mkdir()
     assert start(tmp_path / "b", "progress", "--restarts", "1").wait(60) == 1
     assert starts(tmp_path / "b") == 2
+
+
+def test_a_command_that_ends_with_0_without_a_result_has_crashed(tmp_path):
+    """As the deepspeed command does when its pdsh is killed."""
+    assert start(tmp_path, "nothing said").wait(60) == 1
+    assert starts(tmp_path) == 3
+
+
+def test_a_signal_on_one_node_ends_the_supervisors_of_all(tmp_path):
+    waiting = start(tmp_path, "nothing", "--pause", "600")  # its ranks have ended with the others
+    assert "start 1 ended with 1" in waiting.stderr.readline() + waiting.stderr.readline()
+    asked = start(tmp_path, "sleep", stdout=subprocess.PIPE)
+    assert asked.stdout.readline() == "up\n"
+    asked.send_signal(signal.SIGTERM)
+    assert asked.wait(30) == 75
+    assert waiting.wait(10) == 75
+    assert starts(tmp_path) == 2
 
 
 def test_a_signal_is_passed_on_and_ends_it(tmp_path):

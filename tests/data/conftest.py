@@ -1,8 +1,10 @@
 """Every test has its own cache folder, and small shards made to order."""
 
+import contextlib
 import functools
 import http.server
 import threading
+import time
 
 import pytest
 
@@ -31,6 +33,13 @@ class _Server(http.server.SimpleHTTPRequestHandler):
             self.end_headers()
             self.wfile.write(b"x" * 1000)
             self.close_connection = True
+        elif way == "slow":
+            self.send_response(200)
+            self.end_headers()
+            with contextlib.suppress(OSError):  # until nobody listens any more
+                for _ in range(400):
+                    self.wfile.write(b"x")
+                    time.sleep(0.02)
         else:
             super().do_GET()
 

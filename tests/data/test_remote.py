@@ -1,6 +1,7 @@
 """Remote shards give the same batches; the cache stays below its bound; a dead store is told."""
 
 import contextlib
+import gzip
 import json
 import os
 import shlex
@@ -190,7 +191,7 @@ def test_the_least_recently_used_goes_first(tmp_path):
         (tmp_path / f"{i}.tar").write_bytes(bytes(10))
         os.utime(tmp_path / f"{i}.tar", (i, i))
     os.utime(tmp_path / "0.tar", (9, 9))
-    make_room(tmp_path, 30, tmp_path / "1.tar")
+    make_room([tmp_path], 30, tmp_path / "1.tar")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["0.tar", "1.tar", "4.tar"]
 
 
@@ -207,3 +208,60 @@ def test_an_index_names_remote_shards(served, tmp_path):
     shards = [{"url": f"{address}/{i:05d}.tar", "nsamples": n} for i, n in enumerate(SIZES)]
     (tmp_path / "own.json").write_text(json.dumps({"shardlist": shards}))
     assert open_index(settings(str(tmp_path / "own.json"))).num_samples == sum(SIZES)
+
+
+def test_a_store_that_sends_a_byte_now_and_then_is_given_up(served, monkeypatch):
+    _, address, handler = served
+    monkeypatch.setattr(remote, "TIMEOUT", 0.3)
+    monkeypatch.setattr(remote, "ATTEMPTS", 2)
+    handler.failures["/a.tar"] = ["slow"] * 2
+    with pytest.raises(
+        UserError, match=r"a\.tar: cannot be fetched after 2 attempts: \d+ bytes in 0 s: slower than 4,096"
+    ):
+        open_index(settings(f"{address}/a.tar"))
+
+
+@pytest.mark.parametrize("far", [False, True])
+def test_a_shard_that_unpacks_into_more_than_is_allowed(served, tmp_path, far):
+    """Thirty kilobytes that become thirty megabytes: nothing of them stays."""
+    folder, address, _ = served
+    (folder / "bomb.tar.gz").write_bytes(gzip.compress(bytes(30 << 20)))
+    place, cache = address if far else folder, tmp_path / "cache"
+    data = settings(f"{place}/bomb.tar.gz", cache=str(cache), max_shard_gib=0.01)
+    with pytest.raises(UserError, match=r"^data\.max_shard_gib: expected shards of at most 0\.01 GiB.*bomb\.tar\.gz"):
+        open_index(data)
+    assert sum(path.stat().st_size for path in cache.rglob("*") if path.is_file()) == 0
+
+
+def test_what_is_unpacked_counts_towards_the_bound_too(served, tmp_path):
+    folder, cache = served[0], tmp_path / "cache"
+    for number in range(6):
+        members = [m for i in range(6) for m in pair(6 * number + i)]
+        write_tar(folder / "plain" / f"{number:05d}.tar", members)
+        write_tar(folder / "packed" / f"{number:05d}.tar.gz", members, "w:gz")
+    size = (folder / "plain" / "00000.tar").stat().st_size
+    options = {"lanes": 1, "shuffle_window": 2}
+    packed = settings(
+        f"{folder}/packed/{{00000..00005}}.tar.gz", cache=str(cache), cache_gib=3.5 * size / 2**30, **options
+    )
+    expected = take(settings(f"{folder}/plain/{{00000..00005}}.tar", **options), 12, global_batch_size=6)
+    assert_same(take(packed, 12, global_batch_size=6), expected)
+    assert len(list((cache / "unpacked").glob("*.tar"))) <= 3
+
+
+def test_what_is_no_shard_is_told_by_its_address_and_not_kept(served, tmp_path):
+    """The page of a server that wants a password; then half a shard; then the shard."""
+    folder, address, _ = served
+    data = settings(f"{address}/00000.tar", cache=str(tmp_path / "cache"))
+    (folder / "00000.tar").write_text("<html>" + "please log in " * 100)
+    with pytest.raises(
+        UserError, match=rf"^{address}/00000\.tar: what was fetched is no shard .*removed from the cache"
+    ):
+        open_index(data)
+    assert not list((tmp_path / "cache" / "fetched").glob("*.tar"))
+    whole = Path(write_shards(folder, [6])[0]).read_bytes()
+    (folder / "00000.tar").write_bytes(whole[: len(whole) // 2])
+    assert 0 < open_index(data).num_samples < 6
+    assert not list((tmp_path / "cache" / "fetched").glob("*.tar"))
+    (folder / "00000.tar").write_bytes(whole)
+    assert open_index(data).num_samples == 6

@@ -5,7 +5,8 @@ from unittest import mock
 import torch.distributed as dist
 
 from amclr_scale.distributed import agreement
-from amclr_scale.distributed.agreement import check_agreement, where
+from amclr_scale.distributed.agreement import check_agreement
+from amclr_scale.distributed.launcher import where
 from amclr_scale.errors import AgreedError
 
 SAME = {"seed": 0, "data.train": ["a", "b"], "optimizer.lr": 0.001}
