@@ -65,6 +65,8 @@ def _opened(url: str) -> Iterator[tuple[IO[bytes], int | None]]:
             if error.code in _NEVER_THERE:
                 raise _PermanentError(str(error)) from error
             raise
+        except LargeShardError:  # of whoever reads
+            raise
         except ValueError as error:
             raise _PermanentError(str(error)) from error
     else:
