@@ -27,6 +27,8 @@ from safetensors.numpy import load_file
 from tools.cluster.nodes import CARD, ROOT, Cluster, why_not
 from tools.cluster.runs import BIN, EVERY, FOREIGN, QUIET, SCRIPT, Runs, Started, saved, trace, until_step, words_of
 
+PAGE, MARKS = ROOT / "docs" / "clusters.md", ("<!-- faults -->", "<!-- faults end -->")
+
 
 @dataclass
 class Row:
@@ -97,7 +99,7 @@ FAULTS = [
     Fault("cable between the nodes cut", "SLURM", cut, LOST, waits=True),
     Fault("rank 0's node off", "torchrun", off, LOST, waits=True),
     Fault("rank 1 killed (SIGKILL)", "by hand", killed, r"rank \d|Connection closed|reset by peer", waits=False),
-    Fault("rank 1's launcher killed (SIGKILL)", "torchrun", launcher_killed, r"rank \d|[Ss]ignal|closed", waits=False),
+    Fault("rank 1's launcher killed (SIGKILL)", "torchrun", launcher_killed, "came; saved after step", waits=False),
 ]
 
 
@@ -116,7 +118,7 @@ def put_in(runs: Runs, fault: Fault, run: Path, watch: float) -> Row:
         fault.launcher, words_of(run.parent, run.name, watch), environment={"GLOO_SOCKET_IFNAME": CARD}
     )
     try:
-        until_step(started, run, saved(run) + EVERY + 2)
+        until_step(started, saved(run) + EVERY + 2)
         began = time.monotonic()
         left = fault.act(runs, started)
         codes = started.wait(left, watch + 60)
@@ -239,6 +241,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--watch", type=float, default=6.0, help="run.watch_minutes of the runs, in seconds")
     parser.add_argument("--folder", type=Path, help="for runs and logs; default: one that is removed")
+    parser.add_argument("--write", action="store_true", help="also put the table into docs/clusters.md")
     args = parser.parse_args()
     if words := why_not():
         print(words, file=sys.stderr)
@@ -255,6 +258,10 @@ def main() -> int:
                 print(error, file=sys.stderr)
                 return 1
     print(table(rows))
+    if args.write:
+        before, _, rest = PAGE.read_text().partition(MARKS[0])
+        _, _, after = rest.partition(MARKS[1])
+        PAGE.write_text(f"{before}{MARKS[0]}\n\n{table(rows)}\n\n{MARKS[1]}{after}")
     return 0
 
 

@@ -140,7 +140,8 @@ def test_a_loopback_address_is_told_before_anybody_connects_to_it(monkeypatch):
     rendezvous.check_reachable([here, here], "gloo")  # one node
     rendezvous.check_reachable([here, there], "nccl")  # which looks for interfaces itself
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "eth0")
-    rendezvous.check_reachable([here, there], "gloo")
+    assert Present("node1").address == ""
+    rendezvous.check_reachable([Present("node1"), there], "gloo")
 
 
 def test_interfaces_and_names_that_are_not_there():

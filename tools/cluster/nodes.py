@@ -62,8 +62,9 @@ class Node:
             self._holder.wait()
 
     def command(self, words: Sequence[str]) -> list[str]:
-        """A command line that runs these words on the node."""
-        return ["nsenter", "--target", str(self.pid), "--net", "--uts", "--mount", "--pid", "--", *words]
+        """A command line that runs these words on the node, in the repository's folder."""
+        entered = ["nsenter", "--target", str(self.pid), "--net", "--uts", "--mount", "--pid", "--"]
+        return [*entered, "env", "-C", str(ROOT), *words]
 
     def run(self, *words: str) -> None:
         """Run a command to its end."""

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -13,7 +14,7 @@ import psutil
 
 from tools.cluster.nodes import ROOT, Cluster, Node
 
-BATCH, EVERY, STEPS = 32, 4, 40
+BATCH, EVERY, STEPS = 32, 4, 60
 PATIENCE = 120.0  # seconds for a run to take its next step
 BIN = Path(sys.executable).parent
 SCRIPT = "launch/train.py"
@@ -153,10 +154,14 @@ def trace(run: Path) -> dict[int, float]:
     return found
 
 
-def until_step(started: Started, run: Path, step: int) -> None:
-    """Wait until the run has made so many steps."""
+def until_step(started: Started, step: int) -> None:
+    """Wait until this start of a run has come to a step, as its console says.
+
+    Raises:
+        RuntimeError: it has ended before, or does not move.
+    """
     until = time.monotonic() + PATIENCE
-    while max(trace(run), default=0) < step:
+    while max(map(int, re.findall(r"^step +(\d+)/", started.said(0), re.MULTILINE)), default=0) < step:
         if any(command.poll() is not None for command in started.commands) or time.monotonic() > until:
             raise RuntimeError(f"step {step} is not reached:\n" + "\n".join(map(started.said, range(2))))
         time.sleep(0.02)
