@@ -209,7 +209,11 @@ def meet(
             pause = min(1.5 * pause, 1.0)
     except (dist.DistNetworkError, dist.DistStoreError) as error:
         raise AbsentError(f"{place} does not answer any more: rank 0 or its launcher has ended") from error
-    check_reachable(everyone, backend)
+    try:
+        check_reachable(everyone, backend)
+    except AgreedError:
+        _linger(store, rank_info)
+        raise
     return store, [one.host for one in everyone]
 
 
