@@ -14,14 +14,15 @@ they are made. What --shards gives can be data.image_reference or data.text_refe
 import argparse
 import json
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from torch import Tensor
 
 import amclr_scale
@@ -33,26 +34,51 @@ from amclr_scale.data.names import short_names
 from amclr_scale.errors import UserError
 from amclr_scale.trained.model import Model
 
+SHOWN = 10  # pictures that cannot be used, told by name
 Rows = Iterator[tuple[list[str], npt.NDArray[np.float32]]]
 
 
 def listed(model: Model, args: argparse.Namespace) -> tuple[int, Rows]:
-    """The images below a folder in the order of their names, or the lines of a file: how many, and their rows."""
-    encode: Callable[[list[str], int], Tensor]
+    """The images below a folder in the order of their names, or the lines of a file: how many at most, and rows."""
+    size = args.batch_size
     if args.texts:
-        names, encode = lines_of(args.texts), model.encode_text
+        names = lines_of(args.texts)
     else:
         pictures = find_pictures(Path(args.images))
-        found = pictures.pictures
         if pictures.passed_over:
             print(pictures.told(), file=sys.stderr)
-        names, encode = [str(path) for path in found], model.encode_image
+        names = [str(path) for path in pictures.pictures]
     if not names:
         kind, what = ("--texts", "a file with lines") if args.texts else ("--images", "a folder with images")
         raise UserError(f"{kind}: expected {what}, got {args.texts or args.images}")
-    size = args.batch_size
     parts = (names[start : start + size] for start in range(0, len(names), size))
-    return len(names), ((part, encode(part, size).numpy()) for part in parts)
+    if args.texts:
+        return len(names), ((part, model.encode_text(part, size).numpy()) for part in parts)
+    return len(names), ((kept, model.encode_image(pixels, size).numpy()) for kept, pixels in usable(model, parts))
+
+
+def usable(model: Model, parts: Iterable[list[str]]) -> Iterator[tuple[list[str], Tensor]]:
+    """The pictures of each part that can be decoded, and their pixels. At the end the others are told.
+
+    Raises:
+        UserError: there is none.
+    """
+    found, bad = 0, []
+    for part in parts:
+        decoded: dict[str, Tensor] = {}
+        for path in part:
+            try:
+                decoded[path] = model.pixels(path)
+            except UserError as error:
+                bad.append(str(error))
+        found += len(decoded)
+        if decoded:
+            yield list(decoded), torch.stack(list(decoded.values()))
+    if not found:
+        raise UserError(f"{bad[0]}; nor can any other of the {len(bad)} pictures" if bad[1:] else bad[0])
+    if bad:
+        more = f"\n... and {len(bad) - SHOWN:,} more" if len(bad) > SHOWN else ""
+        print("\n".join(bad[:SHOWN]) + f"{more}\n{len(bad):,} pictures have no row", file=sys.stderr)
 
 
 def lines_of(file: str) -> list[str]:
@@ -84,28 +110,52 @@ def of_shards(model: Model, args: argparse.Namespace) -> tuple[int, Rows, str]:
     return split.num_samples, rows(), split.index.fingerprint
 
 
-def write(out: Path, total: int, width: int, rows: Rows) -> None:
-    """One file or two, by the ending, batch by batch."""
+def write(out: Path, total: int, width: int, rows: Rows) -> int:
+    """One file or two, by the ending, batch by batch; they get their names when all is written. Returns the rows.
+
+    Args:
+        total: rows at most.
+    """
     with ExitStack() as stack:
-        if out.suffix == ".npy":
-            names_file = stack.enter_context(
-                out.with_suffix(".txt").open("w", encoding="utf-8", errors="surrogateescape")
-            )
-            formats: Any = np.lib.format  # typed in some versions of numpy only
-            table = formats.open_memmap(out, mode="w+", dtype=np.float32, shape=(total, width))
+        new = stack.enter_context(unfinished(out))
+        if out.suffix != ".npy":
+            pa, pq = _pyarrow(out)
+            schema = pa.schema([("name", pa.string()), ("embedding", pa.list_(pa.float32(), width))])
             done = 0
+            with pq.ParquetWriter(new, schema) as writer:
+                for names, embedded in rows:
+                    column = pa.FixedSizeListArray.from_arrays(pa.array(embedded.reshape(-1)), width)
+                    writer.write_table(pa.table({"name": names, "embedding": column}, schema=schema))
+                    done += len(names)
+            return done
+        new_names = stack.enter_context(unfinished(out.with_suffix(".txt")))
+        with new_names.open("w", encoding="utf-8", errors="surrogateescape") as names_file, new.open("w+b") as file:
+            done = 0
+            header(file, total, width)
             for names, embedded in rows:
-                table[done : done + len(names)] = embedded
+                file.write(np.asarray(embedded, np.float32).tobytes())
                 done += len(names)
                 names_file.write("".join(f"{name}\n" for name in names))
-            table.flush()
-            return
-        pa, pq = _pyarrow(out)
-        schema = pa.schema([("name", pa.string()), ("embedding", pa.list_(pa.float32(), width))])
-        writer = stack.enter_context(pq.ParquetWriter(out, schema))
-        for names, embedded in rows:
-            column = pa.FixedSizeListArray.from_arrays(pa.array(embedded.reshape(-1)), width)
-            writer.write_table(pa.table({"name": names, "embedding": column}, schema=schema))
+            file.seek(0)
+            header(file, done, width)  # as long as the first: numpy leaves room for a number that grows
+        return done
+
+
+def header(file: IO[bytes], rows: int, width: int) -> None:
+    """What a .npy begins with."""
+    formats: Any = np.lib.format  # typed in some versions of numpy only
+    formats.write_array_header_1_0(file, {"descr": "<f4", "fortran_order": False, "shape": (rows, width)})
+
+
+@contextmanager
+def unfinished(path: Path) -> Iterator[Path]:
+    """A name beside `path` to write under, which becomes `path` at the end, and nothing after an error."""
+    new = path.with_name(f".{path.name}.unfinished")
+    try:
+        yield new
+        new.replace(path)
+    finally:
+        new.unlink(missing_ok=True)
 
 
 def _pyarrow(out: Path) -> tuple[Any, Any]:
@@ -149,7 +199,7 @@ def main(argv: list[str]) -> int:
             total, rows, about[FINGERPRINT] = of_shards(model, args)
         else:
             total, rows = listed(model, args)
-        write(args.out, total, model.config.model.embedding_width, rows)
+        total = write(args.out, total, model.config.model.embedding_width, rows)
         args.out.with_name(f"{args.out.name}.json").write_text(json.dumps(about, indent=1) + "\n", "utf-8")
     except UserError as error:
         print(error, file=sys.stderr)

@@ -54,6 +54,9 @@ class BadSampleError(Exception):
         super().__init__(kind, detail)
         self.kind, self.detail = kind, detail
 
+    def __str__(self) -> str:
+        return f"{self.kind} ({self.detail})" if self.detail else self.kind
+
 
 def check_whole(reader: ShardReader, row: int) -> None:
     """Raise `BadSampleError` for a row of which the index knows that it cannot be used."""

@@ -54,7 +54,7 @@ class Model:
         rows = []
         for start in range(0, len(images), batch_size):
             part = images[start : start + batch_size]
-            batch = part if isinstance(part, Tensor) else torch.stack([self._pixels(image) for image in part])
+            batch = part if isinstance(part, Tensor) else torch.stack([self.pixels(image) for image in part])
             rows.append(self.module(images=(batch.to(self.device),))["image"].cpu())
         return torch.cat(rows) if rows else torch.empty(0, self.config.model.embedding_width)
 
@@ -74,7 +74,12 @@ class Model:
             rows.append(self.module(texts=(tokens.to(self.device),))["text"].cpu())
         return torch.cat(rows) if rows else torch.empty(0, self.config.model.embedding_width)
 
-    def _pixels(self, image: Any) -> Tensor:
+    def pixels(self, image: Any) -> Tensor:
+        """One picture as the image tower takes it, uint8 (3, H, W).
+
+        Raises:
+            UserError: it cannot be used, and why.
+        """
         data = self.config.data
         try:
             if isinstance(image, str | Path):

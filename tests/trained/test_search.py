@@ -51,6 +51,28 @@ def test_a_picture_is_nearest_to_itself_and_a_text_has_neighbours(folder, capsys
     assert Image.open("found.png").size[1] > 2 * 160
 
 
+def test_a_picture_that_cannot_be_used_has_no_row(folder, capsys):
+    (folder / "bad").mkdir()
+    (folder / "bad" / "1.jpg").write_bytes(b"not a picture")
+    (folder / "bad" / "3.png").write_bytes(b"")
+    words = ["run", "bad", "--batch-size", "2"]
+    assert embed.main(words) == 2
+    assert (
+        "1.jpg cannot be used: corrupt image (no known format); nor can any other of the 2" in capsys.readouterr().err
+    )
+    assert not [*folder.glob("*bad.*")]  # nothing half written
+    for number in range(0, 12, 2):
+        (folder / "bad" / f"{number}.png").write_bytes(picture(number))
+    assert embed.main(words) == 0
+    said = capsys.readouterr()
+    assert "6 rows" in said.out
+    assert "3.png cannot be used: empty member (.jpg)\n2 pictures have no row" in said.err
+    names = (folder / "bad.txt").read_text().splitlines()
+    assert names == [f"bad/{number}.png" for number in (0, 10, 2, 4, 6, 8)]
+    want = amclr_scale.load(folder / "run").encode_image(names)
+    np.testing.assert_allclose(np.load(folder / "bad.npy"), want.numpy(), atol=1e-6)
+
+
 def test_mistakes_are_told(folder, capsys):
     def refused(words, command, *argv):
         assert command.main(list(argv)) == 2
