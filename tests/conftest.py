@@ -6,12 +6,14 @@
 back in rank order; an error in any rank is raised in the test with that rank's traceback.
 """
 
+import gc
 import os
 import tempfile
 import traceback
 from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
 from multiprocessing.connection import wait as wait_for
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,24 +23,42 @@ import torch.multiprocessing as mp
 torch.set_num_threads(1)
 
 SECONDS_PER_CALL = 240
+TESTS = Path(__file__).parent
 
-# Without them the tests that start nothing take a minute and a half of CPU, not two.
+# `make test-fast` leaves them out, their imports too: what is long here by its nature.
 LONG_FILES = {
     "commands/test_agreement", "data/test_resident", "encoders/test_decay", "encoders/test_towers",
-    "encoders/test_trial", "evaluation/test_evaluate", "memory/test_towers", "metrics/test_flops", "study/test_report",
-    "study/test_report_cases", "study/test_statistics_resampling", "study/test_statistics_sweeps", "study/test_tuning",
+    "encoders/test_trial", "evaluation/test_evaluate", "memory/test_towers", "metrics/test_flops",
+    "objectives/banks/test_learning", "study/test_report", "study/test_report_cases",
+    "study/test_statistics_resampling", "study/test_statistics_sweeps", "study/test_tuning",
+    "trained/test_text_towers",
 }  # fmt: skip
+
+
+def _is_long(path: Path) -> bool:
+    return path.is_relative_to(TESTS) and path.relative_to(TESTS).with_suffix("").as_posix() in LONG_FILES
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Where long tests are left out, their files need not be imported."""
+    return True if "not slow" in config.option.markexpr and _is_long(collection_path) else None
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark what starts ranks or builds an engine by what it uses, and long files: `make test-fast` leaves them out."""
     for item in items:
-        if f"{item.path.parent.name}/{item.path.stem}" in LONG_FILES:
+        if _is_long(item.path):
             item.add_marker("slow")
         if {"ranks", "gpu"} & set(getattr(item, "fixturenames", ())):
             item.add_marker("ranks")
         if hasattr(getattr(item, "module", None), "build_engine"):
             item.add_marker("deepspeed")
+
+
+def pytest_collection_finish() -> None:
+    """What is imported by now stays: the garbage collector need not look at it again and again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

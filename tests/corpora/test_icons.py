@@ -141,6 +141,7 @@ def test_a_sample_says_what_it_shows_and_whose_it_is(made):
     assert {f"outline {first}", f"{first} (outline)", first} <= set(named["captions"])
 
 
+@pytest.mark.slow
 def test_any_number_of_processes_and_a_stop_in_the_middle_give_the_same_bytes(made, pinned, tmp_path, monkeypatch):
     out, report = made
     again, calls = tmp_path / "again", []

@@ -125,6 +125,7 @@ def test_retrieval_is_theirs(folders, trained):
         assert ours[f"image_to_text_R@{k}"] == pytest.approx(want[f"text_retrieval_recall@{k}"], abs=1e-6)
 
 
+@pytest.mark.slow
 def test_zero_shot_is_theirs(folders, trained):
     evaluator = Evaluator(recipe(folders[1]))
     assert evaluator.tasks[0].templates == TEMPLATES

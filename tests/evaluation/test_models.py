@@ -81,13 +81,15 @@ def tiny_clip(tmp_path):
     import_torchvision()
     import open_clip
 
-    (tmp_path / "tiny.json").write_text(json.dumps(TINY))
-    open_clip.add_model_config(tmp_path / "tiny.json")
+    for name, width in (("tiny", TINY["embed_dim"]), ("wider", 2 * TINY["embed_dim"])):
+        (tmp_path / f"{name}.json").write_text(json.dumps({**TINY, "embed_dim": width}))
+        open_clip.add_model_config(tmp_path / f"{name}.json")
     torch.manual_seed(0)
     inner = open_clip.create_model("tiny").eval()
     torch.save(inner.state_dict(), tmp_path / "tiny.pt")
     yield inner, tmp_path / "tiny.pt", open_clip
-    (tmp_path / "tiny.json").unlink()
+    for name in ("tiny", "wider"):
+        (tmp_path / f"{name}.json").unlink()
 
 
 def test_an_open_clip_model(tiny_clip):
@@ -108,8 +110,8 @@ def test_an_open_clip_model(tiny_clip):
         torch.testing.assert_close(got["text"], want, rtol=1e-4, atol=1e-6)
     with pytest.raises(UserError, match=r"^evaluation.probes.features: expected embedding"):
         loaded.model(images=(pixels(),), features=True)
-    with pytest.raises(UserError, match=r"^checkpoint: .*does not hold weights of RN50"):
-        load_model(f"open_clip/RN50:{file}")
+    with pytest.raises(UserError, match=r"^checkpoint: .*does not hold weights of wider"):
+        load_model(f"open_clip/wider:{file}")
 
 
 @pytest.mark.parametrize(

@@ -143,7 +143,7 @@ def test_numbers_are_shares_of_ranks():
 def test_chance_is_what_random_features_reach():
     g = torch.Generator().manual_seed(0)
     _, _, owners, groups = gallery("copies")
-    sums, runs = {}, 400
+    sums, runs = {}, 100
     for _ in range(runs):
         image, text = (F.normalize(torch.randn(n, 16, generator=g), dim=-1) for n in (N, len(owners)))
         numbers = retrieval(image, text, image_of_text=owners, caption_groups=groups).numbers()

@@ -10,8 +10,8 @@ from amclr_scale.config.recipe import TextTower
 from amclr_scale.data.tokenizers import load_tokenizer
 from amclr_scale.encoders.text_towers import build_text_tower
 from amclr_scale.errors import UserError
+from tests.sources import ROOT, nodes, python_files
 
-ROOT = Path(__file__).parents[2]
 # What a call of a library has to say so that nothing is executed, by the call's name.
 SAFE = {
     "from_pretrained": ("trust_remote_code", False),
@@ -25,7 +25,7 @@ NEVER = {"pickle", "dill", "joblib", "shelve", "cloudpickle"}
 
 
 def calls(path: Path):
-    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+    for node in nodes(path):
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
             whole = f"{ast.unparse(node.func.value)}.{node.func.attr}"
             rule = SAFE.get(node.func.attr) or SAFE.get(whole)
@@ -34,7 +34,7 @@ def calls(path: Path):
 
 
 def sources():
-    return [path for folder in ("amclr_scale", "launch", "tools") for path in sorted((ROOT / folder).rglob("*.py"))]
+    return python_files("amclr_scale", "launch", "tools")
 
 
 def test_every_call_says_that_nothing_is_run():
@@ -53,7 +53,7 @@ def test_every_call_says_that_nothing_is_run():
 def test_nothing_is_unpickled():
     wrong = []
     for path in sources():
-        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+        for node in nodes(path):
             names = [one.name for one in node.names] if isinstance(node, ast.Import) else []
             if isinstance(node, ast.ImportFrom) and [one.name for one in node.names] != ["UnpicklingError"]:
                 names.append(node.module or "")

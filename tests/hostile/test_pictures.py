@@ -128,6 +128,7 @@ print(json.dumps(out))
 """
 
 
+@pytest.mark.slow
 def test_the_bound_is_above_what_is_measured():
     """In a process for each, so that none profits from another one's memory."""
     cases = [

@@ -17,7 +17,7 @@ from amclr_scale.data.storage import Storage
 from amclr_scale.errors import UserError
 from tests.data.shards import write_tar
 
-MUTATIONS = 10_000
+MUTATIONS = 4000
 SECONDS = 120  # of the whole property test: a scan that does not end is the fault that it looks for
 BLOCK = 512
 FIELDS = {"name": (0, 100), "size": (124, 136), "checksum": (148, 156), "kind": (156, 157), "link": (157, 257),

@@ -172,6 +172,7 @@ def test_ten_billion_parameters_in_seconds(tmp_path):
     assert time.process_time() - begin < 30
 
 
+@pytest.mark.slow
 def test_the_order_of_a_momentum_encoder():
     """First saves what it works with beside the graph that is kept, and nothing where the peak is in the backward."""
     words = ("model.image.name=timm/vit_base_patch16_224", "data.image_size=224", "objective.name=momentum_queue")

@@ -23,6 +23,8 @@ from amclr_scale.similarity.blocks import Workspace
 from tools.memory_pages import formulas
 
 N = 4096
+SAMPLES = 512  # of a data set
+SMALLER = {"barlip": {"coordinates": 256, "hidden": 64}}
 
 
 @pytest.mark.parametrize("name", sorted(objectives.available()))
@@ -30,17 +32,18 @@ N = 4096
 @pytest.mark.slow
 def test_every_objective_on_other_rows_than_it_was_run_on(name, world_size):
     rows, chunk, width = 48, 16, 32
+    section = {"name": name, **SMALLER.get(name, {})}
     memory = objective_memory(
-        {"name": name},
+        section,
         width=width,
         world_size=world_size,
         gather="all",
         distribution="column_sums",
         layout="replicated",
-        num_samples=N,
+        num_samples=SAMPLES,
     )
     with pretended(world_size), using(chunk=chunk, distribution="column_sums"):
-        made = create(json.dumps({"name": name}), N, "replicated", None)
+        made = create(json.dumps(section), SAMPLES, "replicated", None)
         made.rehearse(width, rows * world_size)
         embeddings = random_embeddings(made, rows, width, world_size)
         tracker = Tracker()

@@ -48,6 +48,7 @@ def test_a_report_refuses_what_it_would_take_no_notice_of(file: Path, capsys: py
     assert refused.value.code == 2
 
 
+@pytest.mark.slow
 def test_a_report_of_another_folder_needs_no_plan_that_is_valid_today(file: Path, tmp_path: Path) -> None:
     make_study(tmp_path / "old", arms=("clip",), batches=(128,), seeds=(0,), items=False)
     file.write_text(PLAN.replace("margin: 1 point", "margin: 0.01"))
