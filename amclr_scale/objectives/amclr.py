@@ -56,6 +56,10 @@ class PairedOptions(EstimatorOptions):
         require(self.temperature > 0, "temperature", "a positive number", self.temperature)
         super().__post_init__()
 
+    def pairings(self) -> Pairings:
+        """What is contrasted with what: here images with texts."""
+        return Pairings(self.omega)
+
 
 class Paired(KeepsEstimates):
     """An objective over all pairings of views."""
@@ -72,12 +76,12 @@ class PairedSogCLR(Paired):
 
     config: PairedOptions
 
-    def __init__(self, config: PairedOptions, pairings: Pairings, layout: Layout) -> None:
+    def __init__(self, config: PairedOptions, sample_state: Layout = "auto") -> None:
         super().__init__(config)
-        self.pairings = pairings
-        width = len(pairings.weights) if config.state == "per_pair" else 1
+        self.pairings = config.pairings()
+        width = len(self.pairings.weights) if config.state == "per_pair" else 1
         self.image_state, self.text_state = two_states(
-            config.num_samples, config.num_texts, config.columns(), layout, width=width
+            config.num_samples, config.num_texts, config.columns(), sample_state, width=width
         )
 
     def forward(self, embeddings: Embeddings) -> Loss:
@@ -107,9 +111,6 @@ class AmCLR(PairedSogCLR, name="amclr"):
     class Config(PairedOptions):
         """Options of `amclr`."""
 
-    def __init__(self, config: Config, sample_state: Layout = "auto") -> None:
-        super().__init__(config, Pairings(config.omega), sample_state)
-
 
 class XAmCLR(PairedSogCLR, name="xamclr"):
     """AmCLR plus the pairings of a sample's views inside each modality."""
@@ -120,8 +121,8 @@ class XAmCLR(PairedSogCLR, name="xamclr"):
 
         intra_weight: float = 1.0  # weight of a pairing inside a modality, beside 1 for image with text
 
-    def __init__(self, config: Config, sample_state: Layout = "auto") -> None:
-        super().__init__(config, Pairings(config.omega, config.intra_weight), sample_state)
+        def pairings(self) -> Pairings:
+            return Pairings(self.omega, self.intra_weight)
 
 
 def paired_average(old: Tensor, log_g: Tensor, average: Average, state: State) -> tuple[Tensor, Tensor]:

@@ -34,15 +34,15 @@ class PairedISogCLR(Paired):
 
     config: RobustPairedOptions
 
-    def __init__(self, config: RobustPairedOptions, pairings: Pairings, layout: Layout) -> None:
+    def __init__(self, config: RobustPairedOptions, sample_state: Layout = "auto") -> None:
         super().__init__(config)
-        self.pairings, self.descent = pairings, config.descent()
+        self.pairings, self.descent = config.pairings(), config.descent()
         self.image_state, self.text_state = two_states(
             config.num_samples,
             config.num_texts,
             {**config.columns(), "temperature": config.temperature, "v": 0.0},
-            layout,
-            width=len(pairings.weights) if config.state == "per_pair" else 1,
+            sample_state,
+            width=len(self.pairings.weights) if config.state == "per_pair" else 1,
         )
 
     def forward(self, embeddings: Embeddings) -> Loss:
@@ -85,9 +85,6 @@ class AmCLRDRO(PairedISogCLR, name="amclr_dro"):
     class Config(RobustPairedOptions):
         """Options of `amclr_dro`."""
 
-    def __init__(self, config: Config, sample_state: Layout = "auto") -> None:
-        super().__init__(config, Pairings(config.omega), sample_state)
-
 
 class XAmCLRDRO(PairedISogCLR, name="xamclr_dro"):
     """xAmCLR with a learned temperature for every sample (and pairing)."""
@@ -98,5 +95,5 @@ class XAmCLRDRO(PairedISogCLR, name="xamclr_dro"):
 
         intra_weight: float = 1.0  # weight of a pairing inside a modality, beside 1 for image with text
 
-    def __init__(self, config: Config, sample_state: Layout = "auto") -> None:
-        super().__init__(config, Pairings(config.omega, config.intra_weight), sample_state)
+        def pairings(self) -> Pairings:
+            return Pairings(self.omega, self.intra_weight)
