@@ -10,7 +10,7 @@ TOWERS = {
     "dropout": {"text": TextTower(width=16, layers=3, dropout=0.3), "image": ImageTower(width=8, dropout=0.2)},
     "batch norm": {"image": ImageTower(width=8, norm="batch")},
     "libraries": {
-        "image": ImageTower(name="timm/vit_tiny_patch16_224"),
+        "image": ImageTower(name="timm/test_vit"),
         "text": TextTower(name="transformers/distilbert"),
     },
 }

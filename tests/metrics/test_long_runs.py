@@ -28,6 +28,7 @@ def run(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_records_in_seconds_and_little_memory(run):
     began = time.monotonic()
     tracemalloc.start()

@@ -77,6 +77,7 @@ def test_choices_fit_and_the_fastest_comes_first():
         assert settings_of(again) == choice.settings
 
 
+@pytest.mark.slow
 def test_what_is_fixed_stays():
     fit = fit_of(
         250 * MIB, fixed=("zero_stage", "micro_batch_size", "similarity.gather"), zero_stage=2, micro_batch_size=32

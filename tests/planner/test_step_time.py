@@ -89,6 +89,7 @@ def test_two_nodes_use_all_their_cards():
     assert _seconds(Messages((Message("all_to_all", 16, 16_000_000_000),)), profile, NO_WAITING, 16, 16) == 15 / 8
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("micro_batch", "measured"), [(2048, 6163), (256, 3841)], ids=["plain", "cached"])
 def test_what_was_measured_on_a_gpu_lies_in_the_interval(micro_batch, measured):
     """docs/measurements.md, "On a GPU": samples/s of ViT-B/32 and a 12-layer text tower on one H200."""
