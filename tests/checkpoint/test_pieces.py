@@ -100,6 +100,7 @@ def test_steps_are_counted_on(tmp_path, writer, reader):
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.deepspeed
 def test_buffers_that_are_made_anew_are_neither_written_nor_asked_for(tmp_path):
     """And one tensor in two places is written once."""
     made = engine("torch")

@@ -100,6 +100,7 @@ def test_what_training_could_not_read_is_told(tmp_path):
         said(tree)
 
 
+@pytest.mark.slow
 def test_the_checkpoint_to_go_on_from_is_checked(tmp_path):
     """Found, whole, and of this recipe, data and tokenizer, as the run itself would find out in its job."""
     tree = with_data(tmp_path) | {"run": {"folder": str(tmp_path / "runs"), "name": "a"}}

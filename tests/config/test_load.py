@@ -208,6 +208,7 @@ def test_every_key_is_documented():
     assert list(missing(Config)) == []
 
 
+@pytest.mark.launch
 def test_no_torch_is_needed_to_check_a_configuration():
     code = (
         "import sys\nfrom amclr_scale.config.load import load\nfrom amclr_scale.config.help import describe\n"
@@ -337,6 +338,7 @@ def test_help_lists_default_and_allowed_values_of_every_key():
         assert f"  {line}\n" in said
 
 
+@pytest.mark.launch
 def test_without_docstrings_and_assertions_mistakes_and_help_are_the_same():
     """python -OO: explanations of keys are read from the source."""
     code = (

@@ -83,6 +83,7 @@ def test_equalities():
     assert declared({"name": "full_bank", "negatives": 50}, num_samples=1000).negatives(64) == 50
 
 
+@pytest.mark.launch
 def test_reading_declarations_imports_no_torch():
     code = (
         "import sys; from amclr_scale.config.load import load\n"

@@ -119,7 +119,7 @@ def test_counts_over_ranks_are_those_of_one(planted):
     assert counts(2, 0) == counts(4, 1) == counts(1, 0)
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_too_many_stop_the_run(planted, workers):
     loader = TrainLoader(recipe(planted, max_bad_fraction=0.05), seed=0, global_batch_size=8, workers=workers)
     with pytest.raises(

@@ -52,7 +52,7 @@ def test_the_ranks_of_a_machine_share_its_cache_and_its_memory(served, memory, t
         TrainLoader(data, seed=0, global_batch_size=4, world_size=4)
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_streamed_shards_stay_in_memory_and_below_their_bound(served, memory, tmp_path, workers):
     index, local, size = indexed(served, tmp_path, [6] * 12)
     options = {"lanes": 2, "shuffle_window": 2}

@@ -23,7 +23,7 @@ def bert(tmp_path):
     return str(tmp_path)
 
 
-@pytest.mark.parametrize("spec", ["emoji", "clip", "bert"])
+@pytest.mark.parametrize("spec", ["emoji", pytest.param("clip", marks=pytest.mark.slow), "bert"])
 def test_rows_have_one_shape(spec, bert):
     tokenizer = load_tokenizer(bert if spec == "bert" else spec, 12)
     rows = tokenizer(CAPTIONS)

@@ -92,6 +92,7 @@ def tiny_clip(tmp_path):
         (tmp_path / f"{name}.json").unlink()
 
 
+@pytest.mark.slow
 def test_an_open_clip_model(tiny_clip):
     """Same features as through open_clip, its tokenizer and its normalisation."""
     inner, file, open_clip = tiny_clip

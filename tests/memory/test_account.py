@@ -84,6 +84,7 @@ def test_sizes_in_words_and_back():
 # --- state ------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_stages_divide_what_they_say():
     whole, halves = found(), found("execution.zero_stage=1", world_size=2)
     total = component(whole, "parameters")
@@ -128,6 +129,7 @@ def test_components_of_a_phase_add_up_and_the_advice_names_the_largest():
     assert "image activations" in of.table()
 
 
+@pytest.mark.slow
 def test_each_knob_shrinks_its_component():
     plain = found("execution.micro_batch_size=16")
     assert found("execution.micro_batch_size=8").peak_bytes < plain.peak_bytes

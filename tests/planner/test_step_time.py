@@ -27,6 +27,7 @@ def seconds(profile=H100, world_size=1, batch=8192, rates=None, ranks_per_node=N
     )
 
 
+@pytest.mark.slow
 def test_towers_take_their_operations():
     """Four forwards' worth with the gradient cache, three without, four with full recomputation of every block."""
     flops = sum(trace(small(), modality).flops for modality in ("image", "text"))

@@ -78,6 +78,7 @@ def test_an_axis_of_one_batch_size_is_no_headline():
     assert headline([]) == []
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("quickly_drawn")
 def test_one_command_publishes_a_report_and_keeps_its_discussion(tmp_path, capsys):
     folder = make_study(tmp_path / "one", arms=("clip", "dcl"), batches=(128, 256), seeds=(0, 1), curves=True)

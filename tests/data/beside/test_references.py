@@ -118,6 +118,7 @@ def test_embed_writes_what_training_reads(tmp_path, monkeypatch):
         take(data.model_copy(update={"train": "held"}), 1)
 
 
+@pytest.mark.slow
 def test_the_account_knows_their_width(tmp_path):
     write_shards(tmp_path, [16])
     np.save(tmp_path / "wide.npy", np.ones((16, 300), np.float32))
