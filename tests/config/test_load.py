@@ -344,8 +344,7 @@ def test_without_docstrings_and_assertions_mistakes_and_help_are_the_same():
     code = (
         "from amclr_scale.config.help import describe\nfrom amclr_scale.config.load import load\n"
         "from amclr_scale.commands.train import arguments\nassert False\narguments([])\n"
-        "load('configs/quickstart.yaml')\n"
-        "print('Of everything random' in describe())\n"
+        "load('configs/quickstart.yaml')\nprint('Of everything random' in describe())\n"
     )
     done = subprocess.run([sys.executable, "-OO", "-c", code], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (0, "True\n"), done.stderr
