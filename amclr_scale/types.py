@@ -84,6 +84,15 @@ def is_shared(name: str) -> bool:
     return first == "shared" or (first in KINDS and KINDS[first].shared)
 
 
+FROZEN_FEATURES = "frozen_features"  # what towers gave that are frozen: for the engine, no objective sees it
+
+
+def frozen_side(name: str) -> str | None:
+    """Of which side a flat name is a frozen tower's features; None: of something else."""
+    first, _, side = name.partition(".")
+    return side if first == FROZEN_FEATURES else None
+
+
 def takes_gradient(name: str) -> bool:
     """Whether an objective's gradient flows back into what has this flat name."""
     first = name.partition(".")[0]

@@ -22,6 +22,7 @@ def check(config: Config, world_size: int, *, objective: bool = True) -> list[st
         *_finite(config.model_dump(), ""),
         *_augmentation(config),
         *_resident(config),
+        *_frozen(config),
         *_momentum(config),
         *_length(config),
         *_shares(config, world_size),
@@ -91,6 +92,24 @@ def _resident(config: Config) -> list[str]:
                 f"data.resident: device crops, flips and greys, expected no data.{name}.{others[0]} with it, got "
                 f"{getattr(recipe, others[0])}; use data.resident=host"
             )
+    return lines
+
+
+def _frozen(config: Config) -> list[str]:
+    lines, still = [], []
+    for side, section in (("image", config.model.image), ("text", config.model.text)):
+        for key in ("unfrozen_blocks", "unfrozen_norms"):
+            if getattr(section, key) and not section.frozen:
+                lines.append(
+                    f"model.{side}.{key}: model.{side}.frozen reads it, got {getattr(section, key)} of a tower that is "
+                    f"trained as a whole; set model.{side}.frozen=true"
+                )
+        still.append(section.frozen and section.frozen_head and not section.unfrozen_blocks + section.unfrozen_norms)
+    if all(still):
+        lines.append(
+            "model.image.frozen: expected a tower or a head that is trained, got frozen and frozen_head on both sides: "
+            "no embedding would change; set model.image.frozen_head=false, say"
+        )
     return lines
 
 
@@ -243,7 +262,9 @@ def _execution(config: Config, world_size: int) -> list[str]:
         right = one_of(map(str, rule.stages))
         lines.append(f"execution.zero_stage: expected {right} with optimizer.name={config.optimizer.name}, got {stage}")
     local = config.train.global_batch_size // world_size
-    if config.model.image.norm == "sync" and (execution.micro_batch_size or local) < local:
+    image = config.model.image
+    still = image.frozen and not image.unfrozen_blocks  # in evaluation mode
+    if image.norm == "sync" and not still and (execution.micro_batch_size or local) < local:
         lines.append(
             f"execution.micro_batch_size: model.image.norm=sync takes statistics over what is encoded at once, "
             f"expected this rank's whole share of {local}, got {execution.micro_batch_size}; choose norm group, frozen "

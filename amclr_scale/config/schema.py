@@ -13,14 +13,11 @@ from pydantic import Field
 from amclr_scale.config.augmentation import ImageAugmentation, TextAugmentation
 from amclr_scale.config.evaluation import Evaluation, Probe
 from amclr_scale.config.execution import BatchProbe, Checkpoint, Execution, Run, Similarity
+from amclr_scale.config.model import ImageTower, Model, Momentum, TextTower
 from amclr_scale.config.recipe import (
     Data,
-    ImageTower,
     LearningRateFactors,
-    Model,
-    Momentum,
     Optimizer,
-    TextTower,
     Train,
 )
 from amclr_scale.config.section import Fraction, Positive, PositiveNumber, Section, Words

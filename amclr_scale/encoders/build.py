@@ -3,8 +3,11 @@
 from collections.abc import Iterator
 from typing import Any, Literal
 
+import torch
+
 from amclr_scale.config.schema import ImageTower, Model, TextTower
 from amclr_scale.encoders.dual_encoder import DualEncoder
+from amclr_scale.encoders.freezing import freeze_tower
 from amclr_scale.encoders.heads import build_head
 from amclr_scale.encoders.image_towers import build_image_tower
 from amclr_scale.encoders.text_towers import build_text_tower
@@ -46,7 +49,7 @@ def build_model(
         weights=weights,
         architecture=text_architecture,
     )
-    return DualEncoder(
+    built = DualEncoder(
         image_tower,
         build_head(model.image.projection, image_width, model.embedding_width, model.image.dropout),
         text_tower,
@@ -55,8 +58,30 @@ def build_model(
         logit_bias=model.logit_bias,
         image_mean=image_mean,
         image_std=image_std,
-        notes=(*notes, *unread(model.image, "image"), *unread(model.text, "text")),
+        notes=(*notes, *unread(model.image, "image"), *unread(model.text, "text"), *_random_and_frozen(model)),
     )
+    examples = {
+        "image": lambda: torch.zeros(2, 3, image_size, image_size),
+        "text": lambda: torch.full((2, context_length), int(pad_id == 0)),
+    }
+    for side, example in examples.items():
+        tower, head, section = (getattr(owner, name) for owner, name in (
+            (built, f"{side}_tower"), (built, f"{side}_head"), (model, side)
+        ))  # fmt: skip
+        kept = freeze_tower(tower, head, section, key=f"model.{side}", example=example)
+        if kept is not None:
+            built.kept[side] = kept
+    built.train()
+    return built
+
+
+def _random_and_frozen(model: Model) -> list[str]:
+    found = {"image": ("weights", model.image.weights is None), "text": ("pretrained", not model.text.pretrained)}
+    return [
+        f"model.{side}.frozen: this tower keeps the random weights that it begins with; model.{side}.{key} names others"
+        for side, (key, random) in found.items()
+        if random and getattr(model, side).frozen
+    ]
 
 
 def unread(tower: ImageTower | TextTower, side: Literal["image", "text"]) -> Iterator[str]:

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from amclr_scale.encoders.decay import exempt
+from amclr_scale.encoders.freezing import Kept, hold_still, is_trained
 from amclr_scale.encoders.recomputation import Recomputation, blocks, set_recomputation
 from amclr_scale.errors import UserError
 
@@ -58,6 +59,7 @@ class DualEncoder(nn.Module):
         logit_scale: (1,), the LOGARITHM of the scale; outputs carry the scale itself.
         parts: what an objective trains beside the towers, from `take_parts` (`Objective.model_parts` describes it).
         unit_rows: bring embeddings to unit length; False while training an objective that needs their length (VICReg).
+        kept: of towers that are frozen, the modules that train all the same (encoders/freezing.py).
     """
 
     def __init__(
@@ -80,6 +82,7 @@ class DualEncoder(nn.Module):
         self.logit_scale = nn.Parameter(torch.tensor([-math.log(temperature)]))  # (1,): DeepSpeed refuses ()
         self.logit_bias = nn.Parameter(torch.tensor([logit_bias]))
         self.parts: nn.Module | None = None
+        self.kept: Kept = {}
         self.unit_rows = True
         self.notes = notes
 
@@ -89,17 +92,20 @@ class DualEncoder(nn.Module):
         """Encode whatever is given, and return it with all that an objective needs.
 
         Args:
-            images: 1 + V of (b, 3, H, W), uint8 or float in [0, 1]; () leaves the image tower alone.
-            texts: 1 + V of (b, L) int64; () leaves the text tower alone.
+            images: 1 + V of (b, 3, H, W), uint8 or float in [0, 1]; () leaves the image tower alone. Or 1 + V of
+                (b, width), what the tower gave for them: then the head alone is run.
+            texts: 1 + V of (b, L) int64; () leaves the text tower alone. Or features (b, width), as of images.
             features: also return what the towers gave, before the heads.
 
         Returns:
             image (b, D) and image_views (V of (b, D)) when there are images; text and text_views when there are texts;
             logit_scale (1,) and logit_bias (1,); what `parts` makes of these; image_features and text_features
-            (b, width) of the first view when asked for.
+            (b, width) of the first view when asked for. In training, of each tower that is frozen as a whole, also
+            frozen_features: by side, (b (1 + V), width) of all views.
         """
         device, dtype = self.logit_scale.device, self.logit_scale.dtype
         out: dict[str, Any] = {}
+        frozen: dict[str, Tensor] = {}
         for name, views, encode in (("image", images, self._encode_images), ("text", texts, self._encode_texts)):
             if not views:
                 continue
@@ -110,9 +116,19 @@ class DualEncoder(nn.Module):
             out[f"{name}_views"] = tuple(further)
             if features:
                 out[f"{name}_features"] = raw[: len(views[0])]
+            if self.training and not is_trained(getattr(self, f"{name}_tower")):
+                frozen[name] = raw
         out["logit_scale"] = _at_least_float32(self.logit_scale).exp()
         out["logit_bias"] = _at_least_float32(self.logit_bias)
-        return out if self.parts is None else {**out, **self._outputs_of_parts(out)}
+        found = out if self.parts is None else {**out, **self._outputs_of_parts(out)}
+        return {**found, "frozen_features": frozen} if frozen else found
+
+    def train(self, mode: bool = True) -> "DualEncoder":
+        """Training mode, in which what is frozen stays in evaluation mode; or evaluation mode."""
+        super().train(mode)
+        for side in ("image", "text") if mode else ():
+            hold_still(getattr(self, f"{side}_tower"), self.kept.get(side))
+        return self
 
     def _outputs_of_parts(self, out: dict[str, Any]) -> dict[str, Any]:
         """What the parts make of rows in the model's precision, in float32 at least."""
@@ -132,11 +148,11 @@ class DualEncoder(nn.Module):
         return found
 
     def _encode_images(self, images: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        raw = self.image_tower(self.normalise(images, dtype))
+        raw = images if images.dim() == 2 else self.image_tower(self.normalise(images, dtype))
         return raw, self.image_head(raw)
 
     def _encode_texts(self, tokens: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        raw = self.text_tower(tokens)
+        raw = tokens if tokens.is_floating_point() else self.text_tower(tokens)
         return raw, self.text_head(raw)
 
     def raw_embeddings(self, images: Tensor, texts: Tensor) -> tuple[Tensor, Tensor]:

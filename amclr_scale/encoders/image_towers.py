@@ -119,6 +119,8 @@ def _normalised(module: nn.Module, tower: ImageTower) -> nn.Module:
         raise UserError(
             f"model.image.norm: {tower.name} has no BatchNorm to change; expected default, got {tower.norm}"
         )
+    if tower.norm == "default" and tower.frozen and not tower.unfrozen_blocks:
+        return convert_batch_norm(module, "frozen", pretrained=tower.weights is not None)
     if tower.norm == "default":
         raise UserError(
             f"model.image.norm: {tower.name} uses BatchNorm, whose results depend on who is in the batch. Expected a "

@@ -114,10 +114,12 @@ def build_engine(
         UserError: fp16 is not supported here, or nothing is trained.
     """
     freeze(model.named_parameters(), config.optimizer, factors)
+    model.train(model.training)  # but for what is frozen
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     if not trained:
         raise UserError(
-            "optimizer.lr_factors: expected one above 0 for some part of the model, got 0: nothing is trained"
+            "optimizer.lr_factors: expected one above 0 for some part of the model that is not frozen "
+            "(model.image.frozen, model.text.frozen), got none: nothing is trained"
         )
     quieten()
     leave_messages_to_gloo()  # for those who come with a process group of their own

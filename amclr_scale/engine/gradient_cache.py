@@ -13,6 +13,8 @@ Everything the model returns is an output and is treated alike, whatever its nam
 (the learned scale and bias, what parts of the objective share) come with every micro-batch, which each push 1/n of
 their gradient: DeepSpeed's stage 3 traces the order of parameters and is silently wrong where one is used in the last
 micro-batch only.
+
+A tower that is frozen as a whole is run in step 1 alone: what it gave is kept, (b, width), and step 3 begins there.
 """
 
 from collections.abc import Callable, Mapping
@@ -22,10 +24,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from amclr_scale.engine.micro_batches import Views, on_device, split
+from amclr_scale.engine.micro_batches import MicroBatch, Views, on_device, split
 from amclr_scale.engine.random_state import RandomState
 from amclr_scale.metrics.phases import Phases
-from amclr_scale.types import Batch, Embeddings, Loss, Outputs, flatten, is_shared, takes_gradient
+from amclr_scale.types import Batch, Embeddings, Loss, Outputs, flatten, frozen_side, is_shared, takes_gradient
 
 Encode = Callable[[Views, Views], Outputs]
 
@@ -57,7 +59,8 @@ def cached_backward(
     """Leave in every parameter the gradient of `objective` over the whole batch.
 
     Args:
-        encode: the engine: image views and token views of one micro-batch -> the model's outputs.
+        encode: the engine: image views and token views of one micro-batch -> the model's outputs. Where it gives
+            `frozen_features` of a side, it takes them in step 3 instead of that side's views.
         objective: its backward may talk to other ranks.
         batch: this rank's samples, b of them, on the host or the device.
         micro_batch_sizes: images and texts encoded at once.
@@ -79,6 +82,7 @@ def cached_backward(
     first_kept = max(0, len(micro_batches) - kept)
     states: list[RandomState] = []
     graphs: list[dict[str, Tensor]] = []
+    again_from: list[MicroBatch] = []  # what step 3 encodes
 
     parts: dict[str, list[Tensor]] = {}
     with phases("pass_1"):
@@ -86,8 +90,12 @@ def cached_backward(
             states.append(RandomState(device))
             with nullcontext() if index >= first_kept else torch.no_grad():
                 outputs = flatten(encode(micro_batch.images, micro_batch.texts))
+            frozen = {side: outputs.pop(name) for name in tuple(outputs) if (side := frozen_side(name))}
             if index >= first_kept:
                 graphs.append(outputs)
+            else:
+                again_from.append(micro_batches[index].with_features(frozen))
+            del frozen
             for name, output in outputs.items():
                 if name not in parts or not is_shared(name):  # what is shared comes with every micro-batch
                     parts.setdefault(name, []).append(output.detach())
@@ -113,10 +121,11 @@ def cached_backward(
     with ExitStack() as reduction:
         reduction.enter_context(one_reduction or nullcontext())
         with phases("pass_2"):
-            for index, micro_batch in enumerate(on_device(micro_batches[:first_kept], device)):
+            for index, micro_batch in enumerate(on_device(again_from, device)):
                 with states[index], again():
                     outputs = flatten(encode(micro_batch.images, micro_batch.texts))
-                push(outputs, micro_batch.rows)
+                push({name: x for name, x in outputs.items() if not frozen_side(name)}, micro_batch.rows)
+            again_from.clear()
             for index in range(first_kept, len(micro_batches)):
                 outputs, graphs[index - first_kept] = graphs[index - first_kept], {}  # its backward frees its graph
                 push(outputs, micro_batches[index].rows)

@@ -4,8 +4,8 @@ A micro-batch holds images and texts of the same samples, or, when the towers ha
 those of one tower.
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cache
 
 import torch
@@ -28,6 +28,12 @@ class MicroBatch:
         """On the device; from pinned host memory the host does not wait for the copy."""
         images, texts = ([view.to(device, non_blocking=True) for view in views] for views in (self.images, self.texts))
         return MicroBatch(self.rows, tuple(images), tuple(texts))
+
+    def with_features(self, features: Mapping[str, Tensor]) -> "MicroBatch":
+        """With what frozen towers gave for all views, (b (1 + V), width) by side, instead of these."""
+        views = {"image": self.images, "text": self.texts}
+        found = {f"{side}s": torch.split(rows, [len(view) for view in views[side]]) for side, rows in features.items()}
+        return replace(self, **found)  # type: ignore[arg-type]
 
 
 def split(batch: Batch, image_size: int, text_size: int) -> list[MicroBatch]:

@@ -6,13 +6,15 @@ n  micro-batches    k  of them whose graphs are kept, the last ones    b  local 
     objective   outputs, one per micro-batch, and leaves, their concatenation; leaves get gradients
     pass_2      n - k forwards and backwards one after another, beside the k kept graphs; then backwards of those
 
+Of a tower that is frozen as a whole, features stay from pass_1 on, and pass_2 begins with them.
+
 Within one call the image tower goes first, and backward the text tower does. Gradients of parameters begin to exist in
 a tower's first backward; later ones are added to them one by one, in half precision to fp32 sums. Leaves and their
 gradients live until the step is done and logged.
 """
 
 from collections import Counter
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import groupby, repeat
@@ -85,6 +87,8 @@ class Passes:
         cut = config.execution.zero_stage == 3 and plan.world_size > 1
         self.towers: dict[Modality, Tower] = {m: trace(config, m, device, partitioned=cut) for m in MODALITIES}
         self._row = {m: self.towers[m].outputs for m in MODALITIES}  # bytes of a sample's outputs
+        # and of what frozen towers gave, which waits for the second pass
+        self._waits = {m: self._row[m] + self.towers[m].features for m in MODALITIES}
         self.kept = _kept(config, plan)
         self._without, self._with = _cut(list(runs_of(plan)), plan.micro_batches - self.kept)
         shared = max(tower.shared for tower in self.towers.values())
@@ -120,7 +124,7 @@ class Passes:
     @property
     def after_first_pass(self) -> Moment:
         """Outputs and kept graphs."""
-        return self._with_graphs(Moment(features=self._outputs(self._without)), self._with)
+        return self._with_graphs(Moment(features=self._outputs(self._without, self._waits)), self._with)
 
     @property
     def gathered_in_first_pass(self) -> list[int]:
@@ -163,11 +167,11 @@ class Passes:
         for call, count in self._without:
             for index in looked_at(count):
                 whole = next(gathered)
-                now = moment.and_also(features=index * self._outputs([(call, 1)]))
+                now = moment.and_also(features=index * self._outputs([(call, 1)], self._waits))
                 for modality, m in call:
                     yield now.at(modality, self.towers[modality].without_graph.forward_peak(m, whole.get(modality)))
-                    now = now.and_also(features=self._row[modality] * m)
-            moment = moment.and_also(features=self._outputs([(call, count)]))
+                    now = now.and_also(features=self._waits[modality] * m)
+            moment = moment.and_also(features=self._outputs([(call, count)], self._waits))
         for call, count in self._with:
             for index in looked_at(count):
                 whole = next(gathered)
@@ -193,10 +197,10 @@ class Passes:
                 whole = next(gathered)
                 now = moment.and_also(features=before)
                 for modality, m in call:
-                    timeline = self.towers[modality].with_graph
+                    timeline = self.towers[modality].again
                     yield now.at(modality, timeline.forward_peak(m, whole.get(modality, NONE)[0]))
                     now = now.and_also(modality, timeline.kept(m))
-                now = yield from self._backward(now, call, whole, done)
+                now = yield from self._backward(now, call, whole, done, again=True)
                 moment, before = now.and_also(features=-before), self._outputs([(call, 1)])
         for call, count in self._with:
             last = 0
@@ -210,10 +214,11 @@ class Passes:
                 last = index
 
     def _backward(
-        self, moment: Moment, call: Rows, whole: Both, done: set[Modality]
+        self, moment: Moment, call: Rows, whole: Both, done: set[Modality], *, again: bool = False
     ) -> Generator[Moment, None, Moment]:
         for modality, m in reversed(call):
-            timeline, first = self.towers[modality].with_graph, modality not in done
+            tower, first = self.towers[modality], modality not in done
+            timeline = tower.again if again else tower.with_graph
             moment = moment.and_also(modality, -timeline.kept(m))
             gathered = whole.get(modality, NONE)[1]
             yield moment.at(modality, timeline.backward_peak(m, gathered, first=first, widening=self.widening))
@@ -222,8 +227,9 @@ class Passes:
             done.add(modality)
         return moment
 
-    def _outputs(self, runs: Iterable[Run]) -> int:
-        return sum(count * self._row[modality] * m for call, count in runs for modality, m in call)
+    def _outputs(self, runs: Iterable[Run], row: Mapping[Modality, int] | None = None) -> int:
+        row = row or self._row
+        return sum(count * row[modality] * m for call, count in runs for modality, m in call)
 
 
 def gathers(config: Config, plan: Plan, device: str) -> Counter[int]:

@@ -76,7 +76,7 @@ def _weighed(weights: list[int], sent: list[list[int]]) -> Counter[int]:
 
 def fewer(calls: Calls, *towers: Tower) -> Calls:
     """Fewer calls that behave the same: where no graph holds on to parameters, those between make no difference."""
-    if any(tower.with_graph.holds for tower in towers):
+    if any(tower.with_graph.holds or tower.again.holds for tower in towers):
         return calls
     return tuple((kinds, min(count, LOOKED_AT)) for kinds, count in calls)
 
@@ -124,12 +124,14 @@ class _Call:
 
     Attributes:
         stands_for: so many equal ones.
+        again: whether it is the second one of its samples.
         at: how far each tower's trace has been followed.
         holds: memory that its graph holds.
     """
 
     modalities: tuple[Modality, ...]
     stands_for: int = 1
+    again: bool = False
     at: dict[Modality, int] = field(default_factory=dict)
     holds: dict[Modality, list[_Hold]] = field(default_factory=dict)
 
@@ -161,7 +163,7 @@ class _Steps:
         objective, graphs = self.coordinator.bytes + self._held(), list(self._graphs)
         for modalities, count in without:
             for _ in looked_at(count):
-                call = _Call(modalities)
+                call = _Call(modalities, again=True)
                 forward = self._forward(call, graph=True)
                 backward = self._backward(call)
                 second.append({m: (forward[m], backward[m]) for m in modalities})
@@ -183,7 +185,7 @@ class _Steps:
         found: dict[Modality, Gathered] = {}
         for modality in call.modalities:
             tower = self.towers[modality]
-            timeline = tower.with_graph if graph else tower.without_graph
+            timeline = (tower.again if call.again else tower.with_graph) if graph else tower.without_graph
             visits = timeline.forward_visits
             if modality != call.modalities[0]:  # the call of the whole model has begun
                 visits = visits[1:]
@@ -196,7 +198,8 @@ class _Steps:
     def _backward(self, call: _Call) -> dict[Modality, Gathered]:
         found: dict[Modality, Gathered] = {}
         for modality in reversed(call.modalities):
-            timeline = self.towers[modality].with_graph
+            tower = self.towers[modality]
+            timeline = tower.again if call.again else tower.with_graph
             visits = timeline.visits[len(timeline.forward_visits) :]
             if modality != call.modalities[-1]:  # the backward of the whole model has begun
                 visits = tuple(v for v in visits if v.module)

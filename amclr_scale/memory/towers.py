@@ -36,7 +36,7 @@ from amclr_scale.memory.zero3.coordinator import Visit
 from amclr_scale.memory.zero3.hooks import Events, Visits
 from amclr_scale.metrics.flops import flop_counter, frozen_operations
 from amclr_scale.precision import DTYPES
-from amclr_scale.types import flatten, is_shared
+from amclr_scale.types import FROZEN_FEATURES, flatten, is_shared
 
 Modality = Literal["image", "text"]
 Partitioned = Literal["no", "yes", "plain linear"]  # whether stage 3 cuts parameters, and which linear layers it leaves
@@ -52,17 +52,23 @@ class Tower:
     Attributes:
         with_graph: forward and backward.
         without_graph: the forward alone, as in the first pass of the gradient cache.
+        again: forward and backward of its second pass: of a frozen tower, from its features on.
         flops: floating-point operations of one sample's forward, all of its views.
         frozen_flops: of these, what no backward follows.
+        once_flops: of these, what the second pass does not repeat.
         outputs: bytes of what the model gives per sample, embeddings of all views and outputs of an objective's parts.
+        features: bytes of what a frozen tower gave per sample, which wait for the second pass.
         shared: bytes of what such parts give once for all samples.
     """
 
     with_graph: Timeline
     without_graph: Timeline
+    again: Timeline
     flops: float
     frozen_flops: float
+    once_flops: float
     outputs: int
+    features: int
     shared: int
 
 
@@ -126,7 +132,7 @@ def _skeleton(key: str) -> DualEncoder:
         with torch.device("meta"):
             model.take_parts(objectives.parts_of(recipe["objective"], recipe["model"]["embedding_width"]))
     freeze(model.named_parameters(), schema.Optimizer(lr_factors=recipe["frozen"]), model.learning_rate_factors())
-    return model.to("meta")
+    return model.train().to("meta")
 
 
 def _vocabulary(spec: str, length: int) -> tuple[int, int, int]:
@@ -173,17 +179,22 @@ def _traced(
             counter = flop_counter()
             with frozen_operations(model, modality, counter) as of_frozen:
                 without_graph = _record(model, modality, inputs, visits, counter=counter)
-                frozen = of_frozen()
             if visits is None or not visits.learned():
                 break
-        with_graph = _record(model, modality, inputs, visits)
+        with_graph = again = _record(model, modality, inputs, visits)
+        features = with_graph.features
+        if features is not None:
+            rows = [torch.empty(m, features[1], dtype=DTYPES[precision], device="meta") for _ in range(views)]
+            again = _record(model, modality, rows, visits)
         if visits is not None:
             visits.close()
     per_sample = sum(size for name, size in with_graph.outputs.items() if not is_shared(name)) // m
     shared = sum(size for name, size in with_graph.outputs.items() if name.startswith("shared."))
+    whole = _timeline(with_graph, m)
     return Tower(
-        _timeline(with_graph, m), _timeline(without_graph, m), counter.get_total_flops() / m, frozen / m, per_sample,
-        shared,
+        whole, _timeline(without_graph, m), whole if features is None else _timeline(again, m),
+        counter.get_total_flops() / m, of_frozen.no_backward / m, of_frozen.once / m, per_sample,
+        0 if features is None else views * features[1] * DTYPES[precision].itemsize, shared,
     )  # fmt: skip
 
 
@@ -211,6 +222,7 @@ class _Recording:
     forward_end: int
     outputs: dict[str, int]  # bytes by flat name
     visits: tuple[Visit, ...] = ()
+    features: tuple[int, int] | None = None  # (rows, width) of a frozen tower's
 
 
 def _encode(model: DualEncoder, modality: Modality, inputs: list[Tensor]) -> dict[str, Any]:
@@ -229,6 +241,7 @@ def _record(
     events.clear()
     came, gradients, forward_end = dict[int, int](), dict[int, int](), 0
     sizes = dict[str, int]()
+    features: tuple[int, int] | None = None
     parameters = list(model.parameters())
     hooks = [
         p.register_hook(lambda _, number=n: came.update({number: len(events)}))
@@ -248,6 +261,9 @@ def _record(
                 forward_end = len(events)
                 flat = flatten(outputs)
                 del outputs
+                frozen = flat.pop(f"{FROZEN_FEATURES}.{modality}", None)
+                features = None if frozen is None else (frozen.shape[0], frozen.shape[1])
+                del frozen
                 rows = [x for name, x in flat.items() if x.requires_grad and name not in ("logit_scale", "logit_bias")]
                 terms = [(x * torch.empty_like(x)).sum() for x in rows]
                 if terms:  # frozen otherwise
@@ -263,10 +279,10 @@ def _record(
     for parameter in parameters:
         parameter.grad = None
     if visits is None:
-        return _Recording(recorded, gradients, forward_end, sizes)
+        return _Recording(recorded, gradients, forward_end, sizes, features=features)
     kept, seen, numbering = visits.take(recorded)
     gradients = {storage: numbering[at] for storage, at in gradients.items()}
-    return _Recording(kept, gradients, numbering[forward_end], sizes, seen)
+    return _Recording(kept, gradients, numbering[forward_end], sizes, seen, features)
 
 
 def _timeline(recording: _Recording, m: int) -> Timeline:

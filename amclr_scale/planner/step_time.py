@@ -142,11 +142,11 @@ def estimate(
     for modality, m, n, k in zip(modalities, plan.micro_batch_sizes, calls, kept, strict=True):
         passes = _passes(config, modality)
         together = sum if profile.type == "cpu" else max  # a CPU has nobody to launch for it
-        first, again, back = (
+        first, whole, again, back = (
             together((p.launches * rates.launch, max(p.flops * m / peak, p.bytes(m) / profile.memory_bandwidth)))
             for p in passes
         )
-        towers += b / (n * m) * ((n - k) * (first + again) + k * again + n * back)
+        towers += b / (n * m) * ((n - k) * (first + again) + k * whole + n * back)
     lent = 0.0  # operations per sample of a teacher's forward
     for modality in lent_sides(config):
         m, forward = plan.micro_batch_sizes[modality == "text"], _passes(encodes(config), modality)[0]
@@ -158,8 +158,9 @@ def estimate(
 
     image, text = (trace(config, modality) for modality in modalities)
     model_flops = ModelFlops(
-        round(image.flops), round(text.flops), round(image.frozen_flops), round(text.frozen_flops), round(lent)
-    )
+        round(image.flops), round(text.flops), round(image.frozen_flops), round(text.frozen_flops),
+        round(image.once_flops), round(text.once_flops), round(lent),
+    )  # fmt: skip
     useful = model_flops.useful()
     work = objective_trace(config, world_size, num_samples, profile.type, ranks_per_node)
     products, kind = _products(config, profile)
@@ -196,7 +197,7 @@ def estimate(
         wire_bytes=wire,
         global_batch_size=plan.global_batch_size,
         flops=useful,
-        bound=(useful + model_flops.image + model_flops.text) * b / peak,
+        bound=model_flops.hardware(second_forwards=1, recomputed_image=0, recomputed_text=0) * b / peak,
     )
 
 
@@ -249,12 +250,13 @@ class _Pass:
         return self.slope * m + self.constant
 
 
-def _passes(config: Config, modality: Modality) -> tuple[_Pass, _Pass, _Pass]:
-    """The forward without a graph, the forward with one, and the backward."""
+def _passes(config: Config, modality: Modality) -> tuple[_Pass, _Pass, _Pass, _Pass]:
+    """The forward without a graph, the forward with one, the second forward, and the backward."""
     recomputation = config.execution.recompute_image if modality == "image" else config.execution.recompute_text
     model = skeleton(config)
-    share, parameters = _share(model, modality, recomputation), _parameters(model, modality)
-    return _passes_of(trace(config, modality), share, parameters * DTYPES[config.execution.precision].itemsize)
+    share, item = _share(model, modality, recomputation), DTYPES[config.execution.precision].itemsize
+    whole, head = (item * _parameters(model, part) for part in (modality, f"{modality}_head"))
+    return _passes_of(trace(config, modality), share, whole, head)
 
 
 @lru_cache(maxsize=64)
@@ -263,22 +265,24 @@ def _share(model: DualEncoder, modality: Modality, recomputation: Recomputation)
 
 
 @lru_cache(maxsize=64)
-def _parameters(model: DualEncoder, modality: Modality) -> int:
-    return sum(p.numel() for name, p in model.named_parameters() if name.startswith(modality))
+def _parameters(model: DualEncoder, beginning: str) -> int:
+    return sum(p.numel() for name, p in model.named_parameters() if name.startswith(beginning))
 
 
 @lru_cache(maxsize=64)
-def _passes_of(tower: Tower, share: float, weights: int) -> tuple[_Pass, _Pass, _Pass]:
-    def moved(timeline: Timeline, begin: int, end: int) -> tuple[float, float, int]:
+def _passes_of(tower: Tower, share: float, whole_weights: int, head_weights: int) -> tuple[_Pass, _Pass, _Pass, _Pass]:
+    def moved(timeline: Timeline, begin: int, end: int, weights: int = whole_weights) -> tuple[float, float, int]:
         """Bytes of what is made there, which is written once and read about twice; and how many things are made."""
         slope, constant = (torch.diff(x.double())[begin:end].clamp(min=0) for x in (timeline.slope, timeline.constant))
         return 3 * float(slope.sum()), 3 * float(constant.sum()) + weights, int(((slope > 0) | (constant > 0)).sum())
 
     end, last = tower.with_graph.forward_end, tower.with_graph.end
     first = _Pass(tower.flops, *moved(tower.without_graph, 0, tower.without_graph.end))
-    again = _Pass(tower.flops, *moved(tower.with_graph, 0, end))
+    whole = _Pass(tower.flops, *moved(tower.with_graph, 0, end))
+    read = head_weights if tower.features else whole_weights
+    again = _Pass(tower.flops - tower.once_flops, *moved(tower.again, 0, tower.again.forward_end, read))
     back = (2 + share) * (tower.flops - tower.frozen_flops)
-    return first, again, _Pass(back, *moved(tower.with_graph, end, last))
+    return first, whole, again, _Pass(back, *moved(tower.with_graph, end, last))
 
 
 def _seconds(

@@ -111,7 +111,11 @@ def test_what_is_frozen_has_no_backward(frozen):
     for p in model.parameters():
         p.grad = None
     traced = [trace(config, side) for side in ("image", "text")]
-    found = ModelFlops(*(round(t.flops) for t in traced), *(round(t.frozen_flops) for t in traced))
+    image, text = traced
+    found = ModelFlops(
+        round(image.flops), round(text.flops), round(image.frozen_flops), round(text.frozen_flops),
+        round(image.once_flops), round(text.once_flops),
+    )  # fmt: skip
     assert found.useful() == pytest.approx(want, rel=0.03)
     assert count(model, images, texts) == found
 

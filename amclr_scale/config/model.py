@@ -1,0 +1,107 @@
+"""The part of the recipe that says what is trained: `model`. Imports no torch."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from amclr_scale.config.section import Fraction, Positive, PositiveNumber, Section
+
+
+class ImageTower(Section):
+    """The image encoder."""
+
+    name: str = "small_resnet"
+    """small_resnet (for CPU), torchvision/NAME (such as torchvision/resnet50), timm/NAME, or one that was added."""
+    width: Positive = 16
+    """small_resnet: channels of the first stage."""
+    depth: Positive = 10
+    """small_resnet: 10 or 18 layers."""
+    norm: Literal["default", "group", "batch", "sync", "frozen"] = "default"
+    """Normalisation of convolutional towers. batch: each rank's micro-batch by itself, which breaks the invariance to
+    ranks and micro-batch; sync: over all ranks (not under the gradient cache); frozen: stored statistics; group: per
+    sample. default: group for small_resnet, the library's own elsewhere (a BatchNorm there must be chosen by name)."""
+    weights: str | None = None
+    """Local file (.safetensors, .pt) with the tower's weights; null: random."""
+    projection: Literal["linear", "mlp"] = "linear"
+    """Head from the tower's features to the embedding."""
+    dropout: Fraction = 0.0
+    """Dropout before the head."""
+    frozen: bool = False
+    """Whether the tower keeps its weights: no gradient, no moments, no decay, no second pass of the gradient cache, and
+    in evaluation mode, without dropout and with stored statistics. All of it, but for these:"""
+    unfrozen_blocks: Annotated[int, Field(ge=0)] = 0
+    """Of a frozen tower, the last so many blocks are trained all the same, with what comes after them."""
+    unfrozen_norms: bool = False
+    """Whether gains and biases of all norms of a frozen tower are trained all the same."""
+    frozen_head: bool = False
+    """Whether the head keeps its weights."""
+
+
+class TextTower(Section):
+    """The text encoder."""
+
+    name: str = "small_transformer"
+    """small_transformer (for CPU), or transformers/PATH: a local folder with config.json (and weights, used when
+    `pretrained`), or transformers/TYPE such as transformers/distilbert for that type's default size, random weights; or
+    one that was added."""
+    width: Positive = 64
+    """small_transformer: width."""
+    layers: Positive = 1
+    """small_transformer: number of blocks."""
+    heads: Positive = 2
+    """small_transformer: attention heads."""
+    pretrained: bool = False
+    """transformers/PATH: load the weights in that folder."""
+    pooling: Literal["default", "mean", "first", "last"] = "default"
+    """How token features become one: mean over tokens, the first or the last one. default: mean for small_transformer,
+    first for BERT-like models, last for causal ones."""
+    projection: Literal["linear", "mlp"] = "linear"
+    """Head from the tower's features to the embedding."""
+    dropout: Fraction = 0.0
+    """Dropout inside small_transformer and before the head."""
+    frozen: bool = False
+    """Whether the tower keeps its weights: no gradient, no moments, no decay, no second pass of the gradient cache, and
+    in evaluation mode, without dropout and with stored statistics. All of it, but for these:"""
+    unfrozen_blocks: Annotated[int, Field(ge=0)] = 0
+    """Of a frozen tower, the last so many blocks are trained all the same, with what comes after them."""
+    unfrozen_norms: bool = False
+    """Whether gains and biases of all norms of a frozen tower are trained all the same."""
+    frozen_head: bool = False
+    """Whether the head keeps its weights."""
+
+
+class Momentum(Section):
+    """A moving average of the trained weights: to be evaluated, and to lend features to objectives."""
+
+    decay: Fraction = 0.995
+    """m: after every step the average becomes m * average + (1 - m) * weights. Kept in fp32, of the fp32 masters."""
+    decay_schedule: Literal["constant", "cosine"] = "constant"
+    """Course of m over the run. cosine: from start_decay to decay, half a cosine."""
+    start_decay: Fraction | None = None
+    """decay_schedule cosine: where m begins."""
+    order: Literal["first", "last"] = "first"
+    """Whether the average encodes the batch before the trained weights do, or after them. The numbers are the same;
+    first takes less memory where graphs of micro-batches are kept."""
+    precision: Literal["run", "fp32"] = "run"
+    """What the average computes in; it is kept in fp32 all the same. run: as execution.precision says."""
+    scale: bool = False
+    """Whether the learned scale is averaged too, or is that of the trained weights."""
+    buffers: Literal["average", "copy"] = "average"
+    """Stored statistics of BatchNorm: averaged as the weights are, or the present ones. The average computes with
+    these: it is always in evaluation mode."""
+
+
+class Model(Section):
+    """Two towers, two heads, one learned scale."""
+
+    embedding_width: Positive = 128
+    """D, the width of the common space."""
+    image: ImageTower = ImageTower()
+    text: TextTower = TextTower()
+    temperature: PositiveNumber = 0.07
+    """Start value of the learned temperature; logit_scale = 1 / temperature is clamped to [1, 100] after each step."""
+    logit_bias: float = -10.0
+    """Start value of the learned bias (objectives that have one: siglip)."""
+    momentum: Momentum | None = None
+    """A moving average of the weights, such as {decay: 0.995}; null: none. Lends image_momentum and text_momentum to
+    objectives that ask for them."""
