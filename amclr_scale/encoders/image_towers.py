@@ -54,7 +54,13 @@ def build_image_tower(
     width, notes = _try(module, width, tower, image_size)
     if tower.weights is not None and weights:
         load_weights(module, tower.weights, key="model.image.weights", prefix="image_tower.")
-    return _normalised(module, tower), width, (*notes, *([NOTES[tower.norm]] if tower.norm in NOTES else ()))
+    note = None if _holds_still(tower) else NOTES.get(tower.norm)
+    return _normalised(module, tower), width, (*notes, *([note] if note else ()))
+
+
+def _holds_still(tower: ImageTower) -> bool:
+    """Whether all of its BatchNorm stays in evaluation mode."""
+    return tower.frozen and not tower.unfrozen_blocks
 
 
 def _try(module: nn.Module, width: int, tower: ImageTower, size: int) -> tuple[int, list[str]]:
@@ -119,7 +125,7 @@ def _normalised(module: nn.Module, tower: ImageTower) -> nn.Module:
         raise UserError(
             f"model.image.norm: {tower.name} has no BatchNorm to change; expected default, got {tower.norm}"
         )
-    if tower.norm == "default" and tower.frozen and not tower.unfrozen_blocks:
+    if tower.norm == "default" and _holds_still(tower):
         return convert_batch_norm(module, "frozen", pretrained=tower.weights is not None)
     if tower.norm == "default":
         raise UserError(
