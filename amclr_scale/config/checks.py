@@ -274,6 +274,32 @@ def _execution(config: Config, world_size: int) -> list[str]:
         lines.append(f"optimizer.betas: expected two numbers below 1, got {list(config.optimizer.betas)}")
     if config.optimizer.schedule == "step" and not config.optimizer.step_samples:
         lines.append("optimizer.step_samples: schedule step needs the samples at which the rate falls, got none")
+    return lines + _schedule(config)
+
+
+def _schedule(config: Config) -> list[str]:
+    o, lines = config.optimizer, []
+    cools = o.schedule in ("constant", "inverse_sqrt")
+    if o.cooldown_samples and not cools:
+        lines.append(
+            f"optimizer.cooldown_samples: schedule constant and inverse_sqrt have a cooldown, got {o.cooldown_samples} "
+            f"with {o.schedule}, which falls to min_lr by itself; set optimizer.schedule=constant"
+        )
+    samples = config.train.samples
+    if cools and samples is not None and o.warmup_samples + o.cooldown_samples > samples:
+        lines.append(
+            f"optimizer.cooldown_samples: expected at most train.samples - optimizer.warmup_samples = "
+            f"{max(0, samples - o.warmup_samples)}, got {o.cooldown_samples}"
+        )
+    if o.schedule == "inverse_sqrt" and not (o.timescale_samples or o.warmup_samples):
+        lines.append(
+            "optimizer.timescale_samples: schedule inverse_sqrt needs it, or warmup_samples, got null and 0; such as a "
+            "tenth of the run"
+        )
+    if o.timescale_samples and o.schedule != "inverse_sqrt":
+        lines.append(
+            f"optimizer.timescale_samples: schedule inverse_sqrt reads it, got {o.timescale_samples} with {o.schedule}"
+        )
     return lines
 
 

@@ -1,6 +1,6 @@
 """The part of the recipe that says what is trained: `model`. Imports no torch."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -20,6 +20,9 @@ class ImageTower(Section):
     """Normalisation of convolutional towers. batch: each rank's micro-batch by itself, which breaks the invariance to
     ranks and micro-batch; sync: over all ranks (not under the gradient cache); frozen: stored statistics; group: per
     sample. default: group for small_resnet, the library's own elsewhere (a BatchNorm there must be chosen by name)."""
+    options: dict[str, Any] = Field({})
+    """timm/NAME: keywords of that model, such as {drop_path_rate: 0.1} (stochastic depth) or {patch_drop_rate: 0.5}
+    (patch dropout, as in FLIP and CLIPA)."""
     weights: str | None = None
     """Local file (.safetensors, .pt) with the tower's weights; null: random."""
     projection: Literal["linear", "mlp"] = "linear"

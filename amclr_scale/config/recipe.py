@@ -119,9 +119,16 @@ class Optimizer(Section):
     """The batch size that lr is meant for when lr_rule is sqrt or linear."""
     lr_factors: LearningRateFactors = LearningRateFactors()
     min_lr: Annotated[float, Field(ge=0)] = 0.0
-    """Learning rate at the end of the cosine."""
-    schedule: Literal["cosine", "constant", "step"] = "cosine"
-    """Course of the learning rate after warm-up."""
+    """Learning rate at the end of the cosine or of the cooldown."""
+    schedule: Literal["cosine", "constant", "step", "inverse_sqrt"] = "cosine"
+    """Course of the learning rate after warm-up. constant with cooldown_samples is what is called WSD (warm-up, stable,
+    decay); inverse_sqrt: lr / sqrt(1 + t / timescale_samples), t samples after warm-up."""
+    cooldown_samples: Annotated[int, Field(ge=0)] = 0
+    """schedule constant and inverse_sqrt: the last samples of the run, over which the rate falls to min_lr."""
+    cooldown_shape: Literal["linear", "sqrt"] = "linear"
+    """How it falls, with s going from 0 to 1: by 1 - s, or by 1 - sqrt(s)."""
+    timescale_samples: Positive | None = None
+    """schedule inverse_sqrt: samples after which the rate is 1 / sqrt(2) of its peak; null: warmup_samples."""
     step_samples: tuple[Positive, ...] = ()
     """schedule step: the samples seen at which the learning rate is multiplied by step_factor."""
     step_factor: PositiveNumber = 0.1

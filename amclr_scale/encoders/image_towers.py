@@ -192,16 +192,32 @@ def _timm(tower: ImageTower, image_size: int) -> tuple[nn.Module, int]:
         raise UserError(f"model.image.name: timm/{name} needs timm: pip install timm ({error})") from error
     if not timm.is_model(name):
         raise UserError(f"model.image.name: timm has no model {name}{did_you_mean(name, timm.list_models(), 3)}")
+    for key in sorted(_SEEN_TO.keys() & tower.options.keys()):
+        raise UserError(f"model.image.options.{key}: {_SEEN_TO[key]}; expected another keyword of timm/{name}")
     config = timm.get_pretrained_cfg(name)
     sized = {"img_size": image_size} if config is not None and config.fixed_input_size else {}
     try:
-        module: nn.Module = timm.create_model(name, pretrained=False, num_classes=0, **sized)
-    except TypeError:  # a size that is fixed by the weights, not by the architecture
-        module = timm.create_model(name, pretrained=False, num_classes=0)
+        try:
+            module: nn.Module = timm.create_model(name, pretrained=False, num_classes=0, **sized, **tower.options)
+        except TypeError:  # a size that is fixed by the weights, not by the architecture
+            module = timm.create_model(name, pretrained=False, num_classes=0, **tower.options)
+    except TypeError as error:
+        raise UserError(
+            f"model.image.options: timm/{name} does not take {', '.join(tower.options) or 'none'}: {error}"
+        ) from error
     except (ValueError, AssertionError) as error:
         raise SizeError(f"timm/{name}", image_size, error) from error
     return module, int(getattr(module, "head_hidden_size", None) or cast(Tensor, module.num_features))
 
+
+# Keywords of timm's that other keys stand for.
+_SEEN_TO = {
+    "img_size": "data.image_size says it",
+    "num_classes": "a tower has no classifier",
+    "in_chans": "pictures have three channels",
+    "pretrained": "nothing is downloaded, and model.image.weights names a local file",
+    "checkpoint_path": "model.image.weights names a local file",
+}
 
 # By name, or by KIND/NAME for a library's: from the section and the side of the images in pixels to the tower and its
 # width. Weights and normalisation are seen to afterwards, alike for all.

@@ -123,13 +123,21 @@ def count(model: nn.Module, image: tuple[Tensor, ...], text: tuple[Tensor, ...])
     samples = len(image[0])
     found, frozen, once = [], [], []
     training, fused = model.training, torch.backends.mha.get_fastpath_enabled()
+    thinned = [m for m in model.modules() if type(m).__name__ == "PatchDropout" and m.training]
     model.eval()  # BatchNorm's statistics and dropout's generator stay as they are
+    for module in thinned:  # what it drops is not computed
+        module.train()
     torch.backends.mha.set_fastpath_enabled(False)  # whole layers as one kernel, which tells nothing of what is in it
     try:
         sides: list[tuple[Literal["image", "text"], Any]] = [("image", (image, ())), ("text", ((), text))]
         for side, views in sides:
             counter = flop_counter()
-            with torch.no_grad(), counter, frozen_operations(model, side, counter) as of_frozen:
+            with (
+                torch.random.fork_rng(devices=[]),
+                torch.no_grad(),
+                counter,
+                frozen_operations(model, side, counter) as of_frozen,
+            ):
                 model(*views)
             frozen.append(round(of_frozen.no_backward / samples))
             once.append(round(of_frozen.once / samples))

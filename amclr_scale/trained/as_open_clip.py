@@ -29,6 +29,9 @@ NAMES = {
 }
 
 
+OF_TRAINING = ("drop_path_rate", "patch_drop_rate", "drop_rate", "proj_drop_rate", "attn_drop_rate", "pos_drop_rate")
+
+
 def write(folder: Path) -> None:
     """Add open_clip's files to an exported folder, and check that open_clip's model takes all the weights.
 
@@ -92,6 +95,9 @@ def _check(config: Config, inner: Any, pooling: str) -> None:
         not in (None, config.data.image_size),
         "model.image.name: expected timm/NAME": not image.name.startswith("timm/"),
         "model.image.norm: expected another than group": image.norm == "group",
+        f"model.image.options: expected {' or '.join(OF_TRAINING)} alone, which matter in training only": bool(
+            image.options.keys() - set(OF_TRAINING)
+        ),
         f"model.text.name: expected a model of transformers of type {', '.join(KINDS)}": kind not in KINDS,
         "model.text.pooling: expected first or mean": pooling not in POOLERS,
         "model.image.projection, model.text.projection: expected linear": {image.projection, text.projection}

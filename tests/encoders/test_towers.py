@@ -168,6 +168,11 @@ BAD_NAMES = [
     (ImageTower(name="torchvision/resnet51"), r"^model.image.name: .*did you mean 'resnet50"),
     (ImageTower(name="torchvision/inception_v3"), r"^model.image.name: .*several outputs"),
     (ImageTower(name="timm/vit_tiny_patch16"), r"^model.image.name: .*did you mean"),
+    (ImageTower(name="timm/test_vit", options={"drop_paths": 1}), r"^model.image.options: .*does not take drop_paths"),
+    (
+        ImageTower(name="timm/test_vit", options={"img_size": 64}),
+        r"^model.image.options.img_size: data.image_size says",
+    ),
     (ImageTower(name="timm/hf_hub:timm/resnet50"), r"^model.image.name: .*model.image.weights a local file"),
     (ImageTower(name="resnet50"), r"^model.image.name: expected small_resnet, torchvision/NAME or timm/NAME"),
     (ImageTower(name="torchvision/vit_b_16", norm="batch"), r"^model.image.norm: "),

@@ -30,6 +30,39 @@ def test_constant_and_steps():
     assert [learning_rate(steps, s, 100, 1) for s in (0, 29, 30, 59, 60, 99)] == [2, 2, 1, 1, 0.5, 0.5]
 
 
+def test_cooldown_and_inverse_square_root():
+    stable = {"lr": 2.0, "schedule": "constant", "warmup_samples": 100, "cooldown_samples": 400, "min_lr": 0.4}
+    linear, root = (Optimizer(**stable, cooldown_shape=shape) for shape in ("linear", "sqrt"))
+    places = (50, 100, 600, 700, 1000)
+    assert [learning_rate(linear, s, 1000, 1) for s in places] == pytest.approx([1.0, 2.0, 2.0, 1.6, 0.4])
+    assert [learning_rate(root, s, 1000, 1) for s in places] == pytest.approx([1.0, 2.0, 2.0, 1.2, 0.4])
+    slow = Optimizer(lr=2.0, schedule="inverse_sqrt", warmup_samples=100)
+    assert [learning_rate(slow, s, 1000, 1) for s in (100, 200, 400)] == pytest.approx([2.0, 2 / math.sqrt(2), 1.0])
+    given = Optimizer(lr=2.0, schedule="inverse_sqrt", timescale_samples=50, cooldown_samples=200)
+    at = [learning_rate(given, s, 800, 1) for s in (150, 600, 700, 800)]
+    assert at == pytest.approx([1.0, 2 / math.sqrt(13), 1 / math.sqrt(15), 0.0])
+    for run in (1000, 2000):  # a longer run is the same until its cooldown
+        assert learning_rate(linear, 599, run, 1) == 2.0
+
+
+SCHEDULES = {
+    "optimizer.cooldown_samples: schedule constant and inverse_sqrt": ["optimizer.cooldown_samples=64"],
+    "optimizer.cooldown_samples: expected at most train.samples": [
+        "optimizer.cooldown_samples=300",
+        "schedule=constant",
+    ],
+    "optimizer.timescale_samples: schedule inverse_sqrt needs it": ["schedule=inverse_sqrt"],
+    "optimizer.timescale_samples: schedule inverse_sqrt reads it": ["optimizer.timescale_samples=9"],
+}
+
+
+@pytest.mark.parametrize("message", SCHEDULES)
+def test_keys_of_schedules_that_do_not_fit(message):
+    words = [word if word.startswith("optimizer") else f"optimizer.{word}" for word in SCHEDULES[message]]
+    with pytest.raises(UserError, match=message):
+        load(None, ["train.samples=256", "train.global_batch_size=64", *words])
+
+
 @pytest.mark.parametrize(("rule", "factor"), [("none", 1), ("sqrt", 4), ("linear", 16)])
 def test_the_learning_rate_grows_with_the_batch_as_the_rule_says(rule, factor):
     o = Optimizer(lr=0.5, lr_rule=rule, lr_reference_batch=64, schedule="constant")
