@@ -118,6 +118,9 @@ class Optimizer(Section):
     lr_reference_batch: Positive = 256
     """The batch size that lr is meant for when lr_rule is sqrt or linear."""
     lr_factors: LearningRateFactors = LearningRateFactors()
+    layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Each block of a tower learns at this multiple of the rate of the block after it, the last one at this multiple of
+    what follows the blocks, and what precedes them once more (ELECTRA, BEiT)."""
     min_lr: Annotated[float, Field(ge=0)] = 0.0
     """Learning rate at the end of the cosine or of the cooldown."""
     schedule: Literal["cosine", "constant", "step", "inverse_sqrt"] = "cosine"

@@ -6,11 +6,14 @@ from typing import Any, Literal
 import torch
 
 from amclr_scale.config.schema import ImageTower, Model, TextTower
+from amclr_scale.encoders.depths import depths
 from amclr_scale.encoders.dual_encoder import DualEncoder
 from amclr_scale.encoders.freezing import freeze_tower
 from amclr_scale.encoders.heads import build_head
 from amclr_scale.encoders.image_towers import build_image_tower
 from amclr_scale.encoders.text_towers import build_text_tower
+from amclr_scale.encoders.trial import UntriedError
+from amclr_scale.errors import UserError
 
 
 def build_model(
@@ -25,6 +28,7 @@ def build_model(
     end_id: int | None = None,
     weights: bool = True,
     text_architecture: dict[str, Any] | None = None,
+    with_depths: bool = False,
 ) -> DualEncoder:
     """Two towers and their heads. Initial weights follow torch's global generator: seed it before.
 
@@ -34,6 +38,7 @@ def build_model(
         image_size: side of the images in pixels.
         image_mean, image_std: per channel, of images in [0, 1].
         weights: load those that the configuration names; False: leave every weight random, to look at sizes alone.
+        with_depths: find out how deep each parameter is (encoders/depths.py), for optimizer.layer_decay.
         text_architecture: the config.json of a text tower of transformers, instead of the one that its name says.
 
     Raises:
@@ -71,6 +76,13 @@ def build_model(
         kept = freeze_tower(tower, head, section, key=f"model.{side}", example=example)
         if kept is not None:
             built.kept[side] = kept
+        if with_depths:
+            try:
+                built.depths |= {f"{side}_tower.{name}": depth for name, depth in depths(tower, example()).items()}
+            except UntriedError as error:
+                raise UserError(
+                    f"optimizer.layer_decay: {section.name} cannot be looked at without its weights; expected 1"
+                ) from error
     built.train()
     return built
 

@@ -60,6 +60,7 @@ class DualEncoder(nn.Module):
         parts: what an objective trains beside the towers, from `take_parts` (`Objective.model_parts` describes it).
         unit_rows: bring embeddings to unit length; False while training an objective that needs their length (VICReg).
         kept: of towers that are frozen, the modules that train all the same (encoders/freezing.py).
+        depths: of the towers' parameters by name, where they were asked for (encoders/depths.py).
     """
 
     def __init__(
@@ -83,6 +84,7 @@ class DualEncoder(nn.Module):
         self.logit_bias = nn.Parameter(torch.tensor([logit_bias]))
         self.parts: nn.Module | None = None
         self.kept: Kept = {}
+        self.depths: dict[str, int] = {}
         self.unit_rows = True
         self.notes = notes
 

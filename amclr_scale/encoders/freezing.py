@@ -12,8 +12,9 @@ from collections.abc import Callable
 from torch import Tensor, nn
 
 from amclr_scale.config.schema import ImageTower, TextTower
+from amclr_scale.encoders.depths import call_order
 from amclr_scale.encoders.recomputation import blocks
-from amclr_scale.encoders.trial import UntriedError, trial
+from amclr_scale.encoders.trial import UntriedError
 from amclr_scale.errors import UserError
 
 Kept = dict[str, list[nn.Module]]  # by side: of a tower that is frozen, the modules that train all the same
@@ -69,24 +70,12 @@ def _last_blocks(
         raise UserError(
             f"{key}.unfrozen_blocks: expected at most {len(stack)} for {section.name}, which has so many, got {number}"
         )
-    called: list[nn.Module] = []
-    seen: set[int] = set()
-
-    def note(module: nn.Module, _: object) -> None:
-        if id(module) not in seen:
-            seen.add(id(module))
-            called.append(module)
-
-    hooks = [module.register_forward_pre_hook(note) for module in tower.modules()]
     try:
-        trial(tower, example())
+        called = call_order(tower, example())
     except UntriedError as error:
         raise UserError(
             f"{key}.unfrozen_blocks: {section.name} cannot be looked at without its weights; expected 0, got {number}"
         ) from error
-    finally:
-        for hook in hooks:
-            hook.remove()
     order = {id(module): at for at, module in enumerate(called)}
     begin = order[id(stack[-number])]
     earlier = {id(module) for module in called[:begin]}

@@ -91,7 +91,7 @@ def model_of(config: Config, tokenizer: Tokenizer, *, weights: bool = True) -> D
     return build_model(
         config.model, vocab_size=tokenizer.vocab_size, pad_id=tokenizer.pad_id, end_id=tokenizer.end_id,
         context_length=data.context_length, image_size=data.image_size, image_mean=data.image_mean,
-        image_std=data.image_std, weights=weights,
+        image_std=data.image_std, weights=weights, with_depths=config.optimizer.layer_decay < 1,
     )  # fmt: skip
 
 

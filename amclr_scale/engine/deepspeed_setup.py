@@ -135,7 +135,8 @@ def build_engine(
         model.to(device)
     else:
         partition(model, generated, DTYPES[config.execution.precision], device)
-    groups = parameter_groups(model.named_parameters(), no_decay, config.optimizer, factors)
+    depths = getattr(model, "depths", None)
+    groups = parameter_groups(model.named_parameters(), no_decay, config.optimizer, factors, depths)
     offload, stage = config.execution.offload != "none", config.execution.zero_stage
     optimizer, provider = build_optimizer(config.optimizer, groups, device, offload=offload, zero_stage=stage)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=generated, dist_init_required=False)

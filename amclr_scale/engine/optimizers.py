@@ -37,6 +37,7 @@ def parameter_groups(
     no_decay: Collection[str],
     optimizer: Optimizer,
     factors: Mapping[str, str] | None = None,
+    depths: Mapping[str, int] | None = None,
 ) -> Groups:
     """Groups by learning-rate factor and by whether weight decay applies (never to biases, norms, scale and bias).
 
@@ -46,12 +47,14 @@ def parameter_groups(
 
     Args:
         factors: beginnings of names -> key of lr_factors, over those of `PARTS`; the longest that fits counts.
+        depths: names -> how often layer_decay multiplies; others: never.
     """
     groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
     for name, parameter in named_parameters:
         if not parameter.requires_grad:
             continue
-        groups.setdefault((_factor(name, optimizer, factors), name not in no_decay), []).append(parameter)
+        factor = _factor(name, optimizer, factors) * optimizer.layer_decay ** (depths or {}).get(name, 0)
+        groups.setdefault((factor, name not in no_decay), []).append(parameter)
     return [
         {
             "params": aligned_order(parameters),

@@ -230,8 +230,9 @@ def _sizes(recipe: str) -> tuple[Groups, tuple[int, ...], int]:
     config = Config.model_validate_json(recipe)
     model = skeleton(config)
     groups = parameter_groups(
-        model.named_parameters(), model.no_weight_decay(), config.optimizer, model.learning_rate_factors()
-    )
+        model.named_parameters(), model.no_weight_decay(), config.optimizer, model.learning_rate_factors(),
+        model.depths,
+    )  # fmt: skip
     elements = tuple(tuple(p.numel() for p in group["params"]) for group in groups)
     frozen = tuple(p.numel() for p in model.parameters() if not p.requires_grad)
     return elements, frozen, sum(buffer.nbytes for buffer in model.buffers())

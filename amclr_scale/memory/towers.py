@@ -110,6 +110,7 @@ def _key(config: schema.Config) -> str:
     found = {
         "model": config.model.model_dump(mode="json"),
         "data": config.data.model_dump(include=data),
+        "depths": config.optimizer.layer_decay < 1,
         "frozen": {part: 0.0 for part, factor in factors.items() if factor == 0},
     }
     return json.dumps(found | ({"objective": config.objective} if objectives.has_parts(config.objective) else {}))
@@ -126,7 +127,7 @@ def _skeleton(key: str) -> DualEncoder:
         model = build_model(
             schema.Model(**recipe["model"]), vocab_size=vocab_size, pad_id=pad_id, end_id=end_id,
             context_length=data["context_length"], image_size=data["image_size"],
-            image_mean=(0.0, 0.0, 0.0), image_std=(1.0, 1.0, 1.0), weights=False,
+            image_mean=(0.0, 0.0, 0.0), image_std=(1.0, 1.0, 1.0), weights=False, with_depths=recipe["depths"],
         )  # fmt: skip
     if "objective" in recipe:
         with torch.device("meta"):
