@@ -1,6 +1,6 @@
 """A model from its section of the configuration."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
 import torch
@@ -65,7 +65,7 @@ def build_model(
         image_std=image_std,
         notes=(*notes, *unread(model.image, "image"), *unread(model.text, "text"), *_random_and_frozen(model)),
     )
-    examples = {
+    examples: dict[str, Callable[[], torch.Tensor]] = {
         "image": lambda: torch.zeros(2, 3, image_size, image_size),
         "text": lambda: torch.full((2, context_length), int(pad_id == 0)),
     }

@@ -1,4 +1,4 @@
-"""Rates that fall with depth: BEiT's, by timm's own grouping of its models, and the same on others, however they declare their parts."""
+"""Rates that fall with depth: BEiT's, by timm's grouping of its models; and the same on other models."""
 
 import pytest
 import torch
