@@ -74,6 +74,9 @@ CASES: list[tuple[str, str, dict[str, Any], int]] = [
     ("rankclip", "rankclip", {}, 5),
     ("vrns", "vrns", {}, 1),
     ("drrho", "drrho", {}, 2),
+    ("neuclip", "neuclip", {}, 1),
+    ("neuclip, 1,024 prototypes, 2 steps", "neuclip", {"prototypes": 1024, "inner_steps": 2}, 1),
+    ("amorlip", "amorlip", {}, 1),
     ("sogclr, squared_hinge", "sogclr", {"surrogate": "squared_hinge"}, 1),
 ]
 

@@ -25,7 +25,7 @@ def test_every_arm_of_the_comparison_is_there():
     arms = {"clip", "siglip", "dcl", "sogclr", "isogclr", "amclr", "xamclr", "cyclip", "fastclip_v3"}
     arms |= {"fifo_bank", "momentum_queue", "full_bank"}
     arms |= {"simclr", "slip", "supcon", "decoupled", "one_to_k", "siglip_plus", "debiased"}
-    arms |= {"scent", "vrns", "drrho"}
+    arms |= {"scent", "vrns", "drrho", "neuclip", "amorlip"}
     arms |= {"gram", "m2_mixup", "cacr", "swav", "siamlip", "barlip", "rankclip", "cwcl"}
     assert {path.stem for path in FILES} == arms
 

@@ -15,10 +15,11 @@ from amclr_scale.objectives.base import Objective
 from tests.objectives.harness import global_batch, make, my_rows
 
 NAMES = [
-    "amclr", "amclr_dro", "barlip", "cacr", "clip", "cwcl", "cyclip", "dcl", "dclw", "debiased", "decoupled", "drrho",
-    "fastclip", "fifo_bank", "full_bank", "gram", "isogclr", "isogclr_net", "m2_mixup", "momentum_queue", "negclip",
-    "one_to_k", "onlineclr", "rankclip", "scent", "siamlip", "siglip", "siglip_plus", "simclr", "slip", "sogclr",
-    "supcon", "swav", "uniformity", "vicreg", "vrns", "xamclr", "xamclr_dro",
+    "amclr", "amclr_dro", "amorlip", "barlip", "cacr", "clip", "cwcl", "cyclip", "dcl", "dclw", "debiased",
+    "decoupled", "drrho", "fastclip", "fifo_bank", "full_bank", "gram", "isogclr", "isogclr_net", "m2_mixup",
+    "momentum_queue", "negclip", "neuclip", "one_to_k", "onlineclr", "rankclip", "scent", "siamlip", "siglip",
+    "siglip_plus", "simclr", "slip", "sogclr", "supcon", "swav", "uniformity", "vicreg", "vrns", "xamclr",
+    "xamclr_dro",
 ]  # fmt: skip
 EVERYTHING = {"views": 2, "negatives": 1, "heads": True}  # what any of them reads
 
