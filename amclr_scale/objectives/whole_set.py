@@ -104,12 +104,8 @@ def compare_with_whole_set(
     found |= _likeness(G, gs)
     if layer is not None:
         of_layer = _likeness(layer(G), [layer(g) for g in gs])
-        found |= {_of_layer(key): value for key, value in of_layer.items()}
+        found |= {f"layer_{key}": value for key, value in of_layer.items()}
     return found
-
-
-def _of_layer(key: str) -> str:
-    return key.replace("gradient", "layer_gradient", 1)
 
 
 def _carry_over(objective: Objective, whole: Objective, side: str, ids: Tensor, rows: Tensor) -> Tensor | None:

@@ -112,6 +112,20 @@ def test_sogclr_is_its_definition_on_any_number_of_ranks(ranks, sample_state):
         assert got == pytest.approx(want, rel=1e-6)  # the visit that reads the old state is float32's
 
 
+def test_a_linear_map_of_gradients_has_the_same_numbers():
+    """Of itself, those of the embeddings' gradient; of something else, others under the same names."""
+    objective, e = objectives.create("dcl", temperature=T), embeddings(0)
+    whole = objectives.create("dcl", temperature=T)
+    for layer, same in ((dict, True), (lambda g: {"w": e.image.T @ g["image"]}, False)):
+        found = compare_with_whole_set(objective, whole, e, global_batch_size=B, layer=layer)
+        of_layer = {key.removeprefix("layer_"): x for key, x in found.items() if key.startswith("layer_")}
+        plain = {key: x for key, x in found.items() if not key.startswith("layer_")}
+        assert (
+            {"gradient_cosine", "gradient_norm_ratio", "gradient_bias", "gradient_noise"} <= set(of_layer) <= set(plain)
+        )
+        assert (of_layer == plain) is same
+
+
 def test_what_was_never_visited_has_no_error():
     got = compare("sogclr", {"temperature": T})
     assert got["estimator_visited"] == 0
