@@ -117,7 +117,7 @@ class AmorLIP(Objective, name="amorlip"):
             apart.append(torch.where(here, (lam - y).abs(), 0.0))
         value = held * (terms[0] + terms[1]).mean()
         if config.temperature is None:
-            value = value + (config.rho * t).sum()
+            value = value + config.rho * torch.as_tensor(t).sum()
         gains = [torch.where(here, x, 0.0).mean() for x, here in zip(rest, some, strict=True)]
         return Loss(
             value,

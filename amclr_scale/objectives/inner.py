@@ -36,7 +36,11 @@ class Inner(FullPrecision):
     Attributes:
         width: D; 0 before anything was made.
         counts: plain numbers that every rank counts alike, saved with the weights.
+        weights, squares: (P,), of all weights; further buffers by their names.
     """
+
+    weights: Tensor
+    squares: Tensor
 
     def __init__(self, shapes: Callable[[int], Shapes], buffers: tuple[str, ...], counts: tuple[str, ...]) -> None:
         """Nothing yet.
@@ -119,7 +123,7 @@ class Inner(FullPrecision):
             saved = tensors.get(prefix + name)
             if saved is not None and saved.dtype == torch.float64:
                 setattr(self, name, getattr(self, name).double())
-        super()._load_from_state_dict(tensors, prefix, *rest)  # type: ignore[no-untyped-call]
+        super()._load_from_state_dict(tensors, prefix, *rest)
 
 
 def adam(weights: Tensor, gradient: Tensor, first: Tensor, second: Tensor, step: int, lr: float) -> tuple[Tensor, ...]:
