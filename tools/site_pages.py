@@ -15,8 +15,8 @@ PACKAGE = ROOT / "amclr_scale"
 AT_THE_ROOT = {"README.md": "index.md", "CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}
 # The order of the menu; a page of docs/ that is named nowhere comes at the end of the guide.
 GUIDE = (
-    "own_photos", "data", "encoders", "objectives", "similarity", "engine", "checkpoints", "large_runs", "clusters",
-    "evaluation", "memory", "studies",
+    "own_photos", "data", "encoders", "objectives", "estimators", "similarity", "engine", "checkpoints", "large_runs",
+    "clusters", "evaluation", "memory", "studies",
 )  # fmt: skip
 AT_THE_END = ("architecture", "contributing", "measurements", "memory_worked_examples")
 LINK = re.compile(r"(!?)\[((?:[^\[\]]|\[[^\]]*\])*)\]\(([^)\s]+)\)")
