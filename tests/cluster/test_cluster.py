@@ -26,6 +26,7 @@ def runs(tmp_path_factory):
         yield Runs(cluster, folder)
 
 
+@pytest.mark.timeout(600)  # five starts of two ranks, and what each fault has to wait for
 def test_faults_end_in_time_and_four_launchers_make_the_run_of_one_node(runs):
     """Each fault breaks the run of another launcher, the next one goes on; `deepspeed` brings it to its end."""
     faults = [fault for fault in FAULTS if fault.name in IN_TEST]
