@@ -6,10 +6,11 @@ from typing import Any
 from amclr_scale.config.objective_options import declared
 from amclr_scale.config.optimizers import RULES
 from amclr_scale.config.schema import Config, ImageAugmentation
-from amclr_scale.declarations import KINDS
+from amclr_scale.declarations import KINDS, queue_of
 from amclr_scale.errors import one_of
 
 _NO_KEY = object()
+_MOST = 2**48  # of what is counted
 
 
 def check(config: Config, world_size: int, *, objective: bool = True) -> list[str]:
@@ -35,7 +36,7 @@ def check(config: Config, world_size: int, *, objective: bool = True) -> list[st
 
 
 def _finite(tree: dict[str, Any], prefix: str) -> list[str]:
-    """Numbers that YAML can write and no key means."""
+    """Numbers that YAML can write and no key means; seeds may be any."""
     lines = []
     for key, value in tree.items():
         if isinstance(value, dict):
@@ -44,6 +45,8 @@ def _finite(tree: dict[str, Any], prefix: str) -> list[str]:
             isinstance(n, float) and not math.isfinite(n) for n in (value if isinstance(value, tuple) else [value])
         ):
             lines.append(f"{prefix}{key}: expected finite numbers, got {value}")
+        elif isinstance(value, int) and abs(value) > _MOST and not key.endswith("seed"):
+            lines.append(f"{prefix}{key}: expected at most 2^48, got {value}")
     return lines
 
 
@@ -184,11 +187,13 @@ def _objective(config: Config, world_size: int) -> list[str]:
             lines.append(f"{key}: objective {name} reads {kind}, which come from there, got nothing")
         elif there is not None and there != wanted and (wanted or KINDS[kind].several):
             lines.append(f"{key}: objective {name} needs {wanted or 'none'}, got {there}")
-    width = getattr(found.options, "width", None)
-    if width not in (None, config.model.embedding_width):
-        lines.append(
-            f"objective.width: expected model.embedding_width = {config.model.embedding_width}, or null, got {width}"
-        )
+    widths = {"width": getattr(found.options, "width", None), "queue.width": queue_of(found.options).get("width")}
+    for key, width in widths.items():
+        if width not in (None, config.model.embedding_width):
+            lines.append(
+                f"objective.{key}: expected model.embedding_width = {config.model.embedding_width}, or null, "
+                f"got {width}"
+            )
     return lines + [f"objective.{line}" for line in found.mistakes(batch, batch // world_size)]
 
 

@@ -11,7 +11,8 @@ Every module of this folder, and of folders in it, is imported here, so adding a
 import dataclasses
 import inspect
 import pkgutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
@@ -65,7 +66,7 @@ def create(name: str, *, sample_state: Layout = "auto", module: str | None = Non
     Raises:
         UserError: (a ValueError) an unknown name or option, answered with the nearest; a missing or wrong value.
     """
-    return from_section({"name": name, **options, **({} if module is None else {"module": module})}, sample_state)
+    return _made({"name": name, **options, **({} if module is None else {"module": module})}, sample_state)
 
 
 def from_section(section: Mapping[str, Any], sample_state: Layout = "auto", **changes: Any) -> Objective:
@@ -77,12 +78,26 @@ def from_section(section: Mapping[str, Any], sample_state: Layout = "auto", **ch
         changes: options over those of the section, such as num_samples.
 
     Raises:
-        UserError: see `create`.
+        UserError: see `create`; naming the key of the configuration.
     """
+    with _in_section():
+        return _made({**section, **changes}, sample_state)
+
+
+@contextmanager
+def _in_section() -> Iterator[None]:
+    try:
+        yield
+    except UserError as error:
+        key = "" if str(error).startswith("objective.") else "objective."
+        raise UserError(f"{key}{error}") from error
+
+
+def _made(section: Mapping[str, Any], sample_state: Layout) -> Objective:
     if sample_state not in ("auto", "replicated", "sharded"):
         raise UserError(f"sample_state: expected 'auto', 'replicated' or 'sharded', got {sample_state!r}")
     objective = class_of(section)
-    config = config_of(objective, {**section, **changes})
+    config = config_of(objective, section)
     keeps_state = "sample_state" in inspect.signature(objective.__init__).parameters
     construct: Any = objective
     made: Objective = construct(config, sample_state) if keeps_state else construct(config)
@@ -122,4 +137,6 @@ def has_parts(section: Mapping[str, Any]) -> bool:
 def parts_of(section: Mapping[str, Any], width: int) -> nn.Module | None:
     """Fresh parts of the model that the objective wants, for embeddings of this width."""
     objective = class_of(section)
-    return objective.model_parts(config_of(objective, {"num_samples": 1, **section}), width)
+    with _in_section():
+        config = config_of(objective, {"num_samples": 1, **section})
+    return objective.model_parts(config, width)

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from amclr_scale.objectives.base import Objective, learned_temperature, numbers
+from amclr_scale.objectives.base import Objective, learned_temperature, numbers, require
 from amclr_scale.objectives.clip import check_temperature, softmax_loss
 from amclr_scale.objectives.masking import MaskOptions
 from amclr_scale.similarity import contrast
@@ -25,6 +25,8 @@ class BesideOptions(MaskOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_temperature(self.temperature)
+        fix = "more than 0 with masks or a queue, which are CLIP's"
+        require(bool(self.clip) or not self.masked, "clip", fix, self.clip)
 
 
 class BesideCLIP(Objective):

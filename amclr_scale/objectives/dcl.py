@@ -69,10 +69,13 @@ class DCLW(Objective, name="dclw"):
 def dcl_loss(embeddings: Embeddings, temperature: Tensor | float, sigma: float | None, masking: Masking) -> Loss:
     """The values above: DCLW's with a sigma, DCL's without."""
     both = contrast(embeddings.image, embeddings.text, temperature=temperature, exclude_positive=True, **masking.of())
-    weight = 1.0 if sigma is None else positive_weight(both.image.positive, sigma)
-    image_loss = both.image.log_sum - weight * both.image.positive / temperature
-    text_loss = both.text.log_sum - weight * both.text.positive / temperature
-    loss = (where_keys(both.image, image_loss) + where_keys(both.text, text_loss)).mean()
+    terms: list[Tensor] = []
+    weight: Tensor | float = 1.0
+    for side in (both.image, both.text):
+        if sigma is not None and not (terms and side.positive is both.image.positive):  # with gradients of its own
+            weight = positive_weight(side.positive, sigma)
+        terms.append(where_keys(side, side.log_sum - weight * side.positive / temperature))
+    loss = (terms[0] + terms[1]).mean()
     return Loss(loss, numbers(objective=loss, temperature=temperature))
 
 

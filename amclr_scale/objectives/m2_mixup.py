@@ -22,7 +22,7 @@ from torch import Tensor
 
 from amclr_scale.objectives.base import Objective, at_least_float32, learned_temperature, numbers, require
 from amclr_scale.objectives.clip import check_temperature, softmax_loss
-from amclr_scale.objectives.masking import MaskOptions
+from amclr_scale.objectives.masking import MaskOptions, limited
 from amclr_scale.similarity import contrast
 from amclr_scale.types import Embeddings, Loss
 
@@ -46,7 +46,8 @@ class M2Mixup(Objective, name="m2_mixup"):
             check_temperature(self.temperature)
             require(self.mix_temperature > 0, "mix_temperature", "a positive number", self.mix_temperature)
             require(self.mix_weight >= 0, "mix_weight", "a weight of at least 0", self.mix_weight)
-            require(self.mix_beta > 0, "mix_beta", "a positive number", self.mix_beta)
+            # Python's draws of a Beta end at 0 too often below this range, and do not end far above it.
+            require(0.01 <= self.mix_beta <= 1000, "mix_beta", "a number from 0.01 to 1000", self.mix_beta)
 
     config: Config
 
@@ -55,13 +56,14 @@ class M2Mixup(Objective, name="m2_mixup"):
         image, text = at_least_float32(embeddings.image), at_least_float32(embeddings.text)
         t = learned_temperature(embeddings, config.temperature)
         both = contrast(image, text, temperature=t, centred=True, **self.masks(embeddings).of())
-        masks = config.masks(embeddings).of()  # a queue is CLIP's
+        positive = (image * text).sum(1)  # with a gradient into both, whatever a queue says of CLIP's keys
+        masks = limited(config.masks(embeddings).of(), positive)  # a queue is CLIP's
         share = place(config.mix_seed, self.epoch, config.mix_beta)
-        mixed = between(image, text, both.image.positive, share)
+        mixed = between(image, text, positive, share)
         terms: list[Tensor] = []
         for anchors in (image, text):
             side = contrast(anchors, mixed, temperature=config.mix_temperature, exclude_positive=True, **masks).image
-            margin = side.log_sum - both.image.positive / config.mix_temperature
+            margin = side.log_sum - positive / config.mix_temperature
             terms.append(torch.logaddexp(margin, torch.zeros_like(margin)))
         clip, mixup = softmax_loss(both), (terms[0] + terms[1]).mean()
         weight = config.mix_weight / (1 + math.floor(self.epoch)) if config.mix_schedule else config.mix_weight

@@ -11,6 +11,7 @@ arXiv:2506.05176, has m = 0.1. It has no gradient, and does not change the numbe
 An anchor that is left without any key, in a batch of copies of one sample, has nothing to say: its term is 0.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -87,6 +88,16 @@ class Masking:
 
 
 NO_MASK = Masking()
+
+
+def limited(masks: Mapping[str, Any], positive: Tensor) -> dict[str, Any]:
+    """What `contrast` is told, for keys whose own row is not the positive that the margin is about.
+
+    Args:
+        positive: (b,), the similarities of the positives.
+    """
+    margin = masks.get("margin")
+    return {**masks, "margin": None, "limit": None if margin is None else positive.detach() + margin}
 
 
 def where_keys(side: Side, terms: Tensor) -> Tensor:

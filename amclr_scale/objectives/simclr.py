@@ -24,7 +24,7 @@ from torch import Tensor
 from amclr_scale.declarations import read_by_masks
 from amclr_scale.objectives.base import Objective, learned_temperature, numbers, require
 from amclr_scale.objectives.clip import check_temperature, softmax_loss
-from amclr_scale.objectives.masking import MaskOptions
+from amclr_scale.objectives.masking import MaskOptions, limited
 from amclr_scale.similarity import contrast
 from amclr_scale.types import Embeddings, Loss
 
@@ -118,6 +118,7 @@ def of_two_views(
         masks: what `contrast` is told of groups and margins.
     """
     across = contrast(first, second, temperature=temperature, centred=True, **masks)
+    masks = limited(masks, across.image.positive)
     found: list[Tensor] = []
     for view, side in ((first, across.image), (second, across.text)):
         inside = contrast(view, view, temperature=temperature, exclude_positive=True, **masks).image

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from amclr_scale.objectives.base import Objective, learned_temperature, numbers, require
+from amclr_scale.objectives.base import Objective, at_least_float32, learned_temperature, numbers, require
 from amclr_scale.objectives.clip import check_temperature, softmax_loss
 from amclr_scale.objectives.masking import MaskOptions
 from amclr_scale.similarity import column_mean, contrast
@@ -54,7 +54,8 @@ class Uniformity(Objective, name="uniformity"):
         t = learned_temperature(embeddings, config.temperature)
         both = contrast(image, text, temperature=t, centred=True, **self.masks(embeddings).of())
         clip = softmax_loss(both)
-        align = (2 - 2 * both.image.positive).mean()
+        pairs = at_least_float32(image) * at_least_float32(text)  # with gradients into both, whatever CLIP's keys have
+        align = (2 - 2 * pairs.sum(1)).mean()
         uniform = (log_mean_potential(image, image) + log_mean_potential(text, text)) / 2
         cross = log_mean_potential(image, text)
         loss = clip + config.alignment * align + config.uniformity * uniform + config.cross_uniformity * cross

@@ -96,6 +96,7 @@ def contrast(
     extra_text_groups: Groups | None = None,
     group_keys: GroupKeys = "others",
     margin: float | None = None,
+    limit: Tensor | None = None,
     negatives: Negatives = "all",
     batch_negatives: bool = True,
     key_gradient: bool = True,
@@ -123,6 +124,7 @@ def contrast(
         group_keys: keep the keys of "others", or those of an anchor's "own" group.
         margin: leave out keys whose similarity exceeds the positive's by more; None: none. Neither the limit nor the
             choice has a gradient, and `kept` does not see it.
+        limit: (b,), leave out keys whose similarity exceeds it, in place of a margin over the positive of this call.
         negatives: whose keys count: "all" ranks', "local", or those of a group of so many consecutive ranks.
         batch_negatives: False: of the batch an anchor meets its positive alone, and there are no groups.
         key_gradient: False: no gradient flows into what an anchor is compared with, its positive among it.
@@ -136,7 +138,7 @@ def contrast(
                 rows, keys, temperature=temperature, exclude_positive=exclude_positive, centred=centred,
                 extra_image_keys=extra_image_keys, extra_text_keys=extra_text_keys, image_groups=image_groups,
                 text_groups=text_groups, extra_image_groups=extra_image_groups, extra_text_groups=extra_text_groups,
-                group_keys=group_keys, margin=margin, negatives=negatives, batch_negatives=batch_negatives,
+                group_keys=group_keys, margin=margin, limit=limit, negatives=negatives, batch_negatives=batch_negatives,
             )
             for rows, keys in ((image, text.detach()), (image.detach(), text))
         )  # fmt: skip
@@ -163,7 +165,11 @@ def contrast(
     image_temperature = _per_anchor(of_image, image, dtype)
     text_temperature = image_temperature if of_text is of_image else _per_anchor(of_text, image, dtype)
     inputs = (image, text, image_temperature, text_temperature)
-    limit: Tensor | None = None
+    if limit is not None:
+        if limit.shape != (b,) or margin is not None:
+            beside = "" if margin is None else f" beside margin={margin}"
+            raise ValueError(f"limit: expected shape ({b},) without a margin, got {tuple(limit.shape)}{beside}")
+        limit = limit.detach().to(dtype)
     if margin is not None:
         if margin < 0:
             raise ValueError(f"margin: expected a difference of similarities of at least 0, got {margin}")

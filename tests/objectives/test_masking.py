@@ -155,6 +155,8 @@ def test_what_cannot_be_masked_is_refused():
     ):
         with pytest.raises(UserError, match=f"^{key}: expected"):
             make(name, mask_duplicates="image", **options)
+        with pytest.raises(UserError, match=f"^{key}: expected"):
+            make(name, false_negative_margin=0.1, **options)
     with pytest.raises(UserError, match=r"embeddings\.text_content: clip needs them"):
         make("clip", mask_duplicates="text")(Embeddings(torch.eye(3), torch.eye(3), logit_scale=torch.ones(1)))
     with pytest.raises(UserError, match=r"false_negative_margin: expected"):

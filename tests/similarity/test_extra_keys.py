@@ -4,6 +4,7 @@ from itertools import product
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from amclr_scale.similarity import ExtraKeys, contrast, log_sums, rank, using, world_size
 from amclr_scale.similarity.blocks import Mask
@@ -12,8 +13,10 @@ from tests.similarity.definition import Inputs, draw, relative_error
 B, D, M = 8, 6, 11
 
 
-def definition(e: Inputs, *, batch_negatives, exclude_positive, centred, anchor_ids, text_ids, image_ids):
-    """Log-sums of both sides and the positives, by whole matrices."""
+def definition(
+    e: Inputs, *, batch_negatives, exclude_positive, centred, anchor_ids, text_ids, image_ids, margin=None, there=None
+):
+    """Log-sums of both sides, how many keys they are of, and the positives, by whole matrices."""
     found = []
     for a, k, t, extra, ids in (
         (e.image, e.text, e.image_temperature, e.extra_text, text_ids),
@@ -23,14 +26,18 @@ def definition(e: Inputs, *, batch_negatives, exclude_positive, centred, anchor_
         left_out = torch.zeros(B, B, dtype=torch.bool) if batch_negatives else ~own
         if exclude_positive:
             left_out = left_out | own
-        left_out = torch.cat([left_out, anchor_ids[:, None] == ids], 1)
-        positive = (a * k).sum(1)
-        x = torch.cat([a @ k.T, a @ extra.T], 1) - (positive[:, None] if centred else 0)
-        found += [(x / t[:, None]).masked_fill(left_out, -torch.inf).logsumexp(1), (~left_out).sum(1), positive]
+        absent = torch.zeros(len(ids), dtype=torch.bool) if there is None else ~there[: len(ids)]
+        left_out = torch.cat([left_out, (anchor_ids[:, None] == ids) | absent], 1)
+        kept, positive, s = (~left_out).sum(1), (a * k).sum(1), torch.cat([a @ k.T, a @ extra.T], 1)
+        if margin is not None:
+            above = s > positive.detach()[:, None] + margin
+            left_out = left_out | above.masked_fill(torch.eye(*s.shape, dtype=torch.bool), False)
+        x = s - (positive[:, None] if centred else 0)
+        found += [(x / t[:, None]).masked_fill(left_out, -torch.inf).logsumexp(1), kept, positive]
     return found[0], found[3], found[2], found[1], found[4]
 
 
-def worst_error(sharded, how, **options):
+def worst_error(sharded, how, there=None, **options):
     """Over values, gradients and counts, of this rank's rows, against the definition of the global batch."""
     everything = draw(B, D, 3, extra=M)
     anchor_ids = torch.arange(B) % 7
@@ -44,7 +51,12 @@ def worst_error(sharded, how, **options):
         x, ids = (x[:1], ids[:1]) if sharded == "one" and rank() == 0 else (x[held], ids[held])
         if sharded == "one" and rank() > 0:  # all others on the last rank, none on those between
             x, ids = (everything_of[1:], ids_of[1:]) if rank() == W - 1 else (x[:0], ids[:0])
-        return ExtraKeys(x, ids, anchor_ids[rows], bool(sharded))
+        if there is None:
+            return ExtraKeys(x, ids, anchor_ids[rows], bool(sharded))
+        gone = ~there[: len(ids_of)]
+        same = ((anchor_ids[rows, None] == ids_of) | gone).sum(1)
+        mine = there[: len(ids_of)][held] if sharded else ~gone
+        return ExtraKeys(x, ids, anchor_ids[rows], bool(sharded), same=same, there=mine)
 
     everything_of, ids_of = everything.extra_text, text_ids
     extra_texts = extra(everything.extra_text, text_ids)
@@ -66,7 +78,7 @@ def worst_error(sharded, how, **options):
     for leaf in exact.leaves:
         leaf.requires_grad_()
     ids = {"anchor_ids": anchor_ids, "text_ids": text_ids, "image_ids": image_ids}
-    *want, image_count, text_count = definition(exact, **options, **ids)
+    *want, image_count, text_count = definition(exact, **options, **ids, there=there)
     value = sum((x * w).sum() for x, w in zip(want, exact.upstream, strict=True))
     want += torch.autograd.grad(value, exact.leaves)
     assert torch.equal(c.image.kept, image_count[rows])
@@ -89,6 +101,41 @@ def all_ways(layouts, hows, flags=FLAGS):
 
 def test_keys_of_the_anchors_own_id_are_left_out():
     assert all_ways([False, True], [{"chunk": 3}, {"chunk": "auto", "cache_bytes": 10**6}]) < 1e-12
+
+
+def test_positives_without_the_batch_have_all_their_digits():
+    x, y = (
+        F.normalize(torch.randn(B, D, generator=torch.Generator().manual_seed(n)), dim=1).bfloat16() for n in (0, 1)
+    )
+    extra = torch.zeros(1, D)
+    c = contrast(x, y, temperature=1.0, batch_negatives=False, extra_text_keys=extra, extra_image_keys=extra)
+    assert c.image.positive.dtype == torch.float32
+    torch.testing.assert_close(c.image.positive, (x.float() * y.float()).sum(1), rtol=1e-6, atol=1e-7)
+
+
+THERE = torch.arange(M + 1) % 4 != 1
+
+
+def with_margin():
+    """Beside ids, without them, and where some of the rows are no keys."""
+    options = {"batch_negatives": True, "exclude_positive": False, "centred": True, "margin": 0.05}
+    several = product((False, True), (None, THERE))
+    return max(worst_error(sharded, {"chunk": 3}, there, **options) for sharded, there in several)
+
+
+def test_a_margin_leaves_out_extra_keys_too(ranks):
+    assert with_margin() < 1e-12
+    assert max(ranks(2, with_margin)) < 1e-12
+    e = draw(B, D, 3, extra=M)
+    found = [
+        contrast(e.image, e.text, temperature=0.1, extra_text_keys=x, extra_image_keys=y, margin=0.05).image.log_sum
+        for x, y in ((e.extra_text, e.extra_image), (ExtraKeys(e.extra_text), ExtraKeys(e.extra_image)))
+    ]
+    assert torch.equal(*found)
+    everything = contrast(
+        e.image, e.text, temperature=0.1, extra_text_keys=e.extra_text, extra_image_keys=e.extra_image
+    )
+    assert not torch.equal(found[0], everything.image.log_sum)
 
 
 @pytest.mark.parametrize("world_size", [2, 4])

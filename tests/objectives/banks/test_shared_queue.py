@@ -31,7 +31,7 @@ QUEUE = {"queue": {"size": 13}}
 TEACHER = {"queue": {"size": 16, "source": "momentum", "init": "batch", "key_gradient": False}}
 
 
-def definition(name, *, queue, temperature=0.1, gamma=0.6, intra_weight=1.0):
+def definition(name, *, queue, temperature=0.1, gamma=0.6, intra_weight=1.0, mask_duplicates="none"):
     """Of clip (at its learned temperature), dcl, sogclr and xamclr at omega = 1."""
 
     def loss(state, e: Embeddings, step: int):
@@ -45,10 +45,12 @@ def definition(name, *, queue, temperature=0.1, gamma=0.6, intra_weight=1.0):
             """(B,) log-sums less the positive's logit, and how many keys they are of."""
             keys = keys if queue.get("key_gradient", True) else keys.detach()
             x, same = anchors @ keys.T, bank.same(e.ids)
-            if name != "clip":
-                x = x.masked_fill(OWN, -torch.inf)
+            drop = OWN & (name != "clip")
+            if mask_duplicates == "text":
+                drop = drop | (e.text_content[:, None] == e.text_content) & ~OWN
+            x, others = x.masked_fill(drop, -torch.inf), (~drop & ~OWN).sum(1)
             positive = (anchors * keys).sum(1) / t
-            return log_sum(x, anchors @ bank.keys().T, same, t) - positive, B - 1 + (~same).sum(1)
+            return log_sum(x, anchors @ bank.keys().T, same, t) - positive, others + (~same).sum(1)
 
         image_list, text_list = [(e.image, e.text, banks[1])], [(e.text, e.image, banks[0])]
         if name == "xamclr":
@@ -90,7 +92,9 @@ def options_of(name, queue):
     return {**own.get(name, {"temperature": 0.1, "gamma": 0.6, "intra_weight": 1.0}), **queue}
 
 
+MASKED_QUEUE = {**QUEUE, "mask_duplicates": "text"}
 CASES = [("clip", QUEUE), ("clip", TEACHER), ("dcl", QUEUE), ("sogclr", TEACHER), ("xamclr", QUEUE)]
+CASES += [("clip", MASKED_QUEUE), ("sogclr", MASKED_QUEUE)]
 
 
 @pytest.mark.parametrize(("name", "queue"), CASES, ids=str)
