@@ -233,14 +233,6 @@ def test_building_from_a_tree_checks_it_too():
         (["optimizer.schedule=step"], "optimizer.step_samples: schedule step needs"),
         (["objective.name=amclr"], "data.image_views: objective amclr needs 1, got 0"),
         (["optimizer.lr=.inf"], "optimizer.lr: expected finite numbers, got inf"),
-        (
-            ["objective.name=clip", "objective.queue.size=9223372036854775807"],
-            "objective.queue.size: expected at most 2^48, got 9223",
-        ),
-        (
-            ["objective.name=clip", "objective.queue={size: 512, width: 5}"],
-            "objective.queue.width: expected model.embedding_width = 128, or null, got 5",
-        ),
         (["model.image.dropout=0", "data.image_mean=[0, .nan, 0]"], "data.image_mean: expected finite numbers"),
         (["optimizer.betas=[0.9, 1]"], "optimizer.betas: expected two numbers below 1, got [0.9, 1.0]"),
         (["data.augmentation.crop_scale=[0.9, 0.5]"], "data.augmentation.crop_scale: expected the smallest, then"),

@@ -158,6 +158,14 @@ def test_a_queue_of_no_slots_is_none():
         ),
         (lambda: load("configs/quickstart.yaml", ["objective.queue.sise=64"]), r"objective\.queue\.sise: no such key"),
         (
+            lambda: load("configs/quickstart.yaml", ["objective.queue.size=9223372036854775807"]),
+            r"objective\.queue\.size: expected at most 2\^48, got 9223",
+        ),
+        (
+            lambda: load("configs/quickstart.yaml", ["objective.queue={size: 512, width: 5}"]),
+            r"objective\.queue\.width: expected model\.embedding_width = 128, or null, got 5",
+        ),
+        (
             lambda: load("configs/quickstart.yaml", ["objective.queue={size: 512, source: momentum}"]),
             r"model\.momentum: objective clip reads",
         ),
