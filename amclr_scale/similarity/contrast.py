@@ -246,6 +246,8 @@ def _check(image: Tensor, text: Tensor, extra_images: ExtraKeys | None, extra_te
             raise ValueError(f"{name}: extra keys get no gradient; pass {name}.detach()")
         if (extra.ids is None) != (extra.anchor_ids is None):
             raise ValueError(f"{name}: expected ids of keys and of anchors, or neither")
+        if extra.there is not None and (extra.ids is None or extra.same is None):
+            raise ValueError(f"{name}.there: expected with ids, and with same, which counts what is not there")
         for of, found, n in (("ids", extra.ids, len(extra.rows)), ("anchor_ids", extra.anchor_ids, len(image))):
             if found is not None and (found.shape != (n,) or found.dtype != torch.int64):
                 raise ValueError(f"{name}.{of}: expected ({n},) torch.int64, got {tuple(found.shape)} {found.dtype}")

@@ -241,3 +241,31 @@ def test_a_beta_that_python_cannot_draw_from_is_refused():
     for beta in (1e-30, 1e30):
         with pytest.raises(UserError, match=r"^mix_beta: expected a number from 0\.01 to 1000, got"):
             make("m2_mixup", mix_beta=beta)
+
+
+@pytest.mark.parametrize(("name", "part"), [("m2_mixup", "mixup"), ("slip", "intra")])
+def test_a_queue_is_of_clips_part(name, part):
+    with_queue, without = make(name, queue={"size": 13}), make(name)
+    for step in range(2):
+        found, plain = (x(my_rows(global_batch(step, views=2))).metrics for x in (with_queue, without))
+        assert found[part] == plain[part]
+    assert found["clip"] > plain["clip"] + 0.01
+
+
+def test_another_objective_that_computes_the_same_has_the_same_masks():
+    for name, options in (("clip", {"group_size": B}), ("debiased", {"prior": 0.0}), ("sogclr", {"gamma": 1.0})):
+        equal = declared({"name": name, **options, **MASKS}).equals(B)
+        assert equal is not None
+        assert MASKS.items() <= dict(equal.options).items(), name
+    assert declared({"name": "fifo_bank", "size": 0}).equals(B).name == "clip"
+    assert declared({"name": "fifo_bank", "size": 0, "key_gradient": False}).equals(B) is None
+
+
+def test_volumes_of_rounded_rows_that_agree_stay_finite():
+    rows = F.normalize(torch.randn(B, 64), dim=1).bfloat16()  # lengths are 1 but for 0.004
+    e = Embeddings(rows.clone().requires_grad_(), rows.clone().requires_grad_(), logit_scale=torch.tensor([10.0]))
+    assert (e.image.float().square().sum(1) > 1 + 1e-5).any()
+    loss = make("gram")(e)
+    loss.value.backward()
+    assert loss.value.isfinite()
+    assert e.image.grad.isfinite().all()

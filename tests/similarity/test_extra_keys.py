@@ -166,6 +166,7 @@ def test_mistakes_are_answered_in_words():
         (ExtraKeys(e.extra_text, torch.arange(3), torch.arange(B)), r"extra_text_keys.ids: expected \(11,\)"),
         (ExtraKeys(e.extra_text, torch.arange(M), torch.arange(3)), r"extra_text_keys.anchor_ids: expected \(8,\)"),
         (ExtraKeys(e.extra_text[:, :2]), r"extra_text_keys: expected \(M, 6\)"),
+        (ExtraKeys(e.extra_text, there=torch.ones(M, dtype=torch.bool)), "extra_text_keys.there: expected with ids"),
     ):
         with pytest.raises(ValueError, match=message):
             contrast(e.image, e.text, temperature=0.1, extra_text_keys=extra)

@@ -66,7 +66,7 @@ class FIFOBank(KeepsQueues, name="fifo_bank"):
 
     @staticmethod
     def equals(options: Any, B: int) -> Equal | None:
-        if options.size:
+        if options.size or not options.key_gradient:
             return None
         return Equal("clip", {"temperature": options.temperature}, "a bank without slots adds nothing")
 
