@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+from PIL import __version__ as pillow_version
 from torch import Tensor
 
 from amclr_scale.config import schema
@@ -101,7 +102,8 @@ class Pipeline:
         """
         data, index = self.data, self.index
         ranges = [(recipe.crop_scale, recipe.crop_ratio) for recipe in self._recipes]  # how far a JPEG is reduced
-        name = (index.fingerprint, data.image_size, ranges, data.max_image_pixels, data.max_image_mib)
+        how = (data.image_size, ranges, data.max_image_pixels, data.max_image_mib, pillow_version)
+        name = (index.fingerprint, *how)
         cache, members = index.storage.cache, sorted(self._texts - {PARAPHRASES})
         self.resident = open_resident(cache, name, members, index.num_samples, self._stored, self._decoded)
         if data.image_view_from != "group":

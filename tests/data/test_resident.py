@@ -10,6 +10,7 @@ from PIL import Image
 from amclr_scale.config import schema
 from amclr_scale.config.checks import check
 from amclr_scale.data import loader
+from amclr_scale.data.decoding import BadSampleError
 from amclr_scale.data.image_views import augmented_view, to_tensor
 from amclr_scale.data.loader import TrainLoader
 from amclr_scale.data.randomness import Draws
@@ -61,6 +62,19 @@ def test_batches_are_those_of_the_shards(damaged, view_from, caplog):
         assert_same(faults[1][0], faults[0][0])
         assert faults[1][1] == faults[0][1]
         assert len({message.split(": ")[2] for message in faults[0][1]}) == 3
+
+
+def test_a_bad_picture_holds_on_to_no_batch(damaged):
+    """An exception keeps the frames that it is raised through, and one that is raised again keeps all of them."""
+    batches = TrainLoader(settings(damaged, max_bad_fraction=1.0, resident="host"), seed=0, global_batch_size=8)
+    next(batches)
+    found = []
+    for _ in range(2):
+        with pytest.raises(BadSampleError, match="missing image") as caught:
+            batches._parts.pipeline.resident.picture(17)
+        found.append(caught.value)
+    batches.close()
+    assert found[0] is not found[1]
 
 
 def test_any_number_of_ranks_and_workers(damaged):

@@ -38,8 +38,8 @@ class ResidentData:
     def __init__(self, folder: Path):
         about: dict[str, Any] = json.loads((folder / "about.json").read_text("utf-8"))
         self._members: list[str] = about["members"]
-        self._unread = {int(sample): BadSampleError(*words) for sample, words in about["unread"].items()}
-        self._undecoded = {int(sample): BadSampleError(*words) for sample, words in about["undecoded"].items()}
+        self._unread = {int(sample): words for sample, words in about["unread"].items()}
+        self._undecoded = {int(sample): words for sample, words in about["undecoded"].items()}
         with np.load(folder / "table.npz", allow_pickle=False) as table:
             self.sizes: NDArray[np.int32] = table["sizes"]
             self._text_ends: NDArray[np.int64] = table["text_ends"]  # (N, members); -1: no such member
@@ -56,7 +56,7 @@ class ResidentData:
             BadSampleError: the sample cannot be read.
         """
         if sample in self._unread:
-            raise self._unread[sample]
+            raise BadSampleError(*self._unread[sample])  # a new one: each holds on to the batch that it was raised in
         starts, ends = self._text_starts[sample].tolist(), self._text_ends[sample].tolist()
         return {
             name: self._text[start:end].tobytes()
@@ -71,7 +71,7 @@ class ResidentData:
             BadSampleError: there is none that can be decoded.
         """
         if sample in self._undecoded:
-            raise self._undecoded[sample]
+            raise BadSampleError(*self._undecoded[sample])
         width, height = self.sizes[sample].tolist()
         return width, height
 

@@ -48,7 +48,7 @@ def definition(name, *, queue, temperature=0.1, gamma=0.6, intra_weight=1.0, mas
             drop = OWN & (name != "clip")
             if mask_duplicates == "text":
                 drop = drop | (e.text_content[:, None] == e.text_content) & ~OWN
-            x, others = x.masked_fill(drop, -torch.inf), (~drop & ~OWN).sum(1)
+            x, others = x.masked_fill(drop, -1e9), (~drop & ~OWN).sum(1)  # whose share is 0, and so is its gradient
             positive = (anchors * keys).sum(1) / t
             return log_sum(x, anchors @ bank.keys().T, same, t) - positive, others + (~same).sum(1)
 
