@@ -89,6 +89,7 @@ def check_best(config: Config, evaluator: Evaluator | None) -> None:
     names = [task.name for task in evaluator.tasks] + [
         probe_name(one, config.evaluation) for one, *_ in evaluator.probes
     ]
+    names += [MOMENTUM + name for name in names] if config.evaluation.momentum else []
     if split not in names or score_of(number) is None:
         raise UserError(
             f"checkpoint.best: expected SPLIT/NUMBER, such as {names[0]}/image_to_text_R@1, of the splits "
