@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from amclr_scale import objectives
 from amclr_scale.config.objective_options import option_models
 from amclr_scale.objectives.base import Objective
+from amclr_scale.objectives.staging import staged
 from tests.objectives.harness import global_batch, make, my_rows
 
 NAMES = [
@@ -55,6 +56,38 @@ def test_every_objective_takes_num_samples_and_gives_finite_gradients(name):
     assert math.isfinite(loss.metrics["objective"])
     keeps = hasattr(objective, "image_state") or hasattr(objective, "bank")
     assert ("ids" in objective.inputs) == (keeps or getattr(objective.config, "positives", "") == "image")
+
+
+STATE = {"clip": {"queue": {"size": 16}}, "fifo_bank": {"size": 16}}
+STATE["momentum_queue"] = {"size": 16, "alpha_ramp_samples": 99}
+
+
+def test_only_a_step_that_is_applied_leaves_a_trace():
+    """What it leaves in a plain loop, to the last bit; looks without gradients and in evaluation leave none."""
+
+    def step(objective, number):
+        objective(my_rows(global_batch(number, **EVERYTHING))).value.backward()
+
+    seen = set()
+    for name in NAMES:
+        waiting, plain = make(name, **STATE.get(name, {})), make(name, **STATE.get(name, {}))
+        with staged() as commit:
+            step(waiting, 0)
+            commit()
+        state = {key: value.clone() for key, value in waiting.state_dict().items()}
+        if not state:
+            continue
+        seen.add(name)
+        step(plain, 0)
+        with staged():
+            step(waiting, 1)
+        with torch.no_grad():
+            waiting(my_rows(global_batch(2, **EVERYTHING)))
+        step(waiting.eval(), 3)
+        for found in (waiting.state_dict(), plain.state_dict()):
+            assert found.keys() == state.keys(), name
+            assert all(torch.equal(found[key], value) for key, value in state.items()), name
+    assert {*STATE, "sogclr", "xamclr", "isogclr", "full_bank", "onlineclr"} <= seen
 
 
 @pytest.mark.parametrize(

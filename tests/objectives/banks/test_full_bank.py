@@ -103,6 +103,12 @@ def test_rows_are_not_copied_where_changes_wait():
     assert torch.equal(plain.image_state.rows, waiting.image_state.rows)
 
 
+def test_every_step_and_side_draws_others():
+    drawn = [tuple(draw(step, side, 1000, 50)) for step in range(3) for side in range(2)]
+    assert len(set(drawn)) == len(drawn)
+    assert all(len(set(one)) == 50 for one in drawn)
+
+
 def test_the_host_keeps_its_rows():
     objective = make("full_bank", device="host", width=D).to("meta")
     assert objective.image_state.rows.device.type == "cpu"
