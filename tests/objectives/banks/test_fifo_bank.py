@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from amclr_scale.types import Embeddings
-from tests.objectives.banks.plain import banks_of, log_sum
-from tests.objectives.harness import STEPS, assert_same, close, defined, joined, make, run
+from tests.objectives.banks.plain import PlainBank, banks_of, log_sum
+from tests.objectives.harness import STEPS, assert_same, close, defined, global_batch, joined, make, my_rows, run
 
 BATCH = {"duplicate": True}  # one id comes twice in a batch, all come back from step to step
 
@@ -58,6 +58,27 @@ def test_matches_its_definition(options):
     want = defined(definition(**options), batch=BATCH)
     for chunk in (3, 100):
         assert_same(run("fifo_bank", options, chunk=chunk, batch=BATCH), want)
+
+
+@pytest.mark.parametrize("exclude_same_id", [True, False])
+def test_what_it_says_of_the_bank_is_so(exclude_same_id):
+    objective, banks = make("fifo_bank", size=13, exclude_same_id=exclude_same_id), (PlainBank(13), PlainBank(13))
+    for step in range(STEPS):
+        e = my_rows(global_batch(step, **BATCH))
+        found, (image, _) = objective(e).metrics, banks
+        same, filled = image.same(e.ids).double().sum(1).mean().item(), image.filled
+        ages, moved = [step + 1 - written for written in image.written[: image.filled]], []
+        for rows, bank in zip((e.image, e.text), banks, strict=True):
+            newest = [(row, bank.newest(sample)) for row, sample in zip(rows, e.ids.tolist(), strict=True)]
+            apart = [1 - (row @ q).item() for row, q in newest if q is not None]
+            moved.append(sum(apart) / max(1, len(apart)))
+            bank.put(rows, e.ids)
+        assert found["bank_filled"] == filled == min(8 * step, 13)
+        assert found["bank_same_id"] == pytest.approx(same)
+        assert found["bank_masked"] == pytest.approx(same / max(1, filled) if exclude_same_id else 0)
+        assert found["bank_age"] == pytest.approx(sum(ages) / max(1, len(ages)))
+        assert found["bank_drift"] == pytest.approx(sum(moved) / 2)
+    assert same > 0
 
 
 ON_RANKS = [SETTINGS[0], SETTINGS[2], SETTINGS[3]]
