@@ -94,8 +94,9 @@ def test_it_is_decoded_once_for_all_runs_of_the_same_data(damaged, monkeypatch):
     expected = take(data, 3)
     monkeypatch.setattr(store, "_write", lambda *_: pytest.fail("decoded again"))
     assert_same(take(data, 3), expected)
-    with pytest.raises(pytest.fail.Exception, match="decoded again"):
-        take(data.model_copy(update={"image_size": 9}), 1)
+    for other in ({"image_size": 9}, {"image_group": "json.a"}):  # other pixels, other members
+        with pytest.raises(pytest.fail.Exception, match="decoded again"):
+            take(data.model_copy(update=other), 1)
 
 
 def test_views_that_repeat_are_counted_on_the_device_too(damaged):

@@ -28,11 +28,14 @@ def png(width, height, colour=6):
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", row) + chunk(b"IEND", b"")
 
 
-def icon(content, side=16, count=1):
-    entries = b"".join(
-        struct.pack("<BBBBHHII", side, side, 0, 0, 1, 32, len(content), 6 + 16 * count) for _ in range(count)
-    )
-    return struct.pack("<HHH", 0, 1, count) + entries + content
+def icon(content, side=16, count=1, before=b""):
+    """An icon with the same picture so many times; or with another `before` it."""
+    pictures = ([before] if before else []) + [content] * count
+    at, entries = 6 + 16 * len(pictures), b""
+    for picture in pictures:
+        start = at + (len(before) if picture is content else 0)
+        entries += struct.pack("<BBBBHHII", side, side, 0, 0, 1, 32, len(picture), start)
+    return struct.pack("<HHH", 0, 1, len(pictures)) + entries + before + content
 
 
 def saved(form, size=(12, 10), mode="RGB", **options):
@@ -65,6 +68,7 @@ HOSTILE = {
     "png": lambda: png(SIDE, SIDE),
     "icon": lambda: icon(png(SIDE, SIDE)),
     "one of many in an icon": lambda: icon(png(SIDE, SIDE), count=7),
+    "last in an icon": lambda: icon(png(SIDE, SIDE), before=saved("PNG", (16, 16))),
     "bitmap in an icon": lambda: icon(struct.pack("<IiiHHI", 40, SIDE, 2 * SIDE, 1, 32, 0) + bytes(100)),
     "jpeg 2000": lambda: jpeg2000(SIDE),
     "gif": lambda: b"GIF89a" + struct.pack("<HH", SIDE, SIDE) + saved("GIF")[10:],
