@@ -94,7 +94,7 @@ def test_it_is_decoded_once_for_all_runs_of_the_same_data(damaged, monkeypatch):
     expected = take(data, 3)
     monkeypatch.setattr(store, "_write", lambda *_: pytest.fail("decoded again"))
     assert_same(take(data, 3), expected)
-    for other in ({"image_size": 9}, {"image_group": "json.a"}):  # other pixels, other members
+    for other in ({"image_size": 9}, {"image_group": "cls"}):  # other pixels, other members
         with pytest.raises(pytest.fail.Exception, match="decoded again"):
             take(data.model_copy(update=other), 1)
 
