@@ -30,6 +30,10 @@ VERBS = {
     "supervise": ("supervise", "run a training command until it is done, through crashes and preemptions"),
 }
 
+# What the commands import beside torch, by the extras of pyproject.toml.
+OF_DATA = ("braceexpand", "webdataset", "tokenizers", "pydantic", "yaml", "numpy", "PIL", "psutil", "pyarrow", "rich")
+PACKAGES = (*OF_DATA, "torchvision", "deepspeed", "transformers", "accelerate", "safetensors")
+
 
 def usage() -> str:
     """The verbs, a line each."""
@@ -59,11 +63,19 @@ def main(argv: list[str] | None = None) -> int:
     for length in (2, 1):
         verb = " ".join(words[:length])
         if len(words) >= length and verb in VERBS:
-            module = import_module(f"amclr_scale.commands.{VERBS[verb][0]}")
             try:
-                code: int = module.main(words[length:])
+                code: int = import_module(f"amclr_scale.commands.{VERBS[verb][0]}").main(words[length:])
             except KeyboardInterrupt:  # Ctrl-C where nothing has to be saved
                 return 128 + signal.SIGINT
+            except ModuleNotFoundError as error:
+                if error.name is None or error.name.partition(".")[0] not in PACKAGES:
+                    raise
+                extra = "data" if words[0] == "shards" and error.name.partition(".")[0] in OF_DATA else "train"
+                print(
+                    f"amclr-scale {verb} needs {error.name}, which is not installed: pip install 'amclr_scale[{extra}]'",
+                    file=sys.stderr,
+                )
+                return 2
             return code
     wanted = " ".join(words[:2]) if any(verb.startswith(f"{words[0]} ") for verb in VERBS) else words[0]
     print(f"amclr-scale: no such verb {wanted!r}{did_you_mean(wanted, VERBS)}\n\n{usage()}", file=sys.stderr)

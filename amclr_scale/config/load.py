@@ -16,10 +16,11 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from amclr_scale.config.checks import check
-from amclr_scale.config.objective_options import NOT_OPTIONS, digest, option_models, outside, source_of
+from amclr_scale.config.objective_options import option_models, outside
 from amclr_scale.config.schema import Config
 from amclr_scale.config.section import Section, section_of
 from amclr_scale.config.shipped import find, find_from
+from amclr_scale.config.source_files import NOT_OPTIONS, digest, source_of
 from amclr_scale.config.yaml_text import Dumper, parse
 from amclr_scale.errors import UserError, did_you_mean, nearest
 

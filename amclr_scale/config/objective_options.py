@@ -17,7 +17,6 @@ import __future__
 
 import ast
 import copy
-import hashlib
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -29,13 +28,13 @@ from pydantic import BaseModel, create_model
 
 from amclr_scale import declarations
 from amclr_scale.config.section import Checked
+from amclr_scale.config.source_files import source_of
 from amclr_scale.declarations import Declarations, Equal, Inputs, queue_of
 from amclr_scale.errors import UserError
 
 T = TypeVar("T")
 PACKAGE = Path(__file__).parent.parent
 OBJECTIVES = PACKAGE / "objectives"
-NOT_OPTIONS = ("name", "module", "module_sha256")  # keys of the section that say which objective it is
 
 _TYPES = {"int": int, "float": float, "bool": bool, "str": str, "None": None}
 _DECLARED = [name for name in vars(Declarations) if not name.startswith("_")]
@@ -152,25 +151,6 @@ def outside(path: Path) -> dict[str, Source]:
         UserError: the file cannot be read, or declares something that is not plain Python.
     """
     return _outside(str(path), source_of(path))
-
-
-def source_of(path: Path) -> str:
-    """The text of such a file.
-
-    Raises:
-        UserError: it cannot be read.
-    """
-    if not path.is_file():
-        raise UserError(f"objective.module: expected a Python file, got {path}, which does not exist")
-    try:
-        return path.read_text("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"objective.module: {path} cannot be read: {error}") from error
-
-
-def digest(text: str) -> str:
-    """What a file's content is known by in `objective.module_sha256`."""
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 @cache

@@ -15,8 +15,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-import psutil
-
 from amclr_scale.errors import UserError
 
 _LOOK = 1.0  # seconds
@@ -117,6 +115,8 @@ def when_runner_ends(tell: Callable[[str], None]) -> None:
 
     It hands no signal on to the process that starts the ranks (on one node), which lives on without it.
     """
+    import psutil  # here alone: the losses by themselves need torch and nothing else
+
     if not os.getppid():  # the first process of a container, or one that was sent into it
         return
     launcher = psutil.Process(os.getppid())

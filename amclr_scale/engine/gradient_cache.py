@@ -20,6 +20,7 @@ A tower that is frozen as a whole is run in step 1 alone: what it gave is kept, 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -55,6 +56,7 @@ def cached_backward(
     phases: Phases | None = None,
     lend: Callable[[], Mapping[str, Tensor]] | None = None,
     lend_first: bool = True,
+    see: Callable[[Mapping[str, Tensor]], Any] = Embeddings.from_flat,
 ) -> CachedStep:
     """Leave in every parameter the gradient of `objective` over the whole batch.
 
@@ -72,6 +74,7 @@ def cached_backward(
         phases: where seconds go.
         lend: what else the objective sees, by flat name: features of a teacher, without gradient.
         lend_first: ask for it before step 1, while no graph is alive, or after it.
+        see: makes what the objective is given of everything by flat name.
     """
     phases = phases or Phases(device)
     lent: Mapping[str, Tensor] = {}
@@ -109,7 +112,7 @@ def cached_backward(
         for name, leaf in leaves.items():
             leaf.requires_grad_(leaf.is_floating_point() and takes_gradient(name))
         beside = {name: rows.to(device, non_blocking=True) for name, rows in batch.beside().items()}
-        embeddings = Embeddings.from_flat({**leaves, **lent, **beside})
+        embeddings = see({**leaves, **lent, **beside})
         loss = objective(embeddings)
         loss.value.backward()
 

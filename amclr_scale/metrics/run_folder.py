@@ -19,8 +19,8 @@ from typing import IO, Any
 import psutil
 
 from amclr_scale.config.load import dump, recipe_hash
-from amclr_scale.config.objective_options import digest, source_of
 from amclr_scale.config.schema import Config
+from amclr_scale.config.source_files import digest, source_of
 from amclr_scale.errors import UserError
 
 PACKAGES = ("amclr_scale", "torch", "torchvision", "deepspeed", "transformers", "timm", "webdataset", "numpy", "triton")

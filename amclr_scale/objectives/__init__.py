@@ -19,7 +19,7 @@ from typing import Any
 
 from torch import nn
 
-from amclr_scale.config.objective_options import NOT_OPTIONS
+from amclr_scale.config.source_files import NOT_OPTIONS
 from amclr_scale.errors import UserError
 from amclr_scale.objectives.banks.shared_queue import SharedQueue
 from amclr_scale.objectives.base import Layout, Objective, nearest, parse_options

@@ -8,7 +8,7 @@ import sys
 from functools import cache
 from pathlib import Path
 
-from amclr_scale.config.objective_options import digest, source_of
+from amclr_scale.config.source_files import digest, source_of
 from amclr_scale.errors import UserError
 from amclr_scale.objectives.base import OUTSIDE, Objective
 
