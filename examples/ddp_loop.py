@@ -24,7 +24,7 @@ class Encoder(nn.Module):
         super().__init__()
         self.image = nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Dropout(0.1), nn.Linear(64, 16))
         self.text = nn.Sequential(nn.Linear(24, 64), nn.ReLU(), nn.Linear(64, 16))
-        self.scale = nn.Parameter(torch.tensor(2.6))
+        self.scale = nn.Parameter(torch.tensor([2.6]))
 
     def forward(self, images, texts):
         image, text = F.normalize(self.image(images), dim=1), F.normalize(self.text(texts), dim=1)

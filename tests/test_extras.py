@@ -10,20 +10,22 @@ CALLED = {"pyyaml": "yaml", "pillow": "PIL", "open_clip_torch": "open_clip", "re
 
 BLOCK = """
 import sys
+from importlib.machinery import PathFinder
 
-class Absent:
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in set(sys.argv[1].split(",")):
-            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+class Installed(PathFinder):
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        absent = name.partition(".")[0] in set(sys.argv[1].split(","))
+        return None if absent else super().find_spec(name, path, target)
 
-sys.meta_path.insert(0, Absent())
+sys.meta_path[sys.meta_path.index(PathFinder)] = Installed
 """
 LOSSES = (
     BLOCK
     + """
 import torch
 import torch.nn.functional as F
-from amclr_scale import objectives
+from amclr_scale import GradientCache, objectives
 from amclr_scale.similarity import contrast
 from amclr_scale.types import Embeddings
 
@@ -37,6 +39,7 @@ for name in ("clip", "siglip", "sogclr", "isogclr", "amclr_dro"):
     given = Embeddings(image=image, text=text, ids=torch.arange(8), logit_scale=scale, **bias, **views)
     objective(given).value.backward()
 assert len(objectives.available()) > 30
+GradientCache(torch.nn.Linear(4, 2), 3)(lambda out: out.square().sum(), image.detach())
 assert image.grad.isfinite().all() and image.grad.abs().sum() > 0
 """
 )

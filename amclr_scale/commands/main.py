@@ -71,10 +71,8 @@ def main(argv: list[str] | None = None) -> int:
                 if error.name is None or error.name.partition(".")[0] not in PACKAGES:
                     raise
                 extra = "data" if words[0] == "shards" and error.name.partition(".")[0] in OF_DATA else "train"
-                print(
-                    f"amclr-scale {verb} needs {error.name}, which is not installed: pip install 'amclr_scale[{extra}]'",
-                    file=sys.stderr,
-                )
+                told = f"amclr-scale {verb} needs {error.name}, which is not installed"
+                print(f"{told}: pip install 'amclr_scale[{extra}]'", file=sys.stderr)
                 return 2
             return code
     wanted = " ".join(words[:2]) if any(verb.startswith(f"{words[0]} ") for verb in VERBS) else words[0]

@@ -34,10 +34,10 @@ class GradientCache:
     """`cache(loss, *inputs)` leaves the gradient of `loss` over the whole batch in `.grad`, and returns the loss.
 
     The encoder runs twice on each micro-batch, once without a graph and once with, from the same random state: the
-    gradient is that of one pass, dropout included, in the memory of one micro-batch. Gradients add to what is in `.grad`
-    already, as those of `backward` do. Across ranks they are averaged once, with the last micro-batch, by
-    DistributedDataParallel or FSDP2, as for any loop that averages the losses of its ranks; `loss` may gather from other
-    ranks, as `amclr_scale.similarity.contrast` does.
+    gradient is that of one pass, dropout included, in the memory of one micro-batch. Gradients add to what is in
+    `.grad` already, as those of `backward` do. Across ranks they are averaged once, with the last micro-batch, by
+    DistributedDataParallel or FSDP2, as for any loop that averages the losses of its ranks; `loss` may gather from
+    other ranks, as `amclr_scale.similarity.contrast` does.
 
     Args:
         encode: a module or a function of the inputs of one micro-batch, m rows of each. What it returns, a tensor, a
@@ -75,7 +75,8 @@ class GradientCache:
         self._wrappers = [part for model in self.models for part in model.modules() if _exchange(part)]
         if kept and self._wrappers:
             raise UserError(
-                f"kept: expected 0 or None with DistributedDataParallel or FSDP2, which meet in the last forward, got {kept}"
+                "kept: expected 0 or None with DistributedDataParallel or FSDP2, which meet in the last forward, got "
+                f"{kept}"
             )
         self.kept = (0 if self._wrappers else 1) if kept is None else kept
 

@@ -1,0 +1,21 @@
+"""The scripts of examples/ run as they stand, on few samples, and learn."""
+
+import re
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in EXAMPLES.glob("*_loop.py")))
+def test_a_loop_learns(name, monkeypatch, capsys):
+    for key in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(key, raising=False)
+    monkeypatch.setattr(sys, "argv", [name, "160", "12"])
+    runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+    losses = [float(one) for one in re.findall(r"loss ([\d.]+)", capsys.readouterr().out)]
+    assert len(losses) == 12
+    assert losses[-1] < 0.8 * losses[0]
