@@ -79,8 +79,8 @@ class Inputs(dict[str, int | tuple[str, ...]]):
             match KINDS[name].several, value:
                 case (True, tuple()) if all(isinstance(one, str) for one in value):
                     own += value
-                case (True, int()) if not isinstance(value, bool):
-                    value = max(0, value)  # of an option out of range, which the objective refuses by its name
+                case (True, int()) if value >= 0 and not isinstance(value, bool):
+                    pass
                 case (False, bool()):
                     value = int(value)
                 case (several, _):
