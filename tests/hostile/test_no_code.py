@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from amclr_scale.config.recipe import TextTower
+from amclr_scale.config.schema import TextTower
 from amclr_scale.data.tokenizers import load_tokenizer
 from amclr_scale.encoders.text_towers import build_text_tower
 from amclr_scale.errors import UserError
