@@ -20,7 +20,8 @@ class Kind:
     """How one kind of input gets to an objective.
 
     Attributes:
-        shape: of one sample's row; letters are D, the embedding width, n, tokens, and R, the width of a reference.
+        shape: of one sample's row; letters are D, the embedding width, n, tokens, R, the width of a reference, and K,
+            hard negatives.
         key: of the configuration that provides it; "" where every run has it.
         several: a tuple of such tensors; an objective asks for a number of them, or gives them names of its own.
         shared: one for the whole model rather than a row per sample.
@@ -48,6 +49,7 @@ KINDS: dict[str, Kind] = {
     "text_views": Kind(("D",), "data.text_views", several=True),
     "image_negatives": Kind(("D",), "data.image_negatives", several=True),  # hard ones, made for each sample
     "text_negatives": Kind(("D",), "data.text_negatives", several=True),
+    "text_negative_mask": Kind(("K",), "data.text_negatives", gradient=False, dtype="bool"),  # True: it is there
     "labels": Kind((), "data.labels", gradient=False, dtype="int64"),
     "image_reference": Kind(("R",), "data.image_reference", gradient=False),  # of a frozen model
     "text_reference": Kind(("R",), "data.text_reference", gradient=False),

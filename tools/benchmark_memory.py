@@ -201,13 +201,13 @@ def measure(config: Config, world_size: int, rank: int, *, look: bool = True) ->
                     torch.randint(
                         0, 256, (b, 3, data.image_size, data.image_size), dtype=torch.uint8, generator=generator
                     )
-                    for _ in range(1 + data.image_views)
+                    for _ in range(data.images_each)
                 ),
                 texts=tuple(
                     torch.randint(
                         tokenizer.end_id + 1, tokenizer.vocab_size, (b, data.context_length), generator=generator
                     )
-                    for _ in range(1 + data.text_views)
+                    for _ in range(data.texts_each)
                 ),
             )
         losses.append(float(step(batch, 1e-4).loss.value.detach()))  # embeddings go at once, as in the training loop

@@ -6,6 +6,7 @@ from typing import Any
 from amclr_scale.config.objective_options import declared
 from amclr_scale.config.optimizers import RULES
 from amclr_scale.config.schema import Config, ImageAugmentation
+from amclr_scale.config.text_rules import TEXT_RULES
 from amclr_scale.declarations import KINDS, queue_of
 from amclr_scale.errors import one_of
 
@@ -24,6 +25,7 @@ def check(config: Config, world_size: int, *, objective: bool = True) -> list[st
         *_augmentation(config),
         *_resident(config),
         *_frozen(config),
+        *_text_negatives(config),
         *_momentum(config),
         *_length(config),
         *_shares(config, world_size),
@@ -116,6 +118,13 @@ def _frozen(config: Config) -> list[str]:
     return lines
 
 
+def _text_negatives(config: Config) -> list[str]:
+    named = config.data.text_negative
+    wrong = sorted(set([named] if isinstance(named, str) else named) - set(TEXT_RULES))
+    fits = f"data.text_negative: expected {one_of(TEXT_RULES)}, or json.FIELD, got"
+    return [f"{fits} {name}" for name in wrong if "." not in name]
+
+
 def _momentum(config: Config) -> list[str]:
     momentum, execution, lines = config.model.momentum, config.execution, []
     if momentum is None:
@@ -185,7 +194,7 @@ def _objective(config: Config, world_size: int) -> list[str]:
             )
         elif there == 0 and wanted and not KINDS[kind].several:
             lines.append(f"{key}: objective {name} reads {kind}, which come from there, got nothing")
-        elif there is not None and there != wanted and (wanted or KINDS[kind].several):
+        elif there is not None and there != wanted and KINDS[kind].several:
             lines.append(f"{key}: objective {name} needs {wanted or 'none'}, got {there}")
     widths = {"width": getattr(found.options, "width", None), "queue.width": queue_of(found.options).get("width")}
     for key, width in widths.items():

@@ -7,6 +7,7 @@ from pydantic import Field, field_validator
 from amclr_scale.config.augmentation import ImageAugmentation, TextAugmentation
 from amclr_scale.config.optimizers import RULES, UpdateRule
 from amclr_scale.config.section import Fraction, Names, Positive, PositiveNumber, Section
+from amclr_scale.config.text_rules import TEXT_RULES
 from amclr_scale.errors import did_you_mean, one_of
 
 
@@ -67,6 +68,11 @@ class Data(Section):
     """Where further captions come from: json.FIELD (a string or a list), `paraphrases`, or a list of such places."""
     text_augmentation: TextAugmentation = TextAugmentation()
     """Word-level changes to further captions."""
+    text_negatives: Annotated[int, Field(ge=0, le=16)] = 0
+    """Captions of every sample that are wrong by one change (negclip, count): hard negatives."""
+    text_negative: str | Annotated[tuple[str, ...], Field(min_length=1)] = TEXT_RULES
+    """Where these come from: `words` (two change places), `attribute` (a colour, a size, ... becomes another), `number`
+    (two to ten), json.FIELD (a string or a list); or a list of such, of which one is drawn each time."""
     paraphrases: str | None = None
     """Folder that amclr-scale shards paraphrase wrote for these shards: makes `paraphrases` a place for text_view."""
     max_bad_fraction: Fraction = 0.01
@@ -91,6 +97,16 @@ class Data(Section):
     """Hold all samples decoded: in memory, or small squares on every device too. Does not change results."""
     allow_pipe: bool = False
     """Whether shards named pipe:COMMAND may run that shell command."""
+
+    @property
+    def images_each(self) -> int:
+        """What the image tower encodes of every sample."""
+        return 1 + self.image_views
+
+    @property
+    def texts_each(self) -> int:
+        """What the text tower encodes of every sample."""
+        return 1 + self.text_views + self.text_negatives
 
 
 class LearningRateFactors(Section):

@@ -22,9 +22,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from amclr_scale.config import schema
+from amclr_scale.data.captions.further_captions import check_further_captions, repeats
 from amclr_scale.data.indexing import open_index
 from amclr_scale.data.order import Order, Visits
-from amclr_scale.data.pipeline import Fault, Part, Pipeline, check_further_captions, count_repeated, repeats
+from amclr_scale.data.pipeline import Fault, Part, Pipeline, count_repeated
 from amclr_scale.data.prefetch import Prefetcher
 from amclr_scale.data.resident.crops import ResidentPictures
 from amclr_scale.data.sources import is_remote
@@ -212,7 +213,7 @@ class TrainLoader:
         self._count_repeated(parts)
         batch = self._batch(parts)
         if self.data.resident == "device":
-            self._repeated["images"] += count_repeated(batch.images)
+            self._repeated["repeated_images"] += count_repeated(batch.images)
         return batch
 
     def _hold(self) -> None:
@@ -298,13 +299,13 @@ class TrainLoader:
             )
 
     def repeated(self) -> dict[str, float]:
-        """Share of further views so far that equal an earlier view of their sample, of modalities that have any."""
-        views = {"images": self.data.image_views, "texts": self.data.text_views}
-        return {
-            f"repeated_{modality}": self._repeated[modality] / max(1, self._seen * number)
-            for modality, number in views.items()
-            if number
-        }
+        """Share of further views so far that equal an earlier view of their sample, of modalities that have any.
+
+        Of hard negatives, the share that could not be made.
+        """
+        each = {"repeated_images": self.data.image_views, "repeated_texts": self.data.text_views}
+        each["missing_negatives"] = self.data.text_negatives
+        return {name: self._repeated[name] / max(1, self._seen * n) for name, n in each.items() if n}
 
     def _count_repeated(self, parts: list[Part]) -> None:
         """Count views that repeat another; stop where the texts do nothing else.

@@ -10,7 +10,6 @@ from collections.abc import Hashable
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from PIL import Image
 from PIL import __version__ as pillow_version
@@ -19,6 +18,7 @@ from torch import Tensor
 from amclr_scale.config import schema
 from amclr_scale.data.beside.paraphrases import ParaphraseReader
 from amclr_scale.data.beside.references import open_references
+from amclr_scale.data.captions.hard_captions import HardCaptions
 from amclr_scale.data.decoding import PARAPHRASES, BadSampleError, Field, Sample, check_whole, decode
 from amclr_scale.data.image_views import augmented_view, reduction_for, to_tensor
 from amclr_scale.data.index import Index
@@ -33,8 +33,6 @@ from amclr_scale.data.tokenizers import Tokenizer
 from amclr_scale.errors import UserError
 
 _ATTEMPTS = 1000  # replacements tried for one sample; past that the data set has no good samples to speak of
-LOOKED_AT = 64  # samples, spread evenly over the data set
-OFTEN = 0.05  # share of repeated views above which the log says so
 
 
 @dataclass(frozen=True)
@@ -59,10 +57,13 @@ class Part:
     ids: Tensor  # (n,) int64
     text_ids: Tensor | None  # (n,) int64, where images have ids of their own
     images: tuple[Tensor, ...]  # 1 + V of (n, 3, H, W) uint8; where devices hold the pictures, of (n, 7) crops
-    texts: tuple[Tensor, ...]  # 1 + V of (n, L) int64
+    texts: tuple[Tensor, ...]  # 1 + V of (n, L) int64, and hard negatives
     given: dict[str, Tensor]  # (n, ...) that no tower reads: `Batch.given`
     faults: list[Fault]
-    repeated: dict[str, int]  # further images, and further texts, that equal an earlier view of their sample
+    repeated: dict[str, int]  # further images and texts that equal an earlier view; hard negatives that there are not
+
+
+Views = tuple[int, int, list[Tensor], list[str], list[str | None]]  # image id, label, pixels, captions, hard negatives
 
 
 class Pipeline:
@@ -76,13 +77,13 @@ class Pipeline:
 
     def __init__(self, index: Index, data: schema.Data, seed: int, tokenizer: Tokenizer):
         self.index, self.data, self.seed, self.tokenizer = index, data, seed, tokenizer
-        self.text = TextViews(data)
+        self.text, self.hard = TextViews(data), HardCaptions(data)
         self._image_id = Field.parse(data.image_id) if data.image_id else None
         self._labels = Field.parse(data.labels) if data.labels else None
         self._references = open_references(data, index)
         self._image_group = Field.parse(data.image_group) if data.image_group else None
         others = {field.member for field in (self._image_id, self._labels, self._image_group) if field}
-        self._texts = self.text.members | others
+        self._texts = self.text.members | self.hard.members | others
         self._wanted = self._texts | frozenset(IMAGE_EXTENSIONS)
         self.resident: ResidentData | None = None
         self.groups: Groups | None = None
@@ -138,28 +139,35 @@ class Pipeline:
         shape = (7,) if data.resident == "device" else (3, data.image_size, data.image_size)
         kind = torch.int64 if data.resident == "device" else torch.uint8
         images = tuple(torch.empty(n, *shape, dtype=kind) for _ in range(1 + data.image_views))
-        captions = list[list[str]]()
+        captions, hard = list[list[str]](), list[list[str | None]]()
         ids, image_ids, labels, faults = list[int](), list[int](), list[int](), list[Fault]()
         for i, (sample, number) in enumerate(zip(visits.ids.tolist(), visits.passes.tolist(), strict=True)):
-            used, image_id, label, pixels, words = self._good(sample, number, faults)
+            used, image_id, label, pixels, words, wrong = self._good(sample, number, faults)
             ids.append(used)
             image_ids.append(image_id)
             labels.append(label)
             captions.append(words)
+            hard.append(wrong)
             for view, tensor in zip(images, pixels, strict=True):
                 view[i] = tensor
         texts = tuple(self.tokenizer(list(view)) for view in zip(*captions, strict=True))
-        repeated = {"images": 0 if data.resident == "device" else count_repeated(images)}
-        repeated["texts"] = count_repeated(texts)
+        repeated = {"repeated_images": 0 if data.resident == "device" else count_repeated(images)}
+        repeated["repeated_texts"] = count_repeated(texts)
         samples = torch.tensor(ids, dtype=torch.int64)
+        negatives, there = self._hard(texts[0], hard)
         given = {name: references(ids) for name, references in self._references.items()}
+        if negatives:
+            given["text_negative_mask"] = there
+            repeated["missing_negatives"] = int((~there).sum())
         if self._labels:  # equal for one class, -1 for none
             given["labels"] = torch.tensor(labels, dtype=torch.int64)
         if not self._image_id:
-            return Part(samples, None, images, texts, given, faults, repeated)
-        return Part(torch.tensor(image_ids, dtype=torch.int64), samples, images, texts, given, faults, repeated)
+            return Part(samples, None, images, texts + negatives, given, faults, repeated)
+        return Part(
+            torch.tensor(image_ids, dtype=torch.int64), samples, images, texts + negatives, given, faults, repeated
+        )
 
-    def _good(self, sample: int, number: int, faults: list[Fault]) -> tuple[int, int, int, list[Tensor], list[str]]:
+    def _good(self, sample: int, number: int, faults: list[Fault]) -> tuple[int, *Views]:
         """The sample, or the first of its replacements that can be used. Only the sample itself counts as a fault."""
         draws = Draws(self.seed, Purpose.REPLACEMENT, number, sample)
         used, fault = sample, None
@@ -179,10 +187,11 @@ class Pipeline:
             f"{_ATTEMPTS:,} others drawn in its place; is this the right data set?"
         )
 
-    def _views(self, sample: int, number: int) -> tuple[int, int, list[Tensor], list[str]]:
+    def _views(self, sample: int, number: int) -> Views:
         size, from_base = self.data.image_size, self.data.image_view_from == "base"
         content = self.read(sample)
         captions = self.text.draw(content, self.seed, number, sample)
+        hard = self.hard.draw(captions[0], content, self.seed, number, sample)
         draws = [Draws(self.seed, Purpose.IMAGE, number, sample, view) for view in range(len(self._recipes))]
         sources = self._sources(sample, number)
         if self.resident and self.data.resident == "device":
@@ -190,7 +199,7 @@ class Pipeline:
             for view, recipe in enumerate(self._recipes):
                 width, height = (size, size) if view and from_base else self.resident.size(sources[view])
                 plans.append(torch.tensor([*plan_crop(width, height, recipe, draws[view]), sources[view]]))
-            return self._image_of(content, sample), self.label_of(content), plans, captions
+            return self._image_of(content, sample), self.label_of(content), plans, captions, hard
         picture = self.resident.picture(sample) if self.resident else self._decoded(content)
         views = list[Image.Image]()
         for view, recipe in enumerate(self._recipes):
@@ -198,7 +207,22 @@ class Pipeline:
             if self.resident and sources[view] != sample:
                 source = self.resident.picture(sources[view])
             views.append(augmented_view(source, size, recipe, draws[view]))
-        return self._image_of(content, sample), self.label_of(content), [to_tensor(view) for view in views], captions
+        return (
+            self._image_of(content, sample),
+            self.label_of(content),
+            [to_tensor(view) for view in views],
+            captions,
+            hard,
+        )
+
+    def _hard(self, texts: Tensor, captions: list[list[str | None]]) -> tuple[tuple[Tensor, ...], Tensor]:
+        """Tokens of hard negatives, and which there are, (n, K): not those that are cut where they would differ."""
+        negatives = tuple(self.tokenizer([one or "" for one in each]) for each in zip(*captions, strict=True))
+        there = torch.tensor([[one is not None for one in each] for each in captions]).reshape(len(texts), -1)
+        for k, tokens in enumerate(negatives):
+            earlier = (texts, *negatives[:k])
+            there[:, k] &= torch.stack([(tokens != other).any(1) for other in earlier]).all(0)
+        return negatives, there
 
     def label_of(self, content: Sample) -> int:
         """A number of the sample's class; -1 where it has none, or none was asked for."""
@@ -268,65 +292,3 @@ def _equal_rows(a: Tensor, b: Tensor) -> Tensor:
     if equal.any():
         equal[equal.clone()] = (a[equal] == b[equal]).all(1)
     return equal
-
-
-def check_further_captions(pipeline: Pipeline, data: schema.Data, seed: int) -> list[str]:
-    """Notes for the log about captions that some samples do not have. Reads samples, so only of shards at hand.
-
-    A sample without a further caption shows its first one again: an objective over views then compares a text with
-    itself, and nothing looks wrong.
-
-    Raises:
-        UserError: no sample that was looked at has a further caption that differs from its first.
-    """
-    text, total = pipeline.text, pipeline.index.num_samples
-    repeated = looked_at = 0
-    labelled = 0
-    having = dict.fromkeys((*text.base[1:], *text.further), 0)
-    for sample in np.unique(np.linspace(0, total - 1, LOOKED_AT).astype(int)).tolist():
-        try:
-            content = pipeline.read(sample)
-            captions = text.draw(content, seed, 0, sample)
-            labelled += pipeline.label_of(content) >= 0
-            for place in having:
-                having[place] += bool(content.captions(place, optional=True))
-        except BadSampleError:
-            continue
-        looked_at += 1
-        repeated += any(caption in captions[:view] for view, caption in enumerate(captions))
-    if not looked_at:
-        return []  # training will tell what is wrong with them
-    if data.labels and not labelled:
-        raise UserError(
-            f"data.labels: expected a place where samples say their class, got {data.labels}: none of {looked_at} "
-            "samples looked at has anything there"
-        )
-    missing = [place for place, count in having.items() if not count]
-    asked = data.text_view != schema.Data().text_view
-    if text.further and asked and all(place in missing for place in text.further):
-        raise UserError(
-            f"data.text_view: expected a place where samples have captions, got {_listed(text.further)}: none of "
-            f"{looked_at} samples looked at has one there"
-        )
-    if text.further and repeated == looked_at:
-        raise UserError(repeats(looked_at, text.further))
-    notes = [f"data: none of {looked_at} samples looked at has a caption at {place}" for place in missing if asked]
-    if text.further and repeated > OFTEN * looked_at:
-        notes.append(
-            f"data: {repeated / looked_at:.0%} of {looked_at} samples looked at have no other caption for "
-            f"data.text_views={data.text_views} at {_listed(text.further)}: their views repeat a text"
-        )
-    return notes
-
-
-def repeats(samples: int, places: list[Field]) -> str:
-    """What to say where all further captions of so many samples repeat."""
-    return (
-        f"data.text_views: expected further captions, those of all {samples:,} samples looked at repeat the first one; "
-        f"data.text_view says where they are (now {_listed(places)}), data.text_augmentation changes words, "
-        "amclr-scale shards paraphrase makes others"
-    )
-
-
-def _listed(places: list[Field]) -> str:
-    return " or ".join(map(str, places))

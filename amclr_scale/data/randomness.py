@@ -28,6 +28,7 @@ class Purpose(enum.IntEnum):
     REPLACEMENT = 5
     WORDS = 6
     GROUP = 7
+    NEGATIVE = 8
 
 
 def _finalise(z: int) -> int:

@@ -58,6 +58,7 @@ class DualEncoder(nn.Module):
     Attributes:
         logit_scale: (1,), the LOGARITHM of the scale; outputs carry the scale itself.
         parts: what an objective trains beside the towers, from `take_parts` (`Objective.model_parts` describes it).
+        further_views: V by modality; what comes behind them are hard negatives. Without, all further ones are views.
         unit_rows: bring embeddings to unit length; False while training an objective that needs their length (VICReg).
         kept: of towers that are frozen, the modules that train all the same (encoders/freezing.py).
         depths: of the towers' parameters by name, where they were asked for (encoders/depths.py).
@@ -85,6 +86,7 @@ class DualEncoder(nn.Module):
         self.parts: nn.Module | None = None
         self.kept: Kept = {}
         self.depths: dict[str, int] = {}
+        self.further_views: dict[str, int] = {}
         self.unit_rows = True
         self.notes = notes
 
@@ -94,13 +96,15 @@ class DualEncoder(nn.Module):
         """Encode whatever is given, and return it with all that an objective needs.
 
         Args:
-            images: 1 + V of (b, 3, H, W), uint8 or float in [0, 1]; () leaves the image tower alone. Or 1 + V of
-                (b, width), what the tower gave for them: then the head alone is run.
-            texts: 1 + V of (b, L) int64; () leaves the text tower alone. Or features (b, width), as of images.
+            images: 1 + V of (b, 3, H, W), uint8 or float in [0, 1], and hard negatives; () leaves the image tower
+                alone. Or as many of (b, width), what the tower gave for them: then the head alone is run.
+            texts: 1 + V of (b, L) int64, and hard negatives; () leaves the text tower alone. Or features (b, width), as
+                of images.
             features: also return what the towers gave, before the heads.
 
         Returns:
             image (b, D) and image_views (V of (b, D)) when there are images; text and text_views when there are texts;
+            image_negatives and text_negatives, (b, D) each, where there are any;
             logit_scale (1,) and logit_bias (1,); what `parts` makes of these; image_features and text_features
             (b, width) of the first view when asked for. In training, of each tower that is frozen as a whole, also
             frozen_features: by side, (b (1 + V), width) of all views.
@@ -115,7 +119,10 @@ class DualEncoder(nn.Module):
             raw, embedded = encode(stacked, dtype)
             rows = _unit(embedded) if self.unit_rows or not self.training else _at_least_float32(embedded)
             out[name], *further = torch.split(rows, [len(view) for view in views])
-            out[f"{name}_views"] = tuple(further)
+            count = self.further_views.get(name, len(further))
+            out[f"{name}_views"] = tuple(further[:count])
+            if further[count:]:
+                out[f"{name}_negatives"] = tuple(further[count:])
             if features:
                 out[f"{name}_features"] = raw[: len(views[0])]
             if self.training and not is_trained(getattr(self, f"{name}_tower")):

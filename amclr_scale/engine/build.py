@@ -88,11 +88,13 @@ def model_of(config: Config, tokenizer: Tokenizer, *, weights: bool = True) -> D
         UserError: a key of model is not usable here.
     """
     data = config.data
-    return build_model(
+    model = build_model(
         config.model, vocab_size=tokenizer.vocab_size, pad_id=tokenizer.pad_id, end_id=tokenizer.end_id,
         context_length=data.context_length, image_size=data.image_size, image_mean=data.image_mean,
         image_std=data.image_std, weights=weights, with_depths=config.optimizer.layer_decay < 1,
     )  # fmt: skip
+    model.further_views = {"image": data.image_views, "text": data.text_views}
+    return model
 
 
 def build_trainer(
@@ -121,7 +123,7 @@ def build_trainer(
     prepare_towers(model, config.execution)
     freeze(model.named_parameters(), config.optimizer, model.learning_rate_factors())  # and what is frozen counts less
     flops = broadcast_object(count(model, *sample_views(config, inputs.tokenizer.pad_id)) if first else None)
-    views = {"image": 1 + config.data.image_views, "text": 1 + config.data.text_views}
+    views = {"image": config.data.images_each, "text": config.data.texts_each}
     flops = replace(flops, lent=sum(getattr(flops, side) // views[side] for side in lent_sides(config)))
     stopwatch.lap("model")
 

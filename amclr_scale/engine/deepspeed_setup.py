@@ -151,7 +151,7 @@ def sample_views(config: Config, pad_id: int) -> tuple[tuple[torch.Tensor, ...],
     data = config.data
     image = torch.zeros(1, 3, data.image_size, data.image_size, dtype=torch.uint8)
     text = torch.full((1, data.context_length), int(pad_id == 0))
-    return (image,) * (1 + data.image_views), (text,) * (1 + data.text_views)
+    return (image,) * data.images_each, (text,) * data.texts_each
 
 
 def throughput(config: Config, plan: Plan, model: DualEncoder, flops: ModelFlops, device: torch.device) -> Throughput:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from amclr_scale.config.schema import Config
-from amclr_scale.data.pipeline import OFTEN
+from amclr_scale.data.captions.further_captions import OFTEN
 from amclr_scale.distributed.collectives import all_sum, world_size
 from amclr_scale.engine.batch_plan import Plan, Position
 from amclr_scale.engine.hooks import Hook
@@ -73,8 +73,13 @@ class TrainingRecords(Hook):
         repeated = [name for name in self.repeated() if record[name] > OFTEN]
         if repeated and not self._told:
             self._told = True
-            shares = ", ".join(f"{record[name]:.0%} of further {name.removeprefix('repeated_')}" for name in repeated)
-            self.log.say(f"data: {shares} repeat another view of their sample; metrics.jsonl counts them")
+            said = {"repeated": "repeat another view of their sample", "missing": "could not be made"}
+            words = (
+                f"{record[name]:.0%} of further {what} {said[kind]}"
+                for name in repeated
+                for kind, _, what in [name.partition("_")]
+            )
+            self.log.say(f"data: {', '.join(words)}; metrics.jsonl counts them")
         self._samples, self._time = done.samples, time.perf_counter()
 
     def _left(self, step: int) -> float | None:

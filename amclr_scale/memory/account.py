@@ -302,8 +302,8 @@ def _workspace(settings: Settings, device: str, threads: int) -> Workspace:
 def _input_components(config: Config, plan: Plan, device: str) -> list[Component]:
     """Batches: the one in use and the next one while it is made; parts that workers make ahead."""
     data, workers, b = config.data, config.execution.workers, plan.local_batch_size
-    tensors = [3 * data.image_size**2] * (1 + data.image_views) + [8 * data.context_length] * (1 + data.text_views)
-    image, text = (sum(size) for size in (tensors[: 1 + data.image_views], tensors[1 + data.image_views :]))
+    tensors = [3 * data.image_size**2] * data.images_each + [8 * data.context_length] * data.texts_each
+    image, text = (sum(size) for size in (tensors[: data.images_each], tensors[data.images_each :]))
     given = _given(config)
     tensors += [8] * (2 if data.image_id else 1) + list(given.values())  # ids, and what no tower reads
     row = sum(tensors)
@@ -326,7 +326,9 @@ def _input_components(config: Config, plan: Plan, device: str) -> list[Component
         two = 2 if plan.micro_batches > 1 else 1  # the next one is on its way
         inputs: dict[Phase, int] = dict.fromkeys(("pass_1", "pass_2"), two * (images * image + texts * text))
         beside: tuple[Phase, ...] = ("objective", "pass_2", "reduce", "optimizer")
-        found.append(Component("labels and references", dict.fromkeys(beside, b * sum(given.values())), knob, "input"))
+        found.append(
+            Component("labels, references and masks", dict.fromkeys(beside, b * sum(given.values())), knob, "input")
+        )
         sides = lent_sides(config)
         lent = tensors[0] * images * ("image" in sides) + 8 * data.context_length * texts * ("text" in sides)
         found.append(
@@ -343,4 +345,5 @@ def _given(config: Config) -> dict[str, int]:
     widths, unknown = reference_widths(data)
     found = {name: 4 * width for name, width in widths.items()}
     found |= dict.fromkeys(unknown, 4 * config.model.embedding_width)
+    found |= {"text_negative_mask": data.text_negatives} if data.text_negatives else {}
     return found | ({"labels": 8} if data.labels else {})

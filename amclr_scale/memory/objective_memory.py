@@ -290,8 +290,10 @@ def random_embeddings(
 ) -> Embeddings:
     """All that the objective reads, outputs of its parts among it, as leaves: random rows of a rank."""
     torch.manual_seed(0)
+    K = objective.inputs.count("text_negatives")
     made: dict[str, Any] = {
-        name: _random(name, rows, width, (references or {}).get(name)) for name in ("image", "text", *objective.inputs)
+        name: _random(name, rows, width, {"R": (references or {}).get(name, width), "K": K})
+        for name in ("image", "text", *objective.inputs)
     }
     for name, kind in KINDS.items():
         if kind.several and name in objective.inputs:
@@ -333,9 +335,9 @@ def made_together(key: str, width: int) -> tuple[str, ...]:
     return tuple(name for name in both if name not in alone)
 
 
-def _random(name: str, rows: int, width: int, reference: int | None = None) -> Tensor:
+def _random(name: str, rows: int, width: int, others: Mapping[str, int] | None = None) -> Tensor:
     """Rows of a kind of input."""
-    kind, sizes = KINDS[name], {"D": width, "R": reference or width}
+    kind, sizes = KINDS[name], {"D": width, **(others or {})}
     shape = [sizes[side] if isinstance(side, str) else side for side in kind.shape]
     if kind.dtype == "float":
         x = torch.randn(rows, *shape)

@@ -105,7 +105,7 @@ def _key(config: schema.Config) -> str:
 
     Of the optimizer, the parts that it leaves frozen.
     """
-    data = {"tokenizer", "context_length", "image_size", "image_views", "text_views"}
+    data = {"tokenizer", "context_length", "image_size", "image_views", "text_views", "text_negatives"}
     factors = config.optimizer.lr_factors.model_dump()
     found = {
         "model": config.model.model_dump(mode="json"),
@@ -129,6 +129,7 @@ def _skeleton(key: str) -> DualEncoder:
             context_length=data["context_length"], image_size=data["image_size"],
             image_mean=(0.0, 0.0, 0.0), image_std=(1.0, 1.0, 1.0), weights=False, with_depths=recipe["depths"],
         )  # fmt: skip
+    model.further_views = {"image": data["image_views"], "text": data["text_views"]}
     if "objective" in recipe:
         with torch.device("meta"):
             model.take_parts(objectives.parts_of(recipe["objective"], recipe["model"]["embedding_width"]))
@@ -164,7 +165,7 @@ def _traced(
     model = _copy_of(_skeleton(key)).to(DTYPES[precision])
     set_recomputation(getattr(model, f"{modality}_tower"), recomputation)
     m = next(p for p in PRIMES if all(numel % p for numel in (x.numel() for x in model.parameters())))
-    views = 1 + data[f"{modality}_views"]
+    views = 1 + data[f"{modality}_views"] + (data["text_negatives"] if modality == "text" else 0)
     with _uncollected(), mode, kernels_of(device):
         if isinstance(mode, FakeTensorMode):
             model._apply(mode.from_tensor)  # type: ignore[no-untyped-call]

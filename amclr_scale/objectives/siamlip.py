@@ -40,21 +40,33 @@ class Heads(nn.Module):
         return {f"{side}_{self.name}": head(outputs[side]) for side, head in sides if side in outputs}
 
 
+@dataclass(frozen=True, kw_only=True)
+class PredictOptions(BesideOptions):
+    """Options of objectives that predict."""
+
+    predict_weight: float = 1.0  # weight of the prediction
+    hidden: int = 2048  # width of the predictors' inner layer
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for key in ("clip", "predict_weight"):
+            require(getattr(self, key) >= 0, key, "a weight of at least 0", getattr(self, key))
+        require(self.hidden > 0, "hidden", "a width of at least 1", self.hidden)
+
+
+def missed(embeddings: Embeddings, image: Tensor, text: Tensor) -> Tensor:
+    """How far predictions are from the other modality's targets (b, D), through which nothing is learned: ()."""
+    pairs = ((embeddings.image_predicted, text), (embeddings.text_predicted, image))
+    sides = [2 - 2 * F.cosine_similarity(at_least_float32(p), at_least_float32(x.detach())) for p, x in pairs]
+    return (sides[0] + sides[1]).mean() / 2
+
+
 class SiamLIP(BesideCLIP, name="siamlip"):
     """Prediction of the other modality's embedding, without negatives."""
 
     @dataclass(frozen=True, kw_only=True)
-    class Config(BesideOptions):
+    class Config(PredictOptions):
         """Options of `siamlip`."""
-
-        predict_weight: float = 1.0  # weight of the prediction
-        hidden: int = 2048  # width of the predictors' inner layer
-
-        def __post_init__(self) -> None:
-            super().__post_init__()
-            for key in ("clip", "predict_weight"):
-                require(getattr(self, key) >= 0, key, "a weight of at least 0", getattr(self, key))
-            require(self.hidden > 0, "hidden", "a width of at least 1", self.hidden)
 
     config: Config
 
@@ -63,8 +75,5 @@ class SiamLIP(BesideCLIP, name="siamlip"):
         return Heads("predicted", width, options.hidden, width)
 
     def forward(self, embeddings: Embeddings) -> Loss:
-        config = self.config
-        pairs = ((embeddings.image_predicted, embeddings.text), (embeddings.text_predicted, embeddings.image))
-        missed = [2 - 2 * F.cosine_similarity(at_least_float32(p), at_least_float32(x.detach())) for p, x in pairs]
-        predict = (missed[0] + missed[1]).mean() / 2
-        return self.with_clip(embeddings, config.predict_weight, predict=predict)
+        predict = missed(embeddings, embeddings.image, embeddings.text)
+        return self.with_clip(embeddings, self.config.predict_weight, predict=predict)

@@ -151,7 +151,7 @@ def test_features_of_a_teacher_need_one(tmp_path):
     assert load(None, ["train.epochs=1", "model.momentum={}", *words]).model.momentum.decay == 0.995
 
 
-PROVIDED = ("views", "momentum", "labels", "reference")
+PROVIDED = ("views", "momentum", "labels", "reference", "text_negatives", "text_negative_mask")
 
 
 @pytest.mark.parametrize("name", [n for n, kind in KINDS.items() if kind.key and not n.endswith(PROVIDED)])
@@ -219,19 +219,13 @@ def test_an_arm_of_a_study_may_be_a_file(tmp_path):
 def test_options_of_every_objective_are_checked_from_its_source(name):
     assert "objective.nonsense: no such key" in refused(f"objective.name={name}", "objective.nonsense=1")
     words = ["train.epochs=1", f"objective.name={name}", *provided(name)]
-    if name in LIBRARY_ONLY:
-        assert "no configuration provides them" in refused(*words[1:])
-        return
     config = load(None, words)
     assert set(config.objective) == {"name", *option_models()[name].model_fields}
 
 
-LIBRARY_ONLY = {"negclip"}  # they read what the loader does not bring
-
-
 def provided(name):
     inputs = declared({"name": name}).inputs
-    views = [f"data.{key}={inputs.count(key)}" for key in ("image_views", "text_views")]
+    views = [f"data.{key}={inputs.count(key)}" for key in ("image_views", "text_views", "text_negatives")]
     others = {"image_momentum": "model.momentum={}", "labels": "data.labels=json.concept"}
     others |= {f"{side}_reference": f"data.{side}_reference=r.npy" for side in ("image", "text")}
     return [*views, *(word for kind, word in others.items() if inputs.count(kind))]

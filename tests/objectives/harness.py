@@ -72,6 +72,7 @@ def global_batch(
         image_reference=F.normalize(torch.randn(B, 4, generator=g, dtype=torch.float64), dim=1),
         text_reference=F.normalize(torch.randn(B, 4, generator=g, dtype=torch.float64), dim=1),
         text_negatives=tuple(near(text.detach(), 0.8) for _ in range(negatives)),
+        text_negative_mask=torch.rand(B, max(1, negatives), generator=torch.Generator().manual_seed(step)) < 0.7,
         image_momentum=near(image.detach(), 0.2).detach(),
         text_momentum=near(text.detach(), 0.2).detach(),
     )

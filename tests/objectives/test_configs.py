@@ -17,7 +17,7 @@ def test_the_file_names_an_objective_and_feeds_it(path):
     options = dict(config.objective)
     objective = objectives.create(options.pop("name"), num_samples=100, **options)
     assert path.stem in (objective.name, f"{objective.name}_{options.get('version')}")
-    for views in ("image_views", "text_views"):
+    for views in ("image_views", "text_views", "text_negatives"):
         assert getattr(config.data, views) == objective.inputs.count(views)
 
 
@@ -26,6 +26,7 @@ def test_every_arm_of_the_comparison_is_there():
     arms |= {"fifo_bank", "momentum_queue", "full_bank"}
     arms |= {"simclr", "slip", "supcon", "decoupled", "one_to_k", "siglip_plus", "debiased"}
     arms |= {"scent", "vrns", "drrho", "neuclip", "amorlip"}
+    arms |= {"negclip", "byolip", "count", "degla"}
     arms |= {"gram", "m2_mixup", "cacr", "swav", "siamlip", "barlip", "rankclip", "cwcl"}
     assert {path.stem for path in FILES} == arms
 

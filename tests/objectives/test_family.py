@@ -11,6 +11,7 @@ from torch import Tensor
 
 from amclr_scale.types import Embeddings
 from tests.objectives.harness import B, assert_same, defined, global_batch, joined, make, my_rows, off_diagonal, run
+from tests.objectives.taught import byolip, count, cwcl, degla, negclip, softmax_of
 
 EYE = torch.eye(B, dtype=torch.bool)
 Side = Callable[[Tensor, Tensor, Tensor, Any], Tensor]
@@ -110,10 +111,6 @@ def debiased(prior: float, hardness: float, t: float):
     return lambda state, e, step: both_ways(rows, e, t)
 
 
-def softmax_of(e, t):
-    return both_ways(lambda x, *_: softmax(x), e, t)[0]
-
-
 def volume(*vectors: Tensor) -> Tensor:
     """(B, B), of unit rows that broadcast, by the determinant of their Gram matrix: ones on its diagonal."""
     stacked = torch.stack(torch.broadcast_tensors(*vectors), -2)  # (B, B, n, D)
@@ -190,26 +187,6 @@ def barlip(state, e, step):
     return value, value
 
 
-def negclip(state, e, step):
-    keys = torch.cat([e.text, *e.text_negatives])
-    own = (e.image * e.text).sum(1) * e.logit_scale
-    of_image = (e.image @ keys.T * e.logit_scale).logsumexp(1) - own
-    value = (of_image + (e.text @ e.image.T * e.logit_scale).logsumexp(1) - own).mean() / 2
-    return value, value
-
-
-def cwcl(sides: str):
-    def definition(state, e, step):
-        s, value = e.image @ e.text.T * e.logit_scale, 0.0
-        for name, x in (("image", s), ("text", s.T)):
-            p = getattr(e, f"{name}_reference")
-            w = (1 + p @ p.T) / 2 if sides in (name, "both") else EYE.double()
-            value = value - ((w / w.sum(1, keepdim=True)) * x.log_softmax(1)).sum() / (2 * B)
-        return value, value
-
-    return definition
-
-
 def rankclip(state, e, step):
     def list_mle(pred, true):
         total = 0.0
@@ -251,6 +228,9 @@ CASES: list[tuple[str, dict[str, Any], Any, dict[str, Any]]] = [
     ("siamlip", {"temperature": 0.1}, siamlip, HEADS),
     ("barlip", {"clip": 0.0}, barlip, HEADS),
     ("negclip", {"negatives": 2}, negclip, {"negatives": 2}),
+    ("byolip", {"temperature": 0.1}, byolip, HEADS),
+    ("count", {"temperature": 0.1, "count_weight": 0.7, "negatives": 2}, count, {"negatives": 2}),
+    ("degla", {"negatives": 2, "distill_weight": 0.5}, degla, {"negatives": 2}),
     ("cwcl", {}, cwcl("image"), {}),
     ("cwcl", {"reference": "both"}, cwcl("both"), {}),
     ("rankclip", {"ramp_epochs": 5.0}, rankclip, {}),
@@ -287,6 +267,7 @@ def test_debiasing_meets_its_bound():
     assert 0 < (mean < 0.3).sum() < B
 
 
+WEIGHTS = ("image_weight", "text_weight", "distill_weight")
 ALIKE = [
     ("supcon", {"between": "image", "log": "in"}, "simclr", {"temperature": 0.07}, 1e-12),
     ("supcon", {"between": "text"}, "simclr", {"temperature": 0.07, "modality": "text"}, 1e-12),
@@ -299,6 +280,9 @@ ALIKE = [
     ("slip", {"intra_image": 0.0}, "clip", {}, 1e-12),
     ("m2_mixup", {"mix_weight": 0.0}, "clip", {}, 1e-12),
     ("siamlip", {"predict_weight": 0.0}, "clip", {}, 1e-12),
+    ("byolip", {"predict_weight": 0.0}, "clip", {}, 1e-12),
+    ("count", {"count_weight": 0.0}, "clip", {}, 1e-12),
+    ("degla", {"negatives": 1, **dict.fromkeys(WEIGHTS, 0.0)}, "negclip", {}, 1e-12),
     ("swav", {"swap_weight": 0.0}, "clip", {}, 1e-12),
     ("barlip", {"weight": 0.0}, "clip", {}, 1e-12),
     ("rankclip", {"weight": 0.0}, "clip", {}, 1e-12),
@@ -316,7 +300,7 @@ def test_without_its_addition_it_is_another(name, options, other, others, tolera
         return e
 
     monkeypatch.setattr("tests.objectives.harness.global_batch", alone)
-    everything = {**VIEWS, **HEADS}
+    everything = {**VIEWS, **HEADS, "negatives": 1}
     got, want = run(name, options, batch=everything), run(other, others, batch=everything)
     assert_same(got, want, tolerance)
     assert want[0][0].rows["image" if others.get("modality") != "text" else "text"].abs().max() > 1e-3

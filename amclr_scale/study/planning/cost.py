@@ -40,16 +40,18 @@ def negatives(config: Config, num_samples: int) -> int:
 
 def encoder_cost(config: Config) -> float:
     """Passes of both towers per sample, relative to one view of each; a teacher's forward is a third of one."""
-    return (2 + config.data.image_views + config.data.text_views + len(lent_sides(config)) / 3) / 2
+    return (config.data.images_each + config.data.texts_each + len(lent_sides(config)) / 3) / 2
 
 
 def encoder_flops(config: Config) -> float:
     """Useful operations of both towers per sample, all of its views, and of a teacher's forward."""
-    data = config.data.model_copy(update={"image_views": 0, "text_views": 0})  # traced once for all arms
+    data = config.data.model_copy(
+        update={"image_views": 0, "text_views": 0, "text_negatives": 0}
+    )  # traced once for all arms
     factors = Optimizer(lr_factors=config.optimizer.lr_factors)  # what is frozen has no backward
     image, text = _operations(Config(data=data, model=config.model, optimizer=factors).model_dump_json())
     lent = sum({"image": image, "text": text}[side].forward for side in lent_sides(config))
-    return image.useful * (1 + config.data.image_views) + text.useful * (1 + config.data.text_views) + lent
+    return image.useful * config.data.images_each + text.useful * config.data.texts_each + lent
 
 
 class _Operations(NamedTuple):

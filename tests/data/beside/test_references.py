@@ -132,8 +132,8 @@ def test_the_account_knows_their_width(tmp_path):
     def part(name, *which):
         return next(c.bytes for c in found[which].components if c.name == name)
 
-    assert part("labels and references", "wide.npy", "cuda") == 64 * 4 * 300
-    assert part("labels and references", "none.npy", "cuda") == 64 * 4 * 128
+    assert part("labels, references and masks", "wide.npy", "cuda") == 64 * 4 * 300
+    assert part("labels, references and masks", "none.npy", "cuda") == 64 * 4 * 128
     assert part("batch", "wide.npy", "cpu") - part("batch", "none.npy", "cpu") == 2 * 64 * 4 * (
         300 - 128
     )  # one in use, one made

@@ -1,0 +1,64 @@
+"""Definitions of objectives that read hard negatives, references or a teacher's features, in plain tensors."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from amclr_scale.types import Embeddings
+from tests.objectives.harness import B
+
+EYE = torch.eye(B, dtype=torch.bool)
+
+
+def softmax_of(e: Embeddings, t: Any) -> Tensor:
+    """CLIP's value."""
+    x = e.image @ e.text.T / t
+    return (x.logsumexp(1) + x.logsumexp(0) - 2 * x.diagonal()).mean() / 2
+
+
+def negclip(state, e, step):
+    keys = torch.cat([e.text, *(x[there] for x, there in zip(e.text_negatives, e.text_negative_mask.T, strict=True))])
+    own = (e.image * e.text).sum(1) * e.logit_scale
+    of_image = (e.image @ keys.T * e.logit_scale).logsumexp(1) - own
+    value = (of_image + (e.text @ e.image.T * e.logit_scale).logsumexp(1) - own).mean() / 2
+    return value, value
+
+
+def byolip(state, e, step):
+    pairs = ((e.image_predicted, e.text_momentum), (e.text_predicted, e.image_momentum))
+    missed = [(F.normalize(p, dim=1) - x).square().sum(1).mean() for p, x in pairs]
+    value = softmax_of(e, 0.1) + (missed[0] + missed[1]) / 2
+    return value, value
+
+
+def count(state, e, step):
+    margins = torch.cat([(e.image * (wrong - e.text)).sum(1) for wrong in e.text_negatives])
+    margins = margins[e.text_negative_mask.T.flatten()]
+    value = softmax_of(e, 0.1) + 0.7 * (1 + margins.exp()).log().mean()
+    return value, value
+
+
+def degla(state, e, step):
+    value = negclip(state, e, step)[0]
+    for anchors, positives, scale in ((e.image, e.text, e.logit_scale), (e.text, e.text_momentum, 1 / 0.1)):
+        own = (anchors * positives).sum(1, keepdim=True)
+        wrong = torch.stack([(anchors * n).sum(1) for n in e.text_negatives], 1)
+        x = torch.cat([own * scale, (wrong * scale).masked_fill(~e.text_negative_mask, -torch.inf)], 1)
+        value = value + 0.1 * (x.logsumexp(1) - x[:, 0]).mean()
+    moved = torch.cat([e.image - e.image_momentum, e.text - e.text_momentum], 1)
+    value = value + 0.5 * moved.square().sum(1).mean()
+    return value, value
+
+
+def cwcl(sides: str):
+    def definition(state, e, step):
+        s, value = e.image @ e.text.T * e.logit_scale, 0.0
+        for name, x in (("image", s), ("text", s.T)):
+            p = getattr(e, f"{name}_reference")
+            w = (1 + p @ p.T) / 2 if sides in (name, "both") else EYE.double()
+            value = value - ((w / w.sum(1, keepdim=True)) * x.log_softmax(1)).sum() / (2 * B)
+        return value, value
+
+    return definition
