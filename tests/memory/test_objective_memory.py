@@ -93,6 +93,9 @@ def test_banks_are_counted_to_the_byte(name):
         65_536 * (768 * 2 + 16)
     )
     assert formulas.queue(65_536, 3072) == 805_306_368
+    # the notes' four banks, of two layers, and the two that they kept
+    both = [sample_state_bytes(section, N, 1, "replicated", width=width)[0] - 2 * 65_536 * 16 for width in (768, 3072)]
+    assert (sum(both), both[0]) == (2_013_265_920, 402_653_184)
 
 
 def test_a_row_for_every_sample_is_counted_where_it_lies():

@@ -224,6 +224,23 @@ def assert_same(
         close(got[1][name].double(), wanted, tolerance, f"state {name}")
 
 
+ON_THE_WAY = ((2, "sharded"), (1, "replicated"), (4, "sharded"), (2, "replicated"), (1, "sharded"))
+
+
+def goes_on(ranks: Any, name: str, options: dict[str, Any], batch: dict[str, Any]) -> None:
+    """A step on two ranks, one on one, one on four ...: each from the state before, which ends as that of one rank."""
+    whole, state = run(name, options, batch=batch), None
+    for first, (size, layout) in enumerate(ON_THE_WAY):
+        how = {"batch": batch, "epochs": (0.0,), "state": state, "first": first, "sample_state": layout}
+        steps, state = joined(ranks(size, run, name, options, **how))
+        for side, gradient in whole[0][first].rows.items():
+            close(steps[0].rows[side], gradient, 1e-12, f"step {first}: {side}")
+    assert state is not None
+    assert state.keys() == whole[1].keys()
+    for key, value in state.items():
+        assert torch.equal(value, whole[1][key]), key
+
+
 def close(got: Tensor, want: Tensor, tolerance: float, what: str) -> None:
     torch.testing.assert_close(got, want, rtol=tolerance, atol=tolerance, msg=lambda m: f"{what}\n{m}")
 

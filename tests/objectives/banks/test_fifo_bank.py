@@ -1,11 +1,20 @@
 """fifo_bank is its definition, whatever lies where, and goes on from a checkpoint on other ranks."""
 
 import pytest
-import torch
 
 from amclr_scale.types import Embeddings
 from tests.objectives.banks.plain import PlainBank, banks_of, log_sum
-from tests.objectives.harness import STEPS, assert_same, close, defined, global_batch, joined, make, my_rows, run
+from tests.objectives.harness import (
+    STEPS,
+    assert_same,
+    defined,
+    global_batch,
+    goes_on,
+    joined,
+    make,
+    my_rows,
+    run,
+)
 
 BATCH = {"duplicate": True}  # one id comes twice in a batch, all come back from step to step
 
@@ -96,17 +105,4 @@ def test_ranks_are_one_batch(ranks, world_size):
 
 
 def test_a_state_goes_on_bit_for_bit_on_other_ranks(ranks):
-    options, epochs = {"size": 13, "proximal": 1.0}, (0.0,)
-    whole = run("fifo_bank", options, batch=BATCH, epochs=epochs * STEPS)
-    state: dict[str, torch.Tensor] | None = None
-    for first, (world_size, layout) in enumerate(
-        [(2, "sharded"), (1, "replicated"), (4, "sharded"), (2, "replicated"), (1, "sharded")]
-    ):
-        how = {"batch": BATCH, "epochs": epochs, "state": state, "first": first, "sample_state": layout}
-        answers = ranks(world_size, run, "fifo_bank", options, **how)
-        steps, state = joined(answers)
-        assert steps[0].value == pytest.approx(whole[0][first].value, abs=1e-12)
-        close(steps[0].rows["image"], whole[0][first].rows["image"], 1e-12, f"step {first}")
-    assert state.keys() == whole[1].keys()
-    for name, value in state.items():
-        assert torch.equal(value, whole[1][name]), name
+    goes_on(ranks, "fifo_bank", {"size": 13, "proximal": 1.0}, BATCH)

@@ -15,6 +15,7 @@ from tests.objectives.harness import (
     close,
     defined,
     global_batch,
+    goes_on,
     joined,
     make,
     my_rows,
@@ -76,16 +77,7 @@ def test_ranks_are_one_batch(ranks, world_size, layout):
 
 
 def test_a_state_goes_on_bit_for_bit_on_other_ranks(ranks):
-    options = {"negatives": 7}
-    whole, state = run("full_bank", options, batch=BATCH), None
-    for first, (world_size, layout) in enumerate(
-        [(2, "sharded"), (1, "replicated"), (4, "sharded"), (1, "sharded"), (2, "replicated")]
-    ):
-        how = {"batch": BATCH, "epochs": (0.0,), "state": state, "first": first, "sample_state": layout}
-        steps, state = joined(ranks(world_size, run, "full_bank", options, **how))
-        close(steps[0].rows["image"], whole[0][first].rows["image"], 1e-12, f"step {first}")
-    for name, value in state.items():
-        assert torch.equal(value, whole[1][name]), name
+    goes_on(ranks, "full_bank", {"negatives": 7}, BATCH)
 
 
 def test_rows_are_not_copied_where_changes_wait():

@@ -5,7 +5,7 @@ import torch
 
 from amclr_scale.types import Embeddings
 from tests.objectives.banks.plain import banks_of
-from tests.objectives.harness import B, assert_same, defined, global_batch, joined, make, my_rows, run
+from tests.objectives.harness import B, assert_same, defined, global_batch, goes_on, joined, make, my_rows, run
 
 BATCH = {"duplicate": True}
 
@@ -67,6 +67,11 @@ def every_setting(layout):
 def test_ranks_are_one_batch(ranks, world_size, layout):
     for options, *answers in zip(SETTINGS[:4], *ranks(world_size, every_setting, layout), strict=True):
         assert_same(joined(answers), defined(definition(**options), batch=BATCH))
+
+
+def test_a_state_goes_on_bit_for_bit_on_other_ranks(ranks):
+    options = {"size": 13, "alpha_ramp_samples": 20}
+    goes_on(ranks, "momentum_queue", options, BATCH)
 
 
 def test_the_students_own_keys_without_queue_and_soft_targets_are_clip():

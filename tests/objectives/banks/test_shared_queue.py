@@ -20,6 +20,7 @@ from tests.objectives.harness import (
     close,
     defined,
     global_batch,
+    goes_on,
     joined,
     make,
     my_rows,
@@ -113,6 +114,11 @@ def every_case(layout):
 def test_ranks_are_one_batch(ranks, world_size, layout):
     for (name, queue), *answers in zip(CASES, *ranks(world_size, every_case, layout), strict=True):
         assert_same(joined(answers), defined(definition(name, **queue), batch={"views": 1}))
+
+
+@pytest.mark.parametrize(("name", "queue"), [CASES[1], CASES[3]], ids=str)
+def test_a_state_goes_on_bit_for_bit_on_other_ranks(ranks, name, queue):
+    goes_on(ranks, name, options_of(name, queue), {"duplicate": name == "clip"})
 
 
 MASKED = [name for name, kind in sorted(Objective.registry.items()) if issubclass(kind.Config, MaskOptions)]
