@@ -228,7 +228,10 @@ ON_THE_WAY = ((2, "sharded"), (1, "replicated"), (4, "sharded"), (2, "replicated
 
 
 def goes_on(ranks: Any, name: str, options: dict[str, Any], batch: dict[str, Any]) -> None:
-    """A step on two ranks, one on one, one on four ...: each from the state before, which ends as that of one rank."""
+    """A step on two ranks, one on one, one on four ...: each from the state before, which ends as that of one rank.
+
+    What is stored as it came is the same bits. Averages of sums over shards are the same up to a rounding.
+    """
     whole, state = run(name, options, batch=batch), None
     for first, (size, layout) in enumerate(ON_THE_WAY):
         how = {"batch": batch, "epochs": (0.0,), "state": state, "first": first, "sample_state": layout}
@@ -238,7 +241,10 @@ def goes_on(ranks: Any, name: str, options: dict[str, Any], batch: dict[str, Any
     assert state is not None
     assert state.keys() == whole[1].keys()
     for key, value in state.items():
-        assert torch.equal(value, whole[1][key]), key
+        if key.endswith("log_u"):
+            close(value, whole[1][key], 1e-13, key)
+        else:
+            assert torch.equal(value, whole[1][key]), key
 
 
 def close(got: Tensor, want: Tensor, tolerance: float, what: str) -> None:
