@@ -1,7 +1,7 @@
 """What the notes "Increasing negative examples for ITC" say about banks, asked of small towers on the embedded corpus.
 
-    python tools/measure_banks.py                  # the tables of docs/measurements.md, minutes on one core
-    python tools/measure_banks.py --steps 40 --seeds 1
+    python tools/banks/measure_banks.py                  # the tables of docs/measurements.md, minutes on one core
+    python tools/banks/measure_banks.py --steps 40 --seeds 1
 
 Batches of 128, banks of M rows per modality; recall at 10 from 500 drawings of an artist who was not trained on, in
 percent, where chance is 2; mean, least and most over seeds.
@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from amclr_scale import objectives
 from amclr_scale.config.schema import Data
