@@ -5,9 +5,12 @@ import sys
 import tomllib
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[1]
 CALLED = {"pyyaml": "yaml", "pillow": "PIL", "open_clip_torch": "open_clip", "resvg-py": "resvg_py"}  # else as they are
 
+pytestmark = pytest.mark.launch  # each starts a Python of its own
 BLOCK = """
 import sys
 from importlib.machinery import PathFinder
