@@ -47,6 +47,8 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark what starts ranks or builds an engine by what it uses, and long files: `make test-fast` leaves them out."""
     for item in items:
+        if " at 0x" in item.nodeid:  # processes that share the work would not know each other's tests
+            raise pytest.UsageError(f"{item.nodeid}: expected a name without an address; give its parameters ids")
         if _is_long(item.path):
             item.add_marker("slow")
         if {"ranks", "gpu"} & set(getattr(item, "fixturenames", ())):

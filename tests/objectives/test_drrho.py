@@ -80,7 +80,9 @@ SETTINGS = [
 ]
 
 
-@pytest.mark.parametrize(("name", "options", "define"), SETTINGS, ids=str)
+@pytest.mark.parametrize(
+    ("name", "options", "define"), SETTINGS, ids=[f"{name}-{options}" for name, options, _ in SETTINGS]
+)
 def test_matches_its_definition(name, options, define):
     for chunk in (3, 100):
         assert_same(run(name, options, chunk=chunk), defined(define))
@@ -132,7 +134,7 @@ def test_the_model_as_its_own_reference_weighs_all_negatives_alike(monkeypatch):
         close(step.rows["image"], e.image.grad / 0.07, 1e-10, f"step {number}: the gradient of the mean gap / t")
 
 
-@pytest.mark.parametrize(("name", "options", "_"), SETTINGS, ids=str)
+@pytest.mark.parametrize(("name", "options", "_"), SETTINGS, ids=[f"{name}-{options}" for name, options, _ in SETTINGS])
 def test_small_temperatures_stay_right_in_float32(name, options, _):
     cold = {"temperature": 0.005} if options.get("version") != "v3" else {}
     found = []
