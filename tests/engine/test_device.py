@@ -70,9 +70,8 @@ def train(name: str, options: dict[str, Any], device: torch.device) -> dict[str,
     for step, (gather, distribution, layout) in enumerate(layouts):
         objective = objectives.create(name, num_samples=NUM_SAMPLES, sample_state=layout, **options).to(device)
         with using(gather=gather, distribution=distribution, chunk=4):
-            embeddings = on(
-                device, my_rows(global_batch(step, views=objective.inputs.count("image_views"), heads=True))
-            )
+            views, negatives = (objective.inputs.count(name) for name in ("image_views", "text_negatives"))
+            embeddings = on(device, my_rows(global_batch(step, views=views, negatives=negatives, heads=True)))
             if "num_texts" in options:
                 embeddings = replace(embeddings, text_ids=embeddings.ids + NUM_SAMPLES)
             objective.set_epoch(step)

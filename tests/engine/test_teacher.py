@@ -43,8 +43,8 @@ class FollowsTeacher(Objective):
         return {"image_momentum": True, "text_momentum": True}
 
     def __init__(self) -> None:
-        super().__init__()
-        self.config, self.name = self.Config(), "follows_teacher"
+        super().__init__(self.Config())
+        self.name = "follows_teacher"
         self.clip, self.seen = CLIP(CLIP.Config()), list[Tensor]()
 
     def forward(self, e: Embeddings) -> Loss:

@@ -73,7 +73,8 @@ def one_to_k(e: Embeddings, t: Any) -> Tensor:
 
 def negclip(e: Embeddings, t: Any) -> Tensor:
     (s, p, drop), (back, _, other) = sides(e)
-    wrong = torch.cat([e.image @ x.T / t for x in e.text_negatives], 1)
+    there = zip(e.text_negatives, e.text_negative_mask.T, strict=True)
+    wrong = torch.cat([e.image @ rows[those].T / t for rows, those in there], 1)
     of_image = torch.logaddexp(kept(s / t, drop), wrong.logsumexp(1)) - p / t
     return (of_image + kept(back / t, other) - p / t).mean() / 2
 

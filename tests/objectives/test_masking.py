@@ -131,7 +131,7 @@ def test_unique_ids_change_nothing_and_copies_do(name):
         ({"mask_duplicates": "text"}, {"text_content": torch.zeros(B, dtype=torch.int64)}),
         ({"false_negative_margin": 0.0}, {"text": -global_batch(0).image.detach()}),
     ):  # fmt: skip
-        e = my_rows(global_batch(0, views=2, negatives=2, heads=True))
+        e = my_rows(global_batch(0, views=2, negatives=4, heads=True))
         e.given["text_content"] = change.get("text_content", 7 * torch.arange(B))
         e = dataclasses.replace(e, text=change["text"].requires_grad_()) if "text" in change else e
         objective = make(name, **options)

@@ -131,7 +131,7 @@ def test_every_softmax_objective_takes_one(name):
     assert len(TAKERS) > 10
     with_queue, without = make(name, **own, queue={"size": 13}), make(name, **own)
     for step in range(2):
-        e, same = (my_rows(global_batch(step, views=2, negatives=2, heads=True)) for _ in range(2))
+        e, same = (my_rows(global_batch(step, views=2, negatives=4, heads=True)) for _ in range(2))
         loss, plain = with_queue(e), without(same)
         loss.value.backward()
         plain.value.backward()
