@@ -32,20 +32,26 @@ NEUTRAL = (
     "objective.module",  # where the file lies; objective.module_sha256 says what is in it
 )  # fmt: skip
 
-# Keys that are younger than some recipes: at these values nothing is computed that those recipes did not say.
+# Keys that are younger than some recipes: at these values nothing is computed that those recipes did not say. (Nor does
+# any key that is null by default count while it is.)
 LATER: dict[str, Any] = {
-    "data.image_group": None,
-    "data.max_image_mib": 1024, "evaluation.evaluators": [], "evaluation.momentum": False, "model.momentum": None,
-    "objective.queue": None,
+    "data.max_image_mib": 1024, "data.text_negatives": 0, "data.text_negative": ["words", "attribute", "number"],
+    "evaluation.evaluators": [], "evaluation.momentum": False,
+    "model.image.frozen": False, "model.image.unfrozen_norms": False, "model.image.frozen_head": False,
+    "model.text.frozen": False, "model.text.unfrozen_norms": False, "model.text.frozen_head": False,
+    "model.image.unfrozen_blocks": 0, "model.text.unfrozen_blocks": 0,
+    "objective.log_alpha": 10.0, "objective.reference": False,
+    "optimizer.layer_decay": 1.0, "optimizer.cooldown_samples": 0, "optimizer.cooldown_shape": "linear",
 }  # fmt: skip
 
 
 # Two ways of saying one thing: whichever is said last counts.
 ALTERNATIVES = {"samples": "epochs", "epochs": "samples"}
-WHOLE = ("splits",)  # names of the user's own, which replace those below as a list would
+# Names of the user's own, which replace those below as a list would.
+WHOLE = ("data.train", "evaluation.splits")
 
 
-def merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+def merge(below: dict[str, Any], above: dict[str, Any], within: str = "") -> dict[str, Any]:
     """`above` over `below`, section by section. An objective whose name changes loses the old one's options.
 
     Elsewhere a name changes alone: another optimizer keeps the learning rate, another run.name the folder. But
@@ -54,10 +60,10 @@ def merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
     merged = {key: value for key, value in below.items() if ALTERNATIVES.get(key) not in above}
     for key, value in above.items():
         old = merged.get(key)
-        if isinstance(old, dict) and isinstance(value, dict) and key not in WHOLE:
+        if isinstance(old, dict) and isinstance(value, dict) and within + key not in WHOLE:
             if "name" in old and "name" in value and old["name"] != value["name"]:
                 old = {} if key == "objective" else {name: kept for name, kept in old.items() if name != "options"}
-            merged[key] = merge(old, value)
+            merged[key] = merge(old, value, f"{within}{key}.")
         else:
             merged[key] = value
     return merged
