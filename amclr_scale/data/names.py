@@ -14,10 +14,15 @@ def short_names(paths: Sequence[str]) -> dict[str, str]:
     """Path -> the last part that tells it from the others: its folder's name, a file's without its ending.
 
     /data/flickr30k -> flickr30k; /data/coco/{000..331}.tar -> coco; dataset_coco.json#val -> dataset_coco#val; of
-    /data/imagenet/val and /data/places/val the parents belong to the names.
+    /data/imagenet/val and /data/places/val the parents belong to the names, of shards of one folder the files:
+    cc3m/000..100, cc3m/101..331. No name is a whole path, or holds a key to the data that an address may have.
     """
     parts = {path: _parts(path) for path in dict.fromkeys(paths)}
     taken = dict.fromkeys(parts, 1)
+    folders = Counter(map(tuple, parts.values()))
+    for path, words in parts.items():
+        if folders[tuple(words)] > 1 and (file := _file(path)) != words[-1]:
+            parts[path], taken[path] = [*words, file], 2
 
     def name(path: str) -> str:
         return "/".join(parts[path][-taken[path] :])
@@ -29,8 +34,18 @@ def short_names(paths: Sequence[str]) -> dict[str, str]:
             break
         for path in same:
             taken[path] += 1
-    found = {path: name(path) for path in parts}
-    return {path: path if counts[one] > 1 else one for path, one in found.items()}  # told apart by their whole paths
+    found, seen = dict[str, str](), Counter[str]()
+    for path in parts:
+        seen[name(path)] += 1
+        found[path] = name(path) if counts[name(path)] == 1 else f"{name(path)} ({seen[name(path)]})"
+    return found
+
+
+def _file(path: str) -> str:
+    """The last part of a path, without the ending of shards or the braces of a pattern."""
+    last = re.split(r"[/\\]+", path.partition("?")[0].rstrip("/\\"))[-1]
+    ending = next((one for one in shard_suffixes() if last.endswith(one)), "")
+    return re.sub(r"[{}]", "", last.removesuffix(ending))
 
 
 def _parts(path: str) -> list[str]:
@@ -38,7 +53,7 @@ def _parts(path: str) -> list[str]:
     if path in embedded_splits():
         return [path]
     place, mark, part = path.partition("#")
-    words = re.split(r"[/\\]+", re.sub(r"^(pipe:|[a-z0-9]+:/+)", "", place.partition("?")[0]).rstrip("/\\"))
+    words = re.split(r"[/\\]+", re.sub(r"^(pipe:|[a-z0-9]+:/+([^/]*@)?)", "", place.partition("?")[0]).rstrip("/\\"))
     last = words[-1]
     if len(words) > 1 and (last.endswith(shard_suffixes()) or last == "index.json"):
         words.pop()

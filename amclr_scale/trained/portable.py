@@ -11,6 +11,7 @@ from amclr_scale.evaluation.class_names import lines_of
 
 # A file or a folder from the root on, of any system's, also behind the name of a library (transformers//data/bert).
 _FROM_ROOT = re.compile(r"(?P<before>[a-z_]+/)?(/|~|[A-Za-z]:[/\\]).*")
+_WITH_KEY = re.compile(r"[^:]*://([^/]*@|.*\?)")
 
 
 def portable(config: Config) -> Config:
@@ -45,7 +46,9 @@ def portable(config: Config) -> Config:
 
 
 def _holds_elsewhere(path: str) -> bool:
-    return path in embedded_splits() or (is_remote(path) and not path.startswith(("pipe:", "file:")))
+    """Whether it is an address that says nothing of whose it is: a query or a user in it may be a key to the data."""
+    private = path.startswith(("pipe:", "file:")) or _WITH_KEY.match(path) is not None
+    return path in embedded_splits() or (is_remote(path) and not private)
 
 
 def _named(given: Given) -> Any:

@@ -133,6 +133,8 @@ def test_splits_have_names():
         "emoji/val_style", "flickr30k", "coco", "dataset_coco#val", "mine", "cc3m", "laion", "imagenet/val",
         "places/val", "photos",
     ]  # fmt: skip
+    alike = ["/me/cc3m/{0..3}.tar", "/me/cc3m/{4..7}.tar", "s3://me:key@b/0.tar", "https://b/1.tar?key", "x/y", "/x/y"]
+    assert list(short_names(alike).values()) == ["cc3m/0..3", "cc3m/4..7", "b/0", "b/1", "x/y (1)", "x/y (2)"]
     twice = config.evaluation.model_copy(update={"splits": ["/data/x", "/data/x"]})
     with pytest.raises(UserError, match=r"^evaluation.splits: expected every split once, got /data/x twice"):
         split_names(twice)

@@ -10,7 +10,8 @@ PATHS = {
              "paraphrases": "/home/me/p", "text_augmentation": {"synonyms": "/home/me/synonyms.json"}},
     "model": {"text": {"name": "transformers//home/me/bert"}, "image": {"weights": "~/me/vit.pt"}},
     "evaluation": {
-        "splits": ["/home/me/photos", "emoji/val_style", "https://host/coco/{0..3}.tar", "pipe:cat /home/me/web/0.tar"],
+        "splits": ["/home/me/photos", "emoji/val_style", "https://host/coco/{0..3}.tar", "pipe:cat /home/me/web/0.tar",
+                   "https://me:secret@host/a.tar", "https://host/b.tar?sig=secret"],
         "image_root": "/home/me", "class_names": "/home/me/names.txt",
         "probes": [{"train": "/home/me/in/train", "test": "emoji/val_style", "classes": "json.group"}],
     },
@@ -26,13 +27,14 @@ def test_an_exported_configuration_has_names_and_no_paths(tmp_path):
     tree["train"] = TREE["train"]
     left = portable(build(tree))
     written = dump(left)
-    for private in ("/home", "/scratch", "~", str(tmp_path), "cat "):
+    for private in ("/home", "/scratch", "~", str(tmp_path), "cat ", "secret"):
         assert private not in written
     (tmp_path / "config.yaml").write_text(written)
     assert left == load(tmp_path / "config.yaml", trusted=False)
     assert left.data.train == {"cc3m": None, "emoji/train": "emoji/train"}
     assert left.evaluation.splits == {
         "photos": None, "emoji/val_style": "emoji/val_style", "coco": "https://host/coco/{0..3}.tar", "web": None,
+        "host/a": None, "host/b": None,
     }  # fmt: skip
     probe = left.evaluation.probes[0]
     assert (probe.train, probe.test) == ({"train": None}, "emoji/val_style")
