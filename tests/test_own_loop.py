@@ -110,8 +110,30 @@ def test_what_cannot_be_is_told():
         GradientCache(towers(), 4, shared=["scale"])(plain_loss, x, y[:7])
     with pytest.raises(UserError, match=r"^inputs: expected tensors with a row for each sample, got str"):
         GradientCache(towers(), 4)(plain_loss, x, "a text")
+    with pytest.raises(UserError, match=r"^inputs: expected tensors with a row for each sample, got NoneType"):
+        GradientCache(towers(), 4)(plain_loss, x, None)
+    with pytest.raises(UserError, match=r"^inputs: expected tensors with a row for each sample, got none"):
+        GradientCache(towers(), 4)(plain_loss)
     with pytest.raises(UserError, match=r"^micro_batch_size: expected at least 1, got 0"):
         GradientCache(towers(), 0)
+
+
+def test_a_function_that_moves_its_inputs_to_a_gpu_draws_the_same_there(monkeypatch):
+    """Nothing that the cache is given lies there; the generator of CUDA is played by a list."""
+    gpu = [0]
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda device: torch.tensor(gpu[0]))
+    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state, device: gpu.__setitem__(0, int(state)))
+    weight, drawn = torch.ones(3, requires_grad=True), []
+
+    def encode(x: Tensor) -> Tensor:
+        gpu[0] += 1
+        drawn.append((int(x[0, 0]), gpu[0]))
+        return x * weight
+
+    GradientCache(encode, 2, kept=0)(lambda out: out.sum(), torch.arange(6.0)[:, None].expand(6, 3))
+    assert drawn[:3] == drawn[3:] == [(0, 1), (2, 2), (4, 3)]
+    assert gpu == [3]
 
 
 def wrapped(kind: str) -> tuple[nn.Module, dict]:

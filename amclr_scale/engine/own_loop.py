@@ -46,7 +46,8 @@ class GradientCache:
         models: modules that `encode` calls, where it is a function: their BatchNorm statistics are taken once, and
             DistributedDataParallel or FSDP2 among them exchange gradients once.
         shared: names in a dictionary of outputs that are one for all rows, such as a learned scale. (What the loss
-            itself owns needs no name, unless a wrapper has to average its gradient.)
+            itself owns needs no name, unless a wrapper has to average its gradient, or `backward` scales gradients, as
+            under fp16: then return it with the outputs.)
         backward: instead of `tensor.backward()`: `accelerator.backward`, or Lightning's `self.manual_backward`.
         kept: micro-batches whose graphs are kept from the first run and not run again. None: 1, or, where a wrapper
             exchanges gradients, 0.
@@ -177,9 +178,9 @@ class _Run:
 
 
 def _rows(views: list[Any]) -> int:
-    strange = next((one for one in views if not isinstance(one, Tensor) or not one.dim()), None)
-    if strange is not None or not views:
-        raise UserError(f"inputs: expected tensors with a row for each sample, got {type(strange).__name__}")
+    strange = [type(one).__name__ for one in views if not isinstance(one, Tensor) or not one.dim()]
+    if strange or not views:
+        raise UserError(f"inputs: expected tensors with a row for each sample, got {(*strange, 'none')[0]}")
     rows = {len(one) for one in views}
     if len(rows) > 1 or not rows - {0}:
         raise UserError(f"inputs: expected as many rows in each, at least 1, got {', '.join(map(str, sorted(rows)))}")
