@@ -11,6 +11,7 @@ from amclr_scale.encoders.dual_encoder import DualEncoder
 from amclr_scale.encoders.freezing import freeze_tower
 from amclr_scale.encoders.heads import build_head
 from amclr_scale.encoders.image_towers import build_image_tower
+from amclr_scale.encoders.recomputation import blocks
 from amclr_scale.encoders.text_towers import build_text_tower
 from amclr_scale.encoders.trial import UntriedError
 from amclr_scale.errors import UserError
@@ -76,7 +77,9 @@ def build_model(
         kept = freeze_tower(tower, head, section, key=f"model.{side}", example=example)
         if kept is not None:
             built.kept[side] = kept
-        if with_depths:
+        if with_depths and not blocks(tower):
+            built.notes += (f"optimizer.layer_decay: {section.name} has no blocks: all of it learns at one rate",)
+        elif with_depths:
             try:
                 built.depths |= {f"{side}_tower.{name}": depth for name, depth in depths(tower, example()).items()}
             except UntriedError as error:

@@ -52,3 +52,13 @@ def test_groups_of_a_model_and_of_its_account():
     kept = account(config, world_size=1, num_samples=1000, device="cpu")
     states = {c.name: max(c.by_phase.values()) for c in kept.components if c.name == "optimizer states"}
     assert states["optimizer states"] == pytest.approx(8 * sum(p.numel() for p in model.parameters()), rel=0.01)
+
+
+def test_a_tower_without_blocks_is_told():
+    config = build({
+        "model": {"image": {"name": "torchvision/alexnet"}}, "data": {"image_size": 64}, "train": {"epochs": 1},
+        "optimizer": {"layer_decay": 0.5},
+    })  # fmt: skip
+    model = skeleton(config)
+    assert "optimizer.layer_decay: torchvision/alexnet has no blocks: all of it learns at one rate" in model.notes
+    assert not any(name.startswith("image_tower.") for name in model.depths)
