@@ -11,6 +11,7 @@ Costs K forward passes, host memory for K / W samples as the loader gives them a
 embeddings and gradients of every view.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -80,11 +81,15 @@ class Probe:
         From the second measurement on also `drift_image` and `drift_text`, from 0 to 4 for unit rows.
         """
         training, b = engine.training, len(self.batch)
-        layer = LastLayer({"image": len(self.batch.images), "text": len(self.batch.texts)})
+        views = {"image": len(self.batch.images), "text": len(self.batch.texts)}
+        layer = LastLayer(views, {"text": self.config.data.text_negatives})
         engine.eval()
         try:
-            with RandomState(self.device), one_set_of_buffers(engine.module), layer.noted(engine.module):
-                embeddings = self._encode(engine)
+            with RandomState(self.device), one_set_of_buffers(engine.module):
+                lends = self.teacher if self.teacher and self.teacher.lends else None
+                lent = lends.lend(self.batch, self.micro_batch_sizes) if lends else {}
+                with layer.noted(engine.module):  # of the student alone
+                    embeddings = self._encode(engine, lent)
         finally:
             engine.train(training)
         mine = slice(rank() * b, (rank() + 1) * b)
@@ -137,15 +142,13 @@ class Probe:
         return objectives.from_section(section, "replicated", **changes).to(self.device)
 
     @torch.no_grad()
-    def _encode(self, engine: Any) -> Embeddings:
-        """All K embeddings, on every rank."""
+    def _encode(self, engine: Any, lent: Mapping[str, Tensor]) -> Embeddings:
+        """All K embeddings, on every rank, with what a teacher lends of this rank's."""
         parts: dict[str, list[Tensor]] = {}
         for micro_batch in on_device(split(self.batch, *self.micro_batch_sizes), self.device):
             for name, output in flatten(engine(micro_batch.images, micro_batch.texts)).items():
                 parts.setdefault(name, []).append(output)
         rows = {name: found[0] if is_shared(name) else all_gather(torch.cat(found)) for name, found in parts.items()}
         beside = {name: all_gather(found.to(self.device)) for name, found in self.batch.beside().items()}
-        if self.teacher and self.teacher.lends:
-            lent = self.teacher.lend(self.batch, self.micro_batch_sizes)
-            beside |= {name: all_gather(found) for name, found in lent.items()}
+        beside |= {name: all_gather(found) for name, found in lent.items()}
         return Embeddings.from_flat({**rows, **beside})

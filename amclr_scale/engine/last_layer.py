@@ -26,10 +26,11 @@ class LastLayer:
 
     Args:
         views: of a sample, by head: {"image": 2, "text": 1}.
+        negatives: how many of these, the last ones, are hard negatives.
     """
 
-    def __init__(self, views: Mapping[str, int]):
-        self.views = dict(views)
+    def __init__(self, views: Mapping[str, int], negatives: Mapping[str, int] | None = None):
+        self.views, self.negatives = dict(views), dict(negatives or {})
         self.notes: dict[str, Note] = {}  # flat name of an embedding -> x (k, F), y (k, D) of this rank's samples
         self.biases: set[str] = set()  # heads whose layer has one
 
@@ -55,7 +56,9 @@ class LastLayer:
         for side, found in calls.items():
             for view in range(self.views[side]):  # views lie one after another in every call
                 rows = [[x.chunk(self.views[side])[view] for x in call] for call in found]
-                name = f"{side}_views.{view - 1}" if view else side
+                hard = view - (self.views[side] - self.negatives.get(side, 0))
+                further = f"{side}_views.{view - 1}" if hard < 0 else f"{side}_negatives.{hard}"
+                name = further if view else side
                 self.notes[name] = torch.cat([x for x, _ in rows]), torch.cat([y for _, y in rows])
 
     def __call__(self, gradient: Mapping[str, Tensor], mine: slice) -> dict[str, Tensor]:

@@ -73,3 +73,11 @@ def test_no_hook_is_left_behind():
     with LastLayer({"image": 1, "text": 1}).noted(model):
         model(slice(None))
     assert not any(layer._forward_hooks for layer in model.modules())
+
+
+def test_hard_negatives_have_names_of_their_own():
+    model, layer = Heads(), LastLayer({"image": 2, "text": 1}, {"image": 1})
+    with layer.noted(model), torch.no_grad():
+        rows = model(slice(None))
+    layer.forget_others({"image_negatives.0" if "views" in name else name: x for name, x in rows.items()}, slice(0, K))
+    assert layer.notes.keys() == {"image", "image_negatives.0", "text"}
