@@ -65,9 +65,9 @@ def supervise(command: list[str], restarts: int, pause: float) -> int:
         signal.signal(number, pass_on)
     fruitless, began = 0, time.time()
     for start in range(restarts + 1):
-        if received or changed_since(asked, began):  # while nothing ran
+        before, since, began = newest(run), began, time.time()
+        if received or changed_since(asked, since):  # while nothing ran; whatever comes now is seen after the start
             return EXIT_RESUMABLE
-        before, began = newest(run), time.time()
         child = subprocess.Popen(command, start_new_session=True)
         if received and not passed:  # it came before there was somebody to pass it on to
             os.killpg(child.pid, received[-1])

@@ -74,9 +74,15 @@ def read_rank_info(environment: Mapping[str, str] | None = None) -> RankInfo:
     """Read the launcher's variables.
 
     Raises:
-        UserError: some are set and others, which belong to them, are not.
+        UserError: some are set and others, which belong to them, are not; or this rank is none of them.
     """
-    env = os.environ if environment is None else environment
+    found = _said(os.environ if environment is None else environment)
+    if not 0 <= found.rank < found.world_size:
+        raise UserError(f"RANK: expected 0 to WORLD_SIZE - 1 = {found.world_size - 1}, got {found.rank}")
+    return found
+
+
+def _said(env: Mapping[str, str]) -> RankInfo:
     try:
         if "RANK" in env and "WORLD_SIZE" in env:  # deepspeed, torchrun
             world = int(env["WORLD_SIZE"])
@@ -119,11 +125,14 @@ def when_runner_ends(tell: Callable[[str], None]) -> None:
 
     if not os.getppid():  # the first process of a container, or one that was sent into it
         return
-    launcher = psutil.Process(os.getppid())
-    runner = launcher.parent()
-    if runner is None or "deepspeed.launcher.launch" not in launcher.cmdline():
-        return
-    if not any(word.endswith(("/deepspeed", "/ds", "deepspeed.launcher.runner")) for word in runner.cmdline()):
+    try:
+        launcher = psutil.Process(os.getppid())
+        runner = launcher.parent()
+        if runner is None or "deepspeed.launcher.launch" not in launcher.cmdline():
+            return
+        if not any(word.endswith(("/deepspeed", "/ds", "deepspeed.launcher.runner")) for word in runner.cmdline()):
+            return
+    except psutil.Error:  # processes of others are hidden here (hidepid), and a launcher of one's own is not
         return
 
     def watch() -> None:

@@ -59,7 +59,8 @@ def start(rank_info: RankInfo, threads: int | None = None, minutes: float = MINU
             if not rank_info.counted:
                 os.environ["LOCAL_WORLD_SIZE"] = str(hosts.count(hosts[rank_info.rank]))
             dist.init_process_group(backend, store=store, rank=rank_info.rank, world_size=rank_info.world_size)
-    deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
+    with told_while_joining(rank_info, minutes):  # one rank by itself binds its port here
+        deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
     torch.set_num_threads(threads or _threads_here())
     return device
 

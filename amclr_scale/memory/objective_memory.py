@@ -105,8 +105,11 @@ def objective_memory(
     ask = (_key(objective), width, world_size, gather, distribution, layout, group_share, widths)
     if declared(objective).stored_rows != "all":
         return _fit(*ask, None)
-    low, high = (_fit(*ask, size) for size in TABLES)
-    return _extrapolated(low, high, (num_samples - TABLES[0]) / (TABLES[1] - TABLES[0]), world_size)
+    one, two = ([_state(ask[0], TABLES[0], W, width, layout, host) for host in (False, True)] for W in (1, 2))
+    cut = one != two  # over the ranks, of which each has its share
+    low, high = (_fit(*ask, size, cut) for size in TABLES)
+    stored = num_samples / world_size if cut else num_samples
+    return _extrapolated(low, high, (stored - TABLES[0]) / (TABLES[1] - TABLES[0]), world_size)
 
 
 def sample_state_bytes(
@@ -181,10 +184,10 @@ def create(key: str, num_samples: int, layout: Layout, group_size: int | None) -
 @lru_cache(maxsize=256)
 def _fit(
     key: str, width: int, world_size: int, gather: Gather, distribution: Distribution, layout: Layout,
-    group_share: float | None, references: Widths, table: int | None,
+    group_share: float | None, references: Widths, table: int | None, cut: bool = False,
 ) -> ObjectiveMemory:  # fmt: skip
     if world_size > FEW[1]:
-        ask = (gather, distribution, layout, group_share, references, table)
+        ask = (gather, distribution, layout, group_share, references, table, cut)
         low, high = (_fit(key, width, ranks, *ask) for ranks in FEW)
         return _extrapolated(low, high, (world_size - FEW[0]) / (FEW[1] - FEW[0]), world_size)
     chunk = next(prime for prime in PRIMES if width % prime)
@@ -205,7 +208,8 @@ def _fit(
                 precision="fp32",
             ),
         ):
-            made = create(key, table or rows * world_size, layout, group_size)
+            size = (table or rows) * (1 if table and not cut else world_size)
+            made = create(key, size, layout, group_size)
             made.rehearse(width, rows * world_size)  # the bank's own bytes are state
             areas = (chunk * chunk, chunk * rows * world_size, width * width)
             return _moments(made, random_embeddings(made, rows, width, world_size, dict(references)), areas)

@@ -97,11 +97,12 @@ class Inner(FullPrecision):
 
         @torch.no_grad()
         def write() -> None:
+            if not torch.stack([x.isfinite().all() for x in buffers.values()]).all():
+                return
             self.counts |= now
-            finite = torch.stack([x.isfinite().all() for x in buffers.values()]).all()
             for name, new in buffers.items():
                 table: Tensor = getattr(self, name)
-                table.copy_(torch.where(finite, new, table))
+                table.copy_(new)
 
         when_applied(write)
 

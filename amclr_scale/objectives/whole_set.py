@@ -214,11 +214,12 @@ def _likeness(G: Gradient, gs: list[Gradient]) -> dict[str, float]:
     squared = float(torch.stack([_dot(gs[i], gs[j]) for i, j in pairs]).mean())  # of E g
     length, shadow = float(norm), float(along.mean())  # |G|, and E g . G / |G|
     variance, off = float(norms.square().mean()) - squared, squared - 2 * shadow * length + length**2
-    found |= {"gradient_noise": _root(variance) / length, "gradient_bias": _root(off) / length}
+    scale = 1 / length if length else math.nan  # no number is relative to a gradient of 0
+    found |= {"gradient_noise": _root(variance) * scale, "gradient_bias": _root(off) * scale}
     if squared > 0:
         expected = math.sqrt(squared)
         found["expected_gradient_cosine"] = float(along.mean()) / expected
-        found["expected_gradient_norm_ratio"] = expected / float(norm)
+        found["expected_gradient_norm_ratio"] = expected * scale
     return found
 
 

@@ -5,12 +5,14 @@ import socket
 import threading
 import time
 
+import psutil
 import pytest
 import torch.distributed as dist
 
 from amclr_scale.distributed import rendezvous
-from amclr_scale.distributed.launcher import RankInfo, free_port, read_rank_info
+from amclr_scale.distributed.launcher import RankInfo, free_port, read_rank_info, when_runner_ends
 from amclr_scale.distributed.network import about, check_interfaces, is_loopback
+from amclr_scale.distributed.process_group import start
 from amclr_scale.distributed.rendezvous import Present, meet, tell_others, told_while_joining
 from amclr_scale.errors import AbsentError, AgreedError, UserError
 
@@ -84,6 +86,41 @@ def test_a_port_that_is_taken(monkeypatch):
         told = rf"^MASTER_PORT: expected a free port on 127.0.0.1, got {port}, on which"
         with pytest.raises(UserError, match=told), told_while_joining(RankInfo(0, 0, 2, 2)):
             dist.TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)
+
+
+def test_a_port_that_is_taken_where_there_is_one_rank(monkeypatch):
+    """As `deepspeed` beside another run of it: both have its default port."""
+    import deepspeed
+
+    names = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1", "DS_ACCELERATOR": "cpu"}
+    with socket.socket() as taken:
+        taken.bind(("0.0.0.0", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        for name, value in {**names, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}.items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setattr(deepspeed, "init_distributed", lambda **_: dist.TCPStore("127.0.0.1", port, 1, True))
+        with pytest.raises(UserError, match=rf"^MASTER_PORT: expected a free port on 127.0.0.1, got {port}"):
+            start(RankInfo())
+
+
+def test_a_launcher_that_is_hidden_from_this_user_is_not_watched(monkeypatch):
+    """As where /proc is mounted with hidepid and srun's daemon is root's."""
+
+    def hidden(pid):
+        raise psutil.AccessDenied(pid)
+
+    monkeypatch.setattr(psutil, "Process", hidden)
+    before = threading.active_count()
+    when_runner_ends(print)
+    assert threading.active_count() == before
+
+
+@pytest.mark.parametrize("rank", ["2", "-1"])
+def test_a_rank_that_is_none_of_them(rank):
+    """Ranks that are counted from 1 would be waited for."""
+    with pytest.raises(UserError, match=rf"^RANK: expected 0 to WORLD_SIZE - 1 = 1, got {rank}$"):
+        read_rank_info({"RANK": rank, "WORLD_SIZE": "2"})
 
 
 def test_all_that_come_meet_and_know_one_another_s_hosts(address, monkeypatch):

@@ -106,6 +106,18 @@ def test_a_row_for_every_sample_is_counted_where_it_lies():
         assert host_state_bytes(*ask, width=768) == on_host
 
 
+def test_stored_rows_that_are_cut_over_the_ranks_follow_from_few_as_well():
+    """With as many stored rows of each rank, more ranks only add what grows with them."""
+    ask = {"width": 8, "gather": "all", "distribution": "column_sums", "layout": "sharded"}
+    few, many = (
+        objective_memory({"name": "full_bank", "device": "sharded"}, world_size=W, num_samples=10**6 * W, **ask).peak(
+            32, workspace=Workspace(32, 32, 12), rows_at_once=32
+        )[1]
+        for W in (4, 64)
+    )
+    assert 10**6 < few <= many < 1.05 * few
+
+
 def test_sample_state_is_sharded_when_it_is_large():
     assert sample_state_bytes({"name": "sogclr"}, N, 8, "auto") == (2 * 4 * N, "replicated")
     assert sample_state_bytes({"name": "sogclr"}, N, 8, "sharded") == (2 * 4 * N // 8, "sharded")

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from amclr_scale.objectives.amorlip import initial
+from amclr_scale.objectives.inner import Inner
 from amclr_scale.objectives.staging import staged
 from tests.objectives.harness import (
     B,
@@ -216,6 +217,18 @@ def test_a_step_that_is_not_applied_leaves_the_network_alone():
         assert all(torch.equal(x, before[key]) for key, x in objective.state_dict().items())
         objective.train()(my_rows(global_batch(1)))
         assert not torch.equal(objective.state_dict()["network.weights"], before["network.weights"])
+
+
+def test_a_step_that_is_not_finite_is_not_counted():
+    """Else prototypes would count as filled, and a network as begun, that are all zeros."""
+    network = Inner(lambda width: {"a": (width,)}, ("weights",), ("filled",))
+    network.make(2)
+    network.keep({"filled": 2}, weights=torch.tensor([1.0, math.nan]))
+    assert network.counts == {"filled": 0}
+    assert not network.weights.any()
+    network.keep({"filled": 2}, weights=torch.ones(2))
+    assert network.counts == {"filled": 2}
+    assert network.weights.all()
 
 
 def test_the_controls_are_known_objectives():

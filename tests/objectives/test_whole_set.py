@@ -174,3 +174,10 @@ def test_what_makes_up_for_small_batches_is_off_in_the_whole_set():
     visited = embeddings(1, 1)
     shared = {"temperature": T, "state": "shared_sequential"}
     assert compare("amclr", shared, train_on=visited, batch=K, views=1)["estimator_error"] > 0.05
+
+
+def test_a_gradient_of_zero_is_no_measure_of_others():
+    """As of a squared hinge whose negatives are all far away: nothing to divide by, and no reason to stop a run."""
+    found = objectives.whole_set._likeness({"image": torch.zeros(2)}, [{"image": torch.ones(2)}] * 2)
+    assert len(found) == 6
+    assert all(math.isnan(found[f"gradient_{what}"]) for what in ("cosine", "bias"))
