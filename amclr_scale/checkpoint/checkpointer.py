@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 
 from amclr_scale.checkpoint import files, state
@@ -44,8 +43,8 @@ class _Writing:
             began = time.perf_counter()
             try:
                 self.files = snapshot.write(folder)
-            except (OSError, SafetensorError) as error:
-                self.error = str(error)
+            except Exception as error:  # whatever it is, this rank's part is not there
+                self.error = str(error) or type(error).__name__
             self.seconds = time.perf_counter() - began
 
         self._thread = threading.Thread(target=write, name="checkpoint writer")

@@ -19,6 +19,7 @@ from datetime import timedelta
 from typing import Any
 
 import torch.distributed as dist
+from torch.distributed.constants import default_pg_timeout
 
 from amclr_scale.distributed.launcher import RankInfo, where
 from amclr_scale.distributed.network import VARIABLES, about, check_interfaces, interfaces, own_address
@@ -214,6 +215,9 @@ def meet(
     except AgreedError:
         _linger(store, rank_info)
         raise
+    store.set_timeout(
+        default_pg_timeout
+    )  # from here on it is the group's: a rank may compile for longer than `minutes`
     return store, [one.host for one in everyone]
 
 

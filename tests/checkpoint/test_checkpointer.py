@@ -10,7 +10,7 @@ import pytest
 import torch.distributed as dist
 
 from amclr_scale.checkpoint import files, state
-from amclr_scale.checkpoint.checkpointer import Checkpointer
+from amclr_scale.checkpoint.checkpointer import Checkpointer, _Writing
 from amclr_scale.checkpoint.signals import Signals, StoppedError, UnsavedError
 from amclr_scale.data.tokenizers import load_tokenizer
 from amclr_scale.engine.batch_plan import make_plan
@@ -167,6 +167,20 @@ def small_disk(tmp_path):
         pytest.skip(f"no small file system can be mounted: {mounted.stderr.decode().strip()}")
     yield disk
     subprocess.run(["umount", "-l", str(disk)], check=True)
+
+
+@pytest.mark.parametrize("error", [MemoryError(), OSError(), ValueError("what no library says it raises")])
+def test_a_writer_that_fails_in_any_way_has_not_written(tmp_path, error):
+    class Snapshot:
+        bytes = 1
+
+        def write(self, folder):
+            raise error
+
+    writing = _Writing(Snapshot(), tmp_path, 1, 0.0)
+    writing.wait()
+    assert writing.error
+    assert not writing.files
 
 
 FULL = [  # settings, steps to make, steps made, how it ends

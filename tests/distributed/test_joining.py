@@ -8,6 +8,7 @@ import time
 import psutil
 import pytest
 import torch.distributed as dist
+from torch.distributed.constants import default_pg_timeout
 
 from amclr_scale.distributed import rendezvous
 from amclr_scale.distributed.launcher import RankInfo, free_port, read_rank_info, when_runner_ends
@@ -129,6 +130,7 @@ def test_all_that_come_meet_and_know_one_another_s_hosts(address, monkeypatch):
     found = together(*map(coming, range(3)))
     assert sorted(found[0][1]) == ["node1", "node2", "node2"]
     assert found[0][1] == found[1][1] == found[2][1]
+    assert {store.timeout for store, _ in found} == {default_pg_timeout}  # not that of meeting
 
 
 def test_those_that_do_not_come_are_named_in_time(address, monkeypatch):
