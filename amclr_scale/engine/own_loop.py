@@ -46,8 +46,8 @@ class GradientCache:
         models: modules that `encode` calls, where it is a function: their BatchNorm statistics are taken once, and
             DistributedDataParallel or FSDP2 among them exchange gradients once.
         shared: names in a dictionary of outputs that are one for all rows, such as a learned scale. (What the loss
-            itself owns needs no name, unless a wrapper has to average its gradient, or `backward` scales gradients, as
-            under fp16: then return it with the outputs.)
+            itself owns needs no name, unless a wrapper has to average its gradient, or `backward` scales gradients as
+            fp16 needs it; then return it with the outputs.)
         backward: instead of `tensor.backward()`: `accelerator.backward`, or Lightning's `self.manual_backward`.
         kept: micro-batches whose graphs are kept from the first run and not run again. None: 1, or, where a wrapper
             exchanges gradients, 0.
