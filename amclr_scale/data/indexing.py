@@ -35,8 +35,13 @@ IMAGE_EXTENSIONS = (
 )  # fmt: skip
 
 
-def open_index(data: schema.Data, names: Given | None = None, key: str = "data.train") -> Index:
+def open_index(
+    data: schema.Data, names: Given | None = None, key: str = "data.train", *, captioned: bool = True
+) -> Index:
     """The index of `data.train` (or of `names`), built first where there is none.
+
+    Args:
+        captioned: whether samples have to have images and captions.
 
     Raises:
         UserError: a name stands for nothing, a shard is missing, has changed, or has no images or captions.
@@ -46,7 +51,8 @@ def open_index(data: schema.Data, names: Given | None = None, key: str = "data.t
     shards, parts = list[Shard](), list[int]()
     for source in sources:
         found = _indexed(source, storage, key)
-        check_content(found, data.caption if isinstance(data.caption, str) else data.caption[0], key)
+        if captioned:
+            check_content(found, data.caption if isinstance(data.caption, str) else data.caption[0], key)
         shards += found
         parts.append(len(found))
     index = Index(shards, storage, parts)

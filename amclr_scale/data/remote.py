@@ -2,6 +2,7 @@
 
     http(s)://    the standard library
     s3:// gs:// hf:// ...    fsspec, with the package that its protocol needs
+    ais:// htgs:// scp:// ...    webdataset's own openers, of what fsspec does not know
     pipe:COMMAND    what the shell command prints; only with data.allow_pipe
 
 All of them are read front to back, so a store that allows nothing else is enough. Each shard is fetched by the first
@@ -80,6 +81,10 @@ def _fsspec(url: str) -> Any:
 
         return fsspec.open(url, "rb")
     except (ImportError, ValueError) as error:  # the package of a protocol is missing, or there is no such protocol
+        from webdataset.gopen import gopen, gopen_schemes  # here alone: it imports torch
+
+        if url.partition("://")[0] in gopen_schemes:  # they run a program by its name, none of them a shell
+            return gopen(url, "rb")
         raise _PermanentError(str(error)) from error
 
 

@@ -40,6 +40,22 @@ def test_through_fsspec(served):
     assert_same(take(settings("memory://shards/{00000..00003}.tar"), 6), take(settings(local), 6))
 
 
+def test_through_webdatasets_openers(served, tmp_path, monkeypatch):
+    """Of a store that fsspec does not know: the program that they run, and its failure half-way."""
+    local = write_shards(served[0], SIZES)
+    program = tmp_path / "bin" / "ais"
+    program.parent.mkdir()
+    program.write_text(f'#!/bin/sh\ncat {served[0]}/"${{2##*/}}"\n')
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(program.parent), prepend=os.pathsep)
+    urls = "ais://bucket/{00000..00003}.tar"
+    assert_same(take(settings(urls), 6), take(settings(local), 6))
+    program.write_text(f'#!/bin/sh\nhead -c 5000 {served[0]}/"${{2##*/}}"\nexit 1\n')
+    with pytest.raises(UserError, match=r"other/0\.tar.*exit"):
+        fetch("ais://other/0.tar", tmp_path / "0.tar")
+    assert not (tmp_path / "0.tar").exists()
+
+
 def test_compressed_ones_are_unpacked_on_the_way(served):
     folder, address, _ = served
     members = [m for i in range(12) for m in pair(i)]
