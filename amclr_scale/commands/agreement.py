@@ -39,8 +39,7 @@ def facts(config: Config, prepared: Prepared) -> dict[str, Any]:
     found["amclr_scale's source files"] = digest_of_source()
     loader, tokenizer = prepared.inputs.loader, prepared.inputs.tokenizer
     found["data.train: samples"] = loader.num_samples
-    shards = [[shard.num_samples, shard.digest] for shard in loader.index.shards]
-    found["data.train: content of the shards"] = digest_of(sorted(shards))
+    found["data.train: content of the shards"] = loader.index.shards.content()
     found["data.train: content and order of the shards"] = loader.fingerprint
     if synonyms := config.data.text_augmentation.synonyms:
         found["data.text_augmentation.synonyms: content"] = digest_of(Path(synonyms).expanduser().read_text("utf-8"))

@@ -34,7 +34,7 @@ from amclr_scale.config import schema
 from amclr_scale.data.decoding import BadSampleError, Sample, decode
 from amclr_scale.data.formats.tables import SEPARATORS
 from amclr_scale.data.formats.typed_tables import StoredPicture, read_pictures
-from amclr_scale.data.index import write_index
+from amclr_scale.data.indexes.entries import write_index
 from amclr_scale.data.indexing import IMAGE_EXTENSIONS, build
 from amclr_scale.data.ingestion import FORMATS, Annotations, Record, Reject, pairs, read_records
 from amclr_scale.data.randomness import permutation

@@ -30,7 +30,7 @@ from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
-from amclr_scale.data.index import write_index
+from amclr_scale.data.indexes.entries import write_index
 from amclr_scale.data.indexing import build
 from amclr_scale.data.randomness import Draws, permutation
 from amclr_scale.data.sources import CORPORA

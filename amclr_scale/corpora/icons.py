@@ -32,7 +32,7 @@ from amclr_scale.corpora.icon_shards import About, ShardJob, write_shard
 from amclr_scale.corpora.icon_splits import LEFT_OUT, Picture, Sizes, assign, choose_families
 from amclr_scale.corpora.npm import NpmPackage
 from amclr_scale.corpora.rendering import RenderJob, render, resvg
-from amclr_scale.data.index import write_index
+from amclr_scale.data.indexes.entries import write_index
 from amclr_scale.data.indexing import build
 from amclr_scale.data.randomness import permutation
 from amclr_scale.data.storage import Storage

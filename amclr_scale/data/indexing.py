@@ -21,7 +21,10 @@ from amclr_scale.config import schema
 from amclr_scale.data.formats.members import ChangedShardError, Members
 from amclr_scale.data.formats.shards import format_of, is_packed
 from amclr_scale.data.formats.tar import RULE
-from amclr_scale.data.index import Index, Shard, absolute, check_files, check_table, read_entries
+from amclr_scale.data.index import Index, check_files, check_table
+from amclr_scale.data.indexes.binary import BINARY, MANY, BinaryShards
+from amclr_scale.data.indexes.entries import Shard, absolute, read_entries, shard_of
+from amclr_scale.data.indexes.shard_lists import Shards
 from amclr_scale.data.sources import Given, Source, is_remote, resolve_all
 from amclr_scale.data.storage import Storage, address_key, locked, make_storage
 from amclr_scale.errors import UserError
@@ -36,50 +39,64 @@ IMAGE_EXTENSIONS = (
 
 
 def open_index(
-    data: schema.Data, names: Given | None = None, key: str = "data.train", *, captioned: bool = True
+    data: schema.Data,
+    names: Given | None = None,
+    key: str = "data.train",
+    *,
+    captioned: bool = True,
+    share: tuple[int, int] = (0, 1),
 ) -> Index:
     """The index of `data.train` (or of `names`), built first where there is none.
 
     Args:
         captioned: whether samples have to have images and captions.
+        share: rank and ranks. Of very many shards each looks at its part of the files; each file is looked at again
+            when it is opened.
 
     Raises:
         UserError: a name stands for nothing, a shard is missing, has changed, or has no images or captions.
     """
     storage = make_storage(data)
-    sources = resolve_all(data.train if names is None else names, key)
-    shards, parts = list[Shard](), list[int]()
-    for source in sources:
-        found = _indexed(source, storage, key)
+    parts = list[Shards]()
+    for source in resolve_all(data.train if names is None else names, key):
+        found = _indexed(source, storage, key, share)
         if captioned:
-            check_content(found, data.caption if isinstance(data.caption, str) else data.caption[0], key)
-        shards += found
-        parts.append(len(found))
-    index = Index(shards, storage, parts)
+            check_content(found.looked_at(), data.caption if isinstance(data.caption, str) else data.caption[0], key)
+        parts.append(found)
+    index = Index(parts[0], storage, parts[1:])
     if not index.num_samples:
-        raise UserError(f"{key}: expected samples, got {len(shards):,} shards without any")
-    for shard in shards:
-        for words in shard.damage:
-            log.warning("%s: %s", shard.url, words)
+        raise UserError(f"{key}: expected samples, got {len(index.shards):,} shards without any")
+    for part in parts:
+        for shard in part.damaged():
+            for words in shard.damage:
+                log.warning("%s: %s", shard.url, words)
     return index
 
 
-def _indexed(source: Source, storage: Storage, key: str) -> list[Shard]:
+def share_of(shards: int, share: tuple[int, int]) -> range:
+    """Which shards a process of several looks at when it starts: all, unless there are very many."""
+    rank, ranks = share if shards > MANY else (0, 1)
+    return range(rank * shards // ranks, (rank + 1) * shards // ranks)
+
+
+def _indexed(source: Source, storage: Storage, key: str, share: tuple[int, int]) -> Shards:
     if source.index is None:
-        return _build_in_cache(source.name, source.urls, storage)
+        return Shards(_build_in_cache(source.name, source.urls, storage))
+    if source.index.suffix == BINARY:
+        binary = BinaryShards(source.index)
+        check_table(binary[int(binary.counts.argmax())])  # before memory is taken for so many samples
+        own = share_of(len(binary), share)
+        check_files((binary[number] for number in own if not binary.remote[number]), key)
+        return binary
     folder = source.index.parent.absolute()
     entries = read_entries(source.index)
-    shards = list[Shard | None]()
-    for entry in entries:
-        table = entry.get("members")
-        complete = (
-            table and entry.get("digest") and entry.get("extensions") is not None and os.path.isfile(folder / table)
-        )
-        shards.append(_from_entry(entry, folder) if complete else None)
-    for shard in shards:
+    own = share_of(len(entries), share)
+    shards = [_from_entry(entry, folder, look=number in own) for number, entry in enumerate(entries)]
+    largest = max((shard for shard in shards if shard), key=lambda shard: shard.num_samples, default=None)
+    for shard in [*(shards[number] for number in own), largest]:
         if shard:
             check_table(shard)
-    check_files([shard for shard in shards if shard], key)
+    check_files((shard for number in own if (shard := shards[number])), key)
     bare = [absolute(entry["url"], folder) for entry, shard in zip(entries, shards, strict=True) if shard is None]
     built = iter(_build_in_cache(source.name, bare, storage) if bare else [])
     whole = [shard or next(built) for shard in shards]
@@ -90,20 +107,15 @@ def _indexed(source: Source, storage: Storage, key: str) -> list[Shard]:
                 f"{shard.num_samples:,}{': ' if shard.damage else ''}{'; '.join(shard.damage)}; restore the shard, or "
                 "index the shards again"
             )
-    return whole
+    return Shards(whole)
 
 
-def _from_entry(entry: dict[str, Any], folder: Path) -> Shard:
-    return Shard(
-        url=absolute(entry["url"], folder),
-        num_samples=entry["nsamples"],
-        members=folder / entry["members"],
-        digest=entry["digest"],
-        extensions=dict(entry["extensions"]),
-        file_size=entry.get("filesize"),
-        sha256=entry.get("sha256"),
-        damage=tuple(entry.get("damage") or ()),
-    )
+def _from_entry(entry: dict[str, Any], folder: Path, *, look: bool) -> Shard | None:
+    """None where its member table is not there (whether the file is, is looked at if asked to)."""
+    table = entry.get("members")
+    if not table or not entry.get("digest") or entry.get("extensions") is None:
+        return None
+    return shard_of(entry, folder) if not look or os.path.isfile(folder / table) else None
 
 
 def _build_in_cache(name: str, urls: Sequence[str], storage: Storage) -> list[Shard]:

@@ -28,7 +28,6 @@ from amclr_scale.data.order import Order, Visits
 from amclr_scale.data.pipeline import Fault, Part, Pipeline, count_repeated
 from amclr_scale.data.prefetch import Prefetcher
 from amclr_scale.data.resident.crops import ResidentPictures
-from amclr_scale.data.sources import is_remote
 from amclr_scale.data.tokenizers import load_tokenizer
 from amclr_scale.distributed.launcher import ranks_on_node
 from amclr_scale.errors import UserError
@@ -147,7 +146,7 @@ class TrainLoader:
                 f"train.global_batch_size: expected a multiple of data.lanes = {data.lanes}, got {global_batch_size}"
             )
         self.data, self.start_step = data, start_step
-        self.index = open_index(data)
+        self.index = open_index(data, share=(rank, world_size))
         self.tokenizer = load_tokenizer(data.tokenizer, data.context_length)
         parts = self.index.parts if data.weights else None  # without weights, several data sets are one
         self.order = Order(
@@ -174,7 +173,7 @@ class TrainLoader:
         self._step = start_step
         self._prefetcher: Prefetcher | None = None
         self._pictures: ResidentPictures | None = None
-        if not any(is_remote(shard.url) for shard in self.index.shards):
+        if not self.index.shards.remote.any():
             self.notes = check_further_captions(pipeline, data, seed)
         elif data.resident == "none":
             share = data.lanes // world_size

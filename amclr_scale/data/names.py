@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from amclr_scale.config.schema import Evaluation, Probe
 from amclr_scale.data.formats.shards import shard_suffixes
-from amclr_scale.data.sources import Given, embedded_splits, paths_of
+from amclr_scale.data.sources import INDEX_NAMES, Given, embedded_splits, paths_of
 from amclr_scale.errors import UserError
 
 
@@ -55,7 +55,7 @@ def _parts(path: str) -> list[str]:
     place, mark, part = path.partition("#")
     words = re.split(r"[/\\]+", re.sub(r"^(pipe:|[a-z0-9]+:/+([^/]*@)?)", "", place.partition("?")[0]).rstrip("/\\"))
     last = words[-1]
-    if len(words) > 1 and (last.endswith(shard_suffixes()) or last == "index.json"):
+    if len(words) > 1 and (last.endswith(shard_suffixes()) or last in INDEX_NAMES):
         words.pop()
     words = [word for word in words if word not in ("", ".", "..", "~")] or [path]
     words[-1] = words[-1].removesuffix(".jsonl").removesuffix(".json") + mark + part

@@ -19,7 +19,7 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
 
 import numpy as np
@@ -50,13 +50,19 @@ class _Pieces:
     count: NDArray[np.int64]  # (P,)
     number: NDArray[np.int64]  # (P,), pass
 
+    @cached_property
+    def ends(self) -> NDArray[np.int64]:
+        """(P,), the position behind each."""
+        return np.cumsum(self.count)
+
     def cut(self, start: int, stop: int) -> "_Pieces":
         """The runs that make up positions start .. stop - 1."""
-        ends = np.cumsum(self.count)
-        begins = ends - self.count
+        overlap = slice(np.searchsorted(self.ends, start, "right"), np.searchsorted(self.ends, stop) + 1)
+        ends, count = self.ends[overlap], self.count[overlap]
+        begins = ends - count
         low, high = np.maximum(begins, start), np.minimum(ends, stop)
         kept = high > low
-        return _Pieces((self.first + low - begins)[kept], (high - low)[kept], self.number[kept])
+        return _Pieces((self.first[overlap] + low - begins)[kept], (high - low)[kept], self.number[overlap][kept])
 
     def take(self, order: NDArray[np.int64]) -> "_Pieces":
         return _Pieces(self.first[order], self.count[order], self.number[order])
@@ -232,13 +238,13 @@ class Order:
     def _make_windows(self, epoch: int, lane: int) -> tuple[list[_Pieces], list[int]]:
         """The windows of a lane in an epoch, and where in the lane each ends."""
         carried = self._begin(epoch) % self.lanes
-        pieces = self._epoch_pieces(epoch)
-        if carried:
-            before = self._epoch_pieces(epoch - 1)
-            total = int(before.count.sum())
-            pieces = _join([before.cut(total - carried, total), pieces])
         length = self.lane_begin(epoch + 1) - self.lane_begin(epoch)
-        own = pieces.cut(lane * length, (lane + 1) * length)
+        start, stop = lane * length - carried, (lane + 1) * length - carried  # in the epoch's own samples
+        own = self._epoch_pieces(epoch).cut(max(0, start), max(0, stop))
+        if start < 0:
+            before = self._epoch_pieces(epoch - 1)
+            total = int(before.ends[-1])
+            own = _join([before.cut(total + start, total + min(0, stop)), own])
         windows = [
             own.take(np.arange(i, min(i + self.window, len(own.first)))) for i in range(0, len(own.first), self.window)
         ]

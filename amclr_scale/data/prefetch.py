@@ -2,6 +2,8 @@
 
 from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
+
 from amclr_scale.data.index import Index
 from amclr_scale.data.order import Order
 from amclr_scale.data.sources import is_remote
@@ -26,10 +28,11 @@ class Prefetcher:
         self.index, self.order, self.lanes, self.per_step = index, order, lanes, per_step
         self._asked: set[int] = set()
         self._threads = ThreadPoolExecutor(_AT_ONCE, thread_name_prefix="fetch")
-        sizes = sorted((shard.file_size or 0 for shard in index.shards if is_remote(shard.url)), reverse=True)
         at_once = len(lanes) * order.window * 2
+        known = np.maximum(index.shards.file_sizes[index.shards.remote], 0)
+        sizes = np.sort(known)[::-1][: at_once * ranks_here].tolist()  # the largest
         stream, bound = index.storage.stream, index.storage.cached_bytes
-        together = sizes[: at_once * ranks_here]  # of different ranks: one that several read is there once
+        together = sizes  # of different ranks: one that several read is there once
         if stream:  # every rank by itself
             index.storage.fetched_bytes = sum(sizes[:at_once])
             stream.check_room(index.storage.fetched_bytes * ranks_here)

@@ -11,6 +11,8 @@ from amclr_scale.data.formats.shards import SHARD_FORMATS, shard_suffixes
 from amclr_scale.errors import UserError, one_of
 
 CORPORA = Path(__file__).parent / "corpora"
+INDEX_NAMES = ("index.json", "index.bin")  # in a folder of shards: the form that others read, and that of very many
+_INDEXES = tuple(Path(name).suffix for name in INDEX_NAMES)
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,7 @@ def resolve(name: str, key: str) -> Source:
         path = Path(name).expanduser()
         if path.is_dir():
             return _folder(name, path, key)
-        if path.suffix == ".json":
+        if path.suffix in _INDEXES:
             if not path.is_file():
                 raise UserError(f"{key}: no such index: {name}")
             return Source(name, path)
@@ -64,14 +66,14 @@ def resolve(name: str, key: str) -> Source:
         raise UserError(
             f"{key}: {name}: braces do not match; expected a pattern such as {{00000..00099}}.tar"
         ) from error
-    if is_remote(name) and name.endswith(".json"):
+    if is_remote(name) and name.endswith(_INDEXES):
         raise UserError(f"{key}: expected an index on a file system, got {name}; download it, or name the shards")
     if is_remote(name):
         return Source(name, None, urls)
     if not all(url.endswith(shard_suffixes()) for url in urls):
         raise UserError(
-            f"{key}: expected a split of the embedded corpus ({', '.join(embedded_splits())}), an index .json, a "
-            f"folder of shards, or paths of {one_of(shard_suffixes())} shards, got {name!r}, which is none of them"
+            f"{key}: expected a split of the embedded corpus ({', '.join(embedded_splits())}), an index (.json, .bin), "
+            f"a folder of shards, or paths of {one_of(shard_suffixes())} shards, got {name!r}, which is none of them"
         )
     missing = [url for url in urls if not Path(url).expanduser().is_file()]
     if missing:
@@ -80,8 +82,11 @@ def resolve(name: str, key: str) -> Source:
 
 
 def _folder(name: str, folder: Path, key: str) -> Source:
-    if (folder / "index.json").is_file():
-        return Source(name, folder / "index.json")
+    indexes = [folder / one for one in INDEX_NAMES if (folder / one).is_file()]
+    if len(indexes) > 1:
+        raise UserError(f"{key}: {name}: expected one index, found {' and '.join(INDEX_NAMES)}; remove or name one")
+    if indexes:
+        return Source(name, indexes[0])
     urls = shards_in(folder)
     if not urls and (folder / "test").is_dir():  # CLIP_benchmark's layout: test/0.tar, test/1.tar, ...
         return _folder(name, folder / "test", key)

@@ -26,7 +26,7 @@ from amclr_scale.data.decoding import BadSampleError, Sample, decode
 from amclr_scale.data.formats.annotation_files import entries, kind_of
 from amclr_scale.data.formats.picture_files import Classes, FoundPictures, find_pictures, holds_picture, is_hidden
 from amclr_scale.data.reading import Reading
-from amclr_scale.data.sources import shards_in
+from amclr_scale.data.sources import INDEX_NAMES, shards_in
 from amclr_scale.data.text_views import clean_caption
 from amclr_scale.errors import UserError
 from amclr_scale.evaluation.shares import share
@@ -98,7 +98,7 @@ class ImageFiles:
 
 def holds_shards(folder: Path) -> bool:
     """Whether a folder is one of shards."""
-    return (folder / "index.json").is_file() or bool(shards_in(folder))
+    return any((folder / name).is_file() for name in INDEX_NAMES) or bool(shards_in(folder))
 
 
 def is_picture_folder(path: Path) -> bool:

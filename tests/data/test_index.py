@@ -11,7 +11,7 @@ import pytest
 
 from amclr_scale.config import schema
 from amclr_scale.data.formats.members import ChangedShardError
-from amclr_scale.data.index import write_index
+from amclr_scale.data.indexes.entries import write_index
 from amclr_scale.data.indexing import build, open_index
 from amclr_scale.data.sources import CORPORA, embedded_splits
 from amclr_scale.data.storage import Storage

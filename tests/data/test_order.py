@@ -1,5 +1,6 @@
 """The order of samples: every visit once, the same for every number of ranks, at any position at once."""
 
+import tracemalloc
 from collections import Counter
 from unittest import mock
 
@@ -152,3 +153,15 @@ def test_more_lanes_than_samples_is_refused():
 def test_weights_without_a_data_set_are_refused():
     with pytest.raises(UserError, match=r"data\.weights: expected one number for each of the 1 names"):
         Order(first_ids([3, 2]), seed=0, lanes=1, window=1, weights=[1.0, 2.0])
+
+
+def test_a_lane_is_cut_out_of_very_many_shards_without_going_through_them():
+    """Its windows take what its own shards take, however many others there are."""
+    order = Order(first_ids([100] * 50_000), seed=0, lanes=1000, window=4)
+    order.visits(0, 0, 1), order.visits(0, order.lane_begin(1), order.lane_begin(1) + 1)  # what is made once per epoch
+    tracemalloc.start()
+    for lane in (1, 500, 999):
+        for epoch in (0, 1):
+            order.visits(lane, order.lane_begin(epoch), order.lane_begin(epoch) + 1)
+    assert tracemalloc.get_traced_memory()[1] < 300_000  # one array of all shards has 400,000
+    tracemalloc.stop()

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from amclr_scale.data.formats.members import ChangedShardError
-from amclr_scale.data.index import Shard
+from amclr_scale.data.indexes.entries import Shard
 from amclr_scale.errors import UserError
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from amclr_scale.data import remote
-from amclr_scale.data.index import write_index
+from amclr_scale.data.indexes.entries import write_index
 from amclr_scale.data.indexing import build, open_index
 from amclr_scale.data.loader import TrainLoader
 from amclr_scale.data.remote import fetch, make_room

@@ -15,7 +15,7 @@ import pytest
 
 from amclr_scale.data import remote
 from amclr_scale.data.evaluation_split import EvaluationSplit
-from amclr_scale.data.index import write_index
+from amclr_scale.data.indexes.entries import write_index
 from amclr_scale.data.indexing import build
 from amclr_scale.data.loader import TrainLoader
 from amclr_scale.data.storage import Storage
