@@ -76,7 +76,8 @@ def test_a_file_that_is_cut(honest, length):
 FORGED = [
     {"num_samples": -1}, {"num_samples": 10**9}, {"num_samples": 2**62}, {"num_samples": 11},
     {"url": "x" * 5000 + ".tar"}, {"url": "a\0.tar"}, {"url": ""}, {"digest": "0" * 64},
-    {"extensions": {"png": -1, "txt": 10}}, {"extensions": []}, {"file_size": 100}, {"file_size": -5}, {"sha256": "../../x"}, {"damage": (3,)}, {"file_size": 2**60},
+    {"extensions": {"png": -1, "txt": 10}}, {"extensions": []}, {"file_size": 100}, {"file_size": -5},
+    {"sha256": "../../x"}, {"damage": (3,)}, {"file_size": 2**60},
 ]  # fmt: skip
 
 
