@@ -39,7 +39,7 @@ from amclr_scale.objectives.base import (
     require,
 )
 from amclr_scale.objectives.masking import MaskOptions
-from amclr_scale.objectives.reference import check_reference, in_excess
+from amclr_scale.objectives.reference import check_reference, in_excess, without_references
 from amclr_scale.similarity import Contrast, column_mean, contrast
 from amclr_scale.types import Embeddings, Loss
 
@@ -103,12 +103,13 @@ class CLIP(Objective, name="clip"):
 
     def forward(self, embeddings: Embeddings) -> Loss:
         t = learned_temperature(embeddings, self.config.temperature)
+        masking = self.masks(embeddings)
         if self.config.reference:
             embeddings = in_excess(embeddings)
+            masking = without_references(masking, embeddings)
         images = (embeddings.image, *embeddings.image_views[: self.config.omega])
         texts = (embeddings.text, *embeddings.text_views[: self.config.omega])
         rows, negatives = groups(embeddings.image, self.config.group_size)
-        masking = self.masks(embeddings)
         losses = [
             self._pairing(image[here], text[here], t, negatives, masking.of(here))
             for image, text in product(images, texts)

@@ -20,7 +20,8 @@ from typing import Any, Literal
 from amclr_scale.declarations import read_by_masks
 from amclr_scale.objectives.base import require
 from amclr_scale.objectives.fastclip import FastCLIP
-from amclr_scale.objectives.reference import check_reference, in_excess
+from amclr_scale.objectives.masking import Masking
+from amclr_scale.objectives.reference import check_reference, in_excess, without_references
 from amclr_scale.types import Embeddings, Loss
 
 
@@ -48,3 +49,6 @@ class DRRho(FastCLIP, name="drrho"):
 
     def forward(self, embeddings: Embeddings) -> Loss:
         return super().forward(in_excess(embeddings))
+
+    def masks(self, embeddings: Embeddings) -> Masking:
+        return without_references(super().masks(embeddings), embeddings)

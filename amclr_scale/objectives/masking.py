@@ -70,6 +70,7 @@ class Masking:
     images: ExtraKeys | None = None  # further keys of text anchors
     texts: ExtraKeys | None = None
     key_gradient: bool = True
+    gradient_width: int | None = None  # columns of the features that have a gradient, where some are constants
 
     def of(self, rows: slice = slice(None)) -> dict[str, Any]:
         """What `contrast` is told, of some rows."""
@@ -77,6 +78,8 @@ class Masking:
         told: dict[str, Any] = {"image_groups": groups, "text_groups": groups, "margin": self.margin}
         if not self.key_gradient:
             told["key_gradient"] = False
+        if self.gradient_width is not None:
+            told["gradient_width"] = self.gradient_width
         for name, keys in (("extra_image_keys", self.images), ("extra_text_keys", self.texts)):
             told[name] = None if keys is None else keys.of(rows)
         return told

@@ -7,6 +7,9 @@ Wei et al., "Model Steering: Learning with a Reference Model Improves Generaliza
 
 which is the similarity of [z_i, r_i] and [t_j, -o_j], for text anchors as well: one stream of tiles that are wider, no
 second matrix, and gradient through z and t alone. Rows are longer than 1 then, and similarities within 2.
+
+Cost: similarities are made twice, each time with D + R multiplications, and two products of D make the gradients. So a
+step takes 1 + R / (2 D) times the products that it takes without a reference.
 """
 
 from dataclasses import replace
@@ -16,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from amclr_scale.objectives.base import at_least_float32, require
-from amclr_scale.objectives.masking import MaskOptions
+from amclr_scale.objectives.masking import Masking, MaskOptions
 from amclr_scale.types import Embeddings
 
 
@@ -41,6 +44,11 @@ def in_excess(embeddings: Embeddings) -> Embeddings:
     )
     image = _beside(embeddings.image, F.normalize(of_image, dim=1))
     return replace(embeddings, image=image, text=_beside(embeddings.text, -F.normalize(of_text, dim=1)))
+
+
+def without_references(masking: Masking, embeddings: Embeddings) -> Masking:
+    """The same for samples `in_excess`: what was put beside their features gets no gradient."""
+    return replace(masking, gradient_width=embeddings.image.shape[1] - embeddings.image_reference.shape[1])
 
 
 def _beside(rows: Tensor, more: Tensor) -> Tensor:

@@ -31,7 +31,7 @@ from amclr_scale.objectives.estimator import (
     two_visits,
 )
 from amclr_scale.objectives.masking import refuse_masks
-from amclr_scale.objectives.reference import check_reference, in_excess
+from amclr_scale.objectives.reference import check_reference, in_excess, without_references
 from amclr_scale.types import Embeddings, Loss
 
 
@@ -76,10 +76,12 @@ class SogCLR(KeepsEstimates, name="sogclr"):
     def forward(self, embeddings: Embeddings) -> Loss:
         config = self.config
         t = config.temperature
+        masking = self.masks(embeddings)
+        margin = config.margin if config.surrogate != "none" else None
         if config.reference:
             embeddings = in_excess(embeddings)
-        margin = config.margin if config.surrogate != "none" else None
-        sides = centred(embeddings.image, embeddings.text, t, self.masks(embeddings), margin=margin)
+            masking = masking if margin is not None else without_references(masking, embeddings)
+        sides = centred(embeddings.image, embeddings.text, t, masking, margin=margin)
 
         terms: list[Tensor] = []  # (b,) each
         log_us: list[Tensor] = []

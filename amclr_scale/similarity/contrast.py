@@ -100,6 +100,7 @@ def contrast(
     negatives: Negatives = "all",
     batch_negatives: bool = True,
     key_gradient: bool = True,
+    gradient_width: int | None = None,
 ) -> Contrast:
     """Contrast each image with the texts of all ranks, and each text with the images of all ranks.
 
@@ -128,6 +129,9 @@ def contrast(
         negatives: whose keys count: "all" ranks', "local", or those of a group of so many consecutive ranks.
         batch_negatives: False: of the batch an anchor meets its positive alone, and there are no groups.
         key_gradient: False: no gradient flows into what an anchor is compared with, its positive among it.
+        gradient_width: of image and text, only so many of the first columns get a gradient; None: all. What is behind
+            them, such as features of a frozen model, costs a share of the products of similarities and none of those
+            of gradients.
 
     Raises:
         ValueError: shapes, types, devices or temperatures that cannot be, an uneven batch, or no key left.
@@ -139,6 +143,7 @@ def contrast(
                 extra_image_keys=extra_image_keys, extra_text_keys=extra_text_keys, image_groups=image_groups,
                 text_groups=text_groups, extra_image_groups=extra_image_groups, extra_text_groups=extra_text_groups,
                 group_keys=group_keys, margin=margin, limit=limit, negatives=negatives, batch_negatives=batch_negatives,
+                gradient_width=gradient_width,
             )
             for rows, keys in ((image, text.detach()), (image.detach(), text))
         )  # fmt: skip
@@ -147,6 +152,8 @@ def contrast(
     extra_images = ExtraKeys(extra_image_keys) if isinstance(extra_image_keys, Tensor) else extra_image_keys
     extra_texts = ExtraKeys(extra_text_keys) if isinstance(extra_text_keys, Tensor) else extra_text_keys
     _check(image, text, extra_images, extra_texts)
+    if gradient_width is not None and not 0 < gradient_width <= image.shape[1]:
+        raise ValueError(f"gradient_width: expected 1 to {image.shape[1]} columns, got {gradient_width}")
     check_even(image.shape[0], image.shape[1], ranks)
     b, now = len(image), settings.current()
     if not batch_negatives and (image_groups is not None or text_groups is not None):
@@ -199,6 +206,7 @@ def contrast(
         extra_texts=extra_texts,
         extra_images=extra_images,
         will_differentiate=torch.is_grad_enabled() and any(x.requires_grad for x in inputs),
+        gradient_width=gradient_width,
     )
     outputs = LogSums.apply(plan, *inputs)  # type: ignore[no-untyped-call]
     image_log_sum, text_log_sum, positive, image_expected, text_expected = cast(tuple[Tensor, ...], outputs)

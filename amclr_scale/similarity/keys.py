@@ -30,7 +30,7 @@ class KeyBlock:
 
     first: int  # the global row of the first
     rows: Tensor  # (n, D)
-    gradient: Tensor | None  # (n, D)
+    gradient: Tensor | None  # (n, D), or of the first columns only
 
     @property
     def columns(self) -> slice:
@@ -50,9 +50,14 @@ class GatheredKeys:
         self.rows, self.ranks = rows, ranks
         self.gradient: Tensor | None = None
 
-    def blocks(self, gradient: torch.dtype | None = None) -> Iterator[KeyBlock]:
-        """The block; with a `gradient` dtype, afterwards reduce what was added to its gradient."""
-        total = None if gradient is None else torch.zeros_like(self.rows, dtype=gradient)
+    def blocks(self, gradient: torch.dtype | None = None, width: int | None = None) -> Iterator[KeyBlock]:
+        """The block; with a `gradient` dtype, afterwards reduce what was added to its gradient.
+
+        Args:
+            gradient: its type.
+            width: how many of the first columns have one; None: all.
+        """
+        total = None if gradient is None else torch.zeros_like(self.rows[:, :width], dtype=gradient)
         yield KeyBlock(0, self.rows, total)
         if total is not None:
             with purpose(FEATURES):
@@ -66,13 +71,13 @@ class RingKeys:
         self.local, self.ranks = local.detach().contiguous(), ranks
         self.gradient: Tensor | None = None
 
-    def blocks(self, gradient: torch.dtype | None = None) -> Iterator[KeyBlock]:
-        """The blocks; with a `gradient` dtype, what was added to their gradients travels home."""
+    def blocks(self, gradient: torch.dtype | None = None, width: int | None = None) -> Iterator[KeyBlock]:
+        """The blocks; with a `gradient` dtype, what was added to their gradients travels home; see `GatheredKeys`."""
         rows, total = self.local, None
         for step in range(self.ranks.size):
             owner = (self.ranks.rank + step) % self.ranks.size
             coming = self._send(rows) if step + 1 < self.ranks.size else None
-            here = None if gradient is None else torch.zeros_like(rows, dtype=gradient)
+            here = None if gradient is None else torch.zeros_like(rows[:, :width], dtype=gradient)
             yield KeyBlock(owner * len(rows), rows, here)
             if here is not None:
                 if total is not None:

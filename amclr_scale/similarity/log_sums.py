@@ -20,6 +20,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from amclr_scale.distributed.collectives import Group, all_gather, exchange, group
@@ -49,6 +50,7 @@ class Plan:
     extra_texts: ExtraKeys | None  # of image anchors
     extra_images: ExtraKeys | None
     will_differentiate: bool
+    gradient_width: int | None = None  # columns of the features that have a gradient, the first ones; None: all
 
     def blocks(self, image: Tensor, text: Tensor) -> Blocks:
         """The backend for these features."""
@@ -125,14 +127,15 @@ class LogSums(torch.autograd.Function):
                 TileCache(tiles=tiles),
                 total.to(plan.dtype),
             )
-            d_image = torch.zeros_like(image, dtype=plan.dtype) if need_image else None
+            width = plan.gradient_width
+            d_image = torch.zeros_like(image[:, :width], dtype=plan.dtype) if need_image else None
             d_text: Tensor | None = None
             together = need_text and plan.distribution == "reduce_scatter"
             if not plan.batch_negatives:
                 weight = total.to(plan.dtype)[:, None]
-                d_text = weight * image.to(plan.dtype) if need_text else None
+                d_text = weight * image[:, :width].to(plan.dtype) if need_text else None
                 if d_image is not None:
-                    d_image += weight * text.to(plan.dtype)
+                    d_image += weight * text[:, :width].to(plan.dtype)
             elif need_image or together:
                 text_keys = plan.keys(text, gathered)
                 stream.differentiate(
@@ -142,15 +145,15 @@ class LogSums(torch.autograd.Function):
             if need_text and not together and plan.batch_negatives:
                 if plan.distribution == "column_sums" or not need_image:
                     stream.cache = TileCache()  # the tiles in it are those of the pass above
-                d_text = torch.zeros_like(text, dtype=plan.dtype)
+                d_text = torch.zeros_like(text[:, :width], dtype=plan.dtype)
                 stream.differentiate(text, plan.keys(image), texts, images, mask=plan.masks.texts, d_anchors=d_text)
             stream.differentiate_extra(image, plan.extra_texts, images, plan.masks.extra_texts, d_image)
             stream.differentiate_extra(text, plan.extra_images, texts, plan.masks.extra_images, d_text)
 
         return (
             None,
-            None if d_image is None else d_image.to(image.dtype),
-            None if d_text is None else d_text.to(text.dtype),
+            None if d_image is None else _as_wide(d_image, image),
+            None if d_text is None else _as_wide(d_text, text),
             -d_image_sum * image_expected / image_t if need_image_t and d_image_sum is not None else None,
             -d_text_sum * text_expected / text_t if need_text_t and d_text_sum is not None else None,
         )
@@ -200,7 +203,7 @@ class _Stream:
         also_keys: bool = False,  # leave the keys' gradient in keys.gradient
     ) -> None:
         columns = _gather(columns, self.plan.ranks)
-        for block in keys.blocks(gradient=self.plan.dtype if also_keys else None):
+        for block in keys.blocks(self.plan.dtype if also_keys else None, self.plan.gradient_width):
             self.blocks.differentiate(
                 anchors,
                 block.rows,
@@ -243,12 +246,18 @@ class _Stream:
         ranks = group()
         every, mask = _gather(weights, ranks), _of_all_anchors(mask, ranks)
         travelling = keys_of(anchors, ranks, self.plan.settings.gather)
-        for block in travelling.blocks(gradient=self.plan.dtype):
+        for block in travelling.blocks(self.plan.dtype, self.plan.gradient_width):
             for keys, here in _pieces(extra, mask and mask[block.columns, :], anchors.device):
                 rows = every and every[block.columns]
                 self.blocks.differentiate(block.rows, keys, rows, d_anchors=block.gradient, mask=here)
         assert travelling.gradient is not None
         d_anchors += travelling.gradient
+
+
+def _as_wide(gradient: Tensor, features: Tensor) -> Tensor:
+    """In the features' type, and 0 in the columns that have none."""
+    missing = features.shape[1] - gradient.shape[1]
+    return F.pad(gradient.to(features.dtype), (0, missing)) if missing else gradient.to(features.dtype)
 
 
 def _pieces(extra: ExtraKeys, mask: Mask | None, device: torch.device) -> Iterator[tuple[Tensor, Mask | None]]:

@@ -126,7 +126,11 @@ def weight_parts(weights: Tensor, form: Form, widen: torch.dtype | None = None) 
 
 
 def add_product(out: Tensor, weights: Sequence[Tensor], features: Sequence[Tensor]) -> None:
-    """Out (m, D) += weights (m, n) times features (n, D), each given as one part or two; without low times low."""
+    """Out (m, d) += weights (m, n) times features (n, D), each given as one part or two; without low times low.
+
+    Of features that are wider than `out`, only the first d columns.
+    """
+    features = [f[:, : out.shape[1]] for f in features]
     for i, w in enumerate(weights):
         for f in features[: len(features) - i] if len(features) > 1 else features:
             if w.dtype == out.dtype:

@@ -1,6 +1,6 @@
 """What the similarity engine computes, written down plainly: whole matrices and autograd, in float64."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -117,6 +117,19 @@ def both_sides(inputs: Inputs, *, exclude_positive: bool, centred: bool, group: 
         b = side(text, image, t[1], inputs.extra_image, **options)
         parts.append([a[0], b[0], a[1], a[2], b[2]])
     return [torch.cat(column) for column in zip(*parts, strict=True)]
+
+
+def gradient_width(D: int, constants: int) -> int | None:
+    """Of features of D columns, the last `constants` of which have no gradient; at least one has."""
+    return max(1, D - constants) if constants else None
+
+
+def without_constants(gradients: Sequence[Tensor], width: int | None) -> list[Tensor]:
+    """Gradients with respect to the leaves of `Inputs`, 0 in the columns behind `width` of both features."""
+    image, text, *temperatures = gradients
+    if width is not None:
+        image, text = (F.pad(x[:, :width], (0, x.shape[1] - width)) for x in (image, text))
+    return [image, text, *temperatures]
 
 
 def relative_error(got: Tensor, want: Tensor) -> float:

@@ -8,7 +8,16 @@ import torch.nn.functional as F
 from hypothesis import strategies as st
 
 from amclr_scale.similarity import Contrast, contrast, using
-from tests.similarity.definition import Inputs, both_sides, chunk_of, draw, for_all, relative_error
+from tests.similarity.definition import (
+    Inputs,
+    both_sides,
+    chunk_of,
+    draw,
+    for_all,
+    gradient_width,
+    relative_error,
+    without_constants,
+)
 
 OPTIONS = [
     pytest.param({"exclude_positive": exclude, "centred": centred}, id=f"exclude={exclude}-centred={centred}")
@@ -32,14 +41,14 @@ def ours(inputs: Inputs, **options) -> tuple[Contrast, list[torch.Tensor], list[
     return c, outputs, list(torch.autograd.grad(value, inputs.leaves))
 
 
-def worst_error(inputs: Inputs, **options) -> float:
+def worst_error(inputs: Inputs, *, gradient_width: int | None = None, **options) -> float:
     """Of outputs and gradients, against the definition in float64."""
     mine = inputs.part(slice(None))
-    _, outputs, gradients = ours(mine, **options)
+    _, outputs, gradients = ours(mine, gradient_width=gradient_width, **options)
     exact = mine.double()
     wanted = both_sides(exact, **options, group=len(exact.image))
     value = sum((x * w).sum() for x, w in zip(wanted[:3], exact.upstream, strict=True))
-    wanted += torch.autograd.grad(value, exact.leaves)
+    wanted += without_constants(torch.autograd.grad(value, exact.leaves), gradient_width)
     return max(relative_error(x, y) for x, y in zip(outputs + gradients, wanted, strict=True))
 
 
@@ -53,6 +62,7 @@ cases = st.fixed_dictionaries(
         "exclude_positive": st.booleans(),
         "centred": st.booleans(),
         "cache_bytes": st.sampled_from([0, 0, 500, 10**6]),
+        "constants": st.sampled_from([0, 0, 1, 5]),
     }
 )
 
@@ -62,8 +72,9 @@ cases = st.fixed_dictionaries(
 def test_float64_is_exact_to_1e_12(B, case):
     inputs = draw(B, case["D"], case["seed"], per_anchor=case["per_anchor"], extra=case["extra"])
     with using(chunk=chunk_of(case["chunk"]), cache_bytes=case["cache_bytes"]):
-        exclude = case["exclude_positive"] and B > 1
-        assert worst_error(inputs, exclude_positive=exclude, centred=case["centred"]) < 1e-12
+        exclude, width = case["exclude_positive"] and B > 1, gradient_width(case["D"], case["constants"])
+        error = worst_error(inputs, exclude_positive=exclude, centred=case["centred"], gradient_width=width)
+        assert error < 1e-12
 
 
 @pytest.mark.slow
@@ -73,8 +84,9 @@ def test_float32_is_exact_to_2e_6(B, case):
         B, 8 + case["D"], case["seed"], dtype=torch.float32, per_anchor=case["per_anchor"], extra=case["extra"]
     )
     inputs.upstream.abs_()  # terms of both signs would cancel in the gradient of a common temperature
+    options = {"exclude_positive": case["exclude_positive"], "centred": case["centred"]}
     with using(chunk=chunk_of(case["chunk"]), cache_bytes=case["cache_bytes"]):
-        assert worst_error(inputs, exclude_positive=case["exclude_positive"], centred=case["centred"]) < 2e-6
+        assert worst_error(inputs, gradient_width=gradient_width(8 + case["D"], case["constants"]), **options) < 2e-6
 
 
 @pytest.mark.parametrize("temperature", [0.01, 0.002])
@@ -282,6 +294,7 @@ def test_backward_uses_the_settings_of_its_forward():
         ({"extra_text_keys": torch.ones(2, 5)}, r"extra_text_keys: expected \(M, 4\)"),
         ({"extra_image_keys": torch.ones(2, 4, requires_grad=True)}, "extra_image_keys: extra keys get no gradient"),
         ({"negatives": 0}, "negatives: expected"),
+        ({"gradient_width": 5}, "gradient_width: expected 1 to 4 columns, got 5"),
         ({"negatives": 2}, "negatives: groups of 2 ranks do not divide 1"),
         ({"image": torch.ones(1, 4), "text": torch.ones(1, 4), "exclude_positive": True}, "exclude_positive: a global"),
     ],
