@@ -79,16 +79,18 @@ CASES: list[tuple[str, str, dict[str, Any], int]] = [
     ("drrho", "drrho", {}, 2),
     ("neuclip", "neuclip", {}, 1),
     ("neuclip, 1,024 prototypes, 2 steps", "neuclip", {"prototypes": 1024, "inner_steps": 2}, 1),
+    ("neuclip, 256 prototypes, 2 steps", "neuclip", {"prototypes": 256, "inner_steps": 2}, 1),
     ("amorlip", "amorlip", {}, 1),
+    ("amorlip, 1 step", "amorlip", {"inner_steps": 1}, 1),
     ("sogclr, squared_hinge", "sogclr", {"surrogate": "squared_hinge"}, 1),
 ]
 
 
-def embeddings(batch: int, width: int, num_samples: int) -> Embeddings:
+def embeddings(batch: int, width: int, num_samples: int, reference_width: int) -> Embeddings:
     """Random unit rows, with everything that any objective reads."""
     generator = torch.Generator().manual_seed(0)
 
-    def rows() -> Tensor:
+    def rows(width: int = width) -> Tensor:
         return F.normalize(torch.randn(batch, width, generator=generator), dim=1).requires_grad_()
 
     def leaf(value: float, size: int = 1) -> Tensor:
@@ -103,8 +105,8 @@ def embeddings(batch: int, width: int, num_samples: int) -> Embeddings:
         image_views=(rows(), rows()),
         text_views=(rows(), rows()),
         text_content=torch.randint(num_samples, (batch,), generator=generator),
-        image_reference=rows().detach(),
-        text_reference=rows().detach(),
+        image_reference=rows(reference_width).detach(),
+        text_reference=rows(reference_width).detach(),
         text_negatives=(rows(),),
         text_negative_mask=torch.ones(batch, 1, dtype=torch.bool),
         image_predicted=rows(),
@@ -134,6 +136,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batch", type=int, default=4096, help="B, samples")
     parser.add_argument("--width", type=int, default=512, help="D, embedding width")
+    parser.add_argument("--reference-width", type=int, help="R, of a frozen model's features; by default D")
     parser.add_argument("--rounds", type=int, default=5, help="timed rounds; the medians over them are reported")
     parser.add_argument("--num-samples", type=int, default=3_000_000, help="N, rows of per-sample state")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads")
@@ -142,7 +145,9 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
 
-    batch = embeddings(arguments.batch, arguments.width, arguments.num_samples)
+    batch = embeddings(
+        arguments.batch, arguments.width, arguments.num_samples, arguments.reference_width or arguments.width
+    )
     cases = [case for case in CASES if not arguments.only or case[0] in ("clip", *arguments.only)]
     modules = {
         label: objectives.create(name, num_samples=arguments.num_samples, **options)

@@ -77,7 +77,6 @@ class Inner(FullPrecision):
         """The reverse of `shaped`."""
         return torch.cat([weights[name].flatten() for name in self.shapes_of(self.width)])
 
-    @purpose(STATE)
     def gradient(self, loss: Callable[[Weights], Tensor], at: Tensor) -> Tensor:
         """Of the mean over ranks of `loss`, with respect to all weights; no further gradient.
 
@@ -88,8 +87,13 @@ class Inner(FullPrecision):
         with torch.enable_grad():
             leaf = at.detach().requires_grad_()
             (found,) = torch.autograd.grad(loss(self.shaped(leaf)), leaf)
-        with torch.no_grad():
-            return all_sum(found) / world_size()
+        return self.averaged(found)
+
+    @purpose(STATE)
+    @torch.no_grad()
+    def averaged(self, gradient: Tensor) -> Tensor:
+        """Over ranks: a gradient of all weights, flat."""
+        return all_sum(gradient) / world_size()
 
     def keep(self, counts: Mapping[str, int], **buffers: Tensor) -> None:
         """What to go on from, once the step has been applied."""

@@ -21,7 +21,7 @@ Numerics: centred log-sums throughout; float32.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -38,6 +38,7 @@ from amclr_scale.similarity import all_gather
 from amclr_scale.types import Embeddings, Loss
 
 SIDES = ("image", "text")
+TILE = 2**20  # similarities at a time, on a CPU
 
 
 class NeuCLIP(Objective, name="neuclip"):
@@ -131,13 +132,8 @@ class NeuCLIP(Objective, name="neuclip"):
         own = (image * text).sum(1)
 
         def alphas(weights: Weights, filled: int) -> list[Tensor]:
-            found: list[Tensor] = []
-            for side, anchors in (("image", image), ("text", text)):
-                prototypes = F.normalize(weights[side][:filled].to(anchors), dim=1)
-                x = (anchors @ prototypes.T - own[:, None]) / t
-                mean = x.logsumexp(1) - math.log(filled)
-                found.append(torch.logaddexp(mean, mean.new_tensor(math.log(config.eps))))
-            return found
+            sides = (("image", image), ("text", text))
+            return [_alpha(rows, own, t, weights[side][:filled], config.eps) for side, rows in sides]
 
         learns = self.learns
         with torch.no_grad(), torch.autocast(image.device.type, enabled=False):
@@ -150,13 +146,14 @@ class NeuCLIP(Objective, name="neuclip"):
             counts = dict(network.counts)
             weights, squares = self._filled(counts, image, text)
 
-            def loss(at: Weights) -> Tensor:
-                triples = zip(log_gs, alphas(at, counts["filled"]), some, strict=True)
-                both = [torch.where(here, (g - alpha).exp() + alpha, 0.0).mean() for g, alpha, here in triples]
-                return t * (both[0] + both[1])
-
+            filled = counts["filled"]
+            known = [log_g.where(here, math.nan) for log_g, here in zip(log_gs, some, strict=True)]
             for _ in range(config.inner_steps):
-                weights, squares = adagrad(weights, network.gradient(loss, weights), squares, config.inner_lr)
+                gradient = torch.zeros_like(weights)
+                at, into = network.shaped(weights), network.shaped(gradient)
+                for side, rows, log_g in zip(SIDES, (image, text), known, strict=True):
+                    _add_gradient(into[side][:filled], rows, own, t, at[side][:filled], config.eps, log_g)
+                weights, squares = adagrad(weights, network.averaged(gradient), squares, config.inner_lr)
             counts["steps"] += 1
             network.keep(counts, weights=weights, squares=squares)
             return alphas(network.shaped(weights), counts["filled"])
@@ -177,3 +174,46 @@ class NeuCLIP(Objective, name="neuclip"):
         counts["position"] = first + len(rows)
         counts["filled"] = max(counts["filled"], counts["position"])
         return network.flat(weights), network.flat(squares)
+
+
+def _tiles(
+    anchors: Tensor, own: Tensor, t: Tensor | float, prototypes: Tensor, eps: float
+) -> Iterator[tuple[slice, Tensor, Tensor, Tensor, Tensor]]:
+    """Of some anchors at a time, so few that a tile stays in cache: which, exp(x - max) (c, m), its sums, the logarithm
+    of the mean of exp(x), and alpha, (c,) each. `prototypes` (m, D) have unit rows.
+    """
+    m = len(prototypes)
+    step = max(1, (TILE if anchors.device.type == "cpu" else 64 * TILE) // m)
+    for start in range(0, len(anchors), step):
+        rows = slice(start, start + step)
+        x = (anchors[rows] @ prototypes.T).sub_(own[rows, None]).div_(t)
+        shift = x.amax(1)
+        mass = x.sub_(shift[:, None]).exp_().sum(1)
+        mean = shift + mass.log() - math.log(m)
+        yield rows, x, mass, mean, torch.logaddexp(mean, mean.new_tensor(math.log(eps)))
+
+
+def _alpha(anchors: Tensor, own: Tensor, t: Tensor | float, weights: Tensor, eps: float) -> Tensor:
+    """(b,): alpha of each anchor, of prototypes (m, D) of any length."""
+    prototypes = F.normalize(weights.to(anchors), dim=1)
+    return torch.cat([alpha for *_, alpha in _tiles(anchors, own, t, prototypes, eps)])
+
+
+def _add_gradient(
+    into: Tensor, anchors: Tensor, own: Tensor, t: Tensor | float, weights: Tensor, eps: float, log_g: Tensor
+) -> None:
+    """Add to `into` the gradient of the inner objective's mean over these anchors with respect to prototypes (m, D).
+
+    With A_i = exp(x_ip) / sum exp(x_i.), the gradient of t (exp(log g - alpha) + alpha) with respect to z_i.W_p is
+    (1 - exp(log g - alpha_i)) exp(mean_i - alpha_i) A_ip: one product makes x, one the gradient, as each tile is met.
+
+    Args:
+        log_g: (b,), nan of anchors that have no key.
+    """
+    length = weights.to(anchors).norm(dim=1, keepdim=True).clamp(min=1e-12)
+    prototypes = weights.to(anchors) / length
+    d_prototypes = torch.zeros_like(prototypes)
+    for rows, x, mass, mean, alpha in _tiles(anchors, own, t, prototypes, eps):
+        share = (1 - (log_g[rows] - alpha).exp()) * (mean - alpha).exp() / (mass * len(anchors))
+        d_prototypes.addmm_(x.mul_(share.nan_to_num(0.0)[:, None]).T, anchors[rows])
+    into += (d_prototypes - (d_prototypes * prototypes).sum(1, keepdim=True) * prototypes) / length
