@@ -57,10 +57,10 @@ KINDS: dict[str, Kind] = {
     "text_momentum": Kind(("D",), "model.momentum", gradient=False),
     "image_layers": Kind(("D",), "model.image.taps", several=True),  # of inner layers
     "text_layers": Kind(("D",), "model.text.taps", several=True),
-    "image_tokens": Kind(("n", "D"), "model.image.tokens"),
-    "text_tokens": Kind(("n", "D"), "model.text.tokens"),
-    "image_token_mask": Kind(("n",), "model.image.tokens", gradient=False, dtype="bool"),  # True: counts
-    "text_token_mask": Kind(("n",), "model.text.tokens", gradient=False, dtype="bool"),
+    "image_tokens": Kind(("n", "D")),  # of patches: towers give them where they are asked for (encoders/tokens.py)
+    "text_tokens": Kind(("n", "D")),
+    "image_token_mask": Kind(("n",), gradient=False, dtype="bool"),  # True: it is there
+    "text_token_mask": Kind(("n",), gradient=False, dtype="bool"),
 }
 
 

@@ -24,6 +24,8 @@ from amclr_scale import objectives
 from amclr_scale.objectives.base import Objective
 from amclr_scale.types import Embeddings
 
+PATCHES, WORDS = 4, 4  # tokens of an image and of a text, for `filip`: so many pairings are their product
+
 # label, name, options, pairings
 CASES: list[tuple[str, str, dict[str, Any], int]] = [
     ("clip", "clip", {}, 1),
@@ -76,6 +78,7 @@ CASES: list[tuple[str, str, dict[str, Any], int]] = [
     ("cwcl", "cwcl", {}, 1),
     ("rankclip", "rankclip", {}, 5),
     ("vrns", "vrns", {}, 1),
+    ("filip", "filip", {}, PATCHES * WORDS),
     ("drrho", "drrho", {}, 2),
     ("neuclip", "neuclip", {}, 1),
     ("neuclip, 1,024 prototypes, 2 steps", "neuclip", {"prototypes": 1024, "inner_steps": 2}, 1),
@@ -96,6 +99,11 @@ def embeddings(batch: int, width: int, num_samples: int, reference_width: int) -
     def leaf(value: float, size: int = 1) -> Tensor:
         return torch.full((size,), value).requires_grad_()
 
+    tokens: dict[str, Any] = {}
+    for side, n in (("image", PATCHES), ("text", WORDS)):
+        found = torch.randn(batch, n, width, generator=generator)
+        tokens[f"{side}_tokens"] = F.normalize(found, dim=2).requires_grad_()
+        tokens[f"{side}_token_mask"] = torch.ones(batch, n, dtype=torch.bool)
     return Embeddings(
         image=rows(),
         text=rows(),
@@ -117,6 +125,7 @@ def embeddings(batch: int, width: int, num_samples: int, reference_width: int) -
         labels=torch.randint(batch // 4, (batch,), generator=generator),
         image_temperature=leaf(0.03, batch),
         text_temperature=leaf(0.03, batch),
+        **tokens,
         image_momentum=rows().detach(),
         text_momentum=rows().detach(),
     )
@@ -127,7 +136,7 @@ def seconds(objective: Objective, batch: Embeddings) -> float:
     start = time.process_time()
     objective(batch).value.backward()
     elapsed = time.process_time() - start
-    for x in (batch.image, batch.text, *batch.image_views, *batch.text_views):
+    for x in batch.flat().values():
         x.grad = None
     return elapsed
 

@@ -45,7 +45,7 @@ def build_model(
     Raises:
         UserError: names the key to change; nothing was downloaded.
     """
-    image_tower, image_width, notes = build_image_tower(model.image, image_size, weights=weights)
+    image_tower, image_width, notes, place = build_image_tower(model.image, image_size, weights=weights)
     text_tower, text_width = build_text_tower(
         model.text,
         vocab_size=vocab_size,
@@ -64,6 +64,7 @@ def build_model(
         logit_bias=model.logit_bias,
         image_mean=image_mean,
         image_std=image_std,
+        image_tokens=place,
         notes=(*notes, *unread(model.image, "image"), *unread(model.text, "text"), *_random_and_frozen(model)),
     )
     examples: dict[str, Callable[[], torch.Tensor]] = {

@@ -2,7 +2,7 @@
 
 Radford et al., "Learning Transferable Visual Models From Natural Language Supervision", ICML 2021, arXiv:2103.00020.
 
-b  samples    V  further views    H, W  pixels    L  tokens    D  embedding width
+b  samples    V  further views    H, W  pixels    L  tokens    n  tokens that are compared    D  embedding width
 
 Everything goes through `forward`, because ZeRO's stage 3 fetches parameters around it and nowhere else. All views of
 a modality go through their tower in one pass. Features are brought to unit length in float32 at least, whatever the
@@ -20,8 +20,10 @@ from torch import Tensor, nn
 from amclr_scale.encoders.decay import exempt
 from amclr_scale.encoders.freezing import Kept, hold_still, is_trained
 from amclr_scale.encoders.recomputation import Recomputation, blocks, set_recomputation
+from amclr_scale.encoders.tokens import Place, Side, check_tokens
 from amclr_scale.errors import UserError
 
+Encoded = tuple[Tensor, Tensor, Tensor | None]  # the tower's features, the head's, and which tokens there are
 LOG_SCALE_BOUNDS = (0.0, math.log(100))  # CLIP's: a temperature between 0.01 and 1
 
 
@@ -53,6 +55,7 @@ class DualEncoder(nn.Module):
         image_tower: (b, 3, H, W) -> (b, width).
         text_tower: (b, L) -> (b, width).
         temperature: start value of 1 / logit_scale.
+        image_tokens: where the image tower has features of patches (encoders/tokens.py); None: nowhere.
         notes: what a user should know about this model before training it.
 
     Attributes:
@@ -62,6 +65,7 @@ class DualEncoder(nn.Module):
         unit_rows: bring embeddings to unit length; False while training an objective that needs their length (VICReg).
         kept: of towers that are frozen, the modules that train all the same (encoders/freezing.py).
         depths: of the towers' parameters by name, where they were asked for (encoders/depths.py).
+        tokens: of which sides every forward gives tokens too, as the objective in training reads them.
     """
 
     def __init__(
@@ -75,6 +79,7 @@ class DualEncoder(nn.Module):
         logit_bias: float,
         image_mean: tuple[float, ...],
         image_std: tuple[float, ...],
+        image_tokens: Place | None = None,
         notes: tuple[str, ...] = (),
     ):
         super().__init__()
@@ -88,43 +93,60 @@ class DualEncoder(nn.Module):
         self.depths: dict[str, int] = {}
         self.further_views: dict[str, int] = {}
         self.unit_rows = True
+        self.image_tokens = image_tokens
+        self.tokens: tuple[Side, ...] = ()
         self.notes = notes
 
     def forward(
-        self, images: tuple[Tensor, ...] = (), texts: tuple[Tensor, ...] = (), *, features: bool = False
+        self,
+        images: tuple[Tensor, ...] = (),
+        texts: tuple[Tensor, ...] = (),
+        *,
+        features: bool = False,
+        tokens: bool | None = None,
     ) -> dict[str, Any]:
         """Encode whatever is given, and return it with all that an objective needs.
 
         Args:
             images: 1 + V of (b, 3, H, W), uint8 or float in [0, 1], and hard negatives; () leaves the image tower
-                alone. Or as many of (b, width), what the tower gave for them: then the head alone is run.
-            texts: 1 + V of (b, L) int64, and hard negatives; () leaves the text tower alone. Or features (b, width), as
-                of images.
+                alone. Or as many of (b, width), or (b, 1 + n, width) with tokens, what the tower gave for them: then
+                the head alone is run.
+            texts: 1 + V of (b, L) int64, and hard negatives; () leaves the text tower alone. Or features, as of images.
             features: also return what the towers gave, before the heads.
+            tokens: also give the tokens of what is encoded; None: where the attribute says so.
 
         Returns:
             image (b, D) and image_views (V of (b, D)) when there are images; text and text_views when there are texts;
             image_negatives and text_negatives, (b, D) each, where there are any;
             logit_scale (1,) and logit_bias (1,); what `parts` makes of these; image_features and text_features
-            (b, width) of the first view when asked for. In training, of each tower that is frozen as a whole, also
-            frozen_features: by side, (b (1 + V), width) of all views.
+            (b, width) of the first view when asked for. With tokens, of the first view, image_tokens and text_tokens
+            (b, n, D), unit length, n being L of texts, and image_token_mask and text_token_mask (b, n) bool, which of
+            them there are. In training, of each tower that is frozen as a whole, also frozen_features: by side,
+            (b (1 + V), width), or (b (1 + V), 1 + n, width), of all views.
         """
         device, dtype = self.logit_scale.device, self.logit_scale.dtype
         out: dict[str, Any] = {}
         frozen: dict[str, Tensor] = {}
-        for name, views, encode in (("image", images, self._encode_images), ("text", texts, self._encode_texts)):
+        sides: tuple[tuple[Side, tuple[Tensor, ...], Any], ...]
+        sides = ("image", images, self._encode_images), ("text", texts, self._encode_texts)
+        for name, views, encode in sides:
             if not views:
                 continue
+            with_tokens = name in self.tokens if tokens is None else tokens
             stacked = torch.cat([view.to(device, non_blocking=True) for view in views])
-            raw, embedded = encode(stacked, dtype)
+            raw, embedded, mask = encode(stacked, dtype, with_tokens)
             rows = _unit(embedded) if self.unit_rows or not self.training else _at_least_float32(embedded)
+            if with_tokens:
+                rows, out[f"{name}_tokens"] = _apart(rows, len(views[0]))
+                if mask is not None:
+                    out[f"{name}_token_mask"] = mask[: len(views[0])].clone()
             out[name], *further = torch.split(rows, [len(view) for view in views])
             count = self.further_views.get(name, len(further))
             out[f"{name}_views"] = tuple(further[:count])
             if further[count:]:
                 out[f"{name}_negatives"] = tuple(further[count:])
             if features:
-                out[f"{name}_features"] = raw[: len(views[0])]
+                out[f"{name}_features"] = (raw if raw.dim() == 2 else raw[:, 0])[: len(views[0])]
             if self.training and not is_trained(getattr(self, f"{name}_tower")):
                 frozen[name] = raw
         out["logit_scale"] = _at_least_float32(self.logit_scale).exp()
@@ -145,7 +167,7 @@ class DualEncoder(nn.Module):
         dtype = self.logit_scale.dtype
         rows = {name: each for name, each in out.items() if name not in ("logit_scale", "logit_bias")}
         try:
-            made = self.parts({**out, **_each(rows, lambda x: x.to(dtype))})
+            made = self.parts({**out, **_each(rows, lambda x: x.to(dtype) if x.is_floating_point() else x)})
         except KeyError as error:
             if error.args[0] in out:
                 raise
@@ -156,13 +178,30 @@ class DualEncoder(nn.Module):
         found: dict[str, Any] = _each(made, lambda x: _at_least_float32(x) if x.is_floating_point() else x)
         return found
 
-    def _encode_images(self, images: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        raw = images if images.dim() == 2 else self.image_tower(self.normalise(images, dtype))
-        return raw, self.image_head(raw)
+    def _encode_images(self, images: Tensor, dtype: torch.dtype, tokens: bool = False) -> Encoded:
+        if images.dim() != 4:
+            return images, self.image_head(images), None
+        if not tokens:
+            raw = self.image_tower(self.normalise(images, dtype))
+            return raw, self.image_head(raw), None
+        check_tokens(("image",), self.image_tokens)
+        assert self.image_tokens is not None
+        with self.image_tokens.noted(self.image_tower) as found:
+            pooled = self.image_tower(self.normalise(images, dtype))
+        raw = torch.cat([pooled[:, None], self.image_tokens.rows(found[-1])], 1)
+        mask = torch.ones(len(raw), raw.shape[1] - 1, dtype=torch.bool, device=raw.device)
+        return raw, self.image_head(raw), mask
 
-    def _encode_texts(self, tokens: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        raw = tokens if tokens.is_floating_point() else self.text_tower(tokens)
-        return raw, self.text_head(raw)
+    def _encode_texts(self, ids: Tensor, dtype: torch.dtype, tokens: bool = False) -> Encoded:
+        if ids.is_floating_point():
+            return ids, self.text_head(ids), None
+        if not tokens:
+            raw = self.text_tower(ids)
+            return raw, self.text_head(raw), None
+        pooled, features, visible = self.text_tower(ids, with_tokens=True)
+        missing = ids.shape[1] - features.shape[1]  # on a CPU the tower ends with the longest caption
+        raw = F.pad(torch.cat([pooled[:, None], features], 1), (0, 0, 0, missing))
+        return raw, self.text_head(raw), F.pad(visible, (0, missing))
 
     def raw_embeddings(self, images: Tensor, texts: Tensor) -> tuple[Tensor, Tensor]:
         """Embeddings before they are brought to unit length, (b, D) of pictures and of captions.
@@ -200,6 +239,13 @@ class DualEncoder(nn.Module):
         """Recompute none, all ("full"), or every k-th block of each tower in backward. Does not change results."""
         set_recomputation(self.image_tower, image)
         set_recomputation(self.text_tower, text)
+
+
+def _apart(rows: Tensor, samples: int) -> tuple[Tensor, Tensor]:
+    """(m, 1 + n, D) -> (m, D) of everything, and tokens (samples, n, D) of the first view."""
+    if samples == len(rows):
+        return rows[:, 0], rows[:, 1:]
+    return rows[:, 0].clone(), rows[:samples, 1:].clone()  # the tokens of other views are let go
 
 
 def _each(outputs: Any, change: Callable[[Tensor], Tensor]) -> Any:

@@ -16,6 +16,7 @@ from amclr_scale.encoders.kinds import kind_of
 from amclr_scale.encoders.norms import NOTES, convert_batch_norm, has_batch_norm
 from amclr_scale.encoders.patch_grid import PatchGrid
 from amclr_scale.encoders.small_resnet import SmallResNet
+from amclr_scale.encoders.tokens import Place, TokenSearch
 from amclr_scale.encoders.trial import UntriedError, trial
 from amclr_scale.encoders.weights import load_weights
 from amclr_scale.errors import UserError, did_you_mean
@@ -38,10 +39,10 @@ def _words(error: Exception) -> str:
 
 def build_image_tower(
     tower: ImageTower, image_size: int, *, weights: bool = True
-) -> tuple[nn.Module, int, tuple[str, ...]]:
-    """(b, 3, H, W) -> (b, width): the tower, its width, and what to tell the user about it.
+) -> tuple[nn.Module, int, tuple[str, ...], Place]:
+    """(b, 3, H, W) -> (b, width): the tower, its width, what to tell the user about it, and where its tokens are.
 
-    One forward without memory finds out the width, and whether the tower takes images of this size.
+    One forward without memory finds that out, and whether the tower takes images of this size.
 
     Raises:
         UserError: an unknown name, a size or weights that do not fit, or a BatchNorm tower without a choice of `norm`.
@@ -51,11 +52,11 @@ def build_image_tower(
         module, width = build(tower, image_size)
     except SizeError as error:
         raise UserError(f"{error}{_sizes_near(tower, image_size)}") from error
-    width, notes = _try(module, width, tower, image_size)
+    width, notes, place = _try(module, width, tower, image_size)
     if tower.weights is not None and weights:
         load_weights(module, tower.weights, key="model.image.weights", prefix="image_tower.")
     note = None if _holds_still(tower) else NOTES.get(tower.norm)
-    return _normalised(module, tower), width, (*notes, *([note] if note else ()))
+    return _normalised(module, tower), width, (*notes, *([note] if note else ())), place
 
 
 def _holds_still(tower: ImageTower) -> bool:
@@ -63,17 +64,17 @@ def _holds_still(tower: ImageTower) -> bool:
     return tower.frozen and not tower.unfrozen_blocks
 
 
-def _try(module: nn.Module, width: int, tower: ImageTower, size: int) -> tuple[int, list[str]]:
-    """The width of the features, and how many pixels a grid of patches cuts off.
+def _try(module: nn.Module, width: int, tower: ImageTower, size: int) -> tuple[int, list[str], Place]:
+    """The width of the features, how many pixels a grid of patches cuts off, and where there are tokens.
 
     Raises:
         UserError: the tower does not take images of this size, or gives something else than features.
     """
-    grid = PatchGrid(module, size)
+    grid, search = PatchGrid(module, size), TokenSearch(module, 2)
     try:
         out = trial(module, torch.zeros(2, 3, size, size))
     except UntriedError:  # it has no memory here, and looks at numbers
-        return width, []
+        return width, [], Place(tower.name)
     except Exception as error:  # whatever a tower raises about images that it cannot take
         raise UserError(
             f"data.image_size: {tower.name} does not take images of {size} pixels ({_words(error)})"
@@ -81,13 +82,15 @@ def _try(module: nn.Module, width: int, tower: ImageTower, size: int) -> tuple[i
         ) from error
     finally:
         grid.close()
+        search.close()
     if not isinstance(out, Tensor) or out.dim() != 2:
         got = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
         raise UserError(
             f"model.image.name: expected one vector per image, (2, width) for two, got {got} from {tower.name}"
         )
-    unseen = grid.unseen()
-    return int(out.shape[1]), [f"data.image_size: {tower.name} never sees {unseen}"] if unseen else []
+    unseen, width = grid.unseen(), int(out.shape[1])
+    notes = [f"data.image_size: {tower.name} never sees {unseen}"] if unseen else []
+    return width, notes, search.place(tower.name, width)
 
 
 def _sizes_near(tower: ImageTower, size: int) -> str:

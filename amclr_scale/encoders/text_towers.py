@@ -36,14 +36,17 @@ class PooledTower(nn.Module):
         super().__init__()
         self.tokens, self.pad_id, self.pooling, self.ends_with_pad = tokens, pad_id, pooling, ends_with_pad
 
-    def forward(self, ids: Tensor) -> Tensor:
+    def forward(self, ids: Tensor, with_tokens: bool = False) -> Any:
+        """(b, width); `with_tokens` also the features of tokens (b, n, width), and which of them count (b, n)."""
         places = torch.arange(ids.shape[1], device=ids.device)
         last = ((ids != self.pad_id) * places).amax(1)  # (b,); 0 also in a caption without words
         visible = places <= (last + self.ends_with_pad)[:, None]  # (b, L)
         if ids.device.type == "cpu":  # elsewhere the answer would have to be waited for
             longest = int(visible.any(0).sum())
             ids, visible = ids[:, :longest], visible[:, :longest]
-        return pool(self.tokens(ids, visible), visible, self.pooling)
+        features = self.tokens(ids, visible)
+        pooled = pool(features, visible, self.pooling)
+        return (pooled, features, visible) if with_tokens else pooled
 
 
 class TransformersModel(nn.Module):

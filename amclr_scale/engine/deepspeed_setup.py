@@ -13,6 +13,7 @@ from amclr_scale.config.schema import Config, Execution
 from amclr_scale.distributed.process_group import leave_messages_to_gloo
 from amclr_scale.encoders.dual_encoder import DualEncoder
 from amclr_scale.encoders.recomputation import recomputed_share, set_recomputation
+from amclr_scale.encoders.tokens import check_tokens, token_sides
 from amclr_scale.engine.batch_plan import Plan
 from amclr_scale.engine.optimizers import build_optimizer, freeze, parameter_groups
 from amclr_scale.engine.profiling import SKIPPED
@@ -73,7 +74,13 @@ def quieten() -> None:
 
 
 def adapt_to_objective(model: DualEncoder, objective: Objective, embedding_width: int) -> None:
-    """Let the model give what the objective reads: outputs of its parts, embeddings of their own length."""
+    """Let the model give what the objective reads: outputs of its parts, tokens, embeddings of their own length.
+
+    Raises:
+        UserError: the objective reads tokens of a tower that has none.
+    """
+    model.tokens = token_sides(objective.inputs)
+    check_tokens(model.tokens, model.image_tokens)
     model.unit_rows = objective.needs_unit_rows
     model.take_parts(objective.model_parts(objective.config, embedding_width))
 
@@ -82,13 +89,18 @@ def prepare_towers(model: DualEncoder, execution: Execution) -> None:
     """Switch on activation recomputation and compilation, in this order: what is compiled then recomputes too.
 
     Raises:
-        UserError: a tower has fewer blocks than execution.recompute_... counts.
+        UserError: a tower has fewer blocks than execution.recompute_... counts, or what it has inside is to be read.
     """
     for tower, recomputation in (("image", execution.recompute_image), ("text", execution.recompute_text)):
         try:
             set_recomputation(getattr(model, f"{tower}_tower"), recomputation)
         except ValueError as error:
             raise UserError(f"execution.recompute_{tower}: {str(error).removeprefix('recomputation: ')}") from error
+    if execution.compile and "image" in model.tokens:
+        raise UserError(
+            "execution.compile: expected false where the objective reads image_tokens, which are noted inside the "
+            "tower, got true"
+        )
     if execution.compile:  # in place, so that parameters keep their names
         model.image_tower.compile()
         model.text_tower.compile()

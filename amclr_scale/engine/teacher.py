@@ -147,9 +147,10 @@ class Teacher:
         texts = batch.texts[:1] if "text" in self.lends else ()
         parts: dict[str, list[Tensor]] = {side: [] for side in self.lends}
         micro_batches = [m for m in split(Batch(batch.ids, images, texts), *micro_batch_sizes) if m.images or m.texts]
+        plain = {"tokens": False} if getattr(self.engine.module, "tokens", ()) else {}
         with self.in_place():
             for micro_batch in on_device(micro_batches, self.device):
-                outputs = self.engine(micro_batch.images, micro_batch.texts)
+                outputs = self.engine(micro_batch.images, micro_batch.texts, **plain)
                 for side in parts.keys() & outputs.keys():
                     parts[side].append(outputs[side])
         return {f"{side}_momentum": torch.cat(found) for side, found in parts.items()}

@@ -31,15 +31,15 @@ from amclr_scale.engine.optimizers import parameter_groups
 from amclr_scale.memory.components import PHASES, TEACHER, Component, Phase, always
 from amclr_scale.memory.objective_memory import (
     host_state_bytes,
-    made_together,
     objective_memory,
     sample_state_bytes,
     staged_bytes,
 )  # fmt: skip
 from amclr_scale.memory.passes import Passes
+from amclr_scale.memory.random_embeddings import made_together
 from amclr_scale.memory.state import Groups, state_components, stepped
 from amclr_scale.memory.teacher import Weights, teacher_components
-from amclr_scale.memory.towers import skeleton
+from amclr_scale.memory.towers import skeleton, token_counts
 from amclr_scale.memory.units import in_words
 from amclr_scale.similarity import Group, Settings
 from amclr_scale.similarity.backends import workspace
@@ -249,10 +249,11 @@ def _objective_components(config: Config, plan: Plan, num_samples: int, device: 
     memory = objective_memory(
         config.objective, width=config.model.embedding_width, world_size=W, gather=similarity.gather,
         distribution=_distribution(config, W, b, device), layout=layout, num_samples=num_samples,
-        group_share=None if group is None else group / b, references=reference_widths(config.data)[0],
+        group_share=None if group is None else group / b,
+        sizes=reference_widths(config.data)[0] | (tokens := token_counts(config)),
     )  # fmt: skip
     settings = Settings(
-        chunk=similarity.chunk, backend=similarity.backend, precision=similarity.precision,
+        chunk=similarity.chunk, backend="torch" if tokens else similarity.backend, precision=similarity.precision,
         run_precision=execution.precision,
     )  # fmt: skip
     cores = execution.threads or max(1, (os.cpu_count() or 1) // W)

@@ -7,29 +7,29 @@ ranks, blocks of c rows and width D, every storage is one of
     a tile of similarities   min(c, b) x min(c, B)    `contrast`, `pairwise`
     a block of rows          min(c, b) x B            `map_rows`
     a matrix of moments      D x D                    `gram`
+    a tile of tokens         about c x c              `token_contrast`, whole samples of n1 and n2 tokens
     anything else            affine in b              features, their gradients, numbers per anchor
 
-which its size tells, since c is prime. At each moment so many of the first three are alive; for every such combination
+which its size tells, since c is prime. At each moment so many of the first four are alive; for every such combination
 two runs give the rest as a function of b, and the peak is that of the worst combination. At the job's own width and
-number of ranks this is exact, whatever the rows.
+number of ranks this is exact, whatever the rows. Many tokens follow from a few, in the same proportion.
 """
 
 import json
+import math
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
-from torch import Tensor
 
 from amclr_scale import objectives
 from amclr_scale.config.objective_options import declared
-from amclr_scale.declarations import KINDS
+from amclr_scale.memory.random_embeddings import FEW_TOKENS, Sizes, fewer_tokens, random_embeddings, tensors_of
 from amclr_scale.memory.tracker import Tracker
 from amclr_scale.objectives.base import Layout, Objective
 from amclr_scale.objectives.staging import forgotten
@@ -37,17 +37,18 @@ from amclr_scale.objectives.table import tables_of
 from amclr_scale.similarity import settings
 from amclr_scale.similarity.blocks import Workspace
 from amclr_scale.similarity.settings import Distribution, Gather
+from amclr_scale.similarity.token_blocks import token_tile
 from amclr_scale.similarity.torch_backend import BUFFERS
-from amclr_scale.types import Embeddings, flatten, takes_gradient
+from amclr_scale.types import Embeddings
 
 GROUPS_TRACED = 4  # of more groups inside a rank, so many: each adds what the others did
 PRIMES = (13, 11)  # c; the first that does not divide D
-ITEMSIZES = ((4,), (1, 4, 8), (4,))  # of what tiles, blocks (masks and indices, too) and moments hold
+ITEMSIZES = ((4,), (1, 4, 8), (4,), (4,))  # of what tiles, blocks (masks, indices, too), moments, tiles of tokens hold
 TRACED = 4 * BUFFERS  # bytes per entry of what the traced backend, torch, holds of a tile
 TABLES = (263, 521)  # stored rows, likewise; of no size that tiles and blocks have
 FEW = (2, 4)  # ranks from which larger groups follow: everything is affine in their number
-Widths = tuple[tuple[str, int], ...]  # R of each kind of reference
-Alive = tuple[int, int, int]  # bytes per element of what is alive of tiles, blocks and moments
+Alive = tuple[int, int, int, int]  # bytes per element of what is alive of tiles, blocks, moments and tiles of tokens
+Tokens = tuple[int, int]  # n1, n2
 
 
 @dataclass(frozen=True)
@@ -57,12 +58,14 @@ class ObjectiveMemory:
     Attributes:
         moments: what is alive -> constant and slope of the rest, bytes and bytes per row.
         contrasts: how many matrices of b x B may be kept from forward to backward.
+        tokens: of an image and of a text.
     """
 
     moments: dict[Alive, tuple[float, float]]
     contrasts: int
     width: int
     world_size: int
+    tokens: Tokens = (1, 1)
 
     def peak(self, rows: int, *, workspace: Workspace, rows_at_once: int, cache_bytes: int = 0) -> tuple[int, int]:
         """Bytes of similarities, and of everything else, at the worst moment of forward and backward.
@@ -77,23 +80,35 @@ class ObjectiveMemory:
         tile, block = workspace.bytes(rows, keys, self.width), min(rows_at_once, rows) * keys
         kept = self.contrasts * min(cache_bytes, 4 * rows * keys)
         found = [
-            (round(tiles / TRACED * tile) + blocks * block, round(constant + slope * rows) + grams * self.width**2)
-            for (tiles, blocks, grams), (constant, slope) in self.moments.items()
+            (
+                round(tiles / TRACED * tile) + blocks * block + self._of_tokens(tokens, rows, keys, workspace),
+                round(constant + slope * rows) + grams * self.width**2,
+            )
+            for (tiles, blocks, grams, tokens), (constant, slope) in self.moments.items()
         ]
         worst = max(found, key=sum)
         return worst[0] + kept, worst[1]
 
+    def _of_tokens(self, alive: int, rows: int, keys: int, workspace: Workspace) -> int:
+        """Bytes of a tile of tokens, and of the best matches and their places in it, both ways."""
+        if not alive:
+            return 0
+        n1, n2 = self.tokens
+        r, c = token_tile((workspace.rows, workspace.columns), self.tokens)
+        entries = min(r, rows * n1) * min(c, keys * n2)
+        return alive * entries + entries * (4 + 8) // n1 + entries * (4 + 8) // n2 + entries * 4 // min(n1, n2)
+
 
 def objective_memory(
     objective: dict[str, Any], *, width: int, world_size: int, gather: Gather, distribution: Distribution,
-    layout: Layout, num_samples: int, group_share: float | None = None, references: Mapping[str, int] | None = None,
+    layout: Layout, num_samples: int, group_share: float | None = None, sizes: Mapping[str, int] | None = None,
 ) -> ObjectiveMemory:  # fmt: skip
     """Run an objective on random rows. Cached; only outside of a real process group.
 
     Args:
         objective: name and options, as in a configuration.
         width: D.
-        references: R of each kind of reference, where it is not D.
+        sizes: by kind of input: R of references, where it is not D; n of tokens.
         distribution, layout: what the job will use, not auto.
         num_samples: N.
         group_share: where the objective has groups of pairs: their size over a rank's rows.
@@ -101,15 +116,21 @@ def objective_memory(
     Raises:
         RuntimeError: a process group exists already and this combination is not known yet.
     """
-    widths = tuple(sorted((references or {}).items()))
-    ask = (_key(objective), width, world_size, gather, distribution, layout, group_share, widths)
+    given = tuple(sorted((sizes or {}).items()))
+    ask = (_key(objective), width, world_size, gather, distribution, layout, group_share, given)
     if declared(objective).stored_rows != "all":
-        return _fit(*ask, None)
+        return replace(_fit(*ask, None), tokens=_tokens(given))
     one, two = ([_state(ask[0], TABLES[0], W, width, layout, host) for host in (False, True)] for W in (1, 2))
     cut = one != two  # over the ranks, of which each has its share
     low, high = (_fit(*ask, size, cut) for size in TABLES)
     stored = num_samples / world_size if cut else num_samples
-    return _extrapolated(low, high, (stored - TABLES[0]) / (TABLES[1] - TABLES[0]), world_size)
+    found = _extrapolated(low, high, (stored - TABLES[0]) / (TABLES[1] - TABLES[0]), world_size)
+    return replace(found, tokens=_tokens(given))
+
+
+def _tokens(sizes: Sizes) -> Tokens:
+    given = dict(sizes)
+    return given.get("image_tokens", FEW_TOKENS[0]), given.get("text_tokens", FEW_TOKENS[0])
 
 
 def sample_state_bytes(
@@ -184,10 +205,22 @@ def create(key: str, num_samples: int, layout: Layout, group_size: int | None) -
 @lru_cache(maxsize=256)
 def _fit(
     key: str, width: int, world_size: int, gather: Gather, distribution: Distribution, layout: Layout,
-    group_share: float | None, references: Widths, table: int | None, cut: bool = False,
+    group_share: float | None, sizes: Sizes, table: int | None, cut: bool = False,
 ) -> ObjectiveMemory:  # fmt: skip
+    fewer = fewer_tokens(sizes)
+    if fewer != sizes:
+
+        def at(some: Sizes) -> ObjectiveMemory:
+            return _fit(key, width, world_size, gather, distribution, layout, group_share, some, table, cut)
+
+        found = base = at(fewer)
+        for name, n in sizes:
+            if (share := n - dict(fewer)[name]) > 0:
+                one_more = at(tuple({**dict(fewer), name: dict(fewer)[name] + 1}.items()))
+                found = _extrapolated(base, one_more, share, world_size, found)
+        return found
     if world_size > FEW[1]:
-        ask = (gather, distribution, layout, group_share, references, table, cut)
+        ask = (gather, distribution, layout, group_share, sizes, table, cut)
         low, high = (_fit(key, width, ranks, *ask) for ranks in FEW)
         return _extrapolated(low, high, (world_size - FEW[0]) / (FEW[1] - FEW[0]), world_size)
     chunk = next(prime for prime in PRIMES if width % prime)
@@ -211,8 +244,9 @@ def _fit(
             size = (table or rows) * (1 if table and not cut else world_size)
             made = create(key, size, layout, group_size)
             made.rehearse(width, rows * world_size)  # the bank's own bytes are state
-            areas = (chunk * chunk, chunk * rows * world_size, width * width)
-            return _moments(made, random_embeddings(made, rows, width, world_size, dict(references)), areas)
+            of_tokens = math.prod(token_tile((chunk, chunk), _tokens(sizes)))
+            areas = (chunk * chunk, chunk * rows * world_size, width * width, of_tokens)
+            return _moments(made, random_embeddings(made, rows, width, world_size, dict(sizes)), areas)
 
     few, more = 2 * chunk * parts, 3 * chunk * parts
     one, two, cached = run(few), run(more), run(few, 2**40)
@@ -220,22 +254,22 @@ def _fit(
     for alive in one.keys() & two.keys():
         slope = (two[alive] - one[alive]) / (more - few)
         moments[alive] = (one[alive] - slope * few, slope)
-    kept = max(tiles for tiles, _, _ in cached) - max(tiles for tiles, _, _ in one)
+    kept = max(tiles for tiles, *_ in cached) - max(tiles for tiles, *_ in one)
     contrasts = round(kept * chunk * chunk / (4 * few * few * world_size))
     return ObjectiveMemory(moments, contrasts, width, world_size)
 
 
-def _extrapolated(low: ObjectiveMemory, high: ObjectiveMemory, share: float, world_size: int) -> ObjectiveMemory:
-    """Where low is at 0 and high at 1."""
+def _extrapolated(
+    low: ObjectiveMemory, high: ObjectiveMemory, share: float, world_size: int, start: ObjectiveMemory | None = None
+) -> ObjectiveMemory:
+    """Where low is at 0 and high at 1; or so far from where another one, in place of low, is."""
+    begin = (start or low).moments
 
-    def between(a: float, b: float) -> float:
-        return a + share * (b - a)
+    def moved(alive: Alive, part: int) -> float:
+        return begin[alive][part] + share * (high.moments[alive][part] - low.moments[alive][part])
 
-    moments = {
-        alive: (between(c, high.moments[alive][0]), between(s, high.moments[alive][1]))
-        for alive, (c, s) in low.moments.items()
-        if alive in high.moments
-    }
+    there = high.moments.keys() & low.moments.keys() & begin.keys()
+    moments = {alive: (moved(alive, 0), moved(alive, 1)) for alive in begin if alive in there}
     return ObjectiveMemory(moments, low.contrasts, low.width, world_size)
 
 
@@ -261,10 +295,12 @@ def pretended(world_size: int) -> Iterator[None]:
         sys.excepthook = hook  # which a process group replaces by one that names its rank
 
 
-def _moments(objective: Objective, embeddings: Embeddings, areas: tuple[int, int, int]) -> dict[Alive, int]:
-    """For every combination of tiles, blocks and moments that is ever alive, the most bytes of the rest beside it."""
-    kinds = {areas[kind] * item: (kind, item) for kind in (2, 1, 0) for item in ITEMSIZES[kind]}
-    alive, rest, most = [0, 0, 0], 0, dict[Alive, int]()
+def _moments(objective: Objective, embeddings: Embeddings, areas: Alive) -> dict[Alive, int]:
+    """For every combination of tiles, blocks, moments and so on that is ever alive, the most bytes of the rest."""
+    kinds = {areas[kind] * item: (kind, item) for kind in (3, 2, 1, 0) for item in ITEMSIZES[kind]}
+    if not any(name.endswith("_tokens") for name in objective.inputs):
+        kinds = {size: found for size, found in kinds.items() if found[0] != 3}
+    alive, rest, most = [0, 0, 0, 0], 0, dict[Alive, int]()
 
     def note(size: int, _: int) -> None:
         nonlocal rest
@@ -273,7 +309,7 @@ def _moments(objective: Objective, embeddings: Embeddings, areas: tuple[int, int
             rest += size
         else:
             alive[kind] += item if size > 0 else -item
-        now = (alive[0], alive[1], alive[2])
+        now = (alive[0], alive[1], alive[2], alive[3])
         most[now] = max(most.get(now, 0), rest)
 
     tracker = Tracker("cpu")
@@ -283,67 +319,3 @@ def _moments(objective: Objective, embeddings: Embeddings, areas: tuple[int, int
     with tracker, forgotten() if stores else nullcontext():  # what waits for the end of the step: `staged_bytes`
         objective(embeddings).value.backward()
     return most
-
-
-def tensors_of(embeddings: Embeddings) -> list[Tensor]:
-    return list(embeddings.flat().values())
-
-
-def random_embeddings(
-    objective: Objective, rows: int, width: int, world_size: int, references: Mapping[str, int] | None = None
-) -> Embeddings:
-    """All that the objective reads, outputs of its parts among it, as leaves: random rows of a rank."""
-    torch.manual_seed(0)
-    K = objective.inputs.count("text_negatives")
-    made: dict[str, Any] = {
-        name: _random(name, rows, width, {"R": (references or {}).get(name, width), "K": K})
-        for name in ("image", "text", *objective.inputs)
-    }
-    for name, kind in KINDS.items():
-        if kind.several and name in objective.inputs:
-            made[name] = tuple(_random(name, rows, width) for _ in range(objective.inputs.count(name)))
-    made["logit_scale"], made["logit_bias"] = torch.full((1,), 10.0), torch.full((1,), -10.0)
-    parts = objective.model_parts(objective.config, width)
-    if parts is not None:
-        with torch.no_grad():
-            made |= parts(made)
-    made["ids"] = torch.arange(rows) * world_size  # of samples whose state this rank holds: nobody else answers
-    leaves = {name: x.detach().clone() for name, x in flatten(made).items()}
-    for name, leaf in leaves.items():
-        leaf.requires_grad_(leaf.is_floating_point() and takes_gradient(name))
-    return Embeddings.from_flat(leaves)
-
-
-@lru_cache(maxsize=64)
-def made_together(key: str, width: int) -> tuple[str, ...]:
-    """Outputs of an objective's parts that come only where images and texts are encoded in one call.
-
-    Args:
-        key: the objective's section, as JSON.
-        width: D.
-    """
-    section = json.loads(key)
-    inputs, parts = declared(section).inputs, objectives.parts_of(section, width)
-    if parts is None:
-        return ()
-    state = torch.get_rng_state()
-    given: dict[str, dict[str, Any]] = {}
-    for side in ("image", "text"):
-        views = tuple(_random(side, 2, width) for _ in range(inputs.count(f"{side}_views")))
-        given[side] = {side: _random(side, 2, width), f"{side}_views": views}
-    shared = {"logit_scale": torch.full((1,), 10.0), "logit_bias": torch.full((1,), -10.0)}
-    with torch.no_grad():
-        both = flatten(parts({**given["image"], **given["text"], **shared}))
-        alone = {name for outputs in given.values() for name in flatten(parts({**outputs, **shared}))}
-    torch.set_rng_state(state)
-    return tuple(name for name in both if name not in alone)
-
-
-def _random(name: str, rows: int, width: int, others: Mapping[str, int] | None = None) -> Tensor:
-    """Rows of a kind of input."""
-    kind, sizes = KINDS[name], {"D": width, **(others or {})}
-    shape = [sizes[side] if isinstance(side, str) else side for side in kind.shape]
-    if kind.dtype == "float":
-        x = torch.randn(rows, *shape)
-        return F.normalize(x, dim=-1) if shape else x
-    return torch.ones(rows, *shape, dtype=getattr(torch, kind.dtype))

@@ -11,6 +11,7 @@ of the peak moves.
 import copy
 import gc
 import json
+import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -24,10 +25,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from amclr_scale import objectives
 from amclr_scale.config import schema
+from amclr_scale.config.objective_options import declared
 from amclr_scale.data.tokenizers import load_tokenizer
 from amclr_scale.encoders.build import build_model
 from amclr_scale.encoders.dual_encoder import DualEncoder
 from amclr_scale.encoders.recomputation import Recomputation, set_recomputation
+from amclr_scale.encoders.tokens import check_tokens, token_sides
 from amclr_scale.engine.optimizers import freeze
 from amclr_scale.memory.kernels import kernels_of
 from amclr_scale.memory.timeline import Timeline
@@ -95,6 +98,16 @@ def parameter_sizes(config: schema.Config) -> tuple[int, ...]:
     return _parameter_sizes(_key(config))
 
 
+def token_counts(config: schema.Config) -> dict[str, int]:
+    """How many tokens there are that the objective reads, by the name of their kind: {"image_tokens": 50}."""
+    sides = token_sides(declared(config.objective).inputs)
+    if not sides:
+        return {}
+    place = skeleton(config).image_tokens
+    counts = {"image": place.count if place else 0, "text": config.data.context_length}
+    return {f"{side}_tokens": counts[side] for side in sides}
+
+
 @lru_cache(maxsize=16)
 def _parameter_sizes(key: str) -> tuple[int, ...]:
     return tuple(p.numel() for p in _skeleton(key).parameters())
@@ -112,6 +125,7 @@ def _key(config: schema.Config) -> str:
         "data": config.data.model_dump(include=data),
         "depths": config.optimizer.layer_decay < 1,
         "frozen": {part: 0.0 for part, factor in factors.items() if factor == 0},
+        "tokens": token_sides(declared(config.objective).inputs),
     }
     return json.dumps(found | ({"objective": config.objective} if objectives.has_parts(config.objective) else {}))
 
@@ -130,6 +144,8 @@ def _skeleton(key: str) -> DualEncoder:
             image_mean=(0.0, 0.0, 0.0), image_std=(1.0, 1.0, 1.0), weights=False, with_depths=recipe["depths"],
         )  # fmt: skip
     model.further_views = {"image": data["image_views"], "text": data["text_views"]}
+    model.tokens = tuple(recipe["tokens"])
+    check_tokens(model.tokens, model.image_tokens)
     if "objective" in recipe:
         with torch.device("meta"):
             model.take_parts(objectives.parts_of(recipe["objective"], recipe["model"]["embedding_width"]))
@@ -186,7 +202,7 @@ def _traced(
         with_graph = again = _record(model, modality, inputs, visits)
         features = with_graph.features
         if features is not None:
-            rows = [torch.empty(m, features[1], dtype=DTYPES[precision], device="meta") for _ in range(views)]
+            rows = [torch.empty(m, *features[1:], dtype=DTYPES[precision], device="meta") for _ in range(views)]
             again = _record(model, modality, rows, visits)
         if visits is not None:
             visits.close()
@@ -196,7 +212,7 @@ def _traced(
     return Tower(
         whole, _timeline(without_graph, m), whole if features is None else _timeline(again, m),
         counter.get_total_flops() / m, of_frozen.no_backward / m, of_frozen.once / m, per_sample,
-        0 if features is None else views * features[1] * DTYPES[precision].itemsize, shared,
+        0 if features is None else views * math.prod(features[1:]) * DTYPES[precision].itemsize, shared,
     )  # fmt: skip
 
 
@@ -224,7 +240,7 @@ class _Recording:
     forward_end: int
     outputs: dict[str, int]  # bytes by flat name
     visits: tuple[Visit, ...] = ()
-    features: tuple[int, int] | None = None  # (rows, width) of a frozen tower's
+    features: tuple[int, ...] | None = None  # (rows, width), or (rows, 1 + n, width), of a frozen tower's
 
 
 def _encode(model: DualEncoder, modality: Modality, inputs: list[Tensor]) -> dict[str, Any]:
@@ -243,7 +259,7 @@ def _record(
     events.clear()
     came, gradients, forward_end = dict[int, int](), dict[int, int](), 0
     sizes = dict[str, int]()
-    features: tuple[int, int] | None = None
+    features: tuple[int, ...] | None = None
     parameters = list(model.parameters())
     hooks = [
         p.register_hook(lambda _, number=n: came.update({number: len(events)}))
@@ -264,7 +280,7 @@ def _record(
                 flat = flatten(outputs)
                 del outputs
                 frozen = flat.pop(f"{FROZEN_FEATURES}.{modality}", None)
-                features = None if frozen is None else (frozen.shape[0], frozen.shape[1])
+                features = None if frozen is None else tuple(frozen.shape)
                 del frozen
                 rows = [x for name, x in flat.items() if x.requires_grad and name not in ("logit_scale", "logit_bias")]
                 terms = [(x * torch.empty_like(x)).sum() for x in rows]

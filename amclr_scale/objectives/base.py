@@ -192,6 +192,9 @@ class Objective(Declarations, nn.Module):
             if kind.shape == ("D",) and rows.shape != image.shape:
                 which = "every view" if kind.several else "rows"
                 raise UserError(f"embeddings.{name}: expected {which} to have the shape {tuple(image.shape)}")
+            if kind.shape == ("n", "D") and (rows.dim() != 3 or rows.shape[2] != image.shape[1]):
+                expected = f"tokens of the embeddings' width, ({len(image)}, n, {image.shape[1]})"
+                raise UserError(f"embeddings.{name}: expected {expected}, got {tuple(rows.shape)}")
             if not kind.shared and len(rows) != len(image):
                 raise UserError(f"embeddings.{name}: expected a row per sample, {len(image)}, got {len(rows)}")
 

@@ -25,7 +25,8 @@ from amclr_scale import objectives
 from amclr_scale.config.objective_options import declared
 from amclr_scale.distributed import collectives
 from amclr_scale.distributed.purpose import current_purpose
-from amclr_scale.memory.objective_memory import Widths, create, random_embeddings
+from amclr_scale.memory.objective_memory import create
+from amclr_scale.memory.random_embeddings import FEW_TOKENS, Sizes, random_embeddings
 from amclr_scale.objectives.base import Layout
 from amclr_scale.objectives.staging import forgotten
 from amclr_scale.objectives.table import tables_of
@@ -95,7 +96,7 @@ def _quadratic(values: list[int], rows: int) -> float:
 def trace_objective(
     objective: dict[str, Any], *, world_size: int, width: int, local_rows: int,
     distribution: Distribution, gather: Gather, layout: Layout, num_samples: int, device_type: str = "cpu",
-    references: Mapping[str, int] | None = None,
+    sizes: Mapping[str, int] | None = None,
 ) -> ObjectiveTrace:  # fmt: skip
     """Run an objective on random rows. Cached; only outside of a real process group.
 
@@ -105,7 +106,7 @@ def trace_objective(
         local_rows: of a rank in the job, to which groups of pairs are scaled.
         distribution, layout: what the job will use, not auto.
         num_samples: N, which matters where all stored rows are read.
-        references: R of each kind of reference, where it is not D.
+        sizes: by kind of input: R of references, where it is not D; n of tokens.
         device_type: cpu or cuda, which differ in the collectives that they use.
 
     Raises:
@@ -118,8 +119,8 @@ def trace_objective(
         group = said.group_size
         if group is not None:  # whole ranks stay whole ranks; groups inside a rank send nothing, whatever their size
             group = group // local_rows * rows or rows
-        widths = tuple(sorted((references or {}).items()))
-        ask = (world_size, width, rows, distribution, gather, layout, group, device_type, widths)
+        given = tuple(sorted((sizes or {}).items()))
+        ask = (world_size, width, rows, distribution, gather, layout, group, device_type, given)
         if said.stored_rows == "all":
             tables = (ROWS[-1] * world_size, 2 * ROWS[-1] * world_size)
             works.append(_at(num_samples, tables, *(_run(key, table, *ask) for table in tables)))
@@ -129,7 +130,7 @@ def trace_objective(
 
 
 def _at(table: int, tables: tuple[int, int], few: Work, more: Work) -> Work:
-    """The work with so many stored rows, from that with two other numbers of them: all of it is linear in them."""
+    """The work with so many stored rows, or tokens, from that with two other numbers: all of it is linear in them."""
 
     def line(x: int, y: int) -> int:
         return round(x + (y - x) * (table - tables[0]) / (tables[1] - tables[0]))
@@ -144,10 +145,15 @@ def _at(table: int, tables: tuple[int, int], few: Work, more: Work) -> Work:
 def _run(
     key: str, num_samples: int, world_size: int, width: int, rows: int,
     distribution: Distribution, gather: Gather, layout: Layout, group_size: int | None, device_type: str,
-    references: Widths,
+    sizes: Sizes,
 ) -> Work:  # fmt: skip
     import torch.testing._internal.distributed.fake_pg  # registers the backend called "fake"
 
+    for name, n in sizes:
+        if name.endswith("_tokens") and n > FEW_TOKENS[1]:
+            of_few = (tuple({**dict(sizes), name: few}.items()) for few in FEW_TOKENS)
+            ask = (world_size, width, rows, distribution, gather, layout, group_size, device_type)
+            return _at(n, FEW_TOKENS, *(_run(key, num_samples, *ask, one) for one in of_few))
     if dist.is_initialized():
         raise RuntimeError("trace_objective: ask before the process group starts; it pretends to be one")
     random_state, hook, threads = torch.get_rng_state(), sys.excepthook, torch.get_num_threads()
@@ -157,7 +163,7 @@ def _run(
         made = create(key, num_samples, layout, group_size)
         slots = max((table.slots for table in tables_of(made)), default=0)
         made.rehearse(width, max(slots, ROWS[-1] * world_size))
-        embeddings = random_embeddings(made, rows, width, world_size, dict(references))
+        embeddings = random_embeddings(made, rows, width, world_size, dict(sizes))
         there = mock.patch.object(collectives, "exchanges_sums", return_value=device_type == "cpu")
         with settings.using(gather=gather, distribution=distribution), forgotten(), there, _Counter() as counted:
             value = made(embeddings).value

@@ -39,7 +39,7 @@ from amclr_scale.data.beside.references import reference_widths
 from amclr_scale.distributed.collectives import Group
 from amclr_scale.engine.batch_plan import Plan, make_plan
 from amclr_scale.memory.passes import gathers
-from amclr_scale.memory.towers import skeleton
+from amclr_scale.memory.towers import skeleton, token_counts
 from amclr_scale.memory.units import in_words
 from amclr_scale.objectives.base import Layout
 from amclr_scale.objectives.sample_state import REPLICATED_BYTES
@@ -132,7 +132,7 @@ def objective_trace(
         layout=state_layout(config, num_samples),
         num_samples=num_samples,
         device_type=device_type,
-        references=reference_widths(config.data)[0],
+        sizes=reference_widths(config.data)[0] | token_counts(config),
     )  # fmt: skip
 
 

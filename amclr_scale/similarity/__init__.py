@@ -10,6 +10,7 @@ from amclr_scale.similarity.nearest import top_k
 from amclr_scale.similarity.pairwise import pairwise
 from amclr_scale.similarity.rows import map_rows
 from amclr_scale.similarity.settings import Settings, configure, current, using
+from amclr_scale.similarity.token_contrast import token_contrast
 
 __all__ = [
     "Contrast",
@@ -31,6 +32,7 @@ __all__ = [
     "map_rows",
     "pairwise",
     "rank",
+    "token_contrast",
     "top_k",
     "using",
     "world_size",

@@ -169,8 +169,8 @@ def contrast(
         )
     dtype = similarity_dtype(image, text)
     of_image, of_text = temperature if isinstance(temperature, tuple) else (temperature, temperature)
-    image_temperature = _per_anchor(of_image, image, dtype)
-    text_temperature = image_temperature if of_text is of_image else _per_anchor(of_text, image, dtype)
+    image_temperature = per_anchor(of_image, image, dtype)
+    text_temperature = image_temperature if of_text is of_image else per_anchor(of_text, image, dtype)
     inputs = (image, text, image_temperature, text_temperature)
     if limit is not None:
         if limit.shape != (b,) or margin is not None:
@@ -227,7 +227,7 @@ def _counts(in_batch: int, extra: Tensor | ExtraKeys | None, kept: Tensor | None
     return in_batch + there, None if kept is None else kept + met
 
 
-def _per_anchor(temperature: Temperature, anchors: Tensor, dtype: torch.dtype) -> Tensor:
+def per_anchor(temperature: Temperature, anchors: Tensor, dtype: torch.dtype) -> Tensor:
     """(b,), differentiable in a temperature that is a tensor."""
     b = len(anchors)
     if not isinstance(temperature, Tensor):

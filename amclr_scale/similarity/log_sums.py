@@ -88,15 +88,15 @@ class LogSums(torch.autograd.Function):
             else:
                 columns = Statistics.empty(all_gather(texts.rate, plan.ranks))
                 stream.accumulate(image, text_keys, images, columns, mask=masks.images, positive=positive)
-                _merge(columns, texts, plan.ranks)
+                merge(columns, texts, plan.ranks)
             stream.accumulate_extra(image, plan.extra_texts, images, masks.extra_texts)
             stream.accumulate_extra(text, plan.extra_images, texts, masks.extra_images)
 
             centre = positive if plan.centred else torch.zeros_like(positive)
             image_offset, text_offset = (images.shift - centre) / image_t, (texts.shift - centre) / text_t
             image_sum, text_sum = image_offset + images.mass.log(), text_offset + texts.mass.log()
-            image_expected = _expected(images, image_offset)
-            text_expected = _expected(texts, text_offset)
+            image_expected = expected_of(images, image_offset)
+            text_expected = expected_of(texts, text_offset)
 
         ctx.plan = plan
         ctx.set_materialize_grads(False)
@@ -117,8 +117,11 @@ class LogSums(torch.autograd.Function):
         need_image, need_text, need_image_t, need_text_t = ctx.needs_input_grad[1:5]
 
         with torch.autocast(image.device.type, enabled=False):
-            images, image_positive = _weights(plan, d_image_sum, image_shift, image_mass, image_t, positive)
-            texts, text_positive = _weights(plan, d_text_sum, text_shift, text_mass, text_t, positive)
+            how: dict[str, Any] = {
+                "dtype": plan.dtype, "exclude_positive": plan.exclude_positive, "centred": plan.centred,
+            }  # fmt: skip
+            images, image_positive = side_weights(d_image_sum, image_shift, image_mass, image_t, positive, **how)
+            texts, text_positive = side_weights(d_text_sum, text_shift, text_mass, text_t, positive, **how)
             total = image_positive + text_positive + (0 if d_positive is None else d_positive)
 
             stream = _Stream(
@@ -202,7 +205,7 @@ class _Stream:
         d_anchors: Tensor | None,  # (b, D)
         also_keys: bool = False,  # leave the keys' gradient in keys.gradient
     ) -> None:
-        columns = _gather(columns, self.plan.ranks)
+        columns = gather_weights(columns, self.plan.ranks)
         for block in keys.blocks(self.plan.dtype if also_keys else None, self.plan.gradient_width):
             self.blocks.differentiate(
                 anchors,
@@ -230,7 +233,7 @@ class _Stream:
         for block in keys_of(anchors, ranks, self.plan.settings.gather).blocks():
             for keys, here in _pieces(extra, mask and mask[block.columns, :], anchors.device):
                 self.blocks.accumulate(block.rows, keys, every[block.columns], mask=here)
-        _merge(every, sums, ranks)
+        merge(every, sums, ranks)
 
     def differentiate_extra(
         self, anchors: Tensor, extra: ExtraKeys | None, weights: Weights | None, mask: Mask | None,
@@ -244,7 +247,7 @@ class _Stream:
                 self.blocks.differentiate(anchors, keys, weights, d_anchors=d_anchors, mask=here)
             return
         ranks = group()
-        every, mask = _gather(weights, ranks), _of_all_anchors(mask, ranks)
+        every, mask = gather_weights(weights, ranks), _of_all_anchors(mask, ranks)
         travelling = keys_of(anchors, ranks, self.plan.settings.gather)
         for block in travelling.blocks(self.plan.dtype, self.plan.gradient_width):
             for keys, here in _pieces(extra, mask and mask[block.columns, :], anchors.device):
@@ -276,36 +279,36 @@ def _of_all_anchors(mask: Mask | None, ranks: Group) -> Mask | None:
     return replace(mask, row_groups=tuple(all_gather(x, ranks) for x in mask.row_groups), row_limit=limit)
 
 
-def _merge(columns: Statistics, into: Statistics, ranks: Group) -> None:
+def merge(columns: Statistics, into: Statistics, ranks: Group) -> None:
     """Every rank's sums (B,) over its own keys -> this rank's anchors' sums (b,) over all keys. 3 B numbers travel."""
     parts = torch.stack([columns.shift, columns.mass, columns.moment]).view(3, ranks.size, -1)
     for shift, mass, moment in exchange(parts.transpose(0, 1), ranks):
         into.add(shift, mass, moment)
 
 
-def _expected(side: Statistics, offset: Tensor) -> Tensor:
+def expected_of(side: Statistics, offset: Tensor) -> Tensor:
     """(b,); 0 of an anchor to which no key is left."""
     return torch.where(side.mass > 0, offset + side.moment / side.mass / LOG2_E, 0.0)
 
 
-def _weights(
-    plan: Plan, upstream: Tensor | None, shift: Tensor, mass: Tensor, *numbers: Tensor
-) -> tuple[Weights | None, Tensor]:
+def side_weights(
+    upstream: Tensor | None, shift: Tensor, mass: Tensor, temperature: Tensor, positive: Tensor, *,
+    dtype: torch.dtype, exclude_positive: bool = False, centred: bool = True,
+) -> tuple[Weights | None, Tensor]:  # fmt: skip
     """One direction's weights, and its part of the positives' weights (b,) in float64."""
-    temperature, positive = numbers
     if upstream is None:
         return None, torch.zeros_like(positive, dtype=torch.float64)
     per_unit = torch.where(mass > 0, upstream.double() / temperature.double(), 0.0)  # no key: a constant, -inf
     factor = torch.where(mass > 0, per_unit / mass.double(), 0.0)
     part = torch.zeros_like(factor)
-    if not plan.exclude_positive:
+    if not exclude_positive:
         part = factor * ((positive.double() - shift.double()) / temperature.double()).exp()
-    if plan.centred:
+    if centred:
         part = part - per_unit
-    return Weights(LOG2_E / temperature, shift, factor.to(plan.dtype)), part
+    return Weights(LOG2_E / temperature, shift, factor.to(dtype)), part
 
 
-def _gather(weights: Weights | None, ranks: Group) -> Weights | None:
+def gather_weights(weights: Weights | None, ranks: Group) -> Weights | None:
     """(b,) of each rank -> (B,)."""
     if weights is None or ranks.size == 1:
         return weights

@@ -30,7 +30,7 @@ def tile_shape(settings: Settings, device: torch.device) -> tuple[int, int]:
 
 
 @dataclass(frozen=True)
-class _Tile:
+class Tile:
     rows: slice
     columns: slice
     left: Operand  # (r, D) anchors
@@ -53,7 +53,7 @@ class _LeftOut:
     """What a mask leaves out of a tile."""
 
     mask: Mask | None  # of the tile
-    tile: _Tile
+    tile: Tile
     diagonal: int | None
 
     def of_groups(self, matrix: Tensor, value: float) -> None:
@@ -180,33 +180,33 @@ class TorchBlocks:
             numbers.d_scale.add_(torch.mul(similarities, weights, out=logits).sum(1).double().sum())
             self._add_gradients(tile, weights, d_anchors, d_keys)
 
-    def _tiles(self, anchors: Tensor, keys: Tensor) -> Iterator[_Tile]:
+    def _tiles(self, anchors: Tensor, keys: Tensor) -> Iterator[Tile]:
         r, c = self.shape
         for row in range(0, len(anchors), r):
             rows = slice(row, min(row + r, len(anchors)))
             left = self._operand(anchors[rows], left=True)
             for column in range(0, len(keys), c):
                 columns = slice(column, min(column + c, len(keys)))
-                yield _Tile(rows, columns, left, self._operand(keys[columns], left=False))
+                yield Tile(rows, columns, left, self._operand(keys[columns], left=False))
 
     def _operand(self, x: Tensor, *, left: bool) -> Operand:
         return operand(x, self.form, left=left, widen=self.widen)
 
-    def _buffers(self, tile: _Tile) -> tuple[Tensor, Tensor, Tensor]:
+    def _buffers(self, tile: Tile) -> tuple[Tensor, Tensor, Tensor]:
         r, c = len(tile.left.product), len(tile.right.product)
         if not self.buffers or self.buffers[0].numel() < r * c:
             self.buffers = [torch.empty(r * c, dtype=self.dtype, device=self.device) for _ in range(BUFFERS)]
         first, second, third = (buffer[: r * c].view(r, c) for buffer in self.buffers)
         return first, second, third
 
-    def _similarities(self, tile: _Tile, out: Tensor) -> Tensor:
+    def _similarities(self, tile: Tile, out: Tensor) -> Tensor:
         left, right = tile.left.product, tile.right.product
         if left.dtype == self.dtype:
             return torch.mm(left, right.T, out=out)
         torch.ops.aten.mm.dtype_out(left, right.T, self.dtype, out=out)
         return out
 
-    def _add_gradients(self, tile: _Tile, weights: Tensor, d_anchors: Tensor | None, d_keys: Tensor | None) -> None:
+    def _add_gradients(self, tile: Tile, weights: Tensor, d_anchors: Tensor | None, d_keys: Tensor | None) -> None:
         parts = weight_parts(weights, self.form, self.widen)
         if d_anchors is not None:
             add_product(d_anchors[tile.rows], parts, tile.right.parts)

@@ -214,14 +214,14 @@ WRAPPED = [
 
 def test_weights_under_the_names_that_training_scripts_give_them(tmp_path):
     """DDP's, torch.compile's, Lightning's, open_clip's, DeepSpeed's, timm's."""
-    tower, _, _ = build_image_tower(ImageTower(name="timm/test_vit"), 32)
+    tower, *_ = build_image_tower(ImageTower(name="timm/test_vit"), 32)
     state = tower.state_dict()
     path = tmp_path / "weights.pt"
 
     def loaded(saved):
         torch.save(saved, path)
         with torch.device("cpu"):
-            made, _, _ = build_image_tower(ImageTower(name="timm/test_vit", weights=str(path)), 32)
+            made, *_ = build_image_tower(ImageTower(name="timm/test_vit", weights=str(path)), 32)
         return all(torch.equal(value, state[name]) for name, value in made.state_dict().items())
 
     for form in WRAPPED:

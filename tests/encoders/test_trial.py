@@ -97,7 +97,7 @@ def test_an_image_size_that_does_not_fit(name, size, told, near):
 
 
 def test_pixels_that_a_grid_of_patches_cuts_off():
-    tower, width, notes = build_image_tower(ImageTower(name="timm/mixer_s32_224"), 70)
+    tower, width, notes, _ = build_image_tower(ImageTower(name="timm/mixer_s32_224"), 70)
     (note,) = notes
     assert note == (
         "data.image_size: timm/mixer_s32_224 never sees the last 6 of 70 rows and columns, which are no whole patch of "
@@ -125,7 +125,7 @@ def test_pixels_that_a_grid_of_patches_cuts_off():
     ],
 )
 def test_pixels_that_other_grids_cut_off(name, size, cut, better):
-    tower, _, notes = build_image_tower(
+    tower, _, notes, _ = build_image_tower(
         ImageTower(name=f"timm/{name}", norm="group" if "resnet" in name else "default"), size
     )
     images = torch.randn(1, 3, size, size, requires_grad=True)

@@ -71,7 +71,8 @@ def train(name: str, options: dict[str, Any], device: torch.device) -> dict[str,
         objective = objectives.create(name, num_samples=NUM_SAMPLES, sample_state=layout, **options).to(device)
         with using(gather=gather, distribution=distribution, chunk=4):
             views, negatives = (objective.inputs.count(name) for name in ("image_views", "text_negatives"))
-            embeddings = on(device, my_rows(global_batch(step, views=views, negatives=negatives, heads=True)))
+            read = {"views": views, "negatives": negatives, "heads": True, "tokens": True}
+            embeddings = on(device, my_rows(global_batch(step, **read)))
             if "num_texts" in options:
                 embeddings = replace(embeddings, text_ids=embeddings.ids + NUM_SAMPLES)
             objective.set_epoch(step)

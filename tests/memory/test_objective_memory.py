@@ -11,11 +11,10 @@ from amclr_scale.memory.objective_memory import (
     host_state_bytes,
     objective_memory,
     pretended,
-    random_embeddings,
     sample_state_bytes,
     staged_bytes,
-    tensors_of,
 )
+from amclr_scale.memory.random_embeddings import random_embeddings, tensors_of
 from amclr_scale.memory.tracker import Tracker
 from amclr_scale.objectives.staging import forgotten, staged
 from amclr_scale.similarity import using
@@ -81,6 +80,26 @@ def test_more_ranks_follow_from_few():
         - few.peak(48, workspace=Workspace(48, 48, 12), rows_at_once=48)[1]
         > 2 * gathered
     )
+
+
+@pytest.mark.parametrize(("image", "text", "chunk"), [(20, 11, 64), (5, 30, 16), (7, 4, 400)])
+def test_tiles_of_tokens_are_counted_for_any_number_of_tokens(image, text, chunk):
+    rows, width, sizes = 48, 32, {"image_tokens": image, "text_tokens": text}
+    section = {"name": "filip"}
+    memory = objective_memory(
+        section, width=width, world_size=2, gather="all", distribution="reduce_scatter", layout="replicated",
+        num_samples=SAMPLES, sizes=sizes,
+    )  # fmt: skip
+    with pretended(2), using(chunk=chunk):
+        made = create(json.dumps(section), SAMPLES, "replicated", None)
+        embeddings = random_embeddings(made, rows, width, 2, sizes)
+        tracker = Tracker()
+        tracker.add(tensors_of(embeddings), "before")
+        before = tracker.total
+        with tracker:
+            made(embeddings).value.backward()
+    held = memory.peak(rows, workspace=Workspace(chunk, chunk, 12), rows_at_once=chunk)
+    assert sum(held) == pytest.approx(tracker.peak - before, rel=0.05)
 
 
 @pytest.mark.parametrize("name", ["fifo_bank", "momentum_queue"])

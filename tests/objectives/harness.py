@@ -30,12 +30,13 @@ def global_batch(
     copies: bool = False,
     negatives: int = 0,
     heads: bool = False,
+    tokens: bool = False,
 ) -> Embeddings:
     """The whole batch of a step. Texts resemble their images; ids come back from step to step.
 
     With `duplicate`, one id of step 3 occurs twice, on different ranks; with `copies`, most ids do, in every step. With
-    `heads` there is what parts of an objective make. Labels, and what captions are known by, come several times in any
-    case. References have a width of their own.
+    `heads` there is what parts of an objective make, with `tokens` those of images and texts, of which some do not
+    count. Labels, and what captions are known by, come several times in any case. References have a width of their own.
     """
     g = torch.Generator().manual_seed(100 + step)
 
@@ -56,6 +57,12 @@ def global_batch(
         sides = [f"{side}_{what}" for side in ("image", "text") for what in ("predicted", "projected")]
         made = {name: torch.randn(B, D, generator=h, dtype=torch.float64).requires_grad_() for name in sides}
         made["shared"] = {"prototypes": torch.randn(5, D, generator=h, dtype=torch.float64).requires_grad_()}
+    if tokens:
+        h = torch.Generator().manual_seed(300 + step)
+        for side, n in (("image", 4), ("text", 5)):
+            rows = torch.randn(B, n, D, generator=h, dtype=torch.float64)
+            made[f"{side}_tokens"] = F.normalize(rows, dim=2).requires_grad_()
+            made[f"{side}_token_mask"] = torch.arange(n) <= torch.randint(n, (B, 1), generator=h)
     return Embeddings(
         **made,
         image=image,

@@ -1,4 +1,4 @@
-"""Definitions of objectives that read hard negatives, references or a teacher's features, in plain tensors."""
+"""Definitions of objectives that read hard negatives, references, tokens or a teacher's features, in plain tensors."""
 
 from typing import Any
 
@@ -62,3 +62,15 @@ def cwcl(sides: str):
         return value, value
 
     return definition
+
+
+def filip(state, e, step):
+    value = 0.0
+    for a, b in (("image", "text"), ("text", "image")):
+        anchors, keys = getattr(e, f"{a}_tokens"), getattr(e, f"{b}_tokens")
+        for i in range(B):
+            mine = anchors[i][getattr(e, f"{a}_token_mask")[i]]
+            best = [(mine @ keys[j][getattr(e, f"{b}_token_mask")[j]].T).max(1).values.mean() for j in range(B)]
+            x = torch.stack(best) * e.logit_scale
+            value = value + (x.logsumexp(0) - x[i]) / (2 * B)
+    return value, value

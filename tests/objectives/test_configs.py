@@ -27,7 +27,7 @@ def test_every_arm_of_the_comparison_is_there():
     arms |= {"simclr", "slip", "supcon", "decoupled", "one_to_k", "siglip_plus", "debiased"}
     arms |= {"scent", "vrns", "drrho", "neuclip", "amorlip"}
     arms |= {"negclip", "byolip", "count", "degla"}
-    arms |= {"gram", "m2_mixup", "cacr", "swav", "siamlip", "barlip", "rankclip", "cwcl"}
+    arms |= {"gram", "m2_mixup", "cacr", "swav", "siamlip", "barlip", "rankclip", "cwcl", "filip"}
     assert {path.stem for path in FILES} == arms
 
 

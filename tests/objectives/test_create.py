@@ -17,12 +17,13 @@ from tests.objectives.harness import global_batch, make, my_rows
 
 NAMES = [
     "amclr", "amclr_dro", "amorlip", "barlip", "byolip", "cacr", "clip", "count", "cwcl", "cyclip", "dcl", "dclw",
-    "debiased", "decoupled", "degla", "drrho", "fastclip", "fifo_bank", "full_bank", "gram", "isogclr", "isogclr_net",
-    "m2_mixup", "momentum_queue", "negclip", "neuclip", "one_to_k", "onlineclr", "rankclip", "scent", "siamlip",
-    "siglip", "siglip_plus", "simclr", "slip", "sogclr", "supcon", "swav", "uniformity", "vicreg", "vrns", "xamclr",
-    "xamclr_dro",
+    "debiased", "decoupled", "degla", "drrho", "fastclip", "fifo_bank", "filip", "full_bank", "gram", "isogclr",
+    "isogclr_net", "m2_mixup", "momentum_queue", "negclip", "neuclip", "one_to_k", "onlineclr", "rankclip", "scent",
+    "siamlip", "siglip", "siglip_plus", "simclr", "slip", "sogclr", "supcon", "swav", "uniformity", "vicreg",
+    "vrns", "xamclr", "xamclr_dro",
 ]  # fmt: skip
-EVERYTHING = {"views": 2, "negatives": 4, "heads": True}  # what any of them reads
+EVERYTHING = {"views": 2, "negatives": 4, "heads": True, "tokens": True}  # what any of them reads
+OF_TOKENS = ("filip",)  # and of nothing else
 
 
 def test_the_table_names_every_objective_with_a_line_and_its_options():
@@ -50,8 +51,9 @@ def test_every_objective_takes_num_samples_and_gives_finite_gradients(name):
     loss = objective(e)
     loss.value.backward()
     assert loss.value.shape == ()
-    assert e.image.grad.isfinite().all()
-    assert (e.image if name == "simclr" else e.text).grad.abs().max() > 0 or name == "full_bank"
+    image, text = (getattr(e, f"{side}_tokens" if name in OF_TOKENS else side) for side in ("image", "text"))
+    assert image.grad.isfinite().all()
+    assert (image if name == "simclr" else text).grad.abs().max() > 0 or name == "full_bank"
     assert all(type(value) is float for value in loss.metrics.values())
     assert math.isfinite(loss.metrics["objective"])
     keeps = hasattr(objective, "image_state") or hasattr(objective, "bank")
@@ -184,13 +186,14 @@ def test_lengths_are_for_objectives_that_need_them():
 def test_bf16_embeddings_give_float32_arithmetic(name, options):
     """The numbers from bf16 embeddings are those of their float32 copies: nothing is computed in bf16."""
     e = global_batch(0, **EVERYTHING)
+    sides = ("image_tokens", "text_tokens") if name in OF_TOKENS else ("image", "text")
     half = {}
     for kind in (torch.bfloat16, torch.float32):
 
         def changed(name, x, kind=kind):
-            rows = name.partition(".")[0] in ("image", "text", "image_views", "text_views", "text_negatives")
+            rows = name.partition(".")[0] in (*sides, "image_views", "text_views", "text_negatives")
             x = x.detach().bfloat16().to(kind) if rows else x.detach().float() if x.is_floating_point() else x
-            return x.requires_grad_(name in ("image", "text"))
+            return x.requires_grad_(name in sides)
 
         half[kind] = e.map(changed)
     losses = {kind: make(name, **options)(x) for kind, x in half.items()}
@@ -200,7 +203,7 @@ def test_bf16_embeddings_give_float32_arithmetic(name, options):
     assert objective[torch.bfloat16] == pytest.approx(objective[torch.float32], rel=1e-5)
     values[torch.bfloat16].backward()
     values[torch.float32].backward()
-    got, want = half[torch.bfloat16].image.grad, half[torch.float32].image.grad
+    got, want = (getattr(half[kind], sides[0]).grad for kind in (torch.bfloat16, torch.float32))
     assert got.dtype == torch.bfloat16
     torch.testing.assert_close(got.float(), want, rtol=1e-2, atol=1e-2 * want.abs().max().item())
 

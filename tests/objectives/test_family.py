@@ -11,7 +11,7 @@ from torch import Tensor
 
 from amclr_scale.types import Embeddings
 from tests.objectives.harness import B, assert_same, defined, global_batch, joined, make, my_rows, off_diagonal, run
-from tests.objectives.taught import byolip, count, cwcl, degla, negclip, softmax_of
+from tests.objectives.taught import byolip, count, cwcl, degla, filip, negclip, softmax_of
 
 EYE = torch.eye(B, dtype=torch.bool)
 Side = Callable[[Tensor, Tensor, Tensor, Any], Tensor]
@@ -234,6 +234,7 @@ CASES: list[tuple[str, dict[str, Any], Any, dict[str, Any]]] = [
     ("cwcl", {}, cwcl("image"), {}),
     ("cwcl", {"reference": "both"}, cwcl("both"), {}),
     ("rankclip", {"ramp_epochs": 5.0}, rankclip, {}),
+    ("filip", {}, filip, {"tokens": True}),
 ]
 
 
@@ -308,7 +309,7 @@ def test_without_its_addition_it_is_another(name, options, other, others, tolera
 
 def test_small_temperatures_stay_finite():
     for name, options, _, _ in CASES:
-        e = my_rows(global_batch(0, views=2, scale=200.0, negatives=2, heads=True)).map(
+        e = my_rows(global_batch(0, views=2, scale=200.0, negatives=2, heads=True, tokens=True)).map(
             lambda _, x: x.detach().float().requires_grad_() if x.is_floating_point() else x
         )
         kept = {key: value for key, value in options.items() if "temperature" not in key}

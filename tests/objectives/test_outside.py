@@ -24,7 +24,7 @@ from amclr_scale.encoders.dual_encoder import DualEncoder
 from amclr_scale.errors import UserError
 from amclr_scale.evaluation.models import load_model
 from amclr_scale.memory.account import account
-from amclr_scale.memory.objective_memory import made_together
+from amclr_scale.memory.random_embeddings import made_together
 from amclr_scale.memory.towers import parameter_sizes, trace
 from amclr_scale.objectives.base import Objective
 from amclr_scale.planner.traffic import on_the_wire

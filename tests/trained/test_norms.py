@@ -87,7 +87,7 @@ def test_a_runs_table_is_what_evaluate_finds(ranks, tmp_path, norm):
     if norm == "frozen":
         from amclr_scale.config.schema import ImageTower
 
-        tower, _, _ = build_image_tower(ImageTower(width=8, norm="batch"), 32)
+        tower, *_ = build_image_tower(ImageTower(width=8, norm="batch"), 32)
         tower(torch.randn(16, 3, 32, 32))
         weights = str(tmp_path / "tower.safetensors")
         save_file(tower.state_dict(), weights)

@@ -49,9 +49,15 @@ def encoder_flops(config: Config) -> float:
         update={"image_views": 0, "text_views": 0, "text_negatives": 0}
     )  # traced once for all arms
     factors = Optimizer(lr_factors=config.optimizer.lr_factors)  # what is frozen has no backward
-    image, text = _operations(Config(data=data, model=config.model, optimizer=factors).model_dump_json())
+    asked = {"objective": config.objective} if reads_tokens(config) else {}  # whose heads work too
+    image, text = _operations(Config(data=data, model=config.model, optimizer=factors, **asked).model_dump_json())
     lent = sum({"image": image, "text": text}[side].forward for side in lent_sides(config))
     return image.useful * config.data.images_each + text.useful * config.data.texts_each + lent
+
+
+def reads_tokens(config: Config) -> bool:
+    """Whether the objective compares tokens, of either side."""
+    return any(kind.endswith("_tokens") for kind in declared(config.objective).inputs)
 
 
 class _Operations(NamedTuple):
@@ -81,22 +87,27 @@ def pairwise_flops(config: Config, num_samples: int) -> float:
 
 def _trace(config: Config, num_samples: int) -> "ObjectiveTrace":
     counts = declared(config.objective).stored_rows == "all"  # for others it is not asked once more
+    sizes = dict(reference_widths(config.data)[0])
+    if reads_tokens(config):
+        from amclr_scale.memory.towers import token_counts  # seconds of imports
+
+        sizes |= token_counts(config)
     return _traced(
         json.dumps(config.objective, sort_keys=True), config.model.embedding_width, group_of(config),
-        num_samples if counts else 0, tuple(sorted(reference_widths(config.data)[0].items())),
+        num_samples if counts else 0, tuple(sorted(sizes.items())),
     )  # fmt: skip
 
 
 @lru_cache(maxsize=256)
 def _traced(
-    objective: str, width: int, group: int, num_samples: int, references: tuple[tuple[str, int], ...]
+    objective: str, width: int, group: int, num_samples: int, sizes: tuple[tuple[str, int], ...]
 ) -> "ObjectiveTrace":
     from amclr_scale.planner.objective_traffic import trace_objective  # seconds of imports
 
     options: dict[str, Any] = json.loads(objective)
     return trace_objective(
         options, world_size=1, width=width, local_rows=group, distribution="reduce_scatter", gather="all",
-        layout="replicated", num_samples=num_samples, references=dict(references),
+        layout="replicated", num_samples=num_samples, sizes=dict(sizes),
     )  # fmt: skip
 
 
