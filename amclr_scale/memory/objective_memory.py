@@ -7,22 +7,23 @@ ranks, blocks of c rows and width D, every storage is one of
     a tile of similarities   min(c, b) x min(c, B)    `contrast`, `pairwise`
     a block of rows          min(c, b) x B            `map_rows`
     a matrix of moments      D x D                    `gram`
-    a tile of tokens         about c x c              `token_contrast`, whole samples of n1 and n2 tokens
+    a tile of tokens         r n1 x c n2              `token_contrast`, for so many samples, and its best matches, r n1
+                                                      x c, r x c n2 and r x c; in one tile when it is run here
     anything else            affine in b              features, their gradients, numbers per anchor
 
-which its size tells, since c is prime. At each moment so many of the first four are alive; for every such combination
+which its size tells, since c is prime. At each moment so many of all but the last are alive; for every such combination
 two runs give the rest as a function of b, and the peak is that of the worst combination. At the job's own width and
 number of ranks this is exact, whatever the rows. Many tokens follow from a few, in the same proportion.
 """
 
 import json
-import math
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -34,7 +35,7 @@ from amclr_scale.memory.tracker import Tracker
 from amclr_scale.objectives.base import Layout, Objective
 from amclr_scale.objectives.staging import forgotten
 from amclr_scale.objectives.table import tables_of
-from amclr_scale.similarity import settings
+from amclr_scale.similarity import settings, token_blocks
 from amclr_scale.similarity.blocks import Workspace
 from amclr_scale.similarity.settings import Distribution, Gather
 from amclr_scale.similarity.token_blocks import token_tile
@@ -43,11 +44,11 @@ from amclr_scale.types import Embeddings
 
 GROUPS_TRACED = 4  # of more groups inside a rank, so many: each adds what the others did
 PRIMES = (13, 11)  # c; the first that does not divide D
-ITEMSIZES = ((4,), (1, 4, 8), (4,), (4,))  # of what tiles, blocks (masks, indices, too), moments, tiles of tokens hold
+ITEMSIZES = ((4,), (1, 4, 8), (4,), (4,), (4, 8), (4, 8), (4, 8))  # of each; also masks and indices
 TRACED = 4 * BUFFERS  # bytes per entry of what the traced backend, torch, holds of a tile
 TABLES = (263, 521)  # stored rows, likewise; of no size that tiles and blocks have
 FEW = (2, 4)  # ranks from which larger groups follow: everything is affine in their number
-Alive = tuple[int, int, int, int]  # bytes per element of what is alive of tiles, blocks, moments and tiles of tokens
+Alive = tuple[int, ...]  # bytes per element of what is alive of tiles, blocks, moments, and four of tokens
 Tokens = tuple[int, int]  # n1, n2
 
 
@@ -84,19 +85,18 @@ class ObjectiveMemory:
                 round(tiles / TRACED * tile) + blocks * block + self._of_tokens(tokens, rows, keys, workspace),
                 round(constant + slope * rows) + grams * self.width**2,
             )
-            for (tiles, blocks, grams, tokens), (constant, slope) in self.moments.items()
+            for (tiles, blocks, grams, *tokens), (constant, slope) in self.moments.items()
         ]
         worst = max(found, key=sum)
         return worst[0] + kept, worst[1]
 
-    def _of_tokens(self, alive: int, rows: int, keys: int, workspace: Workspace) -> int:
-        """Bytes of a tile of tokens, and of the best matches and their places in it, both ways."""
-        if not alive:
-            return 0
+    def _of_tokens(self, alive: Sequence[int], rows: int, keys: int, workspace: Workspace) -> int:
+        """Bytes of a tile of tokens, and of the best matches and similarities in it."""
         n1, n2 = self.tokens
         r, c = token_tile((workspace.rows, workspace.columns), self.tokens)
-        entries = min(r, rows * n1) * min(c, keys * n2)
-        return alive * entries + entries * (4 + 8) // n1 + entries * (4 + 8) // n2 + entries * 4 // min(n1, n2)
+        r, c = min(r, rows * n1), min(c, keys * n2)
+        areas = r * c, r * c // n2, r // n1 * c, (r // n1) * (c // n2)
+        return sum(bytes_ * area for bytes_, area in zip(alive, areas, strict=True))
 
 
 def objective_memory(
@@ -228,6 +228,8 @@ def _fit(
     # Groups inside a rank: rows in whole groups, as many of them as the job's rank has, or enough to see what one adds.
     parts = 1 if group_share is None else max(1, min(GROUPS_TRACED, round(1 / group_share)))
 
+    reads_tokens = any(name.endswith("_tokens") for name in declared(json.loads(key)).inputs)
+
     def run(rows: int, cache_bytes: int = 0) -> dict[Alive, int]:
         group_size = None if group_share is None else rows // parts * max(1, round(group_share))
         with (
@@ -240,15 +242,19 @@ def _fit(
                 backend="torch",
                 precision="fp32",
             ),
+            mock.patch.object(token_blocks, "token_tile", return_value=(2**31, 2**31)),  # all in one
         ):
             size = (table or rows) * (1 if table and not cut else world_size)
             made = create(key, size, layout, group_size)
             made.rehearse(width, rows * world_size)  # the bank's own bytes are state
-            of_tokens = math.prod(token_tile((chunk, chunk), _tokens(sizes)))
-            areas = (chunk * chunk, chunk * rows * world_size, width * width, of_tokens)
+            n1, n2 = _tokens(sizes)
+            pairs = rows * rows * world_size
+            of_tokens = (pairs * n1 * n2, pairs * n1, pairs * n2, pairs) if reads_tokens else ()
+            areas = (chunk * chunk, chunk * rows * world_size, width * width, *of_tokens)
             return _moments(made, random_embeddings(made, rows, width, world_size, dict(sizes)), areas)
 
-    few, more = 2 * chunk * parts, 3 * chunk * parts
+    # With tokens, numbers of rows of which a matrix of all pairs is no block of any item size.
+    few, more = (times * chunk * parts for times in ((3, 5) if reads_tokens else (2, 3)))
     one, two, cached = run(few), run(more), run(few, 2**40)
     moments = {}
     for alive in one.keys() & two.keys():
@@ -295,12 +301,10 @@ def pretended(world_size: int) -> Iterator[None]:
         sys.excepthook = hook  # which a process group replaces by one that names its rank
 
 
-def _moments(objective: Objective, embeddings: Embeddings, areas: Alive) -> dict[Alive, int]:
+def _moments(objective: Objective, embeddings: Embeddings, areas: tuple[int, ...]) -> dict[Alive, int]:
     """For every combination of tiles, blocks, moments and so on that is ever alive, the most bytes of the rest."""
-    kinds = {areas[kind] * item: (kind, item) for kind in (3, 2, 1, 0) for item in ITEMSIZES[kind]}
-    if not any(name.endswith("_tokens") for name in objective.inputs):
-        kinds = {size: found for size, found in kinds.items() if found[0] != 3}
-    alive, rest, most = [0, 0, 0, 0], 0, dict[Alive, int]()
+    kinds = {area * item: (kind, item) for kind, area in reversed([*enumerate(areas)]) for item in ITEMSIZES[kind]}
+    alive, rest, most = [0] * len(ITEMSIZES), 0, dict[Alive, int]()
 
     def note(size: int, _: int) -> None:
         nonlocal rest
@@ -309,7 +313,7 @@ def _moments(objective: Objective, embeddings: Embeddings, areas: Alive) -> dict
             rest += size
         else:
             alive[kind] += item if size > 0 else -item
-        now = (alive[0], alive[1], alive[2], alive[3])
+        now = tuple(alive)
         most[now] = max(most.get(now, 0), rest)
 
     tracker = Tracker("cpu")

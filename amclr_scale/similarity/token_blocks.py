@@ -81,19 +81,7 @@ class TokenBlocks(TorchBlocks):
     ) -> None:
         """Add the texts to the statistics of the images, by s1, and the images to those of the texts, by s2."""
         for tile in self._tiles(images, texts):
-            similarities = self._products(tile, here := self._samples(tile), pairs)
-            at_rows, at_columns = pairs.images[here.rows].shares, pairs.texts[here.columns].shares
-            best_text, best_image = similarities.amax(3), similarities.amax(1)
-            for matrix, side, dim, positive in (
-                (_over_images(best_text, at_rows), rows[here.rows], 1, positives[0]),
-                (_over_texts(best_image, at_columns), columns[here.columns], 0, positives[1]),
-            ):
-                if diagonal := here.diagonal(matrix, pairs.diagonal):
-                    positive[diagonal[0]] = diagonal[1]
-                shift = torch.maximum(matrix.amax(dim), side.shift)
-                x = (matrix - shift.unsqueeze(dim)) * side.rate.unsqueeze(dim)
-                e = x.exp2()
-                side.add(shift, e.sum(dim), x.mul_(e).sum(dim))
+            self._accumulate(tile, pairs, rows, columns, positives)
 
     def differentiate_pairs(
         self,
@@ -109,28 +97,57 @@ class TokenBlocks(TorchBlocks):
     ) -> None:
         """Add the gradients of these pairs. A direction that is None has that of its positives alone."""
         for tile in self._tiles(images, texts):
-            similarities = self._products(tile, here := self._samples(tile), pairs)
-            at_rows, at_columns = pairs.images[here.rows].shares, pairs.texts[here.columns].shares
-            text_of, image_of = similarities.max(3), similarities.max(1)  # of equal ones the first
-            weights = self._buffers(tile)[1].view(similarities.shape).zero_()
-            upstream = []
-            for matrix, side, dim, positive in (
-                (_over_images(text_of.values, at_rows), rows and rows[here.rows], 1, positives[0]),
-                (_over_texts(image_of.values, at_columns), columns and columns[here.columns], 0, positives[1]),
-            ):
-                if side is None:
-                    matrix.zero_()
-                else:
-                    matrix.sub_(side.shift.unsqueeze(dim)).mul_(side.rate.unsqueeze(dim))
-                    matrix.exp2_().mul_(side.factor.unsqueeze(dim))
-                if diagonal := here.diagonal(matrix, pairs.diagonal):
-                    diagonal[1].copy_(positive[diagonal[0]])
-                upstream.append(matrix)
-            each = upstream[0][:, None, :] * at_rows[:, :, None]  # (r, n1, c)
-            weights.scatter_(3, text_of.indices[..., None], each[..., None])
-            each = upstream[1][:, :, None] * at_columns  # (r, c, n2)
-            weights.scatter_add_(1, image_of.indices[:, None], each[:, None])
-            self._add_gradients(tile, weights.flatten(2).flatten(0, 1), d_images, d_texts)
+            weights = self._weights(tile, pairs, rows, columns, positives)
+            self._add_gradients(tile, weights, d_images, d_texts)
+
+    def _accumulate(
+        self, tile: Tile, pairs: Pairing, rows: Statistics, columns: Statistics, positives: tuple[Tensor, Tensor]
+    ) -> None:
+        similarities = self._products(tile, here := self._samples(tile), pairs)
+        at_rows, at_columns = pairs.images[here.rows].shares, pairs.texts[here.columns].shares
+        best_text, best_image = similarities.amax(3), similarities.amax(1)
+        for matrix, side, dim, positive in (
+            (_over_images(best_text, at_rows), rows[here.rows], 1, positives[0]),
+            (_over_texts(best_image, at_columns), columns[here.columns], 0, positives[1]),
+        ):
+            if diagonal := here.diagonal(matrix, pairs.diagonal):
+                positive[diagonal[0]] = diagonal[1]
+            shift = torch.maximum(matrix.amax(dim), side.shift)
+            x = (matrix - shift.unsqueeze(dim)) * side.rate.unsqueeze(dim)
+            e = x.exp2()
+            side.add(shift, e.sum(dim), x.mul_(e).sum(dim))
+
+    def _weights(
+        self,
+        tile: Tile,
+        pairs: Pairing,
+        rows: Weights | None,
+        columns: Weights | None,
+        positives: tuple[Tensor, Tensor],
+    ) -> Tensor:
+        """(r n1, c n2), mostly zeros: the gradient of each product."""
+        similarities = self._products(tile, here := self._samples(tile), pairs)
+        at_rows, at_columns = pairs.images[here.rows].shares, pairs.texts[here.columns].shares
+        text_of, image_of = similarities.max(3), similarities.max(1)  # of equal ones the first
+        weights = self._buffers(tile)[1].view(similarities.shape).zero_()
+        upstream = []
+        for matrix, side, dim, positive in (
+            (_over_images(text_of.values, at_rows), rows and rows[here.rows], 1, positives[0]),
+            (_over_texts(image_of.values, at_columns), columns and columns[here.columns], 0, positives[1]),
+        ):
+            if side is None:
+                matrix.zero_()
+            else:
+                matrix.sub_(side.shift.unsqueeze(dim)).mul_(side.rate.unsqueeze(dim))
+                matrix.exp2_().mul_(side.factor.unsqueeze(dim))
+            if diagonal := here.diagonal(matrix, pairs.diagonal):
+                diagonal[1].copy_(positive[diagonal[0]])
+            upstream.append(matrix)
+        each = upstream[0][:, None, :] * at_rows[:, :, None]  # (r, n1, c)
+        weights.scatter_(3, text_of.indices[..., None], each[..., None])
+        each = upstream[1][:, :, None] * at_columns  # (r, c, n2)
+        weights.scatter_add_(1, image_of.indices[:, None], each[:, None])
+        return weights.flatten(2).flatten(0, 1)
 
     def _samples(self, tile: Tile) -> Tile:
         """The same tile, counted in samples."""

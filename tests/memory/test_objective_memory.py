@@ -82,7 +82,7 @@ def test_more_ranks_follow_from_few():
     )
 
 
-@pytest.mark.parametrize(("image", "text", "chunk"), [(20, 11, 64), (5, 30, 16), (7, 4, 400)])
+@pytest.mark.parametrize(("image", "text", "chunk"), [(20, 11, 64), (5, 30, 70), (7, 4, 400)])
 def test_tiles_of_tokens_are_counted_for_any_number_of_tokens(image, text, chunk):
     rows, width, sizes = 48, 32, {"image_tokens": image, "text_tokens": text}
     section = {"name": "filip"}
@@ -99,7 +99,7 @@ def test_tiles_of_tokens_are_counted_for_any_number_of_tokens(image, text, chunk
         with tracker:
             made(embeddings).value.backward()
     held = memory.peak(rows, workspace=Workspace(chunk, chunk, 12), rows_at_once=chunk)
-    assert sum(held) == pytest.approx(tracker.peak - before, rel=0.05)
+    assert sum(held) == pytest.approx(tracker.peak - before, rel=0.02)
 
 
 @pytest.mark.parametrize("name", ["fifo_bank", "momentum_queue"])
