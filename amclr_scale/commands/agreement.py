@@ -18,7 +18,7 @@ PACKAGE = Path(__file__).parents[1]
 # Keys that a node may have its own way: where it keeps copies, how it shares its cores out, what is said elsewhere.
 OWN = (
     "data.cache", "data.cache_gib", "data.max_shard_gib", "execution.threads", "execution.workers", "objective.module",
-    "run.wandb", "run.wandb_group", "run.wandb_project",
+    "run.wandb", "run.wandb_group", "run.wandb_project", "run.tensorboard", "run.trackio",
 )  # fmt: skip
 
 

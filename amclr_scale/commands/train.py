@@ -26,6 +26,7 @@ from amclr_scale.distributed.launcher import RankInfo, end_with_launcher, read_r
 from amclr_scale.errors import AbsentError, AgreedError, UserError
 from amclr_scale.metrics.run_folder import check_writable
 from amclr_scale.metrics.stopwatch import Stopwatch
+from amclr_scale.metrics.trackers import check_trackers
 
 if TYPE_CHECKING:
     from amclr_scale.commands.job import Job
@@ -127,13 +128,22 @@ def conclude(job: "Job", results: dict[str, float]) -> None:
     folder, log, evaluator = job.folder, job.log, job.evaluator
     trainer = job.trainer
     save_weights(folder, trainer.model, trainer.objective, speaks=job.speaks, teacher=trainer.teacher)
+    rows = job.config.evaluation.sheet
+    sheets = evaluator.sheets(trainer.engine, rows) if evaluator and rows else {}
     if not job.speaks:
         return
     if evaluator:
         save_items(folder / FILE, evaluator.numbers)
         log.say(f"{evaluator.table(results)}\n\nmeasured in {job.config.execution.precision}, as trained")
     (folder / "evaluation.json").write_text(json.dumps(results, indent=1) + "\n")  # the sign of a finished run
-    log.say(draw_if_possible(folder))
+    for name, sheet in sheets.items():
+        path = folder / f"sheet_{name.replace('/', '_')}.png"
+        sheet.save(path)
+        log.picture(f"sheet/{name}", path)
+    curve, words = draw_if_possible(folder)
+    if curve:
+        log.picture("learning_curve", curve)
+    log.say(words)
     log.say(f"run folder {folder}")
 
 
@@ -185,6 +195,8 @@ def main(argv: list[str]) -> int:
         check_dry_run(options)
         config = load(options.config, options.words, options.ranks or rank_info.world_size)
         check_writable(config)
+        if rank_info.rank == 0:
+            check_trackers(config)
         if options.dry_run:
             if rank_info.rank == 0:
                 from amclr_scale.commands.preview import preview

@@ -68,6 +68,8 @@ class Evaluation(Section):
     """Bootstrap resamples behind every 95 % interval; 0: no intervals."""
     momentum: bool = False
     """Also measure the moving average of the weights that model.momentum keeps; its numbers begin with momentum/."""
+    sheet: Annotated[int, Field(ge=0)] = 0
+    """Captions found, and as many missed, that a picture shows per split at the end of a run; 0: no picture."""
     geometry: bool = False
     """Also measure alignment, uniformity, modality gap, diversity, tolerance and effective rank of each split."""
     evaluators: list[str] = Field([])

@@ -136,6 +136,10 @@ class Run(Section):
     wandb: Literal["off", "offline", "online"] = "off"
     """Also log to Weights & Biases; offline writes files to sync later."""
     wandb_project: str = "amclr_scale"
-    """Project name there."""
+    """Project name there, and in trackio."""
     wandb_group: str | None = None
     """Runs of one group are shown together there; null: none."""
+    tensorboard: bool = False
+    """Also write TensorBoard's event files, into the run folder."""
+    trackio: bool = False
+    """Also log to trackio, on this machine; `trackio show` shows it."""

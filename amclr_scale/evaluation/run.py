@@ -4,9 +4,11 @@ Results are flat: `emoji/val_style/image_to_text_R@1` is a share, and beside it 
 `.../low` and `.../high` (the 95 % interval); ranks, sizes and geometry stand alone.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 
+from PIL import Image
 from torch import nn
 
 from amclr_scale.config.schema import Config
@@ -19,6 +21,7 @@ from amclr_scale.evaluation.evaluators import ALWAYS, EVALUATORS, Classifiers, E
 from amclr_scale.evaluation.frozen_features.measure import measure_probe, probe_tasks
 from amclr_scale.evaluation.numbers import Number, intervals
 from amclr_scale.evaluation.shares import share
+from amclr_scale.evaluation.sheet import text_to_image_sheet
 from amclr_scale.evaluation.splits import open_task
 from amclr_scale.evaluation.table import table
 
@@ -62,13 +65,22 @@ class Evaluator:
         Args:
             prefix: of all names, where a second model is measured: what is known of the first one stays.
         """
-        training = model.training
-        model.eval()
-        try:
-            with one_set_of_buffers(getattr(model, "module", model)):
-                return self.measure(model, prefix)
-        finally:
-            model.train(training)
+        with _as_measured(model):
+            return self.measure(model, prefix)
+
+    def sheets(self, model: nn.Module, rows: int) -> dict[str, Image.Image]:
+        """Of every split with retrieval, by its name: captions with the images found for them (evaluation/sheet.py).
+
+        Args:
+            model: as in a call.
+            rows: captions found, and as many missed.
+        """
+        with _as_measured(model):
+            return {
+                task.name: text_to_image_sheet(model, task, self.options.batch_size, rows)
+                for task in self.tasks
+                if task.retrieval
+            }
 
     def measure(self, encode: Encode, prefix: str = "") -> dict[str, float]:
         """The same, for anything that is called like the model."""
@@ -108,6 +120,18 @@ class Evaluator:
     def _flat(self, name: str, numbers: dict[str, Number], plain: Mapping[str, float]) -> dict[str, float]:
         self.numbers[name] = numbers
         return flatten(name, numbers, plain, self.options.resamples)
+
+
+@contextmanager
+def _as_measured(model: nn.Module) -> Iterator[None]:
+    """In evaluation mode, with the same buffers on all ranks."""
+    training = model.training
+    model.eval()
+    try:
+        with one_set_of_buffers(getattr(model, "module", model)):
+            yield
+    finally:
+        model.train(training)
 
 
 def flatten(split: str, numbers: Mapping[str, Number], plain: Mapping[str, float], resamples: int) -> dict[str, float]:

@@ -91,9 +91,10 @@ def _figure(records: list[dict[str, Any]], title: str) -> Any:
     return figure
 
 
-def draw_if_possible(folder: Path) -> str:
-    """Draw, and say where; or say what to install."""
+def draw_if_possible(folder: Path) -> tuple[Path | None, str]:
+    """Draw; where the picture is, or None, and the words that say so or what to install."""
     try:
-        return f"learning curve {draw(folder)}"
+        path = draw(folder)
+        return path, f"learning curve {path}"
     except ImportError:
-        return "learning curve not drawn: matplotlib is missing (pip install 'amclr_scale[report]')"
+        return None, "learning curve not drawn: matplotlib is missing (pip install 'amclr_scale[report]')"

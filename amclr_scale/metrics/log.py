@@ -1,4 +1,4 @@
-"""What a run says: one JSON object per logged step, one line on the console, optionally Weights & Biases."""
+"""What a run says: one JSON object per logged step, one line on the console, and to trackers what they are sent."""
 
 import json
 import math
@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from amclr_scale.config.schema import Config
+from amclr_scale.metrics.trackers import Tracker, open_trackers
 
 
 def _plain(value: float) -> float | None:
@@ -35,7 +36,8 @@ class RunLog:
 
     def __init__(self, folder: Path, config: Config, *, speaks: bool, total_steps: int):
         self.speaks, self.folder, self.config, self.total_steps = speaks, folder, config, total_steps
-        self._wandb: Any = None
+        self._trackers: list[Tracker] = []
+        self._step = 0
         self._progress: Progress | None = None
 
     def __enter__(self) -> "RunLog":
@@ -45,13 +47,7 @@ class RunLog:
         folder, config = self.folder, self.config
         self.console = Console(highlight=False, soft_wrap=True)
         self._file = (folder / "metrics.jsonl").open("a")
-        if config.run.wandb != "off":
-            import wandb
-
-            self._wandb = wandb.init(
-                project=config.run.wandb_project, group=config.run.wandb_group, name=folder.name, dir=str(folder),
-                mode=config.run.wandb, config=config.model_dump(mode="json"),
-            )  # fmt: skip
+        self._trackers = open_trackers(folder, config)
         if sys.stdout.isatty():
             columns = (
                 TextColumn("training"),
@@ -71,14 +67,21 @@ class RunLog:
             self.console.print(text)
 
     def write(self, record: Mapping[str, Any]) -> None:
-        """Append one JSON object to metrics.jsonl (and send it to wandb)."""
+        """Append one JSON object to metrics.jsonl, and send its numbers to the trackers."""
         if not self.speaks:
             return
         clean = {key: _plain(value) if isinstance(value, float) else value for key, value in record.items()}
         self._file.write(json.dumps({"time": round(time.time(), 3), **clean}) + "\n")
         self._file.flush()
-        if self._wandb is not None:
-            self._wandb.log({k: v for k, v in clean.items() if isinstance(v, int | float)}, step=int(record["step"]))
+        self._step = int(record["step"])
+        values = {name: x for name, x in clean.items() if isinstance(x, int | float) and name != "step"}
+        for tracker in self._trackers:
+            tracker.numbers(values, self._step)
+
+    def picture(self, name: str, path: Path) -> None:
+        """Send a picture of the run folder to the trackers, at the step of the last record."""
+        for tracker in self._trackers:
+            tracker.picture(name, path, self._step)
 
     def sync(self) -> None:
         """Have all records on the disk, so that no checkpoint is newer than they are."""
@@ -114,6 +117,6 @@ class RunLog:
             return
         if self._progress is not None:
             self._progress.stop()
-        if self._wandb is not None:
-            self._wandb.finish(exit_code=1 if error else 0)
+        for tracker in self._trackers:
+            tracker.close(failed=error is not None)
         self._file.close()

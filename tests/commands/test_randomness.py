@@ -56,7 +56,7 @@ def run(folder: str, name: str, tower: str, *words: str) -> dict[str, Tensor]:
     with ExitStack() as stack:
         stack.enter_context(mock.patch.dict(os.environ, MASTER_ADDR="127.0.0.1"))
         stack.enter_context(mock.patch("amclr_scale.distributed.process_group.stop"))
-        stack.enter_context(mock.patch("amclr_scale.metrics.curve.draw_if_possible", return_value=""))
+        stack.enter_context(mock.patch("amclr_scale.metrics.curve.draw_if_possible", return_value=(None, "")))
         pool = multiprocessing.current_process()._config  # whose processes are daemons, which may have no children
         stack.enter_context(mock.patch.dict(pool, daemon=False))
         if tower == "timm":
