@@ -82,13 +82,16 @@ def given(words: list[str]) -> list[str]:
 
 def make_fit(options: argparse.Namespace) -> Any:
     """The search that the command line asks for."""
+    from amclr_scale.encoders.start.taken import resolve
     from amclr_scale.memory.units import in_bytes
     from amclr_scale.metrics.devices import find_profile, measure_cpu
     from amclr_scale.planner.search import Fit
     from amclr_scale.planner.settings import changed
     from amclr_scale.planner.step_time import Rates, default_rates
 
-    config = changed(load(options.config, ["execution=auto", *options.words], options.gpus), auto=False)
+    config = changed(
+        resolve(load(options.config, ["execution=auto", *options.words], options.gpus), options.gpus), auto=False
+    )
     cpu = options.device.lower() == "cpu"
     per_node = min(options.per_node or (options.gpus if cpu else 8), options.gpus)
     if cpu:

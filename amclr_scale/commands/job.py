@@ -19,7 +19,7 @@ from amclr_scale.data.names import probe_name
 from amclr_scale.distributed.launcher import RankInfo, export
 from amclr_scale.distributed.process_group import device_type, seed_everything
 from amclr_scale.encoders.decay import by_pattern, exempt
-from amclr_scale.encoders.text_towers import save_architecture
+from amclr_scale.encoders.transformers_parts import save_architectures
 from amclr_scale.engine.batch_plan import Position, make_plan
 from amclr_scale.engine.batch_probe import Probe, read_probe
 from amclr_scale.engine.build import Inputs, Trainer, build_trainer, open_data
@@ -29,7 +29,6 @@ from amclr_scale.engine.profiling import StepProfiler
 from amclr_scale.engine.records import FinalMeasurement, Measurement, TrainingRecords
 from amclr_scale.engine.step import TrainStep
 from amclr_scale.errors import UserError
-from amclr_scale.evaluation.models import TEXT_TOWER
 from amclr_scale.evaluation.run import MOMENTUM, Evaluator
 from amclr_scale.metrics.best import BestSoFar
 from amclr_scale.metrics.log import RunLog
@@ -184,7 +183,7 @@ def build_job(
             no_weight_decay=by_pattern(exempt(trainer.model)), resumed_at=begin if found else None,
         )  # fmt: skip
         tokenizer.save(folder / "tokenizer")
-        save_architecture(trainer.model.text_tower, folder / TEXT_TOWER)
+        save_architectures(trainer.model, folder)
     seed_everything(config.seed, rank_info.rank + 1)  # dropout differs between ranks
 
     phases = Phases(device)

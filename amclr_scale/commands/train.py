@@ -51,6 +51,19 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     return parser.parse_intermixed_args(argv)
 
 
+def started(config: Config, world_size: int) -> Config:
+    """The recipe with what a model to start from settles; that needs torch, and a recipe without one does not.
+
+    Raises:
+        UserError: there is no such model, or keys contradict it.
+    """
+    if config.model.init is None:
+        return config
+    from amclr_scale.encoders.start.taken import resolve
+
+    return resolve(config, world_size)
+
+
 def check_dry_run(options: argparse.Namespace) -> None:
     """Refuse what only --dry-run reads, without it, and numbers that are none.
 
@@ -197,6 +210,7 @@ def main(argv: list[str]) -> int:
         check_writable(config)
         if rank_info.rank == 0:
             check_trackers(config)
+        config = started(config, options.ranks or rank_info.world_size)
         if options.dry_run:
             if rank_info.rank == 0:
                 from amclr_scale.commands.preview import preview

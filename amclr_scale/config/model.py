@@ -11,7 +11,8 @@ class ImageTower(Section):
     """The image encoder."""
 
     name: str = "small_resnet"
-    """small_resnet (for CPU), torchvision/NAME (such as torchvision/resnet50), timm/NAME, or one that was added."""
+    """small_resnet (for CPU), torchvision/NAME (such as torchvision/resnet50), timm/NAME, transformers/PATH (a local
+    folder: its vision model), transformers/TYPE (that type's default size, random weights), or one that was added."""
     width: Positive = 16
     """small_resnet: channels of the first stage."""
     depth: Positive = 10
@@ -25,8 +26,10 @@ class ImageTower(Section):
     (patch dropout, as in FLIP and CLIPA)."""
     weights: str | None = None
     """Local file (.safetensors, .pt) with the tower's weights; null: random."""
-    projection: Literal["linear", "mlp"] = "linear"
-    """Head from the tower's features to the embedding."""
+    pretrained: bool = False
+    """transformers/PATH: load the weights in that folder."""
+    projection: Literal["linear", "mlp", "none"] = "linear"
+    """Head from the tower's features to the embedding. none: these are the embedding."""
     dropout: Fraction = 0.0
     """Dropout before the head."""
     frozen: bool = False
@@ -55,11 +58,11 @@ class TextTower(Section):
     """small_transformer: attention heads."""
     pretrained: bool = False
     """transformers/PATH: load the weights in that folder."""
-    pooling: Literal["default", "mean", "first", "last"] = "default"
+    pooling: Literal["default", "mean", "first", "last", "model"] = "default"
     """How token features become one: mean over tokens, the first or the last one. default: mean for small_transformer,
-    first for BERT-like models, last for causal ones."""
-    projection: Literal["linear", "mlp"] = "linear"
-    """Head from the tower's features to the embedding."""
+    first for BERT-like models, last for causal ones. model, of transformers: as that model pools by itself."""
+    projection: Literal["linear", "mlp", "none"] = "linear"
+    """Head from the tower's features to the embedding. none: these are the embedding."""
     dropout: Fraction = 0.0
     """Dropout inside small_transformer and before the head."""
     frozen: bool = False
@@ -97,6 +100,10 @@ class Momentum(Section):
 class Model(Section):
     """Two towers, two heads, one learned scale."""
 
+    init: str | None = None
+    """A whole dual encoder to start from: a run or an export of ours, or a local folder of transformers (CLIP, SigLIP,
+    Chinese-CLIP, VisionTextDualEncoder). Towers, heads, scale, tokenizer, sizes and pixel statistics are those of the
+    model there (docs/encoders.md); null: random weights, but for towers that name some."""
     embedding_width: Positive = 128
     """D, the width of the common space."""
     image: ImageTower = ImageTower()

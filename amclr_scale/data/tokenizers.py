@@ -5,8 +5,9 @@
     FILE.json           a tokenizer.json of the `tokenizers` library (amclr-scale shards tokenizer writes one)
     FOLDER              a transformers tokenizer (tokenizer.json, vocab.txt, ...)
 
-Every row is [start] tokens [end] padding: the last token that is not padding is the end token, also where the caption
-was cut to L. Half of a surrogate pair, which JSON can hold and UTF-8 cannot, counts as U+FFFD.
+Every row is [start] tokens [end] padding, without a start where a folder's tokenizer adds an end and no start: the last
+token that is not padding is the end token, also where the caption was cut to L. Half of a surrogate pair, which JSON
+can hold and UTF-8 cannot, counts as U+FFFD.
 """
 
 import hashlib
@@ -47,6 +48,7 @@ class Tokenizer:
         spec: what it was loaded from.
         vocab_size: ids are below it.
         pad_id: fills rows up; may equal `end_id` only where the vocabulary has no padding of its own.
+        start_id: the start token; None: captions begin with their first word (SigLIP).
         end_id: the end token.
     """
 
@@ -59,12 +61,13 @@ class Tokenizer:
         *,
         vocab_size: int,
         pad_id: int,
-        start_id: int,
+        start_id: int | None,
         end_id: int,
         length: int,
     ):
         self.spec, self.vocab_size, self.context_length = spec, vocab_size, length
         self.pad_id, self.start_id, self.end_id = pad_id, start_id, end_id
+        self._before = [] if start_id is None else [start_id]
         self._encode, self._write, self._vocabulary = encode, write, vocabulary
 
     def __call__(self, captions: Sequence[str] | str) -> Tensor:
@@ -72,7 +75,7 @@ class Tokenizer:
         rows = torch.full((len(captions), self.context_length), self.pad_id, dtype=torch.int64)
         encoded = self._encode([well_formed(caption) for caption in captions]) if captions else []
         for row, tokens in zip(rows, encoded, strict=True):
-            kept = [self.start_id, *tokens[: self.context_length - 2], self.end_id]
+            kept = [*self._before, *tokens[: self.context_length - 1 - len(self._before)], self.end_id]
             row[: len(kept)] = torch.tensor(kept)
         return rows
 
@@ -238,7 +241,10 @@ def _from_folder(spec: str, folder: Path, context_length: int) -> Tokenizer:
         ) from error
     start = vocabulary.cls_token_id if vocabulary.cls_token_id is not None else vocabulary.bos_token_id
     end = vocabulary.sep_token_id if vocabulary.sep_token_id is not None else vocabulary.eos_token_id
-    if start is None or end is None:
+    own = vocabulary("a", verbose=False)["input_ids"]  # with the special tokens that it adds by itself
+    if end is not None and own[-1:] == [end] and start not in own:
+        start = None  # it ends captions and does not begin them
+    elif start is None or end is None:
         raise UserError(
             f"data.tokenizer: {folder}: expected a start and an end token (cls/bos, sep/eos), got {start}, {end}"
         )

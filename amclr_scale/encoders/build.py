@@ -12,6 +12,7 @@ from amclr_scale.encoders.freezing import freeze_tower
 from amclr_scale.encoders.heads import build_head
 from amclr_scale.encoders.image_towers import build_image_tower
 from amclr_scale.encoders.recomputation import blocks
+from amclr_scale.encoders.start.taken import load_start
 from amclr_scale.encoders.text_towers import build_text_tower
 from amclr_scale.encoders.trial import UntriedError
 from amclr_scale.errors import UserError
@@ -29,6 +30,7 @@ def build_model(
     end_id: int | None = None,
     weights: bool = True,
     text_architecture: dict[str, Any] | None = None,
+    image_architecture: dict[str, Any] | None = None,
     with_depths: bool = False,
 ) -> DualEncoder:
     """Two towers and their heads. Initial weights follow torch's global generator: seed it before.
@@ -40,19 +42,23 @@ def build_model(
         image_mean, image_std: per channel, of images in [0, 1].
         weights: load those that the configuration names; False: leave every weight random, to look at sizes alone.
         with_depths: find out how deep each parameter is (encoders/depths.py), for optimizer.layer_decay.
-        text_architecture: the config.json of a text tower of transformers, instead of the one that its name says.
+        text_architecture, image_architecture: the config.json of a tower of transformers, instead of the one that its
+            name says.
 
     Raises:
         UserError: names the key to change; nothing was downloaded.
     """
-    image_tower, image_width, notes, place = build_image_tower(model.image, image_size, weights=weights)
+    by_tower = weights and model.init is None  # which has the weights of both
+    image_tower, image_width, notes, place = build_image_tower(
+        model.image, image_size, weights=by_tower, architecture=image_architecture
+    )
     text_tower, text_width = build_text_tower(
         model.text,
         vocab_size=vocab_size,
         pad_id=pad_id,
         end_id=end_id,
         context_length=context_length,
-        weights=weights,
+        weights=by_tower,
         architecture=text_architecture,
     )
     built = DualEncoder(
@@ -67,6 +73,8 @@ def build_model(
         image_tokens=place,
         notes=(*notes, *unread(model.image, "image"), *unread(model.text, "text"), *_random_and_frozen(model)),
     )
+    if weights and model.init is not None:
+        built.notes += tuple(load_start(built, model.init))
     examples: dict[str, Callable[[], torch.Tensor]] = {
         "image": lambda: torch.zeros(2, 3, image_size, image_size),
         "text": lambda: torch.full((2, context_length), int(pad_id == 0)),
@@ -92,11 +100,12 @@ def build_model(
 
 
 def _random_and_frozen(model: Model) -> list[str]:
-    found = {"image": ("weights", model.image.weights is None), "text": ("pretrained", not model.text.pretrained)}
+    image_random = model.image.weights is None and not model.image.pretrained
+    found = {"image": ("weights", image_random), "text": ("pretrained", not model.text.pretrained)}
     return [
         f"model.{side}.frozen: this tower keeps the random weights that it begins with; model.{side}.{key} names others"
         for side, (key, random) in found.items()
-        if random and getattr(model, side).frozen
+        if random and model.init is None and getattr(model, side).frozen
     ]
 
 

@@ -1,4 +1,4 @@
-"""Image towers by name: our small ResNet, and torchvision's and timm's models without their classifier.
+"""Image towers by name: our small ResNet, torchvision's and timm's models without their classifier, transformers'.
 
 A tower of one's own is a module (b, 3, H, W) -> (b, width) and an entry in IMAGE_TOWERS, as in
 tests/commands/additions/tower.py.
@@ -6,7 +6,8 @@ tests/commands/additions/tower.py.
 
 import warnings
 from collections.abc import Callable
-from typing import cast
+from functools import partial
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,7 @@ from amclr_scale.encoders.norms import NOTES, convert_batch_norm, has_batch_norm
 from amclr_scale.encoders.patch_grid import PatchGrid
 from amclr_scale.encoders.small_resnet import SmallResNet
 from amclr_scale.encoders.tokens import Place, TokenSearch
+from amclr_scale.encoders.transformers_vision import VisionModel, load_pretrained, vision_tower
 from amclr_scale.encoders.trial import UntriedError, trial
 from amclr_scale.encoders.weights import load_weights
 from amclr_scale.errors import UserError, did_you_mean
@@ -38,21 +40,30 @@ def _words(error: Exception) -> str:
 
 
 def build_image_tower(
-    tower: ImageTower, image_size: int, *, weights: bool = True
+    tower: ImageTower, image_size: int, *, weights: bool = True, architecture: dict[str, Any] | None = None
 ) -> tuple[nn.Module, int, tuple[str, ...], Place]:
     """(b, 3, H, W) -> (b, width): the tower, its width, what to tell the user about it, and where its tokens are.
 
     One forward without memory finds that out, and whether the tower takes images of this size.
 
+    Args:
+        architecture: of a model of transformers, instead of the one that its name says.
+
     Raises:
         UserError: an unknown name, a size or weights that do not fit, or a BatchNorm tower without a choice of `norm`.
     """
     build = kind_of(tower.name, IMAGE_TOWERS, "model.image.name")
+    if architecture is not None:
+        build = partial(vision_tower, architecture=architecture)
     try:
         module, width = build(tower, image_size)
     except SizeError as error:
         raise UserError(f"{error}{_sizes_near(tower, image_size)}") from error
     width, notes, place = _try(module, width, tower, image_size)
+    if tower.pretrained and not isinstance(module, VisionModel):
+        raise UserError(f"model.image.pretrained: expected transformers/FOLDER in model.image.name, got {tower.name}")
+    if tower.pretrained and weights:
+        load_pretrained(cast(VisionModel, module), tower)
     if tower.weights is not None and weights:
         load_weights(module, tower.weights, key="model.image.weights", prefix="image_tower.")
     note = None if _holds_still(tower) else NOTES.get(tower.norm)
@@ -62,6 +73,10 @@ def build_image_tower(
 def _holds_still(tower: ImageTower) -> bool:
     """Whether all of its BatchNorm stays in evaluation mode."""
     return tower.frozen and not tower.unfrozen_blocks
+
+
+def _has_weights(tower: ImageTower) -> bool:
+    return tower.weights is not None or tower.pretrained
 
 
 def _try(module: nn.Module, width: int, tower: ImageTower, size: int) -> tuple[int, list[str], Place]:
@@ -129,14 +144,14 @@ def _normalised(module: nn.Module, tower: ImageTower) -> nn.Module:
             f"model.image.norm: {tower.name} has no BatchNorm to change; expected default, got {tower.norm}"
         )
     if tower.norm == "default" and _holds_still(tower):
-        return convert_batch_norm(module, "frozen", pretrained=tower.weights is not None)
+        return convert_batch_norm(module, "frozen", pretrained=_has_weights(tower))
     if tower.norm == "default":
         raise UserError(
             f"model.image.norm: {tower.name} uses BatchNorm, whose results depend on who is in the batch. Expected a "
             "choice: group (per sample, does not depend on ranks or micro-batch), sync (over all ranks, not under the "
             "gradient cache), frozen (the statistics of model.image.weights) or batch (each rank's micro-batch alone)"
         )
-    return convert_batch_norm(module, tower.norm, pretrained=tower.weights is not None)
+    return convert_batch_norm(module, tower.norm, pretrained=_has_weights(tower))
 
 
 def _torchvision(tower: ImageTower, image_size: int) -> tuple[nn.Module, int]:
@@ -228,4 +243,5 @@ IMAGE_TOWERS: dict[str, Callable[[ImageTower, int], tuple[nn.Module, int]]] = {
     "small_resnet": _small_resnet,
     "torchvision/NAME": _torchvision,
     "timm/NAME": _timm,
+    "transformers/NAME": vision_tower,
 }

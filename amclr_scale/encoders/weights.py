@@ -44,7 +44,7 @@ def load_weights(tower: nn.Module, path: str, *, key: str, prefix: str, extra: t
     Raises:
         UserError: no such file, not weights, or not this tower's.
     """
-    whole, own = _read(path, key), tower.state_dict()
+    whole, own = read_weights(path, key), tower.state_dict()
     state = _part(whole, tower, prefix, f"{key}: {path}")
     made_anew = dict(tower.named_buffers(remove_duplicate=False)).keys() - own.keys()  # which older runs saved
     missing = [name for name in own if name not in state]
@@ -105,7 +105,7 @@ def _under_every_name(state: dict[str, Tensor], tower: nn.Module) -> dict[str, T
     return found
 
 
-def _read(path: str, key: str) -> dict[str, Tensor]:
+def read_weights(path: str, key: str) -> dict[str, Tensor]:
     if not Path(path).is_file():
         raise UserError(f"{key}: expected a local file with weights, got {path}, which does not exist")
     try:

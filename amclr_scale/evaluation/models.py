@@ -21,11 +21,10 @@ from amclr_scale.data.reading import Reading
 from amclr_scale.data.tokenizers import load_tokenizer
 from amclr_scale.encoders.build import build_model
 from amclr_scale.encoders.dual_encoder import Normalise
+from amclr_scale.encoders.transformers_parts import TOWERS
 from amclr_scale.encoders.weights import OF_OBJECTIVES, load_weights
 from amclr_scale.errors import UserError
 from amclr_scale.precision import DTYPES
-
-TEXT_TOWER = "text_tower"  # in the folder of a run or an export: the architecture of a text tower of transformers
 
 
 @dataclass(frozen=True)
@@ -94,13 +93,15 @@ def _ours(name: str) -> Loaded:
 
 
 def _with_own_files(config: Config, folder: Path) -> Config:
-    """Runs and exported folders have their tokenizer in them, and the architecture of a text tower of transformers."""
+    """Runs and exported folders have their tokenizer in them, and the architectures of towers of transformers."""
     changes: dict[str, Any] = {}
     if (folder / "tokenizer").is_dir():
         changes["data"] = config.data.model_copy(update={"tokenizer": str(folder / "tokenizer")})
-    if (folder / TEXT_TOWER).is_dir():
-        text = config.model.text.model_copy(update={"name": f"transformers/{folder / TEXT_TOWER}"})
-        changes["model"] = config.model.model_copy(update={"text": text})
+    own = {side: f"transformers/{folder / place}" for side, place in TOWERS.items() if (folder / place).is_dir()}
+    named: dict[str, Any] = {
+        side: getattr(config.model, side).model_copy(update={"name": name}) for side, name in own.items()
+    }
+    changes["model"] = config.model.model_copy(update=named)
     return config.model_copy(update=changes)
 
 

@@ -16,8 +16,9 @@ from torch import Tensor
 
 from amclr_scale.config.schema import Config
 from amclr_scale.encoders.dual_encoder import DualEncoder
+from amclr_scale.encoders.transformers_parts import TOWERS
 from amclr_scale.errors import UserError
-from amclr_scale.evaluation.models import TEXT_TOWER, load_model
+from amclr_scale.evaluation.models import load_model
 
 KINDS = ("bert", "roberta", "xlm-roberta", "electra", "camembert")
 POOLERS = {"first": "cls_last_hidden_state_pooler", "mean": "mean_pooler"}
@@ -48,7 +49,7 @@ def write(folder: Path) -> None:
     tower: Any = model.text_tower
     inner: Any = getattr(tower.tokens, "model", None)
     _check(config, inner, str(tower.pooling))
-    inner.config.save_pretrained(folder / TEXT_TOWER)
+    inner.config.save_pretrained(folder / TOWERS["text"])
     data = config.data
     described = {
         "model_cfg": {
@@ -61,7 +62,7 @@ def write(folder: Path) -> None:
                 "image_size": data.image_size,
             },
             "text_cfg": {
-                "hf_model_name": str((folder / TEXT_TOWER).absolute()),
+                "hf_model_name": str((folder / TOWERS["text"]).absolute()),
                 "hf_tokenizer_name": str((folder / "tokenizer").absolute()),
                 "hf_model_pretrained": False,
                 "hf_pooler_type": POOLERS[tower.pooling],

@@ -19,7 +19,8 @@ from torch import Tensor
 from amclr_scale.config.load import build
 from amclr_scale.data.tokenizers import load_tokenizer
 from amclr_scale.encoders.build import build_model
-from amclr_scale.evaluation.models import TEXT_TOWER, load_model
+from amclr_scale.encoders.transformers_parts import TOWERS
+from amclr_scale.evaluation.models import load_model
 from amclr_scale.torchvision_ops import import_torchvision
 
 import_torchvision()  # transformers imports it, and a build that lacks its operators must be mended before
@@ -29,7 +30,7 @@ TYPE = "amclr_scale_dual_encoder"
 
 
 class DualEncoderConfig(PretrainedConfig):  # type: ignore[misc]
-    """A resolved configuration of ours, what of the tokenizer the towers depend on, a text tower's architecture."""
+    """A resolved configuration of ours, what of the tokenizer the towers depend on, architectures of transformers."""
 
     model_type = TYPE
 
@@ -38,9 +39,11 @@ class DualEncoderConfig(PretrainedConfig):  # type: ignore[misc]
         recipe: dict[str, Any] | None = None,
         vocabulary: dict[str, Any] | None = None,
         text_architecture: dict[str, Any] | None = None,
+        image_architecture: dict[str, Any] | None = None,
         **keys: Any,
     ):
         self.recipe, self.vocabulary, self.text_architecture = recipe or {}, vocabulary or {}, text_architecture
+        self.image_architecture = image_architecture
         super().__init__(**keys)
 
 
@@ -58,7 +61,7 @@ class DualEncoderModel(PreTrainedModel):  # type: ignore[misc]
         self.model = build_model(
             ours.model, **config.vocabulary, context_length=data.context_length, image_size=data.image_size,
             image_mean=data.image_mean, image_std=data.image_std, weights=False,
-            text_architecture=config.text_architecture,
+            text_architecture=config.text_architecture, image_architecture=config.image_architecture,
         )  # fmt: skip
         self.post_init()
 
@@ -92,12 +95,12 @@ def write(folder: Path) -> None:
     config = build(yaml.safe_load((folder / "config.yaml").read_text("utf-8")), trusted=False)
     words = load_tokenizer(loaded.config.data.tokenizer, config.data.context_length)
     vocabulary = {"vocab_size": words.vocab_size, "pad_id": words.pad_id, "end_id": words.end_id}
-    architecture = folder / TEXT_TOWER / "config.json"
+    places = {side: folder / place / "config.json" for side, place in TOWERS.items()}
+    architectures = {
+        f"{side}_architecture": json.loads(file.read_text("utf-8")) for side, file in places.items() if file.is_file()
+    }
     described = DualEncoderConfig(
-        config.model_dump(mode="json"),
-        vocabulary,
-        json.loads(architecture.read_text("utf-8")) if architecture.is_file() else None,
-        architectures=["DualEncoderModel"],
+        config.model_dump(mode="json"), vocabulary, architectures=["DualEncoderModel"], **architectures
     )
     (folder / "config.json").write_text(json.dumps(described.to_dict(), indent=1) + "\n")
     weights = {f"model.{name}": value.clone() for name, value in loaded.model.state_dict().items()}

@@ -1,7 +1,8 @@
 """From a checkpoint to plain files: weights by name, configuration, tokenizer and a card. No DeepSpeed, no GPU.
 
     weights.safetensors   every weight, fp32        config.yaml   the resolved recipe, without paths
-    tokenizer/            as it was trained with    text_tower/   a transformers tower's architecture, where it has one
+    tokenizer/            as it was trained with
+    image_tower/, text_tower/                       the architecture of a tower of transformers, where it has one
     README.md             what it is and how it was made
 
 `amclr_scale.load(FOLDER)` reads such a folder, wherever it is moved to, and so does launch/evaluate.py.
@@ -24,9 +25,9 @@ from amclr_scale.config.load import build, dump
 from amclr_scale.config.schema import Config
 from amclr_scale.data.names import known_as, short_names
 from amclr_scale.data.tokenizers import load_tokenizer
+from amclr_scale.encoders.transformers_parts import TOWERS, read_config
 from amclr_scale.engine.teacher import SCALE
 from amclr_scale.errors import UserError
-from amclr_scale.evaluation.models import TEXT_TOWER
 from amclr_scale.evaluation.report import in_words
 from amclr_scale.evaluation.run import MOMENTUM
 from amclr_scale.metrics.run_folder import MODULE
@@ -100,12 +101,13 @@ def _write(checkpoint: Path, out: Path, which: Which, *, leaves: bool) -> None:
     tokenizer = load_tokenizer(str(own) if own.is_dir() else config.data.tokenizer, config.data.context_length)
     tokenizer.check_saved(own)
     tokenizer.save(out / "tokenizer")
-    library, _, name = config.model.text.name.partition("/")
-    places = (checkpoint.parent.parent / TEXT_TOWER, Path(name))  # the run's own, or where it came from
-    found = next((place for place in places if (place / "config.json").is_file()), None)
-    if library == "transformers" and found is not None:
-        (out / TEXT_TOWER).mkdir()
-        (out / TEXT_TOWER / "config.json").write_text((found / "config.json").read_text("utf-8"))
+    for side, folder in TOWERS.items():
+        library, _, name = getattr(config.model, side).name.partition("/")
+        # The run's own, or where it came from, which may be a whole dual encoder.
+        places = (checkpoint.parent.parent / folder, Path(name))
+        found = next((place for place in places if (place / "config.json").is_file()), None)
+        if library == "transformers" and found is not None:
+            read_config(str(found), side).save_pretrained(out / folder)
     (out / "README.md").write_text(card(state, config, _results(checkpoint.parent.parent, which), which))
 
 

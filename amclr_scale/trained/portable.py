@@ -32,12 +32,13 @@ def portable(config: Config) -> Config:
         )
         for one in evaluation.probes
     ]
-    text = model.text.model_copy(update={"name": _tower(model.text.name)})
+    towers = {side: getattr(model, side) for side in ("image", "text")}
+    named = {side: tower.model_copy(update={"name": _tower(tower.name)}) for side, tower in towers.items()}
     config = config.model_copy(
         update={
             "data": data.model_copy(update={"train": _named(data.train), "cache": None}),
             "evaluation": evaluation.model_copy(update=kept),
-            "model": model.model_copy(update={"text": text}),
+            "model": model.model_copy(update={**named, "init": None}),
             "run": config.run.model_copy(update={"folder": type(config.run)().folder}),
             "resume": "never",
         }

@@ -16,6 +16,7 @@ from amclr_scale.config.schema import Config
 from amclr_scale.data.image_operations import Picture
 from amclr_scale.data.reading import Reading
 from amclr_scale.data.tokenizers import well_formed
+from amclr_scale.encoders.start.of_transformers import pixel_statistics
 from amclr_scale.encoders.trial import UntriedError, largest, trial
 from amclr_scale.errors import UserError
 from amclr_scale.evaluation.foreign.model import (
@@ -45,7 +46,7 @@ def open_transformers(name: str, folder: Path) -> tuple[Foreign, Config, Reading
     context = _context(inner, tokenizer, text)
     captions = _Captions(tokenizer, context, masked=not always_filled)
     pictures = _Pictures(name, processor)
-    mean, std = pictures.statistics()
+    mean, std = pixel_statistics(processor)
     model = Foreign(inner, _ImageFeatures(inner), _TextFeatures(inner), mean, std)
     reading = Reading(captions, pictures)
     prove(name, "transformers", model, reading, _want(inner, tokenizer, processor, context, always_filled))
@@ -136,15 +137,6 @@ class _Pictures:
             )
         pixels: Tensor = found["pixel_values"][0]
         return in_eight_bits(pixels)
-
-    def statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        """Mean and deviation of pixels in [0, 1] that do what the processor does: factor, offset, normalise."""
-        settings = self.processor
-        factor = settings.rescale_factor if settings.do_rescale else 1.0
-        offset = 1.0 if settings.do_rescale and getattr(settings, "rescale_offset", False) else 0.0
-        mean, std = (settings.image_mean, settings.image_std) if settings.do_normalize else ([0.0] * 3, [1.0] * 3)
-        whole = 255.0 * factor
-        return tuple((m + offset) / whole for m in mean), tuple(s / whole for s in std)
 
 
 def _context(inner: Any, tokenizer: Any, text: Any) -> int:

@@ -16,6 +16,7 @@ from amclr_scale.config.objective_options import declared, find
 from amclr_scale.config.schema import Config
 from amclr_scale.data.names import probe_name, split_names
 from amclr_scale.data.sources import embedded_splits
+from amclr_scale.encoders.start.taken import resolve
 from amclr_scale.engine.batch_plan import make_plan
 from amclr_scale.engine.schedules import peak_learning_rate
 from amclr_scale.errors import UserError
@@ -208,7 +209,7 @@ def _cell(
         words.append(f"optimizer.lr={plan.lr.base!r}")
 
     words = [*kept_settings(tree, words), *words]
-    draft = build(merge(dict(tree), from_words([*words, f"train.samples={batch}"])), ranks)
+    draft = resolve(build(merge(dict(tree), from_words([*words, f"train.samples={batch}"])), ranks), ranks)
     samples = steps * batch if steps else samples_of(plan, draft, one.setting, epoch, rates, arm.budget_factor)
     words.append(f"train.samples={samples}")
     if plan.warmup_samples is not None:
@@ -218,7 +219,7 @@ def _cell(
     words.append(f"seed={seed}")
 
     execution = [*plan.execution.words, *plan.execution.words_by_batch.get(batch, [])]
-    config = build(merge(dict(tree), from_words([*words, *execution])), ranks)
+    config = resolve(build(merge(dict(tree), from_words([*words, *execution])), ranks), ranks)
     run = make_plan(config, epoch, ranks)
     variant = variant_name(arm.name, batch, axes)
     return Planned(
