@@ -174,7 +174,10 @@ BAD_NAMES = [
         r"^model.image.options.img_size: data.image_size says",
     ),
     (ImageTower(name="timm/hf_hub:timm/resnet50"), r"^model.image.name: .*model.image.weights a local file"),
-    (ImageTower(name="resnet50"), r"^model.image.name: expected small_resnet, torchvision/NAME or timm/NAME"),
+    (
+        ImageTower(name="resnet50"),
+        r"^model.image.name: expected small_resnet, torchvision/NAME, timm/NAME or transformers/NAME",
+    ),
     (ImageTower(name="torchvision/vit_b_16", norm="batch"), r"^model.image.norm: "),
     (ImageTower(depth=12), r"^model.image.depth: expected 10 or 18, got 12"),
     (TextTower(name="transformers/bert-base-uncased"), r"^model.text.name: .*Nothing is downloaded"),
