@@ -72,12 +72,16 @@ def test_embeddings_are_the_library_s(tmp_path, kind):
     seen = processor(images=list(pictures), return_tensors="pt")
     with torch.no_grad():
         got = model(images=(pictures,), texts=(tokens(texts),))
+        with_tokens = model(images=(pictures,), texts=(tokens(texts),), tokens=True)
         outs = {"image": theirs.get_image_features(**seen), "text": theirs.get_text_features(**given)}
     for side, out in outs.items():
         torch.testing.assert_close(got[side], F.normalize(out.pooler_output, dim=-1), rtol=0, atol=1e-5)
     torch.testing.assert_close(got["logit_scale"], theirs.logit_scale.detach().exp().reshape(1))
     if filled:
         assert got["logit_bias"].item() == -7.5
+    assert with_tokens["text"].equal(got["text"])
+    assert with_tokens["text_tokens"].shape[:2] == (5, 16)
+    assert with_tokens["image_tokens"].shape[1] in (4, 5)  # patches, and a class token
     assert (config.data.image_size, config.data.context_length) == (32, 16)
     assert model.notes[-1].startswith(
         f"model.init: {sum(p.numel() for p in model.state_dict().values()):,} weights from {tmp_path}, and "
