@@ -67,7 +67,7 @@ class TransformersModel(nn.Module):
         self.filled = pools and "siglip" in model.config.model_type
 
     def forward(self, ids: Tensor, visible: Tensor, with_tokens: bool = False) -> Any:
-        """Features of tokens (b, L, width); where the model pools, of captions (b, width), `with_tokens` before them."""
+        """Features of tokens (b, L, width); where the model pools, of captions (b, width), `with_tokens` too."""
         out = self.model(input_ids=ids, attention_mask=None if self.filled else visible.long())
         if not self.pools:
             return out.last_hidden_state
