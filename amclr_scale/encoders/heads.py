@@ -9,8 +9,8 @@ def build_head(kind: str, width: int, embedding_width: int, dropout: float) -> n
     """(b, width) -> (b, D).
 
     Args:
-        kind: linear (one matrix, no bias, as in CLIP), mlp (two layers with GELU between, hidden width = width) or
-            none: features are the embedding.
+        kind: linear (one matrix, no bias, as in CLIP) or mlp (two layers with GELU between, hidden width = width), or
+            none, where features are the embedding.
         dropout: probability of dropping a feature before the head.
 
     Raises:
