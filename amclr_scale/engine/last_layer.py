@@ -5,7 +5,8 @@ A head ends in a linear layer, y = W x + b, and the embedding is z = y / |y|. Wi
     v_i = (c_i - (c_i.z_i) z_i) / |y_i|                of y_i
     dW  = sum_i v_i x_i^T,   db = sum_i v_i
 
-so what the layer read and gave, noted while samples are encoded, is all that is needed, at any stage of ZeRO.
+so what the layer read and gave, noted while samples are encoded, is all that is needed, at any stage of ZeRO. Tokens
+are embeddings like others, n of them for each sample.
 """
 
 from collections.abc import Iterator, Mapping
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 
 from amclr_scale.similarity import all_sum
 
-Note = tuple[Tensor, Tensor]  # of some rows: x, y
+Note = tuple[Tensor, Tensor]  # of some rows: x, y; of tokens with n of them in each
 
 
 class LastLayer:
@@ -31,7 +32,8 @@ class LastLayer:
 
     def __init__(self, views: Mapping[str, int], negatives: Mapping[str, int] | None = None):
         self.views, self.negatives = dict(views), dict(negatives or {})
-        self.notes: dict[str, Note] = {}  # flat name of an embedding -> x (k, F), y (k, D) of this rank's samples
+        # Flat name of an embedding -> x (k, F), y (k, D) of this rank's samples; of tokens (k, n, F), (k, n, D).
+        self.notes: dict[str, Note] = {}
         self.biases: set[str] = set()  # heads whose layer has one
 
     @contextmanager
@@ -59,7 +61,12 @@ class LastLayer:
                 hard = view - (self.views[side] - self.negatives.get(side, 0))
                 further = f"{side}_views.{view - 1}" if hard < 0 else f"{side}_negatives.{hard}"
                 name = further if view else side
-                self.notes[name] = torch.cat([x for x, _ in rows]), torch.cat([y for _, y in rows])
+                x, y = torch.cat([x for x, _ in rows]), torch.cat([y for _, y in rows])
+                if x.dim() == 3:  # tokens stand behind the pooled features
+                    if not view:
+                        self.notes[f"{side}_tokens"] = x[:, 1:], y[:, 1:]
+                    x, y = x[:, 0], y[:, 0]
+                self.notes[name] = x, y
 
     def __call__(self, gradient: Mapping[str, Tensor], mine: slice) -> dict[str, Tensor]:
         """Those of its weight (D, F) and bias (D,) of each head, summed over all ranks' samples, in float64.
@@ -69,12 +76,13 @@ class LastLayer:
             mine: this rank's rows of them.
         """
         found: dict[str, Tensor] = {}
-        for name, (x, y) in self.notes.items():
+        for name, (given, made) in self.notes.items():
             if name not in gradient:
                 continue
             side = name.partition("_")[0]
-            c, length = gradient[name][mine].double(), y.double().norm(dim=1, keepdim=True).clamp(min=1e-12)
-            z = y.double() / length
+            x, y = given.flatten(0, -2), made.flatten(0, -2).double()
+            c, length = gradient[name][mine].flatten(0, -2).double(), y.norm(dim=1, keepdim=True).clamp(min=1e-12)
+            z = y / length
             v = (c - (c * z).sum(1, keepdim=True) * z) / length
             parts = {"weight": v.T @ x.double(), **({"bias": v.sum(0)} if side in self.biases else {})}
             for what, part in parts.items():
@@ -92,7 +100,7 @@ class LastLayer:
         for name, (_, y) in list(self.notes.items()):
             z = embeddings[name][mine].double()
             if y.shape == z.shape:
-                far = (F.normalize(y.double(), dim=1) - z).abs().amax(1) > 0.05  # 16 bits are right to 0.004
+                far = (F.normalize(y.double(), dim=-1) - z).abs().amax(-1) > 0.05  # 16 bits are right to 0.004
                 if all_sum(far.double().sum()) == 0:
                     continue
             del self.notes[name]

@@ -21,7 +21,7 @@ Encode = Callable[..., dict[str, Any]]  # the engine's call: images=(...), texts
 def encode_images(
     encode: Encode, split: Split, batch_size: int, outputs: Sequence[str] = ("image",), **options: Any
 ) -> tuple[Tensor, ...]:
-    """Encode a rank's share of a split's images: (n_r, width) of every output that is asked for."""
+    """Encode a rank's share of a split's images: (n_r, ...) of every output that is asked for."""
     batches = split.batches(batch_size)
     kept: list[list[Tensor]] = [[] for _ in outputs]
     for _ in range(-(-largest_share(split.num_samples) // batch_size)):
@@ -33,13 +33,17 @@ def encode_images(
 
 
 @torch.no_grad()
-def encode_texts(encode: Encode, tokenizer: Tokens, texts: Sequence[str], batch_size: int) -> Tensor:
-    """Encode a rank's share of the texts: (m_r, D)."""
+def encode_texts(
+    encode: Encode, tokenizer: Tokens, texts: Sequence[str], batch_size: int, outputs: Sequence[str] = ("text",),
+    **options: Any,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """Encode a rank's share of the texts: (m_r, ...) of every output that is asked for."""
     mine = share(len(texts))
-    kept: list[Tensor] = []
+    kept: list[list[Tensor]] = [[] for _ in outputs]
     for index in range(-(-largest_share(len(texts)) // batch_size)):
         start = mine.start + index * batch_size
         captions = list(texts[start : min(start + batch_size, mine.stop)])
-        encoded = encode(texts=(tokenizer(captions or [""]),))["text"]
-        kept.append(encoded[: len(captions)])
-    return torch.cat(kept)
+        encoded = encode(texts=(tokenizer(captions or [""]),), **options)
+        for rows, name in zip(kept, outputs, strict=True):
+            rows.append(encoded[name][: len(captions)])
+    return tuple(torch.cat(rows) for rows in kept)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from amclr_scale.config.schema import Evaluation
+from amclr_scale.errors import UserError
 from amclr_scale.evaluation import composition as wrong_captions
 from amclr_scale.evaluation import geometry as sphere
 from amclr_scale.evaluation.encode import Encode, encode_images, encode_texts
@@ -21,6 +22,7 @@ from amclr_scale.evaluation.numbers import Number
 from amclr_scale.evaluation.retrieval import retrieval as rank_both_ways
 from amclr_scale.evaluation.shares import gather_rows, share
 from amclr_scale.evaluation.splits import Split, Task
+from amclr_scale.evaluation.tokens.retrieval import token_retrieval as by_tokens
 from amclr_scale.evaluation.zero_shot import accuracies, class_ranks, ensemble, prompts
 
 Classifiers = dict[tuple[str, ...], Tensor]
@@ -80,7 +82,30 @@ class EncodedSplit:
 
     def encoded(self, texts: list[str]) -> Tensor:
         """(m_r, D), unit length: this rank's share of some texts. All ranks call it together."""
-        return encode_texts(self.encode, self.split.reading.tokenizer, texts, self.options.batch_size)
+        (text,) = encode_texts(self.encode, self.split.reading.tokenizer, texts, self.options.batch_size)
+        return text
+
+    def tokens(self) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        """Tokens and which of them count, of this rank's images (n_r, n1, D) and of its share of all captions.
+
+        Raises:
+            UserError: the model gives none.
+        """
+        model = getattr(self.encode, "module", self.encode)
+        place = getattr(model, "image_tokens", None)
+        if place is None or not place.module:
+            which = type(model).__name__ if place is None else place.tower
+            raise UserError(
+                f"evaluation.evaluators: token_retrieval compares features of patches and words, which {which} does "
+                "not give; expected a run of ours whose image tower has a map or a sequence before its pooling"
+            )
+        size, names = self.options.batch_size, ("tokens", "token_mask")
+        image = encode_images(self.encode, self.split, size, [f"image_{name}" for name in names], tokens=True)
+        text = encode_texts(
+            self.encode, self.split.reading.tokenizer, self.gallery[0], size, [f"text_{name}" for name in names],
+            tokens=True,
+        )  # fmt: skip
+        return (image[0], image[1]), (text[0], text[1])
 
 
 def retrieval(seen: EncodedSplit) -> Measured:
@@ -97,6 +122,22 @@ def retrieval(seen: EncodedSplit) -> Measured:
         caption_groups=groups[mine.start : mine.stop].to(image.device),
     )
     return ranks.numbers(), ranks.plain()
+
+
+def token_retrieval(seen: EncodedSplit) -> Measured:
+    """Recall both ways by best matches of patches and words, where there are captions; see `tokens/retrieval.py`."""
+    if not seen.task.retrieval:
+        return NOTHING
+    image, text = seen.tokens()
+    texts, owners, groups, keep = seen.gallery
+    mine, kept = share(len(texts)), keep[seen.rows.start : seen.rows.stop].to(image[0].device)
+    ranks = by_tokens(
+        (image[0][kept], image[1][kept]),
+        text,
+        image_of_text=owners[mine.start : mine.stop].to(image[0].device),
+        caption_groups=groups[mine.start : mine.stop].to(image[0].device),
+    )
+    return {f"token_{name}": one for name, one in ranks.numbers().items()}, {}
 
 
 def geometry(seen: EncodedSplit) -> Measured:
@@ -142,6 +183,7 @@ EVALUATORS: dict[str, Callable[[EncodedSplit], Measured]] = {
     "zero_shot": zero_shot,
 }
 ALWAYS = tuple(EVALUATORS)
+EVALUATORS["token_retrieval"] = token_retrieval
 
 
 def gallery(split: Split) -> tuple[list[str], Tensor, Tensor, Tensor]:

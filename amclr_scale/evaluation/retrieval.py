@@ -21,6 +21,7 @@ The similarity matrix is passed over once, in tiles; each rank holds its images 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -88,7 +89,34 @@ def _direction(
     return numbers
 
 
-@torch.no_grad()
+class Scores(Protocol):
+    """How a rank's images (n_r) and all texts (M) compare: a score from image to text, and one from text to image."""
+
+    def of_pairs(self, images: Tensor, texts: Tensor) -> tuple[Tensor, Tensor]:
+        """Both scores (k,) of some pairs, given by their rows (k,)."""
+
+    def of_tile(self, images: slice, texts: slice) -> tuple[Tensor, Tensor]:
+        """Both scores (r, c) of some images with some texts."""
+
+
+@dataclass(frozen=True)
+class InnerProducts:
+    """Scores of unit vectors, the same both ways."""
+
+    image: Tensor  # (n_r, D)
+    text: Tensor  # (M, D)
+
+    def of_pairs(self, images: Tensor, texts: Tensor) -> tuple[Tensor, Tensor]:
+        """Both scores (k,)."""
+        score = (self.image[images] * self.text[texts]).sum(1)
+        return score, score
+
+    def of_tile(self, images: slice, texts: slice) -> tuple[Tensor, Tensor]:
+        """Both scores (r, c)."""
+        scores = self.image[images] @ self.text[texts].T
+        return scores, scores
+
+
 def retrieval(
     image: Tensor,
     text: Tensor,
@@ -109,39 +137,57 @@ def retrieval(
     Raises:
         ValueError: an image without texts, or a text of an image that does not exist.
     """
-    texts, owners = gather_rows(text), gather_rows(image_of_text)
-    groups = torch.arange(len(texts), device=text.device) if caption_groups is None else gather_rows(caption_groups)
+    scores = InnerProducts(image, gather_rows(text))
+    tile = tile or TILE["cuda" if image.is_cuda else "cpu"]
+    return ranked(scores, image, image_of_text=image_of_text, caption_groups=caption_groups, tile=tile)
+
+
+@torch.no_grad()
+def ranked(
+    scores: Scores, image: Tensor, *, image_of_text: Tensor, caption_groups: Tensor | None, tile: tuple[int, int]
+) -> Ranks:
+    """The same, by any scores.
+
+    Args:
+        image: (n_r, ...), of the type and on the device of scores.
+    """
+    owners = gather_rows(image_of_text)
+    texts = len(owners)
+    groups = torch.arange(texts, device=owners.device) if caption_groups is None else gather_rows(caption_groups)
     counts = gather_rows(torch.tensor([len(image)], device=image.device)).tolist()
     first, N = sum(counts[: rank()]), sum(counts)
     _check(owners, N)
     right = _RightAnswers(owners, groups, N)
 
     tolerance = tie(image.dtype)
-    mine = (owners >= first) & (owners < first + len(image))
-    own = torch.zeros(len(texts), dtype=image.dtype, device=image.device)
-    own[mine] = (image[owners[mine] - first] * texts[mine]).sum(1)
+    mine = ((owners >= first) & (owners < first + len(image))).nonzero()[:, 0]
+    with _full_float32():
+        of_image, of_text = scores.of_pairs(owners[mine] - first, mine)
+    own = torch.zeros(texts, dtype=image.dtype, device=image.device)
+    own[mine] = of_text
     text_limit = sum_over_ranks(own) - tolerance  # (M,): each text's image is on exactly one rank
     best = torch.full((len(image),), -torch.inf, dtype=image.dtype, device=image.device)
-    image_limit = best.scatter_reduce(0, owners[mine] - first, text_limit[mine], "amax")  # (n_r,)
+    image_limit = best.scatter_reduce(0, owners[mine] - first, of_image - tolerance, "amax")  # (n_r,)
 
     ahead_of_image = torch.zeros(len(image), dtype=torch.int64, device=image.device)
-    ahead_of_text = torch.zeros(2, len(texts), dtype=torch.int64, device=image.device)  # all, filtered
+    ahead_of_text = torch.zeros(2, texts, dtype=torch.int64, device=image.device)  # all, filtered
     rivals = torch.zeros(len(image), dtype=torch.int64, device=image.device)
-    rows, columns = tile or TILE["cuda" if image.is_cuda else "cpu"]
+    rows, columns = tile
     with _full_float32():
         for top in range(0, len(image), rows):
-            block, limit = image[top : top + rows], image_limit[top : top + rows, None]
-            pairs = right.of_images(first + top, first + top + len(block))
-            rivals[top : top + rows] = len(texts) - torch.bincount(pairs.image, minlength=len(block))
-            for left in range(0, len(texts), columns):
+            high = slice(top, min(top + rows, len(image)))
+            pairs = right.of_images(first + high.start, first + high.stop)
+            rivals[high] = texts - torch.bincount(pairs.image, minlength=high.stop - high.start)
+            for left in range(0, texts, columns):
                 wide = slice(left, left + columns)
-                scores = block @ texts[wide].T
-                under_image, under_text = scores < limit, scores < text_limit[wide]  # false of a score that is nan
-                ahead_of_image[top : top + rows] += scores.shape[1] - under_image.sum(1)
-                ahead_of_text[:, wide] += scores.shape[0] - under_text.sum(0)
+                by_image, by_text = scores.of_tile(high, wide)
+                # false of a score that is nan
+                under_image, under_text = by_image < image_limit[high, None], by_text < text_limit[wide]
+                ahead_of_image[high] += by_image.shape[1] - under_image.sum(1)
+                ahead_of_text[:, wide] += by_text.shape[0] - under_text.sum(0)
                 inside = (pairs.text >= left) & (pairs.text < left + columns)
                 i, j, is_own = pairs.image[inside], pairs.text[inside], pairs.own[inside]
-                ahead_of_image[top : top + rows].index_add_(0, i, (~under_image[i, j - left]).long(), alpha=-1)
+                ahead_of_image[high].index_add_(0, i, (~under_image[i, j - left]).long(), alpha=-1)
                 counted = (~under_text[i, j - left]).long()
                 ahead_of_text[0].index_add_(0, j, counted * is_own, alpha=-1)
                 ahead_of_text[1].index_add_(0, j, counted, alpha=-1)

@@ -38,7 +38,7 @@ def text_to_image_sheet(encode: Encode, task: Task, batch_size: int, rows: int =
     (image,) = encode_images(encode, task.split, batch_size)
     texts, owners, _, keep = gallery(task.split)
     here = share(task.split.num_samples)
-    text = encode_texts(encode, task.split.reading.tokenizer, texts, batch_size)
+    (text,) = encode_texts(encode, task.split.reading.tokenizer, texts, batch_size)
     images = int(keep.sum())
     scores, found = top_k(text, image[keep[here.start : here.stop].to(image.device)], min(SHOWN, images))
     tied = (scores[:, :1] - scores <= tie(scores.dtype)).sum(1)

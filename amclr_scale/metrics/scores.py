@@ -90,6 +90,14 @@ RETRIEVAL = Group(
         "median_rank": Score("median rank", "ranks", lower_is_better=True),
     },
 )
+TOKENS = Group(
+    "retrieval by tokens",
+    {
+        f"token_{row}" if row else "token": f"{words}, by tokens" if words else ""
+        for row, words in RETRIEVAL.rows.items()
+    },
+    RETRIEVAL.scores,
+)
 CLASSIFICATION = Group(
     "classification",
     {
@@ -122,7 +130,7 @@ GEOMETRY = Group(
     },
     table=False,
 )
-GROUPS = [RETRIEVAL, CLASSIFICATION, COMPOSITION, GEOMETRY]
+GROUPS = [RETRIEVAL, TOKENS, CLASSIFICATION, COMPOSITION, GEOMETRY]
 
 
 def describe(key: str) -> tuple[Group, str, Score] | None:

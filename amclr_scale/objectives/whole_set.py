@@ -65,7 +65,7 @@ def compare_with_whole_set(
         seed: of the partitions.
         ages: (K,) of any unit, how long ago each sample was visited; negative: never.
         layer: a linear map of gradients with respect to all K rows of every view, such as that to the gradient of the
-            last layer's parameters; the same on every rank.
+            last layer's parameters; the same on every rank. Where it gives nothing there are no numbers of it.
 
     Returns:
         For an objective with averages per sample `estimator_error`, the median of |u - g| / g, `estimator_error_p90`,
@@ -102,8 +102,8 @@ def compare_with_whole_set(
     finally:
         objective.train(was_training)
     found |= _likeness(G, gs)
-    if layer is not None:
-        of_layer = _likeness(layer(G), [layer(g) for g in gs])
+    if layer is not None and (of_whole := layer(G)):
+        of_layer = _likeness(of_whole, [layer(g) for g in gs])
         found |= {f"layer_{key}": value for key, value in of_layer.items()}
     return found
 

@@ -14,6 +14,7 @@ from amclr_scale.encoders.build import build_model
 from amclr_scale.encoders.dual_encoder import DualEncoder
 from amclr_scale.engine.deepspeed_setup import adapt_to_objective, build_engine, prepare_towers
 from amclr_scale.engine.gradient_cache import cached_backward
+from amclr_scale.engine.last_layer import LastLayer
 from amclr_scale.engine.step import TrainStep
 from amclr_scale.engine.zero.master_weights import full_fp32
 from amclr_scale.errors import UserError
@@ -179,6 +180,23 @@ def test_more_tokens_follow_from_few():
     )
     assert few.flops(rows) == more.flops(rows)
     assert 0 < few.bytes(rows) < more.bytes(rows)
+
+
+def test_the_last_layers_gradient_is_had_from_that_of_tokens():
+    encoder, some, layer = model().double(), batch(), LastLayer({"image": 1, "text": 1})
+    with layer.noted(encoder):
+        outputs = flatten(encoder(some.images, some.texts))
+    kinds = {name: x for name, x in outputs.items() if not name.startswith("logit")}
+    layer.forget_others({name: x.detach() for name, x in kinds.items()}, slice(None))
+    for x in kinds.values():
+        if x.requires_grad:
+            x.retain_grad()
+    e = Embeddings.from_flat({**outputs, **some.beside()})
+    (objectives.from_section(SECTION)(e).value + (e.image[0] * e.text[1]).sum()).backward()
+    found = layer({name: x.grad for name, x in kinds.items() if x.grad is not None}, slice(None))
+    for side in ("image", "text"):
+        want = getattr(encoder, f"{side}_head")[-1].weight.grad
+        torch.testing.assert_close(found[f"{side}.weight"], want, rtol=1e-9, atol=1e-12)
 
 
 def test_a_tower_without_tokens_is_named():
