@@ -75,6 +75,7 @@ CASES: list[tuple[str, str, dict[str, Any], int]] = [
     ("byolip", "byolip", {}, 1),
     ("count", "count", {}, 1),
     ("degla, negatives=1", "degla", {"negatives": 1}, 2),
+    ("distill", "distill", {}, 2),
     ("cwcl", "cwcl", {}, 1),
     ("rankclip", "rankclip", {}, 5),
     ("vrns", "vrns", {}, 1),

@@ -42,6 +42,7 @@ from amclr_scale.similarity.token_blocks import token_tile
 from amclr_scale.similarity.torch_backend import BUFFERS
 from amclr_scale.types import Embeddings
 
+BLOCKS = (3, 4)  # of rows: from three on, gradients of two are added while another is to come
 GROUPS_TRACED = 4  # of more groups inside a rank, so many: each adds what the others did
 PRIMES = (13, 11)  # c; the first that does not divide D
 ITEMSIZES = ((4,), (1, 4, 8), (4,), (4,), (4, 8), (4, 8), (4, 8))  # of each; also masks and indices
@@ -254,14 +255,15 @@ def _fit(
             return _moments(made, random_embeddings(made, rows, width, world_size, dict(sizes)), areas)
 
     # With tokens, numbers of rows of which a matrix of all pairs is no block of any item size.
-    few, more = (times * chunk * parts for times in ((3, 5) if reads_tokens else (2, 3)))
-    one, two, cached = run(few), run(more), run(few, 2**40)
+    few, more = (blocks * chunk * parts for blocks in ((3, 5) if reads_tokens else BLOCKS))
+    least = few if reads_tokens else 2 * chunk * parts
+    one, two, cached = run(few), run(more), run(least, 2**40)
     moments = {}
     for alive in one.keys() & two.keys():
         slope = (two[alive] - one[alive]) / (more - few)
         moments[alive] = (one[alive] - slope * few, slope)
     kept = max(tiles for tiles, *_ in cached) - max(tiles for tiles, *_ in one)
-    contrasts = round(kept * chunk * chunk / (4 * few * few * world_size))
+    contrasts = round(kept * chunk * chunk / (4 * least * least * world_size))
     return ObjectiveMemory(moments, contrasts, width, world_size)
 
 

@@ -51,8 +51,7 @@ def test_every_objective_on_other_rows_than_it_was_run_on(name, world_size):
         with tracker, forgotten() if made.stores_features else nullcontext():
             made(embeddings).value.backward()
     assert sum(memory.peak(rows, workspace=Workspace(chunk, chunk, 12), rows_at_once=chunk)) == pytest.approx(
-        tracker.peak - before,
-        rel=0.07 if name == "cacr" else 0.02,  # of cacr on two ranks 6 % too much
+        tracker.peak - before, rel=0.02
     )
 
 

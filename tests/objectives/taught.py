@@ -52,6 +52,21 @@ def degla(state, e, step):
     return value, value
 
 
+def distill(teacher: str, alpha: Any, own_temperature: float | None):
+    def definition(state, e, step):
+        share = alpha[step] if isinstance(alpha, tuple) else alpha
+        r, o = (getattr(e, f"{side}_{teacher}") for side in ("image", "text"))
+        scale = 1 / own_temperature if own_temperature else e.logit_scale.detach()
+        s, true = e.image @ e.text.T * e.logit_scale, r @ o.T * scale
+        value = 0.0
+        for x, y in ((s, true), (s.T, true.T)):
+            target = (1 - share) * EYE.double() + share * y.softmax(1)
+            value = value - (target * x.log_softmax(1)).sum(1).mean() / 2
+        return value, value
+
+    return definition
+
+
 def cwcl(sides: str):
     def definition(state, e, step):
         s, value = e.image @ e.text.T * e.logit_scale, 0.0

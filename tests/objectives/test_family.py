@@ -11,7 +11,7 @@ from torch import Tensor
 
 from amclr_scale.types import Embeddings
 from tests.objectives.harness import B, assert_same, defined, global_batch, joined, make, my_rows, off_diagonal, run
-from tests.objectives.taught import byolip, count, cwcl, degla, filip, negclip, softmax_of
+from tests.objectives.taught import byolip, count, cwcl, degla, distill, filip, negclip, softmax_of
 
 EYE = torch.eye(B, dtype=torch.bool)
 Side = Callable[[Tensor, Tensor, Tensor, Any], Tensor]
@@ -231,6 +231,13 @@ CASES: list[tuple[str, dict[str, Any], Any, dict[str, Any]]] = [
     ("byolip", {"temperature": 0.1}, byolip, HEADS),
     ("count", {"temperature": 0.1, "count_weight": 0.7, "negatives": 2}, count, {"negatives": 2}),
     ("degla", {"negatives": 2, "distill_weight": 0.5}, degla, {"negatives": 2}),
+    ("distill", {}, distill("momentum", 0.4, None), {}),
+    (
+        "distill",
+        {"teacher": "reference", "teacher_temperature": 0.2, "alpha": 0.8, "alpha_ramp_epochs": 2.0},
+        distill("reference", (0.0, 0.16, 0.48, 0.8, 0.8), 0.2),
+        {},
+    ),
     ("cwcl", {}, cwcl("image"), {}),
     ("cwcl", {"reference": "both"}, cwcl("both"), {}),
     ("rankclip", {"ramp_epochs": 5.0}, rankclip, {}),
@@ -283,6 +290,7 @@ ALIKE = [
     ("siamlip", {"predict_weight": 0.0}, "clip", {}, 1e-12),
     ("byolip", {"predict_weight": 0.0}, "clip", {}, 1e-12),
     ("count", {"count_weight": 0.0}, "clip", {}, 1e-12),
+    ("distill", {"alpha": 0.0}, "clip", {}, 1e-12),
     ("degla", {"negatives": 1, **dict.fromkeys(WEIGHTS, 0.0)}, "negclip", {}, 1e-12),
     ("swav", {"swap_weight": 0.0}, "clip", {}, 1e-12),
     ("barlip", {"weight": 0.0}, "clip", {}, 1e-12),

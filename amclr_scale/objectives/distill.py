@@ -1,0 +1,84 @@
+"""Distillation: a teacher's softmax over the batch is part of the target.
+
+Li et al., "Align before Fuse", NeurIPS 2021, arXiv:2107.07651 (ALBEF), without its queue; with a frozen teacher it is
+the term that Wei et al., "Model Steering", 2025, arXiv:2505.06699, have beside DRRho-CLIP.
+
+With r, o a teacher's features of images and texts, t' its temperature, and alpha the share of its targets:
+
+    q_ij  = softmax_j( r_i.o_j / t' )                                                    over the keys of all ranks
+    L_i   = log sum_j exp(s_ij / t) - (1 - alpha) s_ii / t - alpha sum_j q_ij s_ij / t
+    value = (1/2) mean_i (L_i + L'_i)                                                    L' has texts for anchors
+
+The teacher is a moving average of the towers (model.momentum) or a frozen model (data.image_reference and
+data.text_reference). Targets have no gradient. alpha grows from 0 over the first `alpha_ramp_epochs` epochs.
+
+Numerics: log-sums centred on the positive; the teacher's softmax and the weighted sums in float32, block by block.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from amclr_scale.objectives.base import Objective, at_least_float32, learned_temperature, numbers, require
+from amclr_scale.objectives.clip import check_temperature
+from amclr_scale.similarity import all_gather, contrast, map_rows
+from amclr_scale.types import Embeddings, Loss
+
+
+class Distill(Objective, name="distill"):
+    """CLIP with a teacher's softmax as part of the target."""
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config:
+        """Options of `distill`."""
+
+        temperature: float | None = None  # fixed; null: learned, 1 / logit_scale
+        teacher: Literal["momentum", "reference"] = "momentum"  # whose softmax it is
+        teacher_temperature: float | None = None  # of that softmax; null: the same as the loss has
+        alpha: float = 0.4  # share of the target that is the teacher's
+        alpha_ramp_epochs: float = 0.0  # epochs over which alpha grows from 0
+
+        def __post_init__(self) -> None:
+            check_temperature(self.temperature)
+            t = self.teacher_temperature
+            require(t is None or t > 0, "teacher_temperature", "a positive number, or null for the loss's", t)
+            require(0 <= self.alpha <= 1, "alpha", "a share in [0, 1]", self.alpha)
+            ramp = self.alpha_ramp_epochs
+            require(ramp >= 0, "alpha_ramp_epochs", "a number of epochs, 0 or more", ramp)
+
+    config: Config
+
+    @staticmethod
+    def inputs_of(options: Any) -> Mapping[str, Any]:
+        return {f"{side}_{options.teacher}": True for side in ("image", "text")}
+
+    def forward(self, embeddings: Embeddings) -> Loss:
+        config, ramp = self.config, self.config.alpha_ramp_epochs
+        alpha = config.alpha * (min(1.0, self.epoch / ramp) if ramp else 1.0)
+        image, text = at_least_float32(embeddings.image), at_least_float32(embeddings.text)
+        t = learned_temperature(embeddings, config.temperature)
+        t_teacher = config.teacher_temperature or (t.detach() if isinstance(t, Tensor) else t)
+        r, o = (
+            F.normalize(at_least_float32(getattr(embeddings, f"{side}_{config.teacher}").detach()), dim=1)
+            for side in ("image", "text")
+        )
+        both = contrast(image, text, temperature=t, centred=True)
+        terms: list[Tensor] = []
+        for side, features in ((both.image, (image, text, r, o)), (both.text, (text, image, o, r))):
+            mean = softly(*features, t_teacher)
+            terms.append(side.log_sum + alpha * (side.positive - mean) / t)
+        loss = (terms[0] + terms[1]).mean() / 2
+        return Loss(loss, numbers(objective=loss, alpha=alpha, temperature=t))
+
+
+def softly(anchors: Tensor, keys: Tensor, of_anchors: Tensor, of_keys: Tensor, t: Tensor | float) -> Tensor:
+    """(b,): sum_j q_ij s_ij over all ranks' keys, q the softmax of of_anchors.of_keys / t."""
+    everybody = all_gather(of_keys)
+
+    def rows(s: Tensor, own: Tensor, mine: Tensor) -> tuple[Tensor]:
+        return (((mine @ everybody.T / t).softmax(1) * s).sum(1),)
+
+    return map_rows(rows, anchors, keys, of_anchors)[0]
