@@ -7,6 +7,7 @@ where several data sets are listed. A sample that cannot be read keeps its id.
 """
 
 import os
+import resource
 import stat
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
@@ -24,7 +25,8 @@ from amclr_scale.data.storage import Storage
 from amclr_scale.errors import UserError
 
 _FEW, _PER_BYTE = 10_000, 10  # samples of a small table; and for each byte of a larger one, where honest ones have 0.2
-_OPEN_SHARDS = 128  # of which a process keeps the member table and the file
+_OPEN_SHARDS = 128  # of which a process keeps the member table and the file,
+_MOST_OPEN = 1024  # and at most; a table of 10,000 samples takes 0.8 MB
 
 
 class Index:
@@ -88,6 +90,14 @@ class Index:
         else:
             self._readers.move_to_end(shard)
         return reader
+
+    def keep_open(self, shards: int) -> None:
+        """Keep so many shards open, if this process may have the files: else samples that come by turns from more
+        shards would each open one.
+        """
+        files = resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4  # others, and captions beside shards, have some too
+        most = min(_MOST_OPEN, files) if files > 0 else _MOST_OPEN
+        self.open_shards = max(self.open_shards, min(shards, most))
 
     def close(self) -> None:
         """Close every file."""

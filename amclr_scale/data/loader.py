@@ -157,6 +157,7 @@ class TrainLoader:
             parts=parts,
             weights=data.weights,
         )
+        self.index.keep_open(data.lanes // world_size * data.shuffle_window)
         self.num_samples, self.fingerprint = self.index.num_samples, self.index.fingerprint
         self.samples_per_epoch = self.order.samples_per_epoch
         self.counts: Counter[str] = Counter()

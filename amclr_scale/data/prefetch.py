@@ -12,6 +12,11 @@ from amclr_scale.errors import UserError
 _AT_ONCE = 4  # fetches under way per rank
 
 
+def shards_at_once(lanes: int, window: int) -> int:
+    """How many shards are held for so many lanes: each lane's window, and its next one."""
+    return lanes * window * 2
+
+
 class Prefetcher:
     """Keeps this rank's present and next windows in the cache.
 
@@ -28,7 +33,7 @@ class Prefetcher:
         self.index, self.order, self.lanes, self.per_step = index, order, lanes, per_step
         self._asked: set[int] = set()
         self._threads = ThreadPoolExecutor(_AT_ONCE, thread_name_prefix="fetch")
-        at_once = len(lanes) * order.window * 2
+        at_once = shards_at_once(len(lanes), order.window)
         known = np.maximum(index.shards.file_sizes[index.shards.remote], 0)
         sizes = np.sort(known)[::-1][: at_once * ranks_here].tolist()  # the largest
         stream, bound = index.storage.stream, index.storage.cached_bytes

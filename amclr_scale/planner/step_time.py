@@ -38,7 +38,7 @@ from amclr_scale.memory.timeline import Timeline
 from amclr_scale.memory.towers import Modality, Tower, skeleton, trace
 from amclr_scale.metrics.devices import USUAL, DeviceProfile
 from amclr_scale.metrics.flops import ModelFlops
-from amclr_scale.planner.messages import Messages
+from amclr_scale.planner.messages import Message, Messages
 from amclr_scale.planner.traffic import (
     fetches,
     host_traffic,
@@ -288,17 +288,19 @@ def _passes_of(tower: Tower, share: float, whole_weights: int, head_weights: int
 def _seconds(
     messages: Messages, profile: DeviceProfile, rates: Rates, world_size: int, ranks_per_node: int | None
 ) -> float:
-    here = min(ranks_per_node or world_size, world_size)
     total = 0.0
     for message in messages:
-        seconds = message.wire_bytes / profile.link
-        if here < world_size:
-            outside = message.wire_bytes
-            if message.collective == "all_to_all":  # each rank to each other, of which so many are elsewhere
-                outside *= (world_size - here) / (world_size - 1)
-                seconds *= (here - 1) / (world_size - 1)
-            elif message.collective != "send":
-                outside /= here
-            seconds = max(seconds, outside / profile.node_link)
-        total += seconds + message.calls * rates.message
+        inside, outside = by_link(message, world_size, ranks_per_node)
+        total += max(inside / profile.link, outside / profile.node_link) + message.calls * rates.message
     return total
+
+
+def by_link(message: Message, world_size: int, ranks_per_node: int | None) -> tuple[float, float]:
+    """Bytes that pass a device's link inside of its node, and its share of the node's network cards, at once."""
+    here = min(ranks_per_node or world_size, world_size)
+    sent = message.wire_bytes
+    if here == world_size:
+        return sent, 0.0
+    if message.collective == "all_to_all":  # each rank to each other, of which so many are elsewhere
+        return sent * (here - 1) / (world_size - 1), sent * (world_size - here) / (world_size - 1)
+    return sent, sent if message.collective == "send" else sent / here

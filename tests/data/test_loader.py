@@ -7,11 +7,14 @@ import random
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
 
 from amclr_scale.config import schema
+from amclr_scale.data import index as index_module
+from amclr_scale.data.formats.members import Members
 from amclr_scale.data.loader import TrainLoader
 from amclr_scale.errors import UserError
 from tests.data.shards import pair, settings, write_shards, write_tar
@@ -247,3 +250,18 @@ def test_a_place_without_classes_is_refused(tmp_path):
         UserError, match=r"^data\.labels: expected a place where samples say their class, got json\.klass"
     ):
         TrainLoader(settings(str(tmp_path), labels="json.klass", lanes=1), seed=0, global_batch_size=4)
+
+
+def test_a_rank_of_many_lanes_keeps_their_shards_open(tmp_path, monkeypatch):
+    """Each shard is opened once while its window lasts, however many lanes take turns; but not more than is allowed."""
+    monkeypatch.setattr(index_module, "_OPEN_SHARDS", 2)
+    write_shards(tmp_path, [10] * 12)
+    for most, opened in ((1024, 12), (3, 30)):
+        monkeypatch.setattr(index_module, "_MOST_OPEN", most)
+        with mock.patch.object(Members, "load", side_effect=Members.load) as load:
+            loader = TrainLoader(settings(str(tmp_path)), seed=0, global_batch_size=8)
+            load.reset_mock()
+            for _ in range(9):  # of 15 steps
+                next(loader)
+            loader.close()
+        assert load.call_count <= opened if most > 100 else load.call_count >= opened

@@ -123,10 +123,10 @@ def shard_of(entry: dict[str, Any], folder: Path) -> Shard:
 
 def entries_of(shards: Sequence[Shard], folder: Path) -> list[dict[str, Any]]:
     """Entries of an index in `folder`; urls and tables below it become relative."""
+    home = f"{folder}{os.sep}"
 
     def relative(place: str) -> str:
-        below = not is_remote(place) and Path(place).is_relative_to(folder)
-        return str(Path(place).relative_to(folder)) if below else place
+        return place if is_remote(place) else place.removeprefix(home)
 
     entries: list[dict[str, Any]] = []
     for shard in shards:
