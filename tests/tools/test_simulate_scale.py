@@ -4,15 +4,15 @@ from pathlib import Path
 
 import pytest
 
-from tools import simulate_scale
+from tools.scale import simulate as tool
 from tools.scale.data import SMALL
-from tools.simulate_scale import MARKS, PAGE, SMALL_WORDS, simulate, table
+from tools.scale.simulate import MARKS, PAGE, SMALL_WORDS, simulate, table
 
 
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory):
     patch = pytest.MonkeyPatch()
-    patch.setattr(simulate_scale, "in_own_process", lambda function, *arguments: function(*arguments))
+    patch.setattr(tool, "in_own_process", lambda function, *arguments: function(*arguments))
     found = simulate(SMALL, SMALL_WORDS, Path(tmp_path_factory.mktemp("scale")), mib=1)
     patch.undo()
     return found

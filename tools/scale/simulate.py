@@ -1,8 +1,8 @@
 """A job past what fits here: 5 billion pairs in 500,000 shards on 1,024 ranks, played rank by rank and computed.
 
-python tools/simulate_scale.py             # the table of docs/clusters.md, two minutes of one core
-python tools/simulate_scale.py --write     # and put it there
-python tools/simulate_scale.py --small     # the same things of a small size, in seconds
+python -m tools.scale.simulate             # the table of docs/clusters.md, two minutes of one core
+python -m tools.scale.simulate --write     # and put it there
+python -m tools.scale.simulate --small     # the same things of a small size, in seconds
 
 run        one rank of the job did it here, at full size, in a process of its own
 simulated  all ranks' parts were played one after another, or a piece of the whole was run and scaled
@@ -20,8 +20,6 @@ from pathlib import Path
 import numpy as np
 import psutil
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 from amclr_scale.config.schema import Data
 from amclr_scale.data.evaluation_split import EvaluationSplit
 from amclr_scale.data.prefetch import shards_at_once
@@ -31,7 +29,7 @@ from tools.memory_table import MODEL
 from tools.scale import data, job
 from tools.scale.data import JSON_PART, SMALL, Size, in_own_process
 
-PAGE = Path(__file__).resolve().parents[1] / "docs" / "clusters.md"
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "clusters.md"
 MARKS = ("<!-- scale -->", "<!-- scale end -->")
 WORDS = [
     *MODEL, "objective.name=sogclr", "execution.micro_batch_size=64", "execution.kept_micro_batches=0",
