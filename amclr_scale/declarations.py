@@ -20,8 +20,8 @@ class Kind:
     """How one kind of input gets to an objective.
 
     Attributes:
-        shape: of one sample's row; letters are D, the embedding width, n, tokens, R, the width of a reference, and K,
-            hard negatives.
+        shape: of one sample's row; letters are D, the embedding width, n, tokens, R, the width of a reference, F,
+            that of an inner layer, and K, hard negatives.
         key: of the configuration that provides it; "" where every run has it.
         several: a tuple of such tensors; an objective asks for a number of them, or gives them names of its own.
         shared: one for the whole model rather than a row per sample.
@@ -55,8 +55,10 @@ KINDS: dict[str, Kind] = {
     "text_reference": Kind(("R",), "data.text_reference", gradient=False),
     "image_momentum": Kind(("D",), "model.momentum", gradient=False),  # of a moving average of the towers
     "text_momentum": Kind(("D",), "model.momentum", gradient=False),
-    "image_layers": Kind(("D",), "model.image.taps", several=True),  # of inner layers
-    "text_layers": Kind(("D",), "model.text.taps", several=True),
+    "image_layers": Kind(("F",), "model.image.taps", several=True),  # of inner layers
+    "text_layers": Kind(("F",), "model.text.taps", several=True),
+    "image_momentum_layers": Kind(("F",), "model.image.taps", several=True, gradient=False),  # of model.momentum's
+    "text_momentum_layers": Kind(("F",), "model.text.taps", several=True, gradient=False),
     "image_tokens": Kind(("n", "D")),  # of patches: towers give them where they are asked for (encoders/tokens.py)
     "text_tokens": Kind(("n", "D")),
     "image_token_mask": Kind(("n",), gradient=False, dtype="bool"),  # True: it is there
@@ -138,6 +140,28 @@ def read_by_positives(options: Any) -> Mapping[str, Any]:
     """What `inputs_of` asks for where the option `positives` says which samples are positives of one another."""
     kinds = {"label": "labels", "image": "ids", "text": "text_content"}
     return {kind: options.positives == name for name, kind in kinds.items()}
+
+
+def with_layers(asked: Mapping[str, Any], options: Any) -> dict[str, Any]:
+    """What an objective asks for, and features of inner layers where the option `layers` names weights for some."""
+    weights = getattr(options, "layers", None)
+    if not weights:
+        return dict(asked)
+    found = {f"{side}_layers": len(weights) - 1 for side in ("image", "text")}
+    of_teacher = {f"{side}_momentum_layers": len(weights) - 1 for side in ("image", "text")}
+    return {**asked, **found, **(of_teacher if asked.get("image_momentum") else {})}
+
+
+def mistakes_of_layers(asked: Mapping[str, Any], options: Any) -> Iterable[str]:
+    """What is wrong with the option `layers` of an objective that asks for this, without it."""
+    weights = getattr(options, "layers", None)
+    if weights is None:
+        return
+    if len(weights) < 2 or min(weights) <= 0:
+        yield f"layers: expected a positive weight of the embeddings and one of each tapped layer, got {list(weights)}"
+    others = [kind for kind, wanted in asked.items() if wanted and (KINDS[kind].several or "n" in KINDS[kind].shape)]
+    if others:
+        yield f"layers: expected null, for inner layers have no {others[0]}, which are read too, got {list(weights)}"
 
 
 class Declarations:

@@ -103,6 +103,8 @@ def _resident(config: Config) -> list[str]:
 def _frozen(config: Config) -> list[str]:
     lines, still = [], []
     for side, section in (("image", config.model.image), ("text", config.model.text)):
+        if section.taps and config.execution.compile:
+            lines.append(f"execution.compile: expected false beside model.{side}.taps, whose hooks it does not see")
         for key in ("unfrozen_blocks", "unfrozen_norms"):
             if getattr(section, key) and not section.frozen:
                 lines.append(
@@ -183,8 +185,7 @@ def _shares(config: Config, world_size: int) -> list[str]:
 def _objective(config: Config, world_size: int) -> list[str]:
     """What the objective reads and nobody provides, and what it says itself."""
     batch, name = config.train.global_batch_size, config.objective["name"]
-    found = declared(config.objective)
-    lines = []
+    found, lines = declared(config.objective), []
     for kind, (key, there) in _provided(config).items():
         wanted = found.inputs.count(kind)
         if there is None and wanted:
@@ -194,7 +195,7 @@ def _objective(config: Config, world_size: int) -> list[str]:
             )
         elif there == 0 and wanted and not KINDS[kind].several:
             lines.append(f"{key}: objective {name} reads {kind}, which come from there, got nothing")
-        elif there is not None and there != wanted and KINDS[kind].several:
+        elif there is not None and there != wanted and KINDS[kind].several and (wanted or KINDS[kind].gradient):
             lines.append(f"{key}: objective {name} needs {wanted or 'none'}, got {there}")
     widths = {"width": getattr(found.options, "width", None), "queue.width": queue_of(found.options).get("width")}
     for key, width in widths.items():
@@ -215,7 +216,7 @@ def _provided(config: Config) -> dict[str, tuple[str, int | None]]:
             section = getattr(section, part, _NO_KEY)
         if section is _NO_KEY:
             return None
-        return section if isinstance(section, int) else int(bool(section))
+        return section if isinstance(section, int) else len(section) if isinstance(section, list) else bool(section)
 
     return {name: (kind.key, value(kind.key)) for name, kind in KINDS.items() if kind.key}
 
@@ -275,8 +276,7 @@ def _execution(config: Config, world_size: int) -> list[str]:
     if stage not in rule.stages and not chosen_later:
         right = one_of(map(str, rule.stages))
         lines.append(f"execution.zero_stage: expected {right} with optimizer.name={config.optimizer.name}, got {stage}")
-    local = config.train.global_batch_size // world_size
-    image = config.model.image
+    local, image = config.train.global_batch_size // world_size, config.model.image
     still = image.frozen and not image.unfrozen_blocks  # in evaluation mode
     if image.norm == "sync" and not still and (execution.micro_batch_size or local) < local:
         lines.append(

@@ -40,6 +40,7 @@ LATER: dict[str, Any] = {
     "model.image.frozen": False, "model.image.unfrozen_norms": False, "model.image.frozen_head": False,
     "model.text.frozen": False, "model.text.unfrozen_norms": False, "model.text.frozen_head": False,
     "model.image.pretrained": False, "model.image.unfrozen_blocks": 0, "model.text.unfrozen_blocks": 0,
+    "model.image.taps": [], "model.text.taps": [],
     "objective.log_alpha": 10.0, "objective.reference": False,
     "optimizer.layer_decay": 1.0, "optimizer.cooldown_samples": 0, "optimizer.cooldown_shape": "linear",
 }  # fmt: skip

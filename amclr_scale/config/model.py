@@ -2,9 +2,30 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from amclr_scale.config.section import Fraction, Positive, PositiveNumber, Section
+
+
+class Tap(Section):
+    """An inner layer of a tower, whose features objectives compare too (objective.layers)."""
+
+    module: str
+    """Name of a module of the tower, such as blocks.11.mlp.fc1 of a ViT of timm's; of a text tower, of the model inside
+    of it. Another name is answered with those that there are."""
+    of: Literal["output", "input"] = "output"
+    """What is read: what the module gives, or what it gets."""
+    pooling: Literal["default", "mean", "first", "last"] = "default"
+    """How features of tokens become one: mean, over words, or over patches without the token of the class; first, which
+    is that token; last, of texts. default: mean for images, as the tower for texts. Of a map it is always the mean."""
+    head: Literal["linear", "mlp", "none"] = "linear"
+    """Head from these features to the embedding's width; none: they are compared as they are, at their own width."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _by_name(cls, value: Any) -> Any:
+        """A name alone is a tap of it."""
+        return {"module": value} if isinstance(value, str) else value
 
 
 class ImageTower(Section):
@@ -41,6 +62,9 @@ class ImageTower(Section):
     """Whether gains and biases of all norms of a frozen tower are trained all the same."""
     frozen_head: bool = False
     """Whether the head keeps its weights."""
+    taps: list[Tap] = Field([])
+    """Inner layers whose features objectives get beside the embeddings: names of modules, or sections with module, of,
+    pooling and head. As many for images as for texts; objective.layers gives their weights."""
 
 
 class TextTower(Section):
@@ -74,6 +98,9 @@ class TextTower(Section):
     """Whether gains and biases of all norms of a frozen tower are trained all the same."""
     frozen_head: bool = False
     """Whether the head keeps its weights."""
+    taps: list[Tap] = Field([])
+    """Inner layers whose features objectives get beside the embeddings: names of modules, or sections with module, of,
+    pooling and head. As many for images as for texts; objective.layers gives their weights."""
 
 
 class Momentum(Section):

@@ -29,7 +29,7 @@ from pydantic import BaseModel, create_model
 from amclr_scale import declarations
 from amclr_scale.config.section import Checked
 from amclr_scale.config.source_files import source_of
-from amclr_scale.declarations import Declarations, Equal, Inputs, queue_of
+from amclr_scale.declarations import Declarations, Equal, Inputs, mistakes_of_layers, queue_of, with_layers
 from amclr_scale.errors import UserError
 
 T = TypeVar("T")
@@ -65,7 +65,7 @@ class Declared:
     @cached_property
     def inputs(self) -> Inputs:
         """What it reads."""
-        return self._ask(lambda: Inputs(self.by.inputs_of(self.options)))
+        return self._ask(lambda: Inputs(with_layers(self.by.inputs_of(self.options), self.options)))
 
     @property
     def group_size(self) -> int | None:
@@ -84,14 +84,15 @@ class Declared:
 
     def equals(self, B: int) -> Equal | None:
         """Another objective that computes the same at a global batch of B."""
-        return None if queue_of(self.options)["size"] else self._ask(lambda: self.by.equals(self.options, B))
+        more = queue_of(self.options)["size"] or getattr(self.options, "layers", None)
+        return None if more else self._ask(lambda: self.by.equals(self.options, B))
 
     def mistakes(self, B: int, b: int) -> list[str]:
         """What would fail at a global batch of B with b of it on a rank."""
         lines, slots = self._ask(lambda: list(self.by.mistakes_of(self.options, B, b))), queue_of(self.options)["size"]
         if 0 < slots < B:
             lines.append(f"queue.size: expected at least train.global_batch_size = {B} slots, or 0, got {slots}")
-        return lines
+        return lines + self._ask(lambda: list(mistakes_of_layers(self.by.inputs_of(self.options), self.options)))
 
     def _ask(self, declaration: Callable[[], T]) -> T:
         try:
@@ -260,10 +261,14 @@ def _annotation(node: ast.expr, file: _File) -> Any:
         case ast.Subscript(value=ast.Name(id="Literal"), slice=choices):
             values = choices.elts if isinstance(choices, ast.Tuple) else [choices]
             return Literal[tuple(ast.literal_eval(value) for value in values)]
+        case ast.Subscript(value=ast.Name(id="tuple"), slice=ast.Tuple(elts=[inner, ast.Constant(value=rest)])):
+            if rest is ...:
+                return tuple.__class_getitem__((_annotation(inner, file), ...))
         case ast.Subscript(value=ast.Name(id="Optional"), slice=inner):
             return Optional[_annotation(inner, file)]  # noqa: UP045 - likewise
     raise TypeError(
-        f"{ast.unparse(node)}: an objective's Config may hold int, float, bool, str, Literal, sections and | None"
+        f"{ast.unparse(node)}: an objective's Config may hold int, float, bool, str, Literal, tuple[..., ...], "
+        "sections and | None"
     )
 
 

@@ -13,7 +13,7 @@ from pydantic import Field
 from amclr_scale.config.augmentation import ImageAugmentation, TextAugmentation
 from amclr_scale.config.evaluation import Evaluation, Probe
 from amclr_scale.config.execution import BatchProbe, Checkpoint, Execution, Run, Similarity
-from amclr_scale.config.model import ImageTower, Model, Momentum, TextTower
+from amclr_scale.config.model import ImageTower, Model, Momentum, Tap, TextTower
 from amclr_scale.config.recipe import (
     Data,
     LearningRateFactors,
@@ -42,6 +42,7 @@ __all__ = [
     "Run",
     "Section",
     "Similarity",
+    "Tap",
     "TextAugmentation",
     "TextTower",
     "Train",

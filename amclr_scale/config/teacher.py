@@ -15,3 +15,8 @@ def lent_sides(config: Config) -> tuple[Side, ...]:
         return ()
     inputs = declared(config.objective).inputs
     return tuple(side for side in SIDES if inputs.count(f"{side}_momentum"))
+
+
+def lends_layers(config: Config) -> bool:
+    """Whether it lends features of inner layers too."""
+    return bool(lent_sides(config) and declared(config.objective).inputs.count("image_momentum_layers"))

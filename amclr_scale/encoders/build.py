@@ -13,6 +13,7 @@ from amclr_scale.encoders.heads import build_head
 from amclr_scale.encoders.image_towers import build_image_tower
 from amclr_scale.encoders.recomputation import blocks
 from amclr_scale.encoders.start.taken import load_start
+from amclr_scale.encoders.taps import build_taps, check_pairs
 from amclr_scale.encoders.text_towers import build_text_tower
 from amclr_scale.encoders.trial import UntriedError
 from amclr_scale.errors import UserError
@@ -75,7 +76,7 @@ def build_model(
     )
     if weights and model.init is not None:
         built.notes += tuple(load_start(built, model.init))
-    examples: dict[str, Callable[[], torch.Tensor]] = {
+    examples: dict[Literal["image", "text"], Callable[[], torch.Tensor]] = {
         "image": lambda: torch.zeros(2, 3, image_size, image_size),
         "text": lambda: torch.full((2, context_length), int(pad_id == 0)),
     }
@@ -83,6 +84,13 @@ def build_model(
         tower, head, section = (getattr(owner, name) for owner, name in (
             (built, f"{side}_tower"), (built, f"{side}_head"), (model, side)
         ))  # fmt: skip
+        taps = (
+            build_taps(tower, section, side=side, example=example(), embedding_width=model.embedding_width)
+            if section.taps
+            else None
+        )
+        if taps is not None:
+            built.taps[side] = taps
         kept = freeze_tower(tower, head, section, key=f"model.{side}", example=example)
         if kept is not None:
             built.kept[side] = kept
@@ -95,6 +103,7 @@ def build_model(
                 raise UserError(
                     f"optimizer.layer_decay: {section.name} cannot be looked at without its weights; expected 1"
                 ) from error
+    check_pairs(built.taps_of("image"), built.taps_of("text"))
     built.train()
     return built
 

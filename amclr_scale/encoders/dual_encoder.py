@@ -11,6 +11,7 @@ towers compute in.
 
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any, cast
 
 import torch
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from amclr_scale.encoders.decay import exempt
 from amclr_scale.encoders.freezing import Kept, hold_still, is_trained
 from amclr_scale.encoders.recomputation import Recomputation, blocks, set_recomputation
+from amclr_scale.encoders.taps import Taps
 from amclr_scale.encoders.tokens import Place, Side, check_tokens
 from amclr_scale.errors import UserError
 
@@ -63,6 +65,7 @@ class DualEncoder(nn.Module):
         parts: what an objective trains beside the towers, from `take_parts` (`Objective.model_parts` describes it).
         further_views: V by modality; what comes behind them are hard negatives. Without, all further ones are views.
         unit_rows: bring embeddings to unit length; False while training an objective that needs their length (VICReg).
+        taps: by modality, inner layers whose features are given too (encoders/taps.py), of the first view alone.
         kept: of towers that are frozen, the modules that train all the same (encoders/freezing.py).
         depths: of the towers' parameters by name, where they were asked for (encoders/depths.py).
         tokens: of which sides every forward gives tokens too, as the objective in training reads them.
@@ -89,6 +92,7 @@ class DualEncoder(nn.Module):
         self.logit_scale = nn.Parameter(torch.tensor([-math.log(temperature)]))  # (1,): DeepSpeed refuses ()
         self.logit_bias = nn.Parameter(torch.tensor([logit_bias]))
         self.parts: nn.Module | None = None
+        self.taps = nn.ModuleDict()
         self.kept: Kept = {}
         self.depths: dict[str, int] = {}
         self.further_views: dict[str, int] = {}
@@ -117,16 +121,18 @@ class DualEncoder(nn.Module):
 
         Returns:
             image (b, D) and image_views (V of (b, D)) when there are images; text and text_views when there are texts;
-            image_negatives and text_negatives, (b, D) each, where there are any;
+            image_negatives and text_negatives, (b, D) each, where there are any; image_layers and text_layers, (b, F)
+            each, where layers are tapped and no tokens asked for;
             logit_scale (1,) and logit_bias (1,); what `parts` makes of these; image_features and text_features
             (b, width) of the first view when asked for. With tokens, of the first view, image_tokens and text_tokens
             (b, n, D), unit length, n being L of texts, and image_token_mask and text_token_mask (b, n) bool, which of
             them there are. In training, of each tower that is frozen as a whole, also frozen_features: by side,
-            (b (1 + V), width), or (b (1 + V), 1 + n, width), of all views.
+            (b (1 + V), width), or (b (1 + V), 1 + n, width), of all views, with what is tapped beside.
         """
         device, dtype = self.logit_scale.device, self.logit_scale.dtype
         out: dict[str, Any] = {}
         frozen: dict[str, Tensor] = {}
+        length = _unit if self.unit_rows or not self.training else _at_least_float32
         sides: tuple[tuple[Side, tuple[Tensor, ...], Any], ...]
         sides = ("image", images, self._encode_images), ("text", texts, self._encode_texts)
         for name, views, encode in sides:
@@ -134,8 +140,10 @@ class DualEncoder(nn.Module):
                 continue
             with_tokens = name in self.tokens if tokens is None else tokens
             stacked = torch.cat([view.to(device, non_blocking=True) for view in views])
-            raw, embedded, mask = encode(stacked, dtype, with_tokens)
-            rows = _unit(embedded) if self.unit_rows or not self.training else _at_least_float32(embedded)
+            taps = None if with_tokens else self.taps_of(name)
+            with nullcontext() if taps is None else taps.read(stacked, getattr(self, f"{name}_tower")) as read:
+                raw, embedded, mask = encode(stacked if read is None else read.inputs, dtype, with_tokens)
+            rows = length(embedded)
             if with_tokens:
                 rows, out[f"{name}_tokens"] = _apart(rows, len(views[0]))
                 if mask is not None:
@@ -145,10 +153,13 @@ class DualEncoder(nn.Module):
             out[f"{name}_views"] = tuple(further[:count])
             if further[count:]:
                 out[f"{name}_negatives"] = tuple(further[count:])
+            tapped = [] if read is None else read.features()
+            if taps is not None:
+                out[f"{name}_layers"] = tuple(length(x) for x in taps([x[: len(views[0])] for x in tapped]))
             if features:
                 out[f"{name}_features"] = (raw if raw.dim() == 2 else raw[:, 0])[: len(views[0])]
             if self.training and not is_trained(getattr(self, f"{name}_tower")):
-                frozen[name] = raw
+                frozen[name] = torch.cat([raw, *tapped], 1) if tapped else raw
         out["logit_scale"] = _at_least_float32(self.logit_scale).exp()
         out["logit_bias"] = _at_least_float32(self.logit_bias)
         found = out if self.parts is None else {**out, **self._outputs_of_parts(out)}
@@ -177,6 +188,10 @@ class DualEncoder(nn.Module):
             ) from error
         found: dict[str, Any] = _each(made, lambda x: _at_least_float32(x) if x.is_floating_point() else x)
         return found
+
+    def taps_of(self, side: str) -> Taps | None:
+        """Of a modality; None: no layer of its tower is tapped."""
+        return cast(Taps, self.taps[side]) if side in self.taps else None
 
     def _encode_images(self, images: Tensor, dtype: torch.dtype, tokens: bool = False) -> Encoded:
         if images.dim() != 4:

@@ -26,6 +26,7 @@ PARTS = {
     "text_tower": "text_tower",
     "image_head": "heads",
     "text_head": "heads",
+    "taps": "heads",
     "logit_scale": "temperature",
     "logit_bias": "temperature",
     "parts": "heads",  # of the objective

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from amclr_scale.config.schema import Config, Momentum
-from amclr_scale.config.teacher import lent_sides
+from amclr_scale.config.teacher import lends_layers, lent_sides
 from amclr_scale.encoders.rank_buffers import averaged_buffers
 from amclr_scale.encoders.weights import saved_parts
 from amclr_scale.engine.micro_batches import on_device, split
@@ -32,7 +32,7 @@ from amclr_scale.engine.schedules import averaging_decay
 from amclr_scale.engine.zero.averaged_weights import AveragedWeights
 from amclr_scale.engine.zero.master_weights import full_fp32
 from amclr_scale.precision import DTYPES
-from amclr_scale.types import Batch
+from amclr_scale.types import Batch, flatten
 
 SCALE = ("logit_scale", "logit_bias")
 
@@ -46,6 +46,7 @@ class Teacher:
         precision: what the student computes in.
         total_steps: of the run, for the decay's course.
         lends: which of image and text it encodes, as image_momentum and text_momentum.
+        layers: whether it lends features of inner layers too, as image_momentum_layers and text_momentum_layers.
 
     Attributes:
         weights: the average.
@@ -60,10 +61,11 @@ class Teacher:
         precision: str,
         total_steps: int,
         lends: Sequence[str],
+        layers: bool = False,
         device: torch.device,
     ):
         self.settings, self.engine, self.total_steps, self.device = settings, engine, total_steps, device
-        self.lends = tuple(lends)
+        self.lends, self.layers = tuple(lends), layers
         self.dtype = DTYPES[precision if settings.precision == "run" else settings.precision]
         self.kept = () if settings.scale else SCALE
         self.weights = AveragedWeights(engine)
@@ -139,21 +141,27 @@ class Teacher:
     def lend(self, batch: Batch, micro_batch_sizes: tuple[int, int]) -> dict[str, Tensor]:
         """Features of a batch, of unit length and without gradient: image_momentum and text_momentum, (b, D) each.
 
+        Of inner layers, image_momentum_layers.0 and so on, (b, F) each.
+
         Args:
             batch: this rank's samples; of their views the first ones are encoded.
             micro_batch_sizes: images and texts encoded at once.
         """
         images = batch.images[:1] if "image" in self.lends else ()
         texts = batch.texts[:1] if "text" in self.lends else ()
-        parts: dict[str, list[Tensor]] = {side: [] for side in self.lends}
+        parts: dict[str, list[Tensor]] = {}
         micro_batches = [m for m in split(Batch(batch.ids, images, texts), *micro_batch_sizes) if m.images or m.texts]
         plain = {"tokens": False} if getattr(self.engine.module, "tokens", ()) else {}
         with self.in_place():
             for micro_batch in on_device(micro_batches, self.device):
                 outputs = self.engine(micro_batch.images, micro_batch.texts, **plain)
-                for side in parts.keys() & outputs.keys():
-                    parts[side].append(outputs[side])
-        return {f"{side}_momentum": torch.cat(found) for side, found in parts.items()}
+                for side in self.lends:
+                    if side in outputs:
+                        layers = outputs.get(f"{side}_layers", ()) if self.layers else ()
+                        lent = flatten({f"{side}_momentum": outputs[side], f"{side}_momentum_layers": tuple(layers)})
+                        for name, rows in lent.items():
+                            parts.setdefault(name, []).append(rows)
+        return {name: torch.cat(found) for name, found in parts.items()}
 
 
 def build_teacher(config: Config, engine: Any, *, total_steps: int, device: torch.device) -> Teacher | None:
@@ -162,7 +170,7 @@ def build_teacher(config: Config, engine: Any, *, total_steps: int, device: torc
         return None
     return Teacher(
         config.model.momentum, engine, precision=config.execution.precision, total_steps=total_steps,
-        lends=lent_sides(config), device=device,
+        lends=lent_sides(config), layers=lends_layers(config), device=device,
     )  # fmt: skip
 
 

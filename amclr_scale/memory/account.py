@@ -36,10 +36,10 @@ from amclr_scale.memory.objective_memory import (
     staged_bytes,
 )  # fmt: skip
 from amclr_scale.memory.passes import Passes
-from amclr_scale.memory.random_embeddings import made_together
+from amclr_scale.memory.random_embeddings import layer_widths, made_together
 from amclr_scale.memory.state import Groups, state_components, stepped
 from amclr_scale.memory.teacher import Weights, teacher_components
-from amclr_scale.memory.towers import skeleton, token_counts
+from amclr_scale.memory.towers import input_sizes, skeleton, token_counts
 from amclr_scale.memory.units import in_words
 from amclr_scale.similarity import Group, Settings
 from amclr_scale.similarity.backends import workspace
@@ -242,27 +242,26 @@ def _objective_components(config: Config, plan: Plan, num_samples: int, device: 
     """State per sample, and what the objective's forward and backward need at their worst moment."""
     execution, b, W = config.execution, plan.local_batch_size, plan.world_size
     similarity = execution.similarity
-    state, layout = sample_state_bytes(
-        config.objective, num_samples, W, execution.sample_state, width=config.model.embedding_width
-    )
+    sizes, D = input_sizes(config), config.model.embedding_width
+    F = layer_widths(sizes)
+    state, layout = sample_state_bytes(config.objective, num_samples, W, execution.sample_state, width=D, layers=F)
     group = declared(config.objective).group_size
     memory = objective_memory(
-        config.objective, width=config.model.embedding_width, world_size=W, gather=similarity.gather,
+        config.objective, width=D, world_size=W, gather=similarity.gather,
         distribution=_distribution(config, W, b, device), layout=layout, num_samples=num_samples,
-        group_share=None if group is None else group / b,
-        sizes=reference_widths(config.data)[0] | (tokens := token_counts(config)),
+        group_share=None if group is None else group / b, sizes=sizes,
     )  # fmt: skip
     settings = Settings(
-        chunk=similarity.chunk, backend="torch" if tokens else similarity.backend, precision=similarity.precision,
-        run_precision=execution.precision,
+        chunk=similarity.chunk, backend="torch" if token_counts(config) else similarity.backend,
+        precision=similarity.precision, run_precision=execution.precision,
     )  # fmt: skip
     cores = execution.threads or max(1, (os.cpu_count() or 1) // W)
     held = _workspace(settings, device, cores)
     rows_at_once = max(1, 2**21 // (b * W)) if similarity.chunk == "auto" else similarity.chunk
     blocks, rest = memory.peak(b, workspace=held, rows_at_once=rows_at_once, cache_bytes=similarity.cache_mib * 2**20)
     gradients = passes.leaf_bytes  # counted there
-    on_host = host_state_bytes(config.objective, num_samples, W, layout, width=config.model.embedding_width)
-    waiting = staged_bytes(config.objective, b, W, layout, width=config.model.embedding_width)
+    on_host = host_state_bytes(config.objective, num_samples, W, layout, width=D, layers=F)
+    waiting = staged_bytes(config.objective, b, W, layout, width=D, layers=F)
     return [
         Component(
             "sample state", always(state), "execution.sample_state: sharded divides it by the ranks", "state",

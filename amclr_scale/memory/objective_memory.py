@@ -30,9 +30,17 @@ import torch.distributed as dist
 
 from amclr_scale import objectives
 from amclr_scale.config.objective_options import declared
-from amclr_scale.memory.random_embeddings import FEW_TOKENS, Sizes, fewer_tokens, random_embeddings, tensors_of
+from amclr_scale.memory.random_embeddings import (
+    FEW_TOKENS,
+    Sizes,
+    fewer_tokens,
+    layer_widths,
+    random_embeddings,
+    tensors_of,
+)
 from amclr_scale.memory.tracker import Tracker
 from amclr_scale.objectives.base import Layout, Objective
+from amclr_scale.objectives.layers import allocate, rehearse
 from amclr_scale.objectives.staging import forgotten
 from amclr_scale.objectives.table import tables_of
 from amclr_scale.similarity import settings, token_blocks
@@ -44,7 +52,7 @@ from amclr_scale.types import Embeddings
 
 BLOCKS = (3, 4)  # of rows: from three on, gradients of two are added while another is to come
 GROUPS_TRACED = 4  # of more groups inside a rank, so many: each adds what the others did
-PRIMES = (13, 11)  # c; the first that does not divide D
+PRIMES = (13, 11, 17, 19)  # c; the first that does not divide D
 ITEMSIZES = ((4,), (1, 4, 8), (4,), (4,), (4, 8), (4, 8), (4, 8))  # of each; also masks and indices
 TRACED = 4 * BUFFERS  # bytes per entry of what the traced backend, torch, holds of a tile
 TABLES = (263, 521)  # stored rows, likewise; of no size that tiles and blocks have
@@ -109,7 +117,7 @@ def objective_memory(
     Args:
         objective: name and options, as in a configuration.
         width: D.
-        sizes: by kind of input: R of references, where it is not D; n of tokens.
+        sizes: by kind of input: R of references, where it is not D; n of tokens; F of layers by flat name.
         distribution, layout: what the job will use, not auto.
         num_samples: N.
         group_share: where the objective has groups of pairs: their size over a rank's rows.
@@ -121,7 +129,8 @@ def objective_memory(
     ask = (_key(objective), width, world_size, gather, distribution, layout, group_share, given)
     if declared(objective).stored_rows != "all":
         return replace(_fit(*ask, None), tokens=_tokens(given))
-    one, two = ([_state(ask[0], TABLES[0], W, width, layout, host) for host in (False, True)] for W in (1, 2))
+    wide = (width, layer_widths(sizes))
+    one, two = ([_state(ask[0], TABLES[0], W, wide, layout, host) for host in (False, True)] for W in (1, 2))
     cut = one != two  # over the ranks, of which each has its share
     low, high = (_fit(*ask, size, cut) for size in TABLES)
     stored = num_samples / world_size if cut else num_samples
@@ -135,14 +144,16 @@ def _tokens(sizes: Sizes) -> Tokens:
 
 
 def sample_state_bytes(
-    objective: dict[str, Any], num_samples: int, world_size: int, layout: Layout, *, width: int | None = None
-) -> tuple[int, Layout]:
+    objective: dict[str, Any], num_samples: int, world_size: int, layout: Layout, *, width: int | None = None,
+    layers: tuple[int, ...] = (),
+) -> tuple[int, Layout]:  # fmt: skip
     """Bytes of an objective's buffers on one rank, and where its state will be: replicated or sharded.
 
     Args:
         width: D, which banks of features need.
+        layers: the width of each tapped layer.
     """
-    ask = (_key(objective), num_samples, world_size, width)
+    ask = (_key(objective), num_samples, world_size, (width, layers))
     sizes = {where: _state(*ask, where) for where in ("auto", "replicated")}
     if layout != "auto":
         return _state(*ask, layout), layout
@@ -150,25 +161,27 @@ def sample_state_bytes(
 
 
 def staged_bytes(
-    objective: dict[str, Any], rows: int, world_size: int, layout: Layout, *, width: int | None = None
-) -> int:
+    objective: dict[str, Any], rows: int, world_size: int, layout: Layout, *, width: int | None = None,
+    layers: tuple[int, ...] = (),
+) -> int:  # fmt: skip
     """Bytes of what waits for the end of a step to be written to the state of its samples, and of their positions.
 
     Args:
         rows: b.
         layout: replicated or sharded, where a rank holds about as many samples of a batch as it encodes.
     """
-    per_row = _bytes_per_sample(_key(objective), width)
+    per_row = _bytes_per_sample(_key(objective), width, layers)
     return rows * (world_size if layout == "replicated" else 1) * per_row
 
 
 @lru_cache(maxsize=256)
-def _bytes_per_sample(key: str, width: int | None) -> int:
+def _bytes_per_sample(key: str, width: int | None, layers: tuple[int, ...]) -> int:
     with torch.device("meta"):
         made = create(key, 1, "replicated", None)
         if width is not None:
-            made.allocate(width)
-    return sum(table.staged_bytes(width or 0) for table in tables_of(made))
+            allocate(made, width, layers)
+    widths = {id(table): own for one, own in zip(made.layers or (), layers, strict=False) for table in tables_of(one)}
+    return sum(table.staged_bytes(widths.get(id(table), width or 0)) for table in tables_of(made))
 
 
 def _key(objective: dict[str, Any]) -> str:
@@ -177,21 +190,24 @@ def _key(objective: dict[str, Any]) -> str:
 
 @lru_cache(maxsize=256)
 def _state(
-    key: str, num_samples: int, world_size: int, width: int | None, layout: Layout, on_host: bool = False
-) -> int:
+    key: str, num_samples: int, world_size: int, widths: tuple[int | None, tuple[int, ...]], layout: Layout,
+    on_host: bool = False,
+) -> int:  # fmt: skip
+    width, layers = widths
     with pretended(world_size), torch.device("meta"):
         made = create(key, num_samples, layout, None)
         if width is not None:
-            made.allocate(width)
+            allocate(made, width, layers)
     tables = [module for module in made.modules() if getattr(module, "on_host", False) is on_host]
     return sum(buffer.nbytes for table in tables for buffer in table.buffers(recurse=False))
 
 
 def host_state_bytes(
-    objective: dict[str, Any], num_samples: int, world_size: int, layout: Layout, *, width: int | None = None
-) -> int:
+    objective: dict[str, Any], num_samples: int, world_size: int, layout: Layout, *, width: int | None = None,
+    layers: tuple[int, ...] = (),
+) -> int:  # fmt: skip
     """Bytes of an objective's tables that stay on the host, for each rank."""
-    return _state(_key(objective), num_samples, world_size, width, layout, on_host=True)
+    return _state(_key(objective), num_samples, world_size, (width, layers), layout, on_host=True)
 
 
 def create(key: str, num_samples: int, layout: Layout, group_size: int | None) -> Objective:
@@ -224,7 +240,8 @@ def _fit(
         ask = (gather, distribution, layout, group_share, sizes, table, cut)
         low, high = (_fit(key, width, ranks, *ask) for ranks in FEW)
         return _extrapolated(low, high, (world_size - FEW[0]) / (FEW[1] - FEW[0]), world_size)
-    chunk = next(prime for prime in PRIMES if width % prime)
+    layers = layer_widths(dict(sizes))
+    chunk = next(prime for prime in PRIMES if all(own % prime for own in (width, *layers)))
 
     # Groups inside a rank: rows in whole groups, as many of them as the job's rank has, or enough to see what one adds.
     parts = 1 if group_share is None else max(1, min(GROUPS_TRACED, round(1 / group_share)))
@@ -247,7 +264,7 @@ def _fit(
         ):
             size = (table or rows) * (1 if table and not cut else world_size)
             made = create(key, size, layout, group_size)
-            made.rehearse(width, rows * world_size)  # the bank's own bytes are state
+            rehearse(made, width, rows * world_size, layers)  # the banks' own bytes are state
             n1, n2 = _tokens(sizes)
             pairs = rows * rows * world_size
             of_tokens = (pairs * n1 * n2, pairs * n1, pairs * n2, pairs) if reads_tokens else ()

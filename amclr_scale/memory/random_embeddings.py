@@ -17,7 +17,7 @@ from amclr_scale.types import Embeddings, flatten, takes_gradient
 
 FEW_TOKENS = (3, 4)  # from which more follow, where that is affine in the number of a side's
 MOST_TOKENS = 8  # are run as they are, and one more
-Sizes = tuple[tuple[str, int], ...]  # of kinds of input: R of each reference, n of each side's tokens
+Sizes = tuple[tuple[str, int], ...]  # R of each reference, n of each side's tokens, F of each layer by flat name
 
 
 def fewer_tokens(sizes: Sizes) -> Sizes:
@@ -28,6 +28,12 @@ def fewer_tokens(sizes: Sizes) -> Sizes:
     share = MOST_TOKENS / most
     few = {name: max(min(n, FEW_TOKENS[0]), round(n * share)) for name, n in sizes if name.endswith("_tokens")}
     return tuple({**dict(sizes), **few}.items())
+
+
+def layer_widths(sizes: Mapping[str, int] | None) -> tuple[int, ...]:
+    """F of each tapped layer."""
+    found = {name: width for name, width in (sizes or {}).items() if name.startswith("image_layers.")}
+    return tuple(found[f"image_layers.{number}"] for number in range(len(found)))
 
 
 def tensors_of(embeddings: Embeddings) -> list[Tensor]:
@@ -41,17 +47,19 @@ def random_embeddings(
     """All that the objective reads, outputs of its parts among it, as leaves: random rows of a rank.
 
     Args:
-        sizes: by kind of input: R of references, where it is not the width; n of tokens, where it is not the least.
+        sizes: by kind of input: R of references, where it is not the width; n of tokens, where it is not the least;
+            F of layers, by flat name.
     """
     torch.manual_seed(0)
     K, given = objective.inputs.count("text_negatives"), sizes or {}
     made: dict[str, Any] = {}
-    for name in ("image", "text", *objective.inputs):
+    for name in ("image", "text", *(kind for kind in objective.inputs if not KINDS[kind].several)):
         n = given.get(f"{name.partition('_')[0]}_tokens", FEW_TOKENS[0])
         made[name] = _random(name, rows, width, {"R": given.get(name, width), "K": K, "n": n})
     for name, kind in KINDS.items():
         if kind.several and name in objective.inputs:
-            made[name] = tuple(_random(name, rows, width) for _ in range(objective.inputs.count(name)))
+            flat = [f"{name.replace('_momentum', '')}.{k}" for k in range(objective.inputs.count(name))]
+            made[name] = tuple(_random(name, rows, width, {"F": given.get(one, width)}) for one in flat)
     made["logit_scale"], made["logit_bias"] = torch.full((1,), 10.0), torch.full((1,), -10.0)
     parts = objective.model_parts(objective.config, width)
     if parts is not None:

@@ -14,11 +14,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from amclr_scale.config.schema import Config
-from amclr_scale.config.teacher import Side, lent_sides
+from amclr_scale.config.teacher import Side, lends_layers, lent_sides
 from amclr_scale.engine.batch_plan import Plan
 from amclr_scale.memory.components import TEACHER, Component, Phase, Place, always
 from amclr_scale.memory.passes import Moment, Passes, runs_of
-from amclr_scale.memory.towers import trace
+from amclr_scale.memory.towers import input_sizes, trace
 from amclr_scale.precision import DTYPES
 
 WIDE = 4  # bytes of an element of a feature, and of a kept weight
@@ -70,7 +70,7 @@ def teacher_components(config: Config, plan: Plan, device: str, weights: Weights
         return found
     first = config.model.momentum.order == "first"
     after = Moment() if first else passes.after_first_pass
-    features = plan.local_batch_size * WIDE * config.model.embedding_width * len(sides)
+    features = plan.local_batch_size * sum(_row(config, side) for side in sides)
     worst = max(_moments(config, plan, device, sides, after, features), key=lambda moment: moment.total)
     item, student = DTYPES[computes_in(config)].itemsize, DTYPES[config.execution.precision].itemsize
     copy = student * weights.numel if cut else item * weights.numel if item != WIDE else 0
@@ -98,11 +98,20 @@ def _moments(
     """One micro-batch after another, and all features joined."""
     cut = config.execution.zero_stage == 3 and plan.world_size > 1
     towers = {side: trace(encodes(config), side, device, partitioned=cut).without_graph for side in sides}
-    row = WIDE * config.model.embedding_width
+    row = {side: _row(config, side) for side in sides}
     yield now.and_also(features=2 * features)
     for call, count in runs_of(plan):
         lent = [(side, m) for side, m in call if side in sides]
-        now = now.and_also(features=max(0, count - 1) * sum(row * m for _, m in lent))  # all but the last of them
+        now = now.and_also(
+            features=max(0, count - 1) * sum(row[side] * m for side, m in lent)
+        )  # all but the last of them
         for side, m in lent:
             yield now.at(side, towers[side].forward_peak(m))
-            now = now.and_also(features=row * m)
+            now = now.and_also(features=row[side] * m)
+
+
+def _row(config: Config, side: Side) -> int:
+    """Bytes of what it lends of a sample."""
+    layers = input_sizes(config) if lends_layers(config) else {}
+    of_side = sum(width for name, width in layers.items() if name.startswith(f"{side}_layers."))
+    return WIDE * (config.model.embedding_width + of_side)

@@ -26,6 +26,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from amclr_scale import objectives
 from amclr_scale.config import schema
 from amclr_scale.config.objective_options import declared
+from amclr_scale.data.beside.references import reference_widths
 from amclr_scale.data.tokenizers import load_tokenizer
 from amclr_scale.encoders.build import build_model
 from amclr_scale.encoders.dual_encoder import DualEncoder
@@ -106,6 +107,15 @@ def token_counts(config: schema.Config) -> dict[str, int]:
     place = skeleton(config).image_tokens
     counts = {"image": place.count if place else 0, "text": config.data.context_length}
     return {f"{side}_tokens": counts[side] for side in sides}
+
+
+def input_sizes(config: schema.Config) -> dict[str, int]:
+    """Sizes of what an objective reads that embeddings do not tell: R, n, and of layers F, by flat name."""
+    found = reference_widths(config.data)[0] | token_counts(config)
+    for side in MODALITIES if config.model.image.taps or config.model.text.taps else ():
+        taps = skeleton(config).taps_of(side)
+        found |= {f"{side}_layers.{number}": width for number, width in enumerate(taps.widths if taps else ())}
+    return found
 
 
 @lru_cache(maxsize=16)

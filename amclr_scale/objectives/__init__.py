@@ -22,7 +22,9 @@ from torch import nn
 from amclr_scale.config.source_files import NOT_OPTIONS
 from amclr_scale.errors import UserError
 from amclr_scale.objectives.banks.shared_queue import SharedQueue
-from amclr_scale.objectives.base import Layout, Objective, nearest, parse_options
+from amclr_scale.objectives.base import Layout, Objective, nearest
+from amclr_scale.objectives.layers import with_layers
+from amclr_scale.objectives.options import parse_options
 from amclr_scale.objectives.outside import outside
 
 __all__ = ["Description", "Objective", "available", "create", "from_section", "has_parts", "parts_of", "without_sizes"]
@@ -97,12 +99,17 @@ def _made(section: Mapping[str, Any], sample_state: Layout) -> Objective:
     if sample_state not in ("auto", "replicated", "sharded"):
         raise UserError(f"sample_state: expected 'auto', 'replicated' or 'sharded', got {sample_state!r}")
     objective = class_of(section)
-    config = config_of(objective, section)
     keeps_state = "sample_state" in inspect.signature(objective.__init__).parameters
     construct: Any = objective
-    made: Objective = construct(config, sample_state) if keeps_state else construct(config)
-    if getattr(config, "queue", None) is not None and config.queue.size:
-        made.queue = SharedQueue(config.queue, sample_state)
+
+    def make(config: Any) -> Objective:
+        made: Objective = construct(config, sample_state) if keeps_state else construct(config)
+        if getattr(config, "queue", None) is not None and config.queue.size:
+            made.queue = SharedQueue(config.queue, sample_state)
+        return made
+
+    made = make(config_of(objective, section))
+    with_layers(made, make)
     return made
 
 

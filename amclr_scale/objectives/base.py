@@ -5,8 +5,6 @@ An objective returns this rank's mean over its own rows and never asks how many 
 """
 
 import dataclasses
-import math
-import types
 import typing
 from collections.abc import Callable, Mapping
 from functools import cached_property
@@ -15,7 +13,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from amclr_scale.declarations import KINDS, Declarations, Inputs
+from amclr_scale.declarations import KINDS, Declarations, Inputs, with_layers
 from amclr_scale.errors import UserError, did_you_mean
 from amclr_scale.precision import HALF
 from amclr_scale.similarity import world_size
@@ -53,6 +51,7 @@ class Objective(Declarations, nn.Module):
     epoch: float = 0.0
     stores_features: bool = False
     queue: Any  # a `SharedQueue` where the option is set, which `create` gives it; None
+    layers: Any  # likewise, `Layers`
     _lengths_seen: bool = False
 
     def __init_subclass__(cls, *, name: str | None = None, **kwargs: Any) -> None:
@@ -66,7 +65,7 @@ class Objective(Declarations, nn.Module):
     def __init__(self, config: Any) -> None:
         super().__init__()
         self.config = config
-        self.queue = None
+        self.queue = self.layers = None
 
     @staticmethod
     def model_parts(options: Any, width: int) -> nn.Module | None:
@@ -99,7 +98,7 @@ class Objective(Declarations, nn.Module):
     @cached_property
     def inputs(self) -> Inputs:
         """What this one reads."""
-        return Inputs(self.inputs_of(self.config))
+        return Inputs(with_layers(self.inputs_of(self.config), self.config))
 
     def __call__(self, embeddings: Embeddings) -> Loss:
         """`forward`, after checking that the embeddings hold what this objective reads.
@@ -112,7 +111,13 @@ class Objective(Declarations, nn.Module):
         self._check_lengths(embeddings)
         own = {name: getattr(embeddings, kind)[k] for name, kind, k in self.inputs.own_names()}
         read = dataclasses.replace(embeddings, **own) if own else embeddings
-        loss: Loss = super().__call__(read) if self.queue is None else self.queue.around(super().__call__, read, self)
+        loss: Loss = self._once(read) if self.layers is None else self.layers.around(self._once, read, self.epoch)
+        return loss
+
+    def _once(self, read: Embeddings) -> Loss:
+        """`forward`, with the queue where there is one."""
+        call = super().__call__
+        loss: Loss = call(read) if self.queue is None else self.queue.around(call, read, self)
         return loss
 
     def masks(self, embeddings: Embeddings) -> Any:
@@ -289,54 +294,3 @@ def nearest(word: str, known: typing.Iterable[str]) -> str:
     """`; did you mean 'sogclr'?`, or the known words where none is near."""
     known = sorted(known)
     return did_you_mean(word, known) or f"; known: {', '.join(known)}"
-
-
-def parse_options(name: str, config: Callable[..., Any], options: dict[str, Any]) -> Any:
-    """`config(**options)`, with unknown names, missing ones and wrong types answered in words."""
-    assert isinstance(config, type)
-    hints = typing.get_type_hints(config)
-    fields = {field.name: field for field in dataclasses.fields(config)}
-    for option, value in options.items():
-        if option not in fields:
-            raise UserError(f"{option}: {name} has no such option{nearest(option, fields)}")
-        options[option] = _as_type(option, hints[option], value)
-    for option, field in fields.items():
-        if field.default is dataclasses.MISSING and option not in options:
-            raise UserError(f"{option}: {name} needs it, got nothing; pass {option}=...")
-    return config(**options)
-
-
-def _as_section(option: str, kind: Any, value: Any) -> Any:
-    if isinstance(value, kind):
-        return value
-    names = ", ".join(field.name for field in dataclasses.fields(kind))
-    require(isinstance(value, Mapping), option, f"a section with some of {names}", value)
-    try:
-        return parse_options(option, kind, dict(value))
-    except UserError as error:
-        raise UserError(f"{option}.{error}") from error
-
-
-def _as_type(option: str, hint: Any, value: Any) -> Any:
-    choices = typing.get_args(hint) if typing.get_origin(hint) in (types.UnionType, typing.Union) else (hint,)
-    for choice in choices:
-        if typing.get_origin(choice) is Literal:
-            if value in typing.get_args(choice):
-                return value
-        elif choice is float:
-            if isinstance(value, int | float) and not isinstance(value, bool) and not math.isnan(value):
-                return float(value)
-        elif choice is int:
-            if isinstance(value, int) and not isinstance(value, bool):
-                return value
-        elif dataclasses.is_dataclass(choice) and value is not None:
-            return _as_section(option, choice, value)
-        elif isinstance(value, choice):
-            return value
-    wanted: list[str] = []
-    for choice in choices:
-        if typing.get_origin(choice) is Literal:
-            wanted += [repr(literal) for literal in typing.get_args(choice)]
-        else:
-            wanted.append("None" if choice is types.NoneType else choice.__name__)
-    raise UserError(f"{option}: expected {' or '.join(wanted)}, got {value!r}")

@@ -20,13 +20,14 @@ from torch import Tensor
 
 from amclr_scale.objectives.banks.shared_queue import Queue
 from amclr_scale.objectives.base import require
+from amclr_scale.objectives.layers import LayerOptions
 from amclr_scale.similarity import ExtraKeys
 from amclr_scale.similarity.contrast import Side
 from amclr_scale.types import Embeddings
 
 
 @dataclass(frozen=True, kw_only=True)
-class MaskOptions:
+class MaskOptions(LayerOptions):
     """Options of every objective whose denominators leave keys out."""
 
     mask_duplicates: Literal["none", "image", "text", "both"] = "none"  # not negatives: the same image, or caption

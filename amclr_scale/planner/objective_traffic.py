@@ -26,8 +26,9 @@ from amclr_scale.config.objective_options import declared
 from amclr_scale.distributed import collectives
 from amclr_scale.distributed.purpose import current_purpose
 from amclr_scale.memory.objective_memory import create
-from amclr_scale.memory.random_embeddings import FEW_TOKENS, Sizes, random_embeddings
+from amclr_scale.memory.random_embeddings import FEW_TOKENS, Sizes, layer_widths, random_embeddings
 from amclr_scale.objectives.base import Layout
+from amclr_scale.objectives.layers import rehearse
 from amclr_scale.objectives.staging import forgotten
 from amclr_scale.objectives.table import tables_of
 from amclr_scale.planner.messages import Message, MessageCounter, Messages
@@ -106,7 +107,7 @@ def trace_objective(
         local_rows: of a rank in the job, to which groups of pairs are scaled.
         distribution, layout: what the job will use, not auto.
         num_samples: N, which matters where all stored rows are read.
-        sizes: by kind of input: R of references, where it is not D; n of tokens.
+        sizes: by kind of input: R of references, where it is not D; n of tokens; F of layers by flat name.
         device_type: cpu or cuda, which differ in the collectives that they use.
 
     Raises:
@@ -162,7 +163,7 @@ def _run(
         torch.set_num_threads(1)  # what runs here is small
         made = create(key, num_samples, layout, group_size)
         slots = max((table.slots for table in tables_of(made)), default=0)
-        made.rehearse(width, max(slots, ROWS[-1] * world_size))
+        rehearse(made, width, max(slots, ROWS[-1] * world_size), layer_widths(dict(sizes)))
         embeddings = random_embeddings(made, rows, width, world_size, dict(sizes))
         there = mock.patch.object(collectives, "exchanges_sums", return_value=device_type == "cpu")
         with settings.using(gather=gather, distribution=distribution), forgotten(), there, _Counter() as counted:

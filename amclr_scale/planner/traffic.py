@@ -35,13 +35,14 @@ import torch
 
 from amclr_scale import objectives
 from amclr_scale.config.schema import Config
-from amclr_scale.data.beside.references import reference_widths
 from amclr_scale.distributed.collectives import Group
 from amclr_scale.engine.batch_plan import Plan, make_plan
 from amclr_scale.memory.passes import gathers
-from amclr_scale.memory.towers import skeleton, token_counts
+from amclr_scale.memory.random_embeddings import layer_widths
+from amclr_scale.memory.towers import input_sizes, skeleton
 from amclr_scale.memory.units import in_words
 from amclr_scale.objectives.base import Layout
+from amclr_scale.objectives.layers import allocate
 from amclr_scale.objectives.sample_state import REPLICATED_BYTES
 from amclr_scale.objectives.table import tables_of
 from amclr_scale.planner.messages import Message, Messages
@@ -132,7 +133,7 @@ def objective_trace(
         layout=state_layout(config, num_samples),
         num_samples=num_samples,
         device_type=device_type,
-        sizes=reference_widths(config.data)[0] | token_counts(config),
+        sizes=input_sizes(config),
     )  # fmt: skip
 
 
@@ -142,7 +143,7 @@ def state_layout(config: Config, num_samples: int) -> Layout:
         return config.execution.sample_state
     with torch.device("meta"):
         made = objectives.from_section(config.objective, "replicated", num_samples=num_samples)
-        made.allocate(config.model.embedding_width)
+        allocate(made, config.model.embedding_width, layer_widths(input_sizes(config)))
     tables = tables_of(made)
     largest = max((sum(x.nbytes for x in table.buffers() if x.is_floating_point()) for table in tables), default=0)
     return "sharded" if largest > REPLICATED_BYTES else "replicated"

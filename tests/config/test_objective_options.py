@@ -151,7 +151,7 @@ def test_features_of_a_teacher_need_one(tmp_path):
     assert load(None, ["train.epochs=1", "model.momentum={}", *words]).model.momentum.decay == 0.995
 
 
-PROVIDED = ("views", "momentum", "labels", "reference", "text_negatives", "text_negative_mask")
+PROVIDED = ("views", "momentum", "layers", "labels", "reference", "text_negatives", "text_negative_mask")
 
 
 @pytest.mark.parametrize("name", [n for n, kind in KINDS.items() if kind.key and not n.endswith(PROVIDED)])

@@ -2,10 +2,13 @@
 
 import json
 from contextlib import nullcontext
+from typing import Any
 
 import pytest
 
 from amclr_scale import objectives
+from amclr_scale.config.load import build
+from amclr_scale.memory.account import account
 from amclr_scale.memory.objective_memory import (
     create,
     host_state_bytes,
@@ -16,6 +19,7 @@ from amclr_scale.memory.objective_memory import (
 )
 from amclr_scale.memory.random_embeddings import random_embeddings, tensors_of
 from amclr_scale.memory.tracker import Tracker
+from amclr_scale.objectives.layers import rehearse
 from amclr_scale.objectives.staging import forgotten, staged
 from amclr_scale.similarity import using
 from amclr_scale.similarity.blocks import Workspace
@@ -55,11 +59,13 @@ def test_every_objective_on_other_rows_than_it_was_run_on(name, world_size):
     )
 
 
-@pytest.mark.parametrize("name", ["sogclr", "isogclr", "amclr_dro", "momentum_queue", "full_bank"])
+@pytest.mark.parametrize("name", ["sogclr", "isogclr", "amclr_dro", "momentum_queue", "full_bank", "layers"])
 def test_changes_of_state_that_wait_for_the_end_of_a_step(name):
-    made = create(json.dumps({"name": name}), 48, "replicated", None)
-    made.rehearse(32, 48)
-    embeddings = random_embeddings(made, 48, 32, 1)
+    section = {"name": "fifo_bank", "layers": [1, 1]} if name == "layers" else {"name": name}
+    layers = (20,) if name == "layers" else ()
+    made = create(json.dumps(section), 48, "replicated", None)
+    rehearse(made, 32, 48, layers)
+    embeddings = random_embeddings(made, 48, 32, 1, {f"{side}_layers.0": 20 for side in ("image", "text")})
     tracker = Tracker()
     tracker.add([*made.buffers(), *tensors_of(embeddings)], "before")
     with tracker:
@@ -67,7 +73,7 @@ def test_changes_of_state_that_wait_for_the_end_of_a_step(name):
             made(embeddings).value.backward()
             held = tracker.total
         held -= tracker.total
-    assert held == staged_bytes({"name": name}, 48, 1, "replicated", width=32)
+    assert held == staged_bytes(section, 48, 1, "replicated", width=32, layers=layers)
 
 
 def test_more_ranks_follow_from_few():
@@ -114,6 +120,57 @@ def test_banks_are_counted_to_the_byte(name):
     # the notes' four banks, of two layers, and the two that they kept
     both = [sample_state_bytes(section, N, 1, "replicated", width=width)[0] - 2 * 65_536 * 16 for width in (768, 3072)]
     assert (sum(both), both[0]) == (2_013_265_920, 402_653_184)
+    of_layers = sample_state_bytes({**section, "layers": [1, 1]}, N, 1, "replicated", width=768, layers=(3072,))[0]
+    assert of_layers - 4 * 65_536 * 16 == 2_013_265_920
+    assert sample_state_bytes({**section, "layers": [1, 1]}, N, 8, "sharded", width=768, layers=(3072,)) == (
+        of_layers // 8, "sharded",
+    )  # fmt: skip
+
+
+LAYERS: dict[str, Any] = {"layers": [1, 0.5]}
+
+
+@pytest.mark.parametrize("section", [{"name": "clip"}, {"name": "momentum_queue"}, {"name": "full_bank"}], ids=str)
+def test_an_objective_of_layers_of_other_widths(section):
+    section, widths, rows, chunk = {**section, **LAYERS}, {"image_layers.0": 20, "text_layers.0": 20}, 48, 16
+    memory = objective_memory(
+        section, width=32, world_size=2, gather="all", distribution="column_sums", layout="replicated",
+        num_samples=SAMPLES, sizes=widths,
+    )  # fmt: skip
+    with pretended(2), using(chunk=chunk, distribution="column_sums"):
+        made = create(json.dumps(section), SAMPLES, "replicated", None)
+        rehearse(made, 32, rows * 2, (20,))
+        embeddings, tracker = random_embeddings(made, rows, 32, 2, widths), Tracker()
+        tracker.add([*made.buffers(), *tensors_of(embeddings)], "before")
+        before = tracker.total
+        with tracker, forgotten():
+            made(embeddings).value.backward()
+    peak = sum(memory.peak(rows, workspace=Workspace(chunk, chunk, 12), rows_at_once=chunk))
+    assert tracker.peak - before == pytest.approx(peak, rel=0.02)
+
+
+def test_the_account_of_a_run_has_its_layers():
+    """Without a head, hidden units of 64: beside banks of 32, and beside features and gradients of 32."""
+    taps = {"image": {"width": 8, "taps": [{"module": "stages.3", "head": "none"}]}}
+    taps["text"] = {"width": 16, "layers": 1, "taps": [{"module": "layers.0.up", "head": "none"}]}
+    tree = {
+        "model": {**taps, "embedding_width": 32, "momentum": {"decay": 0.9}}, "train": {"epochs": 1},
+        "objective": {"name": "momentum_queue", "size": 256},
+    }  # fmt: skip
+    plain = {side: {**section, "taps": []} for side, section in taps.items()}
+    without = account(build({**tree, "model": {**tree["model"], **plain}}), world_size=1, num_samples=N, device="cpu")
+    found = account(
+        build({**tree, "objective": {**tree["objective"], "layers": [1, 1]}}), world_size=1, num_samples=N, device="cpu"
+    )
+
+    def more(name: str) -> int:
+        ours, theirs = (next(c for c in one.components if c.name == name) for one in (found, without))
+        return ours.by_phase["objective"] - theirs.by_phase["objective"]
+
+    assert more("sample state") == 2 * 256 * (64 * 4 + 16)
+    B = 128
+    assert more("features and their gradients") == 2 * 2 * B * 64 * 4
+    assert more("features of the teacher") == 2 * B * 64 * 4
 
 
 def test_a_row_for_every_sample_is_counted_where_it_lies():

@@ -31,12 +31,14 @@ def global_batch(
     negatives: int = 0,
     heads: bool = False,
     tokens: bool = False,
+    layers: int = 0,
 ) -> Embeddings:
     """The whole batch of a step. Texts resemble their images; ids come back from step to step.
 
     With `duplicate`, one id of step 3 occurs twice, on different ranks; with `copies`, most ids do, in every step. With
     `heads` there is what parts of an objective make, with `tokens` those of images and texts, of which some do not
-    count. Labels, and what captions are known by, come several times in any case. References have a width of their own.
+    count, with `layers` features of so many inner layers, of other widths. Labels, and what captions are known by, come
+    several times in any case. References have a width of their own.
     """
     g = torch.Generator().manual_seed(100 + step)
 
@@ -63,6 +65,13 @@ def global_batch(
             rows = torch.randn(B, n, D, generator=h, dtype=torch.float64)
             made[f"{side}_tokens"] = F.normalize(rows, dim=2).requires_grad_()
             made[f"{side}_token_mask"] = torch.arange(n) <= torch.randint(n, (B, 1), generator=h)
+    for number in range(layers):
+        h = torch.Generator().manual_seed(300 + 10 * number + step)
+        for side in ("image", "text"):
+            x = F.normalize(torch.randn(B, D - 1 - number, generator=h, dtype=torch.float64), dim=1)
+            y = F.normalize(x + 0.3 * torch.randn(x.shape, generator=h, dtype=torch.float64), dim=1)
+            made[f"{side}_layers"] = (*made.get(f"{side}_layers", ()), x.requires_grad_())
+            made[f"{side}_momentum_layers"] = (*made.get(f"{side}_momentum_layers", ()), y)
     return Embeddings(
         **made,
         image=image,

@@ -16,14 +16,16 @@ def test_the_file_names_an_objective_and_feeds_it(path):
     config = load(path)
     options = dict(config.objective)
     objective = objectives.create(options.pop("name"), num_samples=100, **options)
-    assert path.stem in (objective.name, f"{objective.name}_{options.get('version')}")
+    assert path.stem in (objective.name, f"{objective.name}_{options.get('version')}", f"{objective.name}_layers")
+    assert path.stem.endswith("_layers") == bool(options.get("layers"))
+    assert len(config.model.image.taps) == objective.inputs.count("image_layers")
     for views in ("image_views", "text_views", "text_negatives"):
         assert getattr(config.data, views) == objective.inputs.count(views)
 
 
 def test_every_arm_of_the_comparison_is_there():
     arms = {"clip", "siglip", "dcl", "sogclr", "isogclr", "amclr", "xamclr", "cyclip", "fastclip_v3"}
-    arms |= {"fifo_bank", "momentum_queue", "full_bank"}
+    arms |= {"fifo_bank", "momentum_queue", "full_bank", "fifo_bank_layers"}
     arms |= {"simclr", "slip", "supcon", "decoupled", "one_to_k", "siglip_plus", "debiased"}
     arms |= {"scent", "vrns", "drrho", "neuclip", "amorlip"}
     arms |= {"negclip", "byolip", "count", "degla", "distill"}

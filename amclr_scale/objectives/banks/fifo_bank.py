@@ -28,6 +28,7 @@ from amclr_scale.declarations import Equal
 from amclr_scale.objectives.banks.queues import BankOptions, KeepsQueues, ids_of, proximal
 from amclr_scale.objectives.base import learned_temperature, numbers, require
 from amclr_scale.objectives.clip import check_temperature, softmax_loss
+from amclr_scale.objectives.layers import LayerOptions
 from amclr_scale.similarity import contrast
 from amclr_scale.types import Embeddings, Loss
 
@@ -38,7 +39,7 @@ class FIFOBank(KeepsQueues, name="fifo_bank"):
     whole_set_options: ClassVar[Mapping[str, Any]] = {"size": 0}
 
     @dataclass(frozen=True, kw_only=True)
-    class Config(BankOptions):
+    class Config(BankOptions, LayerOptions):
         """Options of `fifo_bank`."""
 
         temperature: float | None = None  # fixed; null: learned, 1 / logit_scale

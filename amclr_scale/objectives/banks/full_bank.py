@@ -30,6 +30,7 @@ from amclr_scale.objectives.banks.queues import drift, proximal
 from amclr_scale.objectives.base import Layout, Objective, at_least_float32, learned_temperature, numbers, require
 from amclr_scale.objectives.clip import check_temperature, softmax_loss
 from amclr_scale.objectives.estimator import two_visits
+from amclr_scale.objectives.layers import LayerOptions
 from amclr_scale.objectives.sample_state import SampleState, Visit
 from amclr_scale.objectives.staging import is_staged
 from amclr_scale.similarity import ExtraKeys, all_sum, contrast
@@ -57,7 +58,7 @@ class FullBank(Objective, name="full_bank"):
     text_state: SampleState | None
 
     @dataclass(frozen=True, kw_only=True)
-    class Config:
+    class Config(LayerOptions):
         """Options of `full_bank`."""
 
         num_samples: int  # images in the data set

@@ -37,6 +37,7 @@ from amclr_scale.objectives.base import (
     require,
 )
 from amclr_scale.objectives.clip import check_temperature
+from amclr_scale.objectives.layers import LayerOptions
 from amclr_scale.similarity import ExtraKeys, all_gather, contrast, map_rows
 from amclr_scale.types import Embeddings, Loss
 
@@ -49,7 +50,7 @@ class MomentumQueue(KeepsQueues, name="momentum_queue"):
     whole_set_options: ClassVar[Mapping[str, Any]] = {"size": 0, "queue_only": False}
 
     @dataclass(frozen=True, kw_only=True)
-    class Config(BankOptions):
+    class Config(BankOptions, LayerOptions):
         """Options of `momentum_queue`."""
 
         temperature: float | None = None  # fixed; null: learned, 1 / logit_scale

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from amclr_scale.config.objective_options import declared
 from amclr_scale.config.schema import Config, Optimizer
 from amclr_scale.config.teacher import lent_sides
-from amclr_scale.data.beside.references import reference_widths
 
 if TYPE_CHECKING:
     from amclr_scale.memory.towers import Tower
@@ -87,14 +86,11 @@ def pairwise_flops(config: Config, num_samples: int) -> float:
 
 def _trace(config: Config, num_samples: int) -> "ObjectiveTrace":
     counts = declared(config.objective).stored_rows == "all"  # for others it is not asked once more
-    sizes = dict(reference_widths(config.data)[0])
-    if reads_tokens(config):
-        from amclr_scale.memory.towers import token_counts  # seconds of imports
+    from amclr_scale.memory.towers import input_sizes  # seconds of imports
 
-        sizes |= token_counts(config)
     return _traced(
         json.dumps(config.objective, sort_keys=True), config.model.embedding_width, group_of(config),
-        num_samples if counts else 0, tuple(sorted(sizes.items())),
+        num_samples if counts else 0, tuple(sorted(input_sizes(config).items())),
     )  # fmt: skip
 
 

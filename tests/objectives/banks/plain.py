@@ -17,7 +17,9 @@ class PlainBank:
         self.filled = size if init in ("randn", "rand", "zeros") else 0
 
     def first_look(self, rows: Tensor, ids: Tensor) -> None:
-        """What the first batch does to a bank that begins with it."""
+        """What the first batch does to a bank that begins with it, or whose width it tells."""
+        if not self.steps and self.rows.shape[1] != rows.shape[1]:
+            self.rows = rows.new_zeros(self.size, rows.shape[1])
         if self.init == "batch" and not self.steps:
             for slot in range(self.size):
                 self.rows[slot], self.ids[slot] = rows[slot % len(rows)].detach(), int(ids[slot % len(rows)])

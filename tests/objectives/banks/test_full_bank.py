@@ -29,7 +29,10 @@ def definition(*, negatives="all", temperature=0.07, proximal=30.0, momentum=0.5
     def loss(state, e: Embeddings, step: int):
         t = 1 / e.logit_scale if temperature is None else temperature
         value = 0
-        banks = [state.get(f"{side}_state.rows", torch.zeros(NUM_SAMPLES, D).double()) for side in ("image", "text")]
+        banks = [
+            state.get(f"{side}_state.rows", torch.zeros(NUM_SAMPLES, e.image.shape[1]).double())
+            for side in ("image", "text")
+        ]
         for anchors, keys, bank, side in ((e.image, e.text, banks[1], 1), (e.text, e.image, banks[0], 0)):
             everybody = list(range(NUM_SAMPLES))
             samples = torch.tensor(everybody if negatives == "all" else draw(step, side, NUM_SAMPLES, negatives))
