@@ -214,7 +214,7 @@ def test_the_cache_is_exact(sides):
         assert sum(runs) == 2 * SIZE * (1 if sides[0] else 2)
 
 
-STEPS, LR, DECAY = 3, 0.002, 0.7
+STEPS, LR, DECAY = 2, 0.002, 0.7
 OPTIONS = {"size": 32, "layers": [1.0, 2.0, 0.5], "source": "momentum", "temperature": 0.5}
 SETTINGS = {"optimizer__name": "sgd", "optimizer__lr_factors": {"heads": 0.5}, "optimizer__max_grad_norm": 0.0}
 
@@ -273,7 +273,7 @@ def train(image: dict[str, Any], stage: int, sizes: tuple[int, int]) -> tuple[di
     return weights, dict(objective.state_dict())
 
 
-RUNS = [({}, 0, (3, 4)), ({}, 1, (8, 8)), ({}, 2, (3, 3)), ({}, 3, (3, 4)), (FROZEN, 0, (3, 3)), (FROZEN, 3, (8, 8))]
+RUNS: list[Any] = [({}, 2, (3, 4)), ({}, 3, (3, 4)), (FROZEN, 0, (3, 3))]
 
 
 def every_run() -> list[Any]:
