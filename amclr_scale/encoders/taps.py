@@ -246,9 +246,8 @@ def _place(
     if form is None:
         raise UserError(f"{key}: expected (2, width), (2, tokens, width) or a square map for two samples, got {shape}")
     classes = _class_tokens(tower)
-    pooling = tap.pooling
-    if pooling == "default":
-        pooling = tower.pooling if isinstance(tower, PooledTower) else "mean"
+    own = tower.pooling if isinstance(tower, PooledTower) else "mean"
+    pooling = tap.pooling if tap.pooling != "default" else "mean" if own == "model" else own
     if not of_text and (pooling == "last" or (pooling == "first" and not (form == "tokens" and classes))):
         raise UserError(f"{key}: pooling: expected mean, for there is no such token, got {pooling}")
     width = shape[1] if form == "map" else shape[-1]
