@@ -55,6 +55,6 @@ def learned(weights: dict[str, Tensor]) -> dict[str, float]:
 
 
 def state(path: Path, model: DualEncoder) -> dict[str, Tensor]:
-    """The weights under the model's own names, without those that an objective trained beside it and heads of inner layers."""
+    """The weights under the model's own names, without an objective's own parts and heads of inner layers."""
     found = read_weights(str(_places(path)[1]), "model.init")
     return {name: value for name, value in found.items() if not name.startswith((*OF_OBJECTIVES, "taps."))}
