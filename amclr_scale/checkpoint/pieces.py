@@ -199,13 +199,13 @@ class PieceReader:
     """The pieces of a checkpoint, whoever wrote them; reads only what is asked for."""
 
     def __init__(self, files: Sequence[Path]):
-        self._files: list[Any] = [safe_open(file, "pt") for file in files]
-        self.notes: list[dict[str, Any]] = [contents.parse((f.metadata() or {}).get("notes", "")) for f in self._files]
+        self.files: list[Any] = [safe_open(file, "pt") for file in files]
+        self.notes: list[dict[str, Any]] = [contents.parse((f.metadata() or {}).get("notes", "")) for f in self.files]
         for notes in self.notes:
             contents.check_notes(notes)
-        self._keys: list[set[str]] = [set(file.keys()) for file in self._files]
+        self.keys: list[set[str]] = [set(file.keys()) for file in self.files]
         self._pieces: dict[str, list[tuple[int, int, Any, str]]] = {}
-        for file, keys in zip(self._files, self._keys, strict=True):
+        for file, keys in zip(self.files, self.keys, strict=True):
             for key in keys:
                 name, at, offset = key.rpartition("@")
                 if at:
@@ -255,23 +255,23 @@ class PieceReader:
 
     def tensor(self, key: str, rank: int) -> Tensor | None:
         """A tensor that each rank wrote for itself; None where the checkpoint had no such rank."""
-        if rank >= len(self._files) or key not in self._keys[rank]:
+        if rank >= len(self.files) or key not in self.keys[rank]:
             return None
-        tensor: Tensor = self._files[rank].get_tensor(key)
+        tensor: Tensor = self.files[rank].get_tensor(key)
         return tensor
 
     def buffers(self, rank: int, ranks: int, kind: str = BUFFER) -> dict[str, Tensor]:
         """The model's buffers, as this rank of so many had them; those of all averaged where other ranks wrote."""
-        return self._buffers_of(rank, kind) if ranks == len(self._files) else self.averaged_buffers(kind)
+        return self._buffers_of(rank, kind) if ranks == len(self.files) else self.averaged_buffers(kind)
 
     def averaged_buffers(self, kind: str = BUFFER) -> dict[str, Tensor]:
         """One set of the model's buffers (or a teacher's), whatever the ranks had."""
-        everyone = [self._buffers_of(rank, kind) for rank in range(len(self._files))]
+        everyone = [self._buffers_of(rank, kind) for rank in range(len(self.files))]
         return {name: mean_of([buffers[name] for buffers in everyone]) for name in everyone[0]}
 
     def _buffers_of(self, rank: int, kind: str) -> dict[str, Tensor]:
-        keys = (key for key in self._keys[rank] if key.startswith(kind))
-        return {key.removeprefix(kind): self._files[rank].get_tensor(key) for key in keys}
+        keys = (key for key in self.keys[rank] if key.startswith(kind))
+        return {key.removeprefix(kind): self.files[rank].get_tensor(key) for key in keys}
 
 
 @torch.no_grad()

@@ -1,10 +1,10 @@
 """The whole state of a run between two steps: taken, written, read, put back.
 
     state.json                  step, samples, resolved configuration, fingerprint of the data, versions, layout
-    objective.safetensors       per-sample estimators and temperatures, all N rows whatever the number of ranks
+    objective.safetensors       per-sample estimators and temperatures, all N rows, unless they are cut over ranks
     probe.safetensors ...       what hooks go on from (run.probe's last measurement), by their names
-    rank_00000.safetensors ...  that rank's pieces of parameters, optimizer states and a teacher, buffers, random
-                                generators
+    rank_00000.safetensors ...  that rank's pieces of parameters, optimizer states and a teacher, its own rows of what
+                                is kept per sample, buffers, random generators
     tokenizer/                  the files of the tokenizer, from which it can be made again
 
 No file holds code: everything is JSON or safetensors. The position in the data is the step, and schedules are
@@ -26,8 +26,10 @@ from torch import Tensor, nn
 
 from amclr_scale.checkpoint import pieces
 from amclr_scale.checkpoint.files import STATE, Written, describe, read_state, write_json
+from amclr_scale.checkpoint.rows import stored_rows
 from amclr_scale.engine.teacher import Teacher
 from amclr_scale.errors import UserError
+from amclr_scale.objectives.table import ROWS, own_rows, rows_apart
 
 if TYPE_CHECKING:
     from amclr_scale.engine.hooks import Hook
@@ -107,7 +109,9 @@ def take(
     tensors, notes = pieces.collect(engine, rank, world_size)
     if teacher:
         tensors |= pieces.collect_average(teacher, rank, world_size)
-    states = {OBJECTIVE: objective.state_dict()}  # gathered over ranks where it is cut
+    with rows_apart():
+        states = {OBJECTIVE: objective.state_dict()}
+    tensors |= {f"{ROWS}{name}": rows.detach().to("cpu", copy=True) for name, rows in own_rows(objective).items()}
     for hook in hooks:
         if hook.name:
             assert file_of_hook(hook) not in states, f"two parts of a checkpoint are called {hook.name}"
@@ -162,7 +166,7 @@ def restore(
         pieces.restore(engine, reader, rank)
         if teacher:
             pieces.restore_average(teacher, reader, rank, int(engine.world_size))
-        objective.load_state_dict(_load(checkpoint / OBJECTIVE))
+        objective.load_state_dict(_load(checkpoint / OBJECTIVE) | stored_rows(reader))
         _restore_random(reader, rank, device)
     except (ValueError, RuntimeError, SafetensorError) as error:
         words = str(error).removeprefix("checkpoint: ")

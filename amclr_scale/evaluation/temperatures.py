@@ -9,10 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
 from amclr_scale.evaluation.geometry import temperatures
+from amclr_scale.objectives.table import ROWS
 
 SIDES = ("image", "text")
 BINS = 20
@@ -59,15 +61,30 @@ def histogram(values: Tensor, bins: int = BINS) -> Histogram:
 
 
 def read_temperatures(state: Path | None) -> dict[str, Histogram]:
-    """Histograms by side from an `objective.safetensors`; none where there is no such file or it holds none."""
-    if state is None or not state.is_file():
+    """Histograms by side from an `objective.safetensors`, or, where each rank of a checkpoint has saved its own rows,
+    from the files beside it; none where there are no such files or they hold none.
+    """
+    if state is None:
         return {}
-    tensors = load_file(state)
+    tensors = load_file(state) if state.is_file() else {}
     found = {}
     for side in SIDES:
-        values, log_u = tensors.get(f"{side}_state.temperature"), tensors.get(f"{side}_state.log_u")
+        values, log_u = (_column(state, tensors, f"{side}_state.{name}") for name in ("temperature", "log_u"))
         if values is not None and log_u is not None:
             met = log_u.isfinite()
             if met.any():
                 found[side] = histogram(values.masked_fill(~met, float("nan")))
     return found
+
+
+def _column(state: Path, tensors: dict[str, Tensor], name: str) -> Tensor | None:
+    """All rows, in any order, which is the same for all columns of a table."""
+    if name in tensors:
+        return tensors[name]
+    parts = []
+    for file in sorted(state.parent.glob("rank_*.safetensors")):
+        with safe_open(file, "pt") as opened:
+            if ROWS + name not in opened.keys():  # noqa: SIM118 - no dictionary
+                return None
+            parts.append(opened.get_tensor(ROWS + name))
+    return torch.cat(parts) if parts else None

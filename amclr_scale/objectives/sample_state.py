@@ -4,7 +4,8 @@ b  samples on this rank    B = b W  samples of the global batch    N  samples of
 
 Two layouts give the same answers. Replicated: every rank holds all N rows and writes the same ones. Sharded: rank r
 holds the rows of the ids that are r modulo W, so memory is N / W, and a look-up is one all-reduce of b W numbers per
-column. `state_dict` holds all N rows in either layout, so a checkpoint fits any number of ranks.
+column. `state_dict` holds all N rows in either layout; of a checkpoint each rank writes its own (table.py). Both fit
+any number of ranks.
 
 Where an id comes twice in a global batch, both look-ups give the old row, and the occurrence that is later in global
 batch order (rank by rank) is the one that is kept. Rows change once their step has been applied (staging.py). A row
@@ -23,9 +24,11 @@ from amclr_scale.distributed.purpose import purpose
 from amclr_scale.errors import UserError
 from amclr_scale.objectives.base import Layout
 from amclr_scale.objectives.staging import when_applied
-from amclr_scale.objectives.table import Table
+from amclr_scale.objectives.table import Saving, Table, saving
 
 REPLICATED_BYTES = 256 * 2**20  # "auto" shards a state that is larger than this
+
+AT_ONCE = 2**22  # rows of all ranks that are gathered at once, to be saved
 
 STATE = "per-sample state"  # the purpose of its messages
 
@@ -124,13 +127,24 @@ class SampleState(Table):
     @purpose(STATE)
     def column(self, name: str) -> Tensor:
         """All N rows of a column, (N,) or (N, width), on the CPU. Where sharded, every rank must call it."""
+        found = self._gathered(name, keep=True)
+        assert found is not None
+        return found
+
+    def _gathered(self, name: str, *, keep: bool) -> Tensor | None:
+        """`column`, some rows of all ranks at a time; None for a rank that only takes part."""
         local: Tensor = getattr(self, name)
         num_shards, _ = self.shards
         if num_shards == 1:
             return local.detach().cpu()
-        shards = collectives.all_gather(local.to(self._transport or local.device)).cpu()
-        by_shard = shards.view(num_shards, -1, *local.shape[1:])  # row k of shard r is id k W + r
-        return by_shard.transpose(0, 1).flatten(0, 1)[: self.num_samples].clone()
+        found = local.new_empty(len(local) * num_shards, *local.shape[1:], device="cpu") if keep else None
+        for part in local.split(max(1, AT_ONCE // num_shards)):
+            every = collectives.all_gather(part.to(self._transport or local.device))
+            if found is not None:
+                at = (part.storage_offset() - local.storage_offset()) // max(1, local.stride(0)) * num_shards
+                by_shard = every.view(num_shards, *part.shape).transpose(0, 1)  # row k of shard r is id k W + r
+                found[at : at + len(part) * num_shards] = by_shard.flatten(0, 1).cpu()
+        return None if found is None else found[: self.num_samples]
 
     def held(self, name: str) -> Tensor:
         """The rows of a column that this rank holds and that belong to samples: all N, or its share."""
@@ -142,8 +156,15 @@ class SampleState(Table):
         if self.shards[0] == 1:
             super()._save_to_state_dict(destination, prefix, keep_vars)
             return
+        if saving() is Saving.APART:
+            return
         for name in self.columns:
-            destination[prefix + name] = self.column(name)
+            column = self._gathered(name, keep=saving() is Saving.EVERYWHERE or self.shards[1] == 0)
+            if column is not None:
+                destination[prefix + name] = column
+
+    def shares(self) -> dict[str, Tensor]:
+        return {name: self.held(name) for name in self.columns} if self.shards[0] > 1 else {}
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Tensor], prefix: str, *rest: Any) -> None:
         _, strict, missing_keys, unexpected_keys, error_msgs = rest

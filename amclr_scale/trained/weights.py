@@ -10,6 +10,7 @@ from amclr_scale.encoders.rank_buffers import averaged_buffers
 from amclr_scale.encoders.weights import saved_parts
 from amclr_scale.engine.teacher import Teacher
 from amclr_scale.engine.zero.master_weights import full_fp32
+from amclr_scale.objectives.table import whole_on_first
 
 MOMENTUM = "momentum.safetensors"
 
@@ -27,17 +28,18 @@ def save_weights(
         folder: the run folder.
         model: the module inside the engine.
         objective: its state is gathered if it is cut over ranks.
-        speaks: whether this rank writes.
+        speaks: whether this rank writes, which is rank 0.
         teacher: the run's.
     """
     average = teacher.saved() if teacher else {}
     weights = {name: full_fp32(parameter).cpu() for name, parameter in saved_parts(model)[0].items()}
     weights |= {name: buffer.detach().to("cpu", copy=True) for name, buffer in averaged_buffers(model).items()}
-    state = {
-        name: value.cpu().contiguous()
-        for name, value in objective.state_dict().items()
-        if isinstance(value, torch.Tensor)
-    }
+    with whole_on_first():
+        state = {
+            name: value.cpu().contiguous()
+            for name, value in objective.state_dict().items()
+            if isinstance(value, torch.Tensor)
+        }
     if not speaks:
         return
     save_file({name: value.contiguous() for name, value in weights.items()}, folder / "weights.safetensors")

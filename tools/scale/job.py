@@ -55,13 +55,19 @@ class Job:
 
     @property
     def own_pieces(self) -> int:
-        """Bytes of masters and optimizer states that one rank writes into a checkpoint."""
-        return sum(c.by_phase.get("pass_1", 0) for c in self.account.components if c.name in MASTERS)
+        """Bytes of masters, optimizer states and rows of its own that one rank writes into a checkpoint."""
+        model = sum(c.by_phase.get("pass_1", 0) for c in self.account.components if c.name in MASTERS)
+        return model + (self.state if self.sharded else 0)
 
     @property
     def written_for_all(self) -> int:
-        """Bytes that rank 0 writes."""
-        return self.whole_state
+        """Bytes that rank 0 writes: the per-sample state, unless it is cut over ranks."""
+        return 0 if self.sharded else self.whole_state
+
+    @property
+    def sharded(self) -> bool:
+        """Whether it is."""
+        return self._state(self.ranks)[1] == "sharded"
 
     @property
     def checkpoint(self) -> int:

@@ -1,8 +1,8 @@
 """A job past what fits here: 5 billion pairs in 500,000 shards on 1,024 ranks, played rank by rank and computed.
 
-python -m tools.scale.simulate             # the table of docs/clusters.md, two minutes of one core
-python -m tools.scale.simulate --write     # and put it there
-python -m tools.scale.simulate --small     # the same things of a small size, in seconds
+    python -m tools.scale.simulate             # the table of docs/clusters.md, two minutes of one core
+    python -m tools.scale.simulate --write     # and put it there
+    python -m tools.scale.simulate --small     # the same things of a small size, in seconds
 
 run        one rank of the job did it here, at full size, in a process of its own
 simulated  all ranks' parts were played one after another, or a piece of the whole was run and scaled
@@ -172,10 +172,7 @@ def _checkpoint_rows(folder: Path, jobs: Jobs, mib: int) -> list[Row]:
             jobs, "time to write, flush and hash a rank's file",
             lambda one: seconds_in_words(one.own_pieces / disk.write), scaled,
         ),
-        _of(jobs, "checkpoint: what rank 0 writes for all", lambda one: size_in_words(one.written_for_all)),
-        _of(
-            jobs, "time to write it", lambda one: seconds_in_words(one.written_for_all / disk.write), scaled
-        ),
+        _of(jobs, "checkpoint: state that rank 0 writes for all", lambda one: size_in_words(one.written_for_all)),
         _of(
             jobs, "time of rank 0 to check all files before a run goes on",
             lambda one: seconds_in_words(one.checkpoint / disk.check), scaled,

@@ -29,7 +29,7 @@ from amclr_scale.distributed.purpose import purpose
 from amclr_scale.objectives.base import Layout, require
 from amclr_scale.objectives.sample_state import REPLICATED_BYTES, STATE
 from amclr_scale.objectives.staging import is_staged, when_applied
-from amclr_scale.objectives.table import Table
+from amclr_scale.objectives.table import Saving, Table, saving
 
 Init = Literal["empty", "batch", "randn", "rand", "zeros"]
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -198,9 +198,15 @@ class Bank(Table):
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         for name in COUNTS:
             destination[prefix + name] = torch.tensor(getattr(self, name))
-        if self.width is not None:
+        cut = self.shards[0] > 1
+        if self.width is not None and not (cut and saving() is Saving.APART):
             for name in TABLES:
-                destination[prefix + name] = self.table(name)
+                table = self.table(name)
+                if not cut or saving() is Saving.EVERYWHERE or self.shards[1] == 0:
+                    destination[prefix + name] = table
+
+    def shares(self) -> dict[str, Tensor]:
+        return {name: getattr(self, name) for name in TABLES} if self.shards[0] > 1 and self.width is not None else {}
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Tensor], prefix: str, *rest: Any) -> None:
         _, strict, missing_keys, unexpected_keys, error_msgs = rest
