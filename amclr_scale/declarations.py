@@ -49,7 +49,8 @@ KINDS: dict[str, Kind] = {
     "text_views": Kind(("D",), "data.text_views", several=True),
     "image_negatives": Kind(("D",), "data.image_negatives", several=True),  # hard ones, made for each sample
     "text_negatives": Kind(("D",), "data.text_negatives", several=True),
-    "text_negative_mask": Kind(("K",), "data.text_negatives", gradient=False, dtype="bool"),  # True: it is there
+    "image_negative_mask": Kind(("K",), "data.image_negatives", gradient=False, dtype="bool"),  # True: it is there
+    "text_negative_mask": Kind(("K",), "data.text_negatives", gradient=False, dtype="bool"),
     "labels": Kind((), "data.labels", gradient=False, dtype="int64"),
     "image_reference": Kind(("R",), "data.image_reference", gradient=False),  # of a frozen model
     "text_reference": Kind(("R",), "data.text_reference", gradient=False),

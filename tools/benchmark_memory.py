@@ -170,6 +170,7 @@ def measure(config: Config, world_size: int, rank: int, *, look: bool = True) ->
         context_length=data.context_length, image_size=data.image_size, image_mean=data.image_mean,
         image_std=data.image_std,
     )  # fmt: skip
+    model.further_views = {"image": data.image_views, "text": data.text_views}
     options = {key: value for key, value in config.objective.items() if key != "name"}
     objective = objectives.create(
         config.objective["name"], num_samples=SAMPLES, sample_state=config.execution.sample_state, **options
@@ -209,6 +210,11 @@ def measure(config: Config, world_size: int, rank: int, *, look: bool = True) ->
                     )
                     for _ in range(data.texts_each)
                 ),
+                given={
+                    f"{side}_negative_mask": torch.ones(b, K, dtype=torch.bool)
+                    for side, K in (("image", data.image_negatives), ("text", data.text_negatives))
+                    if K
+                },
             )
         losses.append(float(step(batch, 1e-4).loss.value.detach()))  # embeddings go at once, as in the training loop
         if number == 0 and report:

@@ -10,7 +10,6 @@ from amclr_scale.config.text_rules import TEXT_RULES
 from amclr_scale.declarations import KINDS, queue_of
 from amclr_scale.errors import one_of
 
-_NO_KEY = object()
 _MOST = 2**48  # of what is counted
 
 
@@ -188,14 +187,9 @@ def _objective(config: Config, world_size: int) -> list[str]:
     found, lines = declared(config.objective), []
     for kind, (key, there) in _provided(config).items():
         wanted = found.inputs.count(kind)
-        if there is None and wanted:
-            lines.append(
-                f"{key}: objective {name} reads {kind}, and no configuration provides them: there is no such key yet; "
-                "choose another objective"
-            )
-        elif there == 0 and wanted and not KINDS[kind].several:
+        if there == 0 and wanted and not KINDS[kind].several:
             lines.append(f"{key}: objective {name} reads {kind}, which come from there, got nothing")
-        elif there is not None and there != wanted and KINDS[kind].several and (wanted or KINDS[kind].gradient):
+        elif there != wanted and KINDS[kind].several and (wanted or KINDS[kind].gradient):
             lines.append(f"{key}: objective {name} needs {wanted or 'none'}, got {there}")
     widths = {"width": getattr(found.options, "width", None), "queue.width": queue_of(found.options).get("width")}
     for key, width in widths.items():
@@ -207,15 +201,13 @@ def _objective(config: Config, world_size: int) -> list[str]:
     return lines + [f"objective.{line}" for line in found.mistakes(batch, batch // world_size)]
 
 
-def _provided(config: Config) -> dict[str, tuple[str, int | None]]:
-    """Kind of input -> the key that provides it, and how many it provides; None: this version has no such key."""
+def _provided(config: Config) -> dict[str, tuple[str, int]]:
+    """Kind of input -> the key that provides it, and how many it provides."""
 
-    def value(key: str) -> int | None:
+    def value(key: str) -> int:
         section: Any = config
         for part in key.split("."):
-            section = getattr(section, part, _NO_KEY)
-        if section is _NO_KEY:
-            return None
+            section = getattr(section, part)
         return section if isinstance(section, int) else len(section) if isinstance(section, list) else bool(section)
 
     return {name: (kind.key, value(kind.key)) for name, kind in KINDS.items() if kind.key}

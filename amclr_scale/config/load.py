@@ -35,6 +35,7 @@ NEUTRAL = (
 # Keys that are younger than some recipes: at these values nothing is computed that those recipes did not say. (Nor does
 # any key that is null by default count while it is.)
 LATER: dict[str, Any] = {
+    "data.image_negatives": 0, "data.image_negative": "neg.png", "objective.image_negatives": 0,
     "data.max_image_mib": 1024, "data.text_negatives": 0, "data.text_negative": ["words", "attribute", "number"],
     "evaluation.evaluators": [], "evaluation.momentum": False, "evaluation.sheet": 0,
     "model.image.frozen": False, "model.image.unfrozen_norms": False, "model.image.frozen_head": False,

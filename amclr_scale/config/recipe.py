@@ -62,6 +62,11 @@ class Data(Section):
     """What further image views show: the image, its base view (AmCLR), or another image of its `image_group`."""
     image_group: str | None = None
     """Where samples say what they show, such as json.concept: for image_view_from group."""
+    image_negatives: Annotated[int, Field(ge=0, le=16)] = 0
+    """Pictures of every sample that its caption does not show, though they look like it (negclip): hard negatives."""
+    image_negative: str | Annotated[list[str], Field(min_length=1)] = "neg.png"
+    """The member that they are in, such as neg.png; or a list of such, of which each epoch draws as many as it needs.
+    They are augmented as the base view is."""
     text_views: Annotated[int, Field(ge=0)] = 0
     """Further captions of every sample, drawn from `text_view`."""
     text_view: str | list[str] = "json.captions"
@@ -101,7 +106,7 @@ class Data(Section):
     @property
     def images_each(self) -> int:
         """What the image tower encodes of every sample."""
-        return 1 + self.image_views
+        return 1 + self.image_views + self.image_negatives
 
     @property
     def texts_each(self) -> int:

@@ -94,14 +94,17 @@ class Sample:
         self.max_image_pixels, self.max_caption_characters = max_image_pixels, max_caption_characters
         self._parsed = dict[str, Any]()
 
-    def image(self) -> Image.Image:
+    def image(self, member: str | None = None) -> Image.Image:
         """The image, opened but not decoded.
+
+        Args:
+            member: that it is in; None: the first that is called as pictures are.
 
         Raises:
             BadSampleError: there is none, it is empty, not an image, has too many pixels, or would take too much
                 memory.
         """
-        extension = next((e for e in IMAGE_EXTENSIONS if e in self.members), None)
+        extension = member or next((e for e in IMAGE_EXTENSIONS if e in self.members), None)
         if extension is None:
             raise BadSampleError("missing image")
         if not self.members[extension]:

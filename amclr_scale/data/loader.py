@@ -304,7 +304,7 @@ class TrainLoader:
         Of hard negatives, the share that could not be made.
         """
         each = {"repeated_images": self.data.image_views, "repeated_texts": self.data.text_views}
-        each["missing_negatives"] = self.data.text_negatives
+        each |= {"missing_negatives": self.data.text_negatives, "missing_image_negatives": self.data.image_negatives}
         return {name: self._repeated[name] / max(1, self._seen * n) for name, n in each.items() if n}
 
     def _count_repeated(self, parts: list[Part]) -> None:

@@ -16,6 +16,7 @@ from PIL import __version__ as pillow_version
 from torch import Tensor
 
 from amclr_scale.config import schema
+from amclr_scale.data.beside.hard_pictures import HardPictures
 from amclr_scale.data.beside.paraphrases import ParaphraseReader
 from amclr_scale.data.beside.references import open_references
 from amclr_scale.data.captions.hard_captions import HardCaptions
@@ -56,14 +57,15 @@ class Part:
 
     ids: Tensor  # (n,) int64
     text_ids: Tensor | None  # (n,) int64, where images have ids of their own
-    images: tuple[Tensor, ...]  # 1 + V of (n, 3, H, W) uint8; where devices hold the pictures, of (n, 7) crops
+    images: tuple[Tensor, ...]  # 1 + V of (n, 3, H, W) uint8, and hard negatives; where devices hold them, (n, 7) crops
     texts: tuple[Tensor, ...]  # 1 + V of (n, L) int64, and hard negatives
     given: dict[str, Tensor]  # (n, ...) that no tower reads: `Batch.given`
     faults: list[Fault]
     repeated: dict[str, int]  # further images and texts that equal an earlier view; hard negatives that there are not
 
 
-Views = tuple[int, int, list[Tensor], list[str], list[str | None]]  # image id, label, pixels, captions, hard negatives
+# Image id, label, pixels of views and of hard negatives, captions, hard negatives of these.
+Views = tuple[int, int, list[Tensor | None], list[str], list[str | None]]
 
 
 class Pipeline:
@@ -77,14 +79,18 @@ class Pipeline:
 
     def __init__(self, index: Index, data: schema.Data, seed: int, tokenizer: Tokenizer):
         self.index, self.data, self.seed, self.tokenizer = index, data, seed, tokenizer
-        self.text, self.hard = TextViews(data), HardCaptions(data)
+        self.text, self.hard, self.hard_pictures = TextViews(data), HardCaptions(data), HardPictures(data)
+        if data.image_negatives and data.resident != "none":
+            raise UserError(
+                f"data.resident: expected none with data.image_negatives, which are not held, got {data.resident}"
+            )
         self._image_id = Field.parse(data.image_id) if data.image_id else None
         self._labels = Field.parse(data.labels) if data.labels else None
         self._references = open_references(data, index)
         self._image_group = Field.parse(data.image_group) if data.image_group else None
         others = {field.member for field in (self._image_id, self._labels, self._image_group) if field}
         self._texts = self.text.members | self.hard.members | others
-        self._wanted = self._texts | frozenset(IMAGE_EXTENSIONS)
+        self._wanted = self._texts | frozenset(IMAGE_EXTENSIONS) | frozenset(self.hard_pictures.members)
         self.resident: ResidentData | None = None
         self.groups: Groups | None = None
         self._recipes = [data.augmentation] + [data.image_view or data.augmentation] * data.image_views
@@ -138,8 +144,8 @@ class Pipeline:
         data, n = self.data, len(visits)
         shape = (7,) if data.resident == "device" else (3, data.image_size, data.image_size)
         kind = torch.int64 if data.resident == "device" else torch.uint8
-        images = tuple(torch.empty(n, *shape, dtype=kind) for _ in range(1 + data.image_views))
-        captions, hard = list[list[str]](), list[list[str | None]]()
+        images = tuple(torch.empty(n, *shape, dtype=kind) for _ in range(data.images_each))
+        captions, hard, shown = list[list[str]](), list[list[str | None]](), list[list[bool]]()
         ids, image_ids, labels, faults = list[int](), list[int](), list[int](), list[Fault]()
         for i, (sample, number) in enumerate(zip(visits.ids.tolist(), visits.passes.tolist(), strict=True)):
             used, image_id, label, pixels, words, wrong = self._good(sample, number, faults)
@@ -149,9 +155,11 @@ class Pipeline:
             captions.append(words)
             hard.append(wrong)
             for view, tensor in zip(images, pixels, strict=True):
-                view[i] = tensor
+                view[i] = 0 if tensor is None else tensor
+            shown.append([tensor is not None for tensor in pixels[1 + data.image_views :]])
         texts = tuple(self.tokenizer(list(view)) for view in zip(*captions, strict=True))
-        repeated = {"repeated_images": 0 if data.resident == "device" else count_repeated(images)}
+        views = images[: 1 + data.image_views]
+        repeated = {"repeated_images": 0 if data.resident == "device" else count_repeated(views)}
         repeated["repeated_texts"] = count_repeated(texts)
         samples = torch.tensor(ids, dtype=torch.int64)
         negatives, there = self._hard(texts[0], hard)
@@ -159,6 +167,9 @@ class Pipeline:
         if negatives:
             given["text_negative_mask"] = there
             repeated["missing_negatives"] = int((~there).sum())
+        if data.image_negatives:
+            given["image_negative_mask"] = torch.tensor(shown)
+            repeated["missing_image_negatives"] = int((~given["image_negative_mask"]).sum())
         if self._labels:  # equal for one class, -1 for none
             given["labels"] = torch.tensor(labels, dtype=torch.int64)
         if not self._image_id:
@@ -195,7 +206,7 @@ class Pipeline:
         draws = [Draws(self.seed, Purpose.IMAGE, number, sample, view) for view in range(len(self._recipes))]
         sources = self._sources(sample, number)
         if self.resident and self.data.resident == "device":
-            plans = list[Tensor]()
+            plans = list[Tensor | None]()
             for view, recipe in enumerate(self._recipes):
                 width, height = (size, size) if view and from_base else self.resident.size(sources[view])
                 plans.append(torch.tensor([*plan_crop(width, height, recipe, draws[view]), sources[view]]))
@@ -210,7 +221,7 @@ class Pipeline:
         return (
             self._image_of(content, sample),
             self.label_of(content),
-            [to_tensor(view) for view in views],
+            [*(to_tensor(view) for view in views), *self.hard_pictures.draw(content, self.seed, number, sample)],
             captions,
             hard,
         )

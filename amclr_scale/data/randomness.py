@@ -29,6 +29,7 @@ class Purpose(enum.IntEnum):
     WORDS = 6
     GROUP = 7
     NEGATIVE = 8
+    NEGATIVE_IMAGE = 9
 
 
 def _finalise(z: int) -> int:

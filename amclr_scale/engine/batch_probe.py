@@ -82,7 +82,8 @@ class Probe:
         """
         training, b = engine.training, len(self.batch)
         views = {"image": len(self.batch.images), "text": len(self.batch.texts)}
-        layer = LastLayer(views, {"text": self.config.data.text_negatives})
+        data = self.config.data
+        layer = LastLayer(views, {"image": data.image_negatives, "text": data.text_negatives})
         engine.eval()
         try:
             with RandomState(self.device), one_set_of_buffers(engine.module):

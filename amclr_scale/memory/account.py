@@ -341,9 +341,9 @@ def _input_components(config: Config, plan: Plan, device: str) -> list[Component
 
 def _given(config: Config) -> dict[str, int]:
     """Bytes for each sample of what goes to the objective as the loader gives it."""
-    data = config.data
-    widths, unknown = reference_widths(data)
+    data, (widths, unknown) = config.data, reference_widths(config.data)
     found = {name: 4 * width for name, width in widths.items()}
     found |= dict.fromkeys(unknown, 4 * config.model.embedding_width)
-    found |= {"text_negative_mask": data.text_negatives} if data.text_negatives else {}
+    hard = {"image_negative_mask": data.image_negatives, "text_negative_mask": data.text_negatives}
+    found |= {name: K for name, K in hard.items() if K}
     return found | ({"labels": 8} if data.labels else {})

@@ -51,10 +51,11 @@ def random_embeddings(
             F of layers, by flat name.
     """
     torch.manual_seed(0)
-    K, given = objective.inputs.count("text_negatives"), sizes or {}
+    given = sizes or {}
     made: dict[str, Any] = {}
     for name in ("image", "text", *(kind for kind in objective.inputs if not KINDS[kind].several)):
-        n = given.get(f"{name.partition('_')[0]}_tokens", FEW_TOKENS[0])
+        side = name.partition("_")[0]
+        n, K = given.get(f"{side}_tokens", FEW_TOKENS[0]), objective.inputs.count(f"{side}_negatives")
         made[name] = _random(name, rows, width, {"R": given.get(name, width), "K": K, "n": n})
     for name, kind in KINDS.items():
         if kind.several and name in objective.inputs:

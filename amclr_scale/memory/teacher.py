@@ -32,7 +32,7 @@ def computes_in(config: Config) -> str:
 
 def encodes(config: Config) -> Config:
     """The configuration of a teacher's forward: one view of each sample, no parts of an objective."""
-    data = config.data.model_copy(update={"image_views": 0, "text_views": 0, "text_negatives": 0})
+    data = config.data.model_copy(update={"image_views": 0, "text_views": 0, "image_negatives": 0, "text_negatives": 0})
     execution = config.execution.model_copy(update={"precision": computes_in(config)})
     return config.model_copy(update={"data": data, "execution": execution, "objective": {"name": "clip"}})
 

@@ -128,7 +128,8 @@ def _key(config: schema.Config) -> str:
 
     Of the optimizer, the parts that it leaves frozen.
     """
-    data = {"tokenizer", "context_length", "image_size", "image_views", "text_views", "text_negatives"}
+    data = {"tokenizer", "context_length", "image_size", "image_views", "text_views", "image_negatives",
+            "text_negatives"}  # fmt: skip
     factors = config.optimizer.lr_factors.model_dump()
     found = {
         "model": config.model.model_dump(mode="json"),
@@ -191,7 +192,7 @@ def _traced(
     model = _copy_of(_skeleton(key)).to(DTYPES[precision])
     set_recomputation(getattr(model, f"{modality}_tower"), recomputation)
     m = next(p for p in PRIMES if all(numel % p for numel in (x.numel() for x in model.parameters())))
-    views = 1 + data[f"{modality}_views"] + (data["text_negatives"] if modality == "text" else 0)
+    views = 1 + data[f"{modality}_views"] + data[f"{modality}_negatives"]
     with _uncollected(), mode, kernels_of(device):
         if isinstance(mode, FakeTensorMode):
             model._apply(mode.from_tensor)  # type: ignore[no-untyped-call]

@@ -11,7 +11,7 @@ import yaml
 from amclr_scale.checkpoint.resume import differences
 from amclr_scale.config.load import build, dump, load, recipe_hash
 from amclr_scale.config.objective_options import declared, option_models
-from amclr_scale.declarations import KINDS, Inputs
+from amclr_scale.declarations import Inputs
 from amclr_scale.errors import UserError
 from amclr_scale.study.planning.cells import base_tree, make_cells
 from amclr_scale.study.planning.load import load_plan
@@ -149,18 +149,6 @@ def test_features_of_a_teacher_need_one(tmp_path):
     words = ["objective.name=odd", f"objective.module={file}"]
     assert "model.momentum: objective odd reads image_momentum, which come from there, got nothing" in refused(*words)
     assert load(None, ["train.epochs=1", "model.momentum={}", *words]).model.momentum.decay == 0.995
-
-
-PROVIDED = ("views", "momentum", "layers", "labels", "reference", "text_negatives", "text_negative_mask")
-
-
-@pytest.mark.parametrize("name", [n for n, kind in KINDS.items() if kind.key and not n.endswith(PROVIDED)])
-def test_an_input_that_nobody_provides_is_refused_with_its_key(tmp_path, name):
-    """Until some section of the configuration provides it; then this list is shorter."""
-    asked = 2 if KINDS[name].several else True
-    file = stranger(tmp_path, repr({name: asked}))
-    said = refused("objective.name=odd", f"objective.module={file}")
-    assert said.startswith(f"{KINDS[name].key}: objective odd reads {name}, and no configuration provides them")
 
 
 @pytest.mark.parametrize(

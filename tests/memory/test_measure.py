@@ -57,9 +57,11 @@ PLAIN_LINEAR = [
     "deepspeed.zero_optimization.stage3_param_persistence_threshold=100",
 ]
 LENDS = ["objective={name: momentum_queue, size: 64, width: 128}"]  # which asks for both sides of a teacher
+NEGATIVES = ["objective={name: negclip, image_negatives: 2}", "data.image_negatives=2", "data.text_negatives=1"]
 HALF = ["execution.precision=bf16", "execution.zero_stage=2"]
 CASES = [
     (1, ["execution.micro_batch_size=16"]),
+    (1, ["execution.micro_batch_size=16", *NEGATIVES]),
     (2, ["execution.micro_batch_size=8", "execution.zero_stage=2", "execution.precision=bf16"]),
     (1, ["execution.micro_batch_size=2", "execution.zero_stage=1", "execution.precision=bf16"]),
     (2, ["objective.name=sogclr", "execution.micro_batch_size=8", "execution.kept_micro_batches=0"]),

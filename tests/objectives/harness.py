@@ -42,8 +42,9 @@ def global_batch(
     """
     g = torch.Generator().manual_seed(100 + step)
 
-    def near(x: Tensor, noise: float) -> Tensor:
-        y = x + noise * torch.randn(B, D, generator=g, dtype=torch.float64)
+    def near(x: Tensor, noise: float, seed: int | None = None) -> Tensor:
+        own = g if seed is None else torch.Generator().manual_seed(seed)
+        y = x + noise * torch.randn(B, D, generator=own, dtype=torch.float64)
         return F.normalize(y, dim=-1).requires_grad_()
 
     image = F.normalize(torch.randn(B, D, generator=g, dtype=torch.float64), dim=-1).requires_grad_()
@@ -88,6 +89,8 @@ def global_batch(
         image_reference=F.normalize(torch.randn(B, 4, generator=g, dtype=torch.float64), dim=1),
         text_reference=F.normalize(torch.randn(B, 4, generator=g, dtype=torch.float64), dim=1),
         text_negatives=tuple(near(text.detach(), 0.8) for _ in range(negatives)),
+        image_negatives=tuple(near(image.detach(), 0.8, 400 + step + k) for k in range(negatives)),
+        image_negative_mask=torch.rand(B, max(1, negatives), generator=torch.Generator().manual_seed(50 + step)) < 0.7,
         text_negative_mask=torch.rand(B, max(1, negatives), generator=torch.Generator().manual_seed(step)) < 0.7,
         image_momentum=near(image.detach(), 0.2).detach(),
         text_momentum=near(text.detach(), 0.2).detach(),

@@ -18,12 +18,20 @@ def softmax_of(e: Embeddings, t: Any) -> Tensor:
     return (x.logsumexp(1) + x.logsumexp(0) - 2 * x.diagonal()).mean() / 2
 
 
-def negclip(state, e, step):
+def negclip(state, e, step, pictures=False):
     keys = torch.cat([e.text, *(x[there] for x, there in zip(e.text_negatives, e.text_negative_mask.T, strict=True))])
     own = (e.image * e.text).sum(1) * e.logit_scale
     of_image = (e.image @ keys.T * e.logit_scale).logsumexp(1) - own
-    value = (of_image + (e.text @ e.image.T * e.logit_scale).logsumexp(1) - own).mean() / 2
+    keys = e.image
+    if pictures:
+        wrong = zip(e.image_negatives, e.image_negative_mask.T, strict=True)
+        keys = torch.cat([keys, *(x[there] for x, there in wrong)])
+    value = (of_image + (e.text @ keys.T * e.logit_scale).logsumexp(1) - own).mean() / 2
     return value, value
+
+
+def negclip_of_both(state, e, step):
+    return negclip(state, e, step, pictures=True)
 
 
 def byolip(state, e, step):

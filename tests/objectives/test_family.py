@@ -11,7 +11,7 @@ from torch import Tensor
 
 from amclr_scale.types import Embeddings
 from tests.objectives.harness import B, assert_same, defined, global_batch, joined, make, my_rows, off_diagonal, run
-from tests.objectives.taught import byolip, count, cwcl, degla, distill, filip, negclip, softmax_of
+from tests.objectives.taught import byolip, count, cwcl, degla, distill, filip, negclip, negclip_of_both, softmax_of
 
 EYE = torch.eye(B, dtype=torch.bool)
 Side = Callable[[Tensor, Tensor, Tensor, Any], Tensor]
@@ -228,6 +228,7 @@ CASES: list[tuple[str, dict[str, Any], Any, dict[str, Any]]] = [
     ("siamlip", {"temperature": 0.1}, siamlip, HEADS),
     ("barlip", {"clip": 0.0}, barlip, HEADS),
     ("negclip", {"negatives": 2}, negclip, {"negatives": 2}),
+    ("negclip", {"negatives": 2, "image_negatives": 2}, negclip_of_both, {"negatives": 2}),
     ("byolip", {"temperature": 0.1}, byolip, HEADS),
     ("count", {"temperature": 0.1, "count_weight": 0.7, "negatives": 2}, count, {"negatives": 2}),
     ("degla", {"negatives": 2, "distill_weight": 0.5}, degla, {"negatives": 2}),

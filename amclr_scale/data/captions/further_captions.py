@@ -22,7 +22,7 @@ def check_further_captions(pipeline: Pipeline, data: schema.Data, seed: int) -> 
     """
     text, total = pipeline.text, pipeline.index.num_samples
     repeated = looked_at = 0
-    labelled = with_negatives = 0
+    labelled = with_negatives = with_pictures = 0
     having = dict.fromkeys((*text.base[1:], *text.further), 0)
     for sample in np.unique(np.linspace(0, total - 1, LOOKED_AT).astype(int)).tolist():
         try:
@@ -30,6 +30,7 @@ def check_further_captions(pipeline: Pipeline, data: schema.Data, seed: int) -> 
             captions = text.draw(content, seed, 0, sample)
             labelled += pipeline.label_of(content) >= 0
             with_negatives += any(pipeline.hard.draw(captions[0], content, seed, 0, sample))
+            with_pictures += bool(pipeline.hard_pictures.there(content))
             for place in having:
                 having[place] += bool(content.captions(place, optional=True))
         except BadSampleError:
@@ -47,6 +48,11 @@ def check_further_captions(pipeline: Pipeline, data: schema.Data, seed: int) -> 
         raise UserError(
             f"data.text_negative: expected rules or places that give wrong captions, got {data.text_negative}: they "
             f"give none for {looked_at} samples looked at"
+        )
+    if data.image_negatives and not with_pictures:
+        raise UserError(
+            f"data.image_negative: expected members with further pictures of samples, got {data.image_negative}: none "
+            f"of {looked_at} samples looked at has one"
         )
     missing = [place for place, count in having.items() if not count]
     asked = data.text_view != schema.Data().text_view

@@ -234,7 +234,7 @@ def _cell(
 def further_views(tree: Mapping[str, Any]) -> list[str]:
     """Words for as many further views as the objective reads, where the sections say another number."""
     inputs, data = declared(tree["objective"]).inputs, tree.get("data", {})
-    wanted = {key: inputs.count(key) for key in ("image_views", "text_views", "text_negatives")}
+    wanted = {key: inputs.count(key) for key in ("image_views", "text_views", "image_negatives", "text_negatives")}
     return [f"data.{key}={count}" for key, count in wanted.items() if data.get(key, 0) != count]
 
 

@@ -45,7 +45,7 @@ def encoder_cost(config: Config) -> float:
 def encoder_flops(config: Config) -> float:
     """Useful operations of both towers per sample, all of its views, and of a teacher's forward."""
     data = config.data.model_copy(
-        update={"image_views": 0, "text_views": 0, "text_negatives": 0}
+        update={"image_views": 0, "text_views": 0, "image_negatives": 0, "text_negatives": 0}
     )  # traced once for all arms
     factors = Optimizer(lr_factors=config.optimizer.lr_factors)  # what is frozen has no backward
     asked = {"objective": config.objective} if reads_tokens(config) else {}  # whose heads work too
