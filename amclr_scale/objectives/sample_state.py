@@ -138,12 +138,13 @@ class SampleState(Table):
         if num_shards == 1:
             return local.detach().cpu()
         found = local.new_empty(len(local) * num_shards, *local.shape[1:], device="cpu") if keep else None
-        for part in local.split(max(1, AT_ONCE // num_shards)):
-            every = collectives.all_gather(part.to(self._transport or local.device))
+        step = max(1, AT_ONCE // num_shards)
+        for first in range(0, len(local), step):
+            part = local[first : first + step].to(self._transport or local.device)
+            every = collectives.all_gather(part)
             if found is not None:
-                at = (part.storage_offset() - local.storage_offset()) // max(1, local.stride(0)) * num_shards
                 by_shard = every.view(num_shards, *part.shape).transpose(0, 1)  # row k of shard r is id k W + r
-                found[at : at + len(part) * num_shards] = by_shard.flatten(0, 1).cpu()
+                found[first * num_shards :][: len(every)] = by_shard.flatten(0, 1).cpu()
         return None if found is None else found[: self.num_samples]
 
     def held(self, name: str) -> Tensor:

@@ -11,7 +11,7 @@ import zlib
 import pytest
 from PIL import Image, ImageFile, TiffImagePlugin
 
-from amclr_scale.data.decoding import BadSampleError, Sample, bytes_per_pixel, readable_formats
+from amclr_scale.data.decoding import BadSampleError, Sample, _sizes_inside, bytes_per_pixel, readable_formats
 
 SIDE = 20_000
 LIMITS = (100_000_000, 1)
@@ -167,3 +167,17 @@ def writes(mode, form, options):
 def test_a_bound_for_every_mode():
     for mode in ("1", "L", "P", "RGB", "RGBA", "LA", "PA", "CMYK", "I;16", "I", "F"):
         assert bytes_per_pixel(Image.new(mode, (1, 1))) >= 6
+
+
+def test_a_pixel_of_32_bits_takes_more_than_one_of_16():
+    """As integers become RGB over an array of 64 bits; Pillow calls them I, and those of 16 bits I;16 or I;16B."""
+    each = {mode: bytes_per_pixel(Image.new(mode, (1, 1))) for mode in ("I", "I;16", "I;16B", "L")}
+    assert each["I"] > each["I;16"] == each["I;16B"] > each["L"]
+
+
+def test_a_picture_that_begins_inside_of_a_jpeg_2000():
+    """Its size is that from its first to its last column and row, not up to the last ones of the canvas."""
+    inside = struct.pack(">4I", 100, 50, 40, 20)
+    code = b"\xff\x4f\xff\x51" + bytes(4) + inside + bytes(40)
+    assert _sizes_inside(code) == _sizes_inside(bytes(4) + b"jP  " + bytes(30) + code) == [(60, 30)]
+    assert _sizes_inside(code[:8] + struct.pack(">4I", 40, 20, 100, 50) + bytes(40)) == [(0, 0)]

@@ -90,6 +90,14 @@ def test_without_gradients_it_answers_and_learns_nothing():
     assert objective.samples.value == B
 
 
+def test_who_asks_what_a_step_costs_is_shown_one_with_soft_targets():
+    """However long they take to come in: at first they cost nothing."""
+    objective = make("momentum_queue", size=16, alpha=0.3, alpha_ramp_samples=10**9)
+    assert objective.alpha == 0.0
+    objective.rehearse(8, 16)
+    assert objective.alpha == 0.3
+
+
 def test_mistakes_are_answered_in_words():
     e = my_rows(global_batch(0))
     for options, message in (
