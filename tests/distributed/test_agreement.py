@@ -46,6 +46,17 @@ def test_every_difference_is_named_on_every_rank(ranks):
     )
 
 
+def test_many_differences_are_counted():
+    """Of more than a message shows."""
+    first = {f"key{k:02d}": "0" for k in range(agreement.SHOWN + 3)}
+    everyone = [("a", {}), ("b", dict.fromkeys(first, "1"))]
+    *lines, more, advice = agreement._differences(first, everyone)
+    assert [line.partition(":")[0] for line in lines] == list(first)[: agreement.SHOWN]
+    assert (more, advice) == ("and 3 more", "start every node with the same command, code and data")
+    few = dict.fromkeys(list(first)[:agreement.SHOWN], "0")
+    assert "more" not in agreement._differences(few, [("a", {}), ("b", dict.fromkeys(few, "1"))])[-2]
+
+
 def test_ranks_in_words():
     hosts = ["a"] * 4 + ["b"] * 4
     assert where([3], hosts) == "rank 3 (a)"

@@ -119,3 +119,40 @@ def test_what_is_held_does_not_grow_with_the_number_of_micro_batches():
         return held_in_pass_1[0]
 
     assert held(64) == held(8) > 0
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_what_a_teacher_lends_is_asked_for_once_and_when_it_is_wanted(first):
+    """Before any graph is alive, or after all samples have been encoded; the objective sees it in each case."""
+    batch, model, calls = global_batch(0, 16), towers().double(), [0]
+    asked, seen = [], []
+
+    def encode(*views):
+        calls[0] += 1
+        return model(*views)
+
+    def lend():
+        asked.append(calls[0])
+        return {"image_momentum": torch.full((16, 2), len(asked), dtype=torch.float64)}
+
+    def objective(e):
+        seen.append(e.image_momentum)
+        return objectives.create("clip")(e)
+
+    cached_backward(
+        encode, objective, batch, micro_batch_sizes=(4, 4), device=CPU, kept=1, lend=lend, lend_first=first
+    )  # fmt: skip
+    assert asked == [0 if first else 4]
+    assert seen[0].eq(1).all()
+
+
+def test_what_a_step_leaves_stays_as_the_objective_saw_it():
+    """Also where a parameter is an output, which the optimizer changes in place."""
+    model = towers().double()
+    scale = nn.Parameter(torch.tensor(2.0, dtype=torch.float64))
+    done = cached_backward(
+        lambda *views: {**model(*views), "logit_scale": scale},
+        objectives.create("clip"), global_batch(0, 16), micro_batch_sizes=(4, 4), device=CPU,
+    )  # fmt: skip
+    scale.data += 1
+    assert done.leaves["logit_scale"].item() == done.embeddings.logit_scale.item() == 2.0
