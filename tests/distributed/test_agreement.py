@@ -53,7 +53,7 @@ def test_many_differences_are_counted():
     *lines, more, advice = agreement._differences(first, everyone)
     assert [line.partition(":")[0] for line in lines] == list(first)[: agreement.SHOWN]
     assert (more, advice) == ("and 3 more", "start every node with the same command, code and data")
-    few = dict.fromkeys(list(first)[:agreement.SHOWN], "0")
+    few = dict.fromkeys(list(first)[: agreement.SHOWN], "0")
     assert "more" not in agreement._differences(few, [("a", {}), ("b", dict.fromkeys(few, "1"))])[-2]
 
 
