@@ -102,6 +102,6 @@ def check_tokens(sides: Iterable[Side], place: Place | None) -> None:
     if "image" in sides and (place is None or not place.module):
         named = "this tower" if place is None else place.tower
         raise UserError(
-            f"model.image.name: the objective reads image_tokens, and {named} has no features of patches before its "
-            "pooling; expected a tower such as small_resnet or timm/vit_small_patch16_224"
+            f"model.image.name: image_tokens are asked for (objective.name, evaluation.evaluators), and {named} has no "
+            "features of patches before its pooling; expected such as small_resnet or timm/vit_small_patch16_224"
         )

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from amclr_scale.config.schema import Evaluation
-from amclr_scale.errors import UserError
 from amclr_scale.evaluation import composition as wrong_captions
 from amclr_scale.evaluation import geometry as sphere
 from amclr_scale.evaluation.encode import Encode, encode_images, encode_texts
@@ -91,14 +90,6 @@ class EncodedSplit:
         Raises:
             UserError: the model gives none.
         """
-        model = getattr(self.encode, "module", self.encode)
-        place = getattr(model, "image_tokens", None)
-        if place is None or not place.module:
-            which = type(model).__name__ if place is None else place.tower
-            raise UserError(
-                f"evaluation.evaluators: token_retrieval compares features of patches and words, which {which} does "
-                "not give; expected a run of ours whose image tower has a map or a sequence before its pooling"
-            )
         size, names = self.options.batch_size, ("tokens", "token_mask")
         image = encode_images(self.encode, self.split, size, [f"image_{name}" for name in names], tokens=True)
         text = encode_texts(

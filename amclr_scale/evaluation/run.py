@@ -103,7 +103,8 @@ class Evaluator:
         total = 0
         classifiers: set[tuple[str, ...]] = set()
         for task in self.tasks:
-            total += task.pairs_here()
+            once_more = task.retrieval and "token_retrieval" in self.evaluators
+            total += task.pairs_here() * (1 + once_more)
             if task.class_names and (key := (*task.class_names, *task.templates)) not in classifiers:
                 classifiers.add(key)
                 total += len(share(len(task.class_names) * len(task.templates)))

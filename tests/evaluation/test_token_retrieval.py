@@ -6,6 +6,8 @@ import torch.nn.functional as F
 
 from amclr_scale.distributed.collectives import rank, world_size
 from amclr_scale.errors import UserError
+from amclr_scale.evaluation.foreign.model import Foreign
+from amclr_scale.evaluation.progress import EvaluationProgress
 from amclr_scale.evaluation.retrieval import Ranks, retrieval
 from amclr_scale.evaluation.run import Evaluator
 from amclr_scale.evaluation.tokens.retrieval import AT_ONCE, token_retrieval
@@ -93,7 +95,17 @@ def test_it_is_an_evaluator_that_is_asked_for(tmp_path):
     assert {"token_image_to_text_R@1", "token_text_to_image_R@10", "token_R@mean", "image_to_text_R@1"} <= numbers
     assert 0 <= results[f"{called(split)}/token_image_to_text_R@1"] <= 1
     assert "token_R@mean" not in {key.rpartition("/")[2] for key in Evaluator(recipe(split))(model(config))}
-    wrong = model(config)
-    wrong.image_tokens = None
-    with pytest.raises(UserError, match=r"^evaluation\.evaluators: token_retrieval compares features of patches"):
-        Evaluator(config)(wrong)
+    evaluator, counted = Evaluator(config), model(config).eval()
+    with EvaluationProgress("a", evaluator.items(), speaks=False) as progress:  # calls that hide the model behind them
+        again = evaluator.measure(progress.watch(counted))
+    assert again[f"{called(split)}/token_R@mean"] == results[f"{called(split)}/token_R@mean"]
+    counted.image_tokens = None
+    with pytest.raises(
+        UserError, match=r"^model\.image\.name: image_tokens are asked for \(objective\.name, evaluation"
+    ):
+        evaluator.measure(counted)
+    foreign = Foreign(torch.nn.Linear(2, 2), torch.nn.Flatten(), torch.nn.Flatten(), (0.5,) * 3, (0.5,) * 3)
+    with pytest.raises(
+        UserError, match=r"^evaluation\.evaluators: token_retrieval compares tokens, which are not known"
+    ):
+        foreign(tokens=True)

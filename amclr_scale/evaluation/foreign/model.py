@@ -45,8 +45,15 @@ class Foreign(nn.Module):
         self.encode_image, self.encode_text = encode_image, encode_text
 
     def forward(
-        self, images: tuple[Tensor, ...] = (), texts: tuple[Tensor, ...] = (), *, features: bool = False
+        self,
+        images: tuple[Tensor, ...] = (),
+        texts: tuple[Tensor, ...] = (),
+        *,
+        features: bool = False,
+        tokens: bool = False,
     ) -> dict[str, Any]:
+        if tokens:
+            raise UserError("evaluation.evaluators: token_retrieval compares tokens, which are not known of this model")
         if features:
             raise UserError("evaluation.probes.features: expected embedding, the only features known of this model")
         first = next(self.inner.parameters())
