@@ -113,6 +113,7 @@ WITHOUT = {
     "gram",
     "cacr",
     "cwcl",
+    "distill",
     "filip",
 }
 
