@@ -26,6 +26,7 @@ VERBS = {
     "shards index": ("index_shards", "count, fingerprint and index shards"),
     "shards tokenizer": ("train_tokenizer", "train a vocabulary on the captions of shards"),
     "shards paraphrase": ("paraphrase", "write paraphrases of every caption beside shards"),
+    "shards communities": ("communities", "group the samples of shards by likeness, for data.batches=similar"),
     "corpus": ("corpus", "make a corpus from public packages: icons, emoji"),
     "supervise": ("supervise", "run a training command until it is done, through crashes and preemptions"),
 }

@@ -3,6 +3,7 @@
 import math
 from typing import Any
 
+from amclr_scale.config.data_checks import augmentation, batches
 from amclr_scale.config.objective_options import declared
 from amclr_scale.config.optimizers import RULES
 from amclr_scale.config.schema import Config, ImageAugmentation
@@ -21,7 +22,8 @@ def check(config: Config, world_size: int, *, objective: bool = True) -> list[st
     """
     return [
         *_finite(config.model_dump(), ""),
-        *_augmentation(config),
+        *augmentation(config),
+        *batches(config),
         *_resident(config),
         *_frozen(config),
         *_text_negatives(config),
@@ -48,26 +50,6 @@ def _finite(tree: dict[str, Any], prefix: str) -> list[str]:
             lines.append(f"{prefix}{key}: expected finite numbers, got {value}")
         elif isinstance(value, int) and abs(value) > _MOST and not key.endswith("seed"):
             lines.append(f"{prefix}{key}: expected at most 2^48, got {value}")
-    return lines
-
-
-def _augmentation(config: Config) -> list[str]:
-    lines = []
-    for name in ("augmentation", "image_view"):
-        recipe = getattr(config.data, name)
-        if recipe is None:
-            continue
-        for key, (smallest, largest) in (("crop_scale", recipe.crop_scale), ("crop_ratio", recipe.crop_ratio)):
-            if not smallest <= largest or not largest:
-                lines.append(f"data.{name}.{key}: expected the smallest, then the largest, got [{smallest}, {largest}]")
-        operations, magnitude = recipe.randaugment or (0, 0)
-        if operations < 0 or not 0 <= magnitude <= 30:
-            lines.append(
-                f"data.{name}.randaugment: expected [operations, magnitude], the magnitude from 0 to 30, "
-                f"got [{operations}, {magnitude}]"
-            )
-        if recipe.color_jitter < 0:
-            lines.append(f"data.{name}.color_jitter: expected 0 (none) or more, got {recipe.color_jitter}")
     return lines
 
 

@@ -36,7 +36,8 @@ NEUTRAL = (
 # any key that is null by default count while it is.)
 LATER: dict[str, Any] = {
     "data.image_negatives": 0, "data.image_negative": "neg.png", "objective.image_negatives": 0,
-    "data.max_image_mib": 1024, "data.text_negatives": 0, "data.text_negative": ["words", "attribute", "number"],
+    "data.batches": "random", "data.max_image_mib": 1024, "data.text_negatives": 0,
+    "data.text_negative": ["words", "attribute", "number"],
     "evaluation.evaluators": [], "evaluation.momentum": False, "evaluation.sheet": 0,
     "model.image.frozen": False, "model.image.unfrozen_norms": False, "model.image.frozen_head": False,
     "model.text.frozen": False, "model.text.unfrozen_norms": False, "model.text.frozen_head": False,

@@ -26,6 +26,10 @@ class Data(Section):
     shuffle_window: Positive = 16
     """Shards whose samples are mixed with one another inside a lane. Costs 16 bytes per sample and worker; of remote
     shards, the cache must hold two windows of every lane."""
+    batches: Literal["random", "similar"] = "random"
+    """Which samples meet: any, or those of one of the `communities` (B3)."""
+    communities: str | None = None
+    """For batches: similar, which community every sample is in: the .npy that amclr-scale shards communities wrote."""
     image_size: Positive = 224
     """Side of the square image that the image tower sees, in pixels."""
     image_mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)

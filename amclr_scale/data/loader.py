@@ -17,14 +17,16 @@ from dataclasses import replace
 from types import FrameType
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from amclr_scale.config import schema
+from amclr_scale.data.beside.communities import order_of_communities
 from amclr_scale.data.captions.further_captions import check_further_captions, repeats
 from amclr_scale.data.indexing import open_index
-from amclr_scale.data.order import Order, Visits
+from amclr_scale.data.order import BatchOrder, Order, Visits
 from amclr_scale.data.pipeline import Fault, Part, Pipeline, count_repeated
 from amclr_scale.data.prefetch import Prefetcher
 from amclr_scale.data.resident.crops import ResidentPictures
@@ -46,11 +48,11 @@ class _Parts(Dataset[Part | str]):
     A user's mistake comes back as its words, not as an exception: torch would wrap it in the worker's traceback.
     """
 
-    def __init__(self, order: Order, pipeline: Pipeline, batch: tuple[int, int, int], part: int):
+    def __init__(self, order: BatchOrder, pipeline: Pipeline, batch: tuple[int, int, int], part: int):
         self.order, self.pipeline, self.batch, self.part = order, pipeline, batch, part
         self.local = batch[0] // batch[2]
         self.parts_per_step = -(-self.local // part)
-        self._step, self._visits = -1, Visits(order.visits(0, 0, 0).ids, order.visits(0, 0, 0).passes)
+        self._step, self._visits = -1, Visits(np.zeros(0, np.int64), np.zeros(0, np.int64))
 
     def __getitem__(self, number: int) -> Part | str:
         step, k = divmod(number, self.parts_per_step)
@@ -148,17 +150,18 @@ class TrainLoader:
         self.data, self.start_step = data, start_step
         self.index = open_index(data, share=(rank, world_size))
         self.tokenizer = load_tokenizer(data.tokenizer, data.context_length)
-        parts = self.index.parts if data.weights else None  # without weights, several data sets are one
-        self.order = Order(
-            self.index.first_id,
-            seed=seed,
-            lanes=data.lanes,
-            window=data.shuffle_window,
-            parts=parts,
-            weights=data.weights,
-        )
-        self.index.keep_open(data.lanes // world_size * data.shuffle_window)
         self.num_samples, self.fingerprint = self.index.num_samples, self.index.fingerprint
+        self.order: BatchOrder
+        if data.batches == "similar":
+            self.order, digest = order_of_communities(data, self.index, seed)
+            self.fingerprint = f"{self.fingerprint}-{digest[:8]}"
+        else:
+            parts = self.index.parts if data.weights else None  # without weights, several data sets are one
+            self.order = Order(
+                self.index.first_id, seed=seed, lanes=data.lanes, window=data.shuffle_window, parts=parts,
+                weights=data.weights,
+            )  # fmt: skip
+            self.index.keep_open(data.lanes // world_size * data.shuffle_window)
         self.samples_per_epoch = self.order.samples_per_epoch
         self.counts: Counter[str] = Counter()
         self._seen = 0
@@ -167,16 +170,14 @@ class TrainLoader:
         self.notes: list[str] = []
         self._repeated: Counter[str] = Counter()
         self._local = global_batch_size // world_size
-        self._parts = _Parts(
-            order=self.order, pipeline=pipeline, batch=(global_batch_size, rank, world_size), part=_PART
-        )
+        self._parts = _Parts(self.order, pipeline, (global_batch_size, rank, world_size), _PART)
         self._workers = workers
         self._step = start_step
         self._prefetcher: Prefetcher | None = None
         self._pictures: ResidentPictures | None = None
         if not self.index.shards.remote.any():
             self.notes = check_further_captions(pipeline, data, seed)
-        elif data.resident == "none":
+        elif data.resident == "none" and isinstance(self.order, Order):  # another order reads no remote shards
             share = data.lanes // world_size
             own = range(rank * share, (rank + 1) * share)
             self._prefetcher = Prefetcher(

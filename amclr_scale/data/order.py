@@ -15,6 +15,7 @@ A mixture passes over data set k `weight_k` times per epoch; its fractional pass
 over a data set has a number, and (pass, id) names a visit: it occurs exactly once in a run of any length.
 """
 
+from abc import ABC, abstractmethod
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -77,7 +78,50 @@ def _join(pieces: Sequence[_Pieces]) -> _Pieces:
     return _Pieces(*(np.concatenate([getattr(p, name) for p in pieces]) for name in ("first", "count", "number")))
 
 
-class Order:
+class BatchOrder(ABC):
+    """Which samples a batch has: a function of its number."""
+
+    @property
+    @abstractmethod
+    def samples_per_epoch(self) -> float:
+        """Mean length of an epoch."""
+
+    @abstractmethod
+    def batch(self, step: int, global_batch_size: int, rank: int = 0, world_size: int = 1) -> Visits:
+        """What a rank serves at a step: B / W visits."""
+
+    @abstractmethod
+    def last_visits(self, ids: NDArray[np.int64], step: int, global_batch_size: int) -> NDArray[np.int64]:
+        """In which step before `step` each of some samples was served last; -1: in none.
+
+        Looks back until all are found, which is an epoch or so: as many numbers as it has samples are made, in pieces.
+
+        Args:
+            ids: (K,), each once.
+            step: n.
+            global_batch_size: B.
+        """
+
+
+class LastVisits:
+    """`found` (K,): of some samples, each once, in which step they were served last; -1: in none that was noted."""
+
+    def __init__(self, ids: NDArray[np.int64]):
+        self._ids, self._known = ids, np.argsort(ids)
+        self.found = np.full(len(ids), -1, dtype=np.int64)
+
+    @property
+    def missing(self) -> bool:
+        return bool((self.found < 0).any())
+
+    def note(self, served: NDArray[np.int64], steps: NDArray[np.int64]) -> None:
+        """Samples (n,), and the steps (n,) that served them."""
+        place = np.minimum(np.searchsorted(self._ids, served, sorter=self._known), len(self._ids) - 1)
+        hit = self._ids[self._known[place]] == served
+        np.maximum.at(self.found, self._known[place[hit]], steps[hit])
+
+
+class Order(BatchOrder):
     """Which samples every lane serves, at any position, at once.
 
     Args:
@@ -139,7 +183,7 @@ class Order:
 
     @property
     def samples_per_epoch(self) -> float:
-        """Mean length of an epoch: N, but for a mixture."""
+        """N, but for a mixture."""
         return float(sum(w * n for w, n in zip(self._weights, self._sizes, strict=True)))
 
     def _begin(self, epoch: int) -> int:
@@ -183,26 +227,14 @@ class Order:
         return Visits(np.concatenate([v.ids for v in served]), np.concatenate([v.passes for v in served]))
 
     def last_visits(self, ids: NDArray[np.int64], step: int, global_batch_size: int) -> NDArray[np.int64]:
-        """In which step before `step` each of some samples was served last; -1: in none.
-
-        Looks back until all are found, which is an epoch or so: as many numbers as it has samples are made, in pieces.
-
-        Args:
-            ids: (K,), each once.
-        """
-        m = global_batch_size // self.lanes
-        known = np.argsort(ids)
-        found = np.full(len(ids), -1, dtype=np.int64)
+        m, last = global_batch_size // self.lanes, LastVisits(ids)
         stop = step * m
-        while stop > 0 and (found < 0).any():
+        while stop > 0 and last.missing:
             start = max(0, stop - max(m, _LOOK_BACK // self.lanes))
             for lane in range(self.lanes):
-                served = self.visits(lane, start, stop).ids
-                place = np.minimum(np.searchsorted(ids, served, sorter=known), len(ids) - 1)
-                hit = ids[known[place]] == served
-                np.maximum.at(found, known[place[hit]], np.arange(start, stop)[hit] // m)
+                last.note(self.visits(lane, start, stop).ids, np.arange(start, stop) // m)
             stop = start
-        return found
+        return last.found
 
     def shards_ahead(self, lane: int, position: int, windows: int) -> list[tuple[int, ...]]:
         """First ids of the runs in the window at a lane's position and the next few: what a reader needs soon."""

@@ -30,6 +30,8 @@ class Purpose(enum.IntEnum):
     GROUP = 7
     NEGATIVE = 8
     NEGATIVE_IMAGE = 9
+    COMMUNITY_ORDER = 10
+    COMMUNITIES = 11
 
 
 def _finalise(z: int) -> int:

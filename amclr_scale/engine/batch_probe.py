@@ -21,7 +21,7 @@ from torch import Tensor
 from amclr_scale import objectives
 from amclr_scale.config.schema import Config
 from amclr_scale.data.loader import TrainLoader
-from amclr_scale.data.order import Order
+from amclr_scale.data.order import BatchOrder
 from amclr_scale.distributed.launcher import RankInfo
 from amclr_scale.encoders.rank_buffers import one_set_of_buffers
 from amclr_scale.engine.last_layer import LastLayer
@@ -69,7 +69,7 @@ class Probe:
 
     def __init__(
         self, config: Config, batch: Batch, *, micro_batch_sizes: tuple[int, int], device: torch.device,
-        order: Order | None = None, teacher: Teacher | None = None,
+        order: BatchOrder | None = None, teacher: Teacher | None = None,
     ):  # fmt: skip
         self.config, self.batch, self.order, self.teacher = config, batch, order, teacher
         self.micro_batch_sizes, self.device = micro_batch_sizes, device

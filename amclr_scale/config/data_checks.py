@@ -1,0 +1,44 @@
+"""Keys of `data` that do not go together: one line per mistake, the key to change first. Imports no torch."""
+
+from amclr_scale.config.schema import Config
+
+
+def augmentation(config: Config) -> list[str]:
+    """Ranges of how images are changed."""
+    lines = []
+    for name in ("augmentation", "image_view"):
+        recipe = getattr(config.data, name)
+        if recipe is None:
+            continue
+        for key, (smallest, largest) in (("crop_scale", recipe.crop_scale), ("crop_ratio", recipe.crop_ratio)):
+            if not smallest <= largest or not largest:
+                lines.append(f"data.{name}.{key}: expected the smallest, then the largest, got [{smallest}, {largest}]")
+        operations, magnitude = recipe.randaugment or (0, 0)
+        if operations < 0 or not 0 <= magnitude <= 30:
+            lines.append(
+                f"data.{name}.randaugment: expected [operations, magnitude], the magnitude from 0 to 30, "
+                f"got [{operations}, {magnitude}]"
+            )
+        if recipe.color_jitter < 0:
+            lines.append(f"data.{name}.color_jitter: expected 0 (none) or more, got {recipe.color_jitter}")
+    return lines
+
+
+def batches(config: Config) -> list[str]:
+    """Of communities: a file, and one pass per epoch."""
+    data = config.data
+    if data.batches == "random":
+        unused = "has no meaning with data.batches=random; remove it, or use data.batches=similar"
+        return [f"data.communities: {unused}"] if data.communities else []
+    lines = []
+    if not data.communities:
+        lines.append(
+            "data.communities: expected the .npy that amclr-scale shards communities wrote, which data.batches=similar "
+            "reads, got none"
+        )
+    if data.weights:
+        lines.append(
+            f"data.weights: expected none with data.batches=similar, which passes over everything once per epoch, got "
+            f"{data.weights}"
+        )
+    return lines
