@@ -43,7 +43,8 @@ LATER: dict[str, Any] = {
     "model.text.frozen": False, "model.text.unfrozen_norms": False, "model.text.frozen_head": False,
     "model.image.pretrained": False, "model.image.unfrozen_blocks": 0, "model.text.unfrozen_blocks": 0,
     "model.image.taps": [], "model.text.taps": [],
-    "objective.log_alpha": 10.0, "objective.reference": False,
+    "objective.log_alpha": 10.0, "objective.reference": False, "objective.batch_negatives": False,
+    "objective.wait_epochs": 0.0,
     "optimizer.layer_decay": 1.0, "optimizer.cooldown_samples": 0, "optimizer.cooldown_shape": "linear",
 }  # fmt: skip
 

@@ -56,7 +56,7 @@ PRIMES = (13, 11, 17, 19)  # c; the first that does not divide D
 ITEMSIZES = ((4,), (1, 4, 8), (4,), (4,), (4, 8), (4, 8), (4, 8))  # of each; also masks and indices
 TRACED = 4 * BUFFERS  # bytes per entry of what the traced backend, torch, holds of a tile
 TABLES = (263, 521)  # stored rows, likewise; of no size that tiles and blocks have
-FEW = (2, 4)  # ranks from which larger groups follow: everything is affine in their number
+FEW = 2  # ranks; from these and twice as many larger groups follow: everything is affine in their number
 Alive = tuple[int, ...]  # bytes per element of what is alive of tiles, blocks, moments, and four of tokens
 Tokens = tuple[int, int]  # n1, n2
 
@@ -236,10 +236,11 @@ def _fit(
                 one_more = at(tuple({**dict(fewer), name: dict(fewer)[name] + 1}.items()))
                 found = _extrapolated(base, one_more, share, world_size, found)
         return found
-    if world_size > FEW[1]:
+    least = max(FEW, round(group_share or 1))  # whole groups of ranks
+    if world_size > 2 * least:
         ask = (gather, distribution, layout, group_share, sizes, table, cut)
-        low, high = (_fit(key, width, ranks, *ask) for ranks in FEW)
-        return _extrapolated(low, high, (world_size - FEW[0]) / (FEW[1] - FEW[0]), world_size)
+        low, high = (_fit(key, width, ranks, *ask) for ranks in (least, 2 * least))
+        return _extrapolated(low, high, (world_size - least) / least, world_size)
     layers = layer_widths(dict(sizes))
     chunk = next(prime for prime in PRIMES if all(own % prime for own in (width, *layers)))
 

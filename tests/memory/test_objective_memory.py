@@ -107,6 +107,21 @@ def test_tiles_of_tokens_are_counted_for_any_number_of_tokens(image, text, chunk
     assert sum(held) == pytest.approx(tracker.peak - before, rel=0.02)
 
 
+def test_groups_of_four_ranks_follow_from_few_too():
+    ask = {"width": 32, "gather": "all", "distribution": "column_sums", "layout": "replicated", "num_samples": N}
+    found = [
+        objective_memory({"name": "clip"}, world_size=w, group_share=4.0, **ask).peak(
+            48, workspace=Workspace(16, 16, 12), rows_at_once=16
+        )
+        for w in (8, 16, 64)
+    ]
+    assert found[0] == found[1] == found[2]  # a rank meets its own group alone
+    alone = objective_memory({"name": "clip"}, world_size=4, group_share=None, **ask)
+    assert sum(found[0]) == pytest.approx(
+        sum(alone.peak(48, workspace=Workspace(16, 16, 12), rows_at_once=16)), rel=0.1
+    )
+
+
 @pytest.mark.parametrize("name", ["fifo_bank", "momentum_queue"])
 def test_banks_are_counted_to_the_byte(name):
     """Two banks of 65,536 x 3,072 floats, and an id and a step of 8 bytes for every slot."""

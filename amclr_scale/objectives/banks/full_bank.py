@@ -9,6 +9,11 @@ With q_j and q'_j the stored rows of image j and text j, and K samples drawn for
     value = (1/2) mean_i (L_i + L'_i) + (proximal/2) mean_i ( |z_i - q_i|^2 + |t_i - q'_i|^2 )
     q_i  <- (momentum q_i + (1 - momentum) z_i) / |...|            q_i = z_i at first sight
 
+With `batch_negatives`, sum_j exp(z_i . t_j / t) over the other pairs of the batch is added to the sums. For the first
+`wait_epochs` passes over the data it is all that is there: rows are stored meanwhile, and are no negatives yet. While
+embeddings still change as a whole, stored rows say when they were stored rather than whose they are, and anchors are
+pushed from where all of them were an epoch ago.
+
 A sample that has not been seen is no negative, and has no proximal term. All anchors of a step share the K samples that
 are drawn. The rows get no gradient; the positive is the pair of the batch, and has one on both sides.
 
@@ -52,7 +57,7 @@ class FullBank(Objective, name="full_bank"):
     """A stored row per sample as negatives, with a proximal term to the sample's own: NPID for two modalities."""
 
     stores_features = True
-    whole_set_options: ClassVar[Mapping[str, Any]] = {"negatives": "all"}
+    whole_set_options: ClassVar[Mapping[str, Any]] = {"negatives": "all", "batch_negatives": False, "wait_epochs": 0.0}
 
     image_state: SampleState | None
     text_state: SampleState | None
@@ -66,6 +71,8 @@ class FullBank(Objective, name="full_bank"):
         width: int | None = None  # of the embeddings; null: as they come
         negatives: int | Literal["all"] = "all"  # samples that are drawn for a step; all: of the data set
         temperature: float | None = 0.07  # fixed; null: learned, 1 / logit_scale
+        batch_negatives: bool = False  # the other pairs of the batch are negatives, too
+        wait_epochs: float = 0.0  # passes over the data during which the batch's negatives are the only ones
         proximal: float = 30.0  # weight of the squared distance to the sample's own row
         key_gradient: bool = True  # false: positives as keys get no gradient, as stored rows get none
         momentum: float = 0.5  # weight of the old row in the new one
@@ -76,6 +83,8 @@ class FullBank(Objective, name="full_bank"):
             require(self.width is None or self.width > 0, "width", "the width of the embeddings, or null", self.width)
             require(self.proximal >= 0, "proximal", "a weight of at least 0", self.proximal)
             require(0 <= self.momentum < 1, "momentum", "a weight in [0, 1)", self.momentum)
+            fits = self.batch_negatives or not self.wait_epochs
+            require(fits and self.wait_epochs >= 0, "wait_epochs", "0, or more with batch_negatives", self.wait_epochs)
             if isinstance(self.negatives, int):
                 require(self.negatives > 0, "negatives", "a number of samples, or all", self.negatives)
 
@@ -87,7 +96,8 @@ class FullBank(Objective, name="full_bank"):
 
     @staticmethod
     def negatives_of(options: Any, B: int) -> int:
-        return int(options.num_samples) - 1 if options.negatives == "all" else int(options.negatives)
+        stored = int(options.num_samples) - 1 if options.negatives == "all" else int(options.negatives)
+        return stored + (B - 1 if options.batch_negatives else 0)
 
     @staticmethod
     def stored_rows_of(options: Any) -> int | Literal["all"]:
@@ -139,7 +149,7 @@ class FullBank(Objective, name="full_bank"):
         images, seen_images = self._keys(self.image_state, ids[0], own[0], 0)
         texts, seen_texts = self._keys(self.text_state, ids[1], own[1], 1)
         both = contrast(
-            image, text, temperature=t, centred=True, batch_negatives=False, extra_image_keys=images,
+            image, text, temperature=t, centred=True, batch_negatives=config.batch_negatives, extra_image_keys=images,
             extra_text_keys=texts, key_gradient=config.key_gradient,
         )  # fmt: skip
         loss = softmax_loss(both)
@@ -173,6 +183,8 @@ class FullBank(Objective, name="full_bank"):
             rows = held[here.to(held.device)].to(ids.device)
             of_own = own.count * torch.isin(ids, drawn.to(ids.device))
         there = rows.any(1).to(ids.device)
+        if self.epoch < self.config.wait_epochs:
+            there, of_own = torch.zeros_like(there), torch.zeros_like(of_own)
         seen = all_sum(there.sum()) if num_shards > 1 else there.sum()
         numbers_of = (here * num_shards + shard).to(ids.device)
         keys = ExtraKeys(rows, numbers_of, ids, num_shards > 1, count, count - seen + of_own, there)

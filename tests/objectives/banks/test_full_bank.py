@@ -19,13 +19,18 @@ from tests.objectives.harness import (
     joined,
     make,
     my_rows,
+    off_diagonal,
     run,
 )
 
 BATCH = {"duplicate": True}
+EPOCHS = (0.0, 0.4, 0.8, 1.2, 1.6)
 
 
-def definition(*, negatives="all", temperature=0.07, proximal=30.0, momentum=0.5, device="gpu", key_gradient=True):
+def definition(
+    *, negatives="all", temperature=0.07, proximal=30.0, momentum=0.5, device="gpu", key_gradient=True,
+    batch_negatives=False, wait_epochs=0.0,
+):  # fmt: skip
     def loss(state, e: Embeddings, step: int):
         t = 1 / e.logit_scale if temperature is None else temperature
         value = 0
@@ -36,9 +41,12 @@ def definition(*, negatives="all", temperature=0.07, proximal=30.0, momentum=0.5
         for anchors, keys, bank, side in ((e.image, e.text, banks[1], 1), (e.text, e.image, banks[0], 0)):
             everybody = list(range(NUM_SAMPLES))
             samples = torch.tensor(everybody if negatives == "all" else draw(step, side, NUM_SAMPLES, negatives))
-            left_out = (e.ids[:, None] == samples) | (bank[samples] == 0).all(1)
+            left_out = (e.ids[:, None] == samples) | (bank[samples] == 0).all(1) | (EPOCHS[step] < wait_epochs)
             logits = ((anchors @ bank[samples].T) / t).masked_fill(left_out, -torch.inf)
             positive = (anchors * (keys if key_gradient else keys.detach())).sum(1, keepdim=True) / t
+            if batch_negatives:
+                of_batch = anchors @ (keys if key_gradient else keys.detach()).T / t
+                logits = torch.cat([logits, off_diagonal(of_batch)], 1)
             value = value + (torch.cat([positive, logits], 1).logsumexp(1) - positive[:, 0]).mean() / 2
         for side, rows, bank in zip(("image", "text"), (e.image, e.text), banks, strict=True):
             new = bank.clone()
@@ -59,6 +67,8 @@ SETTINGS = [
     {"negatives": 7, "temperature": None, "momentum": 0.0},
     {"negatives": 20, "proximal": 0.0, "device": "sharded"},
     {"device": "host", "temperature": 0.2, "key_gradient": False},
+    {"negatives": 9, "batch_negatives": True, "wait_epochs": 1.0, "proximal": 1.0},
+    {"batch_negatives": True, "key_gradient": False, "temperature": 0.2},
 ]
 
 
@@ -66,11 +76,11 @@ SETTINGS = [
 def test_matches_its_definition(options):
     want = defined(definition(**options), batch=BATCH)
     for chunk in (3, 100):
-        assert_same(run("full_bank", options, chunk=chunk, batch=BATCH), want)
+        assert_same(run("full_bank", options, chunk=chunk, batch=BATCH, epochs=EPOCHS), want)
 
 
 def every_setting(layout):
-    return [run("full_bank", options, chunk=3, batch=BATCH, sample_state=layout) for options in SETTINGS]
+    return [run("full_bank", options, chunk=3, batch=BATCH, sample_state=layout, epochs=EPOCHS) for options in SETTINGS]
 
 
 @pytest.mark.parametrize(("world_size", "layout"), [(4, "sharded"), (2, "replicated")])
