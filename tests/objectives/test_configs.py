@@ -15,7 +15,7 @@ FILES = sorted((CONFIGS / "objectives").glob("*.yaml"))
 def test_the_file_names_an_objective_and_feeds_it(path):
     config = load(path)
     options = dict(config.objective)
-    objective = objectives.create(options.pop("name"), num_samples=100, **options)
+    objective = objectives.create(options.pop("name"), num_samples=4938, **options)
     assert path.stem in (objective.name, f"{objective.name}_{options.get('version')}", f"{objective.name}_layers")
     assert path.stem.endswith("_layers") == bool(options.get("layers"))
     assert len(config.model.image.taps) == objective.inputs.count("image_layers")
