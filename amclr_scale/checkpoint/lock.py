@@ -31,7 +31,7 @@ LOCK, HOLDER = ".lock", ".holder.json"
 BEAT = 5.0  # seconds between two touches
 STALE = 30.0  # seconds without one
 LATE = 10.0  # seconds that a file of rank 0 may take to be seen by the others
-ENDING = 5.0  # seconds that the processes of a job that ends are waited for
+ENDING = 5.0  # seconds that the processes of a job that ends are waited for; `supervise --elastic` sets more
 _NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL)
 
 
@@ -107,7 +107,7 @@ class RunLock:
 
     def _lock_all(self) -> bool:
         """Hold every rank's byte for a moment, then rank 0's. Returns whether the file system has locks."""
-        until = time.monotonic() + ENDING
+        until = time.monotonic() + float(os.environ.get("AMCLR_SCALE_LOCK_SECONDS", ENDING))
         while True:
             try:
                 fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)

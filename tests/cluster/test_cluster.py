@@ -6,9 +6,10 @@ import time
 
 import pytest
 
+from tools.cluster.elastic import lose_and_take_back
 from tools.cluster.nodes import Cluster, Node, why_not
 from tools.cluster.runs import Runs
-from tools.cluster_test import FAULTS, make, mistakes, through_faults
+from tools.cluster_test import FAULTS, make, mistakes, one_node, through_faults
 
 pytestmark = [
     pytest.mark.cluster,
@@ -36,6 +37,16 @@ def test_faults_end_in_time_and_four_launchers_make_the_run_of_one_node(runs):
         assert WATCH - 1.5 < row.seconds < WATCH + 15  # a sign may have been on its way
         assert row.lost is not None
         assert row.lost <= 8
+
+
+def test_an_elastic_run_goes_on_without_a_node_and_takes_it_back(runs):
+    """Each start has the very losses of a run from its checkpoint on as many ranks that nobody disturbs."""
+    if not (runs.folder / "whole").exists():  # when it is run by itself
+        one_node(runs.folder)
+    lost, back = lose_and_take_back(runs, runs.folder, watch=120, both=False)
+    assert (lost.ranks, back.ranks) == (1, 2)
+    assert lost.seconds < 60
+    assert lost.lost <= 8
 
 
 @pytest.mark.parametrize("number", range(5))

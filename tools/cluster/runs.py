@@ -60,8 +60,15 @@ def by_deepspeed(node: Node, port: int) -> tuple[list[str], dict[str, str]]:
     return [str(BIN / "deepspeed"), "--hostfile", str(hostfile), *where], {"PATH": f"{BIN}:{os.environ['PATH']}"}
 
 
+def by_elastic(node: Node, port: int) -> tuple[list[str], dict[str, str]]:
+    """One supervisor per node, which starts the ranks; a node that is lost is known soon."""
+    options = ["--elastic", "--nnodes", "1:2", "--nproc-per-node", "1", "--lease", "3", "--pause", "0"]
+    return [sys.executable, "-m", "amclr_scale", "supervise", *options, "--", sys.executable], {}
+
+
 LAUNCHERS: dict[str, Callable[[Node, int], tuple[list[str], dict[str, str]]]] = {
     "by hand": by_hand, "SLURM": by_slurm, "torchrun": by_torchrun, "deepspeed": by_deepspeed,
+    "supervise --elastic": by_elastic,
 }  # fmt: skip
 
 

@@ -1,0 +1,96 @@
+"""What supervisors look at: the words of the command, files of the run folder, processes that are left."""
+
+import contextlib
+import os
+import secrets
+import signal
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import psutil
+
+from amclr_scale.checkpoint import files
+from amclr_scale.checkpoint.files import CHECKPOINTS
+from amclr_scale.errors import UserError
+
+RESULT = "evaluation.json"  # the sign of a finished run
+ASKED = "asked_to_end"  # in the run folder: written when a supervisor is asked to end all
+FRUITLESS = 3  # starts without a new checkpoint after which there is no point in another
+
+
+def run_of(command: Sequence[str]) -> Path:
+    """The run folder that a command goes on with.
+
+    Raises:
+        UserError: it would not go on with its own.
+    """
+    if _word(command, "resume", "") != "auto" or not _word(command, "run.name", ""):
+        raise UserError("command: expected the words resume=auto and run.name=NAME in it")
+    return Path(_word(command, "run.folder", "runs")) / _word(command, "run.name", "")
+
+
+def _word(command: Sequence[str], key: str, otherwise: str) -> str:
+    """The value of a key=value word of the command; the last one counts."""
+    return next((w.partition("=")[2] for w in reversed(command) if w.startswith(f"{key}=")), otherwise)
+
+
+def newest_step(run: Path) -> int:
+    """The step of the newest checkpoint."""
+    return max(files.steps(run / CHECKPOINTS), default=0)
+
+
+class Changes:
+    """Whether a file has been written since this object was made, here or by another node, whatever the clocks say."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self._before = self._stamp()
+
+    def _stamp(self) -> tuple[int, int, int] | None:
+        try:
+            with self.path.open("rb") as file:  # opening has a network file system look again
+                found = os.fstat(file.fileno())
+        except OSError:
+            return None
+        return found.st_mtime_ns, found.st_size, found.st_ino
+
+    @property
+    def happened(self) -> bool:
+        """It is there, and another than it was."""
+        now = self._stamp()
+        return now is not None and now != self._before
+
+    def tell(self) -> None:
+        """Write it, for the other nodes' supervisors."""
+        with contextlib.suppress(OSError):  # there is no run yet
+            self.path.write_text(secrets.token_hex(8))
+
+
+def _lives(group: int) -> bool:
+    """Whether a process group has a process that runs: one that has ended may wait for ever to be asked how."""
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error, OSError):
+            if os.getpgid(process.pid) == group and process.status() != psutil.STATUS_ZOMBIE:
+                return True
+    return False
+
+
+def end_group(group: int, patience: float = 60.0, numbers: Sequence[int] = (signal.SIGTERM, signal.SIGKILL)) -> None:
+    """End what a dead launcher left behind, so that no two copies write one run folder.
+
+    Args:
+        group: of processes.
+        patience: seconds to wait after each signal.
+        numbers: of the signals; 0: only wait.
+    """
+    for number in numbers:
+        until = time.monotonic() + patience
+        try:
+            os.killpg(group, number)
+        except ProcessLookupError:
+            return
+        while time.monotonic() < until:
+            if not _lives(group):
+                return
+            time.sleep(0.2)
