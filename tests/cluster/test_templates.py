@@ -16,12 +16,12 @@ from amclr_scale.config.load import load
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "launch" / "cluster"
 FAKES = {
-    "srun": '#!/bin/bash\necho "srun $@" >> "$SAID"\nexit "$CODE"\n',
+    "srun": '#!/bin/bash\necho "srun $@" >> "$SAID"\n[ -z "$TOLD" ] || kill "$PPID"\nexit "$CODE"\n',
     "scontrol": '#!/bin/bash\necho "scontrol $@" >> "$SAID"\n[ "$1" = show ] && printf "node1\\nnode2\\n"; exit 0\n',
 }
 
 
-def ran(tmp_path, script, code, *words, restarts=0):
+def ran(tmp_path, script, code, *words, restarts=0, told=""):
     """What a job script asks SLURM for, whose step ends with a code; and its own exit code."""
     for name, text in FAKES.items():
         (tmp_path / name).write_text(text)
@@ -31,7 +31,7 @@ def ran(tmp_path, script, code, *words, restarts=0):
     environment = {
         "PATH": f"{tmp_path}:{os.environ['PATH']}", "SAID": str(said), "CODE": str(code), "SLURM_JOB_ID": "12",
         "SLURM_JOB_NODELIST": "node[1-2]", "SLURM_ARRAY_JOB_ID": "10", "SLURM_ARRAY_TASK_ID": "2",
-        "SLURM_RESTART_COUNT": str(restarts),
+        "SLURM_RESTART_COUNT": str(restarts), "TOLD": told,
     }  # fmt: skip
     done = subprocess.run(["bash", str(FOLDER / script), *words], env=environment, check=False, timeout=20)
     return said.read_text().splitlines(), done.returncode
@@ -50,6 +50,15 @@ def test_job_scripts_put_back_what_can_go_on(tmp_path, code, again):
     assert ("scontrol requeue 10_2" in said) == again
     if again:
         assert not any("requeue" in line for line in ran(tmp_path, "array.sbatch", code, "seed", restarts=50)[0])
+
+
+@pytest.mark.parametrize("script", ["train.sbatch", "array.sbatch"])
+@pytest.mark.parametrize(("code", "again"), [(0, False), (2, False), (75, True)])
+def test_a_job_script_that_is_told_to_end_goes_by_its_step_s_code(tmp_path, code, again, script):
+    """Also where the step ends in the moment in which the signal comes."""
+    said, ended = ran(tmp_path, script, code, "seed", told="yes")
+    assert ended == code
+    assert any("requeue" in line for line in said) == again
 
 
 class Strict(BaseModel):
