@@ -5,7 +5,8 @@
 The nodes are namespaces of this machine (tools/cluster/nodes.py). The run is the quickstart on two ranks, one per node,
 started by one launcher after the other, with a checkpoint every few steps. Each fault is put in while it trains, and
 the seconds are counted until the last process of it that still can has ended. In the end losses and weights must equal
-those of two ranks on one node bit for bit. Then come mistakes, which must end all ranks in words before they train.
+those of two ranks on one node bit for bit. Then come mistakes, which must end all ranks in words before they train,
+and an elastic run (tools/cluster/elastic.py) that loses each node once.
 Prints a table in Markdown; exit code 1 where anything is not as it should be.
 """
 
@@ -24,6 +25,7 @@ from pathlib import Path
 import psutil
 from safetensors.numpy import load_file
 
+from tools.cluster import elastic
 from tools.cluster.nodes import CARD, ROOT, Cluster, why_not
 from tools.cluster.runs import BIN, EVERY, FOREIGN, QUIET, SCRIPT, Runs, Started, saved, trace, until_step, words_of
 
@@ -254,14 +256,16 @@ def main() -> int:
             try:
                 rows = through_faults(runs, folder, FAULTS, args.watch)
                 rows += [make(runs, mistake, folder) for mistake in mistakes(folder)]
+                changes = elastic.lose_and_take_back(runs, folder, args.watch, both=True)
             except RuntimeError as error:
                 print(error, file=sys.stderr)
                 return 1
-    print(table(rows))
+    tables = f"{table(rows)}\n\nAn elastic run, whose nodes are known to be lost after 3 s:\n\n{elastic.table(changes)}"
+    print(tables)
     if args.write:
         before, _, rest = PAGE.read_text().partition(MARKS[0])
         _, _, after = rest.partition(MARKS[1])
-        PAGE.write_text(f"{before}{MARKS[0]}\n\n{table(rows)}\n\n{MARKS[1]}{after}")
+        PAGE.write_text(f"{before}{MARKS[0]}\n\n{tables}\n\n{MARKS[1]}{after}")
     return 0
 
 
