@@ -9,6 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from amclr_scale.distributed.launcher import RankInfo
+from amclr_scale.distributed.watchdog import BEAT, Watchdog
+
 pytestmark = pytest.mark.launch
 
 ROOT = Path(__file__).parents[2]
@@ -80,3 +83,11 @@ def test_leaving_is_not_dying(tmp_path):
     for rank in start(tmp_path, "leave"):
         _, said = rank.communicate(timeout=60)
         assert rank.returncode == 0, said
+
+
+def test_a_short_limit_has_short_beats():
+    """Four in a limit at least: one that is late is no death."""
+    alone = RankInfo(rank=0, world_size=1, local_rank=0)
+    assert Watchdog(alone, limit=2.0).beat == 0.5
+    assert Watchdog(alone, limit=120.0).beat == BEAT
+    assert Watchdog(alone, limit=2.0).reading == 2.0

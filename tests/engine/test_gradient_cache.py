@@ -1,6 +1,7 @@
 """The gradient cache itself, without DeepSpeed: exact in float64, for BatchNorm, views, generated temperatures."""
 
 import math
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -156,3 +157,25 @@ def test_what_a_step_leaves_stays_as_the_objective_saw_it():
     )  # fmt: skip
     scale.data += 1
     assert done.leaves["logit_scale"].item() == done.embeddings.logit_scale.item() == 2.0
+
+
+def test_all_backward_passes_are_inside_of_one_reduction():
+    """Which is over before the step is."""
+    events = []
+
+    @contextmanager
+    def reduction():
+        events.append("begin")
+        yield
+        events.append("end")
+
+    def backward(surrogate):
+        events.append("backward")
+        surrogate.backward()
+
+    cached_backward(
+        towers().double(), objectives.create("clip"), global_batch(0, 16), micro_batch_sizes=(4, 8), device=CPU,
+        kept=2, backward=backward, one_reduction=reduction(),
+    )  # fmt: skip
+    assert events == ["begin", *["backward"] * (len(events) - 2), "end"]
+    assert len(events) > 4
