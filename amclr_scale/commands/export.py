@@ -6,8 +6,8 @@
 --to safetensors: plain weights with config.yaml, tokenizer and a card; read by `amclr_scale.load(FOLDER)`.
 --to transformers: also what `transformers.AutoModel.from_pretrained(FOLDER)` reads, once
 `amclr_scale.trained.as_transformers` is imported. --to open_clip: also what
-`open_clip.create_model_and_transforms("local-dir:FOLDER")` reads, for timm towers beside BERT-like ones. No pickles, no
-code in any of them.
+`open_clip.create_model_and_transforms("local-dir:FOLDER")` reads, for open_clip's own towers, and for
+timm's beside BERT-like ones. No pickles, no code in any of them.
 """
 
 import sys

@@ -33,7 +33,8 @@ class ImageTower(Section):
 
     name: str = "small_resnet"
     """small_resnet (for CPU), torchvision/NAME (such as torchvision/resnet50), timm/NAME, transformers/PATH (a local
-    folder: its vision model), transformers/TYPE (that type's default size, random weights), or one that was added."""
+    folder: its vision model), transformers/TYPE (that type's default size, random weights), open_clip/NAME (random
+    weights, its projection included: projection none), or one that was added."""
     width: Positive = 16
     """small_resnet: channels of the first stage."""
     depth: Positive = 10
@@ -72,8 +73,8 @@ class TextTower(Section):
 
     name: str = "small_transformer"
     """small_transformer (for CPU), or transformers/PATH: a local folder with config.json (and weights, used when
-    `pretrained`), or transformers/TYPE such as transformers/distilbert for that type's default size, random weights; or
-    one that was added."""
+    `pretrained`), or transformers/TYPE such as transformers/distilbert for that type's default size, random weights;
+    open_clip/NAME (random weights, projection included); or one that was added."""
     width: Positive = 64
     """small_transformer: width."""
     layers: Positive = 1
@@ -128,9 +129,10 @@ class Model(Section):
     """Two towers, two heads, one learned scale."""
 
     init: str | None = None
-    """A whole dual encoder to start from: a run or an export of ours, or a local folder of transformers (CLIP, SigLIP,
-    Chinese-CLIP, VisionTextDualEncoder). Towers, heads, scale, tokenizer, sizes and pixel statistics are those of the
-    model there (docs/encoders.md); null: random weights, but for towers that name some."""
+    """A whole dual encoder to start from: a run or an export of ours, a local folder of transformers (CLIP, SigLIP,
+    Chinese-CLIP, VisionTextDualEncoder), open_clip/ARCHITECTURE:FILE, or open_clip/FOLDER. Towers, heads, scale,
+    tokenizer, sizes and pixel statistics are those of the model there (docs/encoders.md); null: random weights, but for
+    towers that name some."""
     embedding_width: Positive = 128
     """D, the width of the common space."""
     image: ImageTower = ImageTower()

@@ -51,7 +51,11 @@ def build_model(
     """
     by_tower = weights and model.init is None  # which has the weights of both
     image_tower, image_width, notes, place = build_image_tower(
-        model.image, image_size, weights=by_tower, architecture=image_architecture
+        model.image,
+        image_size,
+        weights=by_tower,
+        architecture=image_architecture,
+        started=model.init is not None,
     )
     text_tower, text_width = build_text_tower(
         model.text,

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from amclr_scale.config.schema import ImageTower
+from amclr_scale.encoders import open_clip_towers
 from amclr_scale.encoders.kinds import kind_of
 from amclr_scale.encoders.norms import NOTES, convert_batch_norm, has_batch_norm
 from amclr_scale.encoders.patch_grid import PatchGrid
@@ -40,21 +41,27 @@ def _words(error: Exception) -> str:
 
 
 def build_image_tower(
-    tower: ImageTower, image_size: int, *, weights: bool = True, architecture: dict[str, Any] | None = None
+    tower: ImageTower,
+    image_size: int,
+    *,
+    weights: bool = True,
+    architecture: dict[str, Any] | None = None,
+    started: bool = False,
 ) -> tuple[nn.Module, int, tuple[str, ...], Place]:
     """(b, 3, H, W) -> (b, width): the tower, its width, what to tell the user about it, and where its tokens are.
 
     One forward without memory finds that out, and whether the tower takes images of this size.
 
     Args:
-        architecture: of a model of transformers, instead of the one that its name says.
+        architecture: of a model of transformers or open_clip, instead of the one that its name says.
+        started: whether its weights come from elsewhere, later.
 
     Raises:
         UserError: an unknown name, a size or weights that do not fit, or a BatchNorm tower without a choice of `norm`.
     """
     build = kind_of(tower.name, IMAGE_TOWERS, "model.image.name")
     if architecture is not None:
-        build = partial(vision_tower, architecture=architecture)
+        build = partial(DESCRIBED[tower.name.partition("/")[0]], architecture=architecture)
     try:
         module, width = build(tower, image_size)
     except SizeError as error:
@@ -67,16 +74,17 @@ def build_image_tower(
     if tower.weights is not None and weights:
         load_weights(module, tower.weights, key="model.image.weights", prefix="image_tower.")
     note = None if _holds_still(tower) else NOTES.get(tower.norm)
-    return _normalised(module, tower), width, (*notes, *([note] if note else ())), place
+    return (
+        _normalised(module, tower, has_weights=started or tower.pretrained or tower.weights is not None),
+        width,
+        (*notes, *([note] if note else ())),
+        place,
+    )
 
 
 def _holds_still(tower: ImageTower) -> bool:
     """Whether all of its BatchNorm stays in evaluation mode."""
     return tower.frozen and not tower.unfrozen_blocks
-
-
-def _has_weights(tower: ImageTower) -> bool:
-    return tower.weights is not None or tower.pretrained
 
 
 def _try(module: nn.Module, width: int, tower: ImageTower, size: int) -> tuple[int, list[str], Place]:
@@ -136,7 +144,7 @@ def _small_resnet(tower: ImageTower, image_size: int) -> tuple[nn.Module, int]:
     return module, module.width
 
 
-def _normalised(module: nn.Module, tower: ImageTower) -> nn.Module:
+def _normalised(module: nn.Module, tower: ImageTower, *, has_weights: bool) -> nn.Module:
     if not has_batch_norm(module):
         if tower.norm in ("default", "group"):
             return module
@@ -144,14 +152,14 @@ def _normalised(module: nn.Module, tower: ImageTower) -> nn.Module:
             f"model.image.norm: {tower.name} has no BatchNorm to change; expected default, got {tower.norm}"
         )
     if tower.norm == "default" and _holds_still(tower):
-        return convert_batch_norm(module, "frozen", pretrained=_has_weights(tower))
+        return convert_batch_norm(module, "frozen", pretrained=has_weights)
     if tower.norm == "default":
         raise UserError(
             f"model.image.norm: {tower.name} uses BatchNorm, whose results depend on who is in the batch. Expected a "
             "choice: group (per sample, does not depend on ranks or micro-batch), sync (over all ranks, not under the "
             "gradient cache), frozen (the statistics of model.image.weights) or batch (each rank's micro-batch alone)"
         )
-    return convert_batch_norm(module, tower.norm, pretrained=_has_weights(tower))
+    return convert_batch_norm(module, tower.norm, pretrained=has_weights)
 
 
 def _torchvision(tower: ImageTower, image_size: int) -> tuple[nn.Module, int]:
@@ -244,4 +252,8 @@ IMAGE_TOWERS: dict[str, Callable[[ImageTower, int], tuple[nn.Module, int]]] = {
     "torchvision/NAME": _torchvision,
     "timm/NAME": _timm,
     "transformers/NAME": vision_tower,
+    "open_clip/NAME": open_clip_towers.vision_tower,
 }
+
+# Libraries whose towers can be built from a description, without what their name stands for.
+DESCRIBED = {"transformers": vision_tower, "open_clip": open_clip_towers.vision_tower}

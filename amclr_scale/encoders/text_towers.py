@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from amclr_scale.config.schema import TextTower
+from amclr_scale.encoders import open_clip_towers
 from amclr_scale.encoders.kinds import kind_of
 from amclr_scale.encoders.small_transformer import SmallTransformer
 from amclr_scale.encoders.transformers_parts import lacks, pretrained_model, random_model, read_config
@@ -167,6 +168,15 @@ def _transformers(tower: TextTower, captions: Captions) -> TokenTower:
     return TokenTower(TransformersModel(model, pools=pools), width, _pooling(config))
 
 
+def _open_clip(tower: TextTower, captions: Captions) -> TokenTower:
+    if tower.pooling not in ("default", "model"):
+        raise UserError(f"model.text.pooling: expected model for {tower.name}, which pools itself, got {tower.pooling}")
+    name = tower.name.partition("/")[2]
+    return TokenTower(
+        *open_clip_towers.text_tower(name, captions.vocab_size, captions.context_length, captions.architecture), "model"
+    )
+
+
 def _pretrained(config: Any, name: str, pools: bool) -> Any:
     model, missing = pretrained_model(config, name, "text")
     if wanted := [key for key in missing if pools or not key.startswith("pooler.")]:
@@ -271,4 +281,5 @@ def _pooling(config: Any) -> Pooling | None:
 TEXT_TOWERS: dict[str, Callable[[TextTower, Captions], TokenTower]] = {
     "small_transformer": _small_transformer,
     "transformers/NAME": _transformers,
+    "open_clip/NAME": _open_clip,
 }

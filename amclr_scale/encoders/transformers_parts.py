@@ -9,11 +9,12 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from amclr_scale.encoders.open_clip_towers import save_described
 from amclr_scale.errors import UserError, did_you_mean
 from amclr_scale.torchvision_ops import import_torchvision
 
 Side = Literal["image", "text"]
-# In the folder of a run or an export: the architecture of a tower of transformers.
+# In the folder of a run or an export: the architecture of a tower of transformers or open_clip.
 TOWERS: dict[Side, str] = {"image": "image_tower", "text": "text_tower"}
 
 
@@ -118,9 +119,10 @@ def lacks(name: str, side: Side, missing: list[str]) -> UserError:
 
 
 def save_architectures(model: nn.Module, folder: Path) -> None:
-    """Write the config.json of each tower of transformers into a folder of its own; of other towers nothing."""
+    """Write what describes each tower of transformers or open_clip into a folder of its own; of others nothing."""
     for side, place in TOWERS.items():
         tower: Any = getattr(model, f"{side}_tower")
         inner: Any = getattr(getattr(tower, "tokens", tower), "model", None)
         if hasattr(inner, "config") and hasattr(inner.config, "save_pretrained"):
             inner.config.save_pretrained(folder / place)
+        save_described(getattr(tower, "tokens", tower), folder / place)

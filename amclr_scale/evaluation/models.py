@@ -21,6 +21,7 @@ from amclr_scale.data.reading import Reading
 from amclr_scale.data.tokenizers import load_tokenizer
 from amclr_scale.encoders.build import build_model
 from amclr_scale.encoders.dual_encoder import Normalise
+from amclr_scale.encoders.open_clip_towers import kept_name
 from amclr_scale.encoders.transformers_parts import TOWERS
 from amclr_scale.encoders.weights import OF_OBJECTIVES, load_weights
 from amclr_scale.errors import UserError
@@ -93,13 +94,14 @@ def _ours(name: str) -> Loaded:
 
 
 def _with_own_files(config: Config, folder: Path) -> Config:
-    """Runs and exported folders have their tokenizer in them, and the architectures of towers of transformers."""
+    """Runs and exported folders have their tokenizer in them, and what describes towers of libraries."""
     changes: dict[str, Any] = {}
     if (folder / "tokenizer").is_dir():
         changes["data"] = config.data.model_copy(update={"tokenizer": str(folder / "tokenizer")})
-    own = {side: f"transformers/{folder / place}" for side, place in TOWERS.items() if (folder / place).is_dir()}
+    towers = {side: getattr(config.model, side) for side, place in TOWERS.items() if (folder / place).is_dir()}
     named: dict[str, Any] = {
-        side: getattr(config.model, side).model_copy(update={"name": name}) for side, name in own.items()
+        side: tower.model_copy(update={"name": kept_name(tower.name, folder / TOWERS[side])})
+        for side, tower in towers.items()
     }
     changes["model"] = config.model.model_copy(update=named)
     return config.model_copy(update=changes)

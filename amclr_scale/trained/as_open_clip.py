@@ -1,10 +1,10 @@
-"""Our model as one of open_clip's, where it has the same parts: a timm image tower and a BERT-like text tower.
+"""Our model as one of open_clip's: of its own towers, or a timm image tower beside a BERT-like text tower.
 
     model, _, preprocess = open_clip.create_model_and_transforms("local-dir:FOLDER")
     model.encode_image(pixels, normalize=True), model.encode_text(ids, normalize=True)
 
-Both heads must be linear. open_clip reads the text tower's architecture from the absolute path of FOLDER/text_tower, so
-the folder must stay where it was written; texts are ids of the tokenizer in FOLDER/tokenizer.
+Of the second kind, both heads must be linear, and open_clip reads the text tower's architecture from the absolute path
+of FOLDER/text_tower, so the folder must stay where it was written; texts are ids of the tokenizer in FOLDER/tokenizer.
 """
 
 import json
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from amclr_scale.config.schema import Config
 from amclr_scale.encoders.dual_encoder import DualEncoder
+from amclr_scale.encoders.open_clip_towers import CONFIG, OpenClipText, OpenClipVision
 from amclr_scale.encoders.transformers_parts import TOWERS
 from amclr_scale.errors import UserError
 from amclr_scale.evaluation.models import load_model
@@ -28,8 +29,7 @@ NAMES = {
     "text_tower.tokens.model.": "text.transformer.",
     "text_head.1.": "text.proj.",
 }
-
-
+OF_OPEN_CLIP = {"image_tower.model.": "visual.", "text_tower.tokens.model.": "text."}
 OF_TRAINING = ("drop_path_rate", "patch_drop_rate", "drop_rate", "proj_drop_rate", "attn_drop_rate", "pos_drop_rate")
 
 
@@ -46,12 +46,55 @@ def write(folder: Path) -> None:
 
     loaded = load_model(str(folder))
     config, model = loaded.config, cast(DualEncoder, loaded.model)
+    if isinstance(model.image_tower, OpenClipVision) and isinstance(model.text_tower.tokens, OpenClipText):
+        described, names = _as_it_came(config, model.image_tower), OF_OPEN_CLIP
+    else:
+        described, names = _put_together(folder, config, model), NAMES
+    (folder / CONFIG).write_text(json.dumps(described, indent=1) + "\n")
+    weights = {"logit_scale": model.logit_scale.detach().reshape(())}
+    if "init_logit_bias" in described["model_cfg"]:
+        weights["logit_bias"] = model.logit_bias.detach().reshape(())
+    for name, value in model.state_dict().items():
+        for ours, theirs in names.items():
+            if name.startswith(ours):
+                weights[theirs + name.removeprefix(ours)] = value.contiguous()
+    save_file(weights, folder / "open_clip_model.safetensors", metadata={"format": "pt"})
+    try:
+        _compare(
+            open_clip.create_model(f"local-dir:{folder}", load_weights=True, weights_only=True).state_dict(), weights
+        )
+    except (RuntimeError, KeyError) as error:
+        raise UserError(f"--to open_clip: open_clip does not take these weights: {error}") from error
+
+
+def _preprocess(config: Config) -> dict[str, Any]:
+    data = config.data
+    mode = "squash" if config.evaluation.resize == "squash" else "shortest"
+    return {
+        "mean": list(data.image_mean), "std": list(data.image_std), "size": data.image_size, "resize_mode": mode,
+        "interpolation": "bicubic",
+    }  # fmt: skip
+
+
+def _as_it_came(config: Config, tower: OpenClipVision) -> dict[str, Any]:
+    """What describes a model that was built of open_clip's own towers; its text tower is called text."""
+    model = {**tower.described["model_cfg"], "custom_text": True}
+    if (length := model["text_cfg"].get("context_length", 77)) != config.data.context_length:
+        raise UserError(
+            f"--to open_clip: data.context_length: expected {length}, as the weights have positions for, got "
+            f"{config.data.context_length}"
+        )
+    return {"model_cfg": model, "preprocess_cfg": _preprocess(config)}
+
+
+def _put_together(folder: Path, config: Config, model: DualEncoder) -> dict[str, Any]:
+    """What describes a timm image tower beside a BERT-like text tower."""
     tower: Any = model.text_tower
     inner: Any = getattr(tower.tokens, "model", None)
     _check(config, inner, str(tower.pooling))
     inner.config.save_pretrained(folder / TOWERS["text"])
     data = config.data
-    described = {
+    return {
         "model_cfg": {
             "embed_dim": config.model.embedding_width,
             "vision_cfg": {
@@ -70,21 +113,8 @@ def write(folder: Path) -> None:
                 "context_length": data.context_length,
             },
         },
-        "preprocess_cfg": {"mean": list(data.image_mean), "std": list(data.image_std), "size": data.image_size},
+        "preprocess_cfg": _preprocess(config),
     }
-    (folder / "open_clip_config.json").write_text(json.dumps(described, indent=1) + "\n")
-    weights = {"logit_scale": model.logit_scale.detach().reshape(())}
-    for name, value in model.state_dict().items():
-        for ours, theirs in NAMES.items():
-            if name.startswith(ours):
-                weights[theirs + name.removeprefix(ours)] = value.contiguous()
-    save_file(weights, folder / "open_clip_model.safetensors", metadata={"format": "pt"})
-    try:
-        _compare(
-            open_clip.create_model(f"local-dir:{folder}", load_weights=True, weights_only=True).state_dict(), weights
-        )
-    except (RuntimeError, KeyError) as error:
-        raise UserError(f"--to open_clip: open_clip does not take these weights: {error}") from error
 
 
 def _check(config: Config, inner: Any, pooling: str) -> None:

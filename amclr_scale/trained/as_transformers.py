@@ -19,6 +19,7 @@ from torch import Tensor
 from amclr_scale.config.load import build
 from amclr_scale.data.tokenizers import load_tokenizer
 from amclr_scale.encoders.build import build_model
+from amclr_scale.encoders.open_clip_towers import architecture_of
 from amclr_scale.encoders.transformers_parts import TOWERS
 from amclr_scale.evaluation.models import load_model
 from amclr_scale.torchvision_ops import import_torchvision
@@ -66,7 +67,10 @@ class DualEncoderModel(PreTrainedModel):  # type: ignore[misc]
         self.post_init()
 
     def _init_weights(self, module: Any) -> None:
-        """The constructor has done it."""
+        """The constructor has done it, but for what no file has: models are built where nothing has memory."""
+        mask = getattr(module, "attn_mask", None)
+        if isinstance(mask, Tensor) and hasattr(module, "build_causal_mask"):  # open_clip's text towers
+            module.attn_mask = module.build_causal_mask().to(mask.device)
 
     def get_image_features(self, pixel_values: Tensor, **_: Any) -> Tensor:
         """(n, 3, H, W) -> (n, D), unit length."""
@@ -95,10 +99,7 @@ def write(folder: Path) -> None:
     config = build(yaml.safe_load((folder / "config.yaml").read_text("utf-8")), trusted=False)
     words = load_tokenizer(loaded.config.data.tokenizer, config.data.context_length)
     vocabulary = {"vocab_size": words.vocab_size, "pad_id": words.pad_id, "end_id": words.end_id}
-    places = {side: folder / place / "config.json" for side, place in TOWERS.items()}
-    architectures = {
-        f"{side}_architecture": json.loads(file.read_text("utf-8")) for side, file in places.items() if file.is_file()
-    }
+    architectures = {f"{side}_architecture": architecture_of(folder / place) for side, place in TOWERS.items()}
     described = DualEncoderConfig(
         config.model_dump(mode="json"), vocabulary, architectures=["DualEncoderModel"], **architectures
     )

@@ -103,11 +103,11 @@ def _write(checkpoint: Path, out: Path, which: Which, *, leaves: bool) -> None:
     tokenizer.save(out / "tokenizer")
     for side, folder in TOWERS.items():
         library, _, name = getattr(config.model, side).name.partition("/")
-        # The run's own, or where it came from, which may be a whole dual encoder.
-        places = (checkpoint.parent.parent / folder, Path(name))
-        found = next((place for place in places if (place / "config.json").is_file()), None)
-        if library == "transformers" and found is not None:
-            read_config(str(found), side).save_pretrained(out / folder)
+        own = checkpoint.parent.parent / folder
+        if own.is_dir():
+            shutil.copytree(own, out / folder)
+        elif library == "transformers" and (Path(name) / "config.json").is_file():  # perhaps of a whole dual encoder
+            read_config(name, side).save_pretrained(out / folder)
     (out / "README.md").write_text(card(state, config, _results(checkpoint.parent.parent, which), which))
 
 

@@ -68,9 +68,9 @@ def _prompts(evaluation: Evaluation) -> list[str] | str | None:
 
 
 def _tower(name: str) -> str:
-    """A tower's name; of a folder of transformers, which an exported one brings with it, its last part."""
+    """A tower's name; of a folder of a library, which an exported one brings with it, its last part."""
     library, slash, rest = name.partition("/")
-    return f"{library}{slash}{Path(rest).name}" if library == "transformers" and "/" in rest else name
+    return f"{library}{slash}{Path(rest).name}" if library in ("transformers", "open_clip") and "/" in rest else name
 
 
 def _last_parts(tree: Any) -> Any:

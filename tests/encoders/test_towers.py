@@ -176,7 +176,7 @@ BAD_NAMES = [
     (ImageTower(name="timm/hf_hub:timm/resnet50"), r"^model.image.name: .*model.image.weights a local file"),
     (
         ImageTower(name="resnet50"),
-        r"^model.image.name: expected small_resnet, torchvision/NAME, timm/NAME or transformers/NAME",
+        r"^model.image.name: expected small_resnet, torchvision/NAME, timm/NAME, transformers/NAME or open_clip/NAME",
     ),
     (ImageTower(name="torchvision/vit_b_16", norm="batch"), r"^model.image.norm: "),
     (ImageTower(depth=12), r"^model.image.depth: expected 10 or 18, got 12"),

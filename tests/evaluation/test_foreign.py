@@ -179,12 +179,12 @@ def test_siglip_of_open_clip(tmp_path):
 
 
 def test_what_a_file_of_open_clip_does_not_say(tmp_path, caplog):
-    from amclr_scale.evaluation.foreign.of_open_clip import _preprocessing
+    from amclr_scale.encoders.start.of_open_clip import preprocessing
 
-    assert _preprocessing("ViT-B-16-SigLIP")["resize_mode"] == "squash"
-    assert _preprocessing("ViT-B-16-SigLIP")["mean"] == (0.5, 0.5, 0.5)
+    assert preprocessing("ViT-B-16-SigLIP")["resize_mode"] == "squash"
+    assert preprocessing("ViT-B-16-SigLIP")["mean"] == (0.5, 0.5, 0.5)
     assert not caplog.text
-    assert _preprocessing("ViT-L-14") == {}  # LAION's are other than OpenAI's
+    assert preprocessing("ViT-L-14") == {}  # LAION's are other than OpenAI's
     assert "a file does not say which: CLIP's is taken" in caplog.text
     (tmp_path / "weights.pt").touch()
     with pytest.raises(UserError, match=r"^checkpoint: .*its text model's configuration is roberta-base, on a hub"):

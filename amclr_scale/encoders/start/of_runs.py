@@ -8,6 +8,7 @@ from torch import Tensor
 
 from amclr_scale.config.load import load
 from amclr_scale.encoders.dual_encoder import DualEncoder
+from amclr_scale.encoders.open_clip_towers import kept_name
 from amclr_scale.encoders.transformers_parts import TOWERS
 from amclr_scale.encoders.weights import OF_OBJECTIVES, read_weights
 from amclr_scale.errors import UserError
@@ -40,7 +41,7 @@ def keys(path: Path) -> dict[str, Any]:
     found |= {f"data.{name}": getattr(data, name) for name in _DATA}
     for side, place in TOWERS.items():
         if (folder / place).is_dir():
-            found[f"model.{side}.name"] = f"transformers/{folder / place}"
+            found[f"model.{side}.name"] = kept_name(getattr(model, side).name, folder / place)
     own = folder / "tokenizer"
     found["data.tokenizer"] = str(own) if own.is_dir() else data.tokenizer
     found["evaluation.resize"] = config.evaluation.resize

@@ -2,6 +2,8 @@
 
     FOLDER or FOLDER/momentum.safetensors     a run or an export of ours
     transformers/FOLDER, or that folder       CLIP, SigLIP, Chinese-CLIP or VisionTextDualEncoder of transformers
+    open_clip/ARCHITECTURE:FILE               one of open_clip's architectures with its weights, or OpenAI's own
+    open_clip/FOLDER, or that folder          a model as open_clip saves and publishes it
 
 First the recipe: every key that the model there settles is set, or, where the recipe says otherwise, refused by name.
 Then, once the towers are built from those keys, all weights, each of which must be there. Nothing is downloaded.
@@ -18,7 +20,8 @@ from torch import Tensor
 from amclr_scale.config.checks import check
 from amclr_scale.config.schema import Config, Section
 from amclr_scale.encoders.dual_encoder import LOG_SCALE_BOUNDS, DualEncoder
-from amclr_scale.encoders.start import of_runs, of_transformers
+from amclr_scale.encoders.open_clip_towers import CONFIG
+from amclr_scale.encoders.start import of_open_clip, of_runs, of_transformers
 from amclr_scale.errors import UserError
 
 # Keys of which the recipe has the last word. The context may only become shorter.
@@ -37,6 +40,7 @@ class Kind(NamedTuple):
 
 KINDS: dict[str, Kind] = {
     "transformers": Kind(of_transformers.keys, of_transformers.state),
+    "open_clip": Kind(of_open_clip.keys, of_open_clip.state),
     "ours": Kind(of_runs.keys, of_runs.state),
 }
 
@@ -48,18 +52,22 @@ def _opened(init: str) -> tuple[Kind, Path]:
         UserError: none.
     """
     library, _, rest = init.partition("/")
-    if library == "transformers" and rest and not Path(init).exists():
-        return KINDS["transformers"], Path(rest).expanduser()
+    if library in ("transformers", "open_clip") and rest and not Path(init).exists():
+        return KINDS[library], Path(rest).expanduser()
     path = Path(init).expanduser()
     if path.is_file() or (path / "config.yaml").is_file():
         return KINDS["ours"], path
+    if (path / CONFIG).is_file():
+        return KINDS["open_clip"], path
     if (path / "config.json").is_file():
         return KINDS["transformers"], path
-    what = f"{path} holds neither a config.yaml nor a config.json" if path.exists() else "which is not there"
+    what = (
+        f"{path} holds neither a config.yaml nor a config.json nor {CONFIG}" if path.exists() else "which is not there"
+    )
     raise UserError(
-        "model.init: expected a run or an export of ours, or a local folder of transformers, got "
-        f"{init}: {what}. Nothing is downloaded: fetch a model of a hub beforehand (hf download NAME --local-dir "
-        "FOLDER). A run that is resumed reads the folder too: it has names, tokenizer and sizes from there"
+        "model.init: expected a run or an export of ours, a local folder of transformers or open_clip, or "
+        f"open_clip/ARCHITECTURE:FILE, got {init}: {what}. Nothing is downloaded: fetch a model of a hub beforehand "
+        "(hf download NAME --local-dir FOLDER). A run that is resumed reads it too, for names, tokenizer and sizes"
     )
 
 

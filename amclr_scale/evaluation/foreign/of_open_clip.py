@@ -5,7 +5,6 @@ want the same (its SigLIP models: squashed, mean and deviation 0.5), that is tak
 """
 
 import json
-import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,12 +15,11 @@ from torch import Tensor
 from amclr_scale.config.schema import Config
 from amclr_scale.data.image_operations import Picture
 from amclr_scale.data.reading import Reading
+from amclr_scale.encoders.open_clip_towers import CONFIG
+from amclr_scale.encoders.start.of_open_clip import preprocessing
 from amclr_scale.errors import UserError
 from amclr_scale.evaluation.foreign.model import CAPTIONS, Foreign, foreign_config, proof_picture, prove
 from amclr_scale.torchvision_ops import import_torchvision
-
-CONFIG = "open_clip_config.json"
-log = logging.getLogger(__name__)
 
 
 def open_open_clip(name: str, rest: str) -> tuple[Foreign, Config, Reading]:
@@ -46,7 +44,7 @@ def open_open_clip(name: str, rest: str) -> tuple[Foreign, Config, Reading]:
             tokenizer = _tokenizer(name, text, folder)
         else:
             text = _known(name, architecture, file)
-            wanted = {f"image_{key}": value for key, value in _preprocessing(architecture).items()}
+            wanted = {f"image_{key}": value for key, value in preprocessing(architecture).items()}
             inner, *_, preprocess = open_clip.create_model_and_transforms(
                 architecture, pretrained=file, weights_only=True, **wanted
             )
@@ -117,29 +115,6 @@ def _tokenizer(name: str, text: dict[str, Any], folder: Path) -> Callable[[Any],
             f"the like) beside the weights in {inside}, got: {first}"
         ) from error
     return made
-
-
-def _preprocessing(architecture: str) -> dict[str, Any]:
-    """What all known weights of an architecture want of pictures; {}: open_clip's default, which is CLIP's."""
-    import open_clip
-
-    keys = ("mean", "std", "interpolation", "resize_mode")
-    known = [
-        open_clip.get_pretrained_cfg(architecture, tag) for tag in open_clip.list_pretrained_tags_by_model(architecture)
-    ]
-    wanted: list[dict[str, Any]] = []
-    for one in known:
-        asked = {key: one[key] for key in keys if one.get(key) is not None}
-        if asked not in wanted:
-            wanted.append(asked)
-    if len(wanted) <= 1:
-        return wanted[0] if wanted else {}
-    log.warning(
-        "open_clip/%s: its published weights want pictures in %d ways, and a file does not say which: CLIP's is taken; "
-        "name a folder with %s, or give --set data.image_mean=[...] and data.image_std=[...]",
-        architecture, len(wanted), CONFIG,
-    )  # fmt: skip
-    return {}
 
 
 def _view(preprocess: Any) -> Callable[[Picture], Tensor]:
