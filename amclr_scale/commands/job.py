@@ -19,7 +19,7 @@ from amclr_scale.data.names import probe_name
 from amclr_scale.distributed.launcher import RankInfo, export
 from amclr_scale.distributed.process_group import device_type, seed_everything
 from amclr_scale.encoders.decay import by_pattern, exempt
-from amclr_scale.encoders.transformers_parts import save_architectures
+from amclr_scale.encoders.libraries.transformers_parts import save_architectures
 from amclr_scale.engine.batch_plan import Position, make_plan
 from amclr_scale.engine.batch_probe import Probe, read_probe
 from amclr_scale.engine.build import Inputs, Trainer, build_trainer, open_data

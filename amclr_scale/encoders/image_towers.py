@@ -13,13 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from amclr_scale.config.schema import ImageTower
-from amclr_scale.encoders import open_clip_towers
 from amclr_scale.encoders.kinds import kind_of
+from amclr_scale.encoders.libraries import open_clip_towers
+from amclr_scale.encoders.libraries.transformers_vision import VisionModel, load_pretrained, vision_tower
 from amclr_scale.encoders.norms import NOTES, convert_batch_norm, has_batch_norm
 from amclr_scale.encoders.patch_grid import PatchGrid
 from amclr_scale.encoders.small_resnet import SmallResNet
 from amclr_scale.encoders.tokens import Place, TokenSearch
-from amclr_scale.encoders.transformers_vision import VisionModel, load_pretrained, vision_tower
 from amclr_scale.encoders.trial import UntriedError, trial
 from amclr_scale.encoders.weights import load_weights
 from amclr_scale.errors import UserError, did_you_mean

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from amclr_scale.config.schema import TextTower
-from amclr_scale.encoders import open_clip_towers
 from amclr_scale.encoders.kinds import kind_of
+from amclr_scale.encoders.libraries import open_clip_towers
+from amclr_scale.encoders.libraries.transformers_parts import lacks, pretrained_model, random_model, read_config
 from amclr_scale.encoders.small_transformer import SmallTransformer
-from amclr_scale.encoders.transformers_parts import lacks, pretrained_model, random_model, read_config
 from amclr_scale.encoders.trial import UntriedError, largest, trial
 from amclr_scale.errors import UserError
 

@@ -21,8 +21,8 @@ from amclr_scale.data.reading import Reading
 from amclr_scale.data.tokenizers import load_tokenizer
 from amclr_scale.encoders.build import build_model
 from amclr_scale.encoders.dual_encoder import Normalise
-from amclr_scale.encoders.open_clip_towers import kept_name
-from amclr_scale.encoders.transformers_parts import TOWERS
+from amclr_scale.encoders.libraries.open_clip_towers import kept_name
+from amclr_scale.encoders.libraries.transformers_parts import TOWERS
 from amclr_scale.encoders.weights import OF_OBJECTIVES, load_weights
 from amclr_scale.errors import UserError
 from amclr_scale.precision import DTYPES

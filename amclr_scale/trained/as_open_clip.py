@@ -16,8 +16,8 @@ from torch import Tensor
 
 from amclr_scale.config.schema import Config
 from amclr_scale.encoders.dual_encoder import DualEncoder
-from amclr_scale.encoders.open_clip_towers import CONFIG, OpenClipText, OpenClipVision
-from amclr_scale.encoders.transformers_parts import TOWERS
+from amclr_scale.encoders.libraries.open_clip_towers import CONFIG, OpenClipText, OpenClipVision
+from amclr_scale.encoders.libraries.transformers_parts import TOWERS
 from amclr_scale.errors import UserError
 from amclr_scale.evaluation.models import load_model
 

@@ -19,8 +19,8 @@ from torch import Tensor
 from amclr_scale.config.load import build
 from amclr_scale.data.tokenizers import load_tokenizer
 from amclr_scale.encoders.build import build_model
-from amclr_scale.encoders.open_clip_towers import architecture_of
-from amclr_scale.encoders.transformers_parts import TOWERS
+from amclr_scale.encoders.libraries.open_clip_towers import architecture_of
+from amclr_scale.encoders.libraries.transformers_parts import TOWERS
 from amclr_scale.evaluation.models import load_model
 from amclr_scale.torchvision_ops import import_torchvision
 

@@ -25,7 +25,7 @@ from amclr_scale.config.load import build, dump
 from amclr_scale.config.schema import Config
 from amclr_scale.data.names import known_as, short_names
 from amclr_scale.data.tokenizers import load_tokenizer
-from amclr_scale.encoders.transformers_parts import TOWERS, read_config
+from amclr_scale.encoders.libraries.transformers_parts import TOWERS, read_config
 from amclr_scale.engine.teacher import SCALE
 from amclr_scale.errors import UserError
 from amclr_scale.evaluation.report import in_words

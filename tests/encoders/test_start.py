@@ -19,8 +19,8 @@ from amclr_scale.data.tokenizers import load_tokenizer
 from amclr_scale.distributed.collectives import rank, world_size
 from amclr_scale.distributed.launcher import RankInfo
 from amclr_scale.encoders.image_towers import build_image_tower
+from amclr_scale.encoders.libraries.transformers_parts import save_architectures
 from amclr_scale.encoders.start.taken import resolve
-from amclr_scale.encoders.transformers_parts import save_architectures
 from amclr_scale.engine.build import model_of
 from amclr_scale.engine.deepspeed_setup import build_engine
 from amclr_scale.engine.step import TrainStep

@@ -9,8 +9,8 @@ import torch
 import amclr_scale
 from amclr_scale.config.load import dump
 from amclr_scale.data.tokenizers import load_tokenizer
+from amclr_scale.encoders.libraries.transformers_parts import save_architectures
 from amclr_scale.encoders.start.taken import resolve
-from amclr_scale.encoders.transformers_parts import save_architectures
 from amclr_scale.engine.build import model_of
 from amclr_scale.errors import UserError
 from amclr_scale.torchvision_ops import import_torchvision

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from amclr_scale.encoders.dual_encoder import DualEncoder
-from amclr_scale.encoders.open_clip_towers import CONFIG, described
+from amclr_scale.encoders.libraries.open_clip_towers import CONFIG, described
 from amclr_scale.encoders.start.of_runs import learned
 from amclr_scale.encoders.weights import read_weights
 from amclr_scale.errors import UserError

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from amclr_scale.config.load import load
 from amclr_scale.encoders.dual_encoder import DualEncoder
-from amclr_scale.encoders.open_clip_towers import kept_name
-from amclr_scale.encoders.transformers_parts import TOWERS
+from amclr_scale.encoders.libraries.open_clip_towers import kept_name
+from amclr_scale.encoders.libraries.transformers_parts import TOWERS
 from amclr_scale.encoders.weights import OF_OBJECTIVES, read_weights
 from amclr_scale.errors import UserError
 

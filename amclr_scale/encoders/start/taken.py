@@ -20,7 +20,7 @@ from torch import Tensor
 from amclr_scale.config.checks import check
 from amclr_scale.config.schema import Config, Section
 from amclr_scale.encoders.dual_encoder import LOG_SCALE_BOUNDS, DualEncoder
-from amclr_scale.encoders.open_clip_towers import CONFIG
+from amclr_scale.encoders.libraries.open_clip_towers import CONFIG
 from amclr_scale.encoders.start import of_open_clip, of_runs, of_transformers
 from amclr_scale.errors import UserError
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from amclr_scale.config.schema import Config
 from amclr_scale.data.image_operations import Picture
 from amclr_scale.data.reading import Reading
-from amclr_scale.encoders.open_clip_towers import CONFIG
+from amclr_scale.encoders.libraries.open_clip_towers import CONFIG
 from amclr_scale.encoders.start.of_open_clip import preprocessing
 from amclr_scale.errors import UserError
 from amclr_scale.evaluation.foreign.model import CAPTIONS, Foreign, foreign_config, proof_picture, prove

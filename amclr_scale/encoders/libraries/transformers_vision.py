@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from amclr_scale.config.schema import ImageTower
-from amclr_scale.encoders.transformers_parts import lacks, pretrained_model, random_model, read_config
+from amclr_scale.encoders.libraries.transformers_parts import lacks, pretrained_model, random_model, read_config
 from amclr_scale.errors import UserError
 
 

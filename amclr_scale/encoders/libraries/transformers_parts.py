@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from amclr_scale.encoders.open_clip_towers import save_described
+from amclr_scale.encoders.libraries.open_clip_towers import save_described
 from amclr_scale.errors import UserError, did_you_mean
 from amclr_scale.torchvision_ops import import_torchvision
 
