@@ -25,7 +25,6 @@ from amclr_scale.distributed.process_group import broadcast_object, gather_objec
 LIMIT = 120.0  # seconds: longer than the longest pause of a healthy rank (a long call that holds Python's lock)
 BEAT = 3.0
 ACCUSED = "accused"
-LEFT = b"left"
 MISTAKE = 2  # the exit code of what words can mend
 
 
@@ -91,7 +90,7 @@ class Watchdog:
                     return
                 self._end(f"{self._name(0)} does not answer any more ({str(error).splitlines()[0]})")
             self._returned = time.monotonic()
-            if now != seen or now == LEFT:
+            if now != seen:
                 seen, seen_at = now, time.monotonic()
             elif time.monotonic() - seen_at > self.limit:
                 words = f"{self._name(neighbour)} has given no sign of life for {self.limit:.0f} s: it died or hangs"
@@ -113,14 +112,14 @@ class Watchdog:
                 time.sleep(self.reading)
             os._exit(code)
 
-    def _end_later(self, code: int, words: str = "") -> threading.Timer:
-        """End this process all the same where the store does not answer what is asked next."""
+    def _end_later(self, code: int, words: str = "", seconds: float | None = None) -> threading.Timer:
+        """End this process all the same where what it waits for next does not come."""
 
         def end() -> None:
             print(f"\n{words}" if words else "", file=sys.stderr, flush=True)
             os._exit(code)
 
-        timer = threading.Timer(2 * self.reading, end)
+        timer = threading.Timer(seconds or 2 * self.reading, end)
         timer.daemon = True
         timer.start()
         return timer
@@ -150,7 +149,10 @@ class Watchdog:
         """This rank is done, and is not to be missed. All ranks call it together, before the process group ends."""
         if self.world_size == 1:
             return
+        dist.barrier()  # still watched: another rank may have results to write, and may be lost meanwhile
         self._leaving.set()
-        self._thread.join()
-        self._store.set(self._key(self.rank), LEFT.decode())
-        dist.barrier()
+        lost = f"rank {self.rank} ends: some ranks have not left within {self.limit:.0f} s"
+        timer = self._end_later(1, lost, self.limit)
+        self._thread.join(self.limit)
+        dist.barrier()  # the store goes with rank 0
+        timer.cancel()

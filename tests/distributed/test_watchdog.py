@@ -25,7 +25,7 @@ rank = int(sys.argv[1])
 dist.init_process_group("gloo", init_method=f"file://{sys.argv[2]}", rank=rank, world_size=3)
 watchdog = Watchdog(RankInfo(rank, rank, 3, 3), limit=2.0, beat=0.2)
 print("up", flush=True)
-if sys.argv[3] == "leave":
+if sys.argv[3] == "leave" or (sys.argv[3] == "all but 0 leave" and rank):
     watchdog.leave()
     sys.exit(0)
 if sys.argv[3] == f"mistake of {rank}":
@@ -47,14 +47,16 @@ def start(tmp_path, what):
 
 
 @pytest.mark.parametrize(
-    ("lost", "words"),
+    ("lost", "words", "what"),
     [
-        (2, "rank 2 (HOST) has given no sign of life for 2 s"),
-        (0, "rank 0 (HOST) at 127.0.0.1 has not answered for 2 s"),
+        (2, "rank 2 (HOST) has given no sign of life for 2 s", "stay"),
+        (0, "rank 0 (HOST) at 127.0.0.1 has not answered for 2 s", "stay"),
+        (0, "rank 0 (HOST) at 127.0.0.1 has not answered for 2 s", "all but 0 leave"),
     ],
+    ids=["another", "rank 0", "rank 0 before it leaves"],
 )
-def test_a_rank_that_hangs_is_named(tmp_path, lost, words):
-    ranks = start(tmp_path, "stay")
+def test_a_rank_that_hangs_is_named(tmp_path, lost, words, what):
+    ranks = start(tmp_path, what)
     for rank in ranks:
         assert rank.stdout.readline() == "up\n"
     ranks[lost].send_signal(signal.SIGSTOP)
