@@ -129,6 +129,39 @@ class AmorLIP(Objective, name="amorlip"):
             ),
         )
 
+    @property
+    def predicts(self) -> bool:
+        """Whether estimates come from the network."""
+        return self.config.estimate != "batch"
+
+    @torch.no_grad()
+    def log_means(self, embeddings: Embeddings, trained_with: int) -> tuple[Tensor, Tensor]:
+        """The networks' estimates (b,) of the mean of exp(x_ij) over negatives, of images and of texts, as logarithms.
+
+        With `estimate: batch` they are what the batch says; -inf before the first step.
+
+        Args:
+            embeddings: of any batch.
+            trained_with: B, over whose negatives the networks have learned to sum.
+        """
+        features = [at_least_float32(x) for x in (embeddings.image, embeddings.text)]
+        if self.predicts and not self.network.counts["begun"]:
+            of_image, of_text = (x.new_full((len(x),), -math.inf) for x in features)
+            return of_image, of_text
+        if self.predicts:
+            found = predicted(features, self.network.shaped(self.network.average))
+            negatives: list[float | Tensor] = [math.log(trained_with - 1)] * 2
+        else:
+            t, masks = learned_temperature(embeddings, self.config.temperature), self.masks(embeddings).of()
+            both = contrast(embeddings.image, embeddings.text, temperature=t, exclude_positive=True, **masks)
+            positive, p = both.image.positive / t, self.config.positive
+            found = [x.log_sum for x in (both.image, both.text)]
+            if p:
+                found = [torch.logaddexp(x, positive + math.log(p)) for x in found]
+            negatives = [x.log_num_keys for x in (both.image, both.text)]
+        of_image, of_text = (x - log_n for x, log_n in zip(found, negatives, strict=True))
+        return of_image, of_text
+
     def _beta(self) -> float:
         progress = min(math.floor(self.epoch) / self.config.beta_epochs, 1.0)
         return self.config.beta_max * (1 - math.cos(math.pi * progress)) / 2

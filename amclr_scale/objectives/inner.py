@@ -41,6 +41,7 @@ class Inner(FullPrecision):
 
     weights: Tensor
     squares: Tensor
+    average: Tensor
 
     def __init__(self, shapes: Callable[[int], Shapes], buffers: tuple[str, ...], counts: tuple[str, ...]) -> None:
         """Nothing yet.

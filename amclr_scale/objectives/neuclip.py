@@ -121,6 +121,33 @@ class NeuCLIP(Objective, name="neuclip"):
             ),
         )
 
+    @property
+    def predicts(self) -> bool:
+        """Whether estimates come from the network."""
+        return self.config.estimate != "batch"
+
+    @torch.no_grad()
+    def log_means(self, embeddings: Embeddings, trained_with: int) -> tuple[Tensor, Tensor]:
+        """Its estimates (b,) of log(eps + g), of images and of texts, of any batch; `trained_with` makes no difference.
+
+        With `estimate: batch` they are what the batch says; -inf before the first step.
+        """
+        t = learned_temperature(embeddings, self.config.temperature)
+        t = t.squeeze() if isinstance(t, Tensor) else t
+        image, text = (at_least_float32(x.detach()) for x in (embeddings.image, embeddings.text))
+        filled = self.network.counts["filled"]
+        if not self.predicts:
+            log_eps = math.log(self.config.eps)
+            both = centred(image, text, t, self.masks(embeddings))
+            of_image, of_text = (torch.logaddexp(x.log_g, x.log_g.new_tensor(log_eps)) for x in both)
+            return of_image, of_text
+        if not filled:
+            return image.new_full((len(image),), -math.inf), text.new_full((len(text),), -math.inf)
+        at, own = self.network.shaped(self.network.weights), (image * text).sum(1)
+        sides = (("image", image), ("text", text))
+        of_image, of_text = (_alpha(rows, own, t, at[side][:filled], self.config.eps) for side, rows in sides)
+        return of_image, of_text
+
     def _alphas(
         self, embeddings: Embeddings, t: Tensor | float, log_gs: list[Tensor], some: list[Tensor]
     ) -> list[Tensor]:

@@ -23,7 +23,7 @@ Numerics: products of gradients are summed in float64.
 
 import math
 from collections.abc import Callable
-from typing import TypeGuard
+from typing import Protocol, TypeGuard, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -68,7 +68,8 @@ def compare_with_whole_set(
             last layer's parameters; the same on every rank. Where it gives nothing there are no numbers of it.
 
     Returns:
-        For an objective with averages per sample `estimator_error`, the median of |u - g| / g, `estimator_error_p90`,
+        For an objective with averages per sample, or with a network that estimates (`Predicts`), `estimator_error`, the
+        median of |u - g| / g, `estimator_error_p90`,
         its 90th percentile (the mean says little: g may be tiny), `estimator_log_ratio`, the mean of log(u / g), all
         over entries that were visited, and `estimator_visited`, their share. For every objective `gradient_cosine`,
         `gradient_norm_ratio` |g| / |G|; `expected_gradient_cosine`, `expected_gradient_norm_ratio` of E g, left out
@@ -89,7 +90,10 @@ def compare_with_whole_set(
     if whole.stores_features:
         _gradient(whole, embeddings, [everything], rows)  # what it stores is then of the present
     G = _gradient(whole, embeddings, [everything], rows)
-    found = _estimator_error([(stored[side], _column(whole, side, rows[side])) for side in SIDES], ages)
+    pairs = [(stored[side], _column(whole, side, rows[side])) for side in SIDES]
+    if isinstance(objective, Predicts) and isinstance(whole, Predicts) and objective.predicts:
+        pairs = _predicted(objective, whole, embeddings, numbered, rows, global_batch_size)
+    found = _estimator_error(pairs, ages)
 
     generator = torch.Generator().manual_seed(seed)
     was_training = objective.training
@@ -106,6 +110,35 @@ def compare_with_whole_set(
         of_layer = _likeness(of_whole, [layer(g) for g in gs])
         found |= {f"layer_{key}": value for key, value in of_layer.items()}
     return found
+
+
+@runtime_checkable
+class Predicts(Protocol):
+    """An objective that keeps no estimates but computes them: see `NeuCLIP.log_means`."""
+
+    @property
+    def predicts(self) -> bool: ...
+
+    def log_means(self, embeddings: Embeddings, trained_with: int) -> tuple[Tensor, Tensor]: ...
+
+
+def _predicted(
+    objective: Predicts,
+    whole: Predicts,
+    embeddings: Embeddings,
+    ids: dict[str, Tensor],
+    rows: dict[str, Tensor],
+    B: int,
+) -> list[tuple[Tensor | None, Tensor | None]]:
+    """What it estimates of all K samples, and what they say themselves, (K,) of images and of texts."""
+    share = len(ids["image"]) // world_size()
+    mine = slice(rank() * share, (rank() + 1) * share)
+    flat = {name: x if is_shared(name) else x[mine] for name, x in embeddings.flat().items()}
+    found: list[tuple[Tensor, Tensor]] = []
+    for one, numbers_of in ((objective, ids), (whole, rows)):
+        told = {"ids": numbers_of["image"][mine], "text_ids": numbers_of["text"][mine]}
+        found.append(one.log_means(Embeddings.from_flat({**flat, **told}), B))
+    return [(all_gather(a), all_gather(b)) for a, b in zip(*found, strict=True)]
 
 
 def _carry_over(objective: Objective, whole: Objective, side: str, ids: Tensor, rows: Tensor) -> Tensor | None:

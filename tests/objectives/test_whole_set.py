@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from amclr_scale import objectives
+from amclr_scale.objectives.amorlip import predicted
 from amclr_scale.objectives.whole_set import compare_with_whole_set
 from amclr_scale.types import Embeddings
 from tests.objectives.harness import D, off_diagonal
@@ -181,3 +182,50 @@ def test_a_gradient_of_zero_is_no_measure_of_others():
     found = objectives.whole_set._likeness({"image": torch.zeros(2)}, [{"image": torch.ones(2)}] * 2)
     assert len(found) == 6
     assert all(math.isnan(found[f"gradient_{what}"]) for what in ("cosine", "bias"))
+
+
+NETWORKS = {
+    "neuclip": {"prototypes": 5, "inner_steps": 3, "temperature": T, "eps": 1e-3},
+    "amorlip": {"positive": 0.3, "inner_steps": 3, "temperature": T, "average": 0.5},
+}
+
+
+def network_error(name):
+    """By the probe, and from the definition of what the network estimates; and before the first step."""
+    options = NETWORKS[name]
+    found = compare(name, options, train_on=embeddings(0))
+    objective = objectives.create(name, num_samples=N, **options)
+    size = K // objectives.whole_set.world_size()
+    mine = slice(objectives.whole_set.rank() * size, (objectives.whole_set.rank() + 1) * size)
+    old, new = embeddings(0), embeddings(1)
+    objective(replace(old, image=old.image[mine].clone().requires_grad_(), text=old.text[mine], ids=IDS[mine]))
+    s = new.image @ new.text.T / T
+    own = s.diagonal()
+    if name == "neuclip":
+        sides = zip((new.image, new.text), objective.network.shaped(objective.network.weights).values(), strict=True)
+        estimates = [
+            (
+                1e-3
+                + (z @ F.normalize(w[: objective.network.counts["filled"]], dim=1).T / T - own[:, None]).exp().mean(1)
+            )
+            for z, w in sides
+        ]
+        exact = [1e-3 + g for g in dense_means(new.image, new.text)]
+    else:
+        lams = predicted([new.image, new.text], objective.network.shaped(objective.network.average))
+        estimates = [lam.exp() / (B - 1) for lam in lams]
+        exact = [(off_diagonal(x).exp().sum(1) + 0.3 * own.exp()) / (K - 1) for x in (s, s.T)]
+    errors = torch.cat([(u / g - 1).abs() for u, g in zip(estimates, exact, strict=True)])
+    return found, float(errors.sort().values[K - 1]), compare(name, options)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_the_error_of_a_network_is_that_of_what_it_predicts_for_all(ranks, name):
+    for W in (1, 2):
+        for found, wanted, before in ranks(W, network_error, name):
+            assert found["estimator_error"] == pytest.approx(wanted, rel=1e-9)
+            assert found["estimator_visited"] == 1
+            assert "estimator_error_age_10" in found
+            assert before["estimator_visited"] == 0
+            assert "estimator_error" not in before
+    assert "estimator_error" not in compare(name, {**NETWORKS[name], "estimate": "batch"}, train_on=embeddings(0))
