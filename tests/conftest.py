@@ -8,6 +8,7 @@ back in rank order; an error in any rank is raised in the test with that rank's 
 
 import gc
 import os
+import re
 import tempfile
 import traceback
 from collections.abc import Callable, Iterator
@@ -41,9 +42,18 @@ def _is_long(path: Path) -> bool:
     return path.is_relative_to(TESTS) and path.relative_to(TESTS).with_suffix("").as_posix() in LONG_FILES
 
 
+MARKED = re.compile(r"^pytestmark = \[?\s*pytest\.mark\.(\w+)", re.MULTILINE)
+
+
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
-    """Where long tests are left out, their files need not be imported."""
-    return True if "not slow" in config.option.markexpr and _is_long(collection_path) else None
+    """Files of which no test is asked for need not be imported: long ones, and those that are marked as a whole."""
+    wanted = config.option.markexpr
+    left_out = set() if " or " in wanted else set(re.findall(r"\bnot (\w+)", wanted))
+    if "slow" in left_out and _is_long(collection_path):
+        return True
+    if left_out and collection_path.match("test_*.py"):
+        return True if left_out & set(MARKED.findall(collection_path.read_text("utf-8"))) else None
+    return None
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -68,7 +78,10 @@ def pytest_collection_finish() -> None:
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     """What a test draws without a seed of its own, and how sums are cut, does not depend on the tests before it."""
-    torch.manual_seed(0)
+    if torch.cuda.is_initialized():
+        torch.manual_seed(0)
+    else:  # without noting a stack for every kind of device that may be found later
+        torch.default_generator.manual_seed(0)
     torch.set_num_threads(1)
 
 

@@ -1,6 +1,8 @@
 """YAML as configurations are written in: plain values of YAML 1.2, every key once. Imports no torch."""
 
 import re
+from copy import deepcopy
+from functools import lru_cache
 from typing import Any
 
 import yaml
@@ -70,6 +72,15 @@ def _values(tree: Any, known: dict[int, int]) -> int:
     return known[id(tree)]
 
 
+@lru_cache(maxsize=256)
+def _parsed(text: str) -> Any:
+    """The cells of a study share a file, and their words."""
+    found = yaml.load(text, Loader)
+    if _values(found, {}) > MOST_VALUES:
+        raise ValueError(f"aliases that stand for more than {MOST_VALUES:,} values")
+    return found
+
+
 def parse(text: str, where: str, hint: str = "") -> Any:
     """What a text of YAML says.
 
@@ -81,10 +92,7 @@ def parse(text: str, where: str, hint: str = "") -> Any:
         UserError: it is no YAML, or gives a key twice.
     """
     try:
-        found = yaml.load(text, Loader)
-        if _values(found, {}) > MOST_VALUES:
-            raise ValueError(f"aliases that stand for more than {MOST_VALUES:,} values")
-        return found
+        return deepcopy(_parsed(text))  # whoever asks may change it
     except RecursionError:
         raise UserError(f"{where}: not readable as YAML: nested too deeply{hint}") from None
     except (yaml.YAMLError, ValueError, TypeError) as error:

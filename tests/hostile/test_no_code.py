@@ -32,8 +32,9 @@ def nodes(path: Path, words: Iterable[str]) -> Iterator[ast.AST]:
 
 
 def calls(path: Path):
-    for node in nodes(path, [name.rpartition(".")[2] for name in SAFE]):
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+    last = {name.rpartition(".")[2] for name in SAFE}
+    for node in nodes(path, last):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in last:
             whole = f"{ast.unparse(node.func.value)}.{node.func.attr}"
             rule = SAFE.get(node.func.attr) or SAFE.get(whole)
             if rule:

@@ -158,13 +158,13 @@ FAMILY = [
 @pytest.mark.parametrize(("name", "options"), FAMILY, ids=str)
 def test_the_family_shares_the_schedules(name, options):
     """Two that are equal by definition are equal to the bit, or the rounding, in each of them."""
-    batch = {"views": 1}
-    constant = run(name, {**options, "gamma": 0.3, "gamma_schedule": "constant"}, batch=batch)
-    mean = run(name, {**options, "gamma": 1e-9, "gamma_schedule": "visits"}, batch=batch)
-    floor = run(name, {**options, "gamma": 1.0, "gamma_schedule": "visits"}, batch=batch)
-    one = run(name, {**options, "gamma": 1.0, "gamma_schedule": "constant"}, batch=batch)
-    step = run(name, {**options, "gamma_schedule": "scent", "log_alpha": 1e4}, batch=batch)
-    small = run(name, {**options, "gamma_schedule": "scent", "log_alpha": 1.0}, batch=batch)
+    how = {"batch": {"views": 1}, "epochs": (0.0,) * 3}
+    constant = run(name, {**options, "gamma": 0.3, "gamma_schedule": "constant"}, **how)
+    mean = run(name, {**options, "gamma": 1e-9, "gamma_schedule": "visits"}, **how)
+    floor = run(name, {**options, "gamma": 1.0, "gamma_schedule": "visits"}, **how)
+    one = run(name, {**options, "gamma": 1.0, "gamma_schedule": "constant"}, **how)
+    step = run(name, {**options, "gamma_schedule": "scent", "log_alpha": 1e4}, **how)
+    small = run(name, {**options, "gamma_schedule": "scent", "log_alpha": 1.0}, **how)
     without = {key: x for key, x in one[1].items() if "visits" not in key}
     assert_same((floor[0], {key: floor[1][key] for key in without}), (one[0], without))
     assert_same((step[0], {key: step[1][key] for key in without}), (one[0], without), 1e-8)
