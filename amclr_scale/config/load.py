@@ -44,7 +44,7 @@ LATER: dict[str, Any] = {
     "model.image.pretrained": False, "model.image.unfrozen_blocks": 0, "model.text.unfrozen_blocks": 0,
     "model.image.taps": [], "model.text.taps": [],
     "objective.log_alpha": 10.0, "objective.reference": False, "objective.batch_negatives": False,
-    "objective.wait_epochs": 0.0,
+    "objective.wait_epochs": 0.0, "objective.queue.wait_epochs": 0.0,
     "optimizer.layer_decay": 1.0, "optimizer.cooldown_samples": 0, "optimizer.cooldown_shape": "linear",
 }  # fmt: skip
 

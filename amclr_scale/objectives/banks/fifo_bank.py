@@ -47,14 +47,12 @@ class FIFOBank(KeepsQueues, name="fifo_bank"):
         key_gradient: bool = (
             True  # false: neither the batch's keys nor positives as keys get one, as stored ones get none
         )
-        wait_epochs: float = 0.0  # passes over the data during which stored rows are no negatives yet
         proximal: float = 0.0  # weight of the squared distance to what the sample has stored last
         source: Literal["student", "momentum"] = "student"  # whose features are stored; momentum: model.momentum's
 
         def __post_init__(self) -> None:
             check_temperature(self.temperature)
             require(self.proximal >= 0, "proximal", "a weight of at least 0", self.proximal)
-            require(self.wait_epochs >= 0, "wait_epochs", "a number of epochs, 0 or more", self.wait_epochs)
             super().__post_init__()
 
     config: Config
@@ -80,12 +78,10 @@ class FIFOBank(KeepsQueues, name="fifo_bank"):
         stored = (image, text)
         if self.config.source == "momentum":
             stored = (embeddings.image_momentum, embeddings.text_momentum)
-        look = self.bank.look(*stored, ids)
-        waits = self.epoch < self.config.wait_epochs
+        look = self.bank.look(*stored, ids, self.epoch)
         both = contrast(
             image, text, temperature=t, centred=True,
-            extra_image_keys=None if waits else look.extra_images,
-            extra_text_keys=None if waits else look.extra_texts,
+            extra_image_keys=look.extra_images, extra_text_keys=look.extra_texts,
             key_gradient=self.config.key_gradient,
         )  # fmt: skip
         loss = softmax_loss(both)

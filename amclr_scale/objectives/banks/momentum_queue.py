@@ -66,6 +66,8 @@ class MomentumQueue(KeepsQueues, name="momentum_queue"):
             require(ramp >= 0, "alpha_ramp_samples", "a number of samples, 0 or more", ramp)
             fits = not self.queue_only or self.in_batch_keys == "momentum"
             require(fits, "in_batch_keys", "momentum, since queue_only is true", self.in_batch_keys)
+            fits = not (self.queue_only and self.wait_epochs)
+            require(fits, "wait_epochs", "0, since queue_only leaves no other negatives", self.wait_epochs)
             super().__post_init__()
 
     config: Config
@@ -98,7 +100,7 @@ class MomentumQueue(KeepsQueues, name="momentum_queue"):
         student = (embeddings.image, embeddings.text)
         teacher = (at_least_float32(embeddings.image_momentum), at_least_float32(embeddings.text_momentum))
         teacher = (teacher[0].detach(), teacher[1].detach())
-        look = self.bank.look(*teacher, ids)
+        look = self.bank.look(*teacher, ids, self.epoch)
         losses, positives = self._hard(student, teacher, look, t)
         if alpha:
             means = self._teacher_means(student, teacher, look, t)

@@ -27,9 +27,11 @@ class BankOptions:
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of what is stored
     init: Literal["empty", "batch", "randn", "rand", "zeros"] = "empty"  # what counts as a key before it was stored
     exclude_same_id: bool = True  # an anchor leaves out what its own sample has stored
+    wait_epochs: float = 0.0  # passes over the data during which what is stored is no key yet
 
     def __post_init__(self) -> None:
         require(self.size >= 0, "size", "at least as many slots as the global batch has samples, or 0", self.size)
+        require(self.wait_epochs >= 0, "wait_epochs", "a number of epochs, 0 or more", self.wait_epochs)
         require(self.width is None or self.width > 0, "width", "the width of the embeddings, or null", self.width)
 
 
@@ -49,7 +51,7 @@ class Queues(nn.Module):
 
     def __init__(self, options: BankOptions, layout: Layout) -> None:
         super().__init__()
-        self.size, self.exclude_same_id = options.size, options.exclude_same_id
+        self.size, self.exclude_same_id, self.wait_epochs = options.size, options.exclude_same_id, options.wait_epochs
         self.image, self.text = (
             Bank(options.size, options.width, init=options.init, dtype=options.dtype, layout=layout, seed=seed)
             for seed in (0, 1)
@@ -67,13 +69,14 @@ class Queues(nn.Module):
         for bank in (self.image, self.text):
             bank.rehearse(width, slots)
 
-    def look(self, image: Tensor, text: Tensor, ids: Tensor) -> Look:
+    def look(self, image: Tensor, text: Tensor, ids: Tensor, epoch: float) -> Look:
         """What they hold. Every rank calls it.
 
         Args:
             image: (b, D), this rank's rows, which `put` will store.
             text: (b, D).
             ids: (b,) int64, their samples.
+            epoch: passes over the data so far.
         """
         if not self.size:
             return Look(None, None, None, None, {})
@@ -89,7 +92,7 @@ class Queues(nn.Module):
             "bank_masked": same / max(1, filled) if self.exclude_same_id else 0.0,
             "bank_drift": (drift(image, of_image) + drift(text, of_text)) / 2,
         }
-        if not filled:
+        if not filled or epoch < self.wait_epochs:
             return Look(None, None, of_image, of_text, metrics)
         return Look(self._keys(images, ids, of_image), self._keys(texts, ids, of_text), of_image, of_text, metrics)
 

@@ -39,7 +39,7 @@ class SharedQueue(Queues):
         ids, stored = ids_of(embeddings), (embeddings.image, embeddings.text)
         if self.source == "momentum":
             stored = (embeddings.image_momentum, embeddings.text_momentum)
-        self._look, self._read = self.look(*stored, ids), False
+        self._look, self._read = self.look(*stored, ids, objective.epoch), False
         metrics = numbers(**self._look.metrics)
         try:
             loss = forward(embeddings)

@@ -189,3 +189,18 @@ def test_it_is_a_section_of_the_configuration():
         "key_gradient": True,
     }  # fmt: skip
     assert load("configs/quickstart.yaml", ["objective.name=sogclr"]).objective["queue"] is None
+
+
+def test_a_queue_that_waits_is_filled_and_is_no_key_yet():
+    waiting, plain = (make("clip", queue={"size": 16, "wait_epochs": wait}) for wait in (1.0, 0.0))
+    without = make("clip")
+    for epoch in (0.0, 0.5, 1.0):
+        e = my_rows(global_batch(round(2 * epoch), duplicate=True))
+        for objective in (waiting, plain, without):
+            objective.set_epoch(epoch)
+        got, full, none = (objective(e).value.item() for objective in (waiting, plain, without))
+        assert got == (none if epoch < 1 else full)
+    assert full > none
+    assert make("momentum_queue", size=16, wait_epochs=1.0).bank.wait_epochs == 1
+    with pytest.raises(ValueError, match="wait_epochs: expected 0, since queue_only leaves no other negatives"):
+        make("momentum_queue", queue_only=True, wait_epochs=1.0)
