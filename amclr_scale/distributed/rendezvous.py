@@ -30,7 +30,7 @@ MINUTES = 5.0
 SAID = 10.0  # seconds between two lines about who is waited for
 TOLD = 30.0  # seconds that a store is kept for others to read why this rank ends
 _SHELLS = ("bash", "sh", "zsh", "fish", "interactive")  # what SLURM calls a job that is a shell
-_HERE, _ALL, _FAILED, _READ = "here {}", "all", "failed", "read"
+_HERE, _ABSENT, _ALL, _FAILED, _READ = "here {}", "absent", "all", "failed", "read"
 
 
 @dataclass(frozen=True)
@@ -192,7 +192,8 @@ def meet(
         while not everyone:
             if store.check([_FAILED]):
                 _end_with(store, rank_info)
-            absent[:] = [rank for rank in absent if not store.check([_HERE.format(rank)])]
+            late_now = time.monotonic() > until
+            absent[:] = _who_is_absent(store, rank_info, absent, looks=late_now)
             if rank_info.rank == 0 and not absent:
                 store.set(_ALL, json.dumps([json.loads(store.get(_HERE.format(rank))) for rank in range(world)]))
             if store.check([_ALL]):
@@ -200,7 +201,7 @@ def meet(
                 if len(found) == world and found[rank_info.rank].token == mine.token:  # else another run's
                     everyone = found
                     break
-            if time.monotonic() > until:
+            if late_now:
                 words = (
                     f"{late(minutes)}: {where(absent)} of {world} did not come to {place}" if absent else late(minutes)
                 )
@@ -219,6 +220,21 @@ def meet(
         default_pg_timeout
     )  # from here on it is the group's: a rank may compile for longer than `minutes`
     return store, [one.host for one in everyone]
+
+
+def _who_is_absent(store: Any, rank_info: RankInfo, known: Sequence[int], looks: bool) -> list[int]:
+    """The ranks that have not come. Rank 0 looks and tells the others: if all did, W ranks would ask W^2 times.
+
+    Args:
+        known: that had not come before.
+        looks: another rank looks as well.
+    """
+    if rank_info.rank and not looks:
+        return list(json.loads(store.get(_ABSENT))) if store.check([_ABSENT]) else list(known)
+    absent = [rank for rank in known if not store.check([_HERE.format(rank)])]
+    if rank_info.rank == 0:
+        store.set(_ABSENT, json.dumps(absent))
+    return absent
 
 
 def _end_with(store: Any, rank_info: RankInfo, absent: int = 0) -> None:

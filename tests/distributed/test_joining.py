@@ -133,6 +133,28 @@ def test_all_that_come_meet_and_know_one_another_s_hosts(address, monkeypatch):
     assert {store.timeout for store, _ in found} == {default_pg_timeout}  # not that of meeting
 
 
+def test_only_rank_0_looks_for_each_of_the_others(address, monkeypatch):
+    """If each did, a thousand ranks would ask a million times a second."""
+    asked, make_store = [], rendezvous._open
+
+    class Counting:
+        def __init__(self, rank_info, seconds):
+            self.rank, self.store = rank_info.rank, make_store(rank_info, seconds)
+
+        def check(self, keys):
+            asked.append((self.rank, keys[0]))
+            return self.store.check(keys)
+
+        def __getattr__(self, name):
+            return getattr(self.store, name)
+
+    monkeypatch.setattr(rendezvous, "_open", Counting)
+    found = together(*map(coming, range(3)))
+    assert all(len(hosts) == 3 for _, hosts in found)
+    assert {rank for rank, key in asked if key.startswith("here")} == {0}
+    assert {rank for rank, _ in asked} == {0, 1, 2}
+
+
 def test_those_that_do_not_come_are_named_in_time(address, monkeypatch):
     began = time.monotonic()
     found = together(coming(0, 4, minutes=0.02), coming(2, 4, minutes=0.2))
