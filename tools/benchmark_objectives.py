@@ -76,6 +76,7 @@ CASES: list[tuple[str, str, dict[str, Any], int]] = [
     ("count", "count", {}, 1),
     ("degla, negatives=1", "degla", {"negatives": 1}, 2),
     ("distill", "distill", {}, 2),
+    ("mochi", "mochi", {}, 1),
     ("cwcl", "cwcl", {}, 1),
     ("rankclip", "rankclip", {}, 5),
     ("vrns", "vrns", {}, 1),

@@ -1,5 +1,6 @@
 """Definitions of objectives that read hard negatives, references, tokens or a teacher's features, in plain tensors."""
 
+import hashlib
 from typing import Any
 
 import torch
@@ -70,6 +71,27 @@ def distill(teacher: str, alpha: Any, own_temperature: float | None):
         for x, y in ((s, true), (s.T, true.T)):
             target = (1 - share) * EYE.double() + share * y.softmax(1)
             value = value - (target * x.log_softmax(1)).sum(1).mean() / 2
+        return value, value
+
+    return definition
+
+
+def mochi(hardest: int, mixed: int, with_anchor: int, epochs: Any):
+    def definition(state, e, step):
+        value = 0.0
+        for which, (z, keys) in enumerate(((e.image, e.text), (e.text, e.image))):
+            seed = hashlib.sha256(f"7 {epochs[step]!r} {which}".encode()).digest()[:8]
+            g = torch.Generator().manual_seed(int.from_bytes(seed, "big") >> 1)
+            two, one = (torch.rand(B, *shape, generator=g).double() for shape in ((mixed, 3), (with_anchor, 2)))
+            x = (z @ keys.T).detach().masked_fill(EYE, -torch.inf)
+            near = keys.detach()[x.argsort(1, descending=True)[:, :hardest]]  # (B, N, D)
+            rows = torch.arange(B)[:, None]
+            p, q, r = (near[rows, (x * hardest).long()] for x in (two[..., 0], two[..., 1], one[..., 0]))
+            a, b = two[..., 2:], one[..., 1:] / 2
+            made = [a * p + (1 - a) * q, b * z.detach()[:, None] + (1 - b) * r]
+            there = torch.cat([keys.expand(B, B, -1), F.normalize(torch.cat(made, 1), dim=2)], 1)  # (B, B + S, D)
+            x = (there * z[:, None]).sum(2) * e.logit_scale
+            value = value + (x.logsumexp(1) - x[:, :B].diagonal()).mean() / 2
         return value, value
 
     return definition

@@ -11,7 +11,18 @@ from torch import Tensor
 
 from amclr_scale.types import Embeddings
 from tests.objectives.harness import B, assert_same, defined, global_batch, joined, make, my_rows, off_diagonal, run
-from tests.objectives.taught import byolip, count, cwcl, degla, distill, filip, negclip, negclip_of_both, softmax_of
+from tests.objectives.taught import (
+    byolip,
+    count,
+    cwcl,
+    degla,
+    distill,
+    filip,
+    mochi,
+    negclip,
+    negclip_of_both,
+    softmax_of,
+)
 
 EYE = torch.eye(B, dtype=torch.bool)
 Side = Callable[[Tensor, Tensor, Tensor, Any], Tensor]
@@ -239,6 +250,7 @@ CASES: list[tuple[str, dict[str, Any], Any, dict[str, Any]]] = [
         distill("reference", (0.0, 0.16, 0.48, 0.8, 0.8), 0.2),
         {},
     ),
+    ("mochi", {"hardest": 3, "mixed": 4, "mixed_with_anchor": 2, "mix_seed": 7}, mochi(3, 4, 2, EPOCHS), {}),
     ("cwcl", {}, cwcl("image"), {}),
     ("cwcl", {"reference": "both"}, cwcl("both"), {}),
     ("rankclip", {"ramp_epochs": 5.0}, rankclip, {}),
@@ -292,6 +304,7 @@ ALIKE = [
     ("byolip", {"predict_weight": 0.0}, "clip", {}, 1e-12),
     ("count", {"count_weight": 0.0}, "clip", {}, 1e-12),
     ("distill", {"alpha": 0.0}, "clip", {}, 1e-12),
+    ("mochi", {"mixed": 0, "mixed_with_anchor": 0}, "clip", {}, 1e-12),
     ("degla", {"negatives": 1, **dict.fromkeys(WEIGHTS, 0.0)}, "negclip", {}, 1e-12),
     ("swav", {"swap_weight": 0.0}, "clip", {}, 1e-12),
     ("barlip", {"weight": 0.0}, "clip", {}, 1e-12),

@@ -148,7 +148,7 @@ def test_every_objective_is_here():
     others = {"fifo_bank", "momentum_queue"}  # what they hold is of other batches
     others |= {"swav", "siamlip", "barlip", "negclip", "cwcl", "drrho"}  # they read more than these embeddings have
     others |= {"neuclip", "amorlip"}  # what their networks say is no batch's
-    others |= {"byolip", "count", "degla", "distill", "filip"}
+    others |= {"byolip", "count", "degla", "distill", "filip", "mochi"}
     assert set(VISITED) | others == set(objectives.available())
 
 
