@@ -8,7 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from amclr_scale.config.load import load
+from amclr_scale.objectives import create
 from amclr_scale.torchvision_ops import import_torchvision
+from amclr_scale.types import Embeddings
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 FURTHER = {"sentence_transformers_loop.py": "sentence_transformers", "lightning_loop.py": "lightning"}  # packages
@@ -70,3 +73,30 @@ def test_a_pipeline_of_webdatasets_stages_goes_on_where_it_was(tmp_path, monkeyp
     whole = steps(4, "whole.pt")
     assert len(whole) == 4
     assert steps(2, "cut.pt") + steps(4, "cut.pt") == whole
+
+
+def test_an_objective_of_ones_own_is_what_it_says():
+    """Its file is read as `objective.module` reads it; equal to its definition in float64."""
+    torch.manual_seed(0)
+    file = str(EXAMPLES / "own_objective.py")
+    load("quickstart", ["objective.name=mean_margin", f"objective.module={file}", "objective.margin=0.1"])
+    objective = create("mean_margin", module=file)
+    image, text = (torch.nn.functional.normalize(torch.randn(6, 4, dtype=torch.float64), dim=1) for _ in range(2))
+    scale = torch.tensor(10.0, dtype=torch.float64)
+    value = objective(Embeddings(image=image, text=text, ids=torch.arange(6), logit_scale=scale)).value
+    s = image @ text.T
+    others = s.masked_fill(torch.eye(6, dtype=torch.bool), -torch.inf)
+    mean = [((10 * x).logsumexp(1) - torch.tensor(5.0).log()) - 10 * (s.diagonal() - 0.2) for x in (others, others.T)]
+    torch.testing.assert_close(value, torch.nn.functional.softplus(torch.stack(mean)).mean(), rtol=0, atol=1e-6)
+
+
+def test_accounts_and_reports_are_read(monkeypatch, capsys):
+    report = EXAMPLES.parent / "docs" / "studies" / "mini_amclr" / "report.json"
+    for words in (["memory_account.py", "quickstart", "1024", "8"], ["read_study.py", str(report)]):
+        monkeypatch.setattr(sys, "argv", words)
+        runpy.run_path(str(EXAMPLES / words[0]), run_name="__main__")
+    said = capsys.readouterr().out
+    assert re.search(r"micro-batches of 64: [\d.]+ MiB per rank", said)
+    assert "execution." in said
+    assert re.search(r"CLIP, B = 128: [\d.]+ % \[", said)
+    assert re.search(r"against CLIP, B = 128: \w+", said)
