@@ -114,6 +114,7 @@ WITHOUT = {
     "cacr",
     "cwcl",
     "distill",
+    "mochi",
     "filip",
 }
 

@@ -186,7 +186,7 @@ def test_it_is_a_section_of_the_configuration():
     config = load("configs/quickstart.yaml", ["objective.name=sogclr", "objective.queue.size=512"])
     assert config.objective["queue"] == {
         "size": 512, "width": None, "dtype": "float32", "init": "empty", "exclude_same_id": True, "source": "student",
-        "key_gradient": True,
+        "key_gradient": True, "wait_epochs": 0.0,
     }  # fmt: skip
     assert load("configs/quickstart.yaml", ["objective.name=sogclr"]).objective["queue"] is None
 
