@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from amclr_scale.errors import UserError
 
 _LOOK = 1.0  # seconds
+_OF_ANOTHER_LAUNCHER = ("TORCHELASTIC_", "SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT", "GROUP_", "ROLE_")
 
 
 @dataclass(frozen=True)
@@ -145,6 +146,20 @@ def when_runner_ends(tell: Callable[[str], None]) -> None:
             watch()
 
     threading.Thread(target=look, name="deepspeed command", daemon=True).start()
+
+
+def environments(host: str, port: int, world_size: int, first_rank: int, here: int) -> list[dict[str, str]]:
+    """What each rank of this node is started with: this process's environment, and who it is among all.
+
+    Args:
+        host, port: where rank 0 is met.
+        first_rank: of this node.
+        here: ranks of this node.
+    """
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(_OF_ANOTHER_LAUNCHER)}
+    kept |= {"MASTER_ADDR": host, "MASTER_PORT": str(port), "WORLD_SIZE": str(world_size)}
+    kept |= {"LOCAL_WORLD_SIZE": str(here)}
+    return [{**kept, "RANK": str(first_rank + local), "LOCAL_RANK": str(local)} for local in range(here)]
 
 
 def export(rank_info: RankInfo) -> None:

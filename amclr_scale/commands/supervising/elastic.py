@@ -6,7 +6,6 @@ the nodes that are there. A node comes: the run is asked to save and ends, and s
 does not depend on the number of ranks, beyond rounding.
 """
 
-import os
 import signal
 import subprocess
 import sys
@@ -19,7 +18,7 @@ from types import FrameType
 from amclr_scale.checkpoint.signals import ENDING, EXIT_RESUMABLE
 from amclr_scale.commands.supervising.looks import ASKED, RESULT, Changes, end_group, newest_step, run_of
 from amclr_scale.config.load import load
-from amclr_scale.distributed.launcher import free_port
+from amclr_scale.distributed.launcher import environments, free_port
 from amclr_scale.distributed.membership import (
     Board,
     Limits,
@@ -38,7 +37,6 @@ LOST = 2.0  # the same, when a node is lost
 SAVING = 600.0  # seconds that they get to save
 SAID = 30.0  # seconds between two lines about who is waited for
 LOCKED = 120.0  # seconds after which a file server frees what a lost node has locked
-OF_ANOTHER_LAUNCHER = ("TORCHELASTIC_", "SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT", "GROUP_", "ROLE_")
 
 
 @dataclass(frozen=True)
@@ -113,16 +111,11 @@ class Ranks:
     def __init__(self, command: Sequence[str], plan: Plan, node: str, locked: bool):
         mine, first = plan.of(node), plan.members[0].host
         assert mine
-        kept = {name: value for name, value in os.environ.items() if not name.startswith(OF_ANOTHER_LAUNCHER)}
-        kept |= {"MASTER_ADDR": first, "MASTER_PORT": str(plan.port), "WORLD_SIZE": str(plan.ranks)}
-        kept |= {"LOCAL_WORLD_SIZE": str(mine.ranks)} | ({"AMCLR_SCALE_LOCK_SECONDS": str(LOCKED)} if locked else {})
+        kept = {"AMCLR_SCALE_LOCK_SECONDS": str(LOCKED)} if locked else {}
         self._children = [
-            subprocess.Popen(
-                command, start_new_session=True,
-                env={**kept, "RANK": str(plan.first_rank(node) + local), "LOCAL_RANK": str(local)},
-            )
-            for local in range(mine.ranks)
-        ]  # fmt: skip
+            subprocess.Popen(command, start_new_session=True, env=said | kept)
+            for said in environments(first, plan.port, plan.ranks, plan.first_rank(node), mine.ranks)
+        ]
         self._until = float("inf")
 
     def code(self) -> int | None:
