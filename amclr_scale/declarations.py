@@ -175,6 +175,8 @@ class Declarations:
 
     group_option: ClassVar[str | None] = None
     """The option that counts pairs of the global batch which share negatives; null: all do."""
+    drawn_option: ClassVar[str | None] = None
+    """The option that says how many stored rows are drawn for a step, where `stored_rows_of` is that number."""
 
     @staticmethod
     def inputs_of(options: Any) -> Mapping[str, Any]:

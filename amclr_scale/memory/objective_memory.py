@@ -17,19 +17,18 @@ number of ranks this is exact, whatever the rows. Many tokens follow from a few,
 """
 
 import json
-import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 from unittest import mock
 
 import torch
-import torch.distributed as dist
 
 from amclr_scale import objectives
 from amclr_scale.config.objective_options import declared
+from amclr_scale.memory.pretended_group import pretended
 from amclr_scale.memory.random_embeddings import (
     FEW_TOKENS,
     Sizes,
@@ -56,6 +55,7 @@ PRIMES = (13, 11, 17, 19)  # c; the first that does not divide D
 ITEMSIZES = ((4,), (1, 4, 8), (4,), (4,), (4, 8), (4, 8), (4, 8))  # of each; also masks and indices
 TRACED = 4 * BUFFERS  # bytes per entry of what the traced backend, torch, holds of a tile
 TABLES = (263, 521)  # stored rows, likewise; of no size that tiles and blocks have
+MANY = 2048  # drawn rows that are traced as they are; of more, what these tables' numbers of rows would hold
 FEW = 2  # ranks; from these and twice as many larger groups follow: everything is affine in their number
 Alive = tuple[int, ...]  # bytes per element of what is alive of tiles, blocks, moments, and four of tokens
 Tokens = tuple[int, int]  # n1, n2
@@ -127,13 +127,15 @@ def objective_memory(
     """
     given = tuple(sorted((sizes or {}).items()))
     ask = (_key(objective), width, world_size, gather, distribution, layout, group_share, given)
-    if declared(objective).stored_rows != "all":
+    rows = declared(objective).stored_rows
+    drawn = rows != "all"
+    if isinstance(rows, int) and rows <= MANY:
         return replace(_fit(*ask, None), tokens=_tokens(given))
     wide = (width, layer_widths(sizes))
     one, two = ([_state(ask[0], TABLES[0], W, wide, layout, host) for host in (False, True)] for W in (1, 2))
     cut = one != two  # over the ranks, of which each has its share
-    low, high = (_fit(*ask, size, cut) for size in TABLES)
-    stored = num_samples / world_size if cut else num_samples
+    low, high = (_fit(*ask, size, cut, drawn) for size in TABLES)
+    stored = (num_samples if rows == "all" else rows) / (world_size if cut else 1)
     found = _extrapolated(low, high, (stored - TABLES[0]) / (TABLES[1] - TABLES[0]), world_size)
     return replace(found, tokens=_tokens(given))
 
@@ -210,25 +212,33 @@ def host_state_bytes(
     return _state(_key(objective), num_samples, world_size, (width, layers), layout, on_host=True)
 
 
-def create(key: str, num_samples: int, layout: Layout, group_size: int | None) -> Objective:
-    """The objective of a section, as JSON, for so many samples, or as many as it needs."""
+def create(
+    key: str, num_samples: int, layout: Layout, group_size: int | None, *, drawn: bool = False
+) -> Objective:  # fmt: skip
+    """The objective of a section, as JSON, for so many samples, or as many as it needs.
+
+    Args:
+        drawn: as many stored rows as there are samples are drawn, instead of its own number.
+    """
     section = json.loads(key)
-    stored = declared(section).stored_rows
-    num_samples = max(num_samples, stored) if isinstance(stored, int) else num_samples
-    changes = {} if group_size is None else {str(objectives.class_of(section).group_option): group_size}
+    stored, kind = declared(section).stored_rows, objectives.class_of(section)
+    if isinstance(stored, int) and not drawn:
+        num_samples = max(num_samples, stored)
+    changes = {} if group_size is None else {str(kind.group_option): group_size}
+    changes |= {str(kind.drawn_option): num_samples} if drawn else {}
     return objectives.from_section(section, layout, num_samples=num_samples, **changes)
 
 
 @lru_cache(maxsize=256)
 def _fit(
     key: str, width: int, world_size: int, gather: Gather, distribution: Distribution, layout: Layout,
-    group_share: float | None, sizes: Sizes, table: int | None, cut: bool = False,
+    group_share: float | None, sizes: Sizes, table: int | None, cut: bool = False, drawn: bool = False,
 ) -> ObjectiveMemory:  # fmt: skip
     fewer = fewer_tokens(sizes)
     if fewer != sizes:
 
         def at(some: Sizes) -> ObjectiveMemory:
-            return _fit(key, width, world_size, gather, distribution, layout, group_share, some, table, cut)
+            return _fit(key, width, world_size, gather, distribution, layout, group_share, some, table, cut, drawn)
 
         found = base = at(fewer)
         for name, n in sizes:
@@ -238,7 +248,7 @@ def _fit(
         return found
     least = max(FEW, round(group_share or 1))  # whole groups of ranks
     if world_size > 2 * least:
-        ask = (gather, distribution, layout, group_share, sizes, table, cut)
+        ask = (gather, distribution, layout, group_share, sizes, table, cut, drawn)
         low, high = (_fit(key, width, ranks, *ask) for ranks in (least, 2 * least))
         return _extrapolated(low, high, (world_size - least) / least, world_size)
     layers = layer_widths(dict(sizes))
@@ -264,7 +274,7 @@ def _fit(
             mock.patch.object(token_blocks, "token_tile", return_value=(2**31, 2**31)),  # all in one
         ):
             size = (table or rows) * (1 if table and not cut else world_size)
-            made = create(key, size, layout, group_size)
+            made = create(key, size, layout, group_size, drawn=drawn)
             rehearse(made, width, rows * world_size, layers)  # the banks' own bytes are state
             n1, n2 = _tokens(sizes)
             pairs = rows * rows * world_size
@@ -297,28 +307,6 @@ def _extrapolated(
     there = high.moments.keys() & low.moments.keys() & begin.keys()
     moments = {alive: (moved(alive, 0), moved(alive, 1)) for alive in begin if alive in there}
     return ObjectiveMemory(moments, low.contrasts, low.width, world_size)
-
-
-@contextmanager
-def pretended(world_size: int) -> Iterator[None]:
-    """A process group of so many ranks that sends nothing, and one thread: what runs in it is small.
-
-    Leaves random numbers and threads as they were.
-    """
-    import torch.testing._internal.distributed.fake_pg  # registers the backend called "fake"
-
-    if dist.is_initialized():
-        raise RuntimeError("account: ask before the process group starts; it pretends to be one")
-    random_state, hook, threads = torch.get_rng_state(), sys.excepthook, torch.get_num_threads()
-    dist.init_process_group("fake", rank=0, world_size=world_size, store=torch._C._distributed_c10d.HashStore())
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-        dist.destroy_process_group()
-        torch.set_rng_state(random_state)
-        sys.excepthook = hook  # which a process group replaces by one that names its rank
 
 
 def _moments(objective: Objective, embeddings: Embeddings, areas: tuple[int, ...]) -> dict[Alive, int]:

@@ -19,7 +19,8 @@ from amclr_scale.engine.step import TrainStep
 from amclr_scale.engine.zero.master_weights import full_fp32
 from amclr_scale.errors import UserError
 from amclr_scale.memory.account import account
-from amclr_scale.memory.objective_memory import objective_memory, pretended
+from amclr_scale.memory.objective_memory import objective_memory
+from amclr_scale.memory.pretended_group import pretended
 from amclr_scale.memory.random_embeddings import random_embeddings, tensors_of
 from amclr_scale.memory.towers import token_counts, trace
 from amclr_scale.memory.tracker import Tracker

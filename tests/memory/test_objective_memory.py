@@ -8,6 +8,7 @@ import pytest
 
 from amclr_scale import objectives
 from amclr_scale.config.load import build
+from amclr_scale.memory import objective_memory as accounts
 from amclr_scale.memory.account import account
 from amclr_scale.memory.objective_memory import (
     create,
@@ -214,3 +215,17 @@ def test_sample_state_is_sharded_when_it_is_large():
     size, layout = sample_state_bytes({"name": "sogclr"}, 400_000_000, 8, "auto")
     assert layout == "sharded"
     assert size == 2 * 4 * 400_000_000 // 8
+
+
+def test_many_drawn_rows_follow_from_few(monkeypatch):
+    """As if all of them had been traced; a trace of 65,536 takes minutes."""
+    section = {"name": "full_bank", "negatives": 400, "key_gradient": False, "device": "sharded"}
+    ask = {"width": 24, "world_size": 2, "gather": "all", "distribution": "column_sums", "layout": "auto"}
+
+    def peak():
+        found = objective_memory(section, num_samples=4000, **ask)
+        return sum(found.peak(48, workspace=Workspace(32, 32, 24), rows_at_once=32))
+
+    whole = peak()
+    monkeypatch.setattr(accounts, "MANY", 300)
+    assert peak() == pytest.approx(whole, rel=0.002)

@@ -57,6 +57,7 @@ class FullBank(Objective, name="full_bank"):
     """A stored row per sample as negatives, with a proximal term to the sample's own: NPID for two modalities."""
 
     stores_features = True
+    drawn_option: ClassVar[str | None] = "negatives"
     whole_set_options: ClassVar[Mapping[str, Any]] = {"negatives": "all", "batch_negatives": False, "wait_epochs": 0.0}
 
     image_state: SampleState | None
