@@ -11,6 +11,7 @@ n  samples    L  tokens    C  channels    F  width of a layer's features
     (n, C, H, W), (n, H, W, C)   the mean over the map; which of the two it is, a square picture tells
 """
 
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -245,21 +246,34 @@ def _place(
         form = "map, channels last" if last else "map" if shape[2] == shape[3] else None
     if form is None:
         raise UserError(f"{key}: expected (2, width), (2, tokens, width) or a square map for two samples, got {shape}")
-    classes = _class_tokens(tower)
+    classes = _class_tokens(tower, shape[1]) if form == "tokens" and not of_text else 0
     own = tower.pooling if isinstance(tower, PooledTower) else "mean"
     pooling = tap.pooling if tap.pooling != "default" else "mean" if own == "model" else own
-    if not of_text and (pooling == "last" or (pooling == "first" and not (form == "tokens" and classes))):
+    if not of_text and (pooling == "last" or (pooling == "first" and not classes)):
         raise UserError(f"{key}: pooling: expected mean, for there is no such token, got {pooling}")
     width = shape[1] if form == "map" else shape[-1]
-    return Place(name, tap.of, pooling, form, width, classes if form == "tokens" else 0)
+    return Place(name, tap.of, pooling, form, width, classes)
 
 
-def _class_tokens(tower: nn.Module) -> int:
-    """Tokens in front of those of patches: timm counts them, torchvision has one."""
-    counted = getattr(tower, "num_prefix_tokens", None)
-    if isinstance(counted, int):
-        return counted
-    return int(isinstance(getattr(tower, "class_token", None), Tensor))
+# Parameters of libraries' towers that stand in front of patches as tokens: (D,), or (1, tokens, D).
+_IN_FRONT = ("class_token", "cls_token", "class_embedding", "register_tokens", "distillation_token")
+
+
+def _class_tokens(tower: nn.Module, tokens: int) -> int:
+    """Of so many tokens, those in front of patches: timm counts them, others have parameters for them.
+
+    A square picture has a square number of patches; where all tokens are one, none is in front yet.
+    """
+    inner = getattr(tower, "model", None)
+    counts = (getattr(one, "num_prefix_tokens", None) for one in (tower, inner, getattr(inner, "trunk", None)))
+    named = (p for name, p in tower.named_parameters() if name.rpartition(".")[2] in _IN_FRONT)
+    counted = next((n for n in counts if isinstance(n, int)), sum(p.numel() // p.shape[-1] for p in named))
+    patches = tokens - counted
+    return 0 if patches < 1 or (_is_square(tokens) and not _is_square(patches)) else counted
+
+
+def _is_square(number: int) -> bool:
+    return math.isqrt(number) ** 2 == number
 
 
 def _ranges(names: Sequence[str]) -> list[str]:

@@ -1,6 +1,7 @@
 """Features of inner layers are what forward hooks on the plain tower see, and stay so whatever is done to the tower."""
 
 import copy
+import json
 from typing import Any
 
 import pytest
@@ -13,6 +14,8 @@ from amclr_scale.config.schema import ImageTower, Model, Momentum, TextTower
 from amclr_scale.distributed.collectives import rank, world_size
 from amclr_scale.encoders.build import build_model
 from amclr_scale.encoders.dual_encoder import DualEncoder
+from amclr_scale.encoders.image_towers import build_image_tower
+from amclr_scale.encoders.taps import build_taps
 from amclr_scale.engine.deepspeed_setup import build_engine
 from amclr_scale.engine.gradient_cache import cached_backward
 from amclr_scale.engine.optimizers import parameter_groups
@@ -102,6 +105,46 @@ def test_our_towers_give_what_hooks_see():
 def vit(**section: Any) -> dict[str, Any]:
     options = {"depth": 2, "embed_dim": 24, "num_heads": 2}
     return {"name": "timm/vit_tiny_patch16_224", "options": options, **section}
+
+
+CLIP_VISION = {
+    "model_type": "clip_vision_model", "hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2,
+    "intermediate_size": 16, "image_size": 32, "patch_size": 8,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("library", ["transformers", "open_clip"])
+def test_class_tokens_of_libraries_vision_models_are_known(tmp_path, library):
+    """Sixteen patches; where they are made, no token stands in front of them yet."""
+    if library == "transformers":
+        (tmp_path / "config.json").write_text(json.dumps(CLIP_VISION))
+        block, width = "model.encoder.layers.0", 24
+    else:
+        vision = {"image_size": 32, "layers": 1, "width": 24, "patch_size": 8, "head_width": 8}
+        described = {"model_cfg": {"embed_dim": 8, "vision_cfg": vision, "text_cfg": {}}}
+        (tmp_path / "open_clip_config.json").write_text(json.dumps(described))
+        block, width = "model.transformer.resblocks.0", 8
+    taps = [{"module": block, "head": "none"}, {"module": block, "pooling": "first", "head": "none"}]
+    section = ImageTower(name=f"{library}/{tmp_path}", taps=taps)
+    tower, own, *_ = build_image_tower(section, 32)
+    assert own == width
+    images = torch.randn(3, 3, 32, 32)
+    made = build_taps(tower.eval(), section, side="image", example=images[:2], embedding_width=8)
+    seen = []
+    handle = tower.get_submodule(block).register_forward_hook(lambda _, args, out: seen.append(out))
+    with made.read(images, tower) as reading:
+        tower(images)
+    handle.remove()
+    assert seen[0].shape == (3, 17, 24)
+    for got, want in zip(reading.features(), (seen[0][:, 1:].mean(1), seen[0][:, 0]), strict=True):
+        torch.testing.assert_close(got, want)
+
+
+def test_patches_by_themselves_have_no_class_token():
+    encoder, whole = model(vit(taps=["patch_embed"]), {"taps": ["layers.1"]}, size=32).eval(), batch(size=32)
+    seen = hooked(encoder, whole, {"image_tower.patch_embed": "output"})["image_tower.patch_embed"]
+    (got,) = encoder(whole.images)["image_layers"]
+    torch.testing.assert_close(got, unit(encoder.taps["image"].heads[0](seen.mean(1))))
 
 
 SWIN = {"depths": [1, 1], "embed_dim": 24, "num_heads": [2, 2]}
