@@ -112,8 +112,17 @@ def with_layers(made: Any, again: Callable[[Any], Any]) -> None:
         raise UserError(line)
     if made.model_parts(made.config, 8) is not None:
         raise UserError(f"layers: expected null, for {made.name} trains parts that read the embeddings, got {weights}")
-    own = {"layers": None, **({"width": None} if hasattr(made.config, "width") else {})}
-    made.layers = Layers(weights, [again(replace(made.config, **own)) for _ in weights[1:]])
+    made.layers = Layers(weights, [again(_of_any_width(made.config)) for _ in weights[1:]])
+
+
+def _of_any_width(options: Any) -> Any:
+    """The options for a layer, whose features have a width of their own."""
+    changes: dict[str, Any] = {"layers": None}
+    if hasattr(options, "width"):
+        changes["width"] = None
+    if (queue := getattr(options, "queue", None)) is not None:
+        changes["queue"] = replace(queue, width=None)
+    return replace(options, **changes)
 
 
 def allocate(objective: Any, width: int, layers: Sequence[int] = ()) -> None:

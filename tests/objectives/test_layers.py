@@ -105,6 +105,7 @@ def test_a_queue_beside_an_objective_is_one_for_each_layer():
     assert got.metrics["objective"] == pytest.approx(got.value.item())
     widths = [bank.features.shape[1] for bank in (with_queue.queue.image, with_queue.layers[0].queue.image)]
     assert widths == [6, 5]
+    make("clip", queue={"size": 16, "width": 6}, layers=[1, 1])(e)  # which is that of the embeddings
 
 
 def test_in_evaluation_mode_no_layer_changes_its_state():
