@@ -113,6 +113,8 @@ def _try(module: nn.Module, width: int, tower: ImageTower, size: int) -> tuple[i
         )
     unseen, width = grid.unseen(), int(out.shape[1])
     notes = [f"data.image_size: {tower.name} never sees {unseen}"] if unseen else []
+    if isinstance(module, open_clip_towers.OpenClipVision):
+        return width, notes, Place(tower.name)  # its projection is of the pooled features, not of tokens
     return width, notes, search.place(tower.name, width)
 
 

@@ -19,6 +19,7 @@ from amclr_scale.distributed.launcher import RankInfo
 from amclr_scale.distributed.process_group import broadcast_object, seed_everything
 from amclr_scale.encoders.build import build_model
 from amclr_scale.encoders.dual_encoder import DualEncoder
+from amclr_scale.encoders.tokens import check_tokens
 from amclr_scale.engine.batch_plan import Plan, make_plan
 from amclr_scale.engine.deepspeed_setup import adapt_to_objective, build_engine, prepare_towers, sample_views
 from amclr_scale.engine.optimizers import freeze
@@ -118,6 +119,8 @@ def build_trainer(
         config.objective, config.execution.sample_state, num_samples=inputs.loader.num_samples
     ).to(device)
     adapt_to_objective(model, objective, config.model.embedding_width)
+    if "token_retrieval" in config.evaluation.evaluators:  # not first when the model is measured
+        check_tokens(("image",), model.image_tokens)
     if fresh:
         start_parts(model, inputs.loader, device)
     prepare_towers(model, config.execution)

@@ -1,6 +1,8 @@
 """Tokens are a tower's features through its head, and go through cache, ranks, ZeRO, account and planner as rows do."""
 
+import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,9 +11,13 @@ import torch.nn.functional as F
 from amclr_scale import objectives
 from amclr_scale.config.load import load
 from amclr_scale.config.schema import Execution, ImageTower, Model, TextTower
+from amclr_scale.data.tokenizers import load_tokenizer
 from amclr_scale.distributed.collectives import rank, world_size
 from amclr_scale.encoders.build import build_model
 from amclr_scale.encoders.dual_encoder import DualEncoder
+from amclr_scale.encoders.image_towers import IMAGE_TOWERS, build_image_tower
+from amclr_scale.encoders.tokens import check_tokens
+from amclr_scale.engine.build import Inputs, build_trainer
 from amclr_scale.engine.deepspeed_setup import adapt_to_objective, build_engine, prepare_towers
 from amclr_scale.engine.gradient_cache import cached_backward
 from amclr_scale.engine.last_layer import LastLayer
@@ -205,6 +211,30 @@ def test_a_tower_without_tokens_is_named():
     given = load(None, [*words, "objective.name=compares_tokens", "train.epochs=1"], 1)
     with pytest.raises(UserError, match=r"model\.image\.name: .* torchvision/vgg11 has no features of patches"):
         account(given, world_size=1, num_samples=4096, device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("vision", "D", "norm"),
+    [({"layers": 1, "width": 64, "patch_size": 16}, 64, "default"), ({"layers": [1] * 4, "width": 8}, 128, "batch")],
+)
+def test_what_open_clip_projects_after_pooling_are_no_tokens(tmp_path, vision, D, norm):
+    """Though inside there is a sequence, or a map of an earlier stage, that is as wide as what it gives."""
+    described = {"model_cfg": {"embed_dim": D, "vision_cfg": {"image_size": 32, **vision}, "text_cfg": {}}}
+    (tmp_path / "open_clip_config.json").write_text(json.dumps(described))
+    *_, place = build_image_tower(ImageTower(name=f"open_clip/{tmp_path}", norm=norm), 32)
+    with pytest.raises(UserError, match=r"^model\.image\.name: image_tokens .* has no features of patches"):
+        check_tokens(("image",), place)
+
+
+def test_a_run_that_will_be_measured_by_tokens_is_told_at_once(monkeypatch, tmp_path):
+    flat = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 16 * 16, 8))
+    monkeypatch.setitem(IMAGE_TOWERS, "flat", lambda tower, size: (flat, 8))
+    words = ["objective.name=clip", "train.epochs=1", "model.image.name=flat", "data.image_size=16"]
+    given = load(None, [*words, "evaluation.evaluators=[token_retrieval]"], 1)
+    tokenizer = load_tokenizer("emoji", given.data.context_length)
+    inputs = Inputs(SimpleNamespace(num_samples=8), tokenizer, None)
+    with pytest.raises(UserError, match=r"^model\.image\.name: .* flat has no features of patches"):
+        build_trainer(given, inputs, device=CPU, world_size=1, folder=tmp_path, stopwatch=None)
 
 
 def test_what_is_inside_a_compiled_tower_cannot_be_noted():
