@@ -78,7 +78,7 @@ def _ours(name: str) -> Loaded:
     tokenizer = load_tokenizer(data.tokenizer, data.context_length)
     tokenizer.check_saved(Path(data.tokenizer))
     model = build_model(
-        config.model,
+        config.model.model_copy(update={"init": str(weights)}),  # so stored statistics are those of trained weights
         vocab_size=tokenizer.vocab_size,
         pad_id=tokenizer.pad_id,
         end_id=tokenizer.end_id,

@@ -47,7 +47,7 @@ def write(folder: Path) -> None:
     loaded = load_model(str(folder))
     config, model = loaded.config, cast(DualEncoder, loaded.model)
     if isinstance(model.image_tower, OpenClipVision) and isinstance(model.text_tower.tokens, OpenClipText):
-        described, names = _as_it_came(config, model.image_tower), OF_OPEN_CLIP
+        described, names = _as_it_came(config, model.image_tower, model.text_tower.tokens), OF_OPEN_CLIP
     else:
         described, names = _put_together(folder, config, model), NAMES
     (folder / CONFIG).write_text(json.dumps(described, indent=1) + "\n")
@@ -76,9 +76,23 @@ def _preprocess(config: Config) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _as_it_came(config: Config, tower: OpenClipVision) -> dict[str, Any]:
+def _as_it_came(config: Config, image: OpenClipVision, text: OpenClipText) -> dict[str, Any]:
     """What describes a model that was built of open_clip's own towers; its text tower is called text."""
-    model = {**tower.described["model_cfg"], "custom_text": True}
+    of_image, of_text = image.described["model_cfg"], text.described["model_cfg"]
+    for side in TOWERS:
+        if (head := getattr(config.model, side).projection) != "none":
+            raise UserError(
+                f"--to open_clip: model.{side}.projection: expected none, as open_clip's towers have no head behind "
+                f"their own projection, got {head}"
+            )
+    quick = [bool(one.get("quick_gelu")) for one in (of_image, of_text)]
+    if quick[0] != quick[1]:
+        raise UserError(
+            f"--to open_clip: model.text.name: expected an architecture with quick_gelu {quick[0]}, as "
+            f"{config.model.image.name}, got {config.model.text.name}"
+        )
+    vision = {**of_image["vision_cfg"], "image_size": config.data.image_size}
+    model = {**of_image, "vision_cfg": vision, "text_cfg": of_text["text_cfg"], "custom_text": True}
     if (length := model["text_cfg"].get("context_length", 77)) != config.data.context_length:
         raise UserError(
             f"--to open_clip: data.context_length: expected {length}, as the weights have positions for, got "

@@ -59,8 +59,9 @@ class DualEncoderModel(PreTrainedModel):  # type: ignore[misc]
         super().__init__(config)
         ours = build(config.recipe, trusted=False)
         data = ours.data
+        started = ours.model.model_copy(update={"init": TYPE})  # the weights are yet to come
         self.model = build_model(
-            ours.model, **config.vocabulary, context_length=data.context_length, image_size=data.image_size,
+            started, **config.vocabulary, context_length=data.context_length, image_size=data.image_size,
             image_mean=data.image_mean, image_std=data.image_std, weights=False,
             text_architecture=config.text_architecture, image_architecture=config.image_architecture,
         )  # fmt: skip

@@ -18,7 +18,7 @@ from amclr_scale.config.schema import ImageTower, Momentum
 from amclr_scale.data.tokenizers import load_tokenizer
 from amclr_scale.distributed.collectives import rank, world_size
 from amclr_scale.distributed.launcher import RankInfo
-from amclr_scale.encoders.image_towers import build_image_tower
+from amclr_scale.encoders.image_towers import IMAGE_TOWERS, build_image_tower
 from amclr_scale.encoders.libraries.transformers_parts import save_architectures
 from amclr_scale.encoders.start.taken import resolve
 from amclr_scale.engine.build import model_of
@@ -170,6 +170,38 @@ def test_a_run_or_an_export_of_ours(tmp_path):
     (run / "weights.safetensors").unlink()
     with pytest.raises(UserError, match=r"^model.init: expected a run that has come to its end, or an export"):
         resolve(recipe(run))
+
+
+def test_weights_that_cannot_be_read_are_told(tmp_path):
+    saved("clip", tmp_path)
+    (tmp_path / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+    with pytest.raises(UserError, match=r"^model.init: the weights in .* cannot be read: damaged, or pointers of git"):
+        resolve(recipe(tmp_path))
+
+
+def test_a_run_whose_frozen_tower_had_batch_norm_can_be_trained_on(tmp_path, monkeypatch):
+    """Frozen as a whole it asked for no norm; without, its statistics stay those that are stored."""
+
+    def tower(section, size):
+        parts = (torch.nn.Conv2d(3, 4, 8, 8), torch.nn.BatchNorm2d(4), torch.nn.Flatten())
+        return torch.nn.Sequential(*parts), 64
+
+    monkeypatch.setitem(IMAGE_TOWERS, "convolution", tower)
+    first = build({
+        "train": {"samples": 256}, "data": {"image_size": 32},
+        "model": {"image": {"name": "convolution", "frozen": True}},
+    })  # fmt: skip
+    tokens = load_tokenizer("emoji", first.data.context_length)
+    begun = first.model_copy(update={"model": first.model.model_copy(update={"init": "elsewhere"})})
+    before = model_of(begun, tokens, weights=False).eval()
+    before.image_tower[1].running_var.fill_(4.0)
+    save_file({name: x.contiguous() for name, x in before.state_dict().items()}, tmp_path / "weights.safetensors")
+    (tmp_path / "config.yaml").write_text(dump(first))
+    pictures = torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8)
+    for frozen in (False, True):
+        after = model_of(resolve(recipe(tmp_path, model={"image": {"frozen": frozen}})), tokens)
+        with torch.no_grad():
+            assert after(images=(pictures,))["image"].equal(before(images=(pictures,))["image"])
 
 
 def test_vision_towers_by_themselves(tmp_path):

@@ -7,14 +7,16 @@ import pytest
 import torch
 
 import amclr_scale
-from amclr_scale.config.load import dump
+from amclr_scale.config.load import build, dump
 from amclr_scale.data.tokenizers import load_tokenizer
 from amclr_scale.encoders.libraries.transformers_parts import save_architectures
 from amclr_scale.encoders.start.taken import resolve
 from amclr_scale.engine.build import model_of
 from amclr_scale.errors import UserError
+from amclr_scale.evaluation.models import load_model
 from amclr_scale.torchvision_ops import import_torchvision
 from amclr_scale.trained import as_open_clip, as_transformers
+from amclr_scale.trained.portable import portable
 from tests.encoders.test_start import recipe
 
 TEXTS = ["a photo of a cat", "", "a red house on the mat " * 30]
@@ -138,6 +140,13 @@ def test_what_is_refused_by_name(tmp_path):
         UserError, match=r"^model.init: expected open_clip/ARCHITECTURE:FILE with local weights, or open_"
     ):
         resolve(recipe("open_clip/ViT-B-32:nowhere.pt"))
+    (tmp_path / "open_clip_model.safetensors").touch()
+    (tmp_path / "open_clip_config.json").write_text('{"model_cfg": {"embed_dim": 8}}')
+    with pytest.raises(UserError, match=r"^model.init: .*json is no description of .*: it lacks text_cfg, vision_cfg$"):
+        resolve(recipe(f"open_clip/{tmp_path}"))
+    (tmp_path / "open_clip_config.json").write_text("{")
+    with pytest.raises(UserError, match=r"^model.init: .*json is no description of a model of open_clip: JSONDecode"):
+        resolve(recipe(f"open_clip/{tmp_path}"))
     (tmp_path / "x.pt").touch()
     with pytest.raises(
         UserError, match=r"^model.init: expected an architecture of open_clip .*did you mean 'ViT-B-32'"
@@ -155,4 +164,57 @@ def test_batch_norm_of_a_resnet_is_a_choice_that_keeps_its_statistics(tmp_path):
     with pytest.raises(UserError, match=r"^model.image.norm: .* uses BatchNorm"):
         model_of(resolve(recipe(tmp_path / "source")), load_tokenizer("clip", 12))
     made = resolve(recipe(tmp_path / "source", model={"image": {"norm": "frozen"}}))
-    check(model_of(made, load_tokenizer("clip", 12)), load_tokenizer("clip", 12), theirs)
+    tokens = load_tokenizer("clip", 12)
+    model = model_of(made, tokens)
+    check(model, tokens, theirs)
+    export = saved(model, portable(made), tmp_path / "export")  # which does not say that it began elsewhere
+    with torch.no_grad():
+        want = model.eval()(images=(pictures(),))["image"]
+        assert load_model(str(export)).model(images=(pictures(),))["image"].equal(want)
+        as_transformers.write(export)
+        from transformers import AutoModel
+
+        got = AutoModel.from_pretrained(str(export)).eval().get_image_features(pictures())
+        torch.testing.assert_close(got, want, rtol=0, atol=1e-6)
+
+
+def saved(model, config, run):
+    """As the folder of a run, or an export, has it."""
+    from safetensors.torch import save_file
+
+    run.mkdir()
+    save_file({name: value.contiguous() for name, value in model.state_dict().items()}, run / "weights.safetensors")
+    (run / "config.yaml").write_text(dump(config))
+    load_tokenizer("clip", 12).save(run / "tokenizer")
+    save_architectures(model, run)
+    return run
+
+
+def test_an_export_says_what_was_built(tmp_path):
+    """Towers of two architectures, at another size than theirs; what open_clip has no place for is refused by name."""
+    import open_clip
+
+    folder(tmp_path / "one", vision_cfg={**VISION, "image_size": 64})
+    folder(tmp_path / "two", text_cfg={**NARROW, "heads": 4, "width": 8})
+    folder(tmp_path / "three", quick_gelu=False)
+    names = {"image": {"name": f"open_clip/{tmp_path}/one"}, "text": {"name": f"open_clip/{tmp_path}/two"}}
+    data = {"tokenizer": "clip", "context_length": 12, "image_size": 32}
+    bare = {"projection": "none"}
+
+    def made(text: str = "two", head: str = "none"):
+        sides = {side: {**bare, **section} for side, section in names.items()}
+        sides["text"]["name"], sides["image"]["projection"] = f"open_clip/{tmp_path}/{text}", head
+        return build({"train": {"samples": 256}, "data": data, "model": {"embedding_width": 8, **sides}})
+
+    tokens, config = load_tokenizer("clip", 12), made()
+    model = model_of(config, tokens)
+    run = saved(model, config, tmp_path / "run")
+    as_open_clip.write(run)
+    check(model, tokens, open_clip.create_model(f"local-dir:{run}", load_weights=True, weights_only=True).eval())
+    for number, (other, said) in enumerate((
+        (made(head="linear"), r"^--to open_clip: model.image.projection: expected none, .* got linear"),
+        (made("three"), r"^--to open_clip: model.text.name: expected an architecture with quick_gelu True, as open_cl"),
+    )):  # fmt: skip
+        run = saved(model_of(other, tokens), other, tmp_path / f"run{number}")
+        with pytest.raises(UserError, match=said):
+            as_open_clip.write(run)

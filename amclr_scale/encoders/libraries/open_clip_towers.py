@@ -70,7 +70,7 @@ def described(name: str, key: str) -> dict[str, Any]:
         ) from error
     file = Path(name).expanduser() / CONFIG
     if file.is_file():
-        found: dict[str, Any] = json.loads(file.read_text("utf-8"))
+        found = _read(file, key)
     else:
         known = open_clip.list_models()
         if name not in known:
@@ -84,6 +84,18 @@ def described(name: str, key: str) -> dict[str, Any]:
     if "multimodal_cfg" in model or text.get("embed_cls") or text.get("hf_model_name"):
         what = "a text model of transformers" if text.get("hf_model_name") else "CoCa's parts"
         raise UserError(f"{key}: open_clip/{name} has {what}; expected a CLIP with open_clip's own text tower")
+    return found
+
+
+def _read(file: Path, key: str) -> dict[str, Any]:
+    """A folder's description, with the three parts that every model has."""
+    try:
+        found: dict[str, Any] = json.loads(file.read_text("utf-8"))
+        lacks = {"embed_dim", "vision_cfg", "text_cfg"} - found["model_cfg"].keys()
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{key}: {file} is no description of a model of open_clip: {error!r:.100}") from error
+    if lacks:
+        raise UserError(f"{key}: {file} is no description of a model of open_clip: it lacks {', '.join(sorted(lacks))}")
     return found
 
 

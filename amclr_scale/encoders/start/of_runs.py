@@ -45,7 +45,11 @@ def keys(path: Path) -> dict[str, Any]:
     own = folder / "tokenizer"
     found["data.tokenizer"] = str(own) if own.is_dir() else data.tokenizer
     found["evaluation.resize"] = config.evaluation.resize
-    return found | learned(read_weights(str(file), "model.init"))
+    weights = read_weights(str(file), "model.init")
+    statistics = any(n.startswith("image_tower.") and n.endswith(".running_mean") for n in weights)
+    if statistics and found["model.image.norm"] == "default":
+        found["model.image.norm"] = "frozen"  # as BatchNorm was in a tower that was frozen, which needs no choice
+    return found | learned(weights)
 
 
 def learned(weights: dict[str, Tensor]) -> dict[str, float]:

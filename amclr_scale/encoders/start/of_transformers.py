@@ -49,7 +49,16 @@ def keys(folder: Path) -> dict[str, Any]:
             f"model.{side}.pretrained": True,
             f"model.{side}.projection": "linear" if heads else "none",
         }
-    return found | learned(_learned(folder)) | {"filled": kind == "siglip"}
+    try:
+        scale = _learned(folder)
+    except UserError:
+        raise
+    except Exception as error:  # whatever the readers raise about a broken file
+        first = str(error).strip().partition("\n")[0]
+        raise UserError(
+            f"model.init: the weights in {folder} cannot be read: damaged, or pointers of git-lfs? {first}"
+        ) from error
+    return found | learned(scale) | {"filled": kind == "siglip"}
 
 
 def state(folder: Path, model: DualEncoder) -> dict[str, Tensor]:
