@@ -16,16 +16,27 @@ on every node starts the ranks itself, and goes on without the nodes that are lo
 has its node leave the run; Ctrl-C ends all.
 """
 
+import argparse
 import os
 import signal
 import subprocess
 import sys
 import time
 from types import FrameType
+from typing import Any
 
 from amclr_scale.checkpoint.signals import ENDING, EXIT_RESUMABLE
 from amclr_scale.commands.supervising.elastic import Elastic, Options, nodes_of, slots_of
-from amclr_scale.commands.supervising.looks import ASKED, FRUITLESS, RESULT, Changes, end_group, newest_step, run_of
+from amclr_scale.commands.supervising.looks import (
+    ASKED,
+    FRUITLESS,
+    RESULT,
+    Changes,
+    begin,
+    end_group,
+    newest_step,
+    run_of,
+)
 from amclr_scale.commands.words import command_parser
 from amclr_scale.distributed.membership import Limits
 from amclr_scale.errors import UserError
@@ -53,7 +64,7 @@ def supervise(command: list[str], restarts: int, pause: float) -> int:
         before = newest_step(run)
         if received or asked.happened:  # while nothing ran; whatever comes now is seen after the start
             return EXIT_RESUMABLE
-        child = subprocess.Popen(command, start_new_session=True)
+        child = begin(command)
         if received and not passed:  # it came before there was somebody to pass it on to
             os.killpg(child.pid, received[-1])
         code = child.wait()
@@ -83,6 +94,24 @@ def supervise(command: list[str], restarts: int, pause: float) -> int:
     return 1
 
 
+def check(args: argparse.Namespace, unused: dict[str, Any]) -> None:
+    """Refuse numbers that are none, and what only --elastic reads without it.
+
+    Args:
+        unused: options of elastic runs, as they are where nobody gives them.
+
+    Raises:
+        UserError: naming the option.
+    """
+    for name in () if args.elastic else unused:
+        if (got := getattr(args, name)) != unused[name]:
+            raise UserError(f"--{name.replace('_', '-')}: expected it beside --elastic, got {got} without")
+    for name in ("restarts", "pause", "lease", "gather"):
+        got = getattr(args, name)
+        if not (got > 0 if name == "lease" else got >= 0):
+            raise UserError(f"--{name}: expected {'more than 0' if name == 'lease' else 'at least 0'}, got {got:g}")
+
+
 def main(argv: list[str]) -> int:
     """Read the command line and supervise."""
     parser = command_parser("supervise", __doc__)
@@ -97,7 +126,9 @@ def main(argv: list[str]) -> int:
     elastic.add_argument("--gather", type=float, default=60.0, help="seconds to wait for MAX nodes at the start")
     parser.add_argument("command", nargs="+", help="after --")
     args = parser.parse_args(argv)
+    names = ("nnodes", "nproc_per_node", "address", "lease", "gather")
     try:
+        check(args, {name: parser.get_default(name) for name in names})
         if not args.elastic:
             return supervise(args.command, args.restarts, args.pause)
         limits = Limits(*nodes_of(args.nnodes), args.restarts, FRUITLESS)

@@ -90,7 +90,7 @@ def read(text: str) -> Node | None:
     try:
         tree: dict[str, Any] = json.loads(text)
         return Node(**{**tree, **{name: _plan(tree[name]) for name in ("plan", "next")}})
-    except (ValueError, TypeError, KeyError):
+    except (ValueError, TypeError, KeyError, RecursionError):
         return None
 
 
@@ -142,7 +142,7 @@ class Board:
             try:
                 with path.open() as file:
                     stamp, said = os.fstat(file.fileno()).st_mtime_ns, read(file.read())
-            except OSError:  # it has left
+            except (OSError, UnicodeDecodeError):  # it has left; it is no node's
                 continue
             seen = self._seen.setdefault(path.stem, _Seen(stamp))
             if stamp != seen.stamp:

@@ -10,7 +10,10 @@ from dataclasses import asdict
 
 import pytest
 
-from amclr_scale.commands.supervising.elastic import nodes_of, slots_of
+from amclr_scale.commands.supervise import main as supervise
+from amclr_scale.commands.supervising import elastic
+from amclr_scale.commands.supervising.elastic import Elastic, Options, fitting, nodes_of, slots_of
+from amclr_scale.commands.supervising.looks import begin, run_of
 from amclr_scale.distributed.membership import (
     Board,
     Limits,
@@ -212,6 +215,7 @@ def test_a_node_lives_while_its_file_changes_whatever_the_clocks_say(tmp_path):
     time.sleep(0.2)
     assert set(mine.look()) == {mine.mine.name, other.mine.name}
     other.leave()
+    (mine.folder / "foreign.json").write_bytes(b"\xff")
     assert set(mine.look()) == {mine.mine.name}
     mine.leave()
 
@@ -228,5 +232,94 @@ def test_options_that_are_none():
     for wrong in ("0:2", "3:2", "x", "1:x"):
         with pytest.raises(UserError, match=r"^--nnodes: expected MIN:MAX"):
             nodes_of(wrong)
-    with pytest.raises(UserError, match=r"^--nproc-per-node: expected a number"):
-        slots_of("0")
+    for wrong in ("0", "²"):
+        with pytest.raises(UserError, match=r"^--nproc-per-node: expected a number"):
+            slots_of(wrong)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--nnodes", "2:4"], "--nnodes: expected it beside --elastic, got 2:4 without"),
+        (["--nproc-per-node", "8"], "--nproc-per-node: expected it beside --elastic"),
+        (["--elastic", "--lease", "0"], "--lease: expected more than 0, got 0"),
+        (["--elastic", "--gather", "nan"], "--gather: expected at least 0, got nan"),
+        (["--restarts", "-1"], "--restarts: expected at least 0, got -1"),
+        (["--pause", "-1"], "--pause: expected at least 0, got -1"),
+    ],
+)
+def test_options_that_would_be_passed_over(options, words, tmp_path, capsys):
+    assert supervise([*options, "--", "false", f"run.folder={tmp_path}", "run.name=a", "resume=auto"]) == 2
+    assert words in capsys.readouterr().err
+
+
+def test_commands_that_start_no_rank(tmp_path):
+    with pytest.raises(UserError, match=r"^command: expected a program to start, got .*none \(No such file"):
+        begin([str(tmp_path / "none"), "train"])
+    for launcher in (["deepspeed", "launch/train.py"], ["srun", "amclr-scale", "train"]):
+        with pytest.raises(UserError, match=r"^command: expected the command of one rank"):
+            fitting([*launcher, "--config", "quickstart"])
+
+
+def test_the_run_folder_may_be_named_in_the_file(tmp_path):
+    (tmp_path / "base.yaml").write_text("run: {folder: far}")
+    (tmp_path / "a.yaml").write_text("base: base.yaml")
+    words, file = ["run.name=a", "resume=auto"], str(tmp_path / "a.yaml")
+    for command in (["train", "--config", file, *words], ["train", f"--config={file}", *words]):
+        assert str(run_of(command)) == "far/a"
+        assert str(run_of([*command, "run.folder=near"])) == "near/a"
+    for command in (words, ["train", *words, "--config"], ["train", "--config", str(tmp_path / "none.yaml"), *words]):
+        assert str(run_of(command)) == "runs/a"
+
+
+class Child:
+    """A rank that never ends, and what it was sent."""
+
+    pid = 0
+
+    def __init__(self, *_):
+        self.sent = []
+
+    def poll(self):
+        return None
+
+    def send_signal(self, number):
+        self.sent.append(number)
+
+
+@pytest.fixture
+def alone(tmp_path, monkeypatch):
+    """A supervisor that nobody runs, of ranks that nobody starts."""
+    monkeypatch.setattr(elastic, "begin", Child)
+    command = ["amclr-scale", "train", "--config", "quickstart", f"run.folder={tmp_path}", "run.name=a", "resume=auto"]
+    found = Elastic(command, Options(LIMITS, 1, None, 60.0, 0.0, 0.0))
+    yield found
+    found.board.leave()
+
+
+def test_ranks_that_save_for_the_next_plan_are_asked_once(alone):
+    def follow(number):
+        plan = Plan(number, "b", (Member(alone.name, "h", 1),), step=1)
+        alone.follow({alone.name: alone.board.mine, "b": a_node("b", plan=plan)})
+
+    follow(1)
+    (child,) = alone.ranks._children
+    assert child.sent == []
+    for number in (2, 2, 3):
+        follow(number)
+        assert child.sent == [signal.SIGTERM]  # a second request would end them unsaved
+    alone.received.append(signal.SIGUSR1)
+    alone.heed_signals()
+    assert (child.sent, alone.board.mine.leaves) == ([signal.SIGTERM], True)
+    alone.received.append(signal.SIGTERM)
+    alone.heed_signals()
+    assert child.sent == [signal.SIGTERM] * 2  # who asks this supervisor twice wants that
+
+
+def test_who_waits_says_for_what(alone, capsys):
+    alone.fits, alone.said_at = (lambda _: False), float("-inf")
+    alone.propose(Plan(), [a_node("a", 3)])
+    assert "host a here; waiting for more: the recipe cannot be cut into 3 ranks or fewer" in capsys.readouterr().err
+    alone.options, alone.said_at = Options(Limits(2, 4, 10, 3), 1, None, 60.0, 0.0, 0.0), float("-inf")
+    alone.propose(Plan(), [a_node("a", 3)])
+    assert "host a here; waiting for 2 nodes" in capsys.readouterr().err

@@ -13,10 +13,11 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
+from pathlib import Path
 from types import FrameType
 
 from amclr_scale.checkpoint.signals import ENDING, EXIT_RESUMABLE
-from amclr_scale.commands.supervising.looks import ASKED, RESULT, Changes, end_group, newest_step, run_of
+from amclr_scale.commands.supervising.looks import ASKED, RESULT, Changes, begin, end_group, newest_step, run_of
 from amclr_scale.config.load import load
 from amclr_scale.distributed.launcher import environments, free_port
 from amclr_scale.distributed.membership import (
@@ -37,6 +38,7 @@ LOST = 2.0  # the same, when a node is lost
 SAVING = 600.0  # seconds that they get to save
 SAID = 30.0  # seconds between two lines about who is waited for
 LOCKED = 120.0  # seconds after which a file server frees what a lost node has locked
+LAUNCHERS = {"deepspeed", "torchrun", "torch.distributed.run", "accelerate", "srun", "mpirun", "mpiexec"}
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,7 @@ def slots_of(text: str) -> int:
     if text == "gpu":
         words = "import torch; print(torch.cuda.device_count())"
         return max(1, int(subprocess.run([sys.executable, "-c", words], capture_output=True, check=True).stdout))
-    if not text.isdigit() or not int(text):
+    if not text.isdecimal() or not int(text):
         raise UserError(f"--nproc-per-node: expected a number of ranks, or gpu, got {text}")
     return int(text)
 
@@ -72,7 +74,7 @@ def nodes_of(text: str) -> tuple[int, int]:
         UserError: it is no such pair.
     """
     least, _, most = text.partition(":")
-    if not (least.isdigit() and (most or least).isdigit() and 0 < int(least) <= int(most or least)):
+    if not (least.isdecimal() and (most or least).isdecimal() and 0 < int(least) <= int(most or least)):
         raise UserError(f"--nnodes: expected MIN:MAX, such as 1:4, got {text}")
     return int(least), int(most or least)
 
@@ -86,7 +88,7 @@ def fitting(command: Sequence[str]) -> Callable[[int], bool]:
     from amclr_scale.commands.train import arguments
 
     starts = [at for at, word in enumerate(command) if word == "train" or word.endswith("train.py")]
-    if not starts:
+    if not starts or LAUNCHERS & {Path(word).name for word in command[: starts[0]]}:
         raise UserError(
             f"command: expected the command of one rank, such as amclr-scale train ..., got {' '.join(command)}; with "
             "--elastic, supervise starts the ranks itself"
@@ -113,10 +115,10 @@ class Ranks:
         assert mine
         kept = {"AMCLR_SCALE_LOCK_SECONDS": str(LOCKED)} if locked else {}
         self._children = [
-            subprocess.Popen(command, start_new_session=True, env=said | kept)
+            begin(command, said | kept)
             for said in environments(first, plan.port, plan.ranks, plan.first_rank(node), mine.ranks)
         ]
-        self._until = float("inf")
+        self._until, self._asked = float("inf"), False
 
     def code(self) -> int | None:
         """With which they have ended together: 2, or else the first that is not 0 or 75; None: some run."""
@@ -130,8 +132,11 @@ class Ranks:
         known = [code for code in codes if code is not None]
         return min(known, key=lambda code: (code != 2, code in (0, EXIT_RESUMABLE), code == 0))
 
-    def ask(self, number: int) -> None:
-        """Have them save and end."""
+    def ask(self, number: int, *, again: bool = False) -> None:
+        """Have them save and end; those that have been asked end at once if they are asked again."""
+        if self._asked and not again:
+            return
+        self._asked = True
         for child in self._children:
             if child.poll() is None:
                 child.send_signal(number)
@@ -171,7 +176,6 @@ class Elastic:
         self.said_at = time.monotonic() - SAID + 2 * options.lease
         self.since = time.monotonic()  # of the present plan
         self.lost = set[str]()  # members of it
-        self.replaced_by: Plan | None = None  # for which its ranks have been asked to end
 
     @property
     def name(self) -> str:
@@ -216,10 +220,12 @@ class Elastic:
         ends = self.asked.happened
         if (new or ends) and not self.board.mine.leaves:
             self.board.say(replace(self.board.mine, leaves=True))
-            new = new or [signal.SIGTERM]
+            if self.ranks:  # which may save already, for the next plan
+                self.ranks.ask(new[0] if new else signal.SIGTERM)
+            new = new[1:]
         for number in new:
             if self.ranks:
-                self.ranks.ask(number)
+                self.ranks.ask(number, again=True)
 
     def watch(self, living: dict[str, Node]) -> None:
         """How this node's ranks fare, and whether they wait for others that will not answer."""
@@ -259,9 +265,7 @@ class Elastic:
         if plan == self.plan or self.board.mine.leaves:
             return
         if self.ranks:
-            if self.replaced_by != plan:
-                self.replaced_by = plan
-                self.ranks.ask(signal.SIGTERM)
+            self.ranks.ask(signal.SIGTERM)
             return  # they save first; the next look comes here again
         self.board.say(replace(self.board.mine, plan=plan, code=None))
         self.ended_at, self.since = None, time.monotonic()
@@ -307,7 +311,10 @@ class Elastic:
         if before.over is None and not members:
             if time.monotonic() - self.said_at > SAID:
                 self.said_at = time.monotonic()
-                say(f"{', '.join(node.host for node in nodes)} here; waiting for {limits.least} nodes")
+                few = len(nodes) < limits.least
+                ranks = sum(node.slots for node in nodes[: limits.most])
+                why = f"{limits.least} nodes" if few else f"more: the recipe cannot be cut into {ranks} ranks or fewer"
+                say(f"{', '.join(node.host for node in nodes)} here; waiting for {why}")
             return
         step, number = newest_step(self.run), before.number + 1
         plan = replace(before, number=number, by=self.name, members=members, port=free_port(), step=step)

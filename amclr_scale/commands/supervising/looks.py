@@ -4,14 +4,19 @@ import contextlib
 import os
 import secrets
 import signal
+import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 
 import psutil
 
 from amclr_scale.checkpoint import files
 from amclr_scale.checkpoint.files import CHECKPOINTS
+from amclr_scale.config import schema
+from amclr_scale.config.load import read_file
+from amclr_scale.config.shipped import find
 from amclr_scale.errors import UserError
 
 RESULT = "evaluation.json"  # the sign of a finished run
@@ -27,12 +32,36 @@ def run_of(command: Sequence[str]) -> Path:
     """
     if _word(command, "resume", "") != "auto" or not _word(command, "run.name", ""):
         raise UserError("command: expected the words resume=auto and run.name=NAME in it")
-    return Path(_word(command, "run.folder", "runs")) / _word(command, "run.name", "")
+    return Path(_word(command, "run.folder", "") or _folder(command)) / _word(command, "run.name", "")
+
+
+def _folder(command: Sequence[str]) -> str:
+    """`run.folder` of the command's configuration file; where that cannot be read, the command says so itself."""
+    given = [after for word, after in pairwise([*command, ""]) if word == "--config"]
+    given += [word.partition("=")[2] for word in command if word.startswith("--config=")]
+    try:
+        run = read_file(find(given[-1])).get("run") if given else None
+    except UserError:
+        run = None
+    found = run.get("folder") if isinstance(run, dict) else None
+    return found if isinstance(found, str) else schema.Run().folder
 
 
 def _word(command: Sequence[str], key: str, otherwise: str) -> str:
     """The value of a key=value word of the command; the last one counts."""
     return next((w.partition("=")[2] for w in reversed(command) if w.startswith(f"{key}=")), otherwise)
+
+
+def begin(command: Sequence[str], environment: Mapping[str, str] | None = None) -> "subprocess.Popen[bytes]":
+    """Start a command as the leader of a process group of its own.
+
+    Raises:
+        UserError: there is no such program.
+    """
+    try:
+        return subprocess.Popen(command, start_new_session=True, env=environment)
+    except (FileNotFoundError, PermissionError, NotADirectoryError) as error:
+        raise UserError(f"command: expected a program to start, got {command[0]} ({error.strerror})") from error
 
 
 def newest_step(run: Path) -> int:
