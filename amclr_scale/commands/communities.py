@@ -67,7 +67,7 @@ def work(argv: list[str]) -> None:
     about = {name: getattr(arguments, name) for name in ("size", "skip", "neighbours", "seed")}
     about |= {FINGERPRINT: index.fingerprint}
     arguments.out.with_name(f"{arguments.out.name}.json").write_text(json.dumps(about, indent=1) + "\n", "utf-8")
-    by_chance = arguments.size / N
+    by_chance = (arguments.size - 1) / (N - 1)  # of the other samples, those in the same one
     print(
         f"{arguments.out}: {found.max() + 1:,} communities of {arguments.size} of {N:,} samples; "
         f"{inside(graph, found):.1%} of edges are inside one, {by_chance:.1%} by chance"

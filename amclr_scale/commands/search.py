@@ -21,6 +21,7 @@ from PIL import Image, ImageDraw, ImageFont
 import amclr_scale
 from amclr_scale.commands.words import command_parser, run_command
 from amclr_scale.data.decoding import BadSampleError, Sample, decode
+from amclr_scale.data.formats.npy import map_npy
 from amclr_scale.errors import UserError
 
 Matrix = npt.NDArray[np.float32]
@@ -42,7 +43,7 @@ def read_index(file: Path) -> tuple[list[str], Matrix, dict[str, Any]]:
             flat = table.column("embedding").combine_chunks().flatten().to_numpy()
             return table.column("name").to_pylist(), flat.reshape(table.num_rows, -1), known
         names = file.with_suffix(".txt").read_text("utf-8", "surrogateescape").split("\n")[:-1]
-        return names, np.load(file, mmap_mode="r", allow_pickle=False), known
+        return names, map_npy(file), known
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise UserError(
             f"index: expected NAME.npy with NAME.txt, or NAME.parquet, as amclr-scale embed writes them, got {file}: "

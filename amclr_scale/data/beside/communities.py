@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 from amclr_scale.config import schema
 from amclr_scale.data.beside.references import fingerprint_of
+from amclr_scale.data.formats.npy import map_npy
 from amclr_scale.data.index import Index
 from amclr_scale.data.order import BatchOrder, LastVisits, Visits
 from amclr_scale.data.randomness import Purpose, permutation
@@ -128,13 +129,13 @@ def read_communities(file: Path) -> NDArray[np.integer[Any]]:
         UserError: it is no such file.
     """
     try:
-        found: Any = np.load(file, allow_pickle=False)
+        found = map_npy(file)
     except (OSError, ValueError) as error:
         raise UserError(f"{KEY}: {file}: expected a .npy file of communities, got: {error}; {MADE_BY}") from error
-    right = isinstance(found, np.ndarray) and found.ndim == 1 and found.dtype.kind in "iu" and len(found)
+    right = isinstance(found, np.memmap) and found.ndim == 1 and found.dtype.kind in "iu" and len(found)
     if not right or found.min() < 0:
         kind = f"{getattr(found, 'dtype', type(found).__name__)} of shape {getattr(found, 'shape', '?')}"
         smallest = f" with {found.min()} among them" if right else ""
         raise UserError(f"{KEY}: {file}: expected integers of at least 0, one for each sample, got {kind}{smallest}")
-    communities: NDArray[np.integer[Any]] = found
+    communities: NDArray[np.integer[Any]] = np.array(found)
     return communities

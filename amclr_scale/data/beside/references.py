@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from amclr_scale.config import schema
+from amclr_scale.data.formats.npy import map_npy
 from amclr_scale.data.index import Index
 from amclr_scale.errors import UserError
 
@@ -114,7 +115,7 @@ def open_table(key: str, file: Path) -> NDArray[Any]:
         UserError: it is no such file.
     """
     try:
-        table = np.load(file, mmap_mode="r", allow_pickle=False)
+        table = map_npy(file)
     except (OSError, ValueError) as error:
         raise UserError(
             f"{key}: {file}: expected a .npy file that amclr-scale embed MODEL --shards wrote, got: {error}"

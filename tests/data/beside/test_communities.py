@@ -1,6 +1,7 @@
 """Communities are dealt whole: each sample once per epoch, the same batch on any ranks, from any step on."""
 
 import json
+import os
 import pickle
 from collections import Counter
 from types import SimpleNamespace
@@ -19,6 +20,7 @@ from tests.data.shards import settings, write_shards
 from tests.data.test_loader import take
 
 B = 8
+HEADER = b"\x93NUMPY\x01\x00\x79\x00{'descr': '<i8', 'fortran_order': False, %-79s\n"  # of a .npy file
 
 
 def row(order, steps, batch_size=B):
@@ -148,7 +150,7 @@ def test_the_command_groups_what_a_frozen_model_finds_similar(tmp_path, capsys):
     line = [str(tmp_path), *both, "--out", str(out), "--size", "5", "--skip", "1", "--neighbours", "4"]
     assert group(line) == 0
     assert (
-        "6 communities of 5 of 30 samples; 100.0% of edges are inside one, 16.7% by chance" in capsys.readouterr().out
+        "6 communities of 5 of 30 samples; 100.0% of edges are inside one, 13.8% by chance" in capsys.readouterr().out
     )
     found = np.load(out)
     assert len({(a, b) for a, b in zip(found.tolist(), label.tolist(), strict=True)}) == 6
@@ -170,6 +172,11 @@ def test_mistakes_are_told(tmp_path):
     fingerprint = open_index(settings(str(tmp_path / "b"))).fingerprint
     for name, rows, told in (
         ("none", None, "expected a .npy file of communities, got: "),
+        ("empty", b"", "expected a .npy file of communities, got: "),
+        ("vast", HEADER % b"'shape': (1125899906842624,)}", "got: mmap length is greater than file size"),
+        ("forged", HEADER % b"'shape': ((((", "expected a .npy file of communities, got: "),
+        ("pipe", os.mkfifo, "got: a folder, a named pipe or a device; "),
+        ("zip", b"PK\3\4", "expected a .npy file of communities, got: "),
         ("floats", np.ones(16), r"expected integers of at least 0, one for each sample, got float64 of shape \(16,\)"),
         ("flat", np.ones((16, 1), int), r"got int64 of shape \(16, 1\)"),
         ("below", np.arange(16) - 1, r"got int64 of shape \(16,\) with -1 among them"),
@@ -177,7 +184,11 @@ def test_mistakes_are_told(tmp_path):
         ("other", np.arange(16), rf"got 16 of another data set \(fingerprint {fingerprint}\)"),
     ):
         file = tmp_path / f"{name}.npy"
-        if rows is not None:
+        if rows is os.mkfifo:
+            rows(file)
+        elif isinstance(rows, bytes):
+            file.write_bytes(rows)
+        elif rows is not None:
             np.save(file, rows)
         if name == "other":
             (tmp_path / "other.npy.json").write_text(json.dumps({"samples": fingerprint}))
