@@ -91,6 +91,8 @@ class IndexedShards(IterableDataset[dict[str, Any]]):
         if (rank is None) != (world_size is None):
             raise UserError("rank, world_size: expected both or neither, got one of them")
         self.rank, self.world_size = _place() if rank is None or world_size is None else (rank, world_size)
+        if not 0 <= self.rank < self.world_size:
+            raise UserError(f"rank: expected a number from 0 on below world_size = {self.world_size}, got {self.rank}")
         try:
             data = schema.Data(
                 train=shards, lanes=lanes, shuffle_window=shuffle_window, cache=cache, cache_gib=cache_gib,

@@ -120,6 +120,9 @@ def test_place_is_that_of_the_launcher(shards, monkeypatch):
     ("keys", "words"),
     [
         ({"rank": 1}, "rank, world_size: expected both"),
+        ({"rank": 2, "world_size": 2}, "rank: expected a number from 0 on below world_size = 2, got 2"),
+        ({"rank": -1, "world_size": 2}, "rank: expected a number from 0 on below world_size = 2, got -1"),
+        ({"rank": 0, "world_size": 0}, "rank: expected a number from 0 on below world_size = 0, got 0"),
         ({"rank": 0, "world_size": 3}, "lanes: expected a multiple of the 3 ranks, got 4"),
         ({"global_batch_size": 6}, "global_batch_size: expected a multiple of lanes = 4, got 6"),
         ({"per_item": 3}, "per_item: expected a divisor of a rank's 8 samples"),

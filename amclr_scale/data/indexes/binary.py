@@ -63,8 +63,8 @@ class BinaryShards(Shards):
         except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise self._refused(error) from error
 
-    def __reduce__(self) -> tuple[Callable[[Path], "BinaryShards"], tuple[Path]]:
-        return BinaryShards, (self.path,)  # another process maps the file itself
+    def __reduce__(self) -> tuple[Callable[[Path, bytes], "BinaryShards"], tuple[Path, bytes]]:
+        return _same, (self.path, self._sum)  # another process maps the file itself
 
     def _refused(self, error: Exception) -> UserError:
         return UserError(
@@ -80,7 +80,8 @@ class BinaryShards(Shards):
         if length > _HEADER:
             raise ValueError(f"a header of {length:,} bytes")
         header = file.read(length)
-        if hashlib.sha256(header).digest() != file.read(32):
+        self._sum = hashlib.sha256(header).digest()  # of all content, as the header has sums of the rest
+        if self._sum != file.read(32):
             raise ValueError("a damaged header")
         said = json.loads(header)
         if not isinstance(said, dict):
@@ -209,6 +210,18 @@ class BinaryShards(Shards):
 
     def content(self) -> str:
         return str(self._said["content"])
+
+
+def _same(path: Path, header: bytes) -> BinaryShards:
+    """The index that another process has opened.
+
+    Raises:
+        UserError: it has been written anew meanwhile: its samples may have other ids.
+    """
+    found = BinaryShards(path)
+    if found._sum != header:
+        raise UserError(f"{path}: expected the index that this run began with, got another one; start the run again")
+    return found
 
 
 def write_binary_index(path: Path, shards: Sequence[Shard]) -> None:

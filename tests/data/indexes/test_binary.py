@@ -84,6 +84,10 @@ def test_another_process_opens_it_itself(both):
     sent = pickle.dumps(shards)
     assert len(sent) < 1000
     assert list(pickle.loads(sent)) == list(shards)
+    write_binary_index(shards.path, list(shards)[::-1])
+    with pytest.raises(UserError, match="expected the index that this run began with, got another one"):
+        pickle.loads(sent)
+    assert len(shards) == 6  # whoever has opened it goes on
 
 
 def test_the_form_follows_from_the_number_of_shards_or_the_name(tmp_path, capsys):
