@@ -218,22 +218,27 @@ class Bank(Table):
         if any(name not in saved for name in known):
             return
         if known != COUNTS:
-            features = saved["features"]
-            if self.width is None:
-                self.make(features.shape[1])
-            if features.shape != (self.size, self.width):
-                error_msgs.append(
-                    f"{prefix}features: expected {(self.size, self.width)} (slots, width), got "
-                    f"{tuple(features.shape)}; the state was saved with other options"
-                )
-                return
+            shape = saved["features"].shape
+            if self.width is None and len(shape) == 2:
+                self.make(shape[1])
+            for name in TABLES:
+                expected = (self.size, self.width) if name == "features" else (self.size,)
+                if saved[name].shape != expected:
+                    error_msgs.append(
+                        f"{prefix}{name}: expected {expected} (slots, width), got {tuple(saved[name].shape)}; the "
+                        "state was saved with other options"
+                    )
+                    return
             num_shards, shard = self.shards
             for name in TABLES:
                 ours, mine = getattr(self, name), saved[name][shard::num_shards]
                 wide = torch.promote_types(ours.dtype, mine.dtype) if ours.dtype == torch.float32 else ours.dtype
                 setattr(self, name, mine.to(device=ours.device, dtype=wide, copy=True))
-        for name in COUNTS:
-            setattr(self, name, int(saved[name]))
+        for name, most in (("pointer", max(0, self.size - 1)), ("filled", self.size), ("steps", 2**62)):
+            if not 0 <= (count := int(saved[name])) <= most:
+                error_msgs.append(f"{prefix}{name}: expected 0 to {most}, got {count}; the state is damaged")
+                return
+            setattr(self, name, count)
 
 
 @dataclass(frozen=True)

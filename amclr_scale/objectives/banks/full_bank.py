@@ -193,7 +193,7 @@ class FullBank(Objective, name="full_bank"):
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Tensor], prefix: str, *rest: Any) -> None:
         saved = state_dict.get(f"{prefix}image_state.{ROWS}")
-        if saved is not None:
+        if saved is not None and len(saved.shape) == 2:
             self.allocate(saved.shape[1])
         super()._load_from_state_dict(state_dict, prefix, *rest)
 

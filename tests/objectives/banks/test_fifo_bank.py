@@ -1,6 +1,7 @@
 """fifo_bank is its definition, whatever lies where, and goes on from a checkpoint on other ranks."""
 
 import pytest
+import torch
 
 from amclr_scale.types import Embeddings
 from tests.objectives.banks.plain import PlainBank, banks_of, log_sum
@@ -108,3 +109,23 @@ def test_ranks_are_one_batch(ranks, world_size):
 
 def test_a_state_goes_on_bit_for_bit_on_other_ranks(ranks):
     goes_on(ranks, "fifo_bank", {"size": 13, "proximal": 1.0}, BATCH)
+
+
+@pytest.mark.parametrize(
+    ("name", "forged", "words"),
+    [
+        ("features", torch.zeros(8), r"features: expected \(8, None\) .*, got \(8,\)"),
+        ("features", torch.zeros(7, 6), r"features: expected \(8, 6\) .*, got \(7, 6\)"),
+        ("ids", torch.zeros(7, dtype=torch.int64), r"ids: expected \(8,\) .*, got \(7,\)"),
+        ("written", torch.zeros(8, 2, dtype=torch.int64), r"written: expected \(8,\) .*, got \(8, 2\)"),
+        ("pointer", torch.tensor(8), "pointer: expected 0 to 7, got 8"),
+        ("filled", torch.tensor(9), "filled: expected 0 to 8, got 9"),
+        ("steps", torch.tensor(-1), "steps: expected 0 to .*, got -1"),
+    ],
+)
+def test_a_state_that_was_damaged_is_refused(name, forged, words):
+    made = make("fifo_bank", size=8, width=6).bank.image.state_dict()
+    bank = make("fifo_bank", size=8).bank.image
+    with pytest.raises(RuntimeError, match=words):
+        bank.load_state_dict(made | {name: forged})
+    bank.load_state_dict(made)

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from amclr_scale.objectives.banks.full_bank import draw
+from amclr_scale.objectives.banks.full_bank import ROWS, draw
 from amclr_scale.objectives.staging import staged
 from amclr_scale.types import Embeddings
 from tests.objectives.harness import (
@@ -133,3 +133,6 @@ def test_mistakes_are_answered_in_words():
             make("full_bank", **options)
     with pytest.raises(ValueError, match="width: expected 6, the width of the embeddings, got 5"):
         make("full_bank", width=5)(my_rows(global_batch(0)))
+    forged = make("full_bank", width=6).state_dict() | {f"image_state.{ROWS}": torch.zeros(20)}
+    with pytest.raises(RuntimeError, match=f"image_state.{ROWS}"):
+        make("full_bank").load_state_dict(forged)
