@@ -160,6 +160,7 @@ def test_the_command_groups_what_a_frozen_model_finds_similar(tmp_path, capsys):
         (["--size", "1"], "--size: expected 2 to 30 in a data set of 30 samples, got 1"),
         (["--skip", "29"], "--skip: expected 0 to 28 in a data set of 30 samples, got 29"),
         (["--neighbours", "29"], "--neighbours: expected 1 to 28 in a data set of 30 samples, got 29"),
+        (["--out", f"{tmp_path}/no/c.npy"], "--out: expected a name in a folder that is there, got "),
         (["--out", "c.txt"], "--out: expected a name that ends in .npy, got c.txt"),
     ):
         assert group([*line, *words]) == 2
