@@ -6,12 +6,14 @@ import re
 import statistics
 from html.parser import HTMLParser
 
+import matplotlib.pyplot as plt
 import pytest
 
 from amclr_scale.errors import UserError
 from amclr_scale.study.analysis.reading import read_study
 from amclr_scale.study.report.claims import NOT_MEASURED, load_claims, measures_of
 from amclr_scale.study.report.document import csv_text, escape, page
+from amclr_scale.study.report.probe_figures import show_means
 from amclr_scale.study.report.write import write_report
 from amclr_scale.study.statistics.decisions import estimate
 from tests.study import synthetic
@@ -237,3 +239,17 @@ def test_pictures_of_a_discussion_travel_with_the_page(tmp_path):
     assert "data:image/png;base64,iVBORw==" in text
     assert 'src="gone.png"' in text
     assert "<title>A</title>" in text
+
+
+def test_long_intervals_do_not_hide_the_means():
+    """Of two seeds they reach 12.7 standard errors."""
+    figure, axes = plt.subplots()
+    axes.errorbar([16, 64], [0.4, 0.9], [5.0, 0.1])
+    assert show_means(axes, [1.0, 0.4, 0.9])
+    assert axes.get_ylim() == pytest.approx((-0.2, 1.6))
+    axes.cla()
+    axes.errorbar([16, 64], [0.4, 0.9], [0.1, 0.1])
+    whole = axes.get_ylim()
+    assert not show_means(axes, [1.0, 0.4, 0.9])
+    assert axes.get_ylim() == whole
+    plt.close(figure)

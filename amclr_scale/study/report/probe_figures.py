@@ -157,6 +157,7 @@ def by_batch(groups: Sequence[Group], looks: Looks) -> Figure | None:
         group.name: {"title": group.title, "global_batch_size": group.global_batch_size, "seeds": len(group.runs)}
         for group in groups
     }
+    cut = False
     for axes, quantity in zip(grid.flat, [quantity for pair in shown for quantity in pair], strict=True):
         axes.axhline(quantity.ideal, color="0.5", linewidth=0.8, linestyle=(0, (1, 1.5)))
         for place, title in enumerate(titles):
@@ -172,6 +173,7 @@ def by_batch(groups: Sequence[Group], looks: Looks) -> Figure | None:
                 raw[group.name] |= columns_of(quantity.key, one)
         batch_axis(axes, groups)
         axes.set_title(quantity.words)
+        cut |= show_means(axes, [quantity.ideal, *(one.value for group in groups if (one := last(group, quantity)))])
     for axes in grid[:-1].flat:
         axes.set_xlabel("")
     legend(figure, grid[0][0], columns=4)
@@ -179,7 +181,16 @@ def by_batch(groups: Sequence[Group], looks: Looks) -> Figure | None:
         "How near the gradient of small batches is to that of the whole probe set, at the end of training; 1 is the "
         "same. Bars: 95 % t intervals over seeds."
     )
+    caption += " Bars that are longer than the picture end at its edge; report.json has them whole." if cut else ""
     return finish("probe_gradient_by_batch", caption, figure, list(raw.values()))
+
+
+def show_means(axes: Any, values: Sequence[float]) -> bool:
+    """Keep the means apart where intervals, as those of two seeds are, reach far beyond them; whether any is cut."""
+    (low, high), (least, most) = axes.get_ylim(), (min(values), max(values))
+    room = most - least or 1.0
+    axes.set_ylim(max(low, least - room), min(high, most + room))
+    return bool(low < least - room or high > most + room)
 
 
 def last_table(groups: Sequence[Group]) -> Table:
