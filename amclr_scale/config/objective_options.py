@@ -16,6 +16,7 @@ is named by `objective.module`.
 import __future__
 
 import ast
+import contextlib
 import copy
 import math
 from collections.abc import Callable, Iterator, Mapping
@@ -65,7 +66,7 @@ class Declared:
     @cached_property
     def inputs(self) -> Inputs:
         """What it reads."""
-        return self._ask(lambda: Inputs(with_layers(self.by.inputs_of(self.options), self.options)))
+        return self._ask(lambda options: Inputs(with_layers(self.by.inputs_of(options), options)))
 
     @property
     def group_size(self) -> int | None:
@@ -74,33 +75,44 @@ class Declared:
 
     def negatives(self, B: int) -> int:
         """Negatives of an anchor at a global batch of B."""
-        in_batch: int = self._ask(lambda: self.by.negatives_of(self.options, B))
+        in_batch: int = self._ask(lambda options: self.by.negatives_of(options, B))
         return in_batch + int(queue_of(self.options)["size"])
 
     @property
     def stored_rows(self) -> int | Literal["all"]:
         """Stored rows of the data set's samples that a step compares with."""
-        return self._ask(lambda: self.by.stored_rows_of(self.options))
+        return self._ask(self.by.stored_rows_of)
 
     def equals(self, B: int) -> Equal | None:
         """Another objective that computes the same at a global batch of B."""
         more = queue_of(self.options)["size"] or getattr(self.options, "layers", None)
-        return None if more else self._ask(lambda: self.by.equals(self.options, B))
+        return None if more else self._ask(lambda options: self.by.equals(options, B))
 
     def mistakes(self, B: int, b: int) -> list[str]:
         """What would fail at a global batch of B with b of it on a rank."""
-        lines, slots = self._ask(lambda: list(self.by.mistakes_of(self.options, B, b))), queue_of(self.options)["size"]
+        lines = self._ask(lambda options: list(self.by.mistakes_of(options, B, b)))
+        slots = queue_of(self.options)["size"]
         if 0 < slots < B:
             lines.append(f"queue.size: expected at least train.global_batch_size = {B} slots, or 0, got {slots}")
-        return lines + self._ask(lambda: list(mistakes_of_layers(self.by.inputs_of(self.options), self.options)))
+        return lines + self._ask(lambda options: list(mistakes_of_layers(self.by.inputs_of(options), options)))
 
-    def _ask(self, declaration: Callable[[], T]) -> T:
+    def _ask(self, declaration: Callable[[Any], T]) -> T:
         try:
-            return declaration()
+            return declaration(self.options)
         except Exception as error:
             plain = "; declarations may use builtins, math and amclr_scale.declarations alone"
             why = f"{error}{plain if isinstance(error, NameError) else ''}"
-            raise UserError(f"objective.name: {self.name}: {why}") from error
+            raise UserError(f"objective.{self._to_blame(declaration)}: {self.name}: {why}") from error
+
+    def _to_blame(self, declaration: Callable[[Any], Any]) -> str:
+        """The option whose default would have let a declaration be; `name` where there is no such option."""
+        for option, field_of in type(self.options).model_fields.items():
+            if option == "num_samples" or field_of.is_required() or getattr(self.options, option) == field_of.default:
+                continue
+            with contextlib.suppress(Exception):
+                declaration(self.options.model_copy(update={option: field_of.default}))
+                return option
+        return "name"
 
 
 def declared(section: Mapping[str, Any], num_samples: int | None = None) -> Declared:

@@ -137,7 +137,7 @@ def test_a_path_may_be_one_from_the_configuration(tmp_path):
         ([f"objective={{name: toy, module: {TOY}, prototype: 3}}"], "objective.prototype: no such key; did you mean"),
         ([f"objective={{name: toy, module: {TOY}}}"], "data.image_views: objective toy needs 2, got 0"),
         (["data.text_views=1"], "data.text_views: objective clip needs none, got 1"),
-        (["objective={name: clip, omega: -1}"], "objective.name: clip: inputs_of: image_views: expected a number"),
+        (["objective={name: clip, omega: -1}"], "objective.omega: clip: inputs_of: image_views: expected a number"),
     ],
 )
 def test_what_does_not_fit_is_told(words, said):
