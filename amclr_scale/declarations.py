@@ -108,6 +108,13 @@ class Inputs(dict[str, int | tuple[str, ...]]):
                 yield own, kind, number
 
 
+def unread_keys(inputs: Inputs) -> list[str]:
+    """Keys of `data` that give such an objective nothing, though others read them; those of numbers aside."""
+    aside = {KINDS[name].key for name in inputs} | {kind.key for kind in KINDS.values() if kind.several}
+    keys = (kind.key for kind in KINDS.values() if kind.key not in aside)
+    return [key.removeprefix("data.") for key in keys if key.startswith("data.")]
+
+
 class Equal(NamedTuple):
     """Another objective whose gradient is the same, up to a factor."""
 

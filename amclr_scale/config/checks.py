@@ -3,12 +3,11 @@
 import math
 from typing import Any
 
-from amclr_scale.config.data_checks import augmentation, batches
+from amclr_scale.config.data_checks import augmentation, batches, text_negatives, unread_places
 from amclr_scale.config.objective_options import declared
 from amclr_scale.config.optimizers import RULES
 from amclr_scale.config.schema import Config, ImageAugmentation
-from amclr_scale.config.text_rules import TEXT_RULES
-from amclr_scale.declarations import KINDS, queue_of
+from amclr_scale.declarations import KINDS, queue_of, unread_keys
 from amclr_scale.errors import one_of
 
 _MOST = 2**48  # of what is counted
@@ -26,7 +25,7 @@ def check(config: Config, world_size: int, *, objective: bool = True) -> list[st
         *batches(config),
         *_resident(config),
         *_frozen(config),
-        *_text_negatives(config),
+        *text_negatives(config),
         *_momentum(config),
         *_length(config),
         *_shares(config, world_size),
@@ -101,13 +100,6 @@ def _frozen(config: Config) -> list[str]:
     return lines
 
 
-def _text_negatives(config: Config) -> list[str]:
-    named = config.data.text_negative
-    wrong = sorted(set([named] if isinstance(named, str) else named) - set(TEXT_RULES))
-    fits = f"data.text_negative: expected {one_of(TEXT_RULES)}, or json.FIELD, got"
-    return [f"{fits} {name}" for name in wrong if "." not in name]
-
-
 def _momentum(config: Config) -> list[str]:
     momentum, execution, lines = config.model.momentum, config.execution, []
     if momentum is None:
@@ -173,6 +165,9 @@ def _objective(config: Config, world_size: int) -> list[str]:
             lines.append(f"{key}: objective {name} reads {kind}, which come from there, got nothing")
         elif there != wanted and KINDS[kind].several and (wanted or KINDS[kind].gradient):
             lines.append(f"{key}: objective {name} needs {wanted or 'none'}, got {there}")
+    given = {key: getattr(config.data, key) for key in unread_keys(found.inputs)}
+    lines += [f"data.{key}: objective {name} reads none, got {value}" for key, value in given.items() if value]
+    lines += unread_places(config)
     widths = {"width": getattr(found.options, "width", None), "queue.width": queue_of(found.options).get("width")}
     for key, width in widths.items():
         if width not in (None, config.model.embedding_width):

@@ -1,6 +1,8 @@
 """Keys of `data` that do not go together: one line per mistake, the key to change first. Imports no torch."""
 
-from amclr_scale.config.schema import Config
+from amclr_scale.config.schema import Config, Data
+from amclr_scale.config.text_rules import TEXT_RULES
+from amclr_scale.errors import one_of
 
 
 def augmentation(config: Config) -> list[str]:
@@ -41,4 +43,24 @@ def batches(config: Config) -> list[str]:
             f"data.weights: expected none with data.batches=similar, which passes over everything once per epoch, got "
             f"{data.weights}"
         )
+    return lines
+
+
+def text_negatives(config: Config) -> list[str]:
+    """Places of wrong captions that are none."""
+    named = config.data.text_negative
+    wrong = sorted(set([named] if isinstance(named, str) else named) - set(TEXT_RULES))
+    fits = f"data.text_negative: expected {one_of(TEXT_RULES)}, or json.FIELD, got"
+    return [f"{fits} {name}" for name in wrong if "." not in name]
+
+
+def unread_places(config: Config) -> list[str]:
+    """Places of hard negatives that nobody asks for."""
+    data, lines = config.data, []
+    for key in ("image_negative", "text_negative"):
+        place = getattr(data, key)
+        if place != Data.model_fields[key].default and not getattr(data, f"{key}s"):
+            lines.append(
+                f"data.{key}: data.{key}s reads it, got {place} with data.{key}s=0; remove it, or set data.{key}s=1"
+            )
     return lines

@@ -128,6 +128,9 @@ def test_a_path_may_be_one_from_the_configuration(tmp_path):
     assert "module" not in load(tmp_path / "b.yaml", ["objective.name=clip", "data.image_views=0"]).objective
 
 
+BOTH = ["data.image_reference=r.npy", "data.text_reference=r.npy"]
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
@@ -137,6 +140,17 @@ def test_a_path_may_be_one_from_the_configuration(tmp_path):
         ([f"objective={{name: toy, module: {TOY}, prototype: 3}}"], "objective.prototype: no such key; did you mean"),
         ([f"objective={{name: toy, module: {TOY}}}"], "data.image_views: objective toy needs 2, got 0"),
         (["data.text_views=1"], "data.text_views: objective clip needs none, got 1"),
+        (["data.text_reference=r.npy"], "data.text_reference: objective clip reads none, got r.npy"),
+        (["objective.name=cwcl", *BOTH], "data.text_reference: objective cwcl reads none, got r.npy"),
+        (["data.labels=json.concept"], "data.labels: objective clip reads none, got json.concept"),
+        (
+            ["data.text_negative=number"],
+            "data.text_negative: data.text_negatives reads it, got number with data.text_neg",
+        ),
+        (
+            ["data.image_negative=a.png"],
+            "data.image_negative: data.image_negatives reads it, got a.png with data.image_",
+        ),
         (["objective={name: clip, omega: -1}"], "objective.omega: clip: inputs_of: image_views: expected a number"),
     ],
 )

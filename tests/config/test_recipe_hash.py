@@ -1,6 +1,6 @@
 """Recipes over versions, and over bases that name other data."""
 
-from amclr_scale.config.load import load, recipe_hash
+from amclr_scale.config.load import load, recipe, recipe_hash
 
 
 def test_keys_that_came_later_leave_the_hashes_of_older_recipes_alone():
@@ -12,8 +12,13 @@ def test_keys_that_came_later_leave_the_hashes_of_older_recipes_alone():
             "optimizer.layer_decay=0.9", "model.image.frozen=true", "model.text.frozen_head=true",
             "data.text_negative=number", "model.image.options={a: 1}", "objective.reference=true",
         ):  # fmt: skip
-            more = ["data.image_reference=a.npy", "data.text_reference=b.npy"] if "objective" in word else []
-            assert recipe_hash(load(None, [*words, *more, word])) != recipe_hash(load(None, [*words, *more])), word
+            more = ["objective.name=negclip", "data.text_negatives=1"] if "negative" in word else []
+            files = ["data.image_reference=a.npy", "data.text_reference=b.npy"] if "reference" in word else []
+            plain, changed = load(None, [*words, *more]), load(None, [*words, *more, *files, word])
+            assert recipe_hash(changed) != recipe_hash(plain), word
+            key = word.partition("=")[0]
+            there = [any(f"{k}.".startswith(f"{key}.") for k in recipe(config)) for config in (plain, changed)]
+            assert there == [False, True], word
 
 
 def test_data_sets_with_names_replace_those_of_the_base(tmp_path):

@@ -157,6 +157,15 @@ def test_omega_as_an_axis_sets_the_views(tmp_path: Path) -> None:
     assert cells["amclr-B32-omega4-s0"].comparisons == 25 * 31
 
 
+def test_an_axis_without_an_input_takes_its_file_away(tmp_path: Path) -> None:
+    axes = "axes={objective.reference: [true, false]}"
+    files = "'data.image_reference=i.npy', 'data.text_reference=t.npy'"
+    arms = f"arms=[{{name: clip, words: [{files}]}}]"
+    cells = planned(tmp_path, arms, axes, "seeds=[0]", "batch_sizes=[32]")
+    found = [(cell.config.data.image_reference, cell.config.data.text_reference) for cell in cells.values()]
+    assert found == [("i.npy", "t.npy"), (None, None)]
+
+
 def test_learning_rates_of_one_arm_only(tmp_path: Path) -> None:
     arms = "arms=[clip, {name: sogclr, axes: {optimizer.lr: [1e-3, 2e-3]}}]"
     words = ["seeds=[0]", "batch_sizes=[256]", "lr={rule: linear, base: 4e-3}", "tuning.seeds=[]"]

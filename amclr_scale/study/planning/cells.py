@@ -13,9 +13,10 @@ from typing import Any
 
 from amclr_scale.config.load import build, from_words, merge, read_file, recipe_hash
 from amclr_scale.config.objective_options import declared, find
-from amclr_scale.config.schema import Config
+from amclr_scale.config.schema import Config, Data
 from amclr_scale.data.names import probe_name, split_names
 from amclr_scale.data.sources import embedded_splits
+from amclr_scale.declarations import unread_keys
 from amclr_scale.encoders.start.taken import resolve
 from amclr_scale.engine.batch_plan import make_plan
 from amclr_scale.engine.schedules import peak_learning_rate
@@ -232,10 +233,17 @@ def _cell(
 
 
 def further_views(tree: Mapping[str, Any]) -> list[str]:
-    """Words for as many further views as the objective reads, where the sections say another number."""
+    """Words for as many further views as the objective reads, where the sections say another number.
+
+    And for nothing where they name what it does not read: labels, features, places of hard negatives.
+    """
     inputs, data = declared(tree["objective"]).inputs, tree.get("data", {})
     wanted = {key: inputs.count(key) for key in ("image_views", "text_views", "image_negatives", "text_negatives")}
-    return [f"data.{key}={count}" for key, count in wanted.items() if data.get(key, 0) != count]
+    words = [f"data.{key}={count}" for key, count in wanted.items() if data.get(key, 0) != count]
+    places = [key for key in ("image_negative", "text_negative") if not wanted[f"{key}s"]]
+    nothing = {key: json.dumps(Data.model_fields[key].default) for key in (*unread_keys(inputs), *places)}
+    named = {key: value for key, value in nothing.items() if key in data and json.dumps(data[key]) != value}
+    return words + [f"data.{key}={value}" for key, value in named.items()]
 
 
 def _that_fit(plan: StudyPlan, arm: ArmPlan, cells: Sequence[Planned], epoch: float) -> list[Planned]:
