@@ -163,7 +163,11 @@ def environments(host: str, port: int, world_size: int, first_rank: int, here: i
 
 
 def export(rank_info: RankInfo) -> None:
-    """Set the variables that torch.distributed and DeepSpeed read, where the launcher has not."""
+    """Set the variables that torch.distributed and DeepSpeed read, where the launcher has not.
+
+    Raises:
+        UserError: nobody says where rank 0 is, or a port is given that is none.
+    """
     os.environ.setdefault("RANK", str(rank_info.rank))
     os.environ.setdefault("LOCAL_RANK", str(rank_info.local_rank))
     os.environ.setdefault("WORLD_SIZE", str(rank_info.world_size))
@@ -173,3 +177,8 @@ def export(rank_info: RankInfo) -> None:
     if "MASTER_PORT" not in os.environ:
         job = int(os.environ.get("SLURM_JOB_ID", "0"))
         os.environ["MASTER_PORT"] = str(free_port() if rank_info.world_size == 1 else 20000 + job % 20000)
+    port = os.environ["MASTER_PORT"]
+    if not port.strip().isdecimal() or int(port) > 65535:
+        raise UserError(
+            f"MASTER_PORT: expected the number of a port, at most 65535, got {port!r}; set the same one on all ranks"
+        )

@@ -6,7 +6,7 @@ import pytest
 
 from amclr_scale.config.load import load
 from amclr_scale.config.schema import LearningRateFactors, Optimizer
-from amclr_scale.distributed.launcher import RankInfo, read_rank_info
+from amclr_scale.distributed.launcher import RankInfo, export, read_rank_info
 from amclr_scale.engine.batch_plan import make_plan
 from amclr_scale.engine.optimizers import parameter_groups, set_learning_rate
 from amclr_scale.engine.schedules import learning_rate
@@ -121,3 +121,15 @@ def test_every_launcher_is_recognised():
     assert read_rank_info(batch_script) == RankInfo(0, 0, 1, 1)
     with pytest.raises(UserError, match="environment: the launcher's variables do not fit together"):
         read_rank_info({"RANK": "x", "WORLD_SIZE": "8"})
+
+
+@pytest.mark.parametrize("port", ["", "port", "-1", "29500.0", "65536"])
+def test_a_port_that_is_none(monkeypatch, port):
+    for name, value in {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}.items():
+        monkeypatch.setenv(name, value)
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+        monkeypatch.setenv(name, "0" if "RANK" in name else "1")  # to be as before afterwards
+    with pytest.raises(UserError, match=f"^MASTER_PORT: expected the number of a port, at most 65535, got '{port}'"):
+        export(RankInfo())
+    monkeypatch.setenv("MASTER_PORT", "65535")
+    export(RankInfo())
