@@ -147,7 +147,7 @@ class Optimizer(Section):
     """Each block of a tower learns at this multiple of the rate of the block after it, the last one at this multiple of
     what follows the blocks, and what precedes them once more (ELECTRA, BEiT)."""
     min_lr: Annotated[float, Field(ge=0)] = 0.0
-    """Learning rate at the end of the cosine or of the cooldown."""
+    """Learning rate at the end of the cosine or of the cooldown; inverse_sqrt does not fall below it."""
     schedule: Literal["cosine", "constant", "step", "inverse_sqrt"] = "cosine"
     """Course of the learning rate after warm-up. constant with cooldown_samples is what is called WSD (warm-up, stable,
     decay); inverse_sqrt: lr / sqrt(1 + t / timescale_samples), t samples after warm-up."""

@@ -30,7 +30,7 @@ def learning_rate(optimizer: Optimizer, samples: float, total_samples: float, gl
         case "inverse_sqrt":
             timescale = optimizer.timescale_samples or optimizer.warmup_samples
             rate = peak / math.sqrt(1 + (samples - optimizer.warmup_samples) / timescale)
-            return _cooled(optimizer, rate, samples, total_samples)
+            return _cooled(optimizer, max(rate, optimizer.min_lr), samples, total_samples)
         case "step":
             return peak * optimizer.step_factor ** sum(samples >= at for at in optimizer.step_samples)
         case "cosine":

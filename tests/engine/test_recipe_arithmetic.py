@@ -41,6 +41,9 @@ def test_cooldown_and_inverse_square_root():
     given = Optimizer(lr=2.0, schedule="inverse_sqrt", timescale_samples=50, cooldown_samples=200)
     at = [learning_rate(given, s, 800, 1) for s in (150, 600, 700, 800)]
     assert at == pytest.approx([1.0, 2 / math.sqrt(13), 1 / math.sqrt(15), 0.0])
+    low = Optimizer(lr=2.0, schedule="inverse_sqrt", timescale_samples=1, cooldown_samples=400, min_lr=0.4)
+    at = [learning_rate(low, s, 1000, 1) for s in (0, 3, 24, 99, 600, 800, 1000)]
+    assert at == pytest.approx([2.0, 1.0, 0.4, 0.4, 0.4, 0.4, 0.4])  # it does not rise to min_lr at the end
     for run in (1000, 2000):  # a longer run is the same until its cooldown
         assert learning_rate(linear, 599, run, 1) == 2.0
 
