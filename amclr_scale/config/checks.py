@@ -6,7 +6,7 @@ from typing import Any
 from amclr_scale.config.data_checks import augmentation, batches, text_negatives, unread_places
 from amclr_scale.config.objective_options import declared
 from amclr_scale.config.optimizers import RULES
-from amclr_scale.config.schema import Config, ImageAugmentation
+from amclr_scale.config.schema import Config, ImageAugmentation, Optimizer
 from amclr_scale.declarations import KINDS, queue_of, unread_keys
 from amclr_scale.errors import one_of
 
@@ -268,12 +268,8 @@ def _schedule(config: Config) -> list[str]:
             f"optimizer.cooldown_samples: schedule constant and inverse_sqrt have a cooldown, got {o.cooldown_samples} "
             f"with {o.schedule}, which falls to min_lr by itself; set optimizer.schedule=constant"
         )
-    samples = config.train.samples
-    if cools and samples is not None and o.warmup_samples + o.cooldown_samples > samples:
-        lines.append(
-            f"optimizer.cooldown_samples: expected at most train.samples - optimizer.warmup_samples = "
-            f"{max(0, samples - o.warmup_samples)}, got {o.cooldown_samples}"
-        )
+    if config.train.samples is not None:
+        lines += too_short(o, config.train.samples, "train.samples")
     if o.schedule == "inverse_sqrt" and not (o.timescale_samples or o.warmup_samples):
         lines.append(
             "optimizer.timescale_samples: schedule inverse_sqrt needs it, or warmup_samples, got null and 0; such as a "
@@ -284,6 +280,19 @@ def _schedule(config: Config) -> list[str]:
             f"optimizer.timescale_samples: schedule inverse_sqrt reads it, got {o.timescale_samples} with {o.schedule}"
         )
     return lines
+
+
+def too_short(optimizer: Optimizer, samples: float, length: str) -> list[str]:
+    """Words where so many samples, called `length`, have no room for warm-up and cooldown."""
+    warmup, cooldown = optimizer.warmup_samples, optimizer.cooldown_samples
+    if optimizer.schedule not in ("constant", "inverse_sqrt") or warmup + cooldown <= samples:
+        return []
+    if warmup > samples:
+        return [f"optimizer.warmup_samples: expected at most {length} = {math.floor(samples)}, got {warmup}"]
+    most = math.floor(samples - warmup)
+    return [
+        f"optimizer.cooldown_samples: expected at most {length} - optimizer.warmup_samples = {most}, got {cooldown}"
+    ]
 
 
 # What the schema generates, and the key that says it. Everything else in DeepSpeed's configuration is the user's.

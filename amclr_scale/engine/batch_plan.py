@@ -3,8 +3,10 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
+from amclr_scale.config.checks import too_short
 from amclr_scale.config.schema import Config, Optimizer
 from amclr_scale.engine.schedules import learning_rate
+from amclr_scale.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -79,13 +81,27 @@ class Plan:
         if self.global_batch_size > self.samples_per_epoch:
             epochs = self.global_batch_size / self.samples_per_epoch
             lines.append(f"a global batch holds {epochs:.1f} epochs: samples meet themselves in it")
+        warmup = self.optimizer.warmup_samples
+        if warmup > self.total_samples:
+            lines.append(
+                f"its warm-up of {warmup} samples is longer than the run: the learning rate ends below its peak"
+            )
         return "\n".join(lines)
 
 
 def make_plan(config: Config, samples_per_epoch: float, world_size: int) -> Plan:
-    """Steps from samples or epochs: the nearest whole number of global batches, at least one."""
+    """Steps from samples or epochs: the nearest whole number of global batches, at least one.
+
+    Raises:
+        UserError: so many epochs are too short for the warm-up and the cooldown.
+    """
     batch = config.train.global_batch_size
-    samples = config.train.samples or (config.train.epochs or 0) * samples_per_epoch
+    epochs = config.train.epochs
+    samples = config.train.samples or (epochs or 0) * samples_per_epoch
+    if epochs is not None and config.train.samples is None:  # else it has been refused before
+        length = f"{epochs:g} epochs of {samples_per_epoch:g} samples"
+        if lines := too_short(config.optimizer, samples, length):
+            raise UserError(lines[0])
     local = batch // world_size
     wanted = config.execution.micro_batch_size or local
     sizes = (min(wanted, local), min(config.execution.text_micro_batch_size or wanted, local))

@@ -54,6 +54,10 @@ SCHEDULES = {
         "optimizer.cooldown_samples=300",
         "schedule=constant",
     ],
+    "optimizer.warmup_samples: expected at most train.samples = 256, got 300": [
+        "optimizer.warmup_samples=300",
+        "schedule=constant",
+    ],
     "optimizer.timescale_samples: schedule inverse_sqrt needs it": ["schedule=inverse_sqrt"],
     "optimizer.timescale_samples: schedule inverse_sqrt reads it": ["optimizer.timescale_samples=9"],
 }
@@ -64,6 +68,21 @@ def test_keys_of_schedules_that_do_not_fit(message):
     words = [word if word.startswith("optimizer") else f"optimizer.{word}" for word in SCHEDULES[message]]
     with pytest.raises(UserError, match=message):
         load(None, ["train.samples=256", "train.global_batch_size=64", *words])
+
+
+def test_a_run_in_epochs_that_is_shorter_than_its_warm_up_and_cooldown():
+    words = ["train.epochs=2", "train.global_batch_size=64", "optimizer.warmup_samples=100"]
+    cooled = [*words, "optimizer.schedule=constant", "optimizer.cooldown_samples=160"]
+    told = r"^optimizer\.cooldown_samples: expected at most 2 epochs of 128 samples - .* = 156, got 160"
+    with pytest.raises(UserError, match=told):
+        make_plan(load(None, cooled), 128, 1)
+    told = r"^optimizer\.warmup_samples: expected at most 2 epochs of 45 samples = 90, got 100"
+    with pytest.raises(UserError, match=told):
+        make_plan(load(None, [*cooled, "optimizer.cooldown_samples=0"]), 45, 1)
+    make_plan(load(None, cooled), 130, 1)
+    assert "warm-up" not in str(make_plan(load(None, words), 64, 1))
+    for length in (["train.epochs=2"], ["train.epochs=null", "train.samples=64"]):
+        assert "its warm-up of 100 samples is longer than the run" in str(make_plan(load(None, words + length), 32, 1))
 
 
 @pytest.mark.parametrize(("rule", "factor"), [("none", 1), ("sqrt", 4), ("linear", 16)])
