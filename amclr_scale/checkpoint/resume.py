@@ -13,6 +13,7 @@ from amclr_scale.checkpoint import contents, files
 from amclr_scale.checkpoint.files import CHECKPOINTS
 from amclr_scale.config.load import build, recipe, recipe_hash
 from amclr_scale.config.schema import Config
+from amclr_scale.data.beside.fingerprint import SHARDS, parts
 from amclr_scale.errors import UserError
 
 
@@ -28,11 +29,13 @@ class Found:
     tokenizer: str | None  # its fingerprint; None: saved by a version that did not write one
     changed: tuple[str, ...]  # keys of the recipe that differ, as resume_changed allows
     complaints: tuple[str, ...]  # newer checkpoints that cannot be used, and why
+    unsaid: tuple[str, ...] = ()  # files of data whose content a version that did not look at it has left out
 
     def notes(self) -> list[str]:
         """What the user should know about it, in words."""
         changed = [f"resumed with a changed recipe: {words}" for words in self.changed]
         unknown = [] if self.tokenizer else [f"{self.checkpoint} does not say what its tokenizer was: not checked"]
+        unknown += [f"{self.checkpoint} does not say what was in data.{key}: not checked" for key in self.unsaid]
         return [*self.complaints, f"resumed from {self.checkpoint}", *unknown, *changed]
 
     def step(self, config: Config) -> int:
@@ -65,13 +68,16 @@ class Found:
         return step
 
     def check_data(self, config: Config, fingerprint: str) -> None:
-        """Raise `UserError` if the data set's content is not what the position in it was counted on."""
-        if fingerprint != self.fingerprint and not _allowed("data.train", config.resume_changed):
-            raise UserError(
-                f"data.train: the shards are not those that {self.checkpoint} was trained on: fingerprint "
-                f"{fingerprint}, expected {self.fingerprint}; bring them back, or accept it with "
-                "resume_changed=data.train"
-            )
+        """Raise `UserError` if the data set's content, or features beside it, are not those of before."""
+        now, before = parts(fingerprint), parts(self.fingerprint)
+        for key, expected in before.items():
+            accepted = any(_allowed(name, config.resume_changed) for name in (f"data.{key}", f"data.{SHARDS}"))
+            if now.get(key) != expected and not accepted:
+                what = "the shards are" if key == SHARDS else f"the features in {getattr(config.data, key, None)} are"
+                raise UserError(
+                    f"data.{key}: {what} not those that {self.checkpoint} was trained on: fingerprint "
+                    f"{now.get(key)}, expected {expected}; bring them back, or accept it with resume_changed=data.{key}"
+                )
 
     def check_tokenizer(self, config: Config, fingerprint: str) -> None:
         """Raise `UserError` if captions would become other numbers than those that the model has learned."""
@@ -146,9 +152,11 @@ def _found(checkpoint: Path, complaints: list[str], config: Config) -> Found:
             f"resume: {checkpoint} was made by another recipe; go back to it, or accept the changes with "
             f"resume_changed={keys}\n" + "\n".join(refused)
         )
+    said, data = parts(state["data_fingerprint"]), state["config"].get("data", {})
+    unsaid = tuple(key for key in ("image_reference", "text_reference") if data.get(key) and key not in said)
     return Found(
         checkpoint, checkpoint.parent.parent, state["samples"], state["number"], state["data_fingerprint"],
-        state.get("tokenizer_fingerprint"), tuple(changed.values()), tuple(complaints),
+        state.get("tokenizer_fingerprint"), tuple(changed.values()), tuple(complaints), unsaid,
     )  # fmt: skip
 
 

@@ -10,6 +10,7 @@ from typing import Any
 from amclr_scale.commands.job import Prepared
 from amclr_scale.config.load import keys_of
 from amclr_scale.config.schema import Config
+from amclr_scale.data.beside.fingerprint import SHARDS, parts
 from amclr_scale.distributed.agreement import check_agreement
 from amclr_scale.evaluation.run import Evaluator
 from amclr_scale.metrics.run_folder import installed_packages
@@ -40,7 +41,8 @@ def facts(config: Config, prepared: Prepared) -> dict[str, Any]:
     loader, tokenizer = prepared.inputs.loader, prepared.inputs.tokenizer
     found["data.train: samples"] = loader.num_samples
     found["data.train: content of the shards"] = loader.index.shards.content()
-    found["data.train: content and order of the shards"] = loader.fingerprint
+    for key, content in parts(loader.fingerprint).items():
+        found[f"data.{key}: content{' and order of the shards' * (key == SHARDS)}"] = content
     if synonyms := config.data.text_augmentation.synonyms:
         found["data.text_augmentation.synonyms: content"] = digest_of(Path(synonyms).expanduser().read_text("utf-8"))
     found["data.tokenizer: what it does"] = tokenizer.fingerprint()

@@ -24,6 +24,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from amclr_scale.config import schema
 from amclr_scale.data.beside.communities import order_of_communities
+from amclr_scale.data.beside.fingerprint import joined
 from amclr_scale.data.captions.further_captions import check_further_captions, repeats
 from amclr_scale.data.indexing import open_index
 from amclr_scale.data.order import BatchOrder, Order, Visits
@@ -122,7 +123,7 @@ class TrainLoader:
     Attributes:
         num_samples: N.
         samples_per_epoch: N, but for a mixture with weights.
-        fingerprint: of the shards' content; a position means nothing under another one.
+        fingerprint: of what is read (data/beside/fingerprint.py); a position means nothing under another one.
         counts: unusable samples that this rank met, by kind.
         notes: what the log should say about the data.
 
@@ -167,8 +168,8 @@ class TrainLoader:
         self._seen = 0
         self._patience = min(_FIRST, self.num_samples // world_size)
         pipeline = Pipeline(self.index, data, seed, self.tokenizer)
-        self.notes: list[str] = []
-        self._repeated: Counter[str] = Counter()
+        self.fingerprint = joined(self.fingerprint, {key: of.digest() for key, of in pipeline.references.items()})
+        self.notes, self._repeated = list[str](), Counter[str]()
         self._local = global_batch_size // world_size
         self._parts = _Parts(self.order, pipeline, (global_batch_size, rank, world_size), _PART)
         self._workers = workers

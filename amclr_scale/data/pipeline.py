@@ -74,6 +74,7 @@ class Pipeline:
     Attributes:
         text: which captions the views show.
         resident: the decoded data set, once `hold` has opened it.
+        references: features of frozen models, by the name that objectives know them by.
         groups: which samples show the same, where further views are drawn from these.
     """
 
@@ -86,7 +87,7 @@ class Pipeline:
             )
         self._image_id = Field.parse(data.image_id) if data.image_id else None
         self._labels = Field.parse(data.labels) if data.labels else None
-        self._references = open_references(data, index)
+        self.references = open_references(data, index)
         self._image_group = Field.parse(data.image_group) if data.image_group else None
         others = {field.member for field in (self._image_id, self._labels, self._image_group) if field}
         self._texts = self.text.members | self.hard.members | others
@@ -163,7 +164,7 @@ class Pipeline:
         repeated["repeated_texts"] = count_repeated(texts)
         samples = torch.tensor(ids, dtype=torch.int64)
         negatives, there = self._hard(texts[0], hard)
-        given = {name: references(ids) for name, references in self._references.items()}
+        given = {name: references(ids) for name, references in self.references.items()}
         if negatives:
             given["text_negative_mask"] = there
             repeated["missing_negatives"] = int((~there).sum())

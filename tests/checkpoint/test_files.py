@@ -1,5 +1,6 @@
 """A damaged checkpoint is never read silently, an older valid one is, and the message says so."""
 
+import dataclasses
 import json
 import shutil
 from types import SimpleNamespace
@@ -198,6 +199,30 @@ def test_other_data_is_refused(two):
     found.check_data(config, "f")
     with pytest.raises(UserError, match=r"data\.train: the shards are not those"):
         found.check_data(config, "g")
+
+
+def test_other_features_beside_the_data_are_refused(two):
+    config, _, new = two
+    data = config.data.model_copy(update={"image_reference": "r.npy"})
+    config = config.model_copy(update={"data": data})
+    found = dataclasses.replace(find(two[0]), fingerprint="f-image_reference:1")
+    found.check_data(config, "f-image_reference:1")
+    with pytest.raises(UserError, match=rf"^data\.image_reference: the features in r\.npy are not those that {new}"):
+        found.check_data(config, "f-image_reference:2")
+    with pytest.raises(UserError, match=r"^data\.train: the shards are not those"):
+        found.check_data(config, "g-image_reference:1")
+    for accepted in ("data.image_reference", "data.train", "data"):
+        found.check_data(config.model_copy(update={"resume_changed": [accepted]}), "f-image_reference:2")
+
+
+def test_a_checkpoint_that_does_not_say_what_was_in_a_reference(tmp_path):
+    config = configuration(tmp_path, resume="auto", objective__name="cwcl", data__image_reference="r.npy")
+    write(tmp_path, 10, config)
+    found = find(config)
+    found.check_data(config, "f-image_reference:1")
+    assert any("does not say what was in data.image_reference: not checked" in note for note in found.notes())
+    write(tmp_path, 11, config, data_fingerprint="f-image_reference:1")
+    assert not any("does not say" in note for note in find(config).notes())
 
 
 def test_another_tokenizer_is_refused(two):

@@ -9,8 +9,11 @@ import torch
 
 from amclr_scale.commands.embed import main as embed
 from amclr_scale.config.load import load
+from amclr_scale.data.beside import fingerprint as prints
+from amclr_scale.data.beside import references
 from amclr_scale.data.beside.references import References, open_references
 from amclr_scale.data.indexing import open_index
+from amclr_scale.data.loader import TrainLoader
 from amclr_scale.errors import UserError
 from amclr_scale.memory.account import account
 from tests.data.shards import pair, settings, write_shards, write_tar
@@ -99,6 +102,39 @@ def test_what_does_not_fit_is_told_with_the_sample(tmp_path):
     assert "No such file" in refused(str(tmp_path / "none.npy"))
     np.save(tmp_path / "code.npy", np.array([{"a": 1}] * 16))  # would be unpickled
     assert "expected a .npy file" in refused(str(tmp_path / "code.npy"))
+
+
+def test_a_file_that_was_written_anew_is_another_data_set(tmp_path, monkeypatch):
+    write_shards(tmp_path, [12, 20])
+    plain, file = settings(str(tmp_path)), written(tmp_path / "r.npy", 32)
+    data = plain.model_copy(update={"image_reference": file})
+
+    def fingerprint(data=data):
+        with closing(TrainLoader(data, seed=0, global_batch_size=8)) as loader:
+            return loader.fingerprint
+
+    first = fingerprint()
+    written(tmp_path / "again.npy", 32)
+    assert fingerprint(plain.model_copy(update={"image_reference": str(tmp_path / "again.npy")})) == first
+    assert fingerprint(plain.model_copy(update={"text_reference": file})) != first
+    written(tmp_path / "r.npy", 32, first=1)
+    assert fingerprint() != first
+    shards = fingerprint(plain)
+    found = prints.parts(first)
+    assert found == {"train": shards, "image_reference": found["image_reference"]}
+    for small in (references._SMALL, 0):  # of a large file some rows all over it count, and its size
+        monkeypatch.setattr(references, "_SMALL", small)
+        monkeypatch.setattr(references, "_ROWS", 3)
+        digests = set()
+        for changed in (None, 0, 31, 5):
+            rows = np.ones((32, R), np.float32)
+            if changed is not None:
+                rows[changed] += 1
+            np.save(file, rows)
+            digests.add(fingerprint())
+        assert len(digests) == (4 if small else 3)
+        np.save(file, np.ones((32, R + 1), np.float32))
+        assert fingerprint() not in digests
 
 
 def test_embed_writes_what_training_reads(tmp_path, monkeypatch):
