@@ -29,6 +29,8 @@ from amclr_scale.engine.profiling import StepProfiler
 from amclr_scale.engine.records import FinalMeasurement, Measurement, TrainingRecords
 from amclr_scale.engine.step import TrainStep
 from amclr_scale.errors import UserError
+from amclr_scale.evaluation.evaluators import numbers_of
+from amclr_scale.evaluation.frozen_features.measure import numbers_of_probe
 from amclr_scale.evaluation.run import MOMENTUM, Evaluator
 from amclr_scale.metrics.best import BestSoFar
 from amclr_scale.metrics.log import RunLog
@@ -85,14 +87,19 @@ def check_best(config: Config, evaluator: Evaluator | None) -> None:
             f"on the way; got {config.evaluation.splits or 'no splits'} and {config.evaluation.every_samples}"
         )
     split, _, number = wanted.rpartition("/")
-    names = [task.name for task in evaluator.tasks] + [
-        probe_name(one, config.evaluation) for one, *_ in evaluator.probes
-    ]
-    names += [MOMENTUM + name for name in names] if config.evaluation.momentum else []
-    if split not in names or score_of(number) is None:
+    known = {task.name: numbers_of(task, config.evaluation) for task in evaluator.tasks}
+    known |= {probe_name(one, config.evaluation): numbers_of_probe(one, train) for one, train, _ in evaluator.probes}
+    known |= {MOMENTUM + name: found for name, found in known.items()} if config.evaluation.momentum else {}
+    if split not in known or score_of(number) is None:
         raise UserError(
-            f"checkpoint.best: expected SPLIT/NUMBER, such as {names[0]}/image_to_text_R@1, of the splits "
-            f"{', '.join(names)}, got {wanted}"
+            f"checkpoint.best: expected SPLIT/NUMBER, such as {next(iter(known))}/image_to_text_R@1, of the splits "
+            f"{', '.join(known)}, got {wanted}"
+        )
+    measured = known[split]
+    if measured is not None and number not in measured:
+        raise UserError(
+            f"checkpoint.best: expected a number that is measured of {split} ({', '.join(sorted(measured))}), got "
+            f"{number}"
         )
 
 

@@ -8,7 +8,7 @@ import argparse
 from collections.abc import Iterator
 
 from amclr_scale.checkpoint.resume import find
-from amclr_scale.commands.job import predict_memory
+from amclr_scale.commands.job import check_best, predict_memory
 from amclr_scale.config.schema import Config
 from amclr_scale.data.loader import TrainLoader
 from amclr_scale.data.tokenizers import Tokenizer, load_tokenizer
@@ -79,6 +79,7 @@ def _read_data(config: Config) -> tuple[TrainLoader, str]:
 def _read_splits(config: Config) -> Iterator[str]:
     """The first sample of everything that is measured on."""
     evaluator = Evaluator(config)
+    check_best(config, evaluator if evaluator.tasks or evaluator.probes else None)
     pairs = [(f"evaluation.splits: {task.name}", task) for task in evaluator.tasks]
     pairs += [(f"evaluation.probes: {task.name}", task) for _, *both in evaluator.probes for task in both]
     for said, task in pairs:

@@ -18,11 +18,13 @@ from amclr_scale.evaluation import geometry as sphere
 from amclr_scale.evaluation.encode import Encode, encode_images, encode_texts
 from amclr_scale.evaluation.image_files import ImageFiles
 from amclr_scale.evaluation.numbers import Number
+from amclr_scale.evaluation.retrieval import names as retrieval_names
 from amclr_scale.evaluation.retrieval import retrieval as rank_both_ways
 from amclr_scale.evaluation.shares import gather_rows, share
 from amclr_scale.evaluation.splits import Split, Task
 from amclr_scale.evaluation.tokens.retrieval import token_retrieval as by_tokens
-from amclr_scale.evaluation.zero_shot import accuracies, class_ranks, ensemble, prompts
+from amclr_scale.evaluation.zero_shot import accuracies, accuracy_names, class_ranks, ensemble, prompts
+from amclr_scale.metrics.scores import GEOMETRY
 
 Classifiers = dict[tuple[str, ...], Tensor]
 # Numbers with their items (see numbers.py), and numbers without: sizes, medians, what has no items.
@@ -175,6 +177,30 @@ EVALUATORS: dict[str, Callable[[EncodedSplit], Measured]] = {
 }
 ALWAYS = tuple(EVALUATORS)
 EVALUATORS["token_retrieval"] = token_retrieval
+_OURS = frozenset(EVALUATORS)
+
+
+def numbers_of(task: Task, options: Evaluation) -> set[str] | None:
+    """What a split's numbers will be called, those that scores describe, before anything is encoded.
+
+    None: that is not known, for an evaluator of the user's own is asked for.
+    """
+    if set(options.evaluators) - _OURS:
+        return None
+    found: set[str] = set()
+    if task.retrieval:
+        ranked, plain = retrieval_names()
+        found |= ranked | plain
+        if "token_retrieval" in options.evaluators:
+            found |= {f"token_{name}" for name in ranked}
+        if options.geometry:
+            both = [name for name in GEOMETRY.scores if name.startswith("*_")]
+            found |= {"alignment", "modality_gap", "cross_uniformity"}
+            found |= {name.replace("*", side) for name in both for side in ("image", "text")}
+            found |= {"image_tolerance"} if task.class_names else set()
+    if isinstance(task.split, ImageFiles):
+        found |= {f"composition_{kind}" for item in task.split.items for kind in item.negatives}
+    return found | (accuracy_names(len(task.class_names)) if task.class_names else set())
 
 
 def gallery(split: Split) -> tuple[list[str], Tensor, Tensor, Tensor]:

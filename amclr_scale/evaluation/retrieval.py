@@ -75,6 +75,14 @@ class Ranks:
         }
 
 
+def names() -> tuple[set[str], set[str]]:
+    """What `Ranks.numbers` are called, the filtered ones too, which are there if images share captions; and medians."""
+    columns = [column for column, score in RETRIEVAL.scores.items() if score.ranked or column == "R@mean"]
+    both = ("image_to_text", "text_to_image")
+    numbers = {f"{row}_{column}" for row in (*both, "text_to_image_filtered") for column in columns}
+    return numbers | {"R@mean"}, {f"{row}_median_rank" for row in both}
+
+
 def _direction(
     name: str, ranks: Tensor, clusters: Tensor | None, right: Tensor | None, wrong: Tensor
 ) -> dict[str, Number]:

@@ -18,7 +18,7 @@ from amclr_scale.evaluation.chance import guessed
 from amclr_scale.evaluation.numbers import Number, number
 from amclr_scale.evaluation.retrieval import tie
 from amclr_scale.evaluation.shares import gather_rows
-from amclr_scale.metrics.scores import CLASSIFICATION
+from amclr_scale.metrics.scores import CLASSIFICATION, Score
 
 ROWS = 1024  # images compared with all classes at once
 
@@ -45,6 +45,16 @@ def ensemble(encoded: Tensor, templates: int) -> Tensor:
     return F.normalize(by_class.mean(1), dim=-1)
 
 
+def _fits(score: Score, num_classes: int) -> bool:
+    return score.ranked and (score.within is None or score.within == 1 or score.within < num_classes)
+
+
+def accuracy_names(num_classes: int, *, name: str = "zero_shot") -> set[str]:
+    """What `accuracies` will call its numbers."""
+    fit = (column for column, score in CLASSIFICATION.scores.items() if _fits(score, num_classes))
+    return {f"{name}_{column}" for column in (*fit, "mean_per_class")}
+
+
 @torch.no_grad()
 def class_ranks(image: Tensor, classes: Tensor, labels: Tensor) -> Tensor:
     """The place of each image's class, 1 = first, of all ranks' images: (N,).
@@ -69,7 +79,7 @@ def accuracies(ranks: Tensor, labels: Tensor, num_classes: int, *, name: str = "
     numbers = {
         f"{name}_{column}": number(score.values(ranks).double(), chance=guessed(score, None, wrong))
         for column, score in CLASSIFICATION.scores.items()
-        if score.ranked and (score.within is None or score.within == 1 or score.within < num_classes)
+        if _fits(score, num_classes)
     }
     sizes = torch.bincount(labels, minlength=num_classes)
     numbers[f"{name}_mean_per_class"] = number(

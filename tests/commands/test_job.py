@@ -8,7 +8,9 @@ from amclr_scale.commands.job import check_best
 from amclr_scale.config.load import load
 from amclr_scale.errors import UserError
 
-EVALUATOR = SimpleNamespace(tasks=[SimpleNamespace(name="photos"), SimpleNamespace(name="a/b")], probes=[])
+PHOTOS = SimpleNamespace(name="photos", retrieval=True, class_names=[], split=None)
+CLASSES = SimpleNamespace(name="a/b", retrieval=False, class_names=["cat", "dog"], split=None)
+EVALUATOR = SimpleNamespace(tasks=[PHOTOS, CLASSES], probes=[])
 TEACHER = ["model.momentum={decay: 0.9}", "evaluation.momentum=true"]
 
 
@@ -27,6 +29,20 @@ def test_the_best_checkpoint_is_by_a_number_that_is_measured_on_the_way():
     for best in ("photos/imagetotext", "image_to_text_R@1", "b/zero_shot_top1", "momentum/photos/image_to_text_R@1"):
         with pytest.raises(UserError, match=r"^checkpoint\.best: expected SPLIT/NUMBER, such as photos/.*, got "):
             checked(best)
+    for best in (
+        "photos/zero_shot_top1", "photos/R@1", "photos/alignment", "photos/token_R@mean", "photos/composition_order",
+        "photos/probe_top1", "a/b/image_to_text_R@1", "a/b/zero_shot_top5",
+    ):  # fmt: skip
+        split, _, number = best.rpartition("/")
+        with pytest.raises(
+            UserError, match=rf"^checkpoint\.best: expected a number that is measured of {split} \(.*, got {number}$"
+        ):
+            checked(best)
+    measured = load("configs/quickstart.yaml", ["evaluation.geometry=true", "evaluation.evaluators=[token_retrieval]"])
+    for best in ("photos/alignment", "photos/token_R@mean", "photos/R@mean", "photos/image_to_text_median_rank"):
+        checked(best, measured)
+    mine = load("configs/quickstart.yaml", ["evaluation.evaluators=[mine]"])
+    checked("photos/composition_order", mine)  # what an evaluator of the user's own measures is not known
     for config, evaluator in ((never, EVALUATOR), (plain, None)):
         with pytest.raises(UserError, match=r"^checkpoint\.best: expected evaluation\.splits and evaluation\.every"):
             checked("photos/image_to_text_R@1", config, evaluator)

@@ -7,12 +7,15 @@ import torch
 import torch.nn.functional as F
 
 from amclr_scale.config.schema import Config
-from amclr_scale.data.names import short_names
+from amclr_scale.data.names import probe_name, short_names
 from amclr_scale.data.tokenizers import load_tokenizer
 from amclr_scale.distributed.collectives import rank, world_size
 from amclr_scale.encoders.build import build_model
 from amclr_scale.errors import UserError
+from amclr_scale.evaluation.evaluators import numbers_of
+from amclr_scale.evaluation.frozen_features.measure import numbers_of_probe
 from amclr_scale.evaluation.run import Evaluator
+from amclr_scale.metrics.scores import score_of
 from tests.evaluation.shards import write_split, write_tar
 
 N = 23
@@ -89,6 +92,18 @@ def test_any_number_of_ranks_and_any_batch_size_give_the_same(ranks, split, tmp_
             for name, value in want.items():
                 assert got[name] == pytest.approx(value, abs=1e-9), name
             assert [kind for kind, _ in calls] == [kind for kind, _ in answers[0][1]]  # ZeRO's stage 3 would hang
+
+
+def test_numbers_are_known_before_they_are_measured(split):
+    probe = {"train": split, "test": split, "classes": "json.concept", "l2": [1e-3], "neighbours": [1]}
+    config = recipe(split, geometry=True, probes=[probe])
+    evaluator = Evaluator(config)
+    ((options, train, _),) = evaluator.probes
+    known = {called(split): numbers_of(evaluator.tasks[0], config.evaluation)}
+    known[probe_name(options, config.evaluation)] = numbers_of_probe(options, train)
+    found = [key.rpartition("/") for key in evaluator(model(config)) if score_of(key) is not None]
+    assert known == {name: {number for of, _, number in found if of == name} for name in known}
+    assert numbers_of(evaluator.tasks[0], config.evaluation.model_copy(update={"evaluators": ["mine"]})) is None
 
 
 def test_numbers_are_those_of_the_features(split):

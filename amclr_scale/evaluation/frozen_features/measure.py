@@ -15,7 +15,7 @@ from amclr_scale.evaluation.frozen_features import linear, neighbours
 from amclr_scale.evaluation.numbers import Number
 from amclr_scale.evaluation.shares import gather_rows, share
 from amclr_scale.evaluation.splits import Task
-from amclr_scale.evaluation.zero_shot import accuracies
+from amclr_scale.evaluation.zero_shot import accuracies, accuracy_names
 
 FEATURES = {"embedding": "image", "tower": "image_features"}
 
@@ -74,6 +74,14 @@ def measure_probe(
             numbers |= _accuracy(scores, target, test, f"knn{suffix}")
             plain |= {f"knn{suffix}_neighbours": k, f"knn{suffix}_temperature": t}
     return numbers, plain
+
+
+def numbers_of_probe(options: Probe, train: Task) -> set[str]:
+    """What `measure_probe` will call its numbers, those that scores describe."""
+    suffixes = ["" if name == "embedding" else "_tower" for name in options.features]
+    methods = ["probe" if method == "linear" else method for method in options.methods]
+    names = [f"{method}{suffix}" for method in methods for suffix in suffixes]
+    return {number for name in names for number in accuracy_names(len(train.class_names), name=name)}
 
 
 def _accuracy(scores: Tensor, target: Tensor, test: Task, name: str) -> dict[str, Number]:
