@@ -25,6 +25,8 @@ from amclr_scale.encoders.weights import load_weights
 from amclr_scale.errors import UserError, did_you_mean
 from amclr_scale.torchvision_ops import import_torchvision
 
+Build = Callable[[ImageTower, int], tuple[nn.Module, int]]
+Found = tuple[int, tuple[str, ...], Place]  # the width, what to tell the user, and where there are tokens
 CLASSIFIERS = ("fc", "heads", "classifier", "head")  # torchvision's names for what follows the features
 
 
@@ -66,7 +68,7 @@ def build_image_tower(
         module, width = build(tower, image_size)
     except SizeError as error:
         raise UserError(f"{error}{_sizes_near(tower, image_size)}") from error
-    width, notes, place = _try(module, width, tower, image_size)
+    width, notes, place = _tried(build, module, width, tower, image_size)
     if tower.pretrained and not isinstance(module, VisionModel):
         raise UserError(f"model.image.pretrained: expected transformers/FOLDER in model.image.name, got {tower.name}")
     if tower.pretrained and weights:
@@ -87,17 +89,35 @@ def _holds_still(tower: ImageTower) -> bool:
     return tower.frozen and not tower.unfrozen_blocks
 
 
-def _try(module: nn.Module, width: int, tower: ImageTower, size: int) -> tuple[int, list[str], Place]:
+def _tried(build: Build, module: nn.Module, width: int, tower: ImageTower, size: int) -> Found:
+    """What `_try` finds, once in a process for each section and size where these settle it.
+
+    Plans and searches build the same tower over and over, and a trial takes longer than the tower.
+    """
+    key = (build, tower.model_dump_json(), size, any(p.is_meta for p in module.parameters()))
+    if key not in _TRIED:
+        try:
+            found = _try(module, tower, size)
+        except UntriedError:  # it has no memory here, and looks at numbers
+            return width, (), Place(tower.name)
+        if build not in _SETTLED:
+            return found
+        _TRIED[key] = found
+    return _TRIED[key]
+
+
+def _try(module: nn.Module, tower: ImageTower, size: int) -> Found:
     """The width of the features, how many pixels a grid of patches cuts off, and where there are tokens.
 
     Raises:
         UserError: the tower does not take images of this size, or gives something else than features.
+        UntriedError: it has no memory here, and looks at numbers.
     """
     grid, search = PatchGrid(module, size), TokenSearch(module, 2)
     try:
         out = trial(module, torch.zeros(2, 3, size, size))
-    except UntriedError:  # it has no memory here, and looks at numbers
-        return width, [], Place(tower.name)
+    except UntriedError:
+        raise
     except Exception as error:  # whatever a tower raises about images that it cannot take
         raise UserError(
             f"data.image_size: {tower.name} does not take images of {size} pixels ({_words(error)})"
@@ -112,7 +132,7 @@ def _try(module: nn.Module, width: int, tower: ImageTower, size: int) -> tuple[i
             f"model.image.name: expected one vector per image, (2, width) for two, got {got} from {tower.name}"
         )
     unseen, width = grid.unseen(), int(out.shape[1])
-    notes = [f"data.image_size: {tower.name} never sees {unseen}"] if unseen else []
+    notes = (f"data.image_size: {tower.name} never sees {unseen}",) if unseen else ()
     if isinstance(module, open_clip_towers.OpenClipVision):
         return width, notes, Place(tower.name)  # its projection is of the pooled features, not of tokens
     return width, notes, search.place(tower.name, width)
@@ -249,13 +269,17 @@ _SEEN_TO = {
 
 # By name, or by KIND/NAME for a library's: from the section and the side of the images in pixels to the tower and its
 # width. Weights and normalisation are seen to afterwards, alike for all.
-IMAGE_TOWERS: dict[str, Callable[[ImageTower, int], tuple[nn.Module, int]]] = {
+IMAGE_TOWERS: dict[str, Build] = {
     "small_resnet": _small_resnet,
     "torchvision/NAME": _torchvision,
     "timm/NAME": _timm,
     "transformers/NAME": vision_tower,
     "open_clip/NAME": open_clip_towers.vision_tower,
 }
+
+# Those of which a section and a size say all: no files, nothing that somebody added.
+_SETTLED = (_small_resnet, _torchvision, _timm)
+_TRIED: dict[tuple[Build, str, int, bool], Found] = {}
 
 # Libraries whose towers can be built from a description, without what their name stands for.
 DESCRIBED = {"transformers": vision_tower, "open_clip": open_clip_towers.vision_tower}

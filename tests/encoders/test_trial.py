@@ -5,9 +5,10 @@ import torch
 from torch import nn
 
 from amclr_scale.config.schema import ImageTower, TextTower
+from amclr_scale.encoders import image_towers
 from amclr_scale.encoders.image_towers import IMAGE_TOWERS, build_image_tower
 from amclr_scale.encoders.text_towers import build_text_tower
-from amclr_scale.encoders.trial import largest
+from amclr_scale.encoders.trial import largest, trial
 from amclr_scale.errors import UserError
 from amclr_scale.torchvision_ops import import_torchvision
 
@@ -149,3 +150,18 @@ def test_a_tower_of_one_s_own_is_tried_too(monkeypatch):
     monkeypatch.setitem(IMAGE_TOWERS, "grid", lambda tower, size: (nn.Conv2d(3, 4, 2), 4))
     with pytest.raises(UserError, match=r"^model\.image\.name: expected one vector per image, .* got \(2, 4, 7, 7\)"):
         build_image_tower(ImageTower(name="grid"), 8)
+
+
+def test_a_tower_is_tried_once_unless_something_else_than_its_section_decides(monkeypatch):
+    tried = []
+    monkeypatch.setattr(image_towers, "trial", lambda *given: tried.append(given) or trial(*given))
+    monkeypatch.setitem(IMAGE_TOWERS, "flat", lambda tower, size: (Flat(), 5))
+    first, again = (build_image_tower(ImageTower(width=11), 24) for _ in range(2))
+    assert first[1:] == again[1:]
+    assert first[0] is not again[0]
+    assert len(tried) == 1
+    other = build_image_tower(ImageTower(width=11), 25)
+    assert (first[3].count, other[3].count) == (9, 16)
+    for _ in range(2):
+        build_image_tower(ImageTower(name="flat"), 8)
+    assert len(tried) == 4
