@@ -3,8 +3,9 @@
 A definition is `definition(state, batch, step) -> (value, objective)` in plain tensors over the whole global batch.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -21,7 +22,23 @@ NUM_SAMPLES, B, D, STEPS = 20, 8, 6, 5
 Definition = Callable[[dict[str, Tensor], Embeddings, int], tuple[Tensor, Tensor]]
 
 
-def global_batch(
+def global_batch(step: int, **what: Any) -> Embeddings:
+    """The whole batch of a step, as `drawn`, with fresh leaves."""
+    found = drawn(step, **what)
+    return Embeddings(**{name: fresh(getattr(found, name)) for name in found.__dataclass_fields__})
+
+
+def fresh(x: Any) -> Any:
+    """A copy of a tensor, as a leaf, or of all of several."""
+    if isinstance(x, Tensor):
+        return x.detach().clone().requires_grad_(x.requires_grad)
+    if isinstance(x, tuple):
+        return tuple(map(fresh, x))
+    return {name: fresh(value) for name, value in x.items()} if isinstance(x, Mapping) else x
+
+
+@cache
+def drawn(
     step: int,
     *,
     views: int = 0,
