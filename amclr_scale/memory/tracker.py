@@ -84,30 +84,30 @@ class Tracker(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run the operation, and count what it was given and what it made."""
-        kwargs = kwargs or {}
-        self._each((args, kwargs), self.FOUND)
-        out = func(*args, **kwargs)
-        self._each(out, self.label)
+        self._each(args, self.FOUND)
+        if kwargs:
+            self._each(kwargs.values(), self.FOUND)
+        out = func(*args, **(kwargs or {}))
+        self._each((out,), self.label)
         self._mark()
         return out
 
-    def _each(self, value: Any, label: str) -> None:
-        if isinstance(value, Tensor):
-            storage = self._storage(value)
-            if storage is None:
-                return
-            held = self._held.get(storage._cdata)
-            if held is None:
-                self._begin(storage, label)
-            elif held.size != (size := storage.nbytes()):  # resized in place, as by out=
-                self._change(held.label, size - held.size, storage._cdata)
-                held.size = size
-        elif isinstance(value, tuple | list):
-            for item in value:
-                self._each(item, label)
-        elif isinstance(value, dict):
-            for item in value.values():
-                self._each(item, label)
+    def _each(self, values: Iterable[Any], label: str) -> None:
+        for value in values:
+            if isinstance(value, Tensor):
+                storage = self._storage(value)
+                if storage is None:
+                    continue
+                held = self._held.get(storage._cdata)
+                if held is None:
+                    self._begin(storage, label)
+                elif held.size != (size := storage.nbytes()):  # resized in place, as by out=
+                    self._change(held.label, size - held.size, storage._cdata)
+                    held.size = size
+            elif isinstance(value, tuple | list):
+                self._each(value, label)
+            elif isinstance(value, dict):
+                self._each(value.values(), label)
 
     def _storage(self, tensor: Tensor) -> Any:
         if tensor.device.type != self.device or tensor.layout is not torch.strided:
