@@ -17,10 +17,10 @@ number of ranks this is exact, whatever the rows. Many tokens follow from a few,
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
-from functools import lru_cache
+from dataclasses import dataclass, field, replace
+from functools import cache, lru_cache
 from typing import Any
 from unittest import mock
 
@@ -67,12 +67,12 @@ class ObjectiveMemory:
 
     Attributes:
         moments: what is alive -> constant and slope of the rest, bytes and bytes per row.
-        contrasts: how many matrices of b x B may be kept from forward to backward.
+        contrasts: says how many matrices of b x B may be kept from forward to backward, which takes a third run.
         tokens: of an image and of a text.
     """
 
     moments: dict[Alive, tuple[float, float]]
-    contrasts: int
+    contrasts: Callable[[], int] = field(compare=False)
     width: int
     world_size: int
     tokens: Tokens = (1, 1)
@@ -88,7 +88,7 @@ class ObjectiveMemory:
         """
         keys = rows * self.world_size
         tile, block = workspace.bytes(rows, keys, self.width), min(rows_at_once, rows) * keys
-        kept = self.contrasts * min(cache_bytes, 4 * rows * keys)
+        kept = self.contrasts() * min(cache_bytes, 4 * rows * keys) if cache_bytes else 0
         found = [
             (
                 round(tiles / TRACED * tile) + blocks * block + self._of_tokens(tokens, rows, keys, workspace),
@@ -285,13 +285,17 @@ def _fit(
     # With tokens, numbers of rows of which a matrix of all pairs is no block of any item size.
     few, more = (blocks * chunk * parts for blocks in ((3, 5) if reads_tokens else BLOCKS))
     least = few if reads_tokens else 2 * chunk * parts
-    one, two, cached = run(few), run(more), run(least, 2**40)
+    one, two = run(few), run(more)
     moments = {}
     for alive in one.keys() & two.keys():
         slope = (two[alive] - one[alive]) / (more - few)
         moments[alive] = (one[alive] - slope * few, slope)
-    kept = max(tiles for tiles, *_ in cached) - max(tiles for tiles, *_ in one)
-    contrasts = round(kept * chunk * chunk / (4 * least * least * world_size))
+
+    @cache
+    def contrasts() -> int:
+        kept = max(tiles for tiles, *_ in run(least, 2**40)) - max(tiles for tiles, *_ in one)
+        return round(kept * chunk * chunk / (4 * least * least * world_size))
+
     return ObjectiveMemory(moments, contrasts, width, world_size)
 
 
