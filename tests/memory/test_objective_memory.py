@@ -60,6 +60,22 @@ def test_every_objective_on_other_rows_than_it_was_run_on(name, world_size):
     )
 
 
+@pytest.mark.parametrize("name", ["clip", "simclr"])
+def test_matrices_that_are_kept_for_backward(name):
+    rows, chunk, width, ask = 48, 16, 32, {"gather": "all", "distribution": "column_sums", "layout": "replicated"}
+    memory = objective_memory({"name": name}, width=width, world_size=2, num_samples=SAMPLES, **ask)
+    with pretended(2), using(chunk=chunk, distribution="column_sums", cache_bytes=2**30):
+        made = create(json.dumps({"name": name}), SAMPLES, "replicated", None)
+        embeddings, tracker = random_embeddings(made, rows, width, 2), Tracker()
+        tracker.add(tensors_of(embeddings), "before")
+        before = tracker.total
+        with tracker:
+            made(embeddings).value.backward()
+    held = memory.peak(rows, workspace=Workspace(chunk, chunk, 12), rows_at_once=chunk, cache_bytes=2**30)
+    assert sum(held) == pytest.approx(tracker.peak - before, rel=0.02)
+    assert held[0] - memory.peak(rows, workspace=Workspace(chunk, chunk, 12), rows_at_once=chunk)[0] >= 4 * rows * rows
+
+
 @pytest.mark.parametrize("name", ["sogclr", "isogclr", "amclr_dro", "momentum_queue", "full_bank", "layers"])
 def test_changes_of_state_that_wait_for_the_end_of_a_step(name):
     section = {"name": "fifo_bank", "layers": [1, 1]} if name == "layers" else {"name": name}
