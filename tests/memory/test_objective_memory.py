@@ -233,10 +233,11 @@ def test_sample_state_is_sharded_when_it_is_large():
     assert size == 2 * 4 * 400_000_000 // 8
 
 
-def test_many_drawn_rows_follow_from_few(monkeypatch):
+@pytest.mark.parametrize(("ranks", "device"), [(1, "gpu"), pytest.param(2, "sharded", marks=pytest.mark.slow)])
+def test_many_drawn_rows_follow_from_few(ranks, device, monkeypatch):
     """As if all of them had been traced; a trace of 65,536 takes minutes."""
-    section = {"name": "full_bank", "negatives": 400, "key_gradient": False, "device": "sharded"}
-    ask = {"width": 24, "world_size": 2, "gather": "all", "distribution": "column_sums", "layout": "auto"}
+    section = {"name": "full_bank", "negatives": 400, "key_gradient": False, "device": device}
+    ask = {"width": 24, "world_size": ranks, "gather": "all", "distribution": "column_sums", "layout": "auto"}
 
     def peak():
         found = objective_memory(section, num_samples=4000, **ask)
