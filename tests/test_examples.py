@@ -62,6 +62,7 @@ def test_the_gradient_of_sentence_transformers_is_the_plain_one(monkeypatch):
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
 
 
+@pytest.mark.launch  # workers
 def test_a_pipeline_of_webdatasets_stages_goes_on_where_it_was(tmp_path, monkeypatch, capsys):
     """The same losses and samples as without a stop."""
 
