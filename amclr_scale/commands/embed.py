@@ -191,6 +191,8 @@ def main(argv: list[str]) -> int:
             raise UserError(f"--images: expected a folder, got {args.images}")
         if args.out.suffix not in (".npy", ".parquet"):
             raise UserError(f"--out: expected a name that ends in .npy or .parquet, got {args.out}")
+        if not args.out.absolute().parent.is_dir():
+            raise UserError(f"--out: expected a name in a folder that is there, got {args.out}")
         if args.out.suffix == ".parquet":
             _pyarrow(args.out)  # before the work
         model = amclr_scale.load(args.model, args.device)

@@ -58,10 +58,12 @@ WHOLE = ("data.train", "evaluation.splits")
 def merge(below: dict[str, Any], above: dict[str, Any], within: str = "") -> dict[str, Any]:
     """`above` over `below`, section by section. An objective whose name changes loses the old one's options.
 
+    One of two alternatives replaces the other; null in its place says nothing and leaves it.
+
     Elsewhere a name changes alone: another optimizer keeps the learning rate, another run.name the folder. But
     `options` are of what the name beside them stands for, and go with it.
     """
-    merged = {key: value for key, value in below.items() if ALTERNATIVES.get(key) not in above}
+    merged = {key: value for key, value in below.items() if above.get(ALTERNATIVES.get(key, "")) is None}
     for key, value in above.items():
         old = merged.get(key)
         if isinstance(old, dict) and isinstance(value, dict) and within + key not in WHOLE:

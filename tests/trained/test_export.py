@@ -244,6 +244,7 @@ def test_embedding_a_data_set(run, tmp_path, monkeypatch, side):
     np.testing.assert_allclose(rows[:8], want.numpy(), atol=1e-6)
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     assert embed.main([*words[:5], "--out", str(tmp_path / "rows.parquet")]) == 2
+    assert embed.main([*words[:5], "--out", str(tmp_path / "nowhere" / "rows.npy")]) == 2  # before the work
 
 
 def test_embedding_to_parquet(run, tmp_path):

@@ -18,6 +18,35 @@ Side = Literal["image", "text"]
 TOWERS: dict[Side, str] = {"image": "image_tower", "text": "text_tower"}
 
 
+def read_folder(folder: Path, *, key: str, model: bool) -> tuple[Any, Any, Any]:
+    """Configuration or model, tokenizer and image processor of a folder that transformers has saved.
+
+    Args:
+        key: what the folder was given as, for messages.
+        model: with its weights.
+
+    Raises:
+        UserError: transformers is missing, or one of the three.
+    """
+    try:
+        import_torchvision()
+        from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoTokenizer
+    except ImportError as error:
+        raise UserError(f"{key}: {folder} needs transformers: pip install transformers ({error})") from error
+    found: list[Any] = []
+    for maker, what in (
+        (AutoModel, "a model") if model else (AutoConfig, "a config.json"),
+        (AutoTokenizer, "a tokenizer"),
+        (AutoImageProcessor, "an image processor (preprocessor_config.json or processor_config.json)"),
+    ):
+        try:
+            found.append(maker.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False))
+        except Exception as error:  # the library raises many kinds
+            first = str(error).strip().partition("\n")[0]
+            raise UserError(f"{key}: {folder}: expected {what} saved by transformers, got: {first}") from error
+    return found[0], found[1], found[2]
+
+
 def read_config(name: str, side: Side, architecture: dict[str, Any] | None = None) -> Any:
     """The configuration of the model for one side, of a folder or a type.
 

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from amclr_scale.encoders.dual_encoder import DualEncoder
+from amclr_scale.encoders.libraries.transformers_parts import read_folder
 from amclr_scale.encoders.start.of_runs import learned
 from amclr_scale.errors import UserError, one_of
-from amclr_scale.torchvision_ops import import_torchvision
 
 # How the text model's tokens become one feature, by type.
 POOLING = {"clip": "model", "siglip": "model", "chinese_clip": "first", "vision-text-dual-encoder": "model"}
@@ -23,7 +23,7 @@ HEADS = {"image_head.1.weight": "visual_projection.weight", "text_head.1.weight"
 
 def keys(folder: Path) -> dict[str, Any]:
     """What the folder says about the model, and how it reads pictures and captions."""
-    config, tokenizer, processor = _parts(folder)
+    config, tokenizer, processor = read_folder(folder, key="model.init", model=False)
     kind = config.model_type
     if kind not in POOLING:
         further = "; it reads patches with a mask: those of fixed size are of type siglip" if kind == "siglip2" else ""
@@ -92,27 +92,6 @@ def pixel_statistics(processor: Any) -> tuple[tuple[float, ...], tuple[float, ..
     mean, std = (processor.image_mean, processor.image_std) if processor.do_normalize else ([0.0] * 3, [1.0] * 3)
     whole = 255.0 * factor
     return tuple((m + offset) / whole for m in mean), tuple(s / whole for s in std)
-
-
-def _parts(folder: Path) -> tuple[Any, Any, Any]:
-    """Configuration, tokenizer, image processor."""
-    try:
-        import_torchvision()
-        from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer
-    except ImportError as error:
-        raise UserError(f"model.init: {folder} needs transformers: pip install transformers ({error})") from error
-    found: list[Any] = []
-    for maker, what in (
-        (AutoConfig, "a config.json"),
-        (AutoTokenizer, "a tokenizer"),
-        (AutoImageProcessor, "an image processor (preprocessor_config.json or processor_config.json)"),
-    ):
-        try:
-            found.append(maker.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False))
-        except Exception as error:  # the library raises many kinds
-            first = str(error).strip().partition("\n")[0]
-            raise UserError(f"model.init: {folder}: expected {what} saved by transformers, got: {first}") from error
-    return found[0], found[1], found[2]
 
 
 def _square(processor: Any) -> tuple[int | None, bool]:

@@ -16,6 +16,7 @@ from amclr_scale.config.schema import Config
 from amclr_scale.data.image_operations import Picture
 from amclr_scale.data.reading import Reading
 from amclr_scale.data.tokenizers import well_formed
+from amclr_scale.encoders.libraries.transformers_parts import read_folder
 from amclr_scale.encoders.start.of_transformers import pixel_statistics
 from amclr_scale.encoders.trial import UntriedError, largest, trial
 from amclr_scale.errors import UserError
@@ -28,7 +29,6 @@ from amclr_scale.evaluation.foreign.model import (
     prove,
     unit,
 )
-from amclr_scale.torchvision_ops import import_torchvision
 
 LONGEST = 512  # positions that are asked for where neither model nor tokenizer says how many there are
 
@@ -57,26 +57,11 @@ def _parts(name: str, folder: Path) -> tuple[Any, Any, Any]:
     """Model, tokenizer, image processor."""
     if not (folder / "config.json").is_file():
         raise UserError(f"checkpoint: expected a folder saved by transformers, got {name}: it has no config.json")
-    try:
-        import_torchvision()
-        from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
-    except ImportError as error:
-        raise UserError(f"checkpoint: {name} needs transformers: pip install transformers ({error})") from error
-    found = []
-    for maker, what in (
-        (AutoModel, "a model"),
-        (AutoTokenizer, "a tokenizer"),
-        (AutoImageProcessor, "an image processor (preprocessor_config.json or processor_config.json)"),
-    ):
-        try:
-            found.append(maker.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False))
-        except Exception as error:  # the library raises many kinds
-            first = str(error).strip().splitlines()[0]
-            raise UserError(f"checkpoint: {name}: expected {what} saved by transformers, got: {first}") from error
-    inner = found[0].float().eval()  # the library keeps the type that a folder was saved in
+    found, tokenizer, processor = read_folder(folder, key="checkpoint", model=True)
+    inner = found.float().eval()  # the library keeps the type that a folder was saved in
     if not hasattr(inner, "get_image_features") or not hasattr(inner, "get_text_features"):
         raise UserError(f"checkpoint: expected a dual encoder such as CLIP, got {type(inner).__name__} in {name}")
-    return inner, found[1], found[2]
+    return inner, tokenizer, processor
 
 
 class _TextFeatures(nn.Module):
