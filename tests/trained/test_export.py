@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 import amclr_scale
 from amclr_scale.checkpoint import files, state
+from amclr_scale.commands import embed
 from amclr_scale.commands.export import main
 from amclr_scale.commands.main import main as amclr_scale_command
 from amclr_scale.config.load import build, dump, recipe_hash
@@ -228,8 +229,6 @@ def test_embedding_a_folder_of_pictures(run, tmp_path):
 
 @pytest.mark.parametrize("side", ["image", "text"])
 def test_embedding_a_data_set(run, tmp_path, monkeypatch, side):
-    from amclr_scale.commands import embed
-
     out = tmp_path / "rows.npy"
     words = [str(run[0]), "--shards", "emoji/val_concept", "--side", side, "--out", str(out), "--batch-size", "100"]
     assert embed.main(words) == 0
@@ -243,14 +242,12 @@ def test_embedding_a_data_set(run, tmp_path, monkeypatch, side):
     want = model.encode_image(batch.images[0]) if side == "image" else model.encode_text(split.captions[:8])
     np.testing.assert_allclose(rows[:8], want.numpy(), atol=1e-6)
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    assert embed.main([*words[:5], "--out", str(tmp_path / "rows.parquet")]) == 2
-    assert embed.main([*words[:5], "--out", str(tmp_path / "nowhere" / "rows.npy")]) == 2  # before the work
+    for name in ("rows.parquet", "nowhere/rows.npy"):  # told before the work
+        assert embed.main([*words[:5], "--out", str(tmp_path / name)]) == 2
 
 
 def test_embedding_to_parquet(run, tmp_path):
     parquet = pytest.importorskip("pyarrow.parquet")
-    from amclr_scale.commands import embed
-
     texts = ["a", "", "b\u2028b\x0b\rb", "c"]  # four lines, though str.splitlines would make seven of them
     (tmp_path / "texts.txt").write_bytes(("\n".join(texts) + "\n").encode())
     words = [str(run[0]), "--texts", str(tmp_path / "texts.txt"), "--batch-size", "2"]
@@ -262,8 +259,6 @@ def test_embedding_to_parquet(run, tmp_path):
 
 
 def test_a_file_of_texts_that_is_missing_is_told(run, tmp_path, capsys):
-    from amclr_scale.commands import embed
-
     assert embed.main([str(run[0]), "--texts", str(tmp_path / "gone.txt"), "--out", str(tmp_path / "rows.npy")]) == 2
     assert capsys.readouterr().err.startswith(f"--texts: {tmp_path / 'gone.txt'}: expected a file")
 
