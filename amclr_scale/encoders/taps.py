@@ -178,13 +178,10 @@ def build_taps(
     inner = _inner(tower)
     prefix = next(name for name, module in tower.named_modules() if module is inner)
     names = [f"{prefix}.{tap.module}".strip(".") for tap in section.taps]
-    known = {name.removeprefix(f"{prefix}.") for name, _ in tower.named_modules() if name != prefix} if prefix else {
-        name for name, _ in tower.named_modules() if name
-    }  # fmt: skip
-    for number, tap in enumerate(section.taps):
-        if tap.module not in known or names[number] not in dict(tower.named_modules()):
-            there = ", ".join(_ranges([n for n, _ in inner.named_modules() if n]))
-            near = did_you_mean(tap.module, known)
+    known = [name for name, _ in inner.named_modules() if name]
+    for tap in section.taps:
+        if tap.module not in known:
+            there, near = ", ".join(_ranges(known)), did_you_mean(tap.module, known)
             raise UserError(
                 f"model.{side}.taps: {section.name} has no module {tap.module}{near}; it has {there or 'none'}"
             )
