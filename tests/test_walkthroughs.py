@@ -51,6 +51,9 @@ def test_pages_do_what_they_say(tmp_path):
         cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
+    run = tmp_path / "large_runs" / "runs" / "first"  # what it sends to trackers is there, too
+    assert Image.open(run / "sheet_held_out.png").size[0] > 600
+    assert list((run / "tensorboard").iterdir())
     assert [line for line in done.stdout.splitlines() if line.endswith(" done")] == [
         f"{n} done" for n in PAGES.values()
     ]

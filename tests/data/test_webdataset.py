@@ -73,6 +73,7 @@ def test_goes_on_where_it_was_with_other_workers_and_ranks(shards):
         half = IndexedShards(shards, **ORDER, rank=rank, world_size=2)
         half.load_state_dict(resumed.state_dict())
         halves.append(ids_of(take(half, 12)))
+        assert half.samples == 48  # of both together
     assert [i for at in (0, 4, 8) for half in halves for i in half[at : at + 4]] == whole[24:48]
 
 

@@ -308,6 +308,16 @@ def test_a_sheet_says_which_images_are_tied(runs, monkeypatch):
     assert picture.size[0] > 600
 
 
+def test_the_sheets_of_a_run_are_those_of_the_command(runs):
+    """One per split with retrieval, by its name, of the model in evaluation mode, which goes on training after it."""
+    config = recipe(str(runs / "split" / "00000.tar"))
+    trained = model(config).train()
+    with torch.no_grad():
+        (drawn,) = Evaluator(config).sheets(trained, 2).values()
+    assert (drawn.tobytes(), drawn.size) == sheet(runs)
+    assert trained.training
+
+
 def test_a_sheet_is_the_same_on_any_number_of_ranks(ranks, runs):
     want = sheet(runs)
     for got in ranks(2, sheet, runs):
