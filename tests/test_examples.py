@@ -93,7 +93,7 @@ def test_an_objective_of_ones_own_is_what_it_says():
 
 def test_accounts_and_reports_are_read(monkeypatch, capsys):
     report = EXAMPLES.parent / "docs" / "studies" / "mini_amclr" / "report.json"
-    for words in (["memory_account.py", "quickstart", "1024", "8"], ["read_study.py", str(report)]):
+    for words in (["memory_account.py", "quickstart", "1024", "1"], ["read_study.py", str(report)]):
         monkeypatch.setattr(sys, "argv", words)
         runpy.run_path(str(EXAMPLES / words[0]), run_name="__main__")
     said = capsys.readouterr().out
