@@ -5,8 +5,9 @@
 
 --to safetensors: plain weights with config.yaml, tokenizer and a card; read by `amclr_scale.load(FOLDER)`.
 --to transformers: also what `transformers.AutoModel.from_pretrained(FOLDER)` reads, once
-`amclr_scale.trained.as_transformers` is imported. --to open_clip: also what
-`open_clip.create_model_and_transforms("local-dir:FOLDER")` reads, for open_clip's own towers, and for
+`amclr_scale.trained.as_transformers` is imported. --to transformers_dual_encoder: also transformers' own CLIP, SigLIP,
+Chinese-CLIP or VisionTextDualEncoder, which needs nothing of ours, of a model that has their parts. --to open_clip:
+also what `open_clip.create_model_and_transforms("local-dir:FOLDER")` reads, for open_clip's own towers, and for
 timm's beside BERT-like ones. No pickles, no code in any of them.
 """
 
@@ -25,6 +26,12 @@ def _transformers() -> Callable[[Path], None]:
     return as_transformers.write
 
 
+def _dual_encoder() -> Callable[[Path], None]:
+    from amclr_scale.trained import as_dual_encoder
+
+    return as_dual_encoder.write
+
+
 def _open_clip() -> Callable[[Path], None]:
     from amclr_scale.trained import as_open_clip
 
@@ -34,6 +41,7 @@ def _open_clip() -> Callable[[Path], None]:
 FORMS: dict[str, Callable[[], Callable[[Path], None] | None]] = {
     "safetensors": lambda: None,
     "transformers": _transformers,
+    "transformers_dual_encoder": _dual_encoder,
     "open_clip": _open_clip,
 }
 
