@@ -3,6 +3,7 @@
 import hashlib
 from typing import Any
 
+import numpy
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -119,3 +120,29 @@ def filip(state, e, step):
             x = torch.stack(best) * e.logit_scale
             value = value + (x.logsumexp(0) - x[i]) / (2 * B)
     return value, value
+
+
+def m3col(share: float, soft: float, epochs: Any, temperature: float | None):
+    def definition(state, e, step):
+        value = 0.0
+        if epochs[step] >= soft:
+            targets = ((e.text @ e.text.T / 0.125).softmax(1) + (e.image @ e.image.T / 0.125).softmax(1)).detach() / 2
+            for s in (e.image @ e.text.T, e.text @ e.image.T):
+                value = value - (targets * (s / 0.125).log_softmax(1)).sum(1).mean() / 2
+            return value, value
+        t = 1 / e.logit_scale if temperature is None else temperature
+        for which, (rows, keys) in enumerate(((e.image, e.text), (e.text, e.image))):
+            seed = hashlib.sha256(f"7 {epochs[step]!r} {which}".encode()).digest()[:8]
+            generator = numpy.random.default_rng(int.from_bytes(seed, "big"))
+            chosen, drawn, circle = generator.random(B) < share, generator.beta(0.15, 0.15, B), generator.permutation(B)
+            b = torch.tensor([x if yes else 1.0 for x, yes in zip(drawn, chosen, strict=True)], dtype=torch.float64)
+            r = [int(circle[(list(circle).index(i) + 1) % B]) for i in range(B)]
+            x = F.normalize(torch.stack([b[i] * rows[i] + (1 - b[i]) * rows[r[i]] for i in range(B)]), dim=1)
+            target = torch.diag(b)
+            for i in range(B):
+                target[i, r[i]] += 1 - b[i]
+            x = x @ keys.T / t
+            value = value - (target * (x.log_softmax(1) + x.log_softmax(0))).sum() / (4 * B)
+        return value, value
+
+    return definition

@@ -28,7 +28,7 @@ def test_every_arm_of_the_comparison_is_there():
     arms |= {"fifo_bank", "momentum_queue", "full_bank", "fifo_bank_layers"}
     arms |= {"simclr", "slip", "supcon", "decoupled", "one_to_k", "siglip_plus", "debiased"}
     arms |= {"scent", "vrns", "drrho", "neuclip", "amorlip"}
-    arms |= {"negclip", "byolip", "count", "degla", "distill", "mochi"}
+    arms |= {"negclip", "byolip", "count", "degla", "distill", "mochi", "meow", "pamc", "m3col"}
     arms |= {"gram", "m2_mixup", "cacr", "swav", "siamlip", "barlip", "rankclip", "cwcl", "filip"}
     assert {path.stem for path in FILES} == arms
 

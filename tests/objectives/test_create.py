@@ -18,9 +18,9 @@ from tests.objectives.harness import global_batch, make, my_rows
 NAMES = [
     "amclr", "amclr_dro", "amorlip", "barlip", "byolip", "cacr", "clip", "count", "cwcl", "cyclip", "dcl", "dclw",
     "debiased", "decoupled", "degla", "distill", "drrho", "fastclip", "fifo_bank", "filip", "full_bank", "gram",
-    "isogclr", "isogclr_net", "m2_mixup", "mochi", "momentum_queue", "negclip", "neuclip", "one_to_k", "onlineclr",
-    "rankclip", "scent", "siamlip", "siglip", "siglip_plus", "simclr", "slip", "sogclr", "supcon", "swav", "uniformity",
-    "vicreg", "vrns", "xamclr", "xamclr_dro",
+    "isogclr", "isogclr_net", "m2_mixup", "m3col", "meow", "mochi", "momentum_queue", "negclip", "neuclip", "one_to_k",
+    "onlineclr", "pamc", "rankclip", "scent", "siamlip", "siglip", "siglip_plus", "simclr", "slip", "sogclr", "supcon",
+    "swav", "uniformity", "vicreg", "vrns", "xamclr", "xamclr_dro",
 ]  # fmt: skip
 EVERYTHING = {"views": 2, "negatives": 4, "heads": True, "tokens": True}  # what any of them reads
 OF_TOKENS = ("filip",)  # and of nothing else

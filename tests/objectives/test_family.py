@@ -18,6 +18,7 @@ from tests.objectives.taught import (
     degla,
     distill,
     filip,
+    m3col,
     mochi,
     negclip,
     negclip_of_both,
@@ -255,6 +256,8 @@ CASES: list[tuple[str, dict[str, Any], Any, dict[str, Any]]] = [
     ("cwcl", {"reference": "both"}, cwcl("both"), {}),
     ("rankclip", {"ramp_epochs": 5.0}, rankclip, {}),
     ("filip", {}, filip, {"tokens": True}),
+    ("m3col", {"mix_seed": 7, "soft_epoch": 1.5}, m3col(0.5, 1.5, EPOCHS, 0.1), {}),
+    ("m3col", {"mix_seed": 7, "mix_share": 1.0, "temperature": None}, m3col(1.0, 9.0, EPOCHS, None), {}),
 ]
 
 

@@ -116,6 +116,9 @@ WITHOUT = {
     "distill",
     "mochi",
     "filip",
+    "meow",
+    "pamc",
+    "m3col",
 }
 
 

@@ -149,6 +149,7 @@ def test_every_objective_is_here():
     others |= {"swav", "siamlip", "barlip", "negclip", "cwcl", "drrho"}  # they read more than these embeddings have
     others |= {"neuclip", "amorlip"}  # what their networks say is no batch's
     others |= {"byolip", "count", "degla", "distill", "filip", "mochi"}
+    others |= {"m3col", "meow", "pamc"}  # partners are drawn; clusters are no batch's
     assert set(VISITED) | others == set(objectives.available())
 
 
@@ -185,6 +186,7 @@ def test_a_gradient_of_zero_is_no_measure_of_others():
 
 
 NETWORKS = {
+    "pamc": {"clusters": 6, "temperature": T},
     "neuclip": {"prototypes": 5, "inner_steps": 3, "temperature": T, "eps": 1e-3},
     "amorlip": {"positive": 0.3, "inner_steps": 3, "temperature": T, "average": 0.5},
 }
@@ -201,7 +203,15 @@ def network_error(name):
     objective(replace(old, image=old.image[mine].clone().requires_grad_(), text=old.text[mine], ids=IDS[mine]))
     s = new.image @ new.text.T / T
     own = s.diagonal()
-    if name == "neuclip":
+    if name == "pamc":
+        estimates, exact = [], [x.exp().mean(1) / own.exp() for x in (s, s.T)]
+        for z, side in ((new.image, "text"), (new.text, "image")):
+            clusters = objective.clusters.of(side, z)
+            shares = clusters.mass / clusters.mass.sum()
+            estimates.append(
+                (shares * (z @ (clusters.sums / clusters.mass[:, None]).T / T - own[:, None]).exp()).sum(1)
+            )
+    elif name == "neuclip":
         sides = zip((new.image, new.text), objective.network.shaped(objective.network.weights).values(), strict=True)
         estimates = [
             (

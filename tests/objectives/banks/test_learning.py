@@ -67,6 +67,9 @@ def trained(pairs, name, **options):
         ("momentum_queue", {"size": 512}),
         ("full_bank", {"negatives": 512, "proximal": 1.0, "key_gradient": False}),
         ("sogclr", {"queue": {"size": 512, "key_gradient": False}}),
+        ("meow", {"clusters": [50, 100]}),
+        ("pamc", {"clusters": 128}),
+        ("m3col", {"soft_epoch": 2.0}),
     ],
     ids=lambda x: x if isinstance(x, str) else "",
 )

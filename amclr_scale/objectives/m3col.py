@@ -1,0 +1,133 @@
+"""M3CoL: a mixture of two samples has both of their partners as positives, each as far as it was mixed in.
+
+Kumar, Singhal et al., "Harnessing Shared Relations via Multimodal Mixup Contrastive Learning for Multimodal
+Classification", TMLR 2025, arXiv:2409.17777; its contrastive part, without classifiers and fusion.
+
+With a partner r(i) of every sample, a derangement of the global batch, and b_i of Beta(mix_beta, mix_beta) for a share
+`mix_share` of the samples, 1 for the others,
+
+    m_i   = norm( b_i z_i + (1 - b_i) z_r(i) ),     c_j = b_j + (1 - b_i) of the i with r(i) = j      texts not mixed
+    A     = mean_i ( log sum_j exp(m_i.t_j / t) - b_i m_i.t_i / t - (1 - b_i) m_i.t_r(i) / t )
+    A'    = mean_j ( c_j log sum_i exp(m_i.t_j / t) - b_j m_j.t_j / t - (1 - b_j) m_j.t_r(j) / t )    texts for anchors
+    value = (1/4) ( A + A' + the same with texts mixed, by draws of their own, and images not )
+
+and from the epoch `soft_epoch` on, with d = `soft_temperature` and targets that have no gradient,
+
+    q_ij  = ( softmax_j(t_i.t_j / d) + softmax_j(z_i.z_j / d) ) / 2
+    value = (1/2) mean_i ( log sum_j exp(s_ij / d) - sum_j q_ij s_ij / d  + the same with texts for anchors )
+
+What is mixed are embeddings, as in the authors' code, where their formula has inputs: any two rows of the global batch
+can be mixed, and nothing is encoded twice. Draws follow from how far training is and from a sample's place in the
+global batch, so they are those of one rank on any number of ranks, and after a resume.
+
+Numerics: log-sums centred on m_i.t_i; float32.
+"""
+
+import hashlib
+from dataclasses import dataclass
+
+import numpy
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from amclr_scale.objectives.base import (
+    Objective,
+    at_least_float32,
+    global_batch_size,
+    learned_temperature,
+    numbers,
+    require,
+)
+from amclr_scale.objectives.clip import check_temperature
+from amclr_scale.similarity import all_gather, contrast, gather, map_rows, rank
+from amclr_scale.types import Embeddings, Loss
+
+
+class M3CoL(Objective, name="m3col"):
+    """Mixed embeddings of one modality against both partners of the other, later soft targets."""
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config:
+        """Options of `m3col`."""
+
+        temperature: float | None = 0.1  # of mixtures: fixed; null: learned, 1 / logit_scale
+        mix_beta: float = 0.15  # of the distribution of b
+        mix_share: float = 0.5  # of the samples that are mixed
+        mix_seed: int = 0  # of the draws
+        soft_epoch: float | None = None  # from which soft targets replace mixtures; null: never
+        soft_temperature: float = 0.125  # d
+
+        def __post_init__(self) -> None:
+            check_temperature(self.temperature)
+            require(0.01 <= self.mix_beta <= 1000, "mix_beta", "a number from 0.01 to 1000", self.mix_beta)
+            require(0 <= self.mix_share <= 1, "mix_share", "a share in [0, 1]", self.mix_share)
+            enough = self.soft_epoch is None or self.soft_epoch >= 0
+            require(enough, "soft_epoch", "an epoch, 0 or more, or null", self.soft_epoch)
+            require(self.soft_temperature > 0, "soft_temperature", "a positive number", self.soft_temperature)
+
+    config: Config
+
+    def forward(self, embeddings: Embeddings) -> Loss:
+        config = self.config
+        image, text = at_least_float32(embeddings.image), at_least_float32(embeddings.text)
+        t = learned_temperature(embeddings, config.temperature)
+        if config.soft_epoch is not None and self.epoch >= config.soft_epoch:
+            t = config.soft_temperature
+            loss = self._soft(image, text)
+        else:
+            sides = ((image, text), (text, image))
+            terms = [self._mixed(which, mixed, keys, t) for which, (mixed, keys) in enumerate(sides)]
+            loss = (terms[0] + terms[1]) / 2
+        return Loss(loss, numbers(objective=loss, temperature=t))
+
+    def _mixed(self, which: int, rows: Tensor, keys: Tensor, t: Tensor | float) -> Tensor:
+        """(A + A') / 2, with these rows mixed."""
+        config, b = self.config, len(rows)
+        words = f"{config.mix_seed} {self.epoch!r} {which}"
+        shares, partners = draws(words, global_batch_size(rows), config.mix_beta, config.mix_share)
+        mine = slice(rank() * b, (rank() + 1) * b)
+        everywhere = shares + torch.zeros_like(shares).index_add(0, partners, 1 - shares)  # c, (B,)
+        share, partner, weight = (x[mine].to(rows.device) for x in (shares, partners, everywhere))
+        share, weight = share.to(rows.dtype), weight.to(rows.dtype)
+        mixed = F.normalize(share[:, None] * rows + (1 - share[:, None]) * gather(rows)[partner], dim=1)
+        both = contrast(mixed, keys, temperature=t, centred=True)
+        own, other = both.image.positive, (mixed * gather(keys)[partner]).sum(1)
+        across = (1 - share) * (other - own) / t
+        of_mixed = both.image.log_sum - across
+        of_keys = weight * both.text.log_sum + (weight - 1) * own / t - across
+        return (of_mixed + of_keys).mean() / 2
+
+    def _soft(self, image: Tensor, text: Tensor) -> Tensor:
+        d = self.config.soft_temperature
+        both = contrast(image, text, temperature=d, centred=True)
+        z, y = image.detach(), text.detach()
+        images, texts = all_gather(z), all_gather(y)
+
+        def expected(s: Tensor, own: Tensor, z: Tensor, y: Tensor) -> tuple[Tensor]:
+            targets = ((z @ images.T / d).softmax(1) + (y @ texts.T / d).softmax(1)) / 2
+            return ((targets * s).sum(1),)
+
+        terms: list[Tensor] = []
+        for side, anchors, keys in ((both.image, image, text), (both.text, text, image)):
+            (mean,) = map_rows(expected, anchors, keys, z, y)
+            terms.append(side.log_sum + (side.positive - mean) / d)
+        return (terms[0] + terms[1]).mean() / 2
+
+
+def draws(words: str, B: int, beta: float, share: float) -> tuple[Tensor, Tensor]:
+    """Of a global batch b (B,), float64, and r (B,), int64 without a fixed point; the same in every process.
+
+    Args:
+        words: what they follow from.
+        B: samples.
+        beta: of both parameters of b's distribution.
+        share: of the samples that are mixed.
+    """
+    generator = numpy.random.default_rng(int.from_bytes(hashlib.sha256(words.encode()).digest()[:8], "big"))
+    chosen = generator.random(B) < share
+    shares = torch.from_numpy(numpy.where(chosen, generator.beta(beta, beta, B), 1.0))
+    circle = torch.from_numpy(generator.permutation(B))  # everybody's partner is the next in it
+    partners = torch.empty_like(circle)
+    partners[circle] = circle.roll(-1)
+    return shares, partners
