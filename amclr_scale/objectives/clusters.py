@@ -11,7 +11,9 @@ These are the updates of van den Oord et al., "Neural Discrete Representation Le
 appendix A.1. At first all clusters begin, so with as many as there are rows each row has one of its own.
 
 Rows stay where they are: C (D + 1) sums, B distances and C D numbers of new clusters travel. Which cluster a row joins
-has no gradient; the sums have one back into the rows.
+has no gradient. S_c has one into the newest rows, 1 / gamma of their share in it: they stand for all that is in it, so
+on average keys are pushed as much as anchors are. With their own share alone, keys would hardly be pushed, and anchors
+drift away from means of the past: all embeddings then gather on one side.
 
 Numerics: float32, float64 where embeddings are.
 """
@@ -31,7 +33,7 @@ from amclr_scale.similarity import all_gather, all_sum, rank
 
 @dataclass(frozen=True)
 class Clustering:
-    """C clusters; gradients flow into the sums from the newest rows only."""
+    """C clusters; the sums have a gradient into the newest rows, as if these were all of them."""
 
     sums: Tensor  # (C, D)
     mass: Tensor  # (C,), 0 where nothing has joined; the sum grows to 1
@@ -110,7 +112,8 @@ class Clusters(Inner):
         before = (1 - self.gamma) * alive.to(rows.dtype)
         mass = before * old.mass + self.gamma * fresh[:, -1].detach()
         idle = torch.where(fresh[:, -1] > 0, 0.0, old.idle + 1).clamp(max=self.idle_steps)
-        sums = before[:, None] * old.sums + self.gamma * fresh[:, :-1]
+        newest = fresh[:, :-1]
+        sums = before[:, None] * old.sums + self.gamma * newest.detach() + (newest - newest.detach())
         return mine, Clustering(sums, mass, idle)
 
     @purpose(STATE)

@@ -11,8 +11,8 @@ With mu_c the mean of the text cluster c, not made unit length, and p_c its shar
 
 As exp is convex, sum_c p_c exp(z_i.mu_c / t) is at most what the keys themselves give, which is what SogCLR's u
 averages: so this is the control for an average per sample, one per cluster, of features in place of exponentials.
-The newest batch's part of a mean has a gradient, gamma of it; the older part is a constant. With one key per cluster
-and gamma = 1 it is CLIP.
+The gradient of a mean goes into its members in the newest batch, which stand for all of them (clusters.py). With one
+key per cluster and gamma = 1 it is CLIP.
 
 Numerics: log-sums centred on the positive, in float32; b x C similarities are kept.
 """
@@ -51,7 +51,7 @@ class PamC(Objective, name="pamc"):
 
         temperature: float | None = None  # fixed; null: learned, 1 / logit_scale
         clusters: int = 256  # C, of each modality
-        gamma: float = 0.1  # weight of the newest batch in the means and shares
+        gamma: float = 0.5  # weight of the newest batch in the means and shares
         idle_steps: int = 100  # after so many steps without a member a cluster begins anew
         estimate: Literal["means", "batch"] = "means"  # batch: the keys themselves, which is clip, the control
 

@@ -32,7 +32,7 @@ class Plain:
         self.sums, self.mass, self.idle = torch.zeros(count, width).double(), [0.0] * count, [0] * count
 
     def join(self, rows: Tensor, gamma: float, idle_steps: int) -> tuple[list[int], Tensor]:
-        """Whom each row joins; and the means, of which the newest part has a gradient."""
+        """Whom each row joins; and the sums, with a gradient as if the newest part were all of them."""
         count, x = len(self.mass), rows.detach()
         centres = {c: self.sums[c] / self.mass[c] for c in range(count) if self.mass[c] and self.idle[c] < idle_steps}
         kept = set(centres)
@@ -51,7 +51,8 @@ class Plain:
             old = 1 - gamma if c in kept else 0.0
             self.mass[c] = old * self.mass[c] + gamma * len(members) / len(x)
             self.idle[c] = 0 if members else min(self.idle[c] + 1, idle_steps)
-            sums.append(old * self.sums[c] + gamma * rows[members].sum(0) / len(x))
+            new = rows[members].sum(0) / len(x)
+            sums.append(old * self.sums[c] + gamma * new.detach() + (new - new.detach()))
         found = torch.stack(sums)
         self.sums = found.detach()
         return mine, found
@@ -103,7 +104,7 @@ def meow(counts: tuple[int, ...], gamma: float, idle_steps: int, temperature: fl
 
 
 SETTINGS = [
-    ("pamc", {"clusters": 5, "idle_steps": 2, "temperature": 0.1}, pamc(5, 0.1, 2, 0.1)),
+    ("pamc", {"clusters": 5, "gamma": 0.1, "idle_steps": 2, "temperature": 0.1}, pamc(5, 0.1, 2, 0.1)),
     ("pamc", {"clusters": 20, "gamma": 0.6}, pamc(20, 0.6, 100, None)),
     ("meow", {"clusters": [2, 5], "gamma": 0.3, "idle_steps": 1}, meow((2, 5), 0.3, 1, 0.07)),
     ("meow", {"clusters": [2], "temperature": None}, meow((2,), 0.1, 100, None)),
