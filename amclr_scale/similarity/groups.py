@@ -70,20 +70,19 @@ class SameGroup:
         ends = self.counts.cumsum(0)
         order = self._dense.sort(stable=True).indices  # (B,)
 
-        def block(pairs: Tensor, anchors: Tensor, everybody: Tensor, *per_anchor: Tensor) -> Tensor:
+        def block(first: int, last: int, anchors: Tensor, everybody: Tensor, *per_anchor: Tensor) -> Tensor:
+            pairs = torch.arange(first, last, device=anchors.device)
             i = torch.searchsorted(ends, pairs, right=True)
             j = order[self._starts[i] + pairs - (ends[i] - self.counts[i])]
             with torch.autocast(anchors.device.type, enabled=False):
                 found = fn((anchors[i] * everybody[j]).sum(1), *(x[i] for x in per_anchor))
             return found.new_zeros(len(anchors)).index_add(0, i, found)
 
-        size = max(1, PAIR_NUMBERS // anchors.shape[1])
-        blocks = torch.arange(int(ends[-1]), device=anchors.device).split(size)
-        found = [
-            checkpoint(block, pairs, anchors, everybody, *per_anchor, use_reentrant=False, preserve_rng_state=False)
-            for pairs in blocks
-        ]
-        total: Tensor = sum(found[1:], found[0])
+        size, count = max(1, PAIR_NUMBERS // anchors.shape[1]), int(ends[-1])
+        total = anchors.new_zeros(len(anchors))
+        for first in range(0, count, size):  # nothing of a block stays: there may be B^2 pairs
+            part = (first, min(first + size, count), anchors, everybody, *per_anchor)
+            total = total + checkpoint(block, *part, use_reentrant=False, preserve_rng_state=False)
         return total
 
     def _gathered(self, rows: Tensor) -> Tensor:
