@@ -17,8 +17,8 @@ and from the epoch `soft_epoch` on, with d = `soft_temperature` and targets that
     value = (1/2) mean_i ( log sum_j exp(s_ij / d) - sum_j q_ij s_ij / d  + the same with texts for anchors )
 
 What is mixed are embeddings; in the authors' code, features behind the towers before they are made unit length. So any
-two rows of the global batch can be mixed, and nothing is encoded twice. Draws follow from how far training is and from a
-sample's place in the global batch, so they are those of one rank on any number of ranks, and after a resume.
+two rows of the global batch can be mixed, and nothing is encoded twice. Draws follow from how far training is and from
+a sample's place in the global batch, so they are those of one rank on any number of ranks, and after a resume.
 
 Numerics: log-sums centred on m_i.t_i; float32.
 """
