@@ -63,6 +63,7 @@ def study(options: argparse.Namespace) -> int:
     """The flow: plan -> cells -> run those that choose learning rates -> run those that are scored -> report."""
     from amclr_scale.study.planning.cells import base_tree
     from amclr_scale.study.planning.load import load_plan
+    from amclr_scale.study.running.features import device_of, make_features, needed, parted
     from amclr_scale.study.running.folder import StudyFolder
     from amclr_scale.study.running.margin import check_margin
     from amclr_scale.study.running.phases import called, run_phases
@@ -103,10 +104,14 @@ def study(options: argparse.Namespace) -> int:
 
         folder.write(plan, tree, cells)
         if options.slurm:
-            for script in write_jobs(plan, folder, chosen, Path(options.slurm)):
+            make_features(folder, chosen, cells, device_of(plan), say)
+            ready, without = parted([*{cell.name: cell for cell in [*needed(chosen, cells), *chosen]}.values()])
+            for script in write_jobs(plan, folder, ready, Path(options.slurm)):
                 say(f"sbatch {script}")
             if waiting := sum(cell.waits for cell in cells):
                 say(f"{waiting} cells wait for the learning rates that these choose: the same command then writes them")
+            if without:
+                say(f"{len(without)} cells wait for features of these: the same command then makes them and writes it")
             return 0
         outcome = run_phases(plan, tree, epoch, folder, cells, say, pattern=options.cells, until=until)
         if outcome.done and not outcome.interrupted:

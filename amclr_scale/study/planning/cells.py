@@ -24,6 +24,7 @@ from amclr_scale.errors import UserError
 from amclr_scale.metrics.scores import GEOMETRY, describe
 from amclr_scale.study.planning.arms import CONTROLS
 from amclr_scale.study.planning.cost import encoder_cost, encoder_flops, matrices, negatives, pairwise_flops, peak_gib
+from amclr_scale.study.planning.features import Features, taken
 from amclr_scale.study.planning.lengths import Rates, samples_of
 from amclr_scale.study.planning.plan import RANKS, SWEPT, ArmPlan, Role, StudyPlan
 from amclr_scale.study.planning.variants import Combination, combinations, kept_settings, variant_name, words_of
@@ -43,6 +44,7 @@ class Planned:
         config: with its `execution`, which is no part of the recipe.
         encoder_cost: forward passes of both towers per sample, relative to plain CLIP.
         ranks: it runs on.
+        features: of another cell that it reads, which runs before it.
     """
 
     name: str
@@ -63,6 +65,7 @@ class Planned:
     lr: float
     encoder_cost: float
     ranks: int
+    features: Features | None = None
 
     @property
     def recipe_hash(self) -> str:
@@ -98,7 +101,7 @@ class Planned:
             "words": [] if self.waits else list(self.words), "samples": self.samples, "steps": self.steps,
             "epochs": round(self.epochs, 4), "lr": None if self.waits else self.lr,
             "encoder_cost": self.encoder_cost, "negatives": self.negatives, "comparisons": self.comparisons,
-            "flops": sum(self.flops), "ranks": self.ranks,
+            "flops": sum(self.flops), "ranks": self.ranks, "features_of": self.features and self.features.of,
         }  # fmt: skip
 
 
@@ -164,7 +167,7 @@ def _collect(
             if any(fnmatch.fnmatchcase(name, pattern) for pattern in plan.skip):
                 continue
             try:
-                found.append(_cell(plan, tree, arm, one, epoch, rates, steps))
+                found.append(_cell(plan, tree, arm, one, epoch, rates, steps, {cell.name: cell for cell in cells}))
             except UserError as error:
                 for line in str(error).splitlines():
                     mistakes.setdefault(line, []).append(name)
@@ -188,12 +191,12 @@ def _more(where: Sequence[str]) -> str:
 
 def _cell(
     plan: StudyPlan, tree: Mapping[str, Any], arm: ArmPlan, one: Combination, epoch: float, rates: Rates,
-    steps: int | None,
+    steps: int | None, above: Mapping[str, Planned],
 ) -> Planned:  # fmt: skip
     """One cell: words in the order arm, temperature, axes, batch size, learning rate, length, warm-up, seed."""
     batch, axes, seed = one.batch, one.axes, one.seed
     ranks = int(axes.get(RANKS, plan.execution.ranks))
-    words = words_of(plan, arm, batch)
+    features, words = taken(plan, arm, seed, words_of(plan, arm, batch), above)
     named = {word.partition("=")[0] for word in words}
     section = merge(dict(tree), from_words(words))["objective"]
     has_temperature = "temperature" in find(section).options.model_fields
@@ -228,7 +231,7 @@ def _cell(
         label=arm.label or CONTROLS[arm.like or arm.name].label, global_batch_size=batch, seed=seed, axes=axes,
         words=tuple(words), config=config, samples=run.total_samples, steps=run.total_steps,
         epochs=run.total_samples / epoch, lr=peak_learning_rate(config.optimizer, batch),
-        encoder_cost=encoder_cost(config), ranks=ranks,
+        encoder_cost=encoder_cost(config), ranks=ranks, features=features,
     )  # fmt: skip
 
 
@@ -294,6 +297,8 @@ def _check(plan: StudyPlan, cells: Sequence[Planned]) -> Iterator[str]:
     if not any(cell.arm == arm and cell.global_batch_size == batch for cell in cells):
         there = sorted({f"{cell.arm} at {cell.global_batch_size}" for cell in cells if cell.arm == arm})
         yield f"reference: expected one of the cells ({', '.join(there) or 'none of this arm'}), got {arm} at {batch}"
+    if any(cell.features and not isinstance(cell.config.data.train, str) for cell in cells):
+        yield "data.train: expected one data set where an arm has features_of, got several"
     yield from _check_metrics(plan, cells[0].config)
 
 

@@ -234,6 +234,12 @@ def _check_budget(plan: StudyPlan) -> Iterator[str]:
         yield "group_sizes: held_equal grid needs them: how many pairs share negatives, such as [128, 512]"
     if plan.held_equal != "grid" and plan.group_sizes:
         yield f"group_sizes: has no meaning when held_equal is {plan.held_equal}; use held_equal: grid"
+    for arm in plan.arms if plan.held_equal == "wall_clock" else ():
+        if arm.features_of:
+            yield (
+                f"arms.{arm.name}.features_of: held_equal wall_clock times every arm before the first cell, when there "
+                "are no features yet; hold something else equal, or name files that are there"
+            )
     if plan.held_equal == "memory" and plan.budget.gib is None:
         yield "budget.gib: held_equal memory needs the peak GiB per rank, got none"
 
@@ -241,7 +247,7 @@ def _check_budget(plan: StudyPlan) -> Iterator[str]:
 # Each with the keys that it reads: where one of them is wrong, the check would say nothing new.
 _CHECKS: tuple[tuple[Callable[[StudyPlan], Iterator[str]], tuple[str, ...]], ...] = (
     (_check_arms, ("arms", "reference", "pairs")),
-    (_check_budget, ("held_equal", "budget", "group_sizes")),
+    (_check_budget, ("held_equal", "budget", "group_sizes", "arms")),
     (_check_words, ("words", "axes", "arms", "execution")),
     (_check_numbers, ("expected", "batch_sizes", "seeds", "tuning", "warmup_samples", "warmup_share")),
     (_check_tuning, ("tuning", "seeds", "metrics", "axes", "arms")),

@@ -18,6 +18,17 @@ TUNING_SEEDS = 3
 Role = Literal["scored", "tuning"]
 
 
+class Communities(Section):
+    """How communities of similar samples are grown, as by `amclr-scale shards communities`."""
+
+    size: Annotated[int, Field(ge=2)] = 32
+    """K, samples of a community."""
+    skip: Annotated[int, Field(ge=0)] = 30
+    """p, nearest texts to pass over: false negatives."""
+    neighbours: Positive = 100
+    """m, texts behind them that a sample points to."""
+
+
 class ArmPlan(Section):
     """One arm: a known one by its name alone, or with words of its own."""
 
@@ -33,6 +44,12 @@ class ArmPlan(Section):
     """Global batch sizes of this arm; null: the plan's."""
     axes: dict[str, Axis] = Field(default_factory=dict)
     """Configuration keys and their values, for this arm only."""
+    features_of: str | None = None
+    """A cell of an arm above: this arm is trained beside what that one makes of data.train, which words name as
+    FEATURES/image.npy, FEATURES/text.npy and FEATURES/communities.npy. clip-B64-s0, or clip-B64 for the one of the same
+    seed. It is trained first; its training is not counted as this arm's."""
+    communities: Communities = Communities()
+    """How FEATURES/communities.npy is made."""
     budget_factor: PositiveNumber = 1.0
     """This arm gets so many times the plan's budget, such as 2 for SogCLR with as much encoder work as AmCLR."""
 

@@ -1,4 +1,4 @@
-"""A study in two phases: first the cells that choose learning rates, then those that are scored at them."""
+"""A study in phases: cells that others read features of, those that choose learning rates, those that are scored."""
 
 import fnmatch
 import math
@@ -7,6 +7,7 @@ from typing import Any
 
 from amclr_scale.study.planning.cells import Planned
 from amclr_scale.study.planning.plan import StudyPlan
+from amclr_scale.study.running.features import device_of, make_features, needed, parted
 from amclr_scale.study.running.folder import StudyFolder
 from amclr_scale.study.running.margin import check_margin
 from amclr_scale.study.running.run import Command, Outcome, Runner, command
@@ -37,22 +38,40 @@ def run_phases(
     Raises:
         UserError: the tuning cells show that the margin is too wide, or lack what they are to be judged by.
     """
-    chosen = called(cells, pattern)
     outcome = Outcome(0, (), False)
-    tuning = [cell for cell in chosen if cell.role == "tuning"]
-    if tuning:
-        outcome = Runner(plan, folder, tuning, say, make_command, until).run()
+
+    def run(some: Sequence[Planned]) -> Outcome:
+        there, without = parted(some)
+        failed = tuple(cell.name for cell in without)
+        for cell in without:
+            say(f"{cell.name}: not started, for there are no features of {cell.features and cell.features.of}")
+        ended = Runner(plan, folder, there, say, make_command, until).run() if there else Outcome(0, (), False)
+        return ended + Outcome(0, failed, False)
+
+    first = needed(called(cells, pattern), cells)
+    if first:
+        outcome += run(first)
+        if not outcome.interrupted:
+            make_features(folder, called(cells, pattern), cells, device_of(plan), say)
+
+    def rest(role: str) -> list[Planned]:
+        early = {cell.name for cell in first}
+        return [cell for cell in called(cells, pattern) if cell.role == role and cell.name not in early]
+
+    tuning = rest("tuning")
+    if tuning and not outcome.interrupted:
+        outcome += run(tuning)
     if tuning and not outcome.interrupted:
         cells, choices = plan_cells(plan, tree, epoch, folder)
         for choice in choices:
             say(choice.line(plan.criterion.name))
         folder.write(plan, tree, cells)
         check_margin(plan, folder, cells)
-    scored = [cell for cell in called(cells, pattern) if cell.role == "scored"]
+    scored = rest("scored")
     ready = [cell for cell in scored if not cell.waits]
     if ready and not outcome.interrupted:
-        outcome += Runner(plan, folder, ready, say, make_command, until).run()
+        outcome += run(ready)
     waits = f"; {len(scored) - len(ready)} wait for a learning rate" if len(ready) < len(scored) else ""
     failed = f"; failed: {', '.join(outcome.failed)}" if outcome.failed else ""
-    say(f"{outcome.done} of {len(tuning) + len(scored)} cells are finished{waits}{failed}")
+    say(f"{outcome.done} of {len(first) + len(tuning) + len(scored)} cells are finished{waits}{failed}")
     return outcome

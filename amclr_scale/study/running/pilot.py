@@ -11,7 +11,7 @@ from typing import Any
 from amclr_scale.config.load import merge
 from amclr_scale.errors import UserError
 from amclr_scale.study.planning.cells import make_cells
-from amclr_scale.study.planning.plan import StudyPlan, Tuning
+from amclr_scale.study.planning.plan import Reference, StudyPlan, Tuning
 from amclr_scale.study.running.folder import StudyFolder
 from amclr_scale.study.running.run import Outcome, Runner
 
@@ -19,11 +19,14 @@ WARM_UP = 3  # steps
 
 
 def pilot_plan(plan: StudyPlan) -> StudyPlan:
-    """The same study with one seed, without evaluation, and with every step logged."""
-    execution = plan.execution
+    """The same study with one seed, without evaluation, with every step logged, and without arms that read features of
+    others: there are none yet.
+    """
+    execution, arms = plan.execution, [arm for arm in plan.arms if arm.features_of is None]
     words = (*execution.words, "run.log_every_steps=1")
     changed = {
         "seeds": plan.seeds[:1], "tuning": Tuning(seeds=[]), "metrics": [],
+        "arms": arms, "reference": Reference(arm=arms[0].name) if len(arms) < len(plan.arms) else plan.reference,
         "execution": execution.model_copy(update={"words": words}),
     }  # fmt: skip
     return plan.model_copy(update=changed)

@@ -68,6 +68,8 @@ def held(plan: StudyPlan, cells: Sequence[Planned], epoch: float) -> str:
     ]
     longer = [f"{arm.name} x {arm.budget_factor:g}" for arm in plan.arms if arm.budget_factor != 1]
     lines += [f"another share of the budget: {', '.join(longer)}"] if longer else []
+    features = [f"{arm.name} of {arm.features_of}" for arm in plan.arms if arm.features_of]
+    lines += [f"features of other cells, which run first: {', '.join(features)}"] if features else []
     lines.append(f"shared: {', '.join(_shared(cells))}")
     said = [dict(word.split("=", 1) for word in cell.words) for cell in cells]
     keys = sorted({key for words in said for key in words})
