@@ -55,7 +55,10 @@ def check_trackers(config: Config) -> None:
     """
     wanted = {"wandb": config.run.wandb != "off", "tensorboard": config.run.tensorboard, "trackio": config.run.trackio}
     for package, asked in wanted.items():
-        if asked and importlib.util.find_spec(package) is None:
+        found = importlib.util.find_spec(package) if asked else None
+        if asked and (
+            found is None or found.origin is None
+        ):  # a folder of that name, as wandb leaves in the place of a run
             raise UserError(
                 f"run.{package}: the package {package} is not installed: pip install {package}, or leave run.{package} "
                 "as it is by default"

@@ -1,6 +1,7 @@
 """What a run sends beside its folder, as those packages themselves read it."""
 
 import importlib.util
+import sys
 
 import pytest
 from PIL import Image
@@ -56,3 +57,13 @@ def test_a_package_that_is_missing_is_named(monkeypatch, words):
     with pytest.raises(UserError, match=rf"{package}: the package .* is not installed: pip install"):
         check_trackers(load(None, ["train.epochs=1", words]))
     check_trackers(load(None, ["train.epochs=1"]))
+
+
+def test_a_folder_of_that_name_is_no_package(monkeypatch, tmp_path):
+    """trackio is not installed here, or is found behind the folder, which then has its place."""
+    (tmp_path / "trackio").mkdir()
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    monkeypatch.delitem(sys.modules, "trackio", raising=False)
+    importlib.invalidate_caches()
+    with pytest.raises(UserError, match=r"^run.trackio: the package trackio is not installed: pip install"):
+        check_trackers(load(None, ["train.epochs=1", "run.trackio=true"]))
