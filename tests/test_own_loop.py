@@ -118,6 +118,16 @@ def test_what_cannot_be_is_told():
         GradientCache(towers(), 0)
 
 
+def test_towers_on_two_gpus_of_one_process_are_refused(monkeypatch):
+    places = [nn.Parameter(torch.zeros(1)) for _ in range(2)]
+    model = nn.Linear(1, 1)
+    monkeypatch.setattr(model, "parameters", lambda: places)
+    for number, place in enumerate(places):
+        place.__class__ = type("There", (nn.Parameter,), {"device": torch.device("cuda", number)})
+    with pytest.raises(UserError, match=r"^models: expected parameters on one GPU, got cuda:0 and cuda:1"):
+        GradientCache(model, 2)
+
+
 def test_a_function_that_moves_its_inputs_to_a_gpu_draws_the_same_there(monkeypatch):
     """Nothing that the cache is given lies there; the generator of CUDA is played by a list."""
     gpu = [0]

@@ -53,7 +53,8 @@ class GradientCache:
             exchanges gradients, 0.
 
     Raises:
-        UserError: inputs without rows, or of different numbers of rows; outputs that have other rows than the inputs.
+        UserError: inputs without rows, or of different numbers of rows; outputs that have other rows than the inputs;
+            towers on several GPUs of one process.
 
     Gao et al., "Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup", 2021, arXiv:2101.06983.
     """
@@ -72,6 +73,12 @@ class GradientCache:
             raise UserError(f"micro_batch_size: expected at least 1, got {micro_batch_size}")
         self.encode, self.micro_batch_size, self.backward = encode, micro_batch_size, backward
         self.models = [*([encode] if isinstance(encode, nn.Module) else []), *models]
+        places = sorted({str(p.device) for model in self.models for p in model.parameters() if p.device.type == "cuda"})
+        if len(places) > 1:  # the state of one device's generator is kept
+            raise UserError(
+                f"models: expected parameters on one GPU, got {' and '.join(places)}: what the second run draws on the "
+                "others would differ; put the towers on one, or shard them with FSDP2"
+            )
         self.shared = frozenset(shared)
         self._wrappers = [part for model in self.models for part in model.modules() if _exchange(part)]
         if kept and self._wrappers:
