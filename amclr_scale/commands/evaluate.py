@@ -2,11 +2,15 @@
 
     amclr-scale evaluate runs/NAME
     amclr-scale evaluate runs/A runs/B --suite emoji
+    amclr-scale evaluate runs/NAME --suite datacomp38 --data /data/evalsets
     torchrun --nproc-per-node 8 launch/evaluate.py open_clip/ViT-B-32:FILE --suite configs/evaluation/retrieval.yaml
 
 A suite is a YAML file with a section `evaluation` (and `data`, where captions are elsewhere), called as its file is, or
 NAME=FILE; without one, what the run itself measured is measured again. Several models are compared item by item with
 the first.
+
+With --data, a suite is one of datacomp38, clip_benchmark_vtab, retrieval, sugarcrepe, winoground and aro, and --data
+is the folder that holds its data sets. Finished data sets are kept: the same command again goes on.
 """
 
 import argparse
@@ -37,6 +41,7 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--suite", action="append", default=[], metavar="[NAME=]FILE", help="what to measure; may be repeated"
     )
+    parser.add_argument("--data", metavar="FOLDER", help="the data sets of a suite of papers, such as datacomp38")
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="such as evaluation.batch_size=512"
     )
@@ -104,11 +109,52 @@ def check_same_measure(first: Config, other: Config) -> None:
             )
 
 
+def _run_suites(options: argparse.Namespace, device: Any) -> None:
+    """The suites of papers, which evaluation/suites knows."""
+    from amclr_scale.evaluation.suites.catalogue import SUITES, suite
+    from amclr_scale.evaluation.suites.command import measure
+    from amclr_scale.trained.model import open_model
+
+    if options.sheet:
+        raise UserError("--sheet: expected no sheet beside --data; draw one with --set evaluation.splits=[...]")
+    if not options.suite:
+        raise UserError(f"--suite: expected one of {', '.join(SUITES)} beside --data, got none")
+    measure(
+        options.checkpoints, [suite(name) for name in dict.fromkeys(options.suite)], Path(options.data).expanduser(),
+        opens=open_model, device=device, words=options.set, precision=options.precision,
+        output=Path(options.output) if options.output else None,
+    )  # fmt: skip
+
+
+def _check_data_is_named(suites: Iterable[str]) -> None:
+    """Raise `UserError` for a suite of papers whose data sets nobody has named."""
+    from amclr_scale.evaluation.suites.catalogue import SUITES
+
+    for name in suites:
+        if name in SUITES and not find(name, "evaluation").is_file():
+            raise UserError(f"--data: expected the folder that holds the data sets of {name}, got none")
+
+
 def run(options: argparse.Namespace, rank_info: RankInfo) -> None:
-    """The flow: models -> splits -> numbers -> table, files, sheets."""
+    """Start what ranks need, measure, and stop it."""
     import torch
 
     from amclr_scale.distributed.process_group import device_type, keep_float32, start, stop
+
+    keep_float32()  # as in training
+    device = torch.device(device_type())
+    if rank_info.world_size > 1:
+        device = start(rank_info)
+    if options.data:
+        _run_suites(options, device)
+    else:
+        _run_splits(options, rank_info, device)
+    if rank_info.world_size > 1:
+        stop()
+
+
+def _run_splits(options: argparse.Namespace, rank_info: RankInfo, device: Any) -> None:
+    """The flow: models -> splits -> numbers -> table, files, sheets."""
     from amclr_scale.evaluation.models import check_reading, compute_in, use_statistics
     from amclr_scale.evaluation.progress import EvaluationProgress
     from amclr_scale.evaluation.report import comparison_lines, comparisons, histogram_lines, write
@@ -118,10 +164,6 @@ def run(options: argparse.Namespace, rank_info: RankInfo) -> None:
     from amclr_scale.evaluation.temperatures import Histogram, read_temperatures
     from amclr_scale.trained.model import open_model
 
-    keep_float32()  # as in training
-    device = torch.device(device_type())
-    if rank_info.world_size > 1:
-        device = start(rank_info)
     speaks = rank_info.rank == 0
     results: dict[str, dict[str, float]] = {}
     measured: dict[str, Any] = {}
@@ -133,6 +175,7 @@ def run(options: argparse.Namespace, rank_info: RankInfo) -> None:
     resamples = 0
     first_config: Config | None = None
     suites = suites_by_name(options.suite)
+    _check_data_is_named(suites.values())
     for checkpoint in options.checkpoints:
         loaded = open_model(checkpoint)
         config = laid_over(loaded.config, suites.values(), options.set)
@@ -180,8 +223,6 @@ def run(options: argparse.Namespace, rank_info: RankInfo) -> None:
     if speaks and folder is not None:
         write(folder, results, compared, learned, precision=precision, prompts=prompts, suites=list(suites))
         print(f"results.json and results.md in {folder}")
-    if rank_info.world_size > 1:
-        stop()
 
 
 def main(argv: list[str]) -> int:

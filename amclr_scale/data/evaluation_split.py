@@ -1,10 +1,13 @@
 """Held-out pairs: every sample exactly once over the ranks, in order, without any randomness."""
 
+import io
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from tokenize import TokenError
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -79,6 +82,26 @@ class EvaluationSplit:
         shard, row = self.index.locate(sample)
         reader = self.index.reader(shard)
         return f"{Path(reader.url).name}/{reader.key(row)}"
+
+    def arrays(self, member: str = "npy") -> list[Any]:
+        """What numpy has written beside every sample, such as WILDS' metadata.
+
+        Raises:
+            UserError: a sample has none, or one that is none of numpy's.
+        """
+        found = []
+        for sample in range(self.num_samples):
+            raw = self._sample(sample, frozenset({member})).members.get(member)
+            try:
+                if raw is None:
+                    raise ValueError(f"it has no .{member}")
+                found.append(np.load(io.BytesIO(raw), allow_pickle=False))
+            except (ValueError, OSError, EOFError, TokenError) as error:
+                raise UserError(
+                    f"{_KEY}: {self.name}: sample {self.key(sample)}: expected an array of numpy at .{member}, got: "
+                    f"{error}"
+                ) from error
+        return found
 
     def close(self) -> None:
         """Close the shards."""

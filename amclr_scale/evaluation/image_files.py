@@ -45,6 +45,7 @@ class Item:
     label: str | None = None
     image_id: Any = None  # images with the same one are the same image; None: those with the same path are
     negatives: dict[str, list[str]] = field(default_factory=dict)  # wrong captions by what is wrong with them
+    box: tuple[int, int, int, int] | None = None  # left, top, right, bottom, in pixels: what of the picture is seen
 
     def cleaned(self) -> "Item":
         """With captions as ALBEF cleans them."""
@@ -77,23 +78,24 @@ class ImageFiles:
         mine = share(self.num_samples)
         for start in range(mine.start, mine.stop, batch_size):
             rows = range(start, min(start + batch_size, mine.stop))
-            images = torch.stack([self._image(self.items[row].path) for row in rows])
+            images = torch.stack([self._image(self.items[row]) for row in rows])
             texts = self.reading.tokenizer(
                 [self.items[row].captions[0] if self.items[row].captions else "" for row in rows]
             )
             yield Batch(ids=torch.tensor(rows), images=(images,), texts=(texts,))
 
-    def _image(self, path: Path) -> Tensor:
+    def _image(self, item: Item) -> Tensor:
         sample = Sample(
-            {"jpg": path.read_bytes()},
+            {"jpg": item.path.read_bytes()},
             self.data.max_image_pixels,
             self.data.max_caption_characters,
             self.data.max_image_mib,
         )
         try:
-            return self.reading.view(decode(sample.image()))
+            picture = decode(sample.image())
+            return self.reading.view(picture if item.box is None else picture.crop(item.box))
         except BadSampleError as error:
-            raise UserError(f"{_KEY}: {self.name}: {path} cannot be used: {error}") from error
+            raise UserError(f"{_KEY}: {self.name}: {item.path} cannot be used: {error}") from error
 
 
 def holds_shards(folder: Path) -> bool:
