@@ -10,8 +10,9 @@ from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from amclr_scale.config.load import NEUTRAL
+from amclr_scale.config.load import LATER, NEUTRAL, build
 from amclr_scale.config.load import RECIPE as SECTIONS
+from amclr_scale.study.analysis.reading import flatten
 from amclr_scale.study.analysis.results import Run
 
 RECIPE = tuple(name if name == "seed" else f"{name}." for name in SECTIONS)
@@ -42,7 +43,7 @@ class Difference:
 
 def differences(runs: Sequence[Run]) -> list[Difference]:
     """All keys of the recipe with more than one value, explained."""
-    configs = [_folded(run.config, _optional(runs)) for run in runs]
+    configs = [_folded(config, _optional(runs)) for config in _said(runs)]
     keys = dict.fromkeys(key for config in configs for key in config if key.startswith(RECIPE) and key not in NEUTRAL)
     found = []
     for key in keys:
@@ -50,6 +51,28 @@ def differences(runs: Sequence[Run]) -> list[Difference]:
         options = key.startswith("objective.")  # one objective's options are absent from another's
         if len(set(values) - ({ABSENT} if options else set())) > 1:
             found.append(_explain(key, runs, values))
+    return found
+
+
+def _said(runs: Sequence[Run]) -> list[dict[str, Any]]:
+    """Configurations with every key that the youngest has: one that an older version did not have, at its default."""
+    defaults = flatten(build({"train": {"epochs": 1}}).model_dump(mode="json")) | LATER
+    known: dict[str, set[str]] = {}
+    for run in runs:
+        known.setdefault(str(run.config.get("objective.name")), set()).update(run.config)
+    anywhere = set().union(*known.values())
+    found = []
+    for run in runs:
+        sections = {key.rpartition(".")[0] for key in run.config}
+        had = known[str(run.config.get("objective.name"))]
+        new = (
+            key
+            for key in sorted(anywhere - run.config.keys() - sections)
+            if key in defaults
+            and key.rpartition(".")[0] in sections
+            and (key in had or not key.startswith("objective."))
+        )
+        found.append({**run.config, **{key: defaults[key] for key in new}})
     return found
 
 
