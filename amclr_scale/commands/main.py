@@ -17,6 +17,7 @@ from amclr_scale.errors import did_you_mean
 VERBS = {
     "train": ("train", "train a dual encoder from one configuration"),
     "evaluate": ("evaluate", "measure trained models: retrieval, zero-shot, probes, geometry"),
+    "leaderboard": ("leaderboard", "compare what runs have measured, sorted by a column"),
     "study": ("study", "run a plan of arms x batch sizes x seeds, and write its report"),
     "fit": ("fit", "what fits, how fast, how many bytes travel, before there is a machine"),
     "export": ("export", "turn a checkpoint into a folder for others (safetensors, transformers, open_clip)"),

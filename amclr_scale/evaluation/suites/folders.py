@@ -11,6 +11,7 @@ a group like the others, as in DataComp's published numbers. Ties count against 
 another class scores as high as the right one, that class is what was predicted.
 """
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -51,15 +52,16 @@ def check_folder(one: str, path: Path, *, classes: bool) -> None:
             "download the rest"
         )
     for file in _BESIDE[:2] if classes else ():
-        if not lines_of(path / file):
-            raise UserError(f"--data: {one}: expected {path / file}, a line for each, found none")
+        if not lines_of(path / file) or "" in _verbatim(path / file):
+            raise UserError(f"--data: {one}: expected {path / file} with a line for each and no blank ones")
     if not classes and lines_of(path / _BESIDE[2]) != ["retrieval"]:
         raise UserError(f"--data: {one}: expected {path / _BESIDE[2]} with the line `retrieval`, found none")
 
 
 def open_classes(place: Place) -> Opened:
     """Zero-shot classification of a folder."""
-    task = _task(place)
+    # Names as they stand, underscores and all: so prompts are those of CLIP_benchmark.
+    task = replace(_task(place), class_names=_verbatim(place.path / _BESIDE[0]))
     groups = _groups(place, task) if place.one.group is not None else None
 
     def measure(encode: Encode) -> Measured:
@@ -103,6 +105,10 @@ def _task(place: Place) -> Task:
         str(place.path), place.data, place.options, rank=place.rank, world_size=place.world_size, name=place.one.name,
         reading=place.own_reading,
     )  # fmt: skip
+
+
+def _verbatim(file: Path) -> list[str]:
+    return [line.strip() for line in file.read_text("utf-8").rstrip().splitlines()]
 
 
 def _files(path: Path) -> Files:

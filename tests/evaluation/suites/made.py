@@ -17,7 +17,7 @@ from amclr_scale.evaluation.suites.opened import Place
 from tests.evaluation.shards import picture, write_tar
 from tests.evaluation.test_run import recipe
 
-NAMES = ["cat", "dog", "green bird", "fish", "red fox", "cow", "ant"]
+NAMES = ["cat", "dog", "green bird", "fish", "red_fox", "cow", "ant"]
 TEMPLATES = ["a photo of a {c}.", "{c}"]
 WIDTH = 12
 

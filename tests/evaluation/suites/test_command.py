@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from amclr_scale.commands.evaluate import main
+from amclr_scale.commands.leaderboard import main as compare
 from amclr_scale.evaluation.suites import run as suites_run
 from amclr_scale.evaluation.suites.catalogue import SUITES
 from tests.evaluation.suites.made import classes_folder, pictures, retrieval_folder
@@ -83,6 +84,25 @@ def test_columns_say_what_they_were_taken_over(made, tmp_path, capsys):
     crepe = json.loads((tmp_path / "sugarcrepe.json").read_text())["columns"]
     assert crepe["Swap mean"]["value"] == crepe["Swap object"]["value"] == crepe["Mean over 7"]["value"]
     assert (len(crepe["Mean over 7"]["missing"]), crepe["Add mean"]["value"]) == (6, None)
+    assert compare([str(tmp_path), "--sort", "ImageNet"]) == 0
+    row = next(
+        line for line in capsys.readouterr().out.splitlines() if f"{100 * average['value']:.1f} (4 of 38)" in line
+    )
+    assert row.split()[0] == tmp_path.name
+
+
+def test_several_models_have_a_row_and_a_folder_each(made, tmp_path, capsys):
+    run, data = str(made / "runs" / "first"), str(made / "data")
+    again = f"{run}/weights.safetensors"  # called first too: the second is called as it was given
+    words = ["--suite", "sugarcrepe", "--data", data, "--set", "evaluation.resamples=0"]
+    assert main([run, again, *words, "--output", str(tmp_path)]) == 0
+    said = capsys.readouterr().out
+    kept = sorted(path.parent.name for path in tmp_path.glob("*/sugarcrepe.json"))
+    assert kept == sorted(["first", again.replace("/", "-")])
+    one, two = (json.loads((tmp_path / name / "sugarcrepe.json").read_text()) for name in kept)
+    assert one["model_sha256"] == two["model_sha256"]
+    assert one["columns"] == two["columns"]
+    assert [line.split()[0] for line in said.splitlines() if "(1 of 7)" in line] == ["first", again]
 
 
 @pytest.mark.slow
