@@ -51,7 +51,7 @@ class PamC(Objective, name="pamc"):
 
         temperature: float | None = None  # fixed; null: learned, 1 / logit_scale
         clusters: int = 256  # C, of each modality
-        gamma: float = 0.5  # weight of the newest batch in the means and shares
+        gamma: float = 0.8  # weight of the newest batch in the means and shares
         idle_steps: int = 100  # after so many steps without a member a cluster begins anew
         estimate: Literal["means", "batch"] = "means"  # batch: the keys themselves, which is clip, the control
 
