@@ -10,7 +10,9 @@ Of R clusterings c_r of pairs, by the mean of a pair's two embeddings, with diff
     value = mean_i (L_i + L'_i)                                                    L' has texts for anchors, as in DCL
 
 sum_j w_ij exp(s_ij / t) is the mean over r of sums over the keys of other clusters, so no matrix of weights is made.
-Clusters follow training (clusters.py); weights have no gradient. An anchor whose keys all have weight 0 counts 0.
+Clusters follow training (clusters.py); what they are of is less the batch's mean and of mean squared length 1, so that
+no cluster is left behind where all embeddings move together, or apart, as at the start: else all would join the one
+that lies ahead, and be nobody's negatives. Weights have no gradient. An anchor whose keys all have weight 0 counts 0.
 
 Numerics: log-sums centred on the positive; their mean over r is a log-sum again; float32.
 """
@@ -24,7 +26,7 @@ from torch import Tensor
 from amclr_scale.objectives.base import Objective, at_least_float32, learned_temperature, numbers, require
 from amclr_scale.objectives.clip import check_temperature
 from amclr_scale.objectives.clusters import Clusters
-from amclr_scale.similarity import contrast
+from amclr_scale.similarity import column_mean, contrast
 from amclr_scale.types import Embeddings, Loss
 
 
@@ -65,7 +67,7 @@ class MEOW(Objective, name="meow"):
     def forward(self, embeddings: Embeddings) -> Loss:
         image, text = at_least_float32(embeddings.image), at_least_float32(embeddings.text)
         t = learned_temperature(embeddings, self.config.temperature)
-        pairs = (image.detach() + text.detach()) / 2
+        pairs = standard((image.detach() + text.detach()) / 2)
         joined = {str(C): self.clusters.join(str(C), pairs) for C in self.config.clusters}
         if self.learns:
             self.clusters.store({name: clusters for name, (_, clusters) in joined.items()})
@@ -79,6 +81,13 @@ class MEOW(Objective, name="meow"):
         loss = (terms[0] + terms[1]).mean()
         number = torch.stack([clusters.number for _, clusters in joined.values()]).mean()
         return Loss(loss, numbers(objective=loss, clusters=number, temperature=t))
+
+
+def standard(rows: Tensor) -> Tensor:
+    """(b, D) less the mean of all ranks' rows, of mean squared length 1: neither changes who is near to whom."""
+    centred = rows - column_mean(rows)
+    square = column_mean(centred.square().sum(1, keepdim=True))
+    return centred / square.clamp(min=torch.finfo(rows.dtype).tiny).sqrt()
 
 
 def mean_of(log_sums: list[Tensor]) -> Tensor:

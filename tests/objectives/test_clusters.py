@@ -88,8 +88,11 @@ def meow(counts: tuple[int, ...], gamma: float, idle_steps: int, temperature: fl
             state.plain = [Plain(count, e.image.shape[1]) for count in counts]
         t = 1 / e.logit_scale if temperature is None else temperature
         weights = torch.zeros(B, B).double()
+        rows = (e.image + e.text).detach() / 2
+        rows = rows - rows.mean(0)
+        rows = rows / rows.square().sum(1).mean().sqrt()
         for plain in state.plain:
-            mine = torch.tensor(plain.join((e.image + e.text).detach() / 2, gamma, idle_steps)[0])
+            mine = torch.tensor(plain.join(rows, gamma, idle_steps)[0])
             weights += (mine[:, None] != mine).double() / len(counts)
         state["clusters.weights"] = torch.cat([x for plain in state.plain for x in plain.flat()])
         state.weights = weights
