@@ -94,7 +94,8 @@ def _folder(output: Path | None, loaded: Loaded, name: str, *, several: bool) ->
         return output / flat if several else output
     if loaded.folder is None:
         return Path("runs") / "evaluation" / flat
-    return loaded.folder / "evaluation" / loaded.step
+    # A checkpoint is called RUN/step_..., other weights of a run RUN/momentum: they have folders of their own.
+    return loaded.folder / "evaluation" / loaded.name.partition("/")[2]
 
 
 def _say(tables: Mapping[str, Mapping[str, Mapping[str, Any]]], folders: Sequence[Path]) -> None:

@@ -82,11 +82,11 @@ def _rows_of(path: Path, suites: Sequence[str]) -> Iterator[Row]:
     folders = [path, path / "evaluation"]
     final = own | {title: one for folder in folders for title, one in _suite_entries(folder, suites).items()}
     yield Row(path.name, arm, batch, _samples(path, None), final)
-    steps = path / "evaluation"
-    for folder in sorted(steps.iterdir()) if steps.is_dir() else ():
-        if folder.is_dir() and folder.name.startswith("step_"):
-            name = f"{path.name}/{folder.name}"
-            yield Row(name, arm, batch, _samples(path, folder.name), _suite_entries(folder, suites))
+    beside = path / "evaluation"  # folders of checkpoints and of other weights; those called as a suite hold its parts
+    for folder in sorted(beside.iterdir()) if beside.is_dir() else ():
+        if folder.is_dir() and folder.name not in SUITES:
+            step = folder.name if folder.name.startswith("step_") else None
+            yield Row(f"{path.name}/{folder.name}", arm, batch, _samples(path, step), _suite_entries(folder, suites))
 
 
 def _suite_entries(folder: Path, suites: Sequence[str]) -> dict[str, Entry]:

@@ -1,11 +1,11 @@
 """A data set of a suite, opened by its kind: what it is made of, and how it is measured."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from amclr_scale.config.schema import Data, Evaluation
-from amclr_scale.data.reading import Reading, reading_of
+from amclr_scale.data.reading import Reading, reading_of, square_view
 from amclr_scale.evaluation.encode import Encode
 from amclr_scale.evaluation.numbers import Number
 from amclr_scale.evaluation.suites.catalogue import DataSet
@@ -37,7 +37,19 @@ class Place:
     @property
     def reading(self) -> Reading:
         """How the model reads pictures and captions."""
-        return self.own_reading or reading_of(self.data, squash=self.options.resize == "squash")
+        return reading_for(self.data, self.options, self.own_reading)
+
+
+def reading_for(data: Data, options: Evaluation, own: Reading | None) -> Reading:
+    """How a model reads pictures and captions.
+
+    Args:
+        own: its own way, where it has one; `evaluation.resize=squash` changes how that makes a square.
+    """
+    squash = options.resize == "squash"
+    if own is None:
+        return reading_of(data, squash=squash)
+    return replace(own, view=square_view(data.image_size, squash=True)) if squash else own
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from typing import Any
 from torch import nn
 
 from amclr_scale.config.schema import Config
-from amclr_scale.data.reading import Reading, reading_of
+from amclr_scale.data.reading import Reading
 from amclr_scale.distributed.collectives import rank, world_size
 from amclr_scale.distributed.process_group import broadcast_object
 from amclr_scale.errors import UserError
@@ -33,7 +33,7 @@ from amclr_scale.evaluation.suites.choices import (
 )
 from amclr_scale.evaluation.suites.files import content, locate, of_model, stamp
 from amclr_scale.evaluation.suites.folders import check_folder, open_classes, open_retrieval
-from amclr_scale.evaluation.suites.opened import Opened, Place
+from amclr_scale.evaluation.suites.opened import Opened, Place, reading_for
 from amclr_scale.evaluation.suites.winogavil import open_winogavil
 from amclr_scale.evaluation.suites.winoground import open_winoground
 
@@ -83,7 +83,7 @@ def prepared(
         name, model, config, reading, precision, folder: see `Measured`.
     """
     options = config.evaluation
-    how = reading or reading_of(config.data, squash=options.resize == "squash")
+    how = reading_for(config.data, options, reading)
     digest = of_model(model, how, [MEASURE, precision, options.resize, options.clean_captions, options.resamples])
     return Measured(name, model, config, reading, digest, precision, folder, rank() == 0)
 

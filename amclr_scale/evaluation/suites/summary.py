@@ -16,6 +16,7 @@ from rich.table import Table
 from amclr_scale.evaluation.suites.catalogue import Column, Suite
 from amclr_scale.evaluation.suites.catalogue import suite as suite_of
 
+WIDEST = 120  # characters that a terminal is taken to have
 Results = Mapping[str, Mapping[str, Any]]  # by data set: what its file holds
 
 
@@ -114,17 +115,21 @@ def in_terminal(models: Mapping[str, Mapping[str, Any]]) -> str:
         models: what `summary` gave, by the model's name.
     """
     out = io.StringIO()
-    parts = _rows(models)
-    width = max(100, *(sum(max(map(len, column)) + 4 for column in zip(*rows, strict=True)) for rows in parts))
-    console = Console(file=out, width=width, force_terminal=False)
-    for rows, title in zip(parts, (f"{_title(models)}, %", "by data set, %"), strict=True):
+    above, below = _rows(models)
+    if _width(above) > WIDEST:  # what does not fit beside one another stands below one another
+        above = [list(row) for row in zip(*above, strict=True)]
+    for rows, title in ((above, f"{_title(models)}, %"), (below, "by data set, %")):
         grid = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD)
         for place, heading in enumerate(rows[0]):
             grid.add_column(heading, justify="left" if place == 0 or heading == "measure" else "right")
         for row in rows[1:]:
             grid.add_row(*row)
-        console.print(grid)
+        Console(file=out, width=max(100, _width(rows)), force_terminal=False).print(grid)
     return "\n".join([out.getvalue().rstrip(), *missing_in_words(models)])
+
+
+def _width(rows: Sequence[Sequence[str]]) -> int:
+    return sum(max(map(len, column)) + 4 for column in zip(*rows, strict=True))
 
 
 def _title(models: Mapping[str, Mapping[str, Any]]) -> str:

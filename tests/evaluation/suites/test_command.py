@@ -102,7 +102,11 @@ def test_several_models_have_a_row_and_a_folder_each(made, tmp_path, capsys):
     one, two = (json.loads((tmp_path / name / "sugarcrepe.json").read_text()) for name in kept)
     assert one["model_sha256"] == two["model_sha256"]
     assert one["columns"] == two["columns"]
-    assert [line.split()[0] for line in said.splitlines() if "(1 of 7)" in line] == ["first", again]
+    # Eleven columns do not fit beside one another: they are rows.
+    (heading,) = [line.split() for line in said.splitlines() if line.split()[:1] == ["first"]]
+    assert heading == ["first", again]
+    (row,) = [line for line in said.splitlines() if line.startswith("  Mean over 7  ")]
+    assert row.count("(1 of 7)") == 2
 
 
 @pytest.mark.slow
@@ -149,6 +153,19 @@ def test_finished_data_sets_are_measured_once(made, tmp_path, capsys, monkeypatc
     assert again("--precision", "bf16") == []
     assert again("--set", "evaluation.resize=squash") == []
     assert again() == []
+
+
+def test_other_weights_of_a_run_have_results_of_their_own(made, tmp_path, capsys):
+    run = shutil.copytree(made / "runs" / "first", tmp_path / "first")
+    shutil.copy(run / "weights.safetensors", run / "momentum.safetensors")
+    words = ["--suite", "sugarcrepe", "--data", str(made / "data"), "--set", "evaluation.resamples=0"]
+    assert main([str(run), str(run / "momentum.safetensors"), *words]) == 0
+    assert "measured before" not in capsys.readouterr().out
+    kept = {path.relative_to(run).as_posix() for path in run.rglob("sugarcrepe.json")}
+    assert kept == {"evaluation/sugarcrepe.json", "evaluation/momentum/sugarcrepe.json"}
+    assert compare([str(run)]) == 0
+    names = [line.split()[0] for line in capsys.readouterr().out.splitlines() if "(1 of 7)" in line]
+    assert names == ["first", "first/momentum"]
 
 
 def test_bad_input_is_told_before_anything_is_measured(made, tmp_path, capsys):
