@@ -7,7 +7,7 @@ and no background thread ever talks to another rank.
 
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -69,6 +69,10 @@ class Checkpointer(Hook):
         scores: of the evaluations so far, which they are added to before this hook is told of a step.
         found: what the run goes on from.
         teacher: the run's; saved with the rest.
+
+    Attributes:
+        whole: the step of the newest checkpoint that is whole.
+        held: says which step must not be removed, because somebody reads its checkpoint.
     """
 
     def __init__(
@@ -93,12 +97,13 @@ class Checkpointer(Hook):
         self.engine, self.objective, self.fingerprint, self.teacher = engine, objective, fingerprint, teacher
         self.log, self.signals, self.device, self.hooks = log, signals, device, hooks
         self.number = found.number if found else 0
+        self.held: Callable[[], int | None] = lambda: None
         self.rank = int(engine.global_rank)
         self.tokenizer, self._tokenizer_files = tokenizer.fingerprint(), tokenizer.files()
         self.scores = scores or BestSoFar()
         self._writing: _Writing | None = None
         self._saved_at = time.monotonic()
-        self._step = self._whole = found.step(config) if found else 0  # done, and of the newest whole checkpoint
+        self._step = self.whole = found.step(config) if found else 0  # done, and of the newest whole checkpoint
         self._failures = 0  # in a row
 
     def after_step(self, done: Position) -> None:
@@ -129,7 +134,7 @@ class Checkpointer(Hook):
         self._save(done.step)
         if done.last or signalled or late:
             self._finish()
-            saved = self._whole == done.step
+            saved = self.whole == done.step
             self.signals.saves = not saved and not done.last  # from here on there is nothing to lose
         if signalled or (late and not done.last):
             if not saved:
@@ -199,7 +204,7 @@ class Checkpointer(Hook):
         if self._agree(bool(problem))[0]:
             self._failed(writing.step, problem or "rank 0 cannot complete it")
             return
-        self._whole, self._failures = writing.step, 0
+        self.whole, self._failures = writing.step, 0
         if self.rank == 0:
             self._thin_out()
         size, waited = sum(size for _, _, size in everyone), time.perf_counter() - began
@@ -227,7 +232,7 @@ class Checkpointer(Hook):
         try:
             if best is not None:
                 files.point_at_best(self.folder, best)
-            files.thin_out(self.folder, settings.keep, settings.keep_every, best)
+            files.thin_out(self.folder, settings.keep, settings.keep_every, (best, self.held()))
         except OSError as error:  # the new one is whole all the same
             self.log.say(f"checkpoint: an older one could not be removed ({error}); training goes on")
 
@@ -262,8 +267,8 @@ class Checkpointer(Hook):
         """
         if self._writing is not None:
             self._writing.wait()
-        if error[0] is None and self._whole < self._step == self.plan.total_steps:
+        if error[0] is None and self.whole < self._step == self.plan.total_steps:
             raise UnsavedError(
                 f"checkpoint: the last step, {self._step}, could not be saved (the reason is above); weights and "
-                f"results are in {self.folder.parent}, and the newest checkpoint is of step {self._whole}"
+                f"results are in {self.folder.parent}, and the newest checkpoint is of step {self.whole}"
             )

@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -88,9 +89,18 @@ def commit(folder: Path, step: int, files: list[Written]) -> Path:
     Raises:
         OSError: the disk does not take it; earlier checkpoints are as they were.
     """
-    here, there = staging(folder, step), folder / name_of(step)
     manifest: dict[str, Any] = {"format": FORMAT, "step": step, "files": [vars(file) for file in files]}
-    write_json(here / MANIFEST, {**manifest, "sha256": _own_hash(manifest)})
+    write_json(staging(folder, step) / MANIFEST, {**manifest, "sha256": _own_hash(manifest)})
+    return publish(folder, step)
+
+
+def publish(folder: Path, step: int) -> Path:
+    """Give a staging folder that has its manifest the name of a checkpoint, and point `latest` at it.
+
+    Raises:
+        OSError: the disk does not take it; earlier checkpoints are as they were.
+    """
+    here, there = staging(folder, step), folder / name_of(step)
     for inner in (*here.rglob("*/"), here):
         sync(inner)
     if there.exists():
@@ -131,7 +141,7 @@ def steps(folder: Path) -> list[int]:
 def fault(checkpoint: Path) -> str | None:
     """Why a checkpoint may not be read, in words; None: every byte is as it was written, and says what one can say."""
     try:
-        manifest = _manifest(checkpoint)
+        manifest = parse_manifest((checkpoint / MANIFEST).read_bytes())
         for file in manifest["files"]:
             path = checkpoint / file["name"]
             if not path.is_file():
@@ -152,10 +162,10 @@ def fault(checkpoint: Path) -> str | None:
     return None
 
 
-def _manifest(checkpoint: Path) -> dict[str, Any]:
+def parse_manifest(text: bytes) -> dict[str, Any]:
     """Raise `ValueError` unless it is whole, of this version, and names files of the checkpoint."""
     try:
-        manifest = contents.parse((checkpoint / MANIFEST).read_text("utf-8"))
+        manifest = contents.parse(text.decode("utf-8"))
     except ValueError:
         manifest = None
     if not isinstance(manifest, dict) or manifest.get("sha256") != _own_hash(manifest):
@@ -254,18 +264,18 @@ def point_at_best(folder: Path, step: int) -> None:
         replace_text(folder / BEST, name_of(step) + "\n")
 
 
-def thin_out(folder: Path, keep: int, keep_every: int | None, best: int | None = None) -> None:
+def thin_out(folder: Path, keep: int, keep_every: int | None, kept: Collection[int | None] = ()) -> None:
     """Delete all but the newest `keep` and every `keep_every`-th checkpoint, and older ones that cannot be read.
 
     Args:
-        best: the step of one that is kept all the same.
+        kept: the steps of those that are kept all the same.
 
     Raises:
         OSError: one cannot be deleted.
     """
     for step in steps(folder)[keep:]:
         checkpoint = folder / name_of(step)
-        if step == best:
+        if step in kept:
             continue
         if keep_every is None or _number(checkpoint) % keep_every:
             remove(checkpoint)

@@ -100,17 +100,17 @@ def find(config: Config) -> Found | None:
         return None
     if config.resume != "auto":
         path = Path(config.resume).expanduser()
-        return _found(*files.locate(path, "resume", "never, auto, or a folder with a checkpoint"), config)
+        return opened(*files.locate(path, "resume", "never, auto, or a folder with a checkpoint"), config)
     home = Path(config.run.folder)
     if config.run.name:
         checkpoint, complaints = files.newest_valid(home / config.run.name / CHECKPOINTS)
         if checkpoint is None and complaints:
             raise UserError("resume: no checkpoint of this run can be used\n" + "\n".join(complaints))
-        return None if checkpoint is None else _found(checkpoint, complaints, config)
+        return None if checkpoint is None else opened(checkpoint, complaints, config)
     for folder in _of_same_recipe(home, config):
         checkpoint, complaints = files.newest_valid(folder)
         if checkpoint is not None and not _finished(checkpoint):
-            return _found(checkpoint, complaints, config)
+            return opened(checkpoint, complaints, config)
     return None
 
 
@@ -142,14 +142,23 @@ def _state(checkpoint: Path, *needed: str) -> dict[str, Any]:
     return state
 
 
-def _found(checkpoint: Path, complaints: list[str], config: Config) -> Found:
+def opened(checkpoint: Path, complaints: list[str], config: Config, called: str = "") -> Found:
+    """A checkpoint that is whole, as one to go on from.
+
+    Args:
+        complaints: what was passed over for it.
+        called: in messages, instead of its path.
+
+    Raises:
+        UserError: it was made by another recipe.
+    """
     state = _state(checkpoint, "config", "samples", "number", "data_fingerprint")
     changed = differences(state["config"], config)
     refused = [words for key, words in changed.items() if not _allowed(key, config.resume_changed)]
     if refused:
         keys = ",".join(key for key in changed if not _allowed(key, config.resume_changed))
         raise UserError(
-            f"resume: {checkpoint} was made by another recipe; go back to it, or accept the changes with "
+            f"resume: {called or checkpoint} was made by another recipe; go back to it, or accept the changes with "
             f"resume_changed={keys}\n" + "\n".join(refused)
         )
     said, data = parts(state["data_fingerprint"]), state["config"].get("data", {})

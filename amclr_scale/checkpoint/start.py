@@ -1,11 +1,16 @@
 """Where a run begins, decided by rank 0 and known to all; and the lock on its folder."""
 
 import platform
+import threading
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
 from amclr_scale.checkpoint import files
+from amclr_scale.checkpoint.fetch import source_of
 from amclr_scale.checkpoint.lock import RunLock
+from amclr_scale.checkpoint.remote import RemoteError
 from amclr_scale.checkpoint.resume import Found, find
 from amclr_scale.config.schema import Config
 from amclr_scale.data.tokenizers import Tokenizer
@@ -14,6 +19,7 @@ from amclr_scale.distributed.process_group import broadcast_object, gather_objec
 from amclr_scale.errors import AgreedError, UserError
 
 RECORDS = "metrics.jsonl"
+_LOOK = 0.3  # seconds between two looks at whether rank 0 has fetched a checkpoint
 T = TypeVar("T")
 
 
@@ -33,36 +39,108 @@ def agree_on_start(
         AgreedError: on every rank, what `find` raises on rank 0; or another run is in the folder, or another job; or
             some rank does not see the folder or the checkpoint.
     """
-    found: Found | None = None
-    lock: RunLock | None = None
-    words = ""
-    if rank == 0:
-        try:
-            if config.run.name and folder.exists():
-                lock = RunLock.take(folder)  # first, so that nobody changes what is found
-            found = find(config)
-            if found and not config.run.name:
-                folder = found.run
-                lock = RunLock.take(folder)
-                if files.steps(found.checkpoint.parent)[0] != files.step_of(found.checkpoint):
-                    found = find(config)  # another job was in it and has just ended
-            if found:
-                found.check(config, data=fingerprint, tokenizer=tokenizer.fingerprint())
-                if folder.resolve() != found.run.resolve() and (folder / RECORDS).exists():
-                    words = f"run.name: {folder} holds another run than the one that resume={config.resume} names"
-        except UserError as error:
-            words = str(error)
-        if words and lock:
-            lock.release()
-    mark = files.mark(found.checkpoint) if found else ""
-    found, folder, token, words, mark = broadcast_object((found, folder, lock.token if lock else "", words, mark))
+    search = _Search(config, folder, fingerprint, tokenizer) if rank == 0 else None
+    while broadcast_object(search is not None and search.fetches()):  # so that no rank waits longer than it may
+        time.sleep(_LOOK)
+    found, folder, token, words, mark = broadcast_object(search.end() if search else None)
     if words:
         raise AgreedError(words)
+    lock = search.lock if search else None
     if token:
         lock = _join(lock, folder, rank, token)
     if found:
         _check_seen(found, mark)
     return found, folder, lock
+
+
+class _Search:
+    """Rank 0's part: looks for the checkpoint, and for what stands against going on from it."""
+
+    def __init__(self, config: Config, folder: Path, fingerprint: str, tokenizer: Tokenizer):
+        self.config, self.folder, self.fingerprint, self.tokenizer = config, folder, fingerprint, tokenizer
+        self.found: Found | None = None
+        self.lock: RunLock | None = None
+        self.words = ""
+        self._fetching: _Beside | None = None
+        self._carefully(self._begin)
+
+    def _carefully(self, step: Callable[[], None]) -> None:
+        try:
+            step()
+        except UserError as error:
+            self.words = str(error)
+        except RemoteError as error:
+            self.words = f"resume: {error}; check the address, the permissions and the network"
+
+    def _begin(self) -> None:
+        config = self.config
+        if config.run.name and self.folder.exists():
+            self.lock = RunLock.take(self.folder)  # first, so that nobody changes what is found
+        source = source_of(config, self.folder)
+        if source is not None:
+            source.look()  # a mistake is told before there is a folder
+            self.folder = source.folder
+            self.lock = self.lock or RunLock.take(self.folder)
+            self._fetching = _Beside(source.bring)
+            return
+        self.found = found = find(config)
+        if found and not config.run.name:
+            self.folder = found.run
+            self.lock = RunLock.take(self.folder)
+            if files.steps(found.checkpoint.parent)[0] != files.step_of(found.checkpoint):
+                self.found = find(config)  # another job was in it and has just ended
+
+    def fetches(self) -> bool:
+        """Whether a checkpoint is still on its way from a store."""
+        return self._fetching is not None and self._fetching.runs()
+
+    def end(self) -> tuple[Found | None, Path, str, str, str]:
+        """The checkpoint, the run's folder, the lock's token, what stands against going on, and the checkpoint's mark.
+
+        Where something does, nothing is locked.
+        """
+        if not self.words:
+            self._carefully(self._check)
+        if self.words and self.lock:
+            self.lock.release()
+        mark = files.mark(self.found.checkpoint) if self.found else ""
+        return self.found, self.folder, self.lock.token if self.lock else "", self.words, mark
+
+    def _check(self) -> None:
+        if self._fetching:
+            self.found = self._fetching.result()
+        found, config = self.found, self.config
+        if found:
+            found.check(config, data=self.fingerprint, tokenizer=self.tokenizer.fingerprint())
+            if self.folder.resolve() != found.run.resolve() and (self.folder / RECORDS).exists():
+                raise UserError(
+                    f"run.name: {self.folder} holds another run than the one that resume={config.resume} names"
+                )
+
+
+class _Beside:
+    """Something that takes its time, in a thread."""
+
+    def __init__(self, work: Callable[[], Found]):
+        self._found: Found | None = None
+        self._error: Exception | None = None
+
+        def run() -> None:
+            try:
+                self._found = work()
+            except Exception as error:
+                self._error = error
+
+        self._thread = threading.Thread(target=run, name="fetching", daemon=True)
+        self._thread.start()
+
+    def runs(self) -> bool:
+        return self._thread.is_alive()
+
+    def result(self) -> Found | None:
+        if self._error:
+            raise self._error
+        return self._found
 
 
 def lock_new(folder: Path, rank: int) -> RunLock:

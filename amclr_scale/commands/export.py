@@ -49,7 +49,7 @@ FORMS: dict[str, Callable[[], Callable[[Path], None] | None]] = {
 def main(argv: list[str]) -> int:
     """Exit codes: 0 done, 2 a mistake, told in words."""
     parser = command_parser("export", __doc__)
-    parser.add_argument("checkpoint", type=Path, help="a run folder, or one of its checkpoints")
+    parser.add_argument("checkpoint", help="a run folder, or one of its checkpoints; also its address in a store")
     parser.add_argument("--to", choices=list(FORMS), default="safetensors")
     parser.add_argument(
         "--which", choices=("weights", "momentum"), default="weights", help="momentum: their moving average"

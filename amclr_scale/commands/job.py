@@ -11,6 +11,7 @@ import torch
 
 from amclr_scale.checkpoint.checkpointer import Checkpointer
 from amclr_scale.checkpoint.lock import RunLock
+from amclr_scale.checkpoint.remote_copy import RemoteCopy
 from amclr_scale.checkpoint.resume import Found
 from amclr_scale.checkpoint.signals import Signals
 from amclr_scale.checkpoint.start import agree_on_start, lock_new
@@ -280,14 +281,15 @@ HOOKS: list[Callable[[Job], Hook | None]] = [
 
 
 def hooks_of(job: Job) -> list[Hook]:
-    """The run's hooks; the last one saves it, with the state of the others."""
+    """The run's hooks; the last one saves it, with the state of the others. One that keeps it elsewhere follows."""
     hooks = [hook for make in HOOKS if (hook := make(job)) is not None]
     checkpointer = Checkpointer(
         job.folder, job.config, job.inputs.plan, engine=job.trainer.engine, objective=job.trainer.objective,
         fingerprint=job.inputs.loader.fingerprint, tokenizer=job.inputs.tokenizer, log=job.log, signals=job.signals,
         device=job.device, hooks=hooks, scores=job.scores, found=job.found, teacher=job.trainer.teacher,
     )  # fmt: skip
-    return [*hooks, checkpointer]
+    further = [RemoteCopy(job.folder, job.config, checkpointer)] if job.config.run.remote else []
+    return [*hooks, checkpointer, *further]
 
 
 def predict_memory(config: Config, rank_info: RankInfo, num_samples: int) -> "Account":

@@ -7,6 +7,8 @@ laptop; without the data `--num-samples` stands in for its index.
 import argparse
 from collections.abc import Iterator
 
+from amclr_scale.checkpoint.fetch import source_of
+from amclr_scale.checkpoint.remote import RemoteError
 from amclr_scale.checkpoint.resume import find
 from amclr_scale.commands.job import check_best, predict_memory
 from amclr_scale.config.schema import Config
@@ -22,6 +24,7 @@ from amclr_scale.evaluation.run import Evaluator
 from amclr_scale.memory.account import account
 from amclr_scale.memory.units import in_two_digits, in_words
 from amclr_scale.metrics.devices import DeviceProfile, find_profile
+from amclr_scale.metrics.run_folder import name_run
 from amclr_scale.planner.step_time import between
 
 PER_NODE = 8  # GPUs
@@ -100,7 +103,13 @@ def _model(config: Config, tokenizer: Tokenizer) -> str:
 
 def _resumed(config: Config, plan: Plan, fingerprint: str | None, tokenizer: Tokenizer) -> Iterator[str]:
     """Where the run would go on from: the checkpoint is read as a run reads it, but nothing is locked or moved."""
-    found = find(config)
+    try:
+        source = source_of(config, name_run(config, None))
+        found, called = source.look() if source else (find(config), "")
+    except RemoteError as error:
+        raise UserError(f"resume: {error}") from error
+    if called:
+        yield f"resume: {called} would be fetched into {source.folder if source else ''}"
     if found is None:
         if config.resume != "never":
             yield f"resume: {config.resume} finds nothing to go on from: the run begins anew"

@@ -17,6 +17,7 @@ import time
 from contextlib import ExitStack, suppress
 from typing import TYPE_CHECKING
 
+from amclr_scale.checkpoint.mirror import check_remote
 from amclr_scale.checkpoint.signals import EXIT_RESUMABLE, Signals, StoppedError, UnsavedError
 from amclr_scale.commands.words import command_parser
 from amclr_scale.config.help import describe
@@ -210,6 +211,7 @@ def main(argv: list[str]) -> int:
         check_writable(config)
         if rank_info.rank == 0:
             check_trackers(config)
+            check_remote(config)
         config = started(config, options.ranks or rank_info.world_size)
         if options.dry_run:
             if rank_info.rank == 0:

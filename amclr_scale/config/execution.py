@@ -121,6 +121,12 @@ class Run(Section):
     """Run folders are made in here."""
     name: str | None = None
     """Name of this run's folder; null: configuration name, objective, batch size and time."""
+    remote: str | None = None
+    """Also keep run folders at this address of fsspec's, such as s3://bucket/runs: every checkpoint is uploaded beside
+    training, and resume goes on from there (docs/checkpoints.md). Without weights of the end, which are in the last
+    checkpoint; null: on the disk alone."""
+    remote_minutes: PositiveNumber = 30.0
+    """Minutes that the end of a run waits for the last upload."""
     rendezvous_minutes: PositiveNumber = 5.0
     """Minutes that ranks wait for one another before a run begins; then all that have come end."""
     watch_minutes: PositiveNumber = 2.0

@@ -66,7 +66,7 @@ class Config(Section):
     checkpoint: Checkpoint = Checkpoint()
     resume: str = "never"
     """never; auto: go on from the newest valid checkpoint of this recipe, in run.name if that is given, or begin where
-    there is none; or a path: a run folder or one of its checkpoints (docs/checkpoints.md)."""
+    there is none; or a path or a url: a run folder or one of its checkpoints (docs/checkpoints.md)."""
     resume_changed: Words = Field([])
     """Keys of the recipe that may differ from the checkpoint's, such as resume_changed=optimizer.lr,train.epochs."""
     run: Run = Run()

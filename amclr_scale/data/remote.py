@@ -20,13 +20,14 @@ import subprocess
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
 from amclr_scale.errors import UserError
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 ATTEMPTS = 5
 FIRST_PAUSE = 1.0  # seconds; each further pause is twice as long
@@ -45,7 +46,34 @@ class LargeShardError(UserError):
     """A shard is larger than the user allows."""
 
 
-_FINAL = (_PermanentError, FileNotFoundError, PermissionError)
+_FINAL = (_PermanentError, LargeShardError, FileNotFoundError, PermissionError)
+
+
+class GaveUpError(Exception):
+    """The last attempt failed too; `str()` says after how many, and why."""
+
+
+def persist(what: str, attempt: Callable[[], T]) -> T:
+    """Call something that talks to a store, again with growing pauses when it fails and may not the next time.
+
+    Args:
+        what: it is about, for the log.
+
+    Raises:
+        GaveUpError: the last attempt failed too, or one in a way that will be the same next time.
+    """
+    pause = FIRST_PAUSE
+    for number in range(1, ATTEMPTS + 1):
+        try:
+            return attempt()
+        except Exception as error:  # the libraries behind fsspec have errors of their own
+            words = str(error) or type(error).__name__
+            if number == ATTEMPTS or isinstance(error, _FINAL):
+                raise GaveUpError(("" if number == 1 else f" after {number} attempts") + f": {words}") from error
+            log.warning("%s: %s; attempt %d of %d in %g s", what, words, number + 1, ATTEMPTS, pause)
+            time.sleep(pause)
+            pause *= 2
+    raise AssertionError
 
 
 @contextlib.contextmanager
@@ -165,26 +193,22 @@ def fetch(url: str, target: Path, largest: int = LARGEST) -> None:
         UserError: the last attempt failed too.
     """
     partial = target.with_name(f".{target.name}.{os.getpid()}")
-    pause = FIRST_PAUSE
-    for attempt in range(1, ATTEMPTS + 1):
+
+    def attempt() -> None:
         try:
             _copy(url, partial, largest)
             partial.replace(target)
-            return
-        except LargeShardError:
-            raise
-        except Exception as error:  # the libraries behind fsspec have errors of their own
-            words = str(error) or type(error).__name__
-            if attempt == ATTEMPTS or isinstance(error, _FINAL):
-                tries = "" if attempt == 1 else f" after {attempt} attempts"
-                raise UserError(
-                    f"{url}: cannot be fetched{tries}: {words}; check the address, the permissions and the network"
-                ) from error
-            log.warning("%s: %s; attempt %d of %d in %g s", url, words, attempt + 1, ATTEMPTS, pause)
-            time.sleep(pause)
-            pause *= 2
         finally:
             partial.unlink(missing_ok=True)
+
+    try:
+        persist(url, attempt)
+    except GaveUpError as error:
+        if isinstance(error.__cause__, LargeShardError):
+            raise error.__cause__ from None
+        raise UserError(
+            f"{url}: cannot be fetched{error}; check the address, the permissions and the network"
+        ) from error
 
 
 def make_room(folders: Iterable[Path], limit: int, keep: Path) -> None:

@@ -18,8 +18,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from amclr_scale.checkpoint import files
+from amclr_scale.checkpoint.fetch import local_copy
 from amclr_scale.checkpoint.files import read_state
 from amclr_scale.checkpoint.pieces import AVERAGE, AVERAGED_BUFFER, MASTER
+from amclr_scale.checkpoint.remote import is_url
 from amclr_scale.checkpoint.state import TOKENIZER, open_pieces
 from amclr_scale.config.load import build, dump
 from amclr_scale.config.schema import Config
@@ -59,13 +61,13 @@ def weights_of(checkpoint: Path, which: Which = "weights") -> dict[str, Tensor]:
 
 
 def export(
-    path: Path, out: Path, further: Callable[[Path], None] | None = None, which: Which = "weights", *,
+    path: Path | str, out: Path, further: Callable[[Path], None] | None = None, which: Which = "weights", *,
     leaves: bool = True,
 ) -> Path:  # fmt: skip
     """Write the folder described above, or nothing; returns the checkpoint that was used.
 
     Args:
-        path: a run folder or a checkpoint.
+        path: a run folder or a checkpoint, or the address of one in a store, which is fetched into the cache.
         out: a new or an empty folder.
         further: writes more into the folder, such as another library's files.
         which: the trained weights, or their moving average.
@@ -74,7 +76,9 @@ def export(
     Raises:
         UserError: no valid checkpoint at the path, it has no moving average, or `out` holds something already.
     """
-    checkpoint, _ = files.locate(path, "checkpoint", "a checkpoint or a run folder")
+    if is_url(str(path)):
+        path = local_copy(str(path), "checkpoint")
+    checkpoint, _ = files.locate(Path(path), "checkpoint", "a checkpoint or a run folder")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"--out: expected a new or an empty folder, got {out}")
     out.mkdir(parents=True, exist_ok=True)

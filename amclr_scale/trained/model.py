@@ -2,6 +2,7 @@
 
 import tempfile
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from amclr_scale.checkpoint.fetch import local_copy
 from amclr_scale.checkpoint.files import CHECKPOINTS, read_state
+from amclr_scale.checkpoint.remote import is_url, name_in
 from amclr_scale.checkpoint.state import OBJECTIVE, TOKENIZER
 from amclr_scale.data.decoding import BadSampleError, Sample, decode
 from amclr_scale.data.reading import reading_of
@@ -93,11 +96,14 @@ class Model:
 
 
 def open_model(name: str) -> Loaded:
-    """What `load_model` opens; and a checkpoint, or the newest one of a run that has not come to its end.
+    """What `load_model` opens; and a checkpoint, or the newest one of a run, also one in a store, by its address.
 
     Raises:
         UserError: there is no such model, or it is damaged.
     """
+    if is_url(name):  # what is measured of it is written where it would lie
+        loaded = open_model(str(local_copy(name, "checkpoint")))
+        return replace(loaded, folder=Path("runs") / name_in(name))
     path = Path(name).expanduser()
     ended = (path / "weights.safetensors").is_file()
     if ended or not (path.name.startswith("step_") or (path / CHECKPOINTS).is_dir() or path.name == CHECKPOINTS):

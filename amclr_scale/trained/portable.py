@@ -39,7 +39,7 @@ def portable(config: Config) -> Config:
             "data": data.model_copy(update={"train": _named(data.train), "cache": None}),
             "evaluation": evaluation.model_copy(update=kept),
             "model": model.model_copy(update={**named, "init": None}),
-            "run": config.run.model_copy(update={"folder": type(config.run)().folder}),
+            "run": config.run.model_copy(update={"folder": type(config.run)().folder, "remote": None}),
             "resume": "never",
         }
     )

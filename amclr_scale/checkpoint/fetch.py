@@ -1,0 +1,174 @@
+"""A checkpoint in an object store brought to the disk, every byte of it held against its hashes. Imports no torch.
+
+`resume: URL` brings it into the run's folder, and `resume: auto` with `run.remote` does where the store has a newer one
+than the disk; evaluate, export and embed bring it into the cache.
+"""
+
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from amclr_scale.checkpoint import files
+from amclr_scale.checkpoint.files import CHECKPOINTS, MANIFEST, STATE
+from amclr_scale.checkpoint.remote import HOLDER, RemoteError, RemoteRun, address_key, identity_in, is_url, name_in
+from amclr_scale.checkpoint.resume import Found, opened
+from amclr_scale.config.schema import Config
+from amclr_scale.errors import UserError
+from amclr_scale.metrics.run_folder import METRICS
+
+
+@dataclass(frozen=True)
+class Source:
+    """A run in a store that a run here goes on from."""
+
+    remote: RemoteRun
+    folder: Path  # of the run here
+    config: Config
+
+    def bring(self) -> Found:
+        """Fetch the newest checkpoint that is whole, and, of the same run, its records.
+
+        Raises:
+            UserError: there is none, it was made by another recipe, another run is in the folder, or the disk is full.
+            RemoteError: the store does not answer.
+        """
+        folder, remote = self.folder, self.remote
+        if (folder / METRICS).exists() and identity_in(folder) != remote.identity():
+            raise UserError(
+                f"run.name: {folder} holds another run than the one at {remote.url}; choose another name, or move it"
+            )
+        complaints: list[str] = []
+        for step in remote.candidates(complaints):
+            self._look(step, complaints)  # so that one of another recipe is refused before all of it is fetched
+            try:
+                checkpoint = fetch(remote, step, folder / CHECKPOINTS)
+                if folder.name == name_in(remote.url) and not (folder / METRICS).exists():
+                    fetch_records(remote, folder)
+            except ValueError as error:
+                complaints.append(f"{remote.url}/{CHECKPOINTS}/{files.name_of(step)} is not used: {error}")
+            except OSError as error:
+                raise UserError(f"run.folder: {folder} cannot be written: {error}") from error
+            else:
+                return opened(checkpoint, [*complaints, f"fetched from {remote.url}"], self.config)
+        raise _nothing(remote, complaints)
+
+    def look(self) -> tuple[Found, str]:
+        """What `bring` would find, without its weights, and the checkpoint's address.
+
+        Raises:
+            UserError, RemoteError: as `bring`.
+        """
+        complaints: list[str] = []
+        for step in self.remote.candidates(complaints):
+            return self._look(step, complaints)
+        raise _nothing(self.remote, complaints)
+
+    def _look(self, step: int, complaints: list[str]) -> tuple[Found, str]:
+        name = files.name_of(step)
+        called = f"{self.remote.url}/{CHECKPOINTS}/{name}"
+        with tempfile.TemporaryDirectory() as temporary:
+            self.remote.get(f"{CHECKPOINTS}/{name}/{STATE}", Path(temporary) / name / STATE)
+            return opened(Path(temporary) / name, complaints, self.config, called), called
+
+
+def source_of(config: Config, folder: Path) -> Source | None:
+    """Where a run goes on from, if that is in a store; None: it is on the disk, or the run begins.
+
+    Args:
+        folder: of the run, if it has a name.
+
+    Raises:
+        UserError: the address cannot be used.
+        RemoteError: the store does not answer.
+    """
+    named = config.run.name is not None
+    if is_url(config.resume):
+        remote = RemoteRun(config.resume, "resume")
+        return Source(remote, folder if named else Path(config.run.folder) / name_in(remote.url), config)
+    if config.resume != "auto" or config.run.remote is None or not named:
+        return None
+    remote = RemoteRun(f"{config.run.remote.rstrip('/')}/{folder.name}", "run.remote")
+    there, here = next(remote.candidates([]), None), files.steps(folder / CHECKPOINTS)
+    return None if there is None or (here and here[0] >= there) else Source(remote, folder, config)
+
+
+def _nothing(remote: RemoteRun, complaints: list[str]) -> UserError:
+    asked = f"{remote.url}/{CHECKPOINTS}/{remote.asked}".rstrip("/") if remote.asked else remote.url
+    return UserError("\n".join([f"{remote.key}: no checkpoint that can be used at {asked}", *complaints]))
+
+
+def fetch(remote: RemoteRun, step: int, folder: Path) -> Path:
+    """Bring one checkpoint into a folder of checkpoints, whole or not at all; nothing is read where it is there.
+
+    Raises:
+        ValueError: what is in the store is not what was written, and why.
+        OSError: the disk does not take it.
+        RemoteError: the store does not give it.
+    """
+    there, here, name = (
+        folder / files.name_of(step),
+        files.staging(folder, step),
+        f"{CHECKPOINTS}/{files.name_of(step)}",
+    )
+    text = remote.read(f"{name}/{MANIFEST}")
+    if text is None:
+        raise ValueError(f"{MANIFEST} is missing")
+    manifest = files.parse_manifest(text)
+    if (there / MANIFEST).is_file() and (there / MANIFEST).read_bytes() == text and files.fault(there) is None:
+        return there
+    shutil.rmtree(here, ignore_errors=True)
+    here.mkdir(parents=True)
+    try:
+        for file in manifest["files"]:
+            remote.get(f"{name}/{file['name']}", here / file["name"])
+        (here / MANIFEST).write_bytes(text)
+        if wrong := files.fault(here):
+            raise ValueError(wrong)
+        return files.publish(folder, step)
+    finally:
+        shutil.rmtree(here, ignore_errors=True)
+
+
+def fetch_records(remote: RemoteRun, folder: Path) -> None:
+    """Bring what is in the run's folder beside its checkpoints: configuration, records, results, tokenizer.
+
+    Raises:
+        OSError, RemoteError: as `fetch`.
+    """
+    for name in remote.sizes():
+        parts = PurePosixPath(name).parts
+        if parts[0] not in (CHECKPOINTS, HOLDER) and ".." not in parts and not PurePosixPath(name).is_absolute():
+            remote.get(name, folder / name)
+
+
+def local_copy(url: str, key: str) -> Path:
+    """The newest checkpoint of a run in a store, or the one that the address names, in the cache; fetched if need be.
+
+    Raises:
+        UserError: there is none, the store does not answer, or the disk is full.
+    """
+    from amclr_scale.data.storage import cache_folder, locked
+
+    remote = RemoteRun(url, key)
+    home = cache_folder(None) / "runs" / address_key(remote.url)
+    home.mkdir(parents=True, exist_ok=True)
+    folder, complaints = home / name_in(remote.url), list[str]()
+    with locked(folder):
+        try:
+            for step in remote.candidates(complaints):
+                try:
+                    found = fetch(remote, step, folder / CHECKPOINTS)
+                except ValueError as error:
+                    complaints.append(f"{remote.url}/{CHECKPOINTS}/{files.name_of(step)} is not used: {error}")
+                    continue
+                fetch_records(remote, folder)
+                for other in files.steps(folder / CHECKPOINTS):
+                    if other != step:
+                        files.remove(folder / CHECKPOINTS / files.name_of(other))
+                return found
+        except RemoteError as error:
+            raise UserError(f"{key}: {error}") from error
+        except OSError as error:
+            raise UserError(f"{key}: {url} cannot be kept in {home}: {error}; set XDG_CACHE_HOME") from error
+    raise _nothing(remote, complaints)

@@ -1,0 +1,297 @@
+"""A run in an object store: it holds a whole checkpoint at any moment, and gives back every byte."""
+
+import re
+import shutil
+import threading
+
+import fsspec
+import pytest
+
+from amclr_scale.checkpoint import files
+from amclr_scale.checkpoint.fetch import fetch, local_copy, source_of
+from amclr_scale.checkpoint.mirror import Mirror, Uploaded, check_remote
+from amclr_scale.checkpoint.remote import RemoteError, RemoteRun, name_in, root_of
+from amclr_scale.data import remote as stores
+from amclr_scale.errors import UserError
+from amclr_scale.metrics.run_folder import METRICS
+from tests.checkpoint.test_files import configuration, flipped, write
+
+
+class Killed(BaseException):
+    """The process ends here."""
+
+
+class Faulty:
+    """A file system whose writes fail when `fails(number, path)` says so."""
+
+    def __init__(self, inner, fails):
+        self.inner, self.fails, self.writes = inner, fails, []
+
+    def __getattr__(self, name):
+        found = getattr(self.inner, name)
+        if name not in ("put_file", "rm", "rm_file"):
+            return found
+
+        def call(*words, **how):
+            path = words[-1] if name == "put_file" else words[0]
+            self.writes.append((name, path.rpartition("first/")[2]))
+            if error := self.fails(len(self.writes), path):
+                raise error
+            return found(*words, **how)
+
+        return call
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """A run's folder with one checkpoint, and the address of an empty store."""
+    monkeypatch.setattr(stores, "FIRST_PAUSE", 0.0)
+    config = configuration(tmp_path)
+    write(tmp_path, 10, config)
+    folder = tmp_path / "a"
+    (folder / "environment.json").write_text('{"time": "now", "host": "here"}')
+    (folder / METRICS).write_text('{"step": 10}\n')
+    (folder / "weights.safetensors").write_bytes(b"large")
+    yield folder, f"memory://{tmp_path.name}/first", config
+    fsspec.filesystem("memory").rm(f"/{tmp_path.name}", recursive=True)
+
+
+def mirror(place, fails=lambda number, path: None, **settings):
+    folder, url, config = place
+    remote = RemoteRun(url, "run.remote")
+    remote._files = Faulty(remote._files, fails)
+    made = Mirror(folder, remote, config.checkpoint.model_copy(update=settings))
+    made._serve = lambda: None  # the tests call it themselves
+    return made
+
+
+def there(url):
+    remote = RemoteRun(url, "resume")
+    return list(remote.candidates([])), remote.steps()
+
+
+def test_what_was_uploaded_comes_back_with_every_byte_and_without_weights(place, tmp_path):
+    folder, url, _ = place
+    one = mirror(place)
+    one.claim()
+    one._bring_up_to_date()
+    names = list(RemoteRun(url, "resume").sizes())
+    assert "environment.json" in names
+    assert METRICS in names
+    assert "weights.safetensors" not in names
+    writes = [name for _, name in one.remote._files.writes]
+    assert writes[2:8] == [f"checkpoints/step_00000010/{name}" for name in (
+        "state.json", "objective.safetensors", "rank_00000.safetensors", "rank_00001.safetensors",
+        "tokenizer/tokenizer.json", "manifest.json",
+    )]  # fmt: skip
+    back = fetch(RemoteRun(url, "resume"), 10, tmp_path / "elsewhere")
+    assert files.fault(back) is None
+    for path in (folder / "checkpoints" / files.name_of(10)).rglob("*.*"):
+        assert (back / path.relative_to(folder / "checkpoints" / files.name_of(10))).read_bytes() == path.read_bytes()
+    one.remote._files.writes.clear()
+    one._bring_up_to_date()
+    assert one.remote._files.writes == []  # nothing has changed
+
+
+def test_wherever_an_upload_is_killed_the_store_holds_a_whole_checkpoint(place, tmp_path):
+    """And whoever goes on clears away what was left of it."""
+    folder, url, config = place
+    first = mirror(place)
+    first.claim()
+    first._bring_up_to_date()
+    write(tmp_path, 20, config, number=2)
+    newest = []
+    for at in range(1, 40):
+        one = url.replace("/first", f"/{at}/first")
+        fsspec.filesystem("memory").cp(url, one, recursive=True)
+        second = mirror((folder, one, config), lambda number, path, at=at: Killed() if number == at else None, keep=1)
+        try:
+            second.claim()
+            second._bring_up_to_date()
+        except Killed:
+            newest.append(next(iter(there(one)[0])))
+            assert files.fault(fetch(RemoteRun(one, "resume"), newest[-1], tmp_path / f"cut_{at}")) is None
+            third = mirror((folder, one, config), keep=1)
+            third.claim()
+            third._bring_up_to_date()
+            assert there(one) == ([20], {20: True})
+        else:
+            break
+    assert newest == sorted(newest)
+    assert newest.count(10) == 8  # two claims, five files, the manifest
+    assert newest.count(20) >= 3  # the pointer, the old manifest, what else is removed
+
+
+def test_a_request_that_fails_is_tried_again_and_one_that_goes_on_failing_is_told(place, tmp_path):
+    _, url, config = place
+    flaky = mirror(place, lambda number, path: OSError("reset") if number % 2 else None)
+    flaky.claim()
+    flaky._bring_up_to_date()
+    assert there(url)[0] == [10]
+    assert flaky.news.get() == Uploaded(10, 5982, pytest.approx(0, abs=5))
+
+    write(tmp_path, 20, config, number=2)
+    down = mirror(place, lambda number, path: OSError("no route") if "rank_00001" in path else None)
+    down.claim()
+    with pytest.raises(
+        RemoteError, match=r"step_00000020/rank_00001.safetensors cannot be written after 5 attempts: no"
+    ):
+        down._bring_up_to_date()
+    assert there(url) == ([10], {20: False, 10: True})
+    refused = mirror(place, lambda number, path: PermissionError("forbidden"))
+    with pytest.raises(RemoteError, match=r"holder.json cannot be written: forbidden"):
+        refused.claim()
+    assert len(refused.remote._files.writes) == 1  # it will be the same next time
+
+
+def test_a_file_that_arrived_short_is_no_part_of_a_checkpoint(place):
+    _, url, _ = place
+    one = mirror(place)
+    one.claim()
+    upload = one.remote._files.inner.put_file
+
+    def cut(path, name):
+        upload(path, name)
+        if name.endswith("rank_00000.safetensors"):
+            one.remote._files.inner.pipe_file(name, b"short")
+
+    one.remote._files.put_file = cut
+    with pytest.raises(RemoteError, match=r"rank_00000.safetensors has 5 bytes instead of 441"):
+        one._bring_up_to_date()
+    assert there(url) == ([], {10: False})
+
+
+def test_the_store_keeps_what_the_disk_would_keep(place, tmp_path):
+    folder, url, config = place
+    for step in range(20, 90, 10):
+        write(tmp_path, step, config, number=step // 10)
+        if step == 30:
+            files.point_at_best(folder / "checkpoints", 30)
+        one = mirror(place, keep=2, keep_every=4)
+        one.claim()
+        one._bring_up_to_date()
+        if step == 50:  # the disk was emptied, and the run has gone on elsewhere
+            for old in (10, 20):
+                shutil.rmtree(folder / "checkpoints" / files.name_of(old), ignore_errors=True)
+    files.thin_out(folder / "checkpoints", 2, 4, (30,))
+    assert list(there(url)[1]) == files.steps(folder / "checkpoints") == [80, 70, 40, 30]
+    assert list(RemoteRun(f"{url}/checkpoints/best", "resume").candidates([])) == [30]
+    assert list(RemoteRun(f"{url}/checkpoints/step_00000040", "resume").candidates([])) == [40]
+
+    files.set_aside_after(folder / "checkpoints", 40)  # the run goes back: what it has left is not its newest any more
+    back = mirror(place, keep=2, keep_every=4)
+    back.claim()
+    back._bring_up_to_date()
+    assert list(there(url)[1]) == [40, 30]
+
+
+def test_what_is_being_uploaded_stays_on_the_disk(place, tmp_path):
+    folder, _, config = place
+    begun, go_on = threading.Event(), threading.Event()
+
+    def wait(number, path):
+        if "step_00000010/rank_00000" in path:
+            begun.set()
+            go_on.wait(10)
+
+    one = mirror(place, wait)
+    del one._serve
+    one.claim()
+    one.wake()
+    assert begun.wait(10)
+    for step in (20, 30, 40):
+        write(tmp_path, step, config)
+        files.thin_out(folder / "checkpoints", 1, None, (one.held,))
+    assert files.steps(folder / "checkpoints") == [40, 10]
+    one.wake()
+    assert one.busy
+    go_on.set()
+    while one.busy:
+        pass
+    assert one.problem == ""
+    assert [one.news.get().step for _ in range(2)] == [10, 40]
+
+
+def test_a_store_that_another_run_or_another_job_has_is_left_alone(place, tmp_path):
+    folder, url, config = place
+    old = mirror(place)
+    old.claim()
+    old._bring_up_to_date()
+    mirror(place).claim()  # the same run, on another machine
+    write(tmp_path, 20, config)
+    with pytest.raises(RemoteError, match="taken over by another job"):
+        old._bring_up_to_date()
+    assert there(url)[0] == [10]
+    (folder / "environment.json").write_text('{"time": "later", "host": "here"}')
+    with pytest.raises(UserError, match=r"run.remote: .* holds another run \(now on here\); choose another"):
+        mirror(place).claim()
+    home = url.removesuffix("/first")
+    new = configuration(tmp_path, run__name="first", run__remote=home)
+    with pytest.raises(UserError, match=r"run.name: .*/first holds a run already; go on with it \(resume=auto\)"):
+        check_remote(new)
+
+
+def test_a_damaged_checkpoint_in_the_store_is_passed_over_in_words(place, tmp_path):
+    folder, url, config = place
+    write(tmp_path, 20, config, number=2)
+    flipped(folder / "checkpoints" / files.name_of(20) / "rank_00001.safetensors")
+    one = mirror(place)
+    one.claim()
+    one._bring_up_to_date()
+    away = configuration(tmp_path / "away", run__name="a", resume=url)
+    found = source_of(away, tmp_path / "away" / "a").bring()
+    assert found.checkpoint == tmp_path / "away" / "a" / "checkpoints" / files.name_of(10)
+    assert re.search(r"step_00000020 is not used: rank_00001.safetensors is damaged", found.notes()[0])
+    assert not list((tmp_path / "away" / "a" / "checkpoints").glob(".*"))
+    assert not (tmp_path / "away" / "a" / METRICS).exists()  # of a run called first, and this one is not
+
+
+def test_auto_fetches_what_the_disk_does_not_have(place, tmp_path):
+    folder, url, config = place
+    one = mirror(place)
+    one.claim()
+    one._bring_up_to_date()
+    home = url.removesuffix("/first")
+    away = configuration(tmp_path / "away", run__name="first", run__remote=home, resume="auto")
+    run = tmp_path / "away" / "first"
+    assert source_of(away, run).bring().samples == 640
+    assert (run / METRICS).read_bytes() == (folder / METRICS).read_bytes()
+    assert source_of(away, run) is None  # it has it now
+    write(tmp_path, 20, config)
+    one._bring_up_to_date()
+    assert source_of(away, run).bring().samples == 1280
+    (run / "environment.json").write_text('{"time": "another", "host": "here"}')
+    with pytest.raises(UserError, match=r"run.name: .*away/first holds another run than the one at memory://"):
+        source_of(away.model_copy(update={"resume": url}), run).bring()
+    other = configuration(tmp_path / "away", run__name="first", resume=url, optimizer__lr=0.5)
+    with pytest.raises(UserError, match=r"resume: memory://.*/step_00000020 was made by another recipe"):
+        source_of(other, run).look()
+    with pytest.raises(UserError, match=r"resume: no checkpoint that can be used at memory://nowhere/x"):
+        source_of(configuration(tmp_path, resume="memory://nowhere/x"), run).look()
+
+
+def test_the_cache_holds_one_checkpoint_of_a_run(place, tmp_path, monkeypatch):
+    _, url, config = place
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    one = mirror(place)
+    one.claim()
+    one._bring_up_to_date()
+    write(tmp_path, 20, config)
+    one._bring_up_to_date()
+    older = local_copy(f"{url}/checkpoints/step_00000010", "checkpoint")
+    assert older.name == "step_00000010"
+    newer = local_copy(url, "checkpoint")
+    assert (newer.name, newer.parent.parent.name, older.exists()) == ("step_00000020", "first", False)
+    assert (newer.parent.parent / METRICS).is_file()
+
+
+def test_addresses():
+    for tail in ("", "/", "/checkpoints", "/checkpoints/", "/checkpoints/step_00000010", "/checkpoints/best"):
+        assert root_of(f"s3://bucket/runs/first{tail}") == "s3://bucket/runs/first"
+    assert name_in("s3://bucket/runs/first/checkpoints/latest") == "first"
+    assert RemoteRun("memory://x/first/checkpoints/best", "resume").asked == "best"
+    assert root_of("s3://bucket/checkpoints_of_mine/first") == "s3://bucket/checkpoints_of_mine/first"
+    with pytest.raises(UserError, match=r"run.remote: nothing://x/first is no address that fsspec can use"):
+        RemoteRun("nothing://x/first", "run.remote")
+    with pytest.raises(UserError, match=r"resume: .*/checkpoints/newest is no checkpoint"):
+        list(RemoteRun("memory://x/first/checkpoints/newest", "resume").candidates([]))
