@@ -15,7 +15,8 @@ PATHS = {
         "image_root": "/home/me", "class_names": "/home/me/names.txt",
         "probes": [{"train": "/home/me/in/train", "test": "emoji/val_style", "classes": "json.group"}],
     },
-    "run": {"folder": "/home/me/runs", "remote": "s3://secret/runs"}, "resume": "/home/me/runs/a", "deepspeed": {"path": {"nvme": "/home/me/nvme"}},
+    "run": {"folder": "/home/me/runs", "remote": "s3://secret/runs"},
+    "resume": "/home/me/runs/a", "deepspeed": {"path": {"nvme": "/home/me/nvme"}},
 }  # fmt: skip
 
 
