@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from amclr_scale.checkpoint import files, state
+from amclr_scale.checkpoint.delivery import Delivery
 from amclr_scale.checkpoint.files import CHECKPOINTS, Written
 from amclr_scale.checkpoint.resume import Found
 from amclr_scale.checkpoint.signals import Signals, StoppedError, UnsavedError
@@ -69,6 +70,7 @@ class Checkpointer(Hook):
         scores: of the evaluations so far, which they are added to before this hook is told of a step.
         found: what the run goes on from.
         teacher: the run's; saved with the rest.
+        delivery: to the node that keeps the run, where not all ranks see its folder.
 
     Attributes:
         whole: the step of the newest checkpoint that is whole.
@@ -92,7 +94,9 @@ class Checkpointer(Hook):
         scores: BestSoFar | None = None,
         found: Found | None = None,
         teacher: Teacher | None = None,
+        delivery: Delivery | None = None,
     ):
+        self.delivery, self._away = delivery, bool(delivery and delivery.away)
         self.folder, self.config, self.plan = folder / CHECKPOINTS, config, plan
         self.engine, self.objective, self.fingerprint, self.teacher = engine, objective, fingerprint, teacher
         self.log, self.signals, self.device, self.hooks = log, signals, device, hooks
@@ -137,6 +141,8 @@ class Checkpointer(Hook):
             saved = self.whole == done.step
             self.signals.saves = not saved and not done.last  # from here on there is nothing to lose
         if signalled or (late and not done.last):
+            if self.delivery:
+                self.delivery.pass_on_request()
             if not saved:
                 raise UnsavedError(f"checkpoint: step {done.step} could not be saved, and the run was asked to end")
             why = (
@@ -153,14 +159,14 @@ class Checkpointer(Hook):
         began = time.perf_counter()
         here = files.staging(self.folder, done)
         problem = ""
-        if self.rank == 0:
+        if self.rank == 0 or self._away:
             try:
                 self.log.sync()
                 here.mkdir(parents=True, exist_ok=True)
             except OSError as error:
                 problem = str(error)
         if self._agree(bool(problem))[0]:
-            self._failed(done, problem or "rank 0 cannot make the folder")
+            self._failed(done, problem or "a rank cannot make the folder")
             return
         self.number += 1
         snapshot = state.take(
@@ -195,7 +201,11 @@ class Checkpointer(Hook):
         writing.wait()
         everyone = gather_objects((writing.files, writing.error, writing.bytes))
         errors = [f"rank {rank}: {error}" for rank, (_, error, _) in enumerate(everyone) if error]
-        problem = "; ".join(errors)
+        problem, sent, sending = "; ".join(errors), 0, time.perf_counter()
+        if self.delivery and not problem:
+            here = files.staging(self.folder, writing.step)
+            sent, problem = self.delivery.collect(here, [written for written, _, _ in everyone])
+        sending = time.perf_counter() - sending
         if self.rank == 0 and not problem:
             try:
                 files.commit(self.folder, writing.step, [file for written, _, _ in everyone for file in written])
@@ -205,14 +215,18 @@ class Checkpointer(Hook):
             self._failed(writing.step, problem or "rank 0 cannot complete it")
             return
         self.whole, self._failures = writing.step, 0
+        if self._away:
+            self._note(writing.step)
         if self.rank == 0:
             self._thin_out()
         size, waited = sum(size for _, _, size in everyone), time.perf_counter() - began
+        carried = f"{sent / 2**20:.1f} MiB of them sent in {sending:.2f} s, " if sent else ""
         self.log.say(
             f"checkpoint {files.name_of(writing.step)}: {size / 2**20:.1f} MiB, copied in {writing.taken:.2f} s, "
-            f"written in {writing.seconds:.2f} s, training waited {writing.taken + waited:.2f} s"
+            f"written in {writing.seconds:.2f} s, {carried}training waited {writing.taken + waited:.2f} s"
         )
         seconds = {"seconds": writing.taken + waited, "copy_seconds": writing.taken, "write_seconds": writing.seconds}
+        seconds |= {"sent_bytes": sent, "send_seconds": sending} if sent else {}
         record = {"of_step": writing.step, "bytes": size, **seconds}
         place = {"step": self._step, "samples": self._step * self.plan.global_batch_size}
         self.log.write({**place, **{f"checkpoint/{key}": value for key, value in record.items()}})
@@ -236,8 +250,17 @@ class Checkpointer(Hook):
         except OSError as error:  # the new one is whole all the same
             self.log.say(f"checkpoint: an older one could not be removed ({error}); training goes on")
 
+    def _note(self, step: int) -> None:
+        """Leave word on this rank's node of a checkpoint that is not here."""
+        assert self.delivery
+        try:
+            self.delivery.note(step)
+            files.staging(self.folder, step).rmdir()
+        except OSError:  # it is but a word; and another rank of the node has removed the folder
+            return
+
     def _failed(self, step: int, problem: str) -> None:
-        if self.rank == 0:
+        if self.rank == 0 or self._away:
             files.clean(self.folder)
         words = f"checkpoint: step {step} could not be written ({problem}); earlier checkpoints are untouched"
         self._failures += 1

@@ -47,8 +47,9 @@ def _machine() -> str:
 class RunLock:
     """Held from the call of `take` or `join` on, until it is left (`with`) or the process ends, however it does."""
 
-    def __init__(self, folder: Path, file: int, rank: int):
-        self.folder, self._file, self._rank = folder, file, rank
+    def __init__(self, folder: Path, file: int | None, rank: int):
+        self.folder, self._rank = folder, rank
+        self._file = file  # None: this rank does not see the folder that rank 0 has locked
         self.token = ""  # of the job, in the holder's file: whoever sees it looks into the same folder
         self._left = threading.Event()
 
@@ -75,12 +76,17 @@ class RunLock:
         return lock
 
     @classmethod
-    def join(cls, folder: Path, rank: int, token: str) -> "RunLock":
+    def join(cls, folder: Path, rank: int, token: str, shared: bool = True) -> "RunLock":
         """Hold another rank's byte, after rank 0 has taken the lock: no job begins beside what is left of this one.
+
+        Args:
+            shared: whether this has to be the folder that rank 0 sees; where it has not, and is not, none is held.
 
         Raises:
             UserError: this is not the folder that rank 0 sees, or it cannot be written here.
         """
+        if not shared and _unseen(folder, token):
+            return cls(folder, None, rank)
         _wait_for(folder, token)
         try:
             file = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
@@ -89,6 +95,11 @@ class RunLock:
         with contextlib.suppress(OSError):  # rank 0 has found out whether there are locks here
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, rank)
         return cls(folder, file, rank)
+
+    @property
+    def away(self) -> bool:
+        """Whether this rank does not see the folder that rank 0 has locked."""
+        return self._file is None
 
     def __enter__(self) -> "RunLock":
         return self
@@ -103,10 +114,12 @@ class RunLock:
         self._left.set()
         if self._rank == 0:
             (self.folder / HOLDER).unlink(missing_ok=True)
-        os.close(self._file)
+        if self._file is not None:
+            os.close(self._file)
 
     def _lock_all(self) -> bool:
         """Hold every rank's byte for a moment, then rank 0's. Returns whether the file system has locks."""
+        assert self._file is not None
         until = time.monotonic() + float(os.environ.get("AMCLR_SCALE_LOCK_SECONDS", ENDING))
         while True:
             try:
@@ -179,6 +192,7 @@ class RunLock:
 
     def _now(self) -> float:
         """The time by the clock that the holder's touches are stamped with."""
+        assert self._file is not None
         os.utime(self._file)
         return os.fstat(self._file).st_mtime
 
@@ -190,22 +204,25 @@ class RunLock:
         )
 
 
+def _unseen(folder: Path, token: str) -> str:
+    """Why the holder's file in this folder is not rank 0's, in words; "" where it is."""
+    try:
+        os.listdir(folder.parent)  # a network file system looks again
+        found = json.loads((folder / HOLDER).read_text())
+        if isinstance(found, dict) and found.get("token") == token:
+            return ""
+        return "holds another job's .holder.json"
+    except (OSError, ValueError) as error:
+        return f"does not have what rank 0 wrote there ({getattr(error, 'strerror', None) or error})"
+
+
 def _wait_for(folder: Path, token: str) -> None:
     """Raise `UserError` unless the holder's file in this folder is rank 0's.
 
-    A network file system may show a file some seconds late, even a folder that it was asked for before it was made;
-    opening the folder above has it look again.
+    A network file system may show a file some seconds late, even a folder that it was asked for before it was made.
     """
     until = time.monotonic() + LATE
-    while True:
-        try:
-            os.listdir(folder.parent)
-            found = json.loads((folder / HOLDER).read_text())
-            if isinstance(found, dict) and found.get("token") == token:
-                return
-            words = "holds another job's .holder.json"
-        except (OSError, ValueError) as error:
-            words = f"does not have what rank 0 wrote there ({getattr(error, 'strerror', None) or error})"
+    while words := _unseen(folder, token):
         if time.monotonic() > until:
             raise UserError(f"{folder.absolute()} {words}")
         time.sleep(0.2)

@@ -10,6 +10,7 @@ from typing import TypeVar
 from amclr_scale.checkpoint import files
 from amclr_scale.checkpoint.fetch import source_of
 from amclr_scale.checkpoint.lock import RunLock
+from amclr_scale.checkpoint.marks import refuse_elsewhere
 from amclr_scale.checkpoint.remote import RemoteError
 from amclr_scale.checkpoint.resume import Found, find
 from amclr_scale.config.schema import Config
@@ -19,6 +20,7 @@ from amclr_scale.distributed.process_group import broadcast_object, gather_objec
 from amclr_scale.errors import AgreedError, UserError
 
 RECORDS = "metrics.jsonl"
+SHARE = "; put it on a file system that all nodes mount at the same place, or set run.shared=false"
 _LOOK = 0.3  # seconds between two looks at whether rank 0 has fetched a checkpoint
 T = TypeVar("T")
 
@@ -47,8 +49,8 @@ def agree_on_start(
         raise AgreedError(words)
     lock = search.lock if search else None
     if token:
-        lock = _join(lock, folder, rank, token)
-    if found:
+        lock = _join(lock, folder, rank, token, config.run.shared)
+    if found and config.run.shared:
         _check_seen(found, mark)
     return found, folder, lock
 
@@ -83,6 +85,8 @@ class _Search:
             self.lock = self.lock or RunLock.take(self.folder)
             self._fetching = _Beside(source.bring)
             return
+        if config.resume == "auto":
+            refuse_elsewhere(self.folder)
         self.found = found = find(config)
         if found and not config.run.name:
             self.folder = found.run
@@ -143,10 +147,13 @@ class _Beside:
         return self._found
 
 
-def lock_new(folder: Path, rank: int) -> RunLock:
+def lock_new(folder: Path, rank: int, shared: bool = True) -> RunLock:
     """Make and lock the folder of a run that was not there when the start was agreed on. All ranks call it together.
 
     So a mistake that is found while the model is built leaves no folder behind.
+
+    Args:
+        shared: whether all ranks have to see it (run.shared).
 
     Raises:
         AgreedError: on every rank, another job has made it meanwhile, or some rank does not see it.
@@ -164,10 +171,10 @@ def lock_new(folder: Path, rank: int) -> RunLock:
     words, token = broadcast_object((words, lock.token if lock else ""))
     if words:
         raise AgreedError(words)
-    return _join(lock, folder, rank, token)
+    return _join(lock, folder, rank, token, shared)
 
 
-def _join(lock: RunLock | None, folder: Path, rank: int, token: str) -> RunLock:
+def _join(lock: RunLock | None, folder: Path, rank: int, token: str, shared: bool) -> RunLock:
     """Every rank's lock, once all see the folder that rank 0 has locked. All ranks call it together.
 
     Raises:
@@ -175,11 +182,11 @@ def _join(lock: RunLock | None, folder: Path, rank: int, token: str) -> RunLock:
     """
     words = ""
     try:
-        lock = lock or RunLock.join(folder, rank, token)
+        lock = lock or RunLock.join(folder, rank, token, shared)
     except UserError as error:
         words = str(error)
     try:
-        _together(words, "run.folder: expected a folder that all ranks see and can write")
+        together(words, "run.folder: expected a folder that all ranks see and can write", SHARE)
     except AgreedError:
         if lock:
             lock.release()
@@ -191,11 +198,11 @@ def _join(lock: RunLock | None, folder: Path, rank: int, token: str) -> RunLock:
 def _check_seen(found: Found, mark: str) -> None:
     """Raise `AgreedError` on all ranks if some do not see the checkpoint that rank 0 has found."""
     words = "" if files.mark(found.checkpoint) == mark else f"{found.checkpoint.absolute()} is not there, or another"
-    _together(words, "resume: expected all ranks to see the checkpoint that rank 0 has found")
+    together(words, "resume: expected all ranks to see the checkpoint that rank 0 has found", SHARE)
 
 
-def _together(words: str, expected: str) -> None:
-    """Raise `AgreedError` on all ranks if some have words of a problem."""
+def together(words: str, expected: str, fix: str = "") -> None:
+    """Raise `AgreedError` on all ranks if some have words of a problem. All ranks call it together."""
     everyone = gather_objects((platform.node(), words))
     hosts = [host for host, _ in everyone]
     told: dict[str, list[int]] = {}
@@ -204,4 +211,4 @@ def _together(words: str, expected: str) -> None:
             told.setdefault(problem, []).append(rank)
     if told:
         got = "; ".join(f"{problem} on {where(ranks, hosts)}" for problem, ranks in told.items())
-        raise AgreedError(f"{expected}, got: {got}; put it on a file system that all nodes mount at the same place")
+        raise AgreedError(f"{expected}, got: {got}{fix}")

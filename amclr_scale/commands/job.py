@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from amclr_scale.checkpoint.checkpointer import Checkpointer
+from amclr_scale.checkpoint.delivery import Delivery, arrange
 from amclr_scale.checkpoint.lock import RunLock
 from amclr_scale.checkpoint.remote_copy import RemoteCopy
 from amclr_scale.checkpoint.resume import Found
@@ -119,6 +120,7 @@ class Job:
     step: TrainStep
     folder: Path
     lock: RunLock
+    delivery: Delivery | None  # to the node that keeps the run; None: all ranks see its folder
     log: RunLog
     records: TrainingRecords
     signals: Signals
@@ -184,7 +186,10 @@ def build_job(
         config, inputs, device=device, world_size=rank_info.world_size, folder=folder, stopwatch=stopwatch,
         fresh=found is None,
     )  # fmt: skip
-    lock = lock or lock_new(folder, rank_info.rank)
+    lock = lock or lock_new(folder, rank_info.rank, config.run.shared)
+    delivery = None if config.run.shared else arrange(folder, lock, rank_info.rank)
+    if delivery and found:
+        found = delivery.fetch(found)
     if rank_info.rank == 0:
         create(
             folder, config, str(device), rank_info.world_size,
@@ -209,7 +214,7 @@ def build_job(
     )  # fmt: skip
     return Job(
         config, settled, rank_info, device, inputs, prepared.probed, prepared.evaluator, trainer, step, folder, lock,
-        log, records, signals, stopwatch, found, BestSoFar(folder / METRICS if rank_info.rank == 0 else None),
+        delivery, log, records, signals, stopwatch, found, BestSoFar(folder / METRICS if rank_info.rank == 0 else None),
     )  # fmt: skip
 
 
@@ -287,6 +292,7 @@ def hooks_of(job: Job) -> list[Hook]:
         job.folder, job.config, job.inputs.plan, engine=job.trainer.engine, objective=job.trainer.objective,
         fingerprint=job.inputs.loader.fingerprint, tokenizer=job.inputs.tokenizer, log=job.log, signals=job.signals,
         device=job.device, hooks=hooks, scores=job.scores, found=job.found, teacher=job.trainer.teacher,
+        delivery=job.delivery,
     )  # fmt: skip
     further = [RemoteCopy(job.folder, job.config, checkpointer)] if job.config.run.remote else []
     return [*hooks, checkpointer, *further]

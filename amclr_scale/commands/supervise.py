@@ -25,18 +25,10 @@ import time
 from types import FrameType
 from typing import Any
 
+from amclr_scale.checkpoint.marks import ASKED, RESULT, Changes
 from amclr_scale.checkpoint.signals import ENDING, EXIT_RESUMABLE
 from amclr_scale.commands.supervising.elastic import Elastic, Options, nodes_of, slots_of
-from amclr_scale.commands.supervising.looks import (
-    ASKED,
-    FRUITLESS,
-    RESULT,
-    Changes,
-    begin,
-    end_group,
-    newest_step,
-    run_of,
-)
+from amclr_scale.commands.supervising.looks import FRUITLESS, begin, end_group, newest_step, run_of
 from amclr_scale.commands.words import command_parser
 from amclr_scale.distributed.membership import Limits
 from amclr_scale.errors import UserError

@@ -91,7 +91,7 @@ def run(config: Config, source: str | None, rank_info: RankInfo, stopwatch: Stop
     # Data first: mistakes in it are found before any process waits for another.
     prepared = prepare(config, rank_info)
     stopwatch.lap("data")
-    device = start(rank_info, config.execution.threads, config.run.rendezvous_minutes)
+    device = start(rank_info, config.execution.threads, config.run.rendezvous_minutes, config.run.shared)
     if not rank_info.counted:
         rank_info = read_rank_info()  # they have been
     watchdog = Watchdog(rank_info, limit=60 * config.run.watch_minutes)
@@ -122,15 +122,20 @@ def carry_out(job: "Job") -> None:
     if job.found:
         trainer = job.trainer
         restore(job.found.checkpoint, trainer.engine, trainer.objective, job.device, hooks, trainer.teacher)
+        if job.delivery:
+            job.delivery.forget()
         job.stopwatch.lap("checkpoint")
 
-    with job.lock, job.log, ExitStack() as entered:
-        for hook in hooks:
-            entered.enter_context(hook)
-        for words in job.introduction():
-            job.log.say(words)
-        job.signals.saves = job.begin < job.inputs.plan.total_steps
-        conclude(job, train(job.step, iter(job.inputs.loader), job.inputs.plan, hooks, begin=job.begin))
+    with job.lock:
+        with job.log, ExitStack() as entered:
+            for hook in hooks:
+                entered.enter_context(hook)
+            for words in job.introduction():
+                job.log.say(words)
+            job.signals.saves = job.begin < job.inputs.plan.total_steps
+            conclude(job, train(job.step, iter(job.inputs.loader), job.inputs.plan, hooks, begin=job.begin))
+        if job.delivery:
+            job.delivery.finish()
 
 
 def conclude(job: "Job", results: dict[str, float]) -> None:

@@ -127,6 +127,9 @@ class Run(Section):
     checkpoint; null: on the disk alone."""
     remote_minutes: PositiveNumber = 30.0
     """Minutes that the end of a run waits for the last upload."""
+    shared: bool = True
+    """Whether all ranks see the run folder; false: rank 0's node keeps the run, and is sent what other nodes have to
+    write (docs/clusters.md)."""
     rendezvous_minutes: PositiveNumber = 5.0
     """Minutes that ranks wait for one another before a run begins; then all that have come end."""
     watch_minutes: PositiveNumber = 2.0

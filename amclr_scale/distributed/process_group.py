@@ -20,13 +20,16 @@ def device_type() -> Literal["cuda", "cpu"]:
     return "cuda" if torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu" else "cpu"
 
 
-def start(rank_info: RankInfo, threads: int | None = None, minutes: float = MINUTES) -> torch.device:
+def start(
+    rank_info: RankInfo, threads: int | None = None, minutes: float = MINUTES, shared: bool = True
+) -> torch.device:
     """Join the process group (NCCL on CUDA, gloo on CPU) and take this rank's device.
 
     Args:
         rank_info: this process among the others.
         threads: CPU threads of this rank; None: OMP_NUM_THREADS, or the machine's cores over the ranks on it.
         minutes: to wait for the other ranks.
+        shared: whether all see the run folder; else it goes through messages over gloo, beside NCCL.
 
     Raises:
         UserError: this rank has no device of its own, or its port is taken.
@@ -55,7 +58,7 @@ def start(rank_info: RankInfo, threads: int | None = None, minutes: float = MINU
     backend, absent = "nccl" if cuda else "gloo", list[int]()
     if rank_info.world_size > 1 and not dist.is_initialized():
         with told_while_joining(rank_info, minutes, absent=absent):
-            store, hosts = meet(rank_info, backend, minutes, absent)
+            store, hosts = meet(rank_info, backend, minutes, absent, gloo_too=not shared)
             if not rank_info.counted:
                 os.environ["LOCAL_WORLD_SIZE"] = str(hosts.count(hosts[rank_info.rank]))
             dist.init_process_group(backend, store=store, rank=rank_info.rank, world_size=rank_info.world_size)

@@ -163,7 +163,11 @@ def late(minutes: float) -> str:
 
 
 def meet(
-    rank_info: RankInfo, backend: str, minutes: float = MINUTES, absent: list[int] | None = None
+    rank_info: RankInfo,
+    backend: str,
+    minutes: float = MINUTES,
+    absent: list[int] | None = None,
+    gloo_too: bool = False,
 ) -> tuple[Any, list[str]]:
     """Wait until all ranks are here.
 
@@ -172,6 +176,7 @@ def meet(
         backend: gloo or nccl, whose interfaces are checked.
         minutes: to wait.
         absent: kept up to date with the ranks that are waited for.
+        gloo_too: whether a group over gloo will be made beside it.
 
     Returns:
         The store, and the host of every rank.
@@ -181,7 +186,8 @@ def meet(
         AbsentError: some have not come in time.
         UserError: an interface that is named does not exist.
     """
-    check_interfaces(backend)
+    for name in {backend, "gloo"} if gloo_too else {backend}:
+        check_interfaces(name)
     world, until = rank_info.world_size, time.monotonic() + 60 * minutes
     absent = [] if absent is None else absent
     store, mine = _open(rank_info, 60 * minutes), Present(platform.node())
@@ -212,7 +218,7 @@ def meet(
     except (dist.DistNetworkError, dist.DistStoreError) as error:
         raise AbsentError(f"{place} does not answer any more: rank 0 or its launcher has ended") from error
     try:
-        check_reachable(everyone, backend)
+        check_reachable(everyone, "gloo" if gloo_too else backend)
     except AgreedError:
         _linger(store, rank_info)
         raise

@@ -16,8 +16,9 @@ from functools import cache
 from pathlib import Path
 from types import FrameType
 
+from amclr_scale.checkpoint.marks import ASKED, RESULT, Changes
 from amclr_scale.checkpoint.signals import ENDING, EXIT_RESUMABLE
-from amclr_scale.commands.supervising.looks import ASKED, RESULT, Changes, begin, end_group, newest_step, run_of
+from amclr_scale.commands.supervising.looks import begin, end_group, newest_step, run_of
 from amclr_scale.config.load import load
 from amclr_scale.distributed.launcher import environments, free_port
 from amclr_scale.distributed.membership import (
@@ -94,7 +95,11 @@ def fitting(command: Sequence[str]) -> Callable[[int], bool]:
             "--elastic, supervise starts the ranks itself"
         )
     options = arguments(list(command[starts[0] + 1 :]))
-    load(options.config, options.words)
+    if not load(options.config, options.words).run.shared:
+        raise UserError(
+            "run.shared: expected true with --elastic, got false: any node may be lost, so none can keep the run for "
+            "all; put run.folder on a file system that all nodes mount"
+        )
 
     @cache
     def fits(ranks: int) -> bool:

@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import secrets
 import signal
 import subprocess
 import time
@@ -14,13 +13,12 @@ import psutil
 
 from amclr_scale.checkpoint import files
 from amclr_scale.checkpoint.files import CHECKPOINTS
+from amclr_scale.checkpoint.marks import step_elsewhere
 from amclr_scale.config import schema
 from amclr_scale.config.load import read_file
 from amclr_scale.config.shipped import find
 from amclr_scale.errors import UserError
 
-RESULT = "evaluation.json"  # the sign of a finished run
-ASKED = "asked_to_end"  # in the run folder: written when a supervisor is asked to end all
 FRUITLESS = 3  # starts without a new checkpoint after which there is no point in another
 
 
@@ -65,35 +63,8 @@ def begin(command: Sequence[str], environment: Mapping[str, str] | None = None) 
 
 
 def newest_step(run: Path) -> int:
-    """The step of the newest checkpoint."""
-    return max(files.steps(run / CHECKPOINTS), default=0)
-
-
-class Changes:
-    """Whether a file has been written since this object was made, here or by another node, whatever the clocks say."""
-
-    def __init__(self, path: Path):
-        self.path = path
-        self._before = self._stamp()
-
-    def _stamp(self) -> tuple[int, int, int] | None:
-        try:
-            with self.path.open("rb") as file:  # opening has a network file system look again
-                found = os.fstat(file.fileno())
-        except OSError:
-            return None
-        return found.st_mtime_ns, found.st_size, found.st_ino
-
-    @property
-    def happened(self) -> bool:
-        """It is there, and another than it was."""
-        now = self._stamp()
-        return now is not None and now != self._before
-
-    def tell(self) -> None:
-        """Write it, for the other nodes' supervisors."""
-        with contextlib.suppress(OSError):  # there is no run yet
-            self.path.write_text(secrets.token_hex(8))
+    """The step of the newest checkpoint, here or on the node that keeps them."""
+    return max([*files.steps(run / CHECKPOINTS), step_elsewhere(run)[1]])
 
 
 def _lives(group: int) -> bool:

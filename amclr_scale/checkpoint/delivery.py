@@ -1,0 +1,263 @@
+"""`run.shared=false`: rank 0's node keeps the run, and the ranks of other nodes send there what they have to write.
+
+A rank is *away* when the folder at the run's path is not the one that rank 0 sees. Away ranks write into their own
+node's folder, as ranks of a shared one would. Once all have written, one rank per node, the *carrier*, sends the
+files to rank 0, one after the other, in chunks; each is hashed again where it arrives, before the checkpoint becomes
+valid. On resume, rank 0 sends the checkpoint to the carriers in the same way, and each node's ranks read from its copy
+whatever their layout asks for. So no rank ever holds more than a chunk, any number of ranks can go on, and what reads
+and writes checkpoints is the same as with a shared folder.
+"""
+
+import hashlib
+import os
+import platform
+import secrets
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from amclr_scale.checkpoint import files, marks
+from amclr_scale.checkpoint.files import CHECKPOINTS, Written
+from amclr_scale.checkpoint.lock import RunLock
+from amclr_scale.checkpoint.resume import Found
+from amclr_scale.checkpoint.start import together
+from amclr_scale.distributed.launcher import where
+from amclr_scale.distributed.process_group import broadcast_object, gather_objects
+
+CHUNK = 16 * 2**20  # bytes
+RECEIVED = ".received"  # in the run folder of a node that keeps nothing: the checkpoint that a run goes on from
+FURTHER = ("profile",)  # folders of a run that every rank writes into
+
+
+@dataclass(frozen=True)
+class Delivery:
+    """Between rank 0 and the nodes that do not see its folder. All ranks call its methods together.
+
+    Args:
+        folder: the run's; on away ranks, the one at the same path on their node.
+        hosts: of all ranks.
+        carriers: of all ranks, which one carries for it; None: it sees rank 0's folder.
+        group: rank 0 and the carriers, over gloo.
+        asked: the file by which supervisors are asked to end.
+    """
+
+    folder: Path
+    rank: int
+    hosts: Sequence[str]
+    carriers: Sequence[int | None]
+    group: Any
+    asked: marks.Changes
+
+    @property
+    def away(self) -> bool:
+        """Whether this rank does not see rank 0's folder."""
+        return self.carriers[self.rank] is not None
+
+    @property
+    def carries(self) -> bool:
+        """Whether this rank sends and receives for its node."""
+        return self.carriers[self.rank] == self.rank
+
+    def collect(self, place: Path, written: Sequence[Sequence[Written]]) -> tuple[int, str]:
+        """Have the files of away ranks in a folder of rank 0's node, and no more on theirs.
+
+        Args:
+            place: the folder, on each node.
+            written: by each rank, known to all.
+
+        Returns:
+            The bytes that were sent; and, on rank 0, what went wrong.
+        """
+        sent, problems = 0, list[str]()
+        for rank, carrier in enumerate(self.carriers):
+            for file in written[rank] if carrier is not None else ():
+                sent += file.size
+                if self.rank == 0:
+                    words = _receive(place / file.name, file, partial(dist.recv, src=carrier, group=self.group))
+                    if words:
+                        problems.append(f"{file.name} of {where([rank], self.hosts)} {words}")
+                elif self.rank == carrier:
+                    for chunk in _chunks(place / file.name, file.size):
+                        dist.send(chunk, 0, self.group)
+                    (place / file.name).unlink(missing_ok=True)
+        return sent, "; ".join(problems)
+
+    def fetch(self, found: Found) -> Found:
+        """The checkpoint to go on from, where this rank can read it; `forget` removes it again.
+
+        Raises:
+            AgreedError: on every rank: it could not be written or read somewhere.
+        """
+        content: list[Written] = []
+        if self.rank == 0:
+            manifest = found.checkpoint / files.MANIFEST
+            content = [*(Written(**file) for file in files.read_manifest(found.checkpoint)), files.describe(manifest)]
+        content = broadcast_object(content)
+        here, words = self.folder / RECEIVED / found.checkpoint.name, ""
+        if self.carries:
+            words = _room(here, sum(file.size for file in content))
+        together(words, "run.folder: expected room on each node for the checkpoint that the run goes on from")
+        for file in content if self.rank == 0 or self.carries else ():
+            if self.rank == 0:
+                for chunk in _chunks(found.checkpoint / file.name, file.size):
+                    dist.broadcast(chunk, 0, self.group)
+            else:
+                wrong = _receive(here / file.name, file, partial(dist.broadcast, src=0, group=self.group))
+                words = words or (f"{file.name} {wrong}" if wrong else "")
+        together(words, "resume: expected the checkpoint to arrive on every node")
+        return replace(found, checkpoint=here) if self.away else found
+
+    def forget(self) -> None:
+        """Remove what `fetch` has brought: all have read it."""
+        gather_objects(None)
+        if self.carries:
+            shutil.rmtree(self.folder / RECEIVED, ignore_errors=True)
+
+    def clean(self) -> None:
+        """Remove what an interrupted run was sending or receiving. Called by each rank for itself."""
+        if self.carries:
+            files.clean(self.folder / CHECKPOINTS)
+            shutil.rmtree(self.folder / RECEIVED, ignore_errors=True)
+
+    def note(self, step: int) -> None:
+        """Leave word on the other nodes of a checkpoint that rank 0's has. Called by each rank for itself.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        if self.carries:
+            marks.note_elsewhere(self.folder, self.hosts[0], step)
+
+    def pass_on_request(self) -> None:
+        """Supervisors of all nodes know when that of one was asked to end all."""
+        known = self.asked.happened
+        if any(gather_objects(known)) and not known and (self.rank == 0 or self.carries):
+            self.asked.tell()
+
+    def finish(self) -> None:
+        """What else away ranks have written goes to rank 0's node, and word that the run is finished to the others.
+
+        Raises:
+            OSError: rank 0's node, or this one, does not take it.
+        """
+        mine = list[Written]()
+        if self.carries:
+            found = sorted(path for name in FURTHER for path in (self.folder / name).rglob("*") if path.is_file())
+            mine = [files.describe(path, self.folder) for path in found]
+        _, problem = self.collect(self.folder, gather_objects(mine))
+        if problem:
+            raise OSError(problem)
+        result = self.folder / marks.RESULT
+        text = broadcast_object(result.read_text() if self.rank == 0 and result.exists() else "")
+        if self.carries and text:
+            result.write_text(text)
+
+
+def arrange(folder: Path, lock: RunLock, rank: int) -> Delivery | None:
+    """Who sends for whom; None where all ranks see the folder that rank 0 has locked. All ranks call it together.
+
+    Raises:
+        AgreedError: on every rank: a node has no folder of its own that can be written.
+    """
+    everyone = gather_objects((platform.node(), lock.away))
+    if rank == 0:
+        (folder / marks.ELSEWHERE).unlink(missing_ok=True)
+    if not any(away for _, away in everyone):
+        return None
+    token, words = broadcast_object(secrets.token_hex(8)), ""
+    here = folder / f".node_{token}"
+    if lock.away:
+        try:
+            here.mkdir(parents=True, exist_ok=True)
+            (here / str(rank)).touch()
+        except OSError as error:
+            words = f"{folder.absolute()} cannot be written: {error.strerror}"
+    together(words, "run.folder: expected a folder of its own on every node (run.shared=false)")
+    seen = min(int(path.name) for path in here.iterdir()) if lock.away else None
+    carriers = gather_objects(seen)  # after which nobody looks any more
+    if seen == rank:
+        shutil.rmtree(here)
+    members = sorted({0, *(carrier for carrier in carriers if carrier is not None)})
+    group = dist.new_group(members, backend="gloo")
+    asked = marks.Changes(folder / marks.ASKED)
+    made = Delivery(folder, rank, [host for host, _ in everyone], carriers, group, asked)
+    made.clean()
+    return made
+
+
+def _room(place: Path, size: int) -> str:
+    """Make a folder; why it cannot take so many bytes, or ""."""
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(place).free
+    except OSError as error:
+        return f"{place.absolute()} cannot be written: {error.strerror}"
+    return "" if free > size else f"{free / 2**20:,.0f} MiB free in {place.absolute()} of {size / 2**20:,.0f} MiB"
+
+
+def _sizes(size: int) -> Iterator[int]:
+    """Of the chunks that make up a file."""
+    for begin in range(0, size, CHUNK):
+        yield min(CHUNK, size - begin)
+
+
+def _chunks(path: Path, size: int) -> Iterator[Tensor]:
+    """A file's bytes, chunk by chunk, (n,), uint8. What cannot be read is sent as zeros: the receiver's hash tells."""
+    file: BinaryIO | None = None
+    try:
+        file = path.open("rb")
+    except OSError:
+        pass
+    buffer = torch.zeros(min(CHUNK, size), dtype=torch.uint8)
+    try:
+        for length in _sizes(size):
+            chunk = buffer[:length]
+            try:
+                if file is None or file.readinto(chunk.numpy()) != length:  # type: ignore[attr-defined]
+                    chunk.zero_()
+            except OSError:
+                chunk.zero_()
+            yield chunk
+    finally:
+        if file:
+            file.close()
+
+
+def _receive(path: Path, file: Written, next_chunk: Callable[[Tensor], Any]) -> str:
+    """Write a file from its chunks, flushed to the disk; what is wrong with it, in words.
+
+    Where it cannot be written the rest of its chunks is taken all the same: the sender goes on.
+    """
+    buffer, digest, problem = torch.empty(min(CHUNK, file.size), dtype=torch.uint8), hashlib.sha256(), ""
+    out: BinaryIO | None = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        out = path.open("wb")
+    except OSError as error:
+        problem = f"cannot be written: {error}"
+    for length in _sizes(file.size):
+        chunk = buffer[:length]
+        next_chunk(chunk)
+        digest.update(chunk.numpy())
+        try:
+            if out and not problem:
+                out.write(chunk.numpy())
+        except OSError as error:
+            problem = f"cannot be written: {error}"
+    try:
+        if out:
+            out.flush()
+            os.fsync(out.fileno())
+            out.close()
+    except OSError as error:
+        problem = problem or f"cannot be written: {error}"
+    if not problem and digest.hexdigest() != file.sha256:
+        problem = "has not arrived as it was written"
+    return problem
