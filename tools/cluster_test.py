@@ -6,7 +6,8 @@ The nodes are namespaces of this machine (tools/cluster/nodes.py). The run is th
 started by one launcher after the other, with a checkpoint every few steps. Each fault is put in while it trains, and
 the seconds are counted until the last process of it that still can has ended. In the end losses and weights must equal
 those of two ranks on one node bit for bit. Then come mistakes, which must end all ranks in words before they train,
-and an elastic run (tools/cluster/elastic.py) that loses each node once.
+an elastic run (tools/cluster/elastic.py) that loses each node once, and one whose nodes share no folder
+(tools/cluster/unshared.py).
 Prints a table in Markdown; exit code 1 where anything is not as it should be.
 """
 
@@ -22,10 +23,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import psutil
 from safetensors.numpy import load_file
 
-from tools.cluster import elastic
+from tools.cluster import elastic, unshared
 from tools.cluster.nodes import CARD, ROOT, Cluster, why_not
 from tools.cluster.runs import BIN, EVERY, FOREIGN, QUIET, SCRIPT, Runs, Started, saved, trace, until_step, words_of
 
@@ -76,14 +76,6 @@ def launcher_killed(runs: Runs, started: Started) -> tuple[int, ...]:
     return (0, 1)
 
 
-def repair(runs: Runs) -> None:
-    """Whatever was broken is whole again."""
-    for node in runs.cluster.nodes:
-        if not psutil.pid_exists(node.pid):
-            runs.cluster.replace(node)
-    runs.cluster.nodes[1].link(up=True)
-
-
 @dataclass(frozen=True)
 class Fault:
     """What is done to a run, and what must be said by those that it leaves."""
@@ -110,15 +102,14 @@ def last_words(text: str, pattern: str) -> str:
     return next((line.strip() for line in text.splitlines() if re.search(pattern, line)), "")
 
 
-def put_in(runs: Runs, fault: Fault, run: Path, watch: float) -> Row:
+def put_in(runs: Runs, fault: Fault, run: Path, watch: float, further: Sequence[str]) -> Row:
     """Start the run or go on with it, break it after two more checkpoints, and wait until all have ended.
 
     Raises:
         RuntimeError: it ended as if nothing were wrong, too late, or without a word.
     """
-    started = runs.start(
-        fault.launcher, words_of(run.parent, run.name, watch), environment={"GLOO_SOCKET_IFNAME": CARD}
-    )
+    words = [*words_of(run.parent, run.name, watch), *further]
+    started = runs.start(fault.launcher, words, environment={"GLOO_SOCKET_IFNAME": CARD})
     try:
         until_step(started, saved(run) + EVERY + 2)
         began = time.monotonic()
@@ -128,9 +119,9 @@ def put_in(runs: Runs, fault: Fault, run: Path, watch: float) -> Row:
         said = "\n".join(started.said(number) for number in left)
     finally:
         started.end()
-        repair(runs)
+        runs.cluster.repair()
     found = last_words(said, fault.words)
-    bound = watch + 15 if fault.waits else 45
+    bound = watch + max(15, 4 * watch) if fault.waits else 45
     if not found or 0 in codes or seconds > bound:
         raise RuntimeError(f"{fault.name}: codes {codes} after {seconds:.1f} s (bound {bound:.0f}), said:\n{said}")
     return Row(fault.name, fault.launcher, seconds, codes, max(trace(run)) - saved(run), found)
@@ -153,16 +144,27 @@ def differences(one: Path, other: Path) -> list[str]:
     return found + [name for name in weights[0] if (weights[0][name] != weights[1][name]).any()]
 
 
-def through_faults(runs: Runs, folder: Path, faults: Sequence[Fault], watch: float) -> list[Row]:
+def through_faults(runs: Runs, folder: Path, faults: Sequence[Fault], watch: float, apart: bool = False) -> list[Row]:
     """One run, broken by one fault after the other and resumed by another launcher each time, to its end.
+
+    Args:
+        apart: the nodes share no run folder.
 
     Raises:
         RuntimeError: it does not equal the run on one node, or a fault was not ended as it should be.
     """
-    one_node(folder)
-    run = folder / "broken"
-    rows = [put_in(runs, fault, run, watch) for fault in faults]
-    last = runs.start("deepspeed", words_of(folder, "broken", watch), environment={"GLOO_SOCKET_IFNAME": CARD})
+    if not (folder / "whole").exists():
+        one_node(folder)
+    home, further = (folder / "apart", unshared.WORDS) if apart else (folder, ())
+    run, rows = home / "broken", list[Row]()
+    for fault in faults:
+        if apart:
+            unshared.separate(runs, home)
+        rows.append(put_in(runs, fault, run, watch, further))
+    if apart:
+        unshared.separate(runs, home)
+    words = [*words_of(home, run.name, watch), *further]
+    last = runs.start("deepspeed", words, environment={"GLOO_SOCKET_IFNAME": CARD})
     try:
         codes = last.wait()
         if codes != [0, 0] or "note: resumed from" not in last.said(0):
@@ -257,10 +259,13 @@ def main() -> int:
                 rows = through_faults(runs, folder, FAULTS, args.watch)
                 rows += [make(runs, mistake, folder) for mistake in mistakes(folder)]
                 changes = elastic.lose_and_take_back(runs, folder, args.watch, both=True)
+                through_faults(runs, folder, FAULTS[-2:-1], args.watch, apart=True)
+                saving = unshared.saving_of(runs, folder / "apart" / "broken")
             except RuntimeError as error:
                 print(error, file=sys.stderr)
                 return 1
     tables = f"{table(rows)}\n\nAn elastic run, whose nodes are known to be lost after 3 s:\n\n{elastic.table(changes)}"
+    tables += f"\n\n{saving.words()}"
     print(tables)
     if args.write:
         before, _, rest = PAGE.read_text().partition(MARKS[0])

@@ -8,6 +8,7 @@ whatever their layout asks for. So no rank ever holds more than a chunk, any num
 and writes checkpoints is the same as with a shared folder.
 """
 
+import contextlib
 import hashlib
 import os
 import platform
@@ -211,10 +212,8 @@ def _sizes(size: int) -> Iterator[int]:
 def _chunks(path: Path, size: int) -> Iterator[Tensor]:
     """A file's bytes, chunk by chunk, (n,), uint8. What cannot be read is sent as zeros: the receiver's hash tells."""
     file: BinaryIO | None = None
-    try:
+    with contextlib.suppress(OSError):
         file = path.open("rb")
-    except OSError:
-        pass
     buffer = torch.zeros(min(CHUNK, size), dtype=torch.uint8)
     try:
         for length in _sizes(size):
@@ -245,10 +244,10 @@ def _receive(path: Path, file: Written, next_chunk: Callable[[Tensor], Any]) -> 
     for length in _sizes(file.size):
         chunk = buffer[:length]
         next_chunk(chunk)
-        digest.update(chunk.numpy())
+        digest.update(chunk.numpy().data)
         try:
             if out and not problem:
-                out.write(chunk.numpy())
+                out.write(chunk.numpy().data)
         except OSError as error:
             problem = f"cannot be written: {error}"
     try:

@@ -1,4 +1,4 @@
-"""run.shared=false: ranks that do not see rank 0's folder send it their pieces, and are sent a checkpoint to go on from.
+"""run.shared=false: ranks that do not see rank 0's folder send it their pieces, and are sent what they go on from.
 
 Nodes are folders: `a` is that of ranks 0 and 1 of four, or of rank 0 of two, and `b` that of the others.
 """
@@ -104,11 +104,18 @@ def names(folder: Path) -> list[str]:
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
 
 
+def equal(run, other):
+    """Models, objectives and generators on all ranks."""
+    for (*_, one), (*_, two) in zip(run, other, strict=True):
+        assert one.keys() == two.keys()
+        assert all(torch.equal(one[name], two[name]) for name in one)
+
+
 @pytest.mark.slow
 def test_a_run_in_two_folders_is_the_one_in_a_shared_folder(ranks, tmp_path):
-    """Each file of its checkpoints, on the node that keeps them; and what goes on from them, on as many ranks or not."""
+    """Each file of its checkpoint, on the node that keeps it; and what goes on from it, on as many ranks or not."""
     together, apart = tmp_path / "together", tmp_path / "apart"
-    ranks(4, trained, together, True, 2, zero_stage=3)
+    whole = ranks(4, trained, together, True, 3, zero_stage=3)
     words, *_ = ranks(4, trained, apart, False, 2, zero_stage=3)[0]
     assert sum("MiB of them sent in" in line for line in words) == 1
     checkpoints = [home / "a" / "run" / "checkpoints" / files.name_of(2) for home in (together, apart)]
@@ -121,15 +128,10 @@ def test_a_run_in_two_folders_is_the_one_in_a_shared_folder(ranks, tmp_path):
     sent = ("rank_00002.safetensors", "rank_00003.safetensors")
     sizes = [file["size"] for file in files.read_manifest(checkpoints[1]) if file["name"] in sent]
     assert record["checkpoint/sent_bytes"] == sum(sizes) > 2 * CHUNK
-    for world, stage in ((4, 3), (2, 2)):
-        goes_on = [
-            ranks(world, trained, home, home == together, 3, begin=2, zero_stage=stage) for home in (together, apart)
-        ]
-        for (*_, one), (*_, other) in zip(*goes_on, strict=True):
-            assert one.keys() == other.keys()
-            assert all(torch.equal(one[name], other[name]) for name in one)
-        for checkpoint in checkpoints:
-            files.remove(checkpoint.with_name(files.name_of(3)))
+    equal(whole, ranks(4, trained, apart, False, 3, begin=2, zero_stage=3))
+    for checkpoint in checkpoints:
+        files.remove(checkpoint.with_name(files.name_of(3)))
+    equal(*(ranks(2, trained, home, home == together, 3, begin=2, zero_stage=2) for home in (together, apart)))
     assert names(apart / "b") == [f"run/{marks.ELSEWHERE}"]
 
 
@@ -164,18 +166,21 @@ def messages(home: str) -> list[str]:
     (run / "piece").write_bytes(b"x" * 2400)  # it was longer when it was described
     told.append(carrying.collect(run, [[], [right]]))
     told.append(carrying.collect(run, [[], [right]]))  # it is not there
-    found = dist_found(Path(home))
-    for trouble in ("room", "damage"):
-        usage = delivery.shutil.disk_usage
-        if trouble == "room" and me:
-            delivery.shutil.disk_usage = lambda _: usage("/")._replace(free=0)
-        if trouble == "damage" and not me:
-            (found.checkpoint / files.STATE).write_text("{}")
+    found, usage = dist_found(Path(home)), delivery.shutil.disk_usage
+
+    def attempt() -> None:
         try:
             carrying.fetch(found)
         except AgreedError as error:
             told.append(str(error))
-        delivery.shutil.disk_usage = usage
+
+    if me:
+        delivery.shutil.disk_usage = lambda _: usage("/")._replace(free=0)
+    attempt()
+    delivery.shutil.disk_usage = usage
+    if not me:
+        (found.checkpoint / files.STATE).write_text("{}")
+    attempt()
     if me:
         carrying.asked.tell()
     carrying.pass_on_request()

@@ -259,6 +259,8 @@ def test_commands_that_start_no_rank(tmp_path):
     for launcher in (["deepspeed", "launch/train.py"], ["srun", "amclr-scale", "train"]):
         with pytest.raises(UserError, match=r"^command: expected the command of one rank"):
             fitting([*launcher, "--config", "quickstart"])
+    with pytest.raises(UserError, match=r"^run\.shared: expected true with --elastic, got false: any node may be lost"):
+        fitting(["train", "--config", "quickstart", "run.shared=false"])
 
 
 def test_the_run_folder_may_be_named_in_the_file(tmp_path):

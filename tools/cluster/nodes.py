@@ -66,9 +66,9 @@ class Node:
         entered = ["nsenter", "--target", str(self.pid), "--net", "--uts", "--mount", "--pid", "--"]
         return [*entered, "env", "-C", str(ROOT), *words]
 
-    def run(self, *words: str) -> None:
-        """Run a command to its end."""
-        subprocess.run(self.command(words), check=True)
+    def run(self, *words: str) -> str:
+        """Run a command to its end; what it says."""
+        return subprocess.run(self.command(words), check=True, stdout=subprocess.PIPE, text=True).stdout
 
     def start(self, words: Sequence[str], log: Path, environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
         """Start a command of the repository."""
@@ -120,6 +120,13 @@ class Cluster:
                 subprocess.run(other.command(["ip", "link", "del", CARD]), capture_output=True, check=False)
         node.switch_on()
         self.connect()
+
+    def repair(self) -> None:
+        """Whatever was broken is whole again."""
+        for node in self.nodes:
+            if not psutil.pid_exists(node.pid):
+                self.replace(node)
+        self.nodes[1].link(up=True)
 
     def __exit__(self, *error: object) -> None:
         for node in self.nodes:
