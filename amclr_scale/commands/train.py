@@ -84,14 +84,16 @@ def run(config: Config, source: str | None, rank_info: RankInfo, stopwatch: Stop
     from amclr_scale.commands.agreement import check_ranks_agree
     from amclr_scale.commands.job import build_job, prepare
     from amclr_scale.distributed.process_group import start, stop
+    from amclr_scale.distributed.rendezvous import announce
     from amclr_scale.distributed.watchdog import Watchdog
 
     stopwatch.lap("imports")
 
     # Data first: mistakes in it are found before any process waits for another.
+    announcer = announce(rank_info, config.run.rendezvous_minutes)
     prepared = prepare(config, rank_info)
     stopwatch.lap("data")
-    device = start(rank_info, config.execution.threads, config.run.rendezvous_minutes, config.run.shared)
+    device = start(rank_info, config.execution.threads, config.run, announcer)
     if not rank_info.counted:
         rank_info = read_rank_info()  # they have been
     watchdog = Watchdog(rank_info, limit=60 * config.run.watch_minutes)

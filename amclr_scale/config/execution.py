@@ -131,7 +131,10 @@ class Run(Section):
     """Whether all ranks see the run folder; false: rank 0's node keeps the run, and is sent what other nodes have to
     write (docs/clusters.md)."""
     rendezvous_minutes: PositiveNumber = 5.0
-    """Minutes that ranks wait for one another before a run begins; then all that have come end."""
+    """Minutes that ranks wait for one another before a run begins; then all that have come end. A rank that is seen to
+    get on with preparing its data (fetching, unpacking, indexing) is waited for longer."""
+    prepare_minutes: PositiveNumber = 120.0
+    """Minutes that ranks wait for one that is."""
     watch_minutes: PositiveNumber = 2.0
     """Minutes without a sign of life after which a rank, a node or the network counts as lost, and all ranks end;
     longer than the longest pause of a healthy rank."""

@@ -22,6 +22,7 @@ from amclr_scale.data.indexes.entries import Shard
 from amclr_scale.data.indexes.shard_lists import Joined, Shards
 from amclr_scale.data.sources import is_remote
 from amclr_scale.data.storage import Storage
+from amclr_scale.distributed import preparing
 from amclr_scale.errors import UserError
 
 _FEW, _PER_BYTE = 10_000, 10  # samples of a small table; and for each byte of a larger one, where honest ones have 0.2
@@ -127,6 +128,7 @@ def check_files(shards: Iterable[Shard], key: str) -> None:
             raise UserError(f"{key}: {shard.url}: expected a regular file, got a folder, a named pipe or a device")
         if shard.file_size is not None and size != shard.file_size:
             raise ChangedShardError(f"{key}: {_changed(shard, size)}")
+        preparing.advance("shards looked at")
 
 
 def _check_size(shard: Shard, file: int) -> None:

@@ -27,6 +27,7 @@ from amclr_scale.data.indexes.entries import Shard, absolute, read_entries, shar
 from amclr_scale.data.indexes.shard_lists import Shards
 from amclr_scale.data.sources import Given, Source, is_remote, resolve_all
 from amclr_scale.data.storage import Storage, address_key, locked, make_storage
+from amclr_scale.distributed import preparing
 from amclr_scale.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -170,6 +171,7 @@ def _index_shard(job: tuple[str, Path, Storage]) -> Shard:
         members = _scan(url, storage)
         members.source = source if not (members.damage and is_remote(url)) else ""  # to be looked at again
         members.save(table)
+    preparing.advance("shards indexed")
     return Shard(
         url=url,
         num_samples=len(members),

@@ -24,6 +24,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
+from amclr_scale.distributed import preparing
 from amclr_scale.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -116,8 +117,11 @@ def _fsspec(url: str) -> Any:
         raise _PermanentError(str(error)) from error
 
 
-def write_bounded(source: Any, out: IO[bytes], url: str, largest: int) -> None:
+def write_bounded(source: Any, out: IO[bytes], url: str, largest: int, done: str = "") -> None:
     """Copy a stream, as long as it is no larger than a shard may be.
+
+    Args:
+        done: what its bytes are counted as, for ranks that wait; "": they are counted already.
 
     Raises:
         LargeShardError: it is larger; nothing beyond the bound has been written.
@@ -131,6 +135,8 @@ def write_bounded(source: Any, out: IO[bytes], url: str, largest: int) -> None:
                 f"larger one: {url}; raise it if that is how large it is meant to be"
             )
         out.write(part)
+        if done:
+            preparing.advance(done, len(part))
 
 
 def _copy(url: str, target: Path, largest: int) -> None:
@@ -160,6 +166,7 @@ class _Counted:
     def read(self, size: int) -> bytes:
         part: bytes = self._some(size)
         self.total += len(part)
+        preparing.advance("bytes fetched", len(part))
         if (waited := time.monotonic() - self._since) > TIMEOUT and part:
             came, least = self.total - self._before, self.least * waited
             if came < least:

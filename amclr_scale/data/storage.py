@@ -26,6 +26,7 @@ from amclr_scale.data.formats.shards import is_packed
 from amclr_scale.data.remote import LARGEST, fetch, make_room, write_bounded
 from amclr_scale.data.sources import is_remote
 from amclr_scale.data.streaming import Stream
+from amclr_scale.distributed import preparing
 from amclr_scale.errors import UserError
 
 _COPY = 1 << 20  # bytes per read while copying
@@ -95,6 +96,7 @@ def unpack(url: str, target: Path, sha256: str | None, largest: int = LARGEST) -
         with open(url, "rb") as packed:
             while part := packed.read(_COPY):
                 checksum.update(part)
+                preparing.advance("bytes hashed", len(part))
             if sha256 and checksum.hexdigest() != sha256:
                 raise ChangedShardError(
                     f"{url}: expected sha256 {sha256} (from the index), got {checksum.hexdigest()}: the shard has "
@@ -102,7 +104,7 @@ def unpack(url: str, target: Path, sha256: str | None, largest: int = LARGEST) -
                 )
             packed.seek(0)
             with gzip.open(packed) as stream, partial.open("wb") as out:
-                write_bounded(stream, out, url, largest)
+                write_bounded(stream, out, url, largest, "bytes unpacked")
         partial.replace(target)
     except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"{url}: cannot be unpacked into {target.parent}: {error}") from error

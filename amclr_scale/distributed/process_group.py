@@ -8,8 +8,10 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from amclr_scale.config.execution import Run
+from amclr_scale.distributed.announcing import Announcer, Waiting
 from amclr_scale.distributed.launcher import RankInfo, end_with_launcher, export, ranks_on_node
-from amclr_scale.distributed.rendezvous import MINUTES, meet, told_while_joining
+from amclr_scale.distributed.rendezvous import meet, told_while_joining
 from amclr_scale.errors import UserError
 
 T = TypeVar("T")
@@ -21,15 +23,16 @@ def device_type() -> Literal["cuda", "cpu"]:
 
 
 def start(
-    rank_info: RankInfo, threads: int | None = None, minutes: float = MINUTES, shared: bool = True
+    rank_info: RankInfo, threads: int | None = None, run: Run | None = None, announcer: Announcer | None = None
 ) -> torch.device:
     """Join the process group (NCCL on CUDA, gloo on CPU) and take this rank's device.
 
     Args:
         rank_info: this process among the others.
         threads: CPU threads of this rank; None: OMP_NUM_THREADS, or the machine's cores over the ranks on it.
-        minutes: to wait for the other ranks.
-        shared: whether all see the run folder; else it goes through messages over gloo, beside NCCL.
+        run: how long the other ranks are waited for; and whether all see the run folder, which otherwise goes through
+            messages over gloo, beside NCCL.
+        announcer: has told the others what this rank prepared.
 
     Raises:
         UserError: this rank has no device of its own, or its port is taken.
@@ -55,10 +58,14 @@ def start(
     import deepspeed
 
     leave_messages_to_gloo()
-    backend, absent = "nccl" if cuda else "gloo", list[int]()
+    backend, waiting, run = "nccl" if cuda else "gloo", Waiting(), run or Run()
+    minutes = run.rendezvous_minutes
     if rank_info.world_size > 1 and not dist.is_initialized():
-        with told_while_joining(rank_info, minutes, absent=absent):
-            store, hosts = meet(rank_info, backend, minutes, absent, gloo_too=not shared)
+        with told_while_joining(rank_info, minutes, waiting=waiting):
+            store, hosts = meet(
+                rank_info, backend, minutes, longest=run.prepare_minutes, waiting=waiting, announcer=announcer,
+                gloo_too=not run.shared,
+            )  # fmt: skip
             if not rank_info.counted:
                 os.environ["LOCAL_WORLD_SIZE"] = str(hosts.count(hosts[rank_info.rank]))
             dist.init_process_group(backend, store=store, rank=rank_info.rank, world_size=rank_info.world_size)

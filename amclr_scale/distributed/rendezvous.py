@@ -21,12 +21,14 @@ from typing import Any
 import torch.distributed as dist
 from torch.distributed.constants import default_pg_timeout
 
-from amclr_scale.distributed.launcher import RankInfo, where
+from amclr_scale.distributed.announcing import Announcer, Progress, Waiting
+from amclr_scale.distributed.launcher import RankInfo, export, where
 from amclr_scale.distributed.network import VARIABLES, about, check_interfaces, interfaces, own_address
 from amclr_scale.distributed.network import is_loopback as loopback
 from amclr_scale.errors import AbsentError, AgreedError, UserError
 
 MINUTES = 5.0
+LONGEST = 120.0  # minutes
 SAID = 10.0  # seconds between two lines about who is waited for
 TOLD = 30.0  # seconds that a store is kept for others to read why this rank ends
 _SHELLS = ("bash", "sh", "zsh", "fish", "interactive")  # what SLURM calls a job that is a shell
@@ -61,6 +63,20 @@ def _open(rank_info: RankInfo, seconds: float) -> Any:
     )
     prefixed: Any = dist.PrefixStore  # type: ignore[attr-defined]
     return prefixed("/".join(["amclr_scale", *(os.environ.get(name, "") for name in names)]), store)
+
+
+def announce(rank_info: RankInfo, minutes: float = MINUTES) -> Announcer:
+    """Say from now on what this rank prepares, to those that wait for it; `meet` takes the store that it has opened.
+
+    Args:
+        minutes: that rank 0 is waited for.
+
+    Raises:
+        UserError: nobody says where they meet.
+    """
+    if rank_info.world_size > 1:
+        export(rank_info)
+    return Announcer(rank_info, lambda: _open(rank_info, 60 * minutes))
 
 
 def _serves(rank_info: RankInfo) -> bool:
@@ -104,21 +120,21 @@ def tell_others(rank_info: RankInfo, words: str, code: int = 2, seconds: float =
 
 @contextmanager
 def told_while_joining(
-    rank_info: RankInfo, minutes: float = MINUTES, every: float = SAID, absent: Sequence[int] = ()
+    rank_info: RankInfo, minutes: float = MINUTES, every: float = SAID, waiting: Waiting | None = None
 ) -> Iterator[None]:
     """Say that this rank waits for others, if it has to, and end it when that has taken too long.
 
     Args:
         rank_info: this process among the others.
-        minutes: after which it ends, wherever it waits.
+        minutes: after which it ends, wherever it waits, unless the others are seen to get on.
         every: seconds between two lines.
-        absent: ranks that have not come; may change meanwhile.
+        waiting: what is known of those that have not come; may change meanwhile.
 
     Raises:
         UserError: rank 0's port is taken.
     """
     host, port = os.environ.get("MASTER_ADDR", ""), os.environ.get("MASTER_PORT")
-    joined, began = threading.Event(), time.monotonic()
+    joined, began, waiting = threading.Event(), time.monotonic(), waiting or Waiting()
     shell = ""
     if "SLURM_PROCID" in os.environ and os.environ.get("SLURM_JOB_NAME") in _SHELLS:
         shell = "; started from an interactive srun shell? It holds one of the tasks: put srun before the command"
@@ -127,15 +143,16 @@ def told_while_joining(
         while not joined.wait(every):
             waited = time.monotonic() - began
             who = f"the other {rank_info.world_size - 1} of {rank_info.world_size} ranks"
-            if absent:
-                who = f"{where(absent)} of {rank_info.world_size}"
+            if waiting.absent:
+                who = f"{where(waiting.absent)} of {rank_info.world_size}"
+            doing = f"; {waiting.words}" if waiting.words else about(host)
             if rank_info.rank == 0 or rank_info.local_rank == 0:
                 print(
                     f"rank {rank_info.rank} has waited {waited:.0f} s for {who} to come to {host}:{port}"
-                    f"{about(host)}{shell}",
+                    f"{doing}{shell}",
                     file=sys.stderr, flush=True,
                 )  # fmt: skip
-            if waited > 60 * minutes + every:  # asleep in a call that knows no limit
+            if time.monotonic() - waiting.moved > 60 * minutes + every:  # asleep in a call that knows no limit
                 print(f"rank {rank_info.rank} ends: {late(minutes)}", file=sys.stderr, flush=True)
                 os._exit(1)
 
@@ -157,25 +174,30 @@ def told_while_joining(
             thread.join()
 
 
-def late(minutes: float) -> str:
-    """Words for a rank that has waited for so long."""
+def late(minutes: float, longest: float | None = None) -> str:
+    """Words for a rank that has waited for so long.
+
+    Args:
+        longest: minutes that it has waited for ranks which did get on.
+    """
+    if longest is not None:
+        return f"not all ranks have met within {longest:g} minutes (run.prepare_minutes), though some still prepare"
     return f"not all ranks have met within {minutes:g} minutes (run.rendezvous_minutes)"
 
 
 def meet(
-    rank_info: RankInfo,
-    backend: str,
-    minutes: float = MINUTES,
-    absent: list[int] | None = None,
-    gloo_too: bool = False,
-) -> tuple[Any, list[str]]:
+    rank_info: RankInfo, backend: str, minutes: float = MINUTES, *, longest: float = LONGEST,
+    waiting: Waiting | None = None, announcer: Announcer | None = None, gloo_too: bool = False,
+) -> tuple[Any, list[str]]:  # fmt: skip
     """Wait until all ranks are here.
 
     Args:
         rank_info: this process among the others.
         backend: gloo or nccl, whose interfaces are checked.
-        minutes: to wait.
-        absent: kept up to date with the ranks that are waited for.
+        minutes: to wait for ranks that are not seen to get on.
+        longest: minutes to wait for ranks that are.
+        waiting: kept up to date with those that are waited for.
+        announcer: has opened the store.
         gloo_too: whether a group over gloo will be made beside it.
 
     Returns:
@@ -188,34 +210,37 @@ def meet(
     """
     for name in {backend, "gloo"} if gloo_too else {backend}:
         check_interfaces(name)
-    world, until = rank_info.world_size, time.monotonic() + 60 * minutes
-    absent = [] if absent is None else absent
-    store, mine = _open(rank_info, 60 * minutes), Present(platform.node())
-    store.set(_HERE.format(rank_info.rank), json.dumps(mine.__dict__))
-    absent[:], pause, everyone = range(world), 0.05, list[Present]()
+    world, began, waiting = rank_info.world_size, time.monotonic(), waiting or Waiting()
     place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
     try:
+        store, mine = announcer.take() if announcer else _open(rank_info, 60 * minutes), Present(platform.node())
+        store.set(_HERE.format(rank_info.rank), json.dumps(mine.__dict__))
+        waiting.absent[:], pause, everyone, progress = range(world), 0.05, list[Present](), Progress()
+        waiting.moved = time.monotonic()
         while not everyone:
             if store.check([_FAILED]):
                 _end_with(store, rank_info)
-            late_now = time.monotonic() > until
-            absent[:] = _who_is_absent(store, rank_info, absent, looks=late_now)
-            if rank_info.rank == 0 and not absent:
+            too_long = time.monotonic() - began > 60 * longest
+            late_now = too_long or time.monotonic() - waiting.moved > 60 * minutes
+            _look(store, rank_info, waiting, progress, all_of_them=late_now)
+            if rank_info.rank == 0 and not waiting.absent:
                 store.set(_ALL, json.dumps([json.loads(store.get(_HERE.format(rank))) for rank in range(world)]))
             if store.check([_ALL]):
                 found = [Present(**one) for one in json.loads(store.get(_ALL))]
                 if len(found) == world and found[rank_info.rank].token == mine.token:  # else another run's
                     everyone = found
                     break
-            if late_now:
-                words = (
-                    f"{late(minutes)}: {where(absent)} of {world} did not come to {place}" if absent else late(minutes)
-                )
+            if late_now or (rank_info.rank == 0 and progress.silent(waiting.absent) > 60 * minutes):
+                words, absent = late(minutes, longest if too_long else None), waiting.absent
+                if absent:
+                    words += f": {where(absent)} of {world} did not come to {place}"
                 store.set(_FAILED, f"1 {words}")
                 _end_with(store, rank_info, len(absent))
             time.sleep(pause)
             pause = min(1.5 * pause, 1.0)
     except (dist.DistNetworkError, dist.DistStoreError) as error:
+        if "EADDRINUSE" in str(error) or not waiting.absent:  # it was never reached
+            raise
         raise AbsentError(f"{place} does not answer any more: rank 0 or its launcher has ended") from error
     try:
         check_reachable(everyone, "gloo" if gloo_too else backend)
@@ -228,19 +253,29 @@ def meet(
     return store, [one.host for one in everyone]
 
 
-def _who_is_absent(store: Any, rank_info: RankInfo, known: Sequence[int], looks: bool) -> list[int]:
-    """The ranks that have not come. Rank 0 looks and tells the others: if all did, W ranks would ask W^2 times.
+def _look(store: Any, rank_info: RankInfo, waiting: Waiting, progress: Progress, all_of_them: bool) -> None:
+    """See who has not come. Rank 0 looks and tells the others: if all did, W ranks would ask W^2 times.
+
+    While rank 0 has not come itself, the others look at what it does.
 
     Args:
-        known: that had not come before.
-        looks: another rank looks as well.
+        progress: what this rank has seen of the others.
+        all_of_them: another rank looks for each as well.
     """
-    if rank_info.rank and not looks:
-        return list(json.loads(store.get(_ABSENT))) if store.check([_ABSENT]) else list(known)
-    absent = [rank for rank in known if not store.check([_HERE.format(rank)])]
+    if rank_info.rank and not all_of_them:
+        if store.check([_ABSENT]):
+            waiting.hear(json.loads(store.get(_ABSENT)))
+        elif progress.look(store, [0]):
+            waiting.moved, waiting.words = time.monotonic(), progress.words([0])
+        return
+    absent = [rank for rank in waiting.absent if not store.check([_HERE.format(rank)])]
     if rank_info.rank == 0:
-        store.set(_ABSENT, json.dumps(absent))
-    return absent
+        moved = progress.look(store, absent)
+        said = {"absent": absent, "words": progress.words(absent), "beat": waiting.beat + (moved or waiting.beat < 0)}
+        waiting.hear(said)
+        store.set(_ABSENT, json.dumps(said))
+    else:
+        waiting.absent[:] = absent
 
 
 def _end_with(store: Any, rank_info: RankInfo, absent: int = 0) -> None:

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch.distributed.constants import default_pg_timeout
 
 from amclr_scale.distributed import rendezvous
+from amclr_scale.distributed.announcing import Waiting
 from amclr_scale.distributed.launcher import RankInfo, free_port, read_rank_info, when_runner_ends
 from amclr_scale.distributed.network import about, check_interfaces, is_loopback
 from amclr_scale.distributed.process_group import start
@@ -54,15 +55,15 @@ def coming(rank, world=3, minutes=1.0):
 def test_waiting_for_others_is_said(monkeypatch, capfd):
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     monkeypatch.setenv("MASTER_PORT", "29500")
-    absent = [1, 2, 3]
-    with told_while_joining(RankInfo(0, 0, 4, 4), every=0.1, absent=absent):
+    waiting = Waiting([1, 2, 3])
+    with told_while_joining(RankInfo(0, 0, 4, 4), every=0.1, waiting=waiting):
         time.sleep(0.3)
-        absent[:] = [2]
+        waiting.absent[:], waiting.words = [2], "rank 2 (node2): 7 shards indexed"
         time.sleep(0.2)
     lines = capfd.readouterr().err.splitlines()
     assert re.match(r"rank 0 has waited 0 s for ranks 1-3 of 4 to come to 127.0.0.1:29500; 127.0.0.1 is", lines[0])
     assert "which no other node reaches" in lines[0]
-    assert "for rank 2 of 4 to come" in lines[-1]
+    assert "for rank 2 of 4 to come to 127.0.0.1:29500; rank 2 (node2): 7 shards indexed" in lines[-1]
     monkeypatch.setenv("SLURM_PROCID", "0")
     monkeypatch.setenv("SLURM_JOB_NAME", "bash")
     with told_while_joining(RankInfo(0, 0, 4, 4), every=0.05):
