@@ -31,6 +31,7 @@ MINUTES = 5.0
 LONGEST = 120.0  # minutes
 SAID = 10.0  # seconds between two lines about who is waited for
 TOLD = 30.0  # seconds that a store is kept for others to read why this rank ends
+HEARD = 5.0  # seconds in which what rank 0 has seen of a third rank reaches the others
 _SHELLS = ("bash", "sh", "zsh", "fish", "interactive")  # what SLURM calls a job that is a shell
 _HERE, _ABSENT, _ALL, _FAILED, _READ = "here {}", "absent", "all", "failed", "read"
 
@@ -212,6 +213,7 @@ def meet(
         check_interfaces(name)
     world, began, waiting = rank_info.world_size, time.monotonic(), waiting or Waiting()
     place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    patience = 60 * minutes + (HEARD if rank_info.rank else 0.0)
     try:
         store, mine = announcer.take() if announcer else _open(rank_info, 60 * minutes), Present(platform.node())
         store.set(_HERE.format(rank_info.rank), json.dumps(mine.__dict__))
@@ -221,7 +223,7 @@ def meet(
             if store.check([_FAILED]):
                 _end_with(store, rank_info)
             too_long = time.monotonic() - began > 60 * longest
-            late_now = too_long or time.monotonic() - waiting.moved > 60 * minutes
+            late_now = too_long or time.monotonic() - waiting.moved > patience
             _look(store, rank_info, waiting, progress, all_of_them=late_now)
             if rank_info.rank == 0 and not waiting.absent:
                 store.set(_ALL, json.dumps([json.loads(store.get(_HERE.format(rank))) for rank in range(world)]))
