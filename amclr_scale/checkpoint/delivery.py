@@ -99,7 +99,8 @@ class Delivery:
         content: list[Written] = []
         if self.rank == 0:
             manifest = found.checkpoint / files.MANIFEST
-            content = [*(Written(**file) for file in files.read_manifest(found.checkpoint)), files.describe(manifest)]
+            named = files.parse_manifest(manifest.read_bytes())["files"]
+            content = [*(Written(**file) for file in named), files.describe(manifest)]
         content = broadcast_object(content)
         here, words = self.folder / RECEIVED / found.checkpoint.name, ""
         if self.carries:

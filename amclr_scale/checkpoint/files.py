@@ -179,11 +179,6 @@ def parse_manifest(text: bytes) -> dict[str, Any]:
     return manifest
 
 
-def read_manifest(checkpoint: Path) -> list[dict[str, Any]]:
-    """Name, size and hash of every file of a checkpoint that has been found to be whole."""
-    return list(_manifest(checkpoint)["files"])
-
-
 def read_state(checkpoint: Path) -> dict[str, Any]:
     """What state.json says.
 

@@ -94,10 +94,14 @@ def dist_found(home: Path) -> Found:
     return delivery.broadcast_object(found_in(home / "a" / "run") if dist.get_rank() == 0 else None)
 
 
+def listed(checkpoint: Path) -> list[dict]:
+    return files.parse_manifest((checkpoint / files.MANIFEST).read_bytes())["files"]
+
+
 def hashes(checkpoint: Path) -> dict[str, str]:
     """Of all files but the one that holds the time."""
     assert files.fault(checkpoint) is None
-    return {file["name"]: file["sha256"] for file in files.read_manifest(checkpoint) if file["name"] != files.STATE}
+    return {file["name"]: file["sha256"] for file in listed(checkpoint) if file["name"] != files.STATE}
 
 
 def names(folder: Path) -> list[str]:
@@ -126,7 +130,7 @@ def test_a_run_in_two_folders_is_the_one_in_a_shared_folder(ranks, tmp_path):
     assert marks.step_elsewhere(apart / "b" / "run")[1] == 2
     (record,) = map(json.loads, (apart / "a" / "run" / "metrics.jsonl").read_text().splitlines())
     sent = ("rank_00002.safetensors", "rank_00003.safetensors")
-    sizes = [file["size"] for file in files.read_manifest(checkpoints[1]) if file["name"] in sent]
+    sizes = [file["size"] for file in listed(checkpoints[1]) if file["name"] in sent]
     assert record["checkpoint/sent_bytes"] == sum(sizes) > 2 * CHUNK
     equal(whole, ranks(4, trained, apart, False, 3, begin=2, zero_stage=3))
     for checkpoint in checkpoints:
