@@ -1,15 +1,13 @@
 """`amclr-scale evaluate RUN --suite NAME --data FOLDER`: what is there is measured, what is missing is named, once."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+import torch
 
-from amclr_scale.commands.evaluate import main
+from amclr_scale.commands.evaluate import _run_suites, arguments, main
 from amclr_scale.commands.leaderboard import main as compare
 from amclr_scale.evaluation.suites import run as suites_run
 from amclr_scale.evaluation.suites.catalogue import SUITES
@@ -17,8 +15,9 @@ from tests.evaluation.suites.made import classes_folder, pictures, retrieval_fol
 from tests.evaluation.test_models import write_run
 from tests.evaluation.test_run import model, recipe
 
-ROOT = Path(__file__).parents[3]
 LABELS = [0, 1, 2, 3, 4, 5, 6, 0, 2, 4]
+
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +45,6 @@ def evaluate(made: Path, output: Path, *words: str, run: str = "first") -> int:
     return main([str(made / "runs" / run), "--data", str(made / "data"), "--output", str(output), *words])
 
 
-@pytest.mark.slow
 def test_columns_say_what_they_were_taken_over(made, tmp_path, capsys):
     assert evaluate(made, tmp_path, "--suite", "datacomp38", "--suite", "sugarcrepe") == 0
     said = capsys.readouterr().out
@@ -109,7 +107,6 @@ def test_several_models_have_a_row_and_a_folder_each(made, tmp_path, capsys):
     assert row.count("(1 of 7)") == 2
 
 
-@pytest.mark.slow
 def test_finished_data_sets_are_measured_once(made, tmp_path, capsys, monkeypatch):
     """The same again goes on where it was killed; other weights, other data or another precision begin anew."""
     made, out = shutil.copytree(made, tmp_path / "made"), tmp_path / "out"
@@ -200,20 +197,16 @@ def _told(run, data, capsys):
     return capsys.readouterr().err
 
 
-@pytest.mark.launch
-@pytest.mark.slow
-def test_two_ranks_of_a_launcher_give_the_numbers_of_one(made, tmp_path):
+def on_a_rank(words: list[str]) -> None:
+    """The command, where the process group has been started."""
+    _run_suites(arguments(words), torch.device("cpu"))
+
+
+def test_two_ranks_give_the_numbers_of_one(made, tmp_path, ranks):
     words = ["--suite", "datacomp38", "--suite", "sugarcrepe", "--set", "evaluation.resamples=20"]
     assert evaluate(made, tmp_path / "one", *words) == 0
-    torchrun = [str(Path(sys.executable).parent / "torchrun"), "--standalone", "--nproc-per-node", "2"]
-    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    command = ["launch/evaluate.py", str(made / "runs" / "first"), "--data", str(made / "data"), *words]
-    done = subprocess.run(
-        [*torchrun, *command, "--output", str(tmp_path / "two")],
-        cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=120,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.count("first: GeoDE: ") == 1
+    command = [str(made / "runs" / "first"), "--data", str(made / "data"), *words, "--output", str(tmp_path / "two")]
+    ranks(2, on_a_rank, command)
     for name in ("datacomp38", "sugarcrepe"):
         one, two = (json.loads((tmp_path / way / f"{name}.json").read_text()) for way in ("one", "two"))
         assert one["model_sha256"] == two["model_sha256"]
@@ -222,3 +215,6 @@ def test_two_ranks_of_a_launcher_give_the_numbers_of_one(made, tmp_path):
         assert {key: each["numbers"] for key, each in one["sets"].items()} == {
             key: each["numbers"] for key, each in two["sets"].items()
         }
+    shutil.rmtree(tmp_path / "two" / "sugarcrepe")
+    ranks(2, on_a_rank, command)  # every rank finds the same finished data sets, or one would wait for the other
+    assert json.loads((tmp_path / "two" / "sugarcrepe.json").read_text())["columns"] == two["columns"]

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from sklearn.metrics import accuracy_score, balanced_accuracy_score, f1_score
+from sklearn.metrics import accuracy_score, f1_score
 
 from amclr_scale.data.evaluation_split import EvaluationSplit
 from amclr_scale.errors import UserError
@@ -50,7 +50,7 @@ def test_numbers_of_classes_and_groups_are_the_definitions(tmp_path):
     assert 0 < hits[1].sum() < len(LABELS)
     assert numbers["zero_shot_top1"].value == pytest.approx(accuracy_score(labels, predicted), abs=1e-12)
     assert numbers["zero_shot_top5"].value == pytest.approx(hits[5].mean(), abs=1e-12)
-    mean = balanced_accuracy_score(labels, predicted)
+    mean = np.mean([hits[1][labels == one].mean() for one in np.unique(labels)])
     assert numbers["zero_shot_mean_per_class"].value == pytest.approx(mean, abs=1e-12)
     f1 = f1_score(labels, predicted, average="macro", labels=np.unique(labels))
     assert plain["f1_macro"] == pytest.approx(f1, abs=1e-12)
