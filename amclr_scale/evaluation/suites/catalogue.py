@@ -87,6 +87,8 @@ def _grouped(name: str, title: str, number: str, words: str, group: int | None) 
 
 
 def _retrieval(name: str, title: str, *files: str) -> DataSet:
+    within = "coco" if name.startswith("mscoco") else name
+    files = tuple(place for file in files for place in (file, f"{within}/{file}"))
     return DataSet(name, title, (*_folders(name), *files), "retrieval", "mean_R@1", "mean R@1 of both directions")
 
 

@@ -26,14 +26,19 @@ def configured(config: Config, words: Sequence[str]) -> Config:
     Raises:
         UserError: a word says what a suite says itself.
     """
-    given = from_words(list(words))
-    for key in FIXED:
-        if key in given.get("evaluation", {}):
-            raise UserError(f"--set evaluation.{key}: expected no such key beside --data: a suite says it itself")
+    given = _changes(words)
     tree: dict[str, Any] = config.model_dump(mode="json")
     tree["data"]["allow_pipe"] = False
     tree["evaluation"] = {key: tree["evaluation"][key] for key in ("batch_size", "resamples")}
     return build(merge(tree, given), trusted=False)
+
+
+def _changes(words: Sequence[str]) -> dict[str, Any]:
+    given = from_words(list(words))
+    for key in FIXED:
+        if key in given.get("evaluation", {}):
+            raise UserError(f"--set evaluation.{key}: expected no such key beside --data: a suite says it itself")
+    return given
 
 
 def measure(
@@ -59,8 +64,11 @@ def measure(
     Raises:
         UserError: something of it cannot be used.
     """
+    _changes(words)
     for suite in suites:
-        check(suite, data)
+        there = check(suite, data)
+        if not rank():
+            print(f"{suite.name}: {len(there)} of {len(suite.sets)} data sets in {data}", flush=True)
     tables: dict[str, dict[str, dict[str, Any]]] = {suite.name: {} for suite in suites}
     folders = []
     for checkpoint in checkpoints:

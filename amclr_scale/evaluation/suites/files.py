@@ -19,7 +19,7 @@ from amclr_scale.data.reading import Reading
 from amclr_scale.distributed.collectives import rank, world_size
 from amclr_scale.distributed.process_group import broadcast_object, gather_objects
 from amclr_scale.errors import UserError
-from amclr_scale.evaluation.suites.catalogue import DataSet, Suite
+from amclr_scale.evaluation.suites.catalogue import Suite
 
 Files = Mapping[str, Path]  # every file that counts, by a name that does not say where the data set lies
 
@@ -27,7 +27,7 @@ _PROBES = ["", "a photo of a cat.", "Two dogs, and 3 (three) birds!", "word " * 
 
 
 def locate(suite: Suite, folder: Path) -> dict[str, str]:
-    """Data set -> the first of its places that exists below a folder; those that have none are left out.
+    """Data set -> the first of its places that is there below a folder; those that have none are left out.
 
     Raises:
         UserError: there is no such folder, or none of the suite's data sets in it.
@@ -36,7 +36,7 @@ def locate(suite: Suite, folder: Path) -> dict[str, str]:
         raise UserError(f"--data: expected the folder that holds the data sets of {suite.name}, got {folder}")
     found = {}
     for one in suite.sets:
-        place = next((place for place in one.places if (folder / place).exists()), None)
+        place = next((place for place in one.places if _fits(folder / place)), None)
         if place is not None:
             found[one.name] = place
     if not found:
@@ -47,9 +47,9 @@ def locate(suite: Suite, folder: Path) -> dict[str, str]:
     return found
 
 
-def missing(suite: Suite, found: Mapping[str, Any]) -> list[DataSet]:
-    """What a suite has and a folder has not."""
-    return [one for one in suite.sets if one.name not in found]
+def _fits(path: Path) -> bool:
+    """Whether something lies there. Folders named wds_... are meant; others may hold the data set in another layout."""
+    return path.exists() and (not path.is_dir() or path.name.startswith("wds_") or (path / "test").is_dir())
 
 
 def stamp(files: Files) -> str:

@@ -72,6 +72,7 @@ def test_columns_say_what_they_were_taken_over(made, tmp_path, capsys):
     assert row.split()[1:3] == [f"{100 * values[0]:.1f}", "-"]
     assert row.rstrip().endswith(f"{100 * average['value']:.1f} (4 of 38)")
     assert "first: missing 34 of 38 data sets: ImageNet Sketch (wds_imagenet_sketch_test); " in said
+    assert said.startswith(f"datacomp38: 4 of 38 data sets in {made / 'data'}\nsugarcrepe: 1 of 7 data sets in ")
     assert "GeoDE  " in said
     assert "top 1 of the worst region" in said
     table = (tmp_path / "datacomp38.md").read_text()

@@ -10,6 +10,7 @@ from sklearn.metrics import accuracy_score, f1_score
 from amclr_scale.data.evaluation_split import EvaluationSplit
 from amclr_scale.errors import UserError
 from amclr_scale.evaluation.suites.catalogue import SUITES
+from amclr_scale.evaluation.suites.files import locate
 from amclr_scale.evaluation.suites.folders import (
     best_rivals,
     check_folder,
@@ -86,6 +87,22 @@ def test_retrieval_counts_with_the_mean_of_both_directions(tmp_path):
     opened = open_retrieval(place("retrieval", "mscoco_captions", tmp_path / "coco" / "coco_test.json", tmp_path))
     assert {path.name for path in opened.files.values()} == {"coco_test.json", *(f"{i}.png" for i in range(4))}
     assert opened.measure(Directions())[1]["texts"] == 8
+
+
+def test_a_data_set_is_the_first_of_its_places_that_fits(tmp_path):
+    """A folder of that name may hold the same pictures in another layout: then it is not the one that is meant."""
+    pictures(tmp_path / "flickr30k", ["a.jpg"])
+    (tmp_path / "cars").mkdir()
+    with pytest.raises(
+        UserError, match=r"^--data: .*: expected at least one data set of retrieval, found none; looked"
+    ):
+        locate(SUITES["retrieval"], tmp_path)
+    (tmp_path / "flickr30k" / "dataset_flickr30k.json").write_text("{}")
+    assert locate(SUITES["retrieval"], tmp_path) == {"flickr30k": "flickr30k/dataset_flickr30k.json"}
+    (tmp_path / "flickr30k" / "test").mkdir()
+    assert locate(SUITES["datacomp38"], tmp_path) == {"flickr30k": "flickr30k"}
+    (tmp_path / "wds_cars").mkdir()  # meant, though nothing is in it: check_folder says so
+    assert locate(SUITES["datacomp38"], tmp_path) == {"flickr30k": "flickr30k", "cars": "wds_cars"}
 
 
 def test_what_cannot_be_measured_is_told(tmp_path):
