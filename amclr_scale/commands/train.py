@@ -23,7 +23,7 @@ from amclr_scale.commands.words import command_parser
 from amclr_scale.config.help import describe
 from amclr_scale.config.load import dump, load
 from amclr_scale.config.schema import Config
-from amclr_scale.distributed.launcher import RankInfo, end_with_launcher, read_rank_info, when_runner_ends
+from amclr_scale.distributed.launcher import SUPERVISED, RankInfo, end_with_launcher, read_rank_info, when_runner_ends
 from amclr_scale.errors import AbsentError, AgreedError, UserError
 from amclr_scale.metrics.run_folder import check_writable
 from amclr_scale.metrics.stopwatch import Stopwatch
@@ -211,7 +211,7 @@ def main(argv: list[str]) -> int:
     rank_info = RankInfo()
     try:
         rank_info = read_rank_info()
-        if rank_info.world_size > 1:
+        if rank_info.world_size > 1 or SUPERVISED in os.environ:
             end_with_launcher()  # before the seconds that imports take
         check_dry_run(options)
         config = load(options.config, options.words, options.ranks or rank_info.world_size)

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from amclr_scale.errors import UserError
 
 _LOOK = 1.0  # seconds
+SUPERVISED = "AMCLR_SCALE_SUPERVISED"  # set: by a supervisor that starts ranks itself
 _OF_ANOTHER_LAUNCHER = ("TORCHELASTIC_", "SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT", "GROUP_", "ROLE_")
 
 
@@ -158,7 +159,7 @@ def environments(host: str, port: int, world_size: int, first_rank: int, here: i
     """
     kept = {name: value for name, value in os.environ.items() if not name.startswith(_OF_ANOTHER_LAUNCHER)}
     kept |= {"MASTER_ADDR": host, "MASTER_PORT": str(port), "WORLD_SIZE": str(world_size)}
-    kept |= {"LOCAL_WORLD_SIZE": str(here)}
+    kept |= {"LOCAL_WORLD_SIZE": str(here), SUPERVISED: "1"}
     return [{**kept, "RANK": str(first_rank + local), "LOCAL_RANK": str(local)} for local in range(here)]
 
 

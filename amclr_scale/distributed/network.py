@@ -9,6 +9,7 @@ import psutil
 
 from amclr_scale.errors import UserError
 
+LISTENS = "AMCLR_SCALE_LISTENS"  # the descriptor of a socket that rank 0's supervisor has opened for it
 VARIABLES = {"gloo": "GLOO_SOCKET_IFNAME", "nccl": "NCCL_SOCKET_IFNAME"}
 
 
@@ -49,6 +50,34 @@ def own_address() -> str:
                 continue
             return address
     return "127.0.0.1"
+
+
+class HeldPort:
+    """A port of all addresses that this process listens on, for one that it will start: nobody takes it meanwhile."""
+
+    def __init__(self) -> None:
+        six = socket.has_dualstack_ipv6()
+        family = socket.AF_INET6 if six else socket.AF_INET
+        self._socket = socket.create_server(("", 0), family=family, dualstack_ipv6=six, backlog=2048)
+        self.number: int = self._socket.getsockname()[1]
+
+    def variables(self) -> dict[str, str]:
+        """By which the other process knows the socket, among its own open files."""
+        return {LISTENS: str(self._socket.fileno())}
+
+    def close(self) -> None:
+        """Listen no more, in this process."""
+        self._socket.close()
+
+
+def handed_over(port: int) -> int | None:
+    """The descriptor of a listening socket that whoever started this process has left it; once, and None without."""
+    text = os.environ.pop(LISTENS, "")
+    try:
+        with socket.socket(fileno=os.dup(int(text))) as one:
+            return int(text) if one.getsockname()[1] == port else None
+    except (ValueError, OSError):  # there is none, or a program between has closed it
+        return None
 
 
 def check_interfaces(backend: str, environment: Mapping[str, str] | None = None) -> None:

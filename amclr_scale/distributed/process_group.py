@@ -11,7 +11,8 @@ import torch.distributed as dist
 from amclr_scale.config.execution import Run
 from amclr_scale.distributed.announcing import Announcer, Waiting
 from amclr_scale.distributed.launcher import RankInfo, end_with_launcher, export, ranks_on_node
-from amclr_scale.distributed.rendezvous import meet, told_while_joining
+from amclr_scale.distributed.network import LISTENS
+from amclr_scale.distributed.rendezvous import meet, open_store, told_while_joining
 from amclr_scale.errors import UserError
 
 T = TypeVar("T")
@@ -60,6 +61,8 @@ def start(
     leave_messages_to_gloo()
     backend, waiting, run = "nccl" if cuda else "gloo", Waiting(), run or Run()
     minutes = run.rendezvous_minutes
+    if LISTENS in os.environ and rank_info.world_size == 1 and not dist.is_initialized():
+        dist.init_process_group(backend, store=open_store(rank_info, 60 * minutes), rank=0, world_size=1)
     if rank_info.world_size > 1 and not dist.is_initialized():
         with told_while_joining(rank_info, minutes, waiting=waiting):
             store, hosts = meet(

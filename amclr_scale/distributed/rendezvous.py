@@ -23,7 +23,7 @@ from torch.distributed.constants import default_pg_timeout
 
 from amclr_scale.distributed.announcing import Announcer, Progress, Waiting
 from amclr_scale.distributed.launcher import RankInfo, export, where
-from amclr_scale.distributed.network import VARIABLES, about, check_interfaces, interfaces, own_address
+from amclr_scale.distributed.network import VARIABLES, about, check_interfaces, handed_over, interfaces, own_address
 from amclr_scale.distributed.network import is_loopback as loopback
 from amclr_scale.errors import AbsentError, AgreedError, UserError
 
@@ -46,14 +46,15 @@ class Present:
     interfaces: list[str] = field(default_factory=interfaces)
 
 
-def _open(rank_info: RankInfo, seconds: float) -> Any:
+def open_store(rank_info: RankInfo, seconds: float) -> Any:
     """The store, served by this process if it is rank 0's turn."""
     agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    listens = handed_over(int(os.environ["MASTER_PORT"])) if rank_info.rank == 0 else None
     make_store: Any = dist.TCPStore  # type: ignore[attr-defined]  # torch documents it, and forgot to export it
     store = make_store(
         os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), rank_info.world_size,
         is_master=rank_info.rank == 0 and not agent, wait_for_workers=False, multi_tenant=True,
-        timeout=timedelta(seconds=max(1.0, seconds)),
+        master_listen_fd=listens, timeout=timedelta(seconds=max(1.0, seconds)),
     )  # fmt: skip
     names = (
         "TORCHELASTIC_RUN_ID",
@@ -77,7 +78,7 @@ def announce(rank_info: RankInfo, minutes: float = MINUTES) -> Announcer:
     """
     if rank_info.world_size > 1:
         export(rank_info)
-    return Announcer(rank_info, lambda: _open(rank_info, 60 * minutes))
+    return Announcer(rank_info, lambda: open_store(rank_info, 60 * minutes))
 
 
 def _serves(rank_info: RankInfo) -> bool:
@@ -113,7 +114,7 @@ def tell_others(rank_info: RankInfo, words: str, code: int = 2, seconds: float =
     if rank_info.world_size == 1 or (one_node and {"TORCHELASTIC_RUN_ID", "LOCAL_SIZE"} & os.environ.keys()):
         return
     with suppress(RuntimeError, ValueError, KeyError):  # nobody to tell: all that could be done
-        store = _open(rank_info, seconds)
+        store = open_store(rank_info, seconds)
         if not store.check([_FAILED]):
             store.set(_FAILED, f"{code} rank {rank_info.rank} ({platform.node()}): {words}")
         _linger(store, rank_info, seconds=seconds)
@@ -215,7 +216,7 @@ def meet(
     place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
     patience = 60 * minutes + (HEARD if rank_info.rank else 0.0)
     try:
-        store, mine = announcer.take() if announcer else _open(rank_info, 60 * minutes), Present(platform.node())
+        store, mine = announcer.take() if announcer else open_store(rank_info, 60 * minutes), Present(platform.node())
         store.set(_HERE.format(rank_info.rank), json.dumps(mine.__dict__))
         waiting.absent[:], pause, everyone, progress = range(world), 0.05, list[Present](), Progress()
         waiting.moved = time.monotonic()

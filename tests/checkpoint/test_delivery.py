@@ -148,6 +148,7 @@ def block(run, done, signals):
         signals.ask("somebody asked")
 
 
+@pytest.mark.slow
 def test_a_piece_that_cannot_be_written_is_told_and_the_next_one_arrives(ranks, tmp_path):
     """And a request to end reaches the supervisor of the node that did not hear it."""
     (words, end, _), _ = ranks(2, trained, tmp_path, False, 6, act=block, zero_stage=1)
@@ -193,6 +194,7 @@ def messages(home: str) -> list[str]:
     return told
 
 
+@pytest.mark.slow
 def test_what_does_not_arrive_whole_is_not_taken(ranks, tmp_path):
     ranks(2, trained, tmp_path, False, 2, zero_stage=1)
     (whole, short, absent, *rest), (_, _, _, *other) = ranks(2, messages, str(tmp_path))

@@ -12,6 +12,7 @@ import psutil
 import pytest
 
 from amclr_scale.checkpoint import files
+from amclr_scale.distributed.launcher import SUPERVISED
 from tests.checkpoint.trainer import ROOT
 from tests.commands.test_train import LAUNCHERS, SMALL, free_port, probed
 
@@ -55,8 +56,10 @@ time.sleep(60)
 """
 
 
-def test_a_rank_ends_with_a_launcher_that_dies_while_it_imports(tmp_path):
-    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}
+@pytest.mark.parametrize("variables", [{"WORLD_SIZE": "2"}, {"WORLD_SIZE": "1", SUPERVISED: "1"}])
+def test_a_rank_ends_with_a_launcher_that_dies_while_it_imports(tmp_path, variables):
+    """One rank by itself too, if it is a supervisor that started it: another node may go on with its run."""
+    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "LOCAL_RANK": "0", **variables}
     environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}  # where rank 1 never comes
     words = [*SMALL, f"run.folder={tmp_path}"]
     launcher = subprocess.Popen(
@@ -71,6 +74,7 @@ def test_a_rank_ends_with_a_launcher_that_dies_while_it_imports(tmp_path):
     if not gone:
         rank.kill()
     assert gone
+    assert not list(tmp_path.iterdir())  # it has not ended because it was done
 
 
 def test_a_command_that_is_ended_saves_and_goes_on(tmp_path):

@@ -36,6 +36,7 @@ LEASE = 1.5  # seconds
 RANK = """
 import os, signal, sys, time
 from pathlib import Path
+from amclr_scale.distributed.network import handed_over
 run = Path(sys.argv[1])
 rank, world = os.environ["RANK"], os.environ["WORLD_SIZE"]
 def end(*_):
@@ -44,6 +45,7 @@ def end(*_):
 signal.signal(signal.SIGTERM, end)
 with (run / "ranks").open("a") as file:
     file.write(f"{rank}/{world} {os.environ['MASTER_PORT']} {os.getpid()}\\n")
+assert (rank == "0") == (handed_over(int(os.environ["MASTER_PORT"])) is not None)
 while True:
     time.sleep(0.05)
     if (run / f"mistake{world}").exists():

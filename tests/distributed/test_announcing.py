@@ -12,6 +12,7 @@ from amclr_scale.distributed.rendezvous import meet
 from amclr_scale.errors import AbsentError, UserError
 from tests.distributed.test_joining import address, together
 
+pytestmark = pytest.mark.slow  # they sleep
 __all__ = ["address"]
 SHORT = 0.6  # seconds that a silent rank is waited for
 
@@ -26,7 +27,7 @@ def coming(rank, prepares=lambda work: None, longest=1.0, world=2, seen=None, re
 
     def act():
         rank_info, work, waiting = RankInfo(rank, 0, world, 1), Work(), Waiting()
-        announcer = Announcer(rank_info, lambda: rendezvous._open(rank_info, 20), work)
+        announcer = Announcer(rank_info, lambda: rendezvous.open_store(rank_info, 20), work)
         prepares(work)
         if not ready:
             announcer._enough.set()

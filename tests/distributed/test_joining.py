@@ -136,7 +136,7 @@ def test_all_that_come_meet_and_know_one_another_s_hosts(address, monkeypatch):
 
 def test_only_rank_0_looks_for_each_of_the_others(address, monkeypatch):
     """If each did, a thousand ranks would ask a million times a second."""
-    asked, make_store = [], rendezvous._open
+    asked, make_store = [], rendezvous.open_store
 
     class Counting:
         def __init__(self, rank_info, seconds):
@@ -149,7 +149,7 @@ def test_only_rank_0_looks_for_each_of_the_others(address, monkeypatch):
         def __getattr__(self, name):
             return getattr(self.store, name)
 
-    monkeypatch.setattr(rendezvous, "_open", Counting)
+    monkeypatch.setattr(rendezvous, "open_store", Counting)
     found = together(*map(coming, range(3)))
     assert all(len(hosts) == 3 for _, hosts in found)
     assert {rank for rank, key in asked if key.startswith("here")} == {0}

@@ -1,5 +1,8 @@
 """A rank without a device of its own is told so before any process waits for another."""
 
+import os
+import subprocess
+import sys
 from unittest import mock
 
 import pytest
@@ -27,3 +30,43 @@ def test_float32_stays_float32(monkeypatch):
     keep_float32()
     assert not torch.backends.cudnn.allow_tf32
     assert not torch.backends.cuda.matmul.allow_tf32
+
+
+HOLDER = """
+import subprocess, sys
+from amclr_scale.commands.supervising.looks import begin
+from amclr_scale.distributed.launcher import environments
+from amclr_scale.distributed.network import HeldPort
+port = HeldPort()
+(one,) = environments("localhost", port.number, 1, 0, 1)
+rank = begin([sys.executable, "-c", sys.argv[1]], one | port.variables())
+port.close()
+print(rank.wait())
+"""
+RANK = """
+import os, socket, sys
+import torch.distributed as dist
+from amclr_scale.distributed.launcher import SUPERVISED, read_rank_info
+from amclr_scale.distributed.process_group import start, stop
+port = int(os.environ["MASTER_PORT"])
+try:
+    socket.create_server(("", port))
+    sys.exit("the port could be taken")
+except OSError:
+    assert SUPERVISED in os.environ
+start(read_rank_info(), 1)
+assert dist.get_world_size() == 1
+store = dist.TCPStore("localhost", port, is_master=False)
+store.set("there", "yes")
+stop()
+"""
+
+
+@pytest.mark.slow
+def test_a_port_that_a_supervisor_holds_goes_to_rank_0():
+    """From when it was chosen on, nobody else could take it."""
+    done = subprocess.run(
+        [sys.executable, "-c", HOLDER, RANK], env={**os.environ, "DS_ACCELERATOR": "cpu"}, capture_output=True,
+        text=True, check=False, timeout=120,
+    )  # fmt: skip
+    assert done.stdout.strip().splitlines()[-1] == "0", done.stdout + done.stderr

@@ -20,7 +20,7 @@ from amclr_scale.checkpoint.marks import ASKED, RESULT, Changes
 from amclr_scale.checkpoint.signals import ENDING, EXIT_RESUMABLE
 from amclr_scale.commands.supervising.looks import begin, end_group, newest_step, run_of
 from amclr_scale.config.load import load
-from amclr_scale.distributed.launcher import environments, free_port
+from amclr_scale.distributed.launcher import environments
 from amclr_scale.distributed.membership import (
     Board,
     Limits,
@@ -32,6 +32,7 @@ from amclr_scale.distributed.membership import (
     newest,
     share_out,
 )
+from amclr_scale.distributed.network import HeldPort
 from amclr_scale.errors import UserError
 
 GRACE = 10.0  # seconds that ranks get to end by themselves when others have ended badly
@@ -115,12 +116,12 @@ def fitting(command: Sequence[str]) -> Callable[[int], bool]:
 class Ranks:
     """The ranks of this node under one plan."""
 
-    def __init__(self, command: Sequence[str], plan: Plan, node: str, locked: bool):
+    def __init__(self, command: Sequence[str], plan: Plan, node: str, locked: bool, port: HeldPort | None):
         mine, first = plan.of(node), plan.members[0].host
         assert mine
         kept = {"AMCLR_SCALE_LOCK_SECONDS": str(LOCKED)} if locked else {}
         self._children = [
-            begin(command, said | kept)
+            begin(command, said | kept | (port.variables() if port and said["RANK"] == "0" else {}))
             for said in environments(first, plan.port, plan.ranks, plan.first_rank(node), mine.ranks)
         ]
         self._until, self._asked = float("inf"), False
@@ -175,6 +176,7 @@ class Elastic:
         self.board = Board(self.run, Node.here(options.slots, options.address), options.lease)
         self.result, self.asked = Changes(self.run / RESULT), Changes(self.run / ASKED)
         self.ranks: Ranks | None = None
+        self.port: HeldPort | None = None  # of the plan that this node has proposed, till its rank 0 has it
         self.received: list[int] = []
         self.passed = 0  # of them
         self.ended_at: float | None = None  # when this node, as the leader, first saw that all had ended
@@ -276,7 +278,15 @@ class Elastic:
         self.ended_at, self.since = None, time.monotonic()
         self.lost.clear()
         if plan.over is None and plan.of(self.name):
-            self.ranks = Ranks(self.command, plan, self.name, locked=plan.number > 1)
+            held = self.port if self.port and self.port.number == plan.port and plan.by == self.name else None
+            self.ranks = Ranks(self.command, plan, self.name, plan.number > 1, held)
+        self.let_go()
+
+    def let_go(self) -> None:
+        """Of the port: a process has it, or none will."""
+        if self.port:
+            self.port.close()
+        self.port = None
 
     def lead(self, living: dict[str, Node]) -> None:
         """Make the next plan, if it is this node's turn and there is need of one."""
@@ -322,7 +332,9 @@ class Elastic:
                 say(f"{', '.join(node.host for node in nodes)} here; waiting for {why}")
             return
         step, number = newest_step(self.run), before.number + 1
-        plan = replace(before, number=number, by=self.name, members=members, port=free_port(), step=step)
+        self.let_go()
+        self.port = HeldPort()  # rank 0 will be on this node
+        plan = replace(before, number=number, by=self.name, members=members, port=self.port.number, step=step)
         if self.plan.number and not self.ranks:
             say(f"start {self.plan.number} has ended with {self.board.mine.code}, newest checkpoint: step {step}")
         if plan.over is None:

@@ -17,6 +17,7 @@ from amclr_scale.checkpoint.marks import step_elsewhere
 from amclr_scale.config import schema
 from amclr_scale.config.load import read_file
 from amclr_scale.config.shipped import find
+from amclr_scale.distributed.network import LISTENS
 from amclr_scale.errors import UserError
 
 FRUITLESS = 3  # starts without a new checkpoint after which there is no point in another
@@ -51,13 +52,14 @@ def _word(command: Sequence[str], key: str, otherwise: str) -> str:
 
 
 def begin(command: Sequence[str], environment: Mapping[str, str] | None = None) -> "subprocess.Popen[bytes]":
-    """Start a command as the leader of a process group of its own.
+    """Start a command as the leader of a process group of its own, with the port that is held for it.
 
     Raises:
         UserError: there is no such program.
     """
+    kept = [int(environment[LISTENS])] if environment and LISTENS in environment else []
     try:
-        return subprocess.Popen(command, start_new_session=True, env=environment)
+        return subprocess.Popen(command, start_new_session=True, env=environment, pass_fds=kept)
     except (FileNotFoundError, PermissionError, NotADirectoryError) as error:
         raise UserError(f"command: expected a program to start, got {command[0]} ({error.strerror})") from error
 
