@@ -3,6 +3,7 @@
 import json
 import re
 import statistics
+from pathlib import Path
 
 import pytest
 import yaml
@@ -12,10 +13,13 @@ from amclr_scale.study.analysis.groups import groups_of, reference_of
 from amclr_scale.study.analysis.reading import read_study
 from amclr_scale.study.analysis.units import unit_of
 from amclr_scale.study.report import plots
+from amclr_scale.study.report.claims import load_claims
 from amclr_scale.study.report.compose import compose
 from amclr_scale.study.statistics.decisions import estimate
 from tests.study import synthetic
 from tests.study.synthetic import make_study
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.usefixtures("undrawn")
@@ -112,6 +116,20 @@ def test_the_head_says_which_batch_size_a_method_is_worth(tmp_path):
     for row in known:
         same = f"scores what CLIP scores at B = {float(row['crossings']):,.0f} (95 % interval: "
         assert f"DCL, B = {row['global_batch_size']:,} {same}" in head.partition("**Equivalent batch size.**")[2]
+
+
+def test_numbers_of_claims_that_were_measured_elsewhere_stand_on_the_pages_that_they_name():
+    cited = {}
+    for claim in load_claims()["claims"]:
+        page = re.search(r"\(([\w/]+\.md)", said := claim.get("elsewhere", ""))
+        if not page:
+            continue
+        text, numbers = (ROOT / page[1]).read_text(), re.findall(r"\d+[.,]\d+", said[: page.start()])
+        cited[claim["id"]] = len(numbers)
+        assert [number for number in numbers if not re.search(rf"(?<![\d.]){re.escape(number)}", text)] == [], claim[
+            "id"
+        ]
+    assert {claim for claim, numbers in cited.items() if numbers} >= {"C11", "C12", "C14", "C15", "C16", "C17"}
 
 
 @pytest.mark.usefixtures("undrawn")
