@@ -13,17 +13,23 @@ Of the `hardest` keys n_1 ... n_N nearest to anchor z_i, its positive left out, 
 The choice and what is made have no gradient. Draws follow from how far training is and from an anchor's place in the
 global batch, so they are those of one rank on any number of ranks, and after a resume.
 
-Numerics: log-sums centred on the positive; made keys exist for a block of anchors at a time; float32.
+What is made is never formed: its similarities, length and gradient follow from those of the N nearest and from the
+similarities between these,
+
+    z_i.h = ( a z_i.n_p + (1 - a) z_i.n_q ) / |a n_p + (1 - a) n_q|        |.|^2 from n_p.n_p, n_q.n_q and n_p.n_q
+
+Numerics: log-sums centred on the positive; the nearest keys of a block of anchors at a time, once, for the gradient
+with respect to z_i is made in forward; float32.
 """
 
 import hashlib
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
+from amclr_scale.distributed.first_order import first_order_only
 from amclr_scale.objectives.base import (
     Objective,
     at_least_float32,
@@ -36,7 +42,7 @@ from amclr_scale.objectives.clip import check_temperature
 from amclr_scale.similarity import all_gather, contrast, rank, top_k
 from amclr_scale.types import Embeddings, Loss
 
-BLOCK_NUMBERS = 2**21  # of the keys that are made at a time
+BLOCK_NUMBERS = 2**18  # of the nearest keys at a time: they stay in a cache
 
 
 class MoCHi(Objective, name="mochi"):
@@ -78,24 +84,61 @@ class MoCHi(Objective, name="mochi"):
         config, b = self.config, len(anchors)
         N = min(config.hardest, global_batch_size(anchors) - 1)
         nearest = top_k(anchors.detach(), keys.detach(), N, exclude_self=True)[1]  # (b, N)
-        everybody = all_gather(keys)
+        everybody = all_gather(keys.detach())
         two, one = draws(f"{config.mix_seed} {self.epoch!r} {which}", global_batch_size(anchors), config)
         mine = slice(rank() * b, (rank() + 1) * b)
         two, one = (x[mine].to(anchors.device, anchors.dtype) for x in (two, one))
+        t = torch.as_tensor(t, dtype=anchors.dtype, device=anchors.device)
+        with torch.autocast(anchors.device.type, enabled=False):
+            found = _MadeLogSum.apply(anchors, positive, t, everybody, nearest, two, one)  # type: ignore[no-untyped-call]
+        return cast(Tensor, found)
 
-        def block(z: Tensor, positive: Tensor, nearest: Tensor, two: Tensor, one: Tensor) -> Tensor:
-            with torch.autocast(z.device.type, enabled=False), torch.no_grad():
-                rows = torch.cat([nearest.gather(1, place(x, N)) for x in (two[..., 0], two[..., 1], one[..., 0])], 1)
-                p, q, r = everybody[rows].split([two.shape[1], two.shape[1], one.shape[1]], dim=1)
-                a, c = two[..., 2:], one[..., 1:] / 2
-                made = torch.cat([a * p + (1 - a) * q, c * z[:, None] + (1 - c) * r], dim=1)
-                made = F.normalize(made, dim=2)
-            with torch.autocast(z.device.type, enabled=False):
-                return (((made * z[:, None]).sum(2) - positive[:, None]) / t).logsumexp(1)
 
-        size = max(1, BLOCK_NUMBERS // ((config.mixed + config.mixed_with_anchor) * anchors.shape[1]))
-        parts = zip(*(x.split(size) for x in (anchors, positive, nearest, two, one)), strict=True)
-        return torch.cat([checkpoint(block, *x, use_reentrant=False, preserve_rng_state=False) for x in parts])
+class _MadeLogSum(torch.autograd.Function):
+    """(anchors (b, D), positives (b,), temperature, all keys (B, D), the nearest (b, N), draws) -> log-sums (b,)."""
+
+    @staticmethod
+    def forward(ctx: Any, anchors: Tensor, positive: Tensor, t: Tensor, everybody: Tensor, *drawn: Tensor) -> Tensor:
+        found, d_found, d_t = torch.empty_like(positive), torch.empty_like(anchors), torch.empty_like(positive)
+        N = drawn[0].shape[1]
+        size = max(1, BLOCK_NUMBERS // (N * anchors.shape[1]))
+        for start in range(0, len(anchors), size):
+            rows = slice(start, start + size)
+            z, (near, two, one) = anchors[rows], (x[rows] for x in drawn)
+            keys = everybody[near]  # (r, N, D)
+            s, between = (keys @ z[:, :, None])[:, :, 0], keys @ keys.mT  # (r, N) and (r, N, N)
+            p, q, r = (place(x, N) for x in (two[..., 0], two[..., 1], one[..., 0]))
+            a, c = two[..., 2], one[..., 1] / 2
+            own, square = z.square().sum(1, keepdim=True), between.diagonal(dim1=1, dim2=2)
+            crossed = between.flatten(1).gather(1, p * N + q)
+            length = squared_length(a, square.gather(1, p), square.gather(1, q), crossed)
+            length = torch.cat([length, squared_length(c, own, square.gather(1, r), s.gather(1, r))], 1).sqrt()
+            shares = torch.cat([a, c, 1 - a, 1 - c], 1) / length.clamp(min=1e-12).repeat(1, 2)  # of first and second
+            parts = torch.cat([s.gather(1, p), own.expand_as(c), s.gather(1, q), s.gather(1, r)], 1) * shares
+            first, second = parts.chunk(2, dim=1)
+            x = (first + second - positive[rows, None]) / t  # (r, mixed + mixed_with_anchor)
+            found[rows] = x.logsumexp(1)
+            weights = x.softmax(1)
+            d_t[rows] = -(weights * x).sum(1) / t
+            of_first, of_second = (shares * weights.repeat(1, 2) / t).chunk(2, dim=1)
+            pairs, alone = of_first.split([a.shape[1], c.shape[1]], dim=1)
+            on_keys = torch.zeros_like(s).scatter_add_(1, torch.cat([p, q, r], 1), torch.cat([pairs, of_second], 1))
+            d_found[rows] = (on_keys[:, None] @ keys)[:, 0] + alone.sum(1, keepdim=True) * z
+        ctx.save_for_backward(d_found, d_t, t)
+        return found
+
+    @staticmethod
+    @first_order_only
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        d_found, d_t, t = ctx.saved_tensors
+        of_t = (upstream * d_t).sum().reshape(t.shape)
+        return upstream[:, None] * d_found, -upstream / t, of_t, *([None] * 4)
+
+
+def squared_length(share: Tensor, first: Tensor, second: Tensor, crossed: Tensor) -> Tensor:
+    """Of share v + (1 - share) w, from v.v, w.w and v.w."""
+    rest = 1 - share
+    return share.square() * first + rest.square() * second + 2 * share * rest * crossed
 
 
 def place(uniform: Tensor, N: int) -> Tensor:

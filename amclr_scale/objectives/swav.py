@@ -14,7 +14,9 @@ over the samples of all ranks, without gradient:
 
 q' and s' are the texts'. Of a round, K numbers per rank travel.
 
-Numerics: sums of exp(s / eps), e^20 each, are kept as logarithms; float32.
+Numerics: the first round is one of logarithms, as exp(s / eps) is e^20; from there on every row of e^(s / eps + f + g)
+sums to 1 and every column to at least 1 / K, so that later rounds are products of that matrix with vectors, in float32.
+The gradient of a prediction, softmax - q, is made in forward: one (b, K) of each side waits for backward.
 """
 
 from collections.abc import Mapping
@@ -25,10 +27,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from amclr_scale.distributed.first_order import first_order_only
 from amclr_scale.objectives.base import at_least_float32, require
 from amclr_scale.objectives.beside_clip import BesideCLIP, BesideOptions
 from amclr_scale.similarity import all_gather
 from amclr_scale.types import Embeddings, Loss
+
+BLOCK_NUMBERS = 2**18  # of scores at a time: they stay in a cache
 
 
 class Prototypes(nn.Module):
@@ -81,7 +86,7 @@ class SwAV(BesideCLIP, name="swav"):
             scores = [x @ prototypes.T for x in (image, text)]  # (b, K)
             codes = [assignments(s.detach() / config.epsilon, config.iterations) for s in scores]
             terms = [
-                -(code * (s / config.swap_temperature).log_softmax(1)).sum(1)
+                _CrossEntropy.apply(s, code, config.swap_temperature)  # type: ignore[no-untyped-call]
                 for code, s in zip(reversed(codes), scores, strict=True)
             ]
         swap = (terms[0] + terms[1]).mean() / 2
@@ -95,8 +100,35 @@ def assignments(logits: Tensor, iterations: int) -> Tensor:
         logits: (b, K), s / eps, without gradient.
         iterations: of the normalisation of prototypes and samples.
     """
-    of_sample = logits.new_zeros(len(logits), 1)
-    for _ in range(iterations):
-        of_prototype = -all_gather((logits + of_sample).logsumexp(0, keepdim=True)).logsumexp(0)  # (K,)
-        of_sample = -(logits + of_prototype).logsumexp(1, keepdim=True)
-    return (logits + of_prototype).softmax(1)
+    of_prototype = -all_gather(logits.logsumexp(0, keepdim=True)).logsumexp(0)  # (K,)
+    codes = (logits + of_prototype).softmax(1)
+    of_sample = torch.ones_like(codes[:, 0])
+    for _ in range(iterations - 1):
+        of_prototype = 1 / all_gather((of_sample @ codes)[None]).sum(0)
+        of_sample = 1 / (codes @ of_prototype)
+    return codes.mul_(of_prototype).mul_(of_sample[:, None]) if iterations > 1 else codes
+
+
+class _CrossEntropy(torch.autograd.Function):
+    """(scores (b, K), codes (b, K) that sum to 1, temperature) -> -sum_k code_k log softmax_k(score / t): (b,)."""
+
+    @staticmethod
+    def forward(ctx: Any, scores: Tensor, codes: Tensor, temperature: float) -> Tensor:
+        found = scores.new_empty(len(scores))
+        gradient = torch.empty_like(scores) if ctx.needs_input_grad[0] else None
+        size = max(1, BLOCK_NUMBERS // scores.shape[1])
+        for start in range(0, len(scores), size):
+            rows = slice(start, start + size)
+            x = scores[rows] / temperature
+            there, code = x.logsumexp(1, keepdim=True), codes[rows]
+            found[rows] = there[:, 0] - torch.linalg.vecdot(code, x)
+            if gradient is not None:
+                gradient[rows] = x.sub_(there).exp_().sub_(code).div_(temperature)
+        ctx.save_for_backward(gradient)
+        return found
+
+    @staticmethod
+    @first_order_only
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        (gradient,) = ctx.saved_tensors
+        return gradient * upstream[:, None], None, None

@@ -63,6 +63,7 @@ def token_contrast(
     """
     _check(image, text, image_mask, text_mask)
     ranks, now, dtype = group(), settings.current(), similarity_dtype(image, text)
+    image, text = image.contiguous(), text.contiguous()  # tokens end to end are one view of them
     b, n1, D = image.shape
     n2 = text.shape[1]
     check_even(b, n1 * D, ranks)
