@@ -243,6 +243,11 @@ def learned_temperature(embeddings: Embeddings, fixed: float | None) -> Tensor |
     return 1 / at_least_float32(embeddings.logit_scale)
 
 
+def beside(number: Tensor | float, rows: Tensor) -> Tensor:
+    """A number as a tensor of the rows' type, where they are, without a copy from the host."""
+    return number.to(rows) if isinstance(number, Tensor) else rows.new_full((), number)
+
+
 def at_least_float32(x: Tensor) -> Tensor:
     """Half precision becomes float32; float32 and float64 stay."""
     return x.float() if x.dtype in HALF else x

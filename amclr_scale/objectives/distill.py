@@ -19,12 +19,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from amclr_scale.objectives.base import Objective, at_least_float32, learned_temperature, numbers, require
-from amclr_scale.objectives.clip import check_temperature
-from amclr_scale.similarity import all_gather, contrast, map_rows
+from amclr_scale.objectives.clip import check_temperature, softmax_loss
+from amclr_scale.similarity import all_gather, contrast, mean_rows
 from amclr_scale.types import Embeddings, Loss
 
 
@@ -66,19 +67,19 @@ class Distill(Objective, name="distill"):
             for side in ("image", "text")
         )
         both = contrast(image, text, temperature=t, centred=True)
-        terms: list[Tensor] = []
-        for side, features in ((both.image, (image, text, r, o)), (both.text, (text, image, o, r))):
-            mean = softly(*features, t_teacher)
-            terms.append(side.log_sum + alpha * (side.positive - mean) / t)
-        loss = (terms[0] + terms[1]).mean() / 2
+        means = softly(image, text, r, o, t_teacher) + softly(text, image, o, r, t_teacher)
+        positives = both.image.positive.mean() + both.text.positive.mean()
+        loss = softmax_loss(both) + alpha * ((positives - means) / t).mean() / 2
         return Loss(loss, numbers(objective=loss, alpha=alpha, temperature=t))
 
 
 def softly(anchors: Tensor, keys: Tensor, of_anchors: Tensor, of_keys: Tensor, t: Tensor | float) -> Tensor:
-    """(b,): sum_j q_ij s_ij over all ranks' keys, q the softmax of of_anchors.of_keys / t."""
+    """The mean over anchors of sum_j q_ij s_ij, over all ranks' keys, q the softmax of of_anchors.of_keys / t."""
     everybody = all_gather(of_keys)
 
-    def rows(s: Tensor, own: Tensor, mine: Tensor) -> tuple[Tensor]:
-        return (((mine @ everybody.T / t).softmax(1) * s).sum(1),)
+    def rows(s: Tensor, own: Tensor, mine: Tensor) -> Tensor:
+        with torch.no_grad():
+            share = (mine @ everybody.T).div_(t).softmax(1)
+        return (share * s).sum(1)
 
-    return map_rows(rows, anchors, keys, of_anchors)[0]
+    return mean_rows(rows, anchors, keys, of_anchors)

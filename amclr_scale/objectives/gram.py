@@ -13,7 +13,7 @@ L' has (v, w) for anchors. A volume does not see signs: a pair that points in op
 agrees.
 
 Numerics: this form of the determinant keeps its digits where vectors nearly agree, unlike 1 + 2abc - a^2 - b^2 - c^2;
-1e-6 under the root bounds its slope; rows of similarities in float32, made again in backward.
+1e-6 under the root bounds its slope; rows of similarities in float32, made once.
 """
 
 from collections.abc import Mapping
@@ -22,9 +22,9 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from amclr_scale.objectives.base import Objective, at_least_float32, learned_temperature, numbers, require
+from amclr_scale.objectives.base import Objective, at_least_float32, beside, learned_temperature, numbers, require
 from amclr_scale.objectives.clip import check_temperature
-from amclr_scale.similarity import gather, map_rows
+from amclr_scale.similarity import gather, mean_rows
 from amclr_scale.types import Embeddings, Loss
 
 LEAST = 1e-6
@@ -54,30 +54,36 @@ class GRAM(Objective, name="gram"):
     def forward(self, embeddings: Embeddings) -> Loss:
         image, text = at_least_float32(embeddings.image), at_least_float32(embeddings.text)
         t = learned_temperature(embeddings, self.config.temperature)
+        scale = beside(1 / t, image)
         if self.config.third == "none":
-            (of_text,) = map_rows(lambda a, own: (self._rows(1 - a.square(), own, t),), text, image)
-            (of_image,) = map_rows(lambda a, own: (self._rows(1 - a.square(), own, t),), image, text)
+            terms = [mean_rows(self._two, *sides, shared=(scale,)) for sides in ((text, image), (image, text))]
         else:
             view = at_least_float32(getattr(embeddings, f"{self.config.third}_views")[0])
-            of_text, of_image = self._three(image, text, view, t)
-        loss = (of_text + of_image).mean() / 2
+            terms = self._three(image, text, view, scale)
+        loss = (terms[0] + terms[1]) / 2
         return Loss(loss, numbers(objective=loss, temperature=t))
 
-    def _three(self, image: Tensor, text: Tensor, view: Tensor, t: Tensor | float) -> tuple[Tensor, Tensor]:
-        """(b,) of text anchors, and of the pairs (image, view) as anchors."""
+    def _two(self, s: Tensor, own: Tensor, scale: Tensor) -> Tensor:
+        return self._rows(1 - s.square(), own, scale)
+
+    def _three(self, image: Tensor, text: Tensor, view: Tensor, scale: Tensor) -> list[Tensor]:
+        """Of text anchors, and of the pairs (image, view) as anchors."""
         inner = (image * view).sum(1)  # (b,) c
         views, texts, inners = gather(view), gather(text), gather(inner[:, None])[:, 0]
 
-        def against_pairs(a: Tensor, own: Tensor, rows: Tensor) -> tuple[Tensor]:
-            return (self._rows(squared_volume(a, rows @ views.T, inners), own, t),)
+        def against_pairs(a: Tensor, own: Tensor, rows: Tensor, views: Tensor, inners: Tensor, scale: Tensor) -> Tensor:
+            return self._rows(squared_volume(a, rows @ views.T, inners), own, scale)
 
-        def against_texts(a: Tensor, own: Tensor, rows: Tensor, c: Tensor) -> tuple[Tensor]:
-            return (self._rows(squared_volume(a, rows @ texts.T, c[:, None]), own, t),)
+        def against_texts(a: Tensor, own: Tensor, rows: Tensor, c: Tensor, texts: Tensor, scale: Tensor) -> Tensor:
+            return self._rows(squared_volume(a, rows @ texts.T, c[:, None]), own, scale)
 
-        return map_rows(against_pairs, text, image, text)[0], map_rows(against_texts, image, text, view, inner)[0]
+        return [
+            mean_rows(against_pairs, text, image, text, shared=(views, inners, scale)),
+            mean_rows(against_texts, image, text, view, inner, shared=(texts, scale)),
+        ]
 
-    def _rows(self, squared: Tensor, own: Tensor, t: Tensor | float) -> Tensor:
-        x = -(squared.clamp(min=0) + LEAST).sqrt() / t
+    def _rows(self, squared: Tensor, own: Tensor, scale: Tensor) -> Tensor:
+        x = -(squared.clamp(min=0) + LEAST).sqrt() * scale
         smoothing = self.config.label_smoothing
         return x.logsumexp(1) - (1 - smoothing) * x.gather(1, own[:, None])[:, 0] - smoothing * x.mean(1)
 

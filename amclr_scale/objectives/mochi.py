@@ -33,6 +33,7 @@ from amclr_scale.distributed.first_order import first_order_only
 from amclr_scale.objectives.base import (
     Objective,
     at_least_float32,
+    beside,
     global_batch_size,
     learned_temperature,
     numbers,
@@ -42,7 +43,7 @@ from amclr_scale.objectives.clip import check_temperature
 from amclr_scale.similarity import all_gather, contrast, rank, top_k
 from amclr_scale.types import Embeddings, Loss
 
-BLOCK_NUMBERS = 2**18  # of the nearest keys at a time: they stay in a cache
+BLOCK_NUMBERS = 2**19  # of the nearest keys at a time: they stay in a cache
 
 
 class MoCHi(Objective, name="mochi"):
@@ -88,7 +89,7 @@ class MoCHi(Objective, name="mochi"):
         two, one = draws(f"{config.mix_seed} {self.epoch!r} {which}", global_batch_size(anchors), config)
         mine = slice(rank() * b, (rank() + 1) * b)
         two, one = (x[mine].to(anchors.device, anchors.dtype) for x in (two, one))
-        t = torch.as_tensor(t, dtype=anchors.dtype, device=anchors.device)
+        t = beside(t, anchors)
         with torch.autocast(anchors.device.type, enabled=False):
             found = _MadeLogSum.apply(anchors, positive, t, everybody, nearest, two, one)  # type: ignore[no-untyped-call]
         return cast(Tensor, found)

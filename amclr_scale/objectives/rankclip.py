@@ -10,17 +10,22 @@ With pi the order of row i of `true`, from large to small, x = scale times a row
 
 The gradient goes to what is ordered, not to what gives the order.
 
-Numerics: sums of tails by logcumsumexp in float32, a block of rows at a time; ties of the order go by position.
+Numerics: a block of rows at a time, once; ties of the order go by position. Sums of tails are float64, relative to the
+row's largest, or logcumsumexp in float32 where they would span too much for that (t below 0.003) and on accelerators.
 """
 
 import math
 from dataclasses import dataclass
+from typing import Any, cast
 
+import torch
 from torch import Tensor
 
+from amclr_scale.distributed.first_order import first_order_only
 from amclr_scale.objectives.base import (
     Objective,
     at_least_float32,
+    beside,
     global_batch_size,
     learned_temperature,
     numbers,
@@ -28,9 +33,10 @@ from amclr_scale.objectives.base import (
 )
 from amclr_scale.objectives.clip import check_temperature, softmax_loss
 from amclr_scale.objectives.masking import MaskOptions
-from amclr_scale.similarity import all_gather, contrast, map_rows
+from amclr_scale.similarity import all_gather, contrast, mean_rows
 from amclr_scale.types import Embeddings, Loss
 
+WIDEST = 600.0  # a row of logits, for exp in float64
 OF_FOUR = 32.0  # what the authors divide the four lists' sum by, beside the batch
 
 
@@ -68,7 +74,7 @@ class RankCLIP(Objective, name="rankclip"):
                 ((text, image), (image, text)),
             )
         ]
-        ranks = sum(lists[1:], lists[0]).mean() / (OF_FOUR * global_batch_size(image))
+        ranks = sum(lists[1:], lists[0]) / (OF_FOUR * global_batch_size(image))
         weight = config.weight
         if config.ramp_epochs is not None:
             weight = min(3 * math.floor(self.epoch) / (config.ramp_epochs - 1), weight)
@@ -77,13 +83,41 @@ class RankCLIP(Objective, name="rankclip"):
 
 
 def list_mle(anchors: Tensor, keys: Tensor, true_anchors: Tensor, true_keys: Tensor, t: Tensor | float) -> Tensor:
-    """(b,): the loss of each row of anchors.keys / t in the order of true_anchors.true_keys, over all ranks' keys."""
-    everybody = all_gather(true_keys)
+    """The mean loss of rows of anchors.keys / t in the order of true_anchors.true_keys, over all ranks' keys."""
+    everybody = all_gather(true_keys.detach())
+    scale = beside(1 / t, anchors)
 
-    def rows(s: Tensor, own: Tensor, true: Tensor) -> tuple[Tensor]:
-        order = (true @ everybody.T).argsort(stable=True, dim=1, descending=True)
-        x = s.gather(1, order) / t
-        tails = x.flip(1).logcumsumexp(1).flip(1)
-        return ((tails - x).sum(1),)
+    def rows(s: Tensor, own: Tensor, true: Tensor, scale: Tensor) -> Tensor:
+        with torch.no_grad():
+            backwards = (true @ everybody.T).argsort(stable=True, dim=1, descending=True).flip(1)
+        x = s.gather(1, backwards) * scale
+        return cast(Tensor, _Tails.apply(x))  # type: ignore[no-untyped-call]
 
-    return map_rows(rows, anchors, keys, true_anchors.detach())[0]
+    return mean_rows(rows, anchors, keys, true_anchors.detach(), shared=(scale,))
+
+
+class _Tails(torch.autograd.Function):
+    """(x (c, B), each row from its end to its beginning) -> sum_k log sum_{l <= k} exp(x_l) - x_k: (c,)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        most = x.amax(1, keepdim=True)
+        if x.device.type == "cpu" and bool((most - x).max() < WIDEST):  # elsewhere the look would be a wait
+            e = (x - most).double().exp_()
+            sums = e.cumsum(1)
+            found = (sums.log().sum(1) + (most - x).sum(1, dtype=torch.float64)).to(x.dtype)
+            ahead = sums.reciprocal_().flip(1).cumsum(1).flip(1)  # sum_{k >= l} 1 / sums_k
+            gradient = ahead.mul_(e).sub_(1).to(x.dtype)
+        else:
+            with torch.enable_grad():
+                leaf = x.detach().requires_grad_()
+                found = (leaf.logcumsumexp(1) - leaf).sum(1)
+                (gradient,) = torch.autograd.grad(found.sum(), leaf)
+        ctx.save_for_backward(gradient)
+        return found.detach()
+
+    @staticmethod
+    @first_order_only
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        (gradient,) = ctx.saved_tensors
+        return (upstream[:, None] * gradient,)

@@ -8,7 +8,7 @@ from amclr_scale.similarity.groups import SameGroup
 from amclr_scale.similarity.keys import ExtraKeys
 from amclr_scale.similarity.nearest import top_k
 from amclr_scale.similarity.pairwise import pairwise
-from amclr_scale.similarity.rows import map_rows
+from amclr_scale.similarity.rows import map_rows, mean_rows
 from amclr_scale.similarity.settings import Settings, configure, current, using
 from amclr_scale.similarity.token_contrast import token_contrast
 
@@ -30,6 +30,7 @@ __all__ = [
     "gram",
     "group",
     "map_rows",
+    "mean_rows",
     "pairwise",
     "rank",
     "token_contrast",

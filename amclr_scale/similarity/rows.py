@@ -6,16 +6,29 @@ Similarities are float32 (float64 for float64 features), whatever precision the 
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from amclr_scale.distributed.collectives import Negatives, check_even, gather, group
+from amclr_scale.distributed.collectives import (
+    Group,
+    Negatives,
+    all_gather,
+    check_even,
+    gather,
+    group,
+    reduce_scatter,
+)
+from amclr_scale.distributed.first_order import first_order_only
 from amclr_scale.distributed.purpose import purpose
 from amclr_scale.similarity import settings
 from amclr_scale.similarity.backends import similarity_dtype
 from amclr_scale.similarity.keys import FEATURES
+
+BLOCK_NUMBERS = 2**21  # of similarities in a block
 
 RowFunction = Callable[..., tuple[Tensor, ...]]
 
@@ -39,15 +52,7 @@ def map_rows(
     Raises:
         ValueError: shapes that do not fit, or a row function that returns something else.
     """
-    if anchors.ndim != 2 or keys.shape[1:] != anchors.shape[1:]:
-        raise ValueError(
-            f"keys: expected (b, D) like anchors, which are {tuple(anchors.shape)}, got {tuple(keys.shape)}"
-        )
-    for name, x in (("keys", keys), *((f"per_row[{i}]", x) for i, x in enumerate(per_row))):
-        if len(x) != len(anchors):
-            raise ValueError(f"{name}: expected {len(anchors)} rows, as many as anchors, got {len(x)}")
-    ranks = group(negatives)
-    check_even(len(keys), keys.shape[1], ranks)
+    ranks = _checked(anchors, keys, per_row, negatives)
     dtype = similarity_dtype(anchors, keys)
     with purpose(FEATURES):
         columns = gather(keys, ranks).to(dtype)  # (B, D)
@@ -62,10 +67,120 @@ def map_rows(
             raise ValueError(f"fn: expected a tuple of tensors with {len(rows)} rows, as many as the block, got {got}")
         return found
 
-    chunk = settings.current().chunk
-    size = max(1, 2**21 // len(columns)) if chunk == "auto" else chunk
+    size = _rows_at_once(len(columns))
     results = [
         checkpoint(block_of, rows, columns, *rest, use_reentrant=False, preserve_rng_state=False)
         for rows, *rest in zip(*(torch.split(x, size) for x in (anchors, positives, *per_row)), strict=True)
     ]
     return tuple(torch.cat(parts) for parts in zip(*results, strict=True))
+
+
+def mean_rows(
+    fn: Callable[..., Tensor],
+    anchors: Tensor,
+    keys: Tensor,
+    *per_row: Tensor,
+    shared: tuple[Tensor, ...] = (),
+    negatives: Negatives = "all",
+) -> Tensor:
+    """The mean over this rank's rows of what `fn` makes of them: a tensor ().
+
+    With one factor for all rows, the gradient needs nothing that is known after forward: it is made there, block by
+    block, 3 matrix products and one run of `fn` where `map_rows` has 4 and two. Backward multiplies it by its upstream
+    gradient. What is held from forward to backward is (b + B) D, and a gradient of each other input that has one.
+
+    Args:
+        fn: `fn(block, positive_column, *per_row, *shared)` -> (c,), pure, and of the rows of a block (c, B) one by one.
+        anchors: (b, D), the rows.
+        keys: (b, D), this rank's part of the columns.
+        per_row: tensors with b rows, of which it gets the block's.
+        shared: tensors of which it gets all; what it captures gets no gradient.
+        negatives: as in `map_rows`.
+
+    Raises:
+        ValueError: shapes that do not fit.
+    """
+    ranks = _checked(anchors, keys, per_row, negatives)
+    found = _MeanRows.apply(_Plan(fn, ranks, len(per_row), torch.is_grad_enabled()), anchors, keys, *per_row, *shared)  # type: ignore[no-untyped-call]
+    return cast(Tensor, found)
+
+
+@dataclass(frozen=True)
+class _Plan:
+    fn: Callable[..., Tensor]
+    ranks: Group
+    per_row: int  # how many there are
+    will_differentiate: bool
+
+
+class _MeanRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, plan: _Plan, *inputs: Tensor) -> Tensor:
+        anchors, keys, *others = inputs
+        dtype, first = similarity_dtype(anchors, keys), plan.ranks.rank * len(anchors)
+        needed = [need and plan.will_differentiate for need in ctx.needs_input_grad[1:]]
+        with purpose(FEATURES):
+            columns = all_gather(keys, plan.ranks).to(dtype)  # (B, D)
+        positives = torch.arange(first, first + len(anchors), device=anchors.device)
+        gradients = [
+            torch.zeros_like(x, dtype=dtype if x.is_floating_point() else None) if need else None
+            for x, need in zip((anchors, columns, *others), needed, strict=True)
+        ]
+        d_anchors, d_columns, *d_others = gradients
+        total = torch.zeros((), dtype=torch.float64, device=anchors.device)
+        size = _rows_at_once(len(columns))
+        for start in range(0, len(anchors), size):
+            here = slice(start, start + size)
+            rows = anchors[here].to(dtype)
+            given = [x[here] if k < plan.per_row else x for k, x in enumerate(others)]
+            with torch.autocast(anchors.device.type, enabled=False), torch.set_grad_enabled(any(needed)):
+                block = (rows @ columns.T).requires_grad_(any(needed[:2]))
+                leaves = [x.detach().requires_grad_(need) for x, need in zip(given, needed[2:], strict=True)]
+                found = plan.fn(block, positives[here], *leaves)
+                if found.shape != positives[here].shape:
+                    got = tuple(found.shape)
+                    raise ValueError(f"fn: expected a number of each of the block's {len(rows)} rows, got {got}")
+                wanted = [x for x in (block, *leaves) if x.requires_grad]
+                made = torch.autograd.grad(found.sum(), wanted) if wanted else ()
+            total += found.detach().double().sum()
+            each = iter(made)
+            if any(needed[:2]):
+                weights = next(each)
+                if d_anchors is not None:
+                    torch.mm(weights, columns, out=d_anchors[here])
+                if d_columns is not None:
+                    d_columns.addmm_(weights.T, rows)
+            for k, gradient in enumerate(d_others):
+                if gradient is not None:
+                    (gradient[here] if k < plan.per_row else gradient).add_(next(each))
+        ctx.ranks, ctx.count, ctx.dtypes = plan.ranks, len(anchors), [x.dtype for x in inputs]
+        ctx.save_for_backward(*gradients)
+        return (total / len(anchors)).to(dtype)
+
+    @staticmethod
+    @first_order_only
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        found = [None if x is None else x * (upstream / ctx.count) for x in ctx.saved_tensors]
+        if found[1] is not None:
+            with purpose(FEATURES):
+                found[1] = reduce_scatter(found[1], ctx.ranks)
+        return None, *(None if x is None else x.to(dtype) for x, dtype in zip(found, ctx.dtypes, strict=True))
+
+
+def _checked(anchors: Tensor, keys: Tensor, per_row: tuple[Tensor, ...], negatives: Negatives) -> Group:
+    """The ranks whose keys are columns, if the shapes fit."""
+    if anchors.ndim != 2 or keys.shape[1:] != anchors.shape[1:]:
+        raise ValueError(
+            f"keys: expected (b, D) like anchors, which are {tuple(anchors.shape)}, got {tuple(keys.shape)}"
+        )
+    for name, x in (("keys", keys), *((f"per_row[{i}]", x) for i, x in enumerate(per_row))):
+        if len(x) != len(anchors):
+            raise ValueError(f"{name}: expected {len(anchors)} rows, as many as anchors, got {len(x)}")
+    ranks = group(negatives)
+    check_even(len(keys), keys.shape[1], ranks)
+    return ranks
+
+
+def _rows_at_once(columns: int) -> int:
+    chunk = settings.current().chunk
+    return max(1, BLOCK_NUMBERS // columns) if chunk == "auto" else chunk

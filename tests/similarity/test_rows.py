@@ -1,9 +1,9 @@
-"""`map_rows` runs any row function over blocks, and is differentiated as if there were one matrix."""
+"""`map_rows` runs any row function over blocks, and is differentiated as if there were one matrix; so is a mean."""
 
 import pytest
 import torch
 
-from amclr_scale.similarity import map_rows, rank, using, world_size
+from amclr_scale.similarity import map_rows, mean_rows, rank, using, world_size
 from tests.similarity.definition import draw, relative_error
 
 
@@ -105,3 +105,56 @@ def test_mistakes_are_named():
 def test_a_row_function_answers_for_every_row(fn, got):
     with using(chunk=2), pytest.raises(ValueError, match=rf"fn: expected a tuple of tensors with 2 rows, .* got {got}"):
         map_rows(fn, torch.ones(4, 3), torch.ones(4, 3))
+
+
+def mean_error(b, D, chunk, *, negatives="all"):
+    """Of `mean_rows` from the mean of `map_rows`, with upstream gradients that differ from rank to rank."""
+    everything = draw(b * world_size(), D, 0, dtype=torch.float64)
+    rows = slice(rank() * b, (rank() + 1) * b)
+    found = []
+    for of_mean in (True, False):
+        given = (everything.image[rows], everything.text[rows], everything.image_temperature[rows], torch.ones(3))
+        leaves = [x.clone().double().requires_grad_() for x in given]
+
+        def fn(block, positive, weight, shared=leaves[3]):
+            hinges, hardest = hinge(0.3 * shared.mean())(block, positive, weight)
+            return hinges + hardest * shared.square().sum()
+
+        with using(chunk=chunk):
+            if of_mean:
+                value = mean_rows(fn, *leaves[:3], shared=(leaves[3],), negatives=negatives)
+            else:
+                value = map_rows(lambda *x: (fn(*x),), *leaves[:3], negatives=negatives)[0].mean()
+        gradients = torch.autograd.grad(value * (1 + rank()), leaves)
+        found.append([value, *gradients])
+    return max(relative_error(x, y) for x, y in zip(*found, strict=True))
+
+
+def test_a_mean_is_that_of_the_rows():
+    assert mean_error(20, 6, 3) < 1e-12
+    assert mean_error(20, 6, "auto") < 1e-12
+
+
+def test_a_mean_over_ranks(ranks):
+    for negatives in ("all", "local"):
+        assert max(ranks(2, mean_error, 5, 4, 2, negatives=negatives)) < 1e-12
+
+
+def test_a_mean_asks_for_no_gradient_that_nobody_needs():
+    image, text = torch.randn(2, 6, 4).unbind()
+    runs = []
+
+    def fn(block, positive, shared):
+        runs.append(block.requires_grad)
+        return (block * shared).sum(1)
+
+    with torch.no_grad():
+        value = mean_rows(fn, image.requires_grad_(), text, shared=(torch.ones(()),))
+    assert runs == [False]
+    assert not value.requires_grad
+    shared = torch.ones((), requires_grad=True)
+    mean_rows(fn, image.detach(), text, shared=(shared,)).backward()
+    assert runs == [False, False]
+    torch.testing.assert_close(shared.grad, (image @ text.T).sum(1).mean().detach())
+    with pytest.raises(ValueError, match=r"fn: expected a number of each of the block's 6 rows, got \(\)"):
+        mean_rows(lambda block, positive: block.sum(), image, text)

@@ -170,3 +170,15 @@ def test_mistakes_are_named():
         with pytest.raises(ValueError, match=f"^{key}"):
             token_contrast(*wrong, temperature=0.1)
     assert math.isfinite(float(token_contrast(image, text, temperature=0.005).image.log_sum.sum()))
+
+
+def test_tokens_may_lie_in_any_order():
+    image, text, image_mask, text_mask, t = inputs()
+    found = []
+    for lay in (lambda x: x, lambda x: x.mT.contiguous().mT):
+        leaves = [lay(x.detach()).requires_grad_() for x in (image, text)]
+        both = token_contrast(*leaves, image_mask, text_mask, temperature=t)
+        (both.image.log_sum.sum() + both.text.log_sum.sum()).backward()
+        found.append([both.image.log_sum, *(x.grad for x in leaves)])
+    for one, other in zip(*found, strict=True):
+        assert torch.equal(one, other)
