@@ -18,8 +18,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from amclr_scale.objectives.base import Objective, learned_temperature, numbers
+from amclr_scale.declarations import read_by_masks
+from amclr_scale.objectives.base import Objective, learned_temperature, numbers, require
 from amclr_scale.objectives.clip import check_temperature, softmax_loss
+from amclr_scale.objectives.masking import MaskOptions
 from amclr_scale.similarity import token_contrast
 from amclr_scale.types import Embeddings, Loss
 
@@ -28,25 +30,31 @@ class FILIP(Objective, name="filip"):
     """Softmax loss on best matches between patches and words, in both directions."""
 
     @dataclass(frozen=True, kw_only=True)
-    class Config:
+    class Config(MaskOptions):
         """Options of `filip`."""
 
         temperature: float | None = None  # fixed; null: learned, 1 / logit_scale
 
         def __post_init__(self) -> None:
+            super().__post_init__()
             check_temperature(self.temperature)
+            fix = "null: it would hold the tokens of earlier batches, n times what a queue of embeddings holds"
+            require(self.queue is None, "queue", fix, self.queue)
+            require(self.layers is None, "layers", "null: it compares tokens, which are of one layer", self.layers)
 
     config: Config
 
     @staticmethod
     def inputs_of(options: Any) -> Mapping[str, Any]:
-        return {f"{side}_{what}": True for side in ("image", "text") for what in ("tokens", "token_mask")}
+        tokens = {f"{side}_{what}": True for side in ("image", "text") for what in ("tokens", "token_mask")}
+        return {**read_by_masks(options), **tokens}
 
     def forward(self, embeddings: Embeddings) -> Loss:
         t = learned_temperature(embeddings, self.config.temperature)
+        masks = self.masks(embeddings).of()
         both = token_contrast(
             embeddings.image_tokens, embeddings.text_tokens, embeddings.image_token_mask, embeddings.text_token_mask,
-            temperature=t,
+            temperature=t, image_groups=masks["image_groups"], text_groups=masks["text_groups"], margin=masks["margin"],
         )  # fmt: skip
         loss = softmax_loss(both)
         return Loss(loss, numbers(objective=loss, temperature=t))

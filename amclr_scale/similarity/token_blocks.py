@@ -12,10 +12,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from amclr_scale.similarity.blocks import MASKED, Statistics, Weights
+from amclr_scale.similarity.blocks import MASKED, Mask, Statistics, Weights
 from amclr_scale.similarity.precision import Form
 from amclr_scale.similarity.settings import Settings
-from amclr_scale.similarity.torch_backend import Tile, TorchBlocks
+from amclr_scale.similarity.torch_backend import LeftOut, Tile, TorchBlocks
 
 
 def token_tile(shape: tuple[int, int], tokens: tuple[int, int]) -> tuple[int, int]:
@@ -54,6 +54,16 @@ class Pairing:
     images: Counted
     texts: Counted
     diagonal: int | None  # the column of row 0's positive
+    mask: Mask | None = None  # (b, n), of samples
+
+    def left_out(self, here: Tile, matrix: Tensor, dim: int) -> Tensor | None:
+        """What the sums along `dim` leave out of a tile's matrix (r, c): such a matrix of bool, or None."""
+        if self.mask is None:
+            return None
+        entries = torch.zeros_like(matrix, dtype=torch.bool)
+        left_out = LeftOut(self.mask[here.rows, here.columns], here, self.diagonal)
+        left_out.of_groups(entries, True)
+        return left_out.above_limit(entries, matrix, dim, True, out=entries)
 
 
 class TokenBlocks(TorchBlocks):
@@ -112,6 +122,8 @@ class TokenBlocks(TorchBlocks):
         ):
             if diagonal := here.diagonal(matrix, pairs.diagonal):
                 positive[diagonal[0]] = diagonal[1]
+            if (left_out := pairs.left_out(here, matrix, dim)) is not None:
+                matrix.masked_fill_(left_out, MASKED)
             shift = torch.maximum(matrix.amax(dim), side.shift)
             x = (matrix - shift.unsqueeze(dim)) * side.rate.unsqueeze(dim)
             e = x.exp2()
@@ -138,8 +150,11 @@ class TokenBlocks(TorchBlocks):
             if side is None:
                 matrix.zero_()
             else:
+                left_out = pairs.left_out(here, matrix, dim)
                 matrix.sub_(side.shift.unsqueeze(dim)).mul_(side.rate.unsqueeze(dim))
                 matrix.exp2_().mul_(side.factor.unsqueeze(dim))
+                if left_out is not None:
+                    matrix.masked_fill_(left_out, 0.0)
             if diagonal := here.diagonal(matrix, pairs.diagonal):
                 diagonal[1].copy_(positive[diagonal[0]])
             upstream.append(matrix)

@@ -18,7 +18,7 @@ Work per pair of samples is n1 n2 that of `contrast`, bytes n2 times those, so g
 made twice (distribution.py).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import reduce
 from typing import Any, cast
 
@@ -29,13 +29,16 @@ from amclr_scale.distributed.collectives import Group, all_gather, check_even, g
 from amclr_scale.distributed.first_order import first_order_only
 from amclr_scale.similarity import settings
 from amclr_scale.similarity.backends import TORCH, similarity_dtype
-from amclr_scale.similarity.blocks import Statistics
+from amclr_scale.similarity.blocks import MASKED, Mask, Statistics
 from amclr_scale.similarity.contrast import Contrast, Side, Temperature, per_anchor
 from amclr_scale.similarity.keys import keys_of
 from amclr_scale.similarity.log_sums import LOG2_E, expected_of, gather_weights, merge, side_weights
+from amclr_scale.similarity.masks import Grouping, Groups, masks
 from amclr_scale.similarity.precision import form_of
 from amclr_scale.similarity.settings import Settings
 from amclr_scale.similarity.token_blocks import Counted, Pairing, TokenBlocks
+
+OWN_NUMBERS = 2**21  # of products of tokens of the same sample at a time
 
 
 def token_contrast(
@@ -45,6 +48,9 @@ def token_contrast(
     text_mask: Tensor | None = None,
     *,
     temperature: Temperature,
+    image_groups: Groups | None = None,
+    text_groups: Groups | None = None,
+    margin: float | None = None,
 ) -> Contrast:
     """Contrast each image with the texts of all ranks, and each text with the images of all ranks, token by token.
 
@@ -54,6 +60,9 @@ def token_contrast(
         image_mask: (b, n1) bool, the tokens that count; None: all. A sample of which none does counts with all.
         text_mask: (b, n2) bool.
         temperature: of all anchors, (), (1,) or a number; or of each, (b,).
+        image_groups: (b,) int64, a number of every image, as in `contrast`: samples of one group are no negatives.
+        text_groups: (b,) int64, of every text.
+        margin: leave out keys whose similarity exceeds the positive's by more, each direction by its own similarity.
 
     Returns:
         Centred log-sums; each side has positives of its own.
@@ -71,11 +80,40 @@ def token_contrast(
     t = per_anchor(temperature, image, dtype)
     words = _there(text_mask, text)
     images, texts = (Counted.of(x, dtype) for x in (_there(image_mask, image), all_gather(words, ranks)))
-    plan = _Plan(ranks, now, dtype, images, texts, (n1, n2), torch.is_grad_enabled())
+    groups = Grouping(image_groups, text_groups, None, None, "others")
+    left_out = masks(groups, b, 0, 0, exclude_positive=False, limit=None, ranks=ranks)
+    mask = left_out.images
+    if margin is not None:
+        if margin < 0:
+            raise ValueError(f"margin: expected a difference of similarities of at least 0, got {margin}")
+        mine = texts[ranks.rank * b : (ranks.rank + 1) * b]
+        of_image, of_text = (x + margin for x in _own(image.detach(), text.detach(), images, mine, dtype))
+        mask = replace(mask or Mask(), row_limit=of_image, column_limit=all_gather(of_text, ranks))
+    plan = _Plan(ranks, now, dtype, images, texts, (n1, n2), torch.is_grad_enabled(), mask)
     outputs = _TokenLogSums.apply(plan, image, text, t)  # type: ignore[no-untyped-call]
     image_sum, text_sum, image_own, text_own, image_expected, text_expected = cast(tuple[Tensor, ...], outputs)
     B = b * ranks.size
-    return Contrast(Side(image_sum, image_own, image_expected, B), Side(text_sum, text_own, text_expected, B))
+    return Contrast(
+        Side(image_sum, image_own, image_expected, B, left_out.kept_texts),
+        Side(text_sum, text_own, text_expected, B, left_out.kept_images),
+    )
+
+
+def _own(image: Tensor, text: Tensor, images: Counted, texts: Counted, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """s1_ii and s2_ii of this rank's samples, (b,) each, without gradient."""
+    found: list[tuple[Tensor, Tensor]] = []
+    size = max(1, OWN_NUMBERS // (image.shape[1] * text.shape[1]))
+    for start in range(0, len(image), size):
+        rows = slice(start, start + size)
+        with torch.autocast(image.device.type, enabled=False):
+            products = image[rows].to(dtype) @ text[rows].to(dtype).mT  # (r, n1, n2)
+        for there, dim in ((images[rows].there, 2), (texts[rows].there, 1)):
+            if there is not None:
+                products.masked_fill_(~there.unsqueeze(dim), MASKED)
+        of_image = (products.amax(2) * images[rows].shares).sum(1)
+        found.append((of_image, (products.amax(1) * texts[rows].shares).sum(1)))
+    one, other = zip(*found, strict=True)
+    return torch.cat(one), torch.cat(other)
 
 
 def _there(mask: Tensor | None, tokens: Tensor) -> Tensor:
@@ -111,6 +149,7 @@ class _Plan:
     texts: Counted  # of all ranks
     tokens: tuple[int, int]
     will_differentiate: bool
+    mask: Mask | None  # (b, B), of samples
 
     def blocks(self, *tokens: Tensor) -> TokenBlocks:
         device = tokens[0].device
@@ -119,7 +158,7 @@ class _Plan:
         return TokenBlocks(self.settings, self.dtype, form, device, self.tokens)
 
     def pairing(self, columns: slice, diagonal: int | None) -> Pairing:
-        return Pairing(self.images, self.texts[columns], diagonal)
+        return Pairing(self.images, self.texts[columns], diagonal, self.mask and self.mask[:, columns])
 
 
 class _TokenLogSums(torch.autograd.Function):

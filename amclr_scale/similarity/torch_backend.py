@@ -49,7 +49,7 @@ class Tile:
 
 
 @dataclass(frozen=True)
-class _LeftOut:
+class LeftOut:
     """What a mask leaves out of a tile."""
 
     mask: Mask | None  # of the tile
@@ -109,7 +109,7 @@ class TorchBlocks:
                 positive[found[0]] = found[1]
             if found and exclude_positive:
                 found[1].fill_(MASKED)
-            left_out = _LeftOut(mask and mask[tile.rows, tile.columns], tile, diagonal)
+            left_out = LeftOut(mask and mask[tile.rows, tile.columns], tile, diagonal)
             left_out.of_groups(similarities, MASKED)
             sides = [(rows[tile.rows], 1)] + ([(columns[tile.columns], 0)] if columns else [])
             for side, dim in sides:
@@ -141,7 +141,7 @@ class TorchBlocks:
             if similarities is None:
                 similarities = self._similarities(tile, buffer)
             sides = ([(rows[tile.rows], 1)] if rows else []) + ([(columns[tile.columns], 0)] if columns else [])
-            left_out = _LeftOut(mask and mask[tile.rows, tile.columns], tile, diagonal)
+            left_out = LeftOut(mask and mask[tile.rows, tile.columns], tile, diagonal)
             for (side, dim), out in zip(sides, (weights, more), strict=False):
                 torch.sub(similarities, side.shift.unsqueeze(dim), out=out).mul_(side.rate.unsqueeze(dim))
                 out.exp2_().mul_(side.factor.unsqueeze(dim))

@@ -18,7 +18,7 @@ from tests.objectives.test_family import decoupled
 EYE = torch.eye(B, dtype=torch.bool)
 MARGIN = 0.02
 MASKS = {"mask_duplicates": "both", "false_negative_margin": MARGIN}
-BATCH = {"copies": True, "views": 2, "negatives": 2}
+BATCH = {"copies": True, "views": 2, "negatives": 2, "tokens": True}
 ONCE = (0.0,)
 
 
@@ -117,6 +117,19 @@ def debiased(prior: float, hardness: float) -> Callable[[Embeddings, Any], Tenso
     return value
 
 
+def filip(e: Embeddings, t: Any) -> Tensor:
+    best = []
+    for a, b in (("image", "text"), ("text", "image")):
+        anchors, keys = getattr(e, f"{a}_tokens"), getattr(e, f"{b}_tokens")
+        products = torch.einsum("ikd,jrd->ijkr", anchors, keys)
+        products = products.masked_fill(~getattr(e, f"{b}_token_mask")[None, :, None], -torch.inf)
+        there = getattr(e, f"{a}_token_mask")
+        best.append((products.amax(3) * there[:, None]).sum(2) / there.sum(1)[:, None])
+    drops = [duplicates(e) | above(s, s.diagonal()) & ~EYE for s in best]
+    assert all((drop & ~duplicates(e)).any() for drop in drops)
+    return sum((kept(s / t, drop) - s.diagonal() / t).mean() for s, drop in zip(best, drops, strict=True)) / 2
+
+
 CASES: list[tuple[str, dict[str, Any], Callable[[Embeddings, Any], Tensor]]] = [
     ("simclr", {"temperature": None}, lambda e, t: nt_xent(e.image, e.image_views[0], t, e)),
     ("slip", {"intra_image": 0.5, "intra_text": 2.0, "intra_temperature": 0.2}, slip),
@@ -124,6 +137,7 @@ CASES: list[tuple[str, dict[str, Any], Callable[[Embeddings, Any], Tensor]]] = [
     ("negclip", {"negatives": 2}, negclip),
     ("m2_mixup", {"mix_weight": 1.0}, lambda e, t: clip(e, t) + m2_mixup(e, t)),
     ("debiased", {"prior": 0.05}, debiased(0.05, 0.0)),
+    ("filip", {}, filip),
     ("debiased", {"prior": 0.05, "hardness": 0.5}, debiased(0.05, 0.5)),
 ]
 

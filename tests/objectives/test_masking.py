@@ -115,7 +115,6 @@ WITHOUT = {
     "cwcl",
     "distill",
     "mochi",
-    "filip",
     "meow",
     "pamc",
     "m3col",
@@ -137,13 +136,14 @@ def test_unique_ids_change_nothing_and_copies_do(name):
         ({"mask_duplicates": "text"}, {"text_content": torch.zeros(B, dtype=torch.int64)}),
         ({"false_negative_margin": 0.0}, {"text": -global_batch(0).image.detach()}),
     ):  # fmt: skip
-        e = my_rows(global_batch(0, views=2, negatives=4, heads=True))
+        e = my_rows(global_batch(0, views=2, negatives=4, heads=True, tokens=True))
         e.given["text_content"] = change.get("text_content", 7 * torch.arange(B))
         e = dataclasses.replace(e, text=change["text"].requires_grad_()) if "text" in change else e
         objective = make(name, **options)
         loss = objective(e)
         loss.value.backward()
-        found.append((loss.value.detach(), e.image.grad, dict(objective.state_dict())))
+        gradient = (e.image if name != "filip" else e.image_tokens).grad
+        found.append((loss.value.detach(), gradient, dict(objective.state_dict())))
     assert torch.equal(found[0][0], found[1][0])
     assert torch.equal(found[0][1], found[1][1])
     assert not torch.equal(found[0][1], found[2][1])
