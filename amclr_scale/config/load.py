@@ -47,6 +47,8 @@ LATER: dict[str, Any] = {
     "objective.wait_epochs": 0.0, "objective.queue.wait_epochs": 0.0,
     "optimizer.layer_decay": 1.0, "optimizer.cooldown_samples": 0, "optimizer.cooldown_shape": "linear",
 }  # fmt: skip
+# The same of keys that other objectives' recipes have had before.
+LATER_OF: dict[str, dict[str, Any]] = {"filip": {"objective.mask_duplicates": "none"}}
 
 
 # Two ways of saying one thing: whichever is said last counts.
@@ -319,7 +321,8 @@ def recipe(config: Config) -> dict[str, Any]:
     """The keys that decide what is computed, dotted, with their values."""
     tree = config.model_dump(mode="json")
     chosen = keys_of({section: tree[section] for section in RECIPE})
-    return {key: value for key, value in chosen if key not in NEUTRAL and LATER.get(key) != value}
+    later = LATER | LATER_OF.get(str(tree["objective"].get("name")), {})
+    return {key: value for key, value in chosen if key not in NEUTRAL and later.get(key) != value}
 
 
 def recipe_hash(config: Config) -> str:

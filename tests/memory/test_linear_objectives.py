@@ -55,6 +55,7 @@ OPTIONS: list[tuple[str, dict[str, Any]]] = [
     ("cyclip", {"inmodal": True}),
     ("cwcl", {"reference": "both"}),
     ("negclip", {"image_negatives": 1}),
+    ("filip", {"mask_duplicates": "both", "false_negative_margin": 0.1}),
 ]
 
 

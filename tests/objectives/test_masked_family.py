@@ -12,7 +12,7 @@ from amclr_scale.config.objective_options import declared
 from amclr_scale.errors import UserError
 from amclr_scale.types import Embeddings
 from tests.objectives.banks.plain import banks_of
-from tests.objectives.harness import B, D, assert_same, defined, global_batch, make, my_rows, run
+from tests.objectives.harness import B, D, assert_same, defined, global_batch, joined, make, my_rows, run
 from tests.objectives.test_family import decoupled
 
 EYE = torch.eye(B, dtype=torch.bool)
@@ -161,6 +161,14 @@ def test_masks_and_margins_are_holes_in_the_matrices(name, options, value):
     assert duplicates(e).any()
     assert any((drop & ~duplicates(e)).any() for _, _, drop in sides(e))
     same(name, {**options, **MASKS}, value)
+
+
+def test_ranks_leave_out_the_same_tokens(ranks):
+    def definition(state: Any, e: Embeddings, step: int) -> tuple[Tensor, Tensor]:
+        return (found := filip(e, 1 / e.logit_scale).squeeze()), found
+
+    got = joined(ranks(2, run, "filip", MASKS, chunk=9, batch=BATCH, epochs=ONCE))
+    assert_same(got, defined(definition, batch=BATCH, epochs=ONCE))
 
 
 def test_an_anchor_without_keys_says_nothing_to_debiased():
