@@ -9,6 +9,11 @@ named by shard and key; --side text embeds each sample's first caption. Beside N
 length) a NAME.txt names the rows; a .parquet (needs pyarrow) holds both columns, `name` and `embedding`. NAME.npy.json
 says which model they are of, and `amclr-scale search NAME.npy "a red apple"` finds the nearest. Rows are written as
 they are made. What --shards gives can be data.image_reference or data.text_reference of a run on the same shards.
+
+    amclr-scale embed --config RECIPE [key=value ...]
+
+writes the files that data.features of a recipe names: what its frozen towers give for every sample of data.train,
+before their heads. Training with the same recipe then reads them instead of running these towers.
 """
 
 import argparse
@@ -141,10 +146,10 @@ def write(out: Path, total: int, width: int, rows: Rows) -> int:
         return done
 
 
-def header(file: IO[bytes], rows: int, width: int) -> None:
-    """What a .npy begins with."""
+def header(file: IO[bytes], rows: int, width: int, kind: str = "<f4") -> None:
+    """What a .npy begins with; `kind` is numpy's of its numbers."""
     formats: Any = np.lib.format  # typed in some versions of numpy only
-    formats.write_array_header_1_0(file, {"descr": "<f4", "fortran_order": False, "shape": (rows, width)})
+    formats.write_array_header_1_0(file, {"descr": kind, "fortran_order": False, "shape": (rows, width)})
 
 
 @contextmanager
@@ -165,21 +170,43 @@ def _pyarrow(out: Path) -> tuple[Any, Any]:
         raise UserError(f"--out: {out} needs pyarrow: pip install pyarrow ({error})") from error
 
 
+def of_recipe(args: argparse.Namespace) -> int:
+    """`--config`: features of a recipe's frozen towers."""
+    from amclr_scale.commands.tower_features import run  # which needs what trains
+
+    try:
+        words = [word for word in (args.model, args.folder, *args.words) if word is not None]
+        run(args.config, words, device=args.device, batch_size=args.batch_size)
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return 2
+    return 0
+
+
 def main(argv: list[str]) -> int:
     """Exit codes: 0 done, 2 a mistake, told in words."""
     parser = command_parser("embed", __doc__)
-    parser.add_argument("model", help="a run folder, a checkpoint, or an exported folder")
-    what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("folder", nargs="?", help="of images; the same as --images")
+    parser.add_argument("model", nargs="?", help="a run folder, a checkpoint, or an exported folder")
+    what = parser.add_mutually_exclusive_group()
+    parser.add_argument("folder", nargs="?", help="of images; the same as --images")
     what.add_argument("--images", help="a folder")
     what.add_argument("--texts", help="a file with one text a line")
     what.add_argument("--shards", help="a data set, named as in data.train")
+    what.add_argument(
+        "--config", metavar="RECIPE", help="a recipe with data.features, and words that override its keys"
+    )
+    parser.add_argument("words", nargs="*", help=argparse.SUPPRESS)
     parser.add_argument("--side", choices=["image", "text"], default="image", help="with --shards: which half")
     parser.add_argument("--caption", help="with --shards: where captions are, as data.caption; default: the model's")
     parser.add_argument("--out", type=Path, help="NAME.npy or NAME.parquet (default: what is embedded, .npy)")
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--device", default="cpu")
-    args = parser.parse_args(argv)
+    args = parser.parse_intermixed_args(argv)
+    if args.config:
+        return of_recipe(args)
+    given = [args.folder, args.images, args.texts, args.shards]
+    if args.model is None or args.words or len([one for one in given if one]) != 1:
+        parser.error("expected MODEL and one of a folder of images, --texts and --shards; or --config RECIPE")
     args.images = args.images or args.folder
     given = args.images or args.texts or args.shards
     stem = short_names([given])[given].replace("/", "_")

@@ -5,19 +5,21 @@ laptop; without the data `--num-samples` stands in for its index.
 """
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from amclr_scale.checkpoint.fetch import source_of
 from amclr_scale.checkpoint.remote import RemoteError
 from amclr_scale.checkpoint.resume import find
 from amclr_scale.commands.job import check_best, predict_memory
 from amclr_scale.config.schema import Config
+from amclr_scale.data.beside.features import Features
 from amclr_scale.data.loader import TrainLoader
 from amclr_scale.data.tokenizers import Tokenizer, load_tokenizer
 from amclr_scale.distributed.launcher import RankInfo
 from amclr_scale.distributed.process_group import device_type, seed_everything
 from amclr_scale.engine.batch_plan import Plan, make_plan
 from amclr_scale.engine.build import model_of
+from amclr_scale.engine.features import rest_towers
 from amclr_scale.engine.schedules import peak_learning_rate
 from amclr_scale.errors import UserError
 from amclr_scale.evaluation.run import Evaluator
@@ -44,17 +46,18 @@ def preview(config: Config, rank_info: RankInfo, options: argparse.Namespace) ->
             raise UserError(f"--{error}") from error
     world_size = options.ranks or rank_info.world_size
     tokenizer = load_tokenizer(config.data.tokenizer, config.data.context_length)
-    fingerprint = None
+    fingerprint, features = None, dict[str, Features]()
     if options.num_samples:
         num_samples = per_epoch = options.num_samples
         yield f"data.train: not looked at; {num_samples:,} samples (--num-samples)"
     else:
         loader, said = _read_data(config)
         num_samples, per_epoch, fingerprint = loader.num_samples, loader.samples_per_epoch, loader.fingerprint
+        features = loader.features
         yield said
     plan = make_plan(config, per_epoch, world_size)
     yield from _read_splits(config)
-    yield _model(config, tokenizer)
+    yield _model(config, tokenizer, features)
     yield str(plan)
     yield from _resumed(config, plan, fingerprint, tokenizer)
     yield _learning_rate(config)
@@ -91,12 +94,13 @@ def _read_splits(config: Config) -> Iterator[str]:
         yield f"{said}: {task.split.num_samples:,} images, {' and '.join(kinds)}; read the first"
 
 
-def _model(config: Config, tokenizer: Tokenizer) -> str:
+def _model(config: Config, tokenizer: Tokenizer, features: Mapping[str, Features]) -> str:
     """Built with its weights, which are read for it."""
     seed_everything(config.seed)
     model = model_of(config, tokenizer)
     total, towers = sum(p.numel() for p in model.parameters()), (model.image_tower, model.text_tower)
     image, text = (sum(p.numel() for p in tower.parameters()) for tower in towers)
+    rest_towers(model, config, features)
     notes = "".join(f"\nnote: {note}" for note in model.notes)
     return f"{total:,} parameters ({image:,} image tower, {text:,} text tower); {tokenizer.vocab_size:,} tokens{notes}"
 

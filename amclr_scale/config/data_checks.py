@@ -1,5 +1,6 @@
 """Keys of `data` that do not go together: one line per mistake, the key to change first. Imports no torch."""
 
+from amclr_scale.config.objective_options import declared
 from amclr_scale.config.schema import Config, Data
 from amclr_scale.config.text_rules import TEXT_RULES
 from amclr_scale.errors import one_of
@@ -43,6 +44,39 @@ def batches(config: Config) -> list[str]:
             f"data.weights: expected none with data.batches=similar, which passes over everything once per epoch, got "
             f"{data.weights}"
         )
+    return lines
+
+
+def features(config: Config) -> list[str]:
+    """Of frozen towers, made beforehand: whatever else would need the tower itself, or change from epoch to epoch."""
+    data, lines = config.data, []
+    for side in ("image", "text"):
+        if getattr(data.features, side) is None:
+            continue
+        key, tower = f"data.features.{side}", getattr(config.model, side)
+        if not tower.frozen or tower.unfrozen_blocks or tower.unfrozen_norms:
+            lines.append(f"{key}: expected model.{side}.frozen=true of the whole tower, which gives them, got another")
+        others: dict[str, tuple[object, object]] = {  # what there is, and what it has to be
+            f"model.{side}.taps": (tower.taps, []),
+            f"data.{side}_views": (getattr(data, f"{side}_views"), 0),
+            f"data.{side}_negatives": (getattr(data, f"{side}_negatives"), 0),
+        }
+        if side == "image":
+            others["data.resident"] = data.resident, "none"
+            chance = {"crop_scale": (1.0, 1.0), "flip": 0, "randaugment": None, "color_jitter": 0, "grayscale": 0}
+            for name, none in {**chance, "amclr": 0}.items():
+                others[f"data.augmentation.{name}"] = getattr(data.augmentation, name), none
+        elif not isinstance(data.caption, str):
+            lines.append(f"data.caption: expected one place beside {key}, of one caption each, got {data.caption}")
+        lines += [
+            f"{name}: expected {list(none) if isinstance(none, tuple) else none} beside {key}, which holds one row for "
+            f"each sample, got {found}"
+            for name, (found, none) in others.items()
+            if found != none
+        ]
+        read = declared(config.objective).inputs
+        if any(name in read for name in (f"{side}_tokens", f"{side}_token_mask")):
+            lines.append(f"{key}: objective {config.objective['name']} reads {side}_tokens, which they have not")
     return lines
 
 

@@ -11,6 +11,15 @@ from amclr_scale.config.text_rules import TEXT_RULES
 from amclr_scale.errors import did_you_mean, one_of
 
 
+class Features(Section):
+    """Features of towers that are frozen as a whole, made beforehand: then these towers are not run in training."""
+
+    image: str | None = None
+    """The .npy that amclr-scale embed --config RECIPE writes: what the frozen image tower gives for every sample."""
+    text: str | None = None
+    """The same of the frozen text tower."""
+
+
 class Data(Section):
     """Which pairs, in which order, as which tensors."""
 
@@ -58,6 +67,7 @@ class Data(Section):
     embed MODEL --shards wrote for the same shards. A list: one file for each name in `train`."""
     text_reference: str | list[str] | None = None
     """The same of captions (embed --side text)."""
+    features: Features = Features()
     image_views: Annotated[int, Field(ge=0)] = 0
     """Further augmented views of every image (AmCLR's omega)."""
     image_view: ImageAugmentation | None = None

@@ -124,6 +124,7 @@ class TrainLoader:
         num_samples: N.
         samples_per_epoch: N, but for a mixture with weights.
         fingerprint: of what is read (data/beside/fingerprint.py); a position means nothing under another one.
+        features: of frozen towers, by the side whose pictures or captions they stand for.
         counts: unusable samples that this rank met, by kind.
         notes: what the log should say about the data.
 
@@ -164,11 +165,10 @@ class TrainLoader:
             )  # fmt: skip
             self.index.keep_open(data.lanes // world_size * data.shuffle_window)
         self.samples_per_epoch = self.order.samples_per_epoch
-        self.counts: Counter[str] = Counter()
-        self._seen = 0
+        self.counts, self._seen = Counter[str](), 0
         self._patience = min(_FIRST, self.num_samples // world_size)
         pipeline = Pipeline(self.index, data, seed, self.tokenizer)
-        self.fingerprint = joined(self.fingerprint, {key: of.digest() for key, of in pipeline.references.items()})
+        self.features, self.fingerprint = pipeline.features, joined(self.fingerprint, pipeline.digests())
         self.notes, self._repeated = list[str](), Counter[str]()
         self._local = global_batch_size // world_size
         self._parts = _Parts(self.order, pipeline, (global_batch_size, rank, world_size), _PART)

@@ -16,6 +16,7 @@ from PIL import __version__ as pillow_version
 from torch import Tensor
 
 from amclr_scale.config import schema
+from amclr_scale.data.beside.features import open_features
 from amclr_scale.data.beside.hard_pictures import HardPictures
 from amclr_scale.data.beside.paraphrases import ParaphraseReader
 from amclr_scale.data.beside.references import open_references
@@ -75,6 +76,7 @@ class Pipeline:
         text: which captions the views show.
         resident: the decoded data set, once `hold` has opened it.
         references: features of frozen models, by the name that objectives know them by.
+        features: of frozen towers, by the side whose picture or caption they stand for.
         groups: which samples show the same, where further views are drawn from these.
     """
 
@@ -88,10 +90,13 @@ class Pipeline:
         self._image_id = Field.parse(data.image_id) if data.image_id else None
         self._labels = Field.parse(data.labels) if data.labels else None
         self.references = open_references(data, index)
+        self.features = open_features(data, index, tokenizer)
         self._image_group = Field.parse(data.image_group) if data.image_group else None
         others = {field.member for field in (self._image_id, self._labels, self._image_group) if field}
-        self._texts = self.text.members | self.hard.members | others
-        self._wanted = self._texts | frozenset(IMAGE_EXTENSIONS) | frozenset(self.hard_pictures.members)
+        words = frozenset[str]() if "text" in self.features else self.text.members
+        self._texts = words | self.hard.members | others
+        pictures = frozenset[str]() if "image" in self.features else frozenset(IMAGE_EXTENSIONS)
+        self._wanted = self._texts | pictures | frozenset(self.hard_pictures.members)
         self.resident: ResidentData | None = None
         self.groups: Groups | None = None
         self._recipes = [data.augmentation] + [data.image_view or data.augmentation] * data.image_views
@@ -145,7 +150,8 @@ class Pipeline:
         data, n = self.data, len(visits)
         shape = (7,) if data.resident == "device" else (3, data.image_size, data.image_size)
         kind = torch.int64 if data.resident == "device" else torch.uint8
-        images = tuple(torch.empty(n, *shape, dtype=kind) for _ in range(data.images_each))
+        made = 0 if "image" in self.features else data.images_each
+        images = tuple(torch.empty(n, *shape, dtype=kind) for _ in range(made))
         captions, hard, shown = list[list[str]](), list[list[str | None]](), list[list[bool]]()
         ids, image_ids, labels, faults = list[int](), list[int](), list[int](), list[Fault]()
         for i, (sample, number) in enumerate(zip(visits.ids.tolist(), visits.passes.tolist(), strict=True)):
@@ -163,7 +169,7 @@ class Pipeline:
         repeated = {"repeated_images": 0 if data.resident == "device" else count_repeated(views)}
         repeated["repeated_texts"] = count_repeated(texts)
         samples = torch.tensor(ids, dtype=torch.int64)
-        negatives, there = self._hard(texts[0], hard)
+        negatives, there = self._hard(texts[0], hard) if texts else ((), torch.empty(0))
         given = {name: references(ids) for name, references in self.references.items()}
         if negatives:
             given["text_negative_mask"] = there
@@ -173,6 +179,10 @@ class Pipeline:
             repeated["missing_image_negatives"] = int((~given["image_negative_mask"]).sum())
         if self._labels:  # equal for one class, -1 for none
             given["labels"] = torch.tensor(labels, dtype=torch.int64)
+        if "image" in self.features:
+            images = (self.features["image"](ids),)
+        if "text" in self.features:
+            texts = (self.features["text"](ids),)
         if not self._image_id:
             return Part(samples, None, images, texts + negatives, given, faults, repeated)
         return Part(
@@ -201,9 +211,13 @@ class Pipeline:
 
     def _views(self, sample: int, number: int) -> Views:
         size, from_base = self.data.image_size, self.data.image_view_from == "base"
-        content = self.read(sample)
-        captions = self.text.draw(content, self.seed, number, sample)
-        hard = self.hard.draw(captions[0], content, self.seed, number, sample)
+        for features in self.features.values():
+            features.check(sample)
+        content = self.read(sample) if self._wanted else Sample({}, 1, 1)
+        captions = [] if "text" in self.features else self.text.draw(content, self.seed, number, sample)
+        hard = self.hard.draw(captions[0], content, self.seed, number, sample) if captions else []
+        if "image" in self.features:
+            return self._image_of(content, sample), self.label_of(content), [], captions, hard
         draws = [Draws(self.seed, Purpose.IMAGE, number, sample, view) for view in range(len(self._recipes))]
         sources = self._sources(sample, number)
         if self.resident and self.data.resident == "device":
@@ -274,11 +288,38 @@ class Pipeline:
             content.members = {**content.members, PARAPHRASES: self._paraphrases_of(shard).read(row)}
         return content
 
-    def _stored(self, sample: int) -> Sample:
+    def picture(self, sample: int) -> Tensor:
+        """(3, H, W) uint8, what a recipe that leaves nothing to chance shows of it in every epoch."""
+        decoded, draws = self._decoded(self._stored(sample)), Draws(self.seed, Purpose.IMAGE, 0, sample, 0)
+        return to_tensor(augmented_view(decoded, self.data.image_size, self.data.augmentation, draws))
+
+    def caption(self, sample: int) -> str:
+        """The only one that it has.
+
+        Raises:
+            UserError: it has several, of which training draws one in every epoch.
+        """
+        found = self._stored(sample, self.text.members).captions(self.text.base[0])
+        if len(found) > 1:
+            shard, row = self.index.locate(sample)
+            reader = self.index.reader(shard)
+            raise UserError(
+                f"data.features.text: expected one caption for each sample, got {len(found)} of "
+                f"{reader.key(row)} in {reader.url}, of which each epoch draws one; write a sample for each "
+                "(amclr-scale shards make), or leave data.features.text away"
+            )
+        return found[0]
+
+    def digests(self) -> dict[str, str]:
+        """Of each file of features, by key of `data`."""
+        found = {name: of.digest() for name, of in self.references.items()}
+        return found | {f"features.{side}": of.digest() for side, of in self.features.items()}
+
+    def _stored(self, sample: int, wanted: frozenset[str] | None = None) -> Sample:
         shard, row = self.index.locate(sample)
         reader = self.index.reader(shard)
         check_whole(reader, row)
-        members = reader.read(row, self._wanted)
+        members = reader.read(row, self._wanted if wanted is None else wanted)
         return Sample(members, self.data.max_image_pixels, self.data.max_caption_characters, self.data.max_image_mib)
 
     def _paraphrases_of(self, shard: int) -> ParaphraseReader:

@@ -78,6 +78,7 @@ def build_model(
         image_tokens=place,
         notes=(*notes, *unread(model.image, "image"), *unread(model.text, "text"), *_random_and_frozen(model)),
     )
+    built.widths = {"image": image_width, "text": text_width}
     if weights and model.init is not None:
         built.notes += tuple(load_start(built, model.init))
     examples: dict[Literal["image", "text"], Callable[[], torch.Tensor]] = {

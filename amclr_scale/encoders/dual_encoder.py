@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from amclr_scale.encoders.decay import exempt
 from amclr_scale.encoders.freezing import Kept, hold_still, is_trained
 from amclr_scale.encoders.recomputation import Recomputation, blocks, set_recomputation
+from amclr_scale.encoders.resting import RestingTower
 from amclr_scale.encoders.taps import Taps
 from amclr_scale.encoders.tokens import Place, Side, check_tokens
 from amclr_scale.errors import UserError
@@ -61,6 +62,7 @@ class DualEncoder(nn.Module):
         notes: what a user should know about this model before training it.
 
     Attributes:
+        widths: of the towers' features, by modality.
         logit_scale: (1,), the LOGARITHM of the scale; outputs carry the scale itself.
         parts: what an objective trains beside the towers, from `take_parts` (`Objective.model_parts` describes it).
         further_views: V by modality; what comes behind them are hard negatives. Without, all further ones are views.
@@ -99,6 +101,7 @@ class DualEncoder(nn.Module):
         self.unit_rows = True
         self.image_tokens = image_tokens
         self.tokens: tuple[Side, ...] = ()
+        self.widths: dict[str, int] = {}
         self.notes = notes
 
     def forward(
@@ -158,7 +161,7 @@ class DualEncoder(nn.Module):
                 out[f"{name}_layers"] = tuple(length(x) for x in taps([x[: len(views[0])] for x in tapped]))
             if features:
                 out[f"{name}_features"] = (raw if raw.dim() == 2 else raw[:, 0])[: len(views[0])]
-            if self.training and not is_trained(getattr(self, f"{name}_tower")):
+            if self.training and not is_trained(tower := getattr(self, f"{name}_tower")) and not _rests(tower):
                 frozen[name] = torch.cat([raw, *tapped], 1) if tapped else raw
         out["logit_scale"] = _at_least_float32(self.logit_scale).exp()
         out["logit_bias"] = _at_least_float32(self.logit_bias)
@@ -169,8 +172,20 @@ class DualEncoder(nn.Module):
         """Training mode, in which what is frozen stays in evaluation mode; or evaluation mode."""
         super().train(mode)
         for side in ("image", "text") if mode else ():
-            hold_still(getattr(self, f"{side}_tower"), self.kept.get(side))
+            tower = getattr(self, f"{side}_tower")
+            hold_still(tower, self.kept.get(side))
+            if isinstance(tower, RestingTower):
+                tower.rest()
         return self
+
+    def rest(self, side: str) -> None:
+        """Let a frozen tower rest: in training features come in place of what it would be given."""
+        setattr(self, f"{side}_tower", RestingTower(getattr(self, f"{side}_tower")))
+        self.kept.pop(side, None)
+
+    def _tower(self, side: Side) -> nn.Module:
+        tower = getattr(self, f"{side}_tower")
+        return tower.awake(self.logit_scale) if isinstance(tower, RestingTower) else tower
 
     def _outputs_of_parts(self, out: dict[str, Any]) -> dict[str, Any]:
         """What the parts make of rows in the model's precision, in float32 at least."""
@@ -195,25 +210,29 @@ class DualEncoder(nn.Module):
 
     def _encode_images(self, images: Tensor, dtype: torch.dtype, tokens: bool = False) -> Encoded:
         if images.dim() != 4:
-            return images, self.image_head(images), None
+            raw = images.to(dtype)
+            return raw, self.image_head(raw), None
+        tower = self._tower("image")
         if not tokens:
-            raw = self.image_tower(self.normalise(images, dtype))
+            raw = tower(self.normalise(images, dtype))
             return raw, self.image_head(raw), None
         check_tokens(("image",), self.image_tokens)
         assert self.image_tokens is not None
-        with self.image_tokens.noted(self.image_tower) as found:
-            pooled = self.image_tower(self.normalise(images, dtype))
+        with self.image_tokens.noted(tower) as found:
+            pooled = tower(self.normalise(images, dtype))
         raw = torch.cat([pooled[:, None], self.image_tokens.rows(found[-1])], 1)
         mask = torch.ones(len(raw), raw.shape[1] - 1, dtype=torch.bool, device=raw.device)
         return raw, self.image_head(raw), mask
 
     def _encode_texts(self, ids: Tensor, dtype: torch.dtype, tokens: bool = False) -> Encoded:
         if ids.is_floating_point():
-            return ids, self.text_head(ids), None
-        if not tokens:
-            raw = self.text_tower(ids)
+            raw = ids.to(dtype)
             return raw, self.text_head(raw), None
-        pooled, features, visible = self.text_tower(ids, with_tokens=True)
+        tower = self._tower("text")
+        if not tokens:
+            raw = tower(ids)
+            return raw, self.text_head(raw), None
+        pooled, features, visible = tower(ids, with_tokens=True)
         missing = ids.shape[1] - features.shape[1]  # on a CPU the tower ends with the longest caption
         raw = F.pad(torch.cat([pooled[:, None], features], 1), (0, 0, 0, missing))
         return raw, self.text_head(raw), F.pad(visible, (0, missing))
@@ -254,6 +273,10 @@ class DualEncoder(nn.Module):
         """Recompute none, all ("full"), or every k-th block of each tower in backward. Does not change results."""
         set_recomputation(self.image_tower, image)
         set_recomputation(self.text_tower, text)
+
+
+def _rests(tower: nn.Module) -> bool:
+    return isinstance(tower, RestingTower)
 
 
 def _apart(rows: Tensor, samples: int) -> tuple[Tensor, Tensor]:

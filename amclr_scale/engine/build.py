@@ -4,6 +4,7 @@ In two parts, since mistakes in the data are found before any process waits for 
 process group.
 """
 
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from amclr_scale.encoders.dual_encoder import DualEncoder
 from amclr_scale.encoders.tokens import check_tokens
 from amclr_scale.engine.batch_plan import Plan, make_plan
 from amclr_scale.engine.deepspeed_setup import adapt_to_objective, build_engine, prepare_towers, sample_views
+from amclr_scale.engine.features import rest_towers
 from amclr_scale.engine.optimizers import freeze
 from amclr_scale.engine.start_of_parts import start_parts
 from amclr_scale.engine.teacher import Teacher, build_teacher
@@ -112,9 +114,10 @@ def build_trainer(
         UserError: a key of model, objective, optimizer or execution is not usable here.
     """
     seed_everything(config.seed)
-    stage, first = config.execution.zero_stage, rank() == 0
-    with shape_only(stage, rank()):
-        model = model_of(config, inputs.tokenizer, weights=first or stage < 3)
+    stage, first, features = config.execution.zero_stage, rank() == 0, inputs.loader.features
+    with nullcontext() if features else shape_only(stage, rank()):  # a tower that rests is whole on every rank
+        model = model_of(config, inputs.tokenizer, weights=first or stage < 3 or bool(features))
+    rest_towers(model, config, features)
     objective = objectives.from_section(
         config.objective, config.execution.sample_state, num_samples=inputs.loader.num_samples
     ).to(device)
@@ -125,7 +128,9 @@ def build_trainer(
         start_parts(model, inputs.loader, device)
     prepare_towers(model, config.execution)
     freeze(model.named_parameters(), config.optimizer, model.learning_rate_factors())  # and what is frozen counts less
-    flops = broadcast_object(count(model, *sample_views(config, inputs.tokenizer.pad_id)) if first else None)
+    flops = broadcast_object(
+        count(model, *sample_views(config, inputs.tokenizer.pad_id, model.widths)) if first else None
+    )
     views = {"image": config.data.images_each, "text": config.data.texts_each}
     flops = replace(flops, lent=sum(getattr(flops, side) // views[side] for side in lent_sides(config)))
     stopwatch.lap("model")

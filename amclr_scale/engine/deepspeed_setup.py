@@ -13,6 +13,7 @@ from amclr_scale.config.schema import Config, Execution
 from amclr_scale.distributed.process_group import leave_messages_to_gloo
 from amclr_scale.encoders.dual_encoder import DualEncoder
 from amclr_scale.encoders.recomputation import recomputed_share, set_recomputation
+from amclr_scale.encoders.resting import RestingTower
 from amclr_scale.encoders.tokens import check_tokens, token_sides
 from amclr_scale.engine.batch_plan import Plan
 from amclr_scale.engine.optimizers import build_optimizer, freeze, parameter_groups
@@ -92,6 +93,8 @@ def prepare_towers(model: DualEncoder, execution: Execution) -> None:
         UserError: a tower has fewer blocks than execution.recompute_... counts, or what it has inside is to be read.
     """
     for tower, recomputation in (("image", execution.recompute_image), ("text", execution.recompute_text)):
+        if isinstance(getattr(model, f"{tower}_tower"), RestingTower):
+            continue
         try:
             set_recomputation(getattr(model, f"{tower}_tower"), recomputation)
         except ValueError as error:
@@ -158,11 +161,21 @@ def build_engine(
     return engine, provider
 
 
-def sample_views(config: Config, pad_id: int) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
-    """One sample of the shapes that the recipe trains on, its caption full of words, to count operations with."""
+def sample_views(
+    config: Config, pad_id: int, widths: Mapping[str, int]
+) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
+    """One sample of the shapes that the recipe trains on, its caption full of words, to count operations with.
+
+    Args:
+        widths: of the towers' features, which may come in place of pictures and captions.
+    """
     data = config.data
     image = torch.zeros(1, 3, data.image_size, data.image_size, dtype=torch.uint8)
     text = torch.full((1, data.context_length), int(pad_id == 0))
+    if data.features.image is not None:
+        image = torch.zeros(1, widths["image"])
+    if data.features.text is not None:
+        text = torch.zeros(1, widths["text"])
     return (image,) * data.images_each, (text,) * data.texts_each
 
 

@@ -13,7 +13,6 @@ follows its code (`state.py`). Each is done once per recipe, so that hundreds of
 """
 
 import json
-import math
 import os
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -29,6 +28,7 @@ from amclr_scale.distributed.launcher import ranks_on_node
 from amclr_scale.engine.batch_plan import Plan, make_plan
 from amclr_scale.engine.optimizers import parameter_groups
 from amclr_scale.memory.components import PHASES, TEACHER, Component, Phase, always
+from amclr_scale.memory.inputs import input_components
 from amclr_scale.memory.objective_memory import (
     host_state_bytes,
     objective_memory,
@@ -46,8 +46,6 @@ from amclr_scale.similarity.backends import workspace
 from amclr_scale.similarity.blocks import Workspace
 from amclr_scale.similarity.distribution import choose
 from amclr_scale.similarity.settings import Distribution
-
-PART = 64  # samples that a worker makes at a time (data/loader.py)
 
 # On CUDA, beside tensors: cuBLAS's workspace (PyTorch's default of 4096 KiB x 8 on Hopper; 8 MiB before it), and what
 # the caching allocator cannot hand out: blocks are rounded to 512 bytes, and what is split off them stays unused.
@@ -170,7 +168,7 @@ def account(config: Config, *, world_size: int, num_samples: int, device: str | 
         *passes.components(),
         *teacher_components(config, plan, kind, Weights(*stepped(config, groups, world_size, kind, buffers)), passes),
         *_objective_components(config, plan, num_samples, kind, passes),
-        *_input_components(config, plan, kind),
+        *input_components(config, plan, kind),
     ]
     if kind == "cuda":
         peaks = {p: sum(c.by_phase.get(p, 0) for c in components if c.place == "device") for p in (*PHASES, TEACHER)}
@@ -220,7 +218,7 @@ def _notes(config: Config, device: str) -> tuple[str, ...]:
 def inputs_on_host(config: Config, *, world_size: int, num_samples: int, device: str | Device = "cuda") -> int:
     """Bytes of the host's memory that batches alone take: part of the account, and known without tracing anything."""
     kind = device if isinstance(device, str) else device.type
-    inputs = _input_components(config, make_plan(config, num_samples, world_size), kind)
+    inputs = input_components(config, make_plan(config, num_samples, world_size), kind)
     return max(sum(c.by_phase.get(phase, 0) for c in inputs if c.place == "host") for phase in PHASES)
 
 
@@ -297,53 +295,3 @@ def _workspace(settings: Settings, device: str, threads: int) -> Workspace:
         return workspace(settings, torch.device(device))
     finally:
         torch.set_num_threads(before)
-
-
-def _input_components(config: Config, plan: Plan, device: str) -> list[Component]:
-    """Batches: the one in use and the next one while it is made; parts that workers make ahead."""
-    data, workers, b = config.data, config.execution.workers, plan.local_batch_size
-    tensors = [3 * data.image_size**2] * data.images_each + [8 * data.context_length] * data.texts_each
-    image, text = (sum(size) for size in (tensors[: data.images_each], tensors[data.images_each :]))
-    given = _given(config)
-    tensors += [8] * (2 if data.image_id else 1) + list(given.values())  # ids, and what no tower reads
-    row = sum(tensors)
-    batch = b * row
-    knob = "train.global_batch_size over more ranks"
-    if device == "cuda":
-        # Pinned memory comes in powers of two and is kept for reuse: that of the batch in use and of the next one.
-        pinned = 2 * sum(1 << (b * size - 1).bit_length() for size in tensors)
-        found = [Component("batch", {**always(pinned), "data": pinned + batch}, knob, "input", "host")]
-    else:
-        made = 2 if b > PART else 1  # in parts, and joined
-        found = [Component("batch", {**always(batch), "data": (1 + made) * batch}, knob, "input", "device")]
-    if workers:
-        per_worker = math.ceil(math.ceil(b / PART) / workers)
-        parts = max(2, per_worker) * workers
-        ahead = always(parts * min(PART, b) * row)
-        found.append(Component("parts made ahead", ahead, "execution.workers: fewer", "input", "host"))
-    if device == "cuda":
-        images, texts = plan.micro_batch_sizes
-        two = 2 if plan.micro_batches > 1 else 1  # the next one is on its way
-        inputs: dict[Phase, int] = dict.fromkeys(("pass_1", "pass_2"), two * (images * image + texts * text))
-        beside: tuple[Phase, ...] = ("objective", "pass_2", "reduce", "optimizer")
-        found.append(
-            Component("labels, references and masks", dict.fromkeys(beside, b * sum(given.values())), knob, "input")
-        )
-        sides = lent_sides(config)
-        lent = tensors[0] * images * ("image" in sides) + 8 * data.context_length * texts * ("text" in sides)
-        found.append(
-            Component(
-                "micro-batches on the device", {**inputs, TEACHER: two * lent}, "execution.micro_batch_size", "input"
-            )
-        )
-    return found
-
-
-def _given(config: Config) -> dict[str, int]:
-    """Bytes for each sample of what goes to the objective as the loader gives it."""
-    data, (widths, unknown) = config.data, reference_widths(config.data)
-    found = {name: 4 * width for name, width in widths.items()}
-    found |= dict.fromkeys(unknown, 4 * config.model.embedding_width)
-    hard = {"image_negative_mask": data.image_negatives, "text_negative_mask": data.text_negatives}
-    found |= {name: K for name, K in hard.items() if K}
-    return found | ({"labels": 8} if data.labels else {})

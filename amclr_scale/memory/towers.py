@@ -26,6 +26,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from amclr_scale import objectives
 from amclr_scale.config import schema
 from amclr_scale.config.objective_options import declared
+from amclr_scale.data.beside.features import sides_of
 from amclr_scale.data.beside.references import reference_widths
 from amclr_scale.data.tokenizers import load_tokenizer
 from amclr_scale.encoders.build import build_model
@@ -134,6 +135,7 @@ def _key(config: schema.Config) -> str:
     found = {
         "model": config.model.model_dump(mode="json"),
         "data": config.data.model_dump(include=data),
+        "features": sides_of(config.data),
         "depths": config.optimizer.layer_decay < 1,
         "frozen": {part: 0.0 for part, factor in factors.items() if factor == 0},
         "tokens": token_sides(declared(config.objective).inputs),
@@ -154,6 +156,8 @@ def _skeleton(key: str) -> DualEncoder:
             context_length=data["context_length"], image_size=data["image_size"],
             image_mean=(0.0, 0.0, 0.0), image_std=(1.0, 1.0, 1.0), weights=False, with_depths=recipe["depths"],
         )  # fmt: skip
+    for side in recipe["features"]:
+        model.rest(side)
     model.further_views = {"image": data["image_views"], "text": data["text_views"]}
     model.tokens = tuple(recipe["tokens"])
     check_tokens(model.tokens, model.image_tokens)
@@ -188,15 +192,19 @@ def _traced(
     mode: AbstractContextManager[Any],
 ) -> Tower:  # fmt: skip
     """Run the tower under a mode: none, or fake tensors, which give the same in twice the time."""
-    data = json.loads(key)["data"]
+    recipe = json.loads(key)
+    data, rests = recipe["data"], modality in recipe["features"]
     model = _copy_of(_skeleton(key)).to(DTYPES[precision])
-    set_recomputation(getattr(model, f"{modality}_tower"), recomputation)
+    if not rests:
+        set_recomputation(getattr(model, f"{modality}_tower"), recomputation)
     m = next(p for p in PRIMES if all(numel % p for numel in (x.numel() for x in model.parameters())))
     views = 1 + data[f"{modality}_views"] + data[f"{modality}_negatives"]
     with _uncollected(), mode, kernels_of(device):
         if isinstance(mode, FakeTensorMode):
             model._apply(mode.from_tensor)  # type: ignore[no-untyped-call]
-        if modality == "image":
+        if rests:
+            inputs = [torch.empty(m, model.widths[modality], dtype=DTYPES[precision], device="meta")]
+        elif modality == "image":
             side = data["image_size"]
             inputs = [torch.empty(m, 3, side, side, dtype=torch.uint8, device="meta") for _ in range(views)]
         else:

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -25,9 +26,12 @@ from amclr_scale.checkpoint.remote import is_url
 from amclr_scale.checkpoint.state import TOKENIZER, open_pieces
 from amclr_scale.config.load import build, dump
 from amclr_scale.config.schema import Config
+from amclr_scale.data.beside.features import sides_of
 from amclr_scale.data.names import known_as, short_names
 from amclr_scale.data.tokenizers import load_tokenizer
+from amclr_scale.distributed.process_group import seed_everything
 from amclr_scale.encoders.libraries.transformers_parts import TOWERS, read_config
+from amclr_scale.engine.build import model_of
 from amclr_scale.engine.teacher import SCALE
 from amclr_scale.errors import UserError
 from amclr_scale.evaluation.report import in_words
@@ -95,7 +99,8 @@ def export(
 def _write(checkpoint: Path, out: Path, which: Which, *, leaves: bool) -> None:
     state = read_state(checkpoint)
     config = build(state["config"], trusted=False)
-    save_file(weights_of(checkpoint, which), out / "weights.safetensors", metadata={"format": "pt"})
+    weights = weights_of(checkpoint, which) | _at_rest(config)
+    save_file(weights, out / "weights.safetensors", metadata={"format": "pt"})
     module = checkpoint.parent.parent / MODULE
     if config.objective.get("module") is not None and module.is_file():
         shutil.copyfile(module, out / MODULE)
@@ -113,6 +118,18 @@ def _write(checkpoint: Path, out: Path, which: Which, *, leaves: bool) -> None:
         elif library == "transformers" and (Path(name) / "config.json").is_file():  # perhaps of a whole dual encoder
             read_config(name, side).save_pretrained(out / folder)
     (out / "README.md").write_text(card(state, config, _results(checkpoint.parent.parent, which), which))
+
+
+def _at_rest(config: Config) -> dict[str, Tensor]:
+    """Weights of frozen towers that rested, and are in no checkpoint: they are what the run began from."""
+    sides = sides_of(config.data)
+    if not sides:
+        return {}
+    with torch.random.fork_rng(devices=[]):
+        seed_everything(config.seed)
+        state = model_of(config, load_tokenizer(config.data.tokenizer, config.data.context_length)).state_dict()
+    towers = tuple(f"{side}_tower." for side in sides)
+    return {name: value.contiguous() for name, value in state.items() if name.startswith(towers)}
 
 
 def _results(run: Path, which: Which) -> dict[str, Any]:

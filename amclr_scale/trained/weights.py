@@ -7,6 +7,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from amclr_scale.encoders.rank_buffers import averaged_buffers
+from amclr_scale.encoders.resting import resting_weights
 from amclr_scale.encoders.weights import saved_parts
 from amclr_scale.engine.teacher import Teacher
 from amclr_scale.engine.zero.master_weights import full_fp32
@@ -34,6 +35,9 @@ def save_weights(
     average = teacher.saved() if teacher else {}
     weights = {name: full_fp32(parameter).cpu() for name, parameter in saved_parts(model)[0].items()}
     weights |= {name: buffer.detach().to("cpu", copy=True) for name, buffer in averaged_buffers(model).items()}
+    resting = resting_weights(model)
+    weights |= resting
+    average |= resting if average else {}
     with whole_on_first():
         state = {
             name: value.cpu().contiguous()

@@ -40,6 +40,9 @@ class References:
         UserError: a file cannot be read, is of other samples, or does not have a row for each.
     """
 
+    writes = "amclr-scale embed MODEL --shards writes them"
+    kinds = "f"  # of numpy's types
+
     def __init__(self, key: str, files: str | Sequence[str], index: Index):
         self.key, self.index = key, index
         names = [files] if isinstance(files, str) else list(files)
@@ -49,7 +52,7 @@ class References:
                 f"{key}: expected one file, or one for each of {len(parts)} in data.train, got {len(names)}"
             )
         self.files = [Path(name).expanduser() for name in names]
-        self.tables = [open_table(key, file) for file in self.files]
+        self.tables = [open_table(key, file, self.kinds, self.writes) for file in self.files]
         if len({table.shape[1] for table in self.tables}) > 1:
             widths = ", ".join(f"{file}: {table.shape[1]}" for file, table in zip(self.files, self.tables, strict=True))
             raise UserError(f"{key}: expected files of one width, got {widths}")
@@ -65,13 +68,12 @@ class References:
         if of is not None and of != self.index.fingerprint_of(shards):
             raise UserError(
                 f"{self.key}: {file}: expected rows of the samples in data.train, got those of another data set "
-                f"({found:,} rows, fingerprint {of}); amclr-scale embed MODEL --shards writes them"
+                f"({found:,} rows, fingerprint {of}); {self.writes}"
             )
         if found < expected:
             raise UserError(
                 f"{self.key}: {file}: expected {expected:,} rows, one for each sample in the order of ids, got "
-                f"{found:,}: sample {self._named(self._first[place] + found)} has none; amclr-scale embed MODEL "
-                "--shards writes them"
+                f"{found:,}: sample {self._named(self._first[place] + found)} has none; {self.writes}"
             )
         if found > expected:
             raise UserError(
@@ -121,8 +123,12 @@ def open_references(data: schema.Data, index: Index) -> dict[str, References]:
     return {name: References(f"data.{name}", files, index) for name, files in named.items() if files}
 
 
-def open_table(key: str, file: Path) -> NDArray[Any]:
+def open_table(key: str, file: Path, kinds: str = "f", writes: str = References.writes) -> NDArray[Any]:
     """A file's rows, mapped: (n, R) of floating-point numbers.
+
+    Args:
+        kinds: of numpy's types that they may have.
+        writes: which command does.
 
     Raises:
         UserError: it is no such file.
@@ -130,10 +136,8 @@ def open_table(key: str, file: Path) -> NDArray[Any]:
     try:
         table = map_npy(file)
     except (OSError, ValueError) as error:
-        raise UserError(
-            f"{key}: {file}: expected a .npy file that amclr-scale embed MODEL --shards wrote, got: {error}"
-        ) from error
-    if not isinstance(table, np.memmap) or table.ndim != 2 or table.dtype.kind != "f" or not table.shape[1]:
+        raise UserError(f"{key}: {file}: expected a .npy file, got: {error}; {writes}") from error
+    if not isinstance(table, np.memmap) or table.ndim != 2 or table.dtype.kind not in kinds or not table.shape[1]:
         kind = f"{getattr(table, 'dtype', type(table).__name__)} of shape {getattr(table, 'shape', '?')}"
         raise UserError(f"{key}: {file}: expected rows of floating-point numbers, (samples, width), got {kind}")
     return table

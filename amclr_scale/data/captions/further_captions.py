@@ -27,9 +27,9 @@ def check_further_captions(pipeline: Pipeline, data: schema.Data, seed: int) -> 
     for sample in np.unique(np.linspace(0, total - 1, LOOKED_AT).astype(int)).tolist():
         try:
             content = pipeline.read(sample)
-            captions = text.draw(content, seed, 0, sample)
+            captions = [] if "text" in pipeline.features else text.draw(content, seed, 0, sample)
             labelled += pipeline.label_of(content) >= 0
-            with_negatives += any(pipeline.hard.draw(captions[0], content, seed, 0, sample))
+            with_negatives += any(pipeline.hard.draw(captions[0], content, seed, 0, sample) if captions else ())
             with_pictures += bool(pipeline.hard_pictures.there(content))
             for place in having:
                 having[place] += bool(content.captions(place, optional=True))

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from amclr_scale.encoders.libraries.open_clip_towers import save_described
+from amclr_scale.encoders.resting import inner_of
 from amclr_scale.errors import UserError, did_you_mean
 from amclr_scale.torchvision_ops import import_torchvision
 
@@ -150,7 +151,7 @@ def lacks(name: str, side: Side, missing: list[str]) -> UserError:
 def save_architectures(model: nn.Module, folder: Path) -> None:
     """Write what describes each tower of transformers or open_clip into a folder of its own; of others nothing."""
     for side, place in TOWERS.items():
-        tower: Any = getattr(model, f"{side}_tower")
+        tower: Any = inner_of(getattr(model, f"{side}_tower"))
         inner: Any = getattr(getattr(tower, "tokens", tower), "model", None)
         if hasattr(inner, "config") and hasattr(inner.config, "save_pretrained"):
             inner.config.save_pretrained(folder / place)

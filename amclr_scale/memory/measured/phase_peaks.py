@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from amclr_scale.encoders.resting import resting_weights
 from amclr_scale.engine.teacher import Teacher
 from amclr_scale.engine.zero.gradient_sums import held_gradient
 from amclr_scale.memory.measured.gloo import WaitingTracker
@@ -28,8 +29,8 @@ from amclr_scale.metrics.phases import Phases
 PARAMETERS, BUFFERS, OPTIMIZER, SAMPLE_STATE = "parameters", "buffers", "optimizer states", "sample state"
 GRADIENTS, SHARES, BUCKET = "gradients", "gradient shares", "reduction bucket"
 GATHERED = "gathered parameters"
-AVERAGE = "moving average"
-STATE = (PARAMETERS, BUFFERS, OPTIMIZER, SAMPLE_STATE, AVERAGE)
+AVERAGE, RESTING = "moving average", "towers at rest"
+STATE = (PARAMETERS, BUFFERS, OPTIMIZER, SAMPLE_STATE, AVERAGE, RESTING)
 
 
 @dataclass
@@ -116,6 +117,7 @@ class MemoryReport:
             BUFFERS: list(module.buffers()),
             OPTIMIZER: list(_optimizer_tensors(optimizer, set(map(id, module.parameters())))),
             SAMPLE_STATE: list(self.objective.buffers()),
+            RESTING: list(resting_weights(module).values()) if self.device.type == "cpu" else [],
             AVERAGE: list(self.teacher.tensors()) if self.teacher else [],
             SHARES: [x for x in [getattr(optimizer, "grad_partitions_flat_buffer", None)] if x is not None],
             BUCKET: list(_buckets(optimizer)),
