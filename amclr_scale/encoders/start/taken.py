@@ -22,12 +22,14 @@ from amclr_scale.config.schema import Config, Section
 from amclr_scale.encoders.dual_encoder import LOG_SCALE_BOUNDS, DualEncoder
 from amclr_scale.encoders.libraries.open_clip_towers import CONFIG
 from amclr_scale.encoders.start import of_open_clip, of_runs, of_transformers
+from amclr_scale.encoders.start.positions import fit_positions
 from amclr_scale.errors import UserError
 
 # Keys of which the recipe has the last word. The context may only become shorter.
 FREE = (
     "model.temperature", "model.logit_bias", "model.image.options", "evaluation.resize", "data.context_length",
 )  # fmt: skip
+SIZE = "data.image_size"  # and of this, where towers are built for any: positions are then interpolated
 FILLED = "filled"  # among what is taken: whether captions always fill the context, so that it is fixed
 
 
@@ -91,7 +93,8 @@ def resolve(config: Config, world_size: int = 1) -> Config:
         if not given or getattr(there, name) == value:
             continue
         mine = getattr(there, name)
-        if key in FREE and not (key == "data.context_length" and (filled or mine > value)):
+        sized = key == SIZE and kind is not KINDS["transformers"]
+        if (key in FREE or sized) and not (key == "data.context_length" and (filled or mine > value)):
             taken[key] = mine
         else:
             lines.append(f"{key}: expected {value!r}, as in model.init ({path}), got {mine!r}; leave the key away")
@@ -135,6 +138,7 @@ def load_start(model: DualEncoder, init: str) -> list[str]:
     with torch.random.fork_rng(devices=[]):  # reading builds models: what is drawn after it stays the same
         state = kind.state(path, model)
     own = model.state_dict()
+    notes = fit_positions(state, own)
     missing, foreign = own.keys() - state.keys(), state.keys() - own.keys()
     shapes = [n for n in own.keys() & state.keys() if own[n].shape != state[n].shape]
     if missing or foreign or shapes:
@@ -143,7 +147,7 @@ def load_start(model: DualEncoder, init: str) -> list[str]:
             f"model.init: {path} does not hold this model's weights: {len(missing)} are missing, {len(foreign)} are "
             f"unknown, {len(shapes)} have another shape ({some}); build the model from the same folder"
         )
-    kept = []
+    kept = notes
     for name in ("logit_scale", "logit_bias"):
         if not torch.allclose(state[name], own[name], rtol=1e-5, atol=1e-5):
             kept.append(f"model.init: {name} {own[name].item():.6g} as the recipe says, {state[name].item():.6g} there")
