@@ -2,6 +2,7 @@
 
 import re
 import runpy
+import subprocess
 import sys
 from pathlib import Path
 
@@ -12,6 +13,8 @@ from amclr_scale.config.load import load
 from amclr_scale.objectives import create
 from amclr_scale.torchvision_ops import import_torchvision
 from amclr_scale.types import Embeddings
+from tests.encoders.test_start import saved
+from tests.test_walkthroughs import photos
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 FURTHER = {"sentence_transformers_loop.py": "sentence_transformers", "lightning_loop.py": "lightning"}  # packages
@@ -101,3 +104,30 @@ def test_accounts_and_reports_are_read(monkeypatch, capsys):
     assert "execution." in said
     assert re.search(r"CLIP, B = 128: [\d.]+ % \[", said)
     assert re.search(r"against CLIP, B = 128: \w+", said)
+
+
+def in_a_process(name, *words):
+    """What a script says; a run of its own makes a process group."""
+    command = [sys.executable, str(EXAMPLES / name), *map(str, words)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.launch
+def test_lit_reads_what_embed_wrote(tmp_path):
+    said = in_a_process("lit_on_features.py", tmp_path, 64, 256)
+    assert "samples: features of float32, 64 wide ->" in said
+    assert "data.features.image: the image tower rests on the host" in said
+    assert re.search(r"R@10, image to text: [\d.]+ %", said)
+
+
+@pytest.mark.slow
+@pytest.mark.launch
+def test_a_clip_is_tuned_on_photos_and_held_against_what_it_was(tmp_path):
+    saved("clip", tmp_path / "clip")
+    words = photos(tmp_path / "photos", 48), photos(tmp_path / "held_out", 8), tmp_path / "clip", tmp_path
+    said = in_a_process("finetune_on_own_photos.py", *words, "optimizer.lr=1e-2")
+    assert re.search(r"R@1, text to image: [\d.]+ % before, [\d.]+ % after", said)
+    assert "wrote 48 samples in 1 shards" in said

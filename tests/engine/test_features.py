@@ -133,7 +133,7 @@ def test_two_ranks_train_as_with_the_towers(ranks, made, sides, stage):
         assert 5 not in found["ids"]
         assert plain["decoded"] >= B * STEPS // 2
         assert found["decoded"] == 0
-        assert found["count"] < plain["count"] / 4
+        assert found["count"] < plain["count"] / 2
         assert found["flops"].image == 2 * 64 * 8  # the head's
 
 
