@@ -1,7 +1,7 @@
 """What a frozen image tower and features made beforehand save: seconds and memory of a step, side by side.
 
-    python tools/frozen_features.py                          # a minute or two on a CPU
-    python tools/frozen_features.py --tower timm/vit_base_patch16_224 --size 224 --batches 1024 8192 --device cuda
+    python tools/frozen/features.py                          # a minute or two on a CPU
+    python tools/frozen/features.py --tower timm/vit_base_patch16_224 --size 224 --batches 1024 8192 --device cuda
 
 both towers   the image tower trains              features   the frozen tower's features come from a file
 frozen        it is frozen, and run in each step
@@ -20,7 +20,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 
