@@ -172,7 +172,7 @@ def _pyarrow(out: Path) -> tuple[Any, Any]:
 
 def of_recipe(args: argparse.Namespace) -> int:
     """`--config`: features of a recipe's frozen towers."""
-    from amclr_scale.commands.tower_features import run  # which needs what trains
+    from amclr_scale.commands.embedding.of_towers import run  # which needs what trains
 
     try:
         words = [word for word in (args.model, args.folder, *args.words) if word is not None]

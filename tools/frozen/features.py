@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 
-from amclr_scale.commands.tower_features import write_features
+from amclr_scale.commands.embedding.of_towers import write_features
 from amclr_scale.config.load import build
 from amclr_scale.distributed.launcher import RankInfo, read_rank_info
 from amclr_scale.distributed.process_group import start, stop

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from amclr_scale.checkpoint.resume import parts
 from amclr_scale.commands.embed import main as embed
-from amclr_scale.commands.tower_features import write_features
+from amclr_scale.commands.embedding.of_towers import write_features
 from amclr_scale.config.load import build, dump
 from amclr_scale.data.pipeline import Pipeline
 from amclr_scale.distributed.collectives import rank, world_size
