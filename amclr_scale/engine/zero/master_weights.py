@@ -40,5 +40,10 @@ def full_fp32(parameter: nn.Parameter) -> torch.Tensor:
     """A parameter's whole fp32 value, wherever DeepSpeed keeps it. All ranks call it together."""
     from deepspeed.utils import safe_get_full_fp32_param
 
+    if not parameter.requires_grad and parameter.numel() < getattr(parameter, "ds_numel", 0):
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters([parameter]):  # frozen at stage 3: no optimizer has a master of it
+            return parameter.detach().float().clone()
     master = safe_get_full_fp32_param(parameter)  # None at stage 0 in fp32: the weight is its own master
     return (parameter.detach() if master is None else master).float().clone()
