@@ -133,7 +133,7 @@ def main(words: list[str] | None = None) -> int:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     options = parser.parse_args(words)
-    device = start(read_rank_info(), options.threads, 1)
+    device = start(read_rank_info(), options.threads)
     if device.type != options.device:
         parser.error(f"--device: expected {device.type}, which this process computes on, got {options.device}")
     print("\n".join(table(options, device)), flush=True)
