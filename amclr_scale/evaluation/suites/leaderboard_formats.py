@@ -3,13 +3,14 @@
 import csv
 import io
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
 from amclr_scale.evaluation.suites.leaderboard import Leaderboard, Row
+from amclr_scale.evaluation.suites.summary import WIDEST
 
 MARK = "*"  # behind the heading of a column that does not compare
 
@@ -38,17 +39,25 @@ def notes(board: Leaderboard) -> list[str]:
 
 
 def as_text(board: Leaderboard) -> str:
-    """A table for the terminal."""
+    """A table for the terminal; upright, with a column for each run, where it would be too wide otherwise."""
     rows = [_heading(board), *(_cells(board, row) for row in board.rows)]
+    rows[0] = [heading.replace(": ", ":\n") for heading in rows[0]]
+    upright = [[heading.replace("\n", " "), *cells] for heading, *cells in zip(*rows, strict=True)]
+    if _width(rows) > WIDEST and _width(upright) < _width(rows):
+        rows = upright
     grid = Table(box=SIMPLE_HEAD)
     for place, heading in enumerate(rows[0]):
-        grid.add_column(heading.replace(": ", ":\n"), justify="left" if place < 2 else "right")
+        grid.add_column(heading, justify="left" if place == 0 else "right")
     for row in rows[1:]:
         grid.add_row(*row)
     out = io.StringIO()
-    width = sum(max(map(len, column)) + 3 for column in zip(*rows, strict=True))
-    Console(file=out, width=max(100, width), force_terminal=False).print(grid)
+    Console(file=out, width=max(100, _width(rows)), force_terminal=False).print(grid)
     return "\n".join([out.getvalue().rstrip(), *notes(board)]) + "\n"
+
+
+def _width(rows: Sequence[Sequence[str]]) -> int:
+    widest = (max(len(part) for cell in column for part in cell.split("\n")) for column in zip(*rows, strict=True))
+    return sum(width + 3 for width in widest)
 
 
 def as_markdown(board: Leaderboard) -> str:
