@@ -18,10 +18,12 @@ Numerics: this form of the determinant keeps its digits where vectors nearly agr
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
+import torch
 from torch import Tensor
 
+from amclr_scale.distributed.first_order import first_order_only
 from amclr_scale.objectives.base import Objective, at_least_float32, beside, learned_temperature, numbers, require
 from amclr_scale.objectives.clip import check_temperature
 from amclr_scale.similarity import gather, mean_rows
@@ -83,9 +85,31 @@ class GRAM(Objective, name="gram"):
         ]
 
     def _rows(self, squared: Tensor, own: Tensor, scale: Tensor) -> Tensor:
-        x = -(squared.clamp(min=0) + LEAST).sqrt() * scale
-        smoothing = self.config.label_smoothing
-        return x.logsumexp(1) - (1 - smoothing) * x.gather(1, own[:, None])[:, 0] - smoothing * x.mean(1)
+        found = _SoftVolumes.apply(squared, own, scale, self.config.label_smoothing)  # type: ignore[no-untyped-call]
+        return cast(Tensor, found)
+
+
+class _SoftVolumes(torch.autograd.Function):
+    """(V^2 (c, B), columns of the positives (c,), 1 / t, label smoothing) -> L of each row (c,)."""
+
+    @staticmethod
+    def forward(ctx: Any, squared: Tensor, own: Tensor, scale: Tensor, smoothing: float) -> Tensor:
+        volumes = squared.clamp(min=0).add_(LEAST).sqrt_()
+        x = volumes * -scale
+        there = x.logsumexp(1, keepdim=True)
+        found = there[:, 0] - (1 - smoothing) * x.gather(1, own[:, None])[:, 0] - smoothing * x.mean(1)
+        weights = x.sub_(there).exp_().sub_(smoothing / x.shape[1])
+        weights.scatter_add_(1, own[:, None], weights.new_full((len(own), 1), smoothing - 1))
+        of_scale = -torch.linalg.vecdot(weights, volumes)
+        gradient = weights.div_(volumes).mul_(scale / -2).masked_fill_(squared < 0, 0.0)
+        ctx.save_for_backward(gradient, of_scale, scale)
+        return found
+
+    @staticmethod
+    @first_order_only
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        gradient, of_scale, scale = ctx.saved_tensors
+        return upstream[:, None] * gradient, None, (upstream * of_scale).sum().reshape(scale.shape), None
 
 
 def squared_volume(a: Tensor, b: Tensor, c: Tensor) -> Tensor:

@@ -31,7 +31,7 @@ from amclr_scale.objectives.estimator import (
 from amclr_scale.objectives.masking import refuse_masks
 from amclr_scale.objectives.temperature_generator import TempGenerator, TempGenerators
 from amclr_scale.objectives.temperatures import RobustOptions, spread, temperature_gradient
-from amclr_scale.similarity import map_rows
+from amclr_scale.similarity import mean_rows
 from amclr_scale.types import Embeddings, Loss
 
 
@@ -172,8 +172,8 @@ def _generated(embeddings: Embeddings) -> tuple[Tensor, Tensor]:
 def likeness(x: Tensor) -> Tensor:
     """Mean over j != i, and over this rank's rows i, of max(0, x_i . x_j)^2: a tensor ()."""
 
-    def rows(block: Tensor, positive: Tensor) -> tuple[Tensor, ...]:
+    def rows(block: Tensor, positive: Tensor) -> Tensor:
         squares = block.clamp(min=0).square().scatter(1, positive[:, None], 0.0)
-        return (squares.sum(1) / (block.shape[1] - 1),)
+        return squares.sum(1) / (block.shape[1] - 1)
 
-    return map_rows(rows, x, x)[0].mean()
+    return mean_rows(rows, x, x)

@@ -40,7 +40,7 @@ from amclr_scale.objectives.base import (
     require,
 )
 from amclr_scale.objectives.clip import check_temperature
-from amclr_scale.similarity import all_gather, contrast, gather, map_rows, rank
+from amclr_scale.similarity import all_gather, contrast, gather, mean_rows, rank
 from amclr_scale.types import Embeddings, Loss
 
 
@@ -104,15 +104,16 @@ class M3CoL(Objective, name="m3col"):
         z, y = image.detach(), text.detach()
         images, texts = all_gather(z), all_gather(y)
 
-        def expected(s: Tensor, own: Tensor, z: Tensor, y: Tensor) -> tuple[Tensor]:
-            targets = ((z @ images.T / d).softmax(1) + (y @ texts.T / d).softmax(1)) / 2
-            return ((targets * s).sum(1),)
+        def expected(s: Tensor, own: Tensor, z: Tensor, y: Tensor) -> Tensor:
+            with torch.no_grad():
+                targets = ((z @ images.T / d).softmax(1) + (y @ texts.T / d).softmax(1)) / 2
+            return (targets * s).sum(1)
 
         terms: list[Tensor] = []
         for side, anchors, keys in ((both.image, image, text), (both.text, text, image)):
-            (mean,) = map_rows(expected, anchors, keys, z, y)
-            terms.append(side.log_sum + (side.positive - mean) / d)
-        return (terms[0] + terms[1]).mean() / 2
+            mean = mean_rows(expected, anchors, keys, z, y)
+            terms.append((side.log_sum + side.positive / d).mean() - mean / d)
+        return (terms[0] + terms[1]) / 2
 
 
 def draws(words: str, B: int, beta: float, share: float) -> tuple[Tensor, Tensor]:

@@ -4,8 +4,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from amclr_scale.objectives.rankclip import WIDEST
 from amclr_scale.types import Embeddings
-from tests.objectives.harness import NUM_SAMPLES, make
+from tests.objectives.harness import NUM_SAMPLES, assert_same, defined, global_batch, make, run
+from tests.objectives.test_family import EPOCHS, rankclip
 
 T = 0.005
 STATEFUL = [
@@ -160,3 +162,13 @@ def test_a_small_softmax_loss_keeps_its_digits(name, options):
     assert 1e-6 < values[1] < 1e-4, "the example is as it is described"
     assert values[0] == pytest.approx(values[1], rel=5e-4)
     assert slopes[0] == pytest.approx(slopes[1], rel=2e-4)
+
+
+def test_lists_that_span_too_much_for_one_exp():
+    """At t = 0.002 tails of some rows are e^-700 of the row's largest, and of others are not."""
+    batch = {"scale": 500.0}
+    got = run("rankclip", {"ramp_epochs": 5.0}, chunk=1, batch=batch, epochs=EPOCHS)
+    s = global_batch(2, **batch).image.detach() @ global_batch(2, **batch).text.detach().T * 500
+    assert ((s.amax(1) - s.amin(1)) > WIDEST).any()
+    assert ((s.amax(1) - s.amin(1)) < WIDEST).any()
+    assert_same(got, defined(rankclip, batch=batch, epochs=EPOCHS))
