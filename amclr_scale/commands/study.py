@@ -12,7 +12,7 @@ import math
 import signal
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +20,9 @@ from amclr_scale.commands.words import command_parser
 from amclr_scale.errors import UserError
 
 if TYPE_CHECKING:
+    from amclr_scale.study.planning.cells import Planned
     from amclr_scale.study.planning.plan import StudyPlan
+    from amclr_scale.study.running.folder import StudyFolder
 
 
 def arguments(argv: list[str]) -> argparse.Namespace:
@@ -63,13 +65,11 @@ def study(options: argparse.Namespace) -> int:
     """The flow: plan -> cells -> run those that choose learning rates -> run those that are scored -> report."""
     from amclr_scale.study.planning.cells import base_tree
     from amclr_scale.study.planning.load import load_plan
-    from amclr_scale.study.running.features import device_of, make_features, needed, parted
     from amclr_scale.study.running.folder import StudyFolder
     from amclr_scale.study.running.margin import check_margin
     from amclr_scale.study.running.phases import called, run_phases
     from amclr_scale.study.running.pilot import run_pilot
     from amclr_scale.study.running.preview import hours, piece, preview
-    from amclr_scale.study.running.slurm import write_jobs
     from amclr_scale.study.running.tuning import plan_cells
 
     if options.report or options.publish:
@@ -104,19 +104,40 @@ def study(options: argparse.Namespace) -> int:
 
         folder.write(plan, tree, cells)
         if options.slurm:
-            make_features(folder, chosen, cells, device_of(plan), say)
-            ready, without = parted([*{cell.name: cell for cell in [*needed(chosen, cells), *chosen]}.values()])
-            for script in write_jobs(plan, folder, ready, Path(options.slurm)):
-                say(f"sbatch {script}")
-            if waiting := sum(cell.waits for cell in cells):
-                say(f"{waiting} cells wait for the learning rates that these choose: the same command then writes them")
-            if without:
-                say(f"{len(without)} cells wait for features of these: the same command then makes them and writes it")
-            return 0
+            return arrays(plan, folder, chosen, cells, Path(options.slurm))
         outcome = run_phases(plan, tree, epoch, folder, cells, say, pattern=options.cells, until=until)
         if outcome.done and not outcome.interrupted:
             report(folder.path)
         return outcome.exit_code
+
+
+def arrays(
+    plan: "StudyPlan", folder: "StudyFolder", chosen: Sequence["Planned"], cells: Sequence["Planned"], target: Path
+) -> int:
+    """Write job arrays of what can run now, and make features of what has run.
+
+    Raises:
+        UserError: nothing can run.
+    """
+    from amclr_scale.checkpoint.signals import EXIT_RESUMABLE
+    from amclr_scale.study.running.features import device_of, make_features, needed, parted
+    from amclr_scale.study.running.slurm import write_jobs
+
+    if make_features(folder, chosen, cells, device_of(plan), say).interrupted:
+        return EXIT_RESUMABLE
+    ready, without = parted(folder, [*{cell.name: cell for cell in [*needed(chosen, cells), *chosen]}.values()])
+    if without and all(cell.waits or folder.is_finished(cell) for cell in ready):
+        raise UserError(
+            f"--slurm: {len(without)} cells lack features of others, which could not be made; "
+            f"see {folder.logs}/*.features.log"
+        )
+    for script in write_jobs(plan, folder, ready, target):
+        say(f"sbatch {script}")
+    if waiting := sum(cell.waits for cell in cells):
+        say(f"{waiting} cells wait for the learning rates that these choose: the same command then writes them")
+    if without:
+        say(f"{len(without)} cells wait for features of these: the same command then makes them and writes it")
+    return 0
 
 
 def end_of(minutes: float) -> float:

@@ -1,5 +1,7 @@
 """Arms that read features of another cell: what they may name, and that they run after it and read what it gave."""
 
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -99,7 +101,10 @@ def test_what_others_read_features_of_runs_first_and_is_embedded_once(tmp_path: 
     ]
     assert study.said[-1] == "6 of 6 cells are finished"
     assert study.run().exit_code == 0
-    assert (len(study.ran), len(made)) == (6, 5)  # nothing twice
+    for file in study.plan.place.glob("features/*/*"):
+        file.unlink()
+    assert study.run().exit_code == 0
+    assert (len(study.ran), len(made)) == (6, 5)  # nothing twice, nor what nobody is to read any more
     data = cells["drrho-B32-s1"].config.data
     assert (data.image_reference, data.text_reference) == (outs[2], outs[3])
     assert cells["b3-B32-s1"].config.data.communities == outs[4]  # of seed 0, as the plan says
@@ -120,6 +125,48 @@ def test_a_cell_is_not_started_without_what_it_reads(tmp_path: Path, made: list[
     study.how = {}
     assert study.run("drrho-*").exit_code == 0
     assert study.ran[3:] == ["clip-B32-s1", "drrho-B32-s1"]
+
+
+@pytest.mark.launch
+def test_a_study_that_is_asked_to_end_while_it_embeds_goes_on(
+    tmp_path: Path, made: list[list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study = Study(tmp_path, "seeds=[0]")
+
+    def slow(words: list[str], **_: Any) -> SimpleNamespace:
+        os.kill(os.getpid(), signal.SIGTERM)
+        raise AssertionError("not ended")
+
+    original = signal.signal(signal.SIGTERM, before := lambda *_: None)
+    try:
+        with monkeypatch.context() as patched:
+            patched.setattr(features_module.subprocess, "run", slow)
+            assert study.run().exit_code == 75
+        assert signal.getsignal(signal.SIGTERM) is before
+    finally:
+        signal.signal(signal.SIGTERM, original)
+    assert "SIGTERM: features of clip-B32-s0 are not made yet; the same command goes on" in study.said
+    assert (study.ran, made) == (["clip-B32-s0"], [])
+    assert study.run().exit_code == 0
+    assert (study.ran[1:], len(made)) == (["drrho-B32-s0", "b3-B32-s0"], 3)
+
+
+@pytest.mark.slow
+def test_job_arrays_that_lack_features_are_refused_in_words(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    study = Study(tmp_path, "seeds=[0]")
+    cell = study.cells()["clip-B32-s0"]
+    run = study.folder.runs / cell.name
+    run.mkdir(parents=True)
+    (run / "config.yaml").write_text(f"# recipe {cell.recipe_hash}\n{dump(cell.config)}")
+    (run / "evaluation.json").write_text("{}")
+    monkeypatch.setattr(features_module, "FOLLOW", (sys.executable, "-c", "raise SystemExit(3)"))
+    words = [f"folder={study.plan.place}", "batch_sizes=[32]", "seeds=[0]", ARMS]
+    assert main(["study", str(study.file), *words, "--slurm", str(tmp_path / "jobs")]) == 2
+    told = capsys.readouterr()
+    assert "features of clip-B32-s0: failed with exit code 3" in told.out
+    assert "--slurm: 2 cells lack features of others, which could not be made; see" in told.err
 
 
 def test_another_model_is_another_recipe_of_what_reads_its_features(tmp_path: Path) -> None:
@@ -165,6 +212,12 @@ def test_features_of_cells_that_wait_or_read_features_are_refused(tmp_path: Path
     assert "arms.b3.features_of: drrho-B32-s0 reads features itself" in refusal(file, chain, "batch_sizes=[32]")
     hours = ["held_equal=wall_clock", "budget={samples: null, hours: 1}", "batch_sizes=[32]"]
     assert "arms.b3.features_of: held_equal wall_clock times every arm before" in refusal(file, ARMS, *hours)
+    sets = "axes={data.train: [emoji/train, emoji/val_concept]}"
+    other = ["words=['evaluation.splits=[emoji/val_style]']", "batch_sizes=[32]"]
+    each = ARMS.replace("features_of: clip-B32", f"{sets.replace('=', ': ')}, features_of: clip-B32", 1)
+    assert "data.train: expected one data set for all that read features of one cell, got emoji/" in refusal(
+        file, each, *other
+    )
     two = "words=['evaluation.splits=[emoji/val_style]', 'data.train=[emoji/train, emoji/val_concept]']"
     assert "data.train: expected one data set where an arm has features_of" in refusal(
         file, ARMS, "batch_sizes=[32]", two

@@ -218,3 +218,20 @@ def test_pairs_that_a_plan_names_are_a_family_of_their_own(tmp_path):
         assert row["p_different_holm"] == one.decision.p_different
     head = composed.markdown.partition("## Question and design")[0]
     assert "Pairs that the plan names: AmCLR, B = 128, against SogCLR: better; AmCLR, B = 256, against SogCLR: " in head
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_what_some_arms_get_beyond_what_is_held_equal_is_said(tmp_path):
+    folder = make_study(tmp_path / "s", arms=("clip", "sogclr", "amclr"), batches=(128,), seeds=(0,), items=False)
+    plan = yaml.safe_load((folder / "study.yaml").read_text())
+    assert "another share" not in compose(read_study(folder)).markdown
+    plan["arms"] = [
+        {"name": "clip"},
+        {"name": "sogclr", "budget_factor": 2.0},
+        {"name": "amclr", "features_of": "clip-B128", "budget_factor": None},
+    ]
+    (folder / "study.yaml").write_text(yaml.safe_dump(plan))
+    text = compose(read_study(folder)).markdown
+    assert "- another share of it: SogCLR x 2\n" in text
+    told = "- beside features of another cell, whose training and embedding are not counted: AmCLR (of clip-B128)\n"
+    assert told in text

@@ -203,6 +203,19 @@ def test_keys_that_an_older_version_did_not_have_are_no_differences(tmp_path):
     assert "model.image.taps" in {one.key for one in differences([*old, *changed])}
 
 
+def test_a_file_for_each_seed_of_an_arm_is_explained(tmp_path):
+    runs = read_study(make_study(tmp_path / "s", arms=("clip", "dcl"), batches=(128,), seeds=(0, 1))).runs
+    read = [
+        replace(
+            run, config={**run.config, "data.communities": f"{run.cell.seed}.npy" if run.cell.arm == "dcl" else None}
+        )
+        for run in runs
+    ]
+    found = {one.key: (one.by, one.values) for one in differences(read)}
+    assert found["data.communities"][0] == "arm and seed"
+    assert ("dcl, 1", "1.npy") in found["data.communities"][1]
+
+
 def test_other_axes_make_groups_of_their_own(tmp_path):
     study = read_study(
         make_study(tmp_path / "s", arms=("sogclr",), batches=(128,), axes={"objective.gamma": [0.2, 0.8]})

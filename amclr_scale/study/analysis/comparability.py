@@ -1,7 +1,7 @@
 """What is equal over a study's runs, what differs, and by what: read from the runs themselves, not from the plan.
 
 Every key of the recipe that has more than one value over the finished runs is listed with what explains it: the seed,
-the batch size, the arm, an axis, or arm and batch size together. A key of the towers, the data or the evaluation that
+the batch size, the arm, an axis, or several of them together. A key of the towers, the data or the evaluation that
 differs between arms makes them incomparable unless the difference is the arm; it is pointed out.
 """
 
@@ -30,7 +30,7 @@ class Difference:
     """A key that does not have one value.
 
     Attributes:
-        by: what explains it: seed, batch size, arm, an axis, arm and batch size, or nothing.
+        by: what explains it: seed, batch size, arm, an axis, several of them, or nothing.
         values: a few of them, each with where it stands.
         warn: it makes arms differ in what they should share.
     """
@@ -101,6 +101,7 @@ def _explain(key: str, runs: Sequence[Run], values: list[str]) -> Difference:
         "arm": lambda run: run.cell.arm,
         **{f"axis {axis}": _axis(axis) for axis in axes},
         "arm and batch size": lambda run: (run.cell.arm, run.cell.global_batch_size),
+        "arm and seed": lambda run: (run.cell.arm, run.cell.seed),
         "arm and axes": lambda run: (run.cell.arm, run.cell.variant, run.cell.lr),
         "arm, batch size and axes": lambda run: (
             run.cell.arm, run.cell.global_batch_size, run.cell.variant, run.cell.lr,

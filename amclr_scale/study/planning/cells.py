@@ -299,6 +299,12 @@ def _check(plan: StudyPlan, cells: Sequence[Planned]) -> Iterator[str]:
         yield f"reference: expected one of the cells ({', '.join(there) or 'none of this arm'}), got {arm} at {batch}"
     if any(cell.features and not isinstance(cell.config.data.train, str) for cell in cells):
         yield "data.train: expected one data set where an arm has features_of, got several"
+    sets: dict[Path, dict[str, None]] = {}
+    for cell in cells:
+        if cell.features:
+            sets.setdefault(cell.features.folder, {})[str(cell.config.data.train)] = None
+    for names in dict.fromkeys(tuple(found) for found in sets.values() if len(found) > 1):
+        yield f"data.train: expected one data set for all that read features of one cell, got {', '.join(names)}"
     yield from _check_metrics(plan, cells[0].config)
 
 

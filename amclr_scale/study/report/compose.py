@@ -1,7 +1,7 @@
 """What a study's report says, chapter by chapter, as Markdown with its tables and figures."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from scipy import special
 
@@ -86,6 +86,7 @@ def _design(report: Document, study: Study, groups: Sequence[Group]) -> None:
             f"- global batch size{'s'[: len(batches) - 1]}: {', '.join(f'{b:,}' for b in batches)}; "
             f"seeds: {', '.join(map(str, seeds))}",
             f"- held equal: {study.held_equal}. {HELD_EQUAL.get(study.held_equal, '')}",
+            *_unequal(study),
             f"- outcome: {'; '.join(_metric_words(study, i) for i in range(len(study.metrics)))}",
             f"- margin of equivalence, declared in the plan: {Unit(share).margin(study.margin)}",
             f"- reference: {reference.name if reference else _wanted(study) + ' (not finished)'}",
@@ -93,6 +94,20 @@ def _design(report: Document, study: Study, groups: Sequence[Group]) -> None:
             f"- scale: {scale_of(study)}",
         ]),
     )  # fmt: skip
+
+
+def _unequal(study: Study) -> Iterator[str]:
+    """What the plan gives to some arms beyond what is held equal."""
+    arms = study.plan.get("arms") or []
+    titles = {cell.arm: cell.title for cell in study.cells}
+    factors = {arm["name"]: arm.get("budget_factor") or 1 for arm in arms}
+    shares = [f"{titles[name]} x {factor:g}" for name, factor in factors.items() if factor != 1 and name in titles]
+    if shares:
+        yield f"- another share of it: {', '.join(shares)}"
+    others = {arm["name"]: arm["features_of"] for arm in arms if arm.get("features_of")}
+    read = [f"{titles[name]} (of {of})" for name, of in others.items() if name in titles]
+    if read:
+        yield f"- beside features of another cell, whose training and embedding are not counted: {', '.join(read)}"
 
 
 def _question(study: Study) -> str:

@@ -41,7 +41,7 @@ def run_phases(
     outcome = Outcome(0, (), False)
 
     def run(some: Sequence[Planned]) -> Outcome:
-        there, without = parted(some)
+        there, without = parted(folder, some)
         failed = tuple(cell.name for cell in without)
         for cell in without:
             say(f"{cell.name}: not started, for there are no features of {cell.features and cell.features.of}")
@@ -52,7 +52,7 @@ def run_phases(
     if first:
         outcome += run(first)
         if not outcome.interrupted:
-            make_features(folder, called(cells, pattern), cells, device_of(plan), say)
+            outcome += make_features(folder, called(cells, pattern), cells, device_of(plan), say, until)
 
     def rest(role: str) -> list[Planned]:
         early = {cell.name for cell in first}
