@@ -3,6 +3,7 @@
     python tools/benchmark_engine.py cost   --config configs/quickstart.yaml
     python tools/benchmark_engine.py memory --config configs/quickstart.yaml
     python tools/benchmark_engine.py compile --config configs/quickstart.yaml
+    python tools/benchmark_engine.py trim   --config configs/quickstart.yaml
 
 `cost`: time per sample for 0 ... n kept micro-batches of n, against all n kept (ordinary training): theory says
 (3 + (n - kept) / n) / 3. Variants run in turn, figures are medians, on a CPU the time is CPU time.
@@ -11,6 +12,8 @@ batches at one micro-batch size, beside what must grow with the batch: waiting i
 gradients.
 `compile`: gradients of towers compiled by Inductor (execution.compile) against those of plain ones, with the cache and
 without; seconds of the first step, and the time of later ones as a ratio. Needs a C++ compiler.
+`trim`: samples per second with captions of the training set in full and cut by execution.trim_texts, and how far the
+gradients are apart. On a CPU, where the tower cuts by itself, it is kept from doing so.
 """
 
 import argparse
@@ -29,6 +32,7 @@ import torch
 from amclr_scale import objectives
 from amclr_scale.config.load import load
 from amclr_scale.config.schema import Config
+from amclr_scale.data.loader import TrainLoader
 from amclr_scale.data.tokenizers import load_tokenizer
 from amclr_scale.distributed.launcher import RankInfo
 from amclr_scale.distributed.process_group import seed_everything, start
@@ -134,6 +138,39 @@ def compiled(config: Config, micro_batch: int, micro_batches: int, rounds: int) 
         }
 
 
+def trimmed(config: Config, micro_batch: int, micro_batches: int, rounds: int) -> Iterator[dict[str, Any]]:
+    """Samples per second, and the norm of the gradients, with whole captions and with cut ones."""
+    step, _, device = make_step(config, micro_batch, 1)
+    module, size = step.engine.module, micro_batch * micro_batches
+    loader = TrainLoader(config.data, seed=config.seed, global_batch_size=size)
+    batch, tower = next(loader), module.text_tower
+    loader.close()
+
+    def columns(texts: tuple[torch.Tensor, ...]) -> int | None:
+        tower.filled = False
+        try:
+            found: int | None = module.caption_columns(texts)
+        finally:
+            tower.filled = True
+        return found
+
+    tower.filled, taken = True, dict[str, list[float]]()
+    norms = dict[str, list[float]]()
+    for turn in range(rounds + 1):
+        for name, cut in (("whole", None), ("cut", columns)):
+            step.columns = cut
+            begin = _seconds(device)
+            report = step(batch, 0.0)  # which changes nothing: all steps are of the same weights
+            if turn:
+                taken.setdefault(name, []).append(size / (_seconds(device) - begin))
+                norms.setdefault(name, []).append(report.grad_norm)
+    encoded = [columns((texts,)) or 0 for texts in batch.texts[0].split(micro_batch)]
+    for name, rates in taken.items():
+        tokens = statistics.mean(encoded) if name == "cut" else batch.texts[0].shape[1]
+        rate = statistics.median(rates)
+        yield {"captions": name, "tokens": tokens, "samples_per_s": rate, "grad_norm": norms[name][0]}
+
+
 def one_memory(config: Config, micro_batch: int, batch_size: int) -> dict[str, float]:
     """Peak of one step in this process, in MiB beyond what was held before the batch was made."""
     step, vocabulary, device = make_step(config, micro_batch, 0)
@@ -169,7 +206,7 @@ def memory(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
 def main() -> None:
     """Print a table, and write JSON if asked to."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["cost", "memory", "compile", "one"], help="one: what `memory` starts")
+    parser.add_argument("what", choices=["cost", "memory", "compile", "trim", "one"], help="one: what `memory` starts")
     parser.add_argument("--config", default="configs/quickstart.yaml")
     parser.add_argument("--micro-batch", type=int, default=64)
     parser.add_argument("--micro-batches", type=int, default=8, help="cost: of one batch")
@@ -183,7 +220,7 @@ def main() -> None:
         print(json.dumps(one_memory(config, arguments.micro_batch, arguments.batches[0])))
         return
     rows: list[dict[str, Any]] = []
-    found = {"cost": cost, "compile": compiled}.get(arguments.what)
+    found = {"cost": cost, "compile": compiled, "trim": trimmed}.get(arguments.what)
     several = (arguments.micro_batch, arguments.micro_batches, arguments.rounds)
     for row in memory(arguments) if found is None else found(config, *several):
         rows.append(row)

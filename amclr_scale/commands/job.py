@@ -202,7 +202,7 @@ def build_job(
     phases = Phases(device)
     step = TrainStep(
         trainer.engine, trainer.objective, micro_batch_sizes=plan.micro_batch_sizes, kept=plan.kept, device=device,
-        phases=phases, teacher=trainer.teacher,
+        phases=phases, teacher=trainer.teacher, trim_texts=config.execution.trim_texts,
         advice=lambda phase: advise_about(config, rank_info, loader.num_samples, device, phase),
     )  # fmt: skip
     step.steps = begin

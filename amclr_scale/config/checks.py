@@ -235,6 +235,8 @@ def _execution(config: Config, world_size: int) -> list[str]:
             f"execution.zero_stage: expected 1 or more, where ZeRO keeps fp32 masters of {execution.precision} "
             "weights, got 0"
         )
+    if execution.trim_texts and execution.compile:
+        lines.append("execution.trim_texts: expected false beside execution.compile, which wants one shape, got true")
     if offload == "optimizer" and stage == 0 and not chosen_later:
         lines.append("execution.offload: optimizer states move to the host at zero_stage 1, 2 or 3, got 0")
     if offload == "parameters" and stage != 3 and not chosen_later:

@@ -57,6 +57,9 @@ class Execution(Section):
     """Activation recomputation in the image tower: none, full (every block), or k: every k-th block."""
     recompute_text: Literal["none", "full"] | Positive = "none"
     """Activation recomputation in the text tower."""
+    trim_texts: bool = False
+    """Cut every micro-batch of captions after its longest one, to a multiple of 8 tokens, so that padding which all of
+    them have is not computed. On a CPU towers do so by themselves."""
     compile: bool = False
     """torch.compile both towers."""
     profile: Annotated[int, Field(ge=0)] = 0

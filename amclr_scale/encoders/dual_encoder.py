@@ -23,6 +23,7 @@ from amclr_scale.encoders.freezing import Kept, hold_still, is_trained
 from amclr_scale.encoders.recomputation import Recomputation, blocks, set_recomputation
 from amclr_scale.encoders.resting import RestingTower
 from amclr_scale.encoders.taps import Taps
+from amclr_scale.encoders.text_towers import PooledTower
 from amclr_scale.encoders.tokens import Place, Side, check_tokens
 from amclr_scale.errors import UserError
 
@@ -236,6 +237,16 @@ class DualEncoder(nn.Module):
         missing = ids.shape[1] - features.shape[1]  # on a CPU the tower ends with the longest caption
         raw = F.pad(torch.cat([pooled[:, None], features], 1), (0, 0, 0, missing))
         return raw, self.text_head(raw), F.pad(visible, (0, missing))
+
+    def caption_columns(self, texts: tuple[Tensor, ...]) -> int | None:
+        """After how many tokens captions, on the host, may be cut, a multiple of 8; None: not at all.
+
+        Where tokens or inner layers are compared too, or the tower is not one of ours, captions stay as they are.
+        """
+        tower, uncut = self.text_tower, "text" in self.tokens or "text" in self.taps
+        if uncut or not isinstance(tower, PooledTower) or not texts:
+            return None
+        return min(texts[0].shape[1], -(-max(map(tower.columns, texts)) // 8) * 8)
 
     def raw_embeddings(self, images: Tensor, texts: Tensor) -> tuple[Tensor, Tensor]:
         """Embeddings before they are brought to unit length, (b, D) of pictures and of captions.

@@ -19,7 +19,7 @@ A tower that is frozen as a whole is run in step 1 alone: what it gave is kept, 
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -57,6 +57,7 @@ def cached_backward(
     lend: Callable[[], Mapping[str, Tensor]] | None = None,
     lend_first: bool = True,
     see: Callable[[Mapping[str, Tensor]], Any] = Embeddings.from_flat,
+    columns: Callable[[Views], int | None] | None = None,
 ) -> CachedStep:
     """Leave in every parameter the gradient of `objective` over the whole batch.
 
@@ -74,6 +75,7 @@ def cached_backward(
         phases: where seconds go.
         lend: what else the objective sees, by flat name: features of a teacher, without gradient.
         lend_first: ask for it before step 1, while no graph is alive, or after it.
+        columns: how many tokens of a micro-batch's captions are encoded; None: all.
         see: makes what the objective is given of everything by flat name.
     """
     phases = phases or Phases(device)
@@ -82,6 +84,8 @@ def cached_backward(
         with phases("teacher"):
             lent = lend()
     micro_batches = split(batch, *micro_batch_sizes)
+    if columns is not None:
+        micro_batches = [replace(one, columns=columns(one.texts)) for one in micro_batches]
     first_kept = max(0, len(micro_batches) - kept)
     states: list[RandomState] = []
     graphs: list[dict[str, Tensor]] = []

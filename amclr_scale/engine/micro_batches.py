@@ -18,22 +18,25 @@ Views = tuple[Tensor, ...]
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """What is encoded at once: rows of the batch, where the loader left them."""
+    """What is encoded at once: rows of the batch, where the loader left them, and how many tokens of its captions."""
 
     rows: slice
     images: Views
     texts: Views
+    columns: int | None = None  # None: all
 
     def to(self, device: torch.device) -> "MicroBatch":
         """On the device; from pinned host memory the host does not wait for the copy."""
         images, texts = ([view.to(device, non_blocking=True) for view in views] for views in (self.images, self.texts))
+        if self.columns is not None:  # cut there: a copy of part of pinned memory would be waited for
+            texts = [view[:, : self.columns] for view in texts]
         return MicroBatch(self.rows, tuple(images), tuple(texts))
 
     def with_features(self, features: Mapping[str, Tensor]) -> "MicroBatch":
         """With what frozen towers gave for all views, (b (1 + V), width) by side, instead of these."""
         views = {"image": self.images, "text": self.texts}
         found = {f"{side}s": torch.split(rows, [len(view) for view in views[side]]) for side, rows in features.items()}
-        return replace(self, **found)  # type: ignore[arg-type]
+        return replace(self, **found, columns=None if "text" in features else self.columns)  # type: ignore[arg-type]
 
 
 def split(batch: Batch, image_size: int, text_size: int) -> list[MicroBatch]:

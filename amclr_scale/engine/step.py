@@ -62,6 +62,7 @@ class TrainStep:
         micro_batch_sizes: images and texts encoded at once.
         kept: micro-batches whose graphs are kept between the two passes.
         teacher: a moving average that follows every step, and lends what the objective asks for.
+        trim_texts: encode micro-batches of captions no further than their longest one (execution.trim_texts).
         advice: what to turn down, given the phase in which memory ran out. Asked only then; may take seconds.
     """
 
@@ -75,11 +76,13 @@ class TrainStep:
         phases: Phases,
         kept: int = 1,
         teacher: Teacher | None = None,
+        trim_texts: bool = False,
         advice: Callable[[str], str] | None = None,
     ):
         self.engine, self.objective, self.device, self.phases = engine, objective, device, phases
         self.advice, self.teacher = advice, teacher
         self.micro_batch_sizes, self.kept = micro_batch_sizes, kept
+        self.columns = engine.module.caption_columns if trim_texts else None
         self.stage = int(engine.zero_optimization_stage())
         self.sums = GradientSums(engine.module.parameters())
         self.steps = 0
@@ -139,6 +142,7 @@ class TrainStep:
             one_reduction=self._one_reduction(len(batch)),
             again=lambda: keep_statistics(self.engine.module),
             phases=self.phases,
+            columns=self.columns,
             lend=(lambda: teacher.lend(batch, self.micro_batch_sizes)) if teacher and lends else None,
             lend_first=teacher is None or teacher.first,
         )

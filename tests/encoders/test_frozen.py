@@ -42,7 +42,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any], tuple[str, ...]]] = {
 }  # fmt: skip
 
 
-def model(image: dict[str, Any], text: dict[str, Any], dropout: float = 0.0) -> DualEncoder:
+def model(image: dict[str, Any], text: dict[str, Any], dropout: float = 0.0, length: int = 5) -> DualEncoder:
     """With BatchNorm, whose statistics are neither 0 and 1 nor those of a batch."""
     torch.manual_seed(0)
     sections = Model(
@@ -51,7 +51,7 @@ def model(image: dict[str, Any], text: dict[str, Any], dropout: float = 0.0) -> 
     )  # fmt: skip
     mean = (0.5, 0.5, 0.5)
     made = build_model(
-        sections, vocab_size=30, pad_id=0, context_length=5, image_size=16, image_mean=mean, image_std=mean
+        sections, vocab_size=30, pad_id=0, context_length=length, image_size=16, image_mean=mean, image_std=mean
     )
     g = torch.Generator().manual_seed(1)
     for module in made.modules():

@@ -3,10 +3,17 @@
 from contextlib import contextmanager
 from unittest import mock
 
+import pytest
 import torch
 
+from amclr_scale import objectives
+from amclr_scale.config.load import build
 from amclr_scale.engine import micro_batches
+from amclr_scale.engine.gradient_cache import cached_backward
 from amclr_scale.engine.micro_batches import MicroBatch, on_device, split
+from amclr_scale.errors import UserError
+from amclr_scale.types import Batch
+from tests.encoders.test_frozen import WHOLE, model
 from tests.engine.towers import global_batch
 
 CUDA, N = torch.device("cuda", 0), 6
@@ -68,3 +75,43 @@ def test_copies_run_beside_kernels_and_wait_for_whoever_may_still_read_their_mem
             if 0 < n < N - 1:
                 assert f"encode {turn}.{n - 1}" in copies.before[f"copy {turn}.{n + 1}"], "its memory may be read yet"
     assert f"encode 0.{N - 1}" in copies.before["copy 1.0"]
+
+
+@pytest.mark.parametrize("text", [{}, WHOLE])
+def test_captions_are_cut_after_the_longest_of_their_micro_batch(text):
+    """The tower, which cuts by itself on a CPU, is kept from it; the gradient is that of whole captions."""
+    g, gradients, seen = torch.Generator().manual_seed(0), [], []
+    texts = torch.randint(1, 30, (8, 24), generator=g)
+    for row, length in enumerate((3, 5, 2, 8, 20, 1, 2, 11)):
+        texts[row, length:] = 0
+    images = torch.randint(0, 256, (8, 3, 16, 16), generator=g, dtype=torch.uint8)
+    for cut in (False, True):
+        made = model(WHOLE, text, length=24).double()
+        columns = [made.caption_columns((texts[rows],)) for rows in (slice(0, 4), slice(4, 8))]
+        made.text_tower.filled = True
+        made.text_tower.tokens.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].shape[1]))
+        given = iter(columns)
+        cached_backward(
+            made, objectives.create("clip"), Batch(torch.arange(8), (images,), (texts,)), micro_batch_sizes=(4, 4),
+            device=torch.device("cpu"), kept=1, columns=(lambda _, given=given: next(given)) if cut else None,
+        )  # fmt: skip
+        assert columns == [8, 24]
+        gradients.append({name: p.grad for name, p in made.named_parameters() if p.grad is not None})
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=0, atol=1e-12)
+    runs = 2 if text else 3  # a frozen tower is not run again
+    assert seen == [24] * runs + [8, 24, 8][:runs]
+
+
+def test_captions_that_something_else_compares_stay_whole():
+    made = model({}, {})
+    texts = (torch.tensor([[1, 2, 0, 0, 0]]),)
+    assert made.caption_columns(texts) == 5
+    assert made.caption_columns(()) is None
+    made.tokens = ("text",)
+    assert made.caption_columns(texts) is None
+    made.tokens = ()
+    made.rest("text")
+    assert made.caption_columns(texts) is None
+    execution = {"trim_texts": True, "compile": True}
+    with pytest.raises(UserError, match=r"execution\.trim_texts: expected false beside execution\.compile"):
+        build({"train": {"samples": 256}, "execution": execution})

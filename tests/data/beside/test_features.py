@@ -252,6 +252,7 @@ def test_captions_of_which_one_is_drawn_have_no_features(tmp_path):
         list(write_features(config(tmp_path, ("text",), data__caption="json.captions"), device="cpu", batch_size=8))
 
 
+@pytest.mark.slow
 def test_account_without_the_tower(made, tmp_path):
     """Known before the file is there: no activations and no weights of the tower on the device, no pictures."""
     big = {"model__image__width": 32, "data__image_size": 64, "execution__micro_batch_size": 8}
