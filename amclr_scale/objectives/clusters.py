@@ -1,7 +1,8 @@
 """Clusters of embeddings that follow training: k-means by moving averages, the same on any number of ranks.
 
-A cluster c is a moving sum S_c of its members' rows and a moving mass p_c; its mean is mu_c = S_c / p_c. In each step,
-of the B rows x_j of all ranks and with weight gamma of the newest batch:
+A cluster c is a moving sum S_c of its members' rows and a moving mass p_c; its mean is mu_c = S_c / p_c. Kept are
+p_c and mu_c: where nobody joins, S_c and p_c fade out of float32, and the mean stays. In each step, of the B rows x_j
+of all ranks and with weight gamma of the newest batch:
 
     a cluster without members for `idle_steps` steps begins anew, with the row farthest from its nearest mean
     c(j) = the cluster whose mean is nearest to x_j, in Euclidean distance
@@ -33,16 +34,11 @@ from amclr_scale.similarity import all_gather, all_sum, rank
 
 @dataclass(frozen=True)
 class Clustering:
-    """C clusters; the sums have a gradient into the newest rows, as if these were all of them."""
+    """C clusters; means have a gradient into the newest rows, as if these were all of them."""
 
-    sums: Tensor  # (C, D)
+    means: Tensor  # (C, D); 0 where nothing has joined
     mass: Tensor  # (C,), 0 where nothing has joined; the sum grows to 1
     idle: Tensor  # (C,), steps since somebody joined, up to `idle_steps`
-
-    @property
-    def means(self) -> Tensor:
-        """(C, D); 0 where nothing has joined."""
-        return self.sums / torch.where(self.mass > 0, self.mass, 1.0)[:, None]
 
     @property
     def log_shares(self) -> Tensor:
@@ -71,7 +67,7 @@ class Clusters(Inner):
         def shapes(width: int) -> dict[str, tuple[int, ...]]:
             found: dict[str, tuple[int, ...]] = {}
             for name, count in counts.items():
-                found |= {f"{name}.sums": (count, width), f"{name}.mass": (count,), f"{name}.idle": (count,)}
+                found |= {f"{name}.means": (count, width), f"{name}.mass": (count,), f"{name}.idle": (count,)}
             return found
 
         super().__init__(shapes, ("weights",), ())
@@ -92,7 +88,7 @@ class Clusters(Inner):
             return Clustering(*(rows.new_zeros(shape) for shape in ((count, rows.shape[1]), (count,), (count,))))
         self.ready(rows)
         at = self.shaped(self.weights)
-        return Clustering(*(at[f"{name}.{what}"].to(rows.dtype) for what in ("sums", "mass", "idle")))
+        return Clustering(*(at[f"{name}.{what}"].to(rows.dtype) for what in ("means", "mass", "idle")))
 
     def join(self, name: str, rows: Tensor) -> tuple[Tensor, Clustering]:
         """What a step makes of a clustering, which is not kept yet, and whom each row joins, (b,) int64.
@@ -101,20 +97,23 @@ class Clusters(Inner):
             name: of the clustering.
             rows: (b, D) of this rank, at least float32.
         """
-        old, held = self.of(name, rows), rows.detach()
+        old, x = self.of(name, rows), rows.detach()
         with torch.no_grad(), torch.autocast(rows.device.type, enabled=False):
             alive = (old.mass > 0) & (old.idle < self.idle_steps)
-            means, new = self._begin(old.means, alive, held)
-            mine = _distances(held, means, alive | new).argmin(1)
+            means, new = self._begin(old.means, alive, x)
+            mine = _distances(x, means, alive | new).argmin(1)
             member = (mine[:, None] == torch.arange(len(means), device=rows.device)).to(rows.dtype)  # (b, C)
         with torch.autocast(rows.device.type, enabled=False), purpose(STATE):
             fresh = all_sum(torch.cat([member.T @ rows, member.sum(0)[:, None]], 1)) / global_batch_size(rows)
-        before = (1 - self.gamma) * alive.to(rows.dtype)
-        mass = before * old.mass + self.gamma * fresh[:, -1].detach()
-        idle = torch.where(fresh[:, -1] > 0, 0.0, old.idle + 1).clamp(max=self.idle_steps)
-        newest = fresh[:, :-1]
-        sums = before[:, None] * old.sums + self.gamma * newest.detach() + (newest - newest.detach())
-        return mine, Clustering(sums, mass, idle)
+        least = torch.finfo(rows.dtype).tiny if self.gamma < 1 else 0.0  # what is idle is there until it begins anew
+        before = torch.where(alive, ((1 - self.gamma) * old.mass).clamp(min=least), 0.0)
+        share, newest = fresh[:, -1].detach(), fresh[:, :-1]
+        mass = before + self.gamma * share
+        idle = torch.where(share > 0, 0.0, old.idle + 1).clamp(max=self.idle_steps)
+        sums = before[:, None] * old.means + self.gamma * newest.detach() + (newest - newest.detach())
+        joined, held = (share > 0)[:, None], (mass > 0)[:, None]
+        moved = sums / torch.where(joined, mass[:, None], 1.0)
+        return mine, Clustering(torch.where(joined, moved, torch.where(held, old.means, 0.0)), mass, idle)
 
     @purpose(STATE)
     def _begin(self, means: Tensor, alive: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -131,13 +130,13 @@ class Clusters(Inner):
     def store(self, clusterings: Mapping[str, Clustering]) -> None:
         """Keep what `join` made of all clusterings, once the step has been applied."""
         if not self.width:
-            sums = next(iter(clusterings.values())).sums
-            self.make(sums.shape[1], sums.device)
-            self.ready(sums)
+            means = next(iter(clusterings.values())).means
+            self.make(means.shape[1], means.device)
+            self.ready(means)
         parts = {
             f"{name}.{what}": getattr(one, what).detach()
             for name, one in clusterings.items()
-            for what in ("sums", "mass", "idle")
+            for what in ("means", "mass", "idle")
         }
         self.keep({}, weights=self.flat(parts))
 

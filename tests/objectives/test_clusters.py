@@ -58,7 +58,8 @@ class Plain:
         return mine, found
 
     def flat(self) -> list[Tensor]:
-        return [self.sums.flatten(), *(torch.tensor(x, dtype=torch.float64) for x in (self.mass, self.idle))]
+        means = self.sums / torch.tensor([mass or 1.0 for mass in self.mass], dtype=torch.float64)[:, None]
+        return [means.flatten(), *(torch.tensor(x, dtype=torch.float64) for x in (self.mass, self.idle))]
 
 
 def pamc(count: int, gamma: float, idle_steps: int, temperature: float | None):
@@ -183,6 +184,20 @@ def test_means_give_less_than_the_keys_do():
     for found, exact in zip(objective.log_means(e, B), batch.log_means(e, B), strict=True):
         assert (found < exact).all()
     assert objective(e).metrics["clusters"] <= 3 + 1e-9
+
+
+def test_a_cluster_that_nobody_joins_stays_until_it_begins_anew():
+    """In float32 too, of which its mass has long gone out: 0.2^100."""
+    far, near = torch.eye(8)[:1], torch.nn.functional.normalize(torch.eye(8)[1:2] + 0.1 * torch.eye(8)[2:6], dim=1)
+    clusters = Clusters({"x": 2}, 0.8, 100)
+    for step in range(102):
+        _, found = clusters.join("x", torch.cat([far if step == 0 else near[:1], near]))
+        clusters.store({"x": found})
+        if step <= 100:
+            assert torch.equal(found.means[0], far[0])
+            assert (found.idle[0], found.mass[0] > 0) == (step, True)
+    assert found.means[0] @ far[0] == 0
+    assert found.mass.sum() > 0.5
 
 
 def test_an_anchor_whose_keys_all_have_weight_0_says_nothing():

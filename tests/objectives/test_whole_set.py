@@ -208,9 +208,7 @@ def network_error(name):
         for z, side in ((new.image, "text"), (new.text, "image")):
             clusters = objective.clusters.of(side, z)
             shares = clusters.mass / clusters.mass.sum()
-            estimates.append(
-                (shares * (z @ (clusters.sums / clusters.mass[:, None]).T / T - own[:, None]).exp()).sum(1)
-            )
+            estimates.append((shares * (z @ clusters.means.T / T - own[:, None]).exp()).sum(1))
     elif name == "neuclip":
         sides = zip((new.image, new.text), objective.network.shaped(objective.network.weights).values(), strict=True)
         estimates = [
