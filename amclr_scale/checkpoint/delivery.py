@@ -147,19 +147,22 @@ class Delivery:
         """What else away ranks have written goes to rank 0's node, and word that the run is finished to the others.
 
         Raises:
-            OSError: rank 0's node, or this one, does not take it.
+            AgreedError: on every rank: some node does not take it.
         """
         mine = list[Written]()
         if self.carries:
             found = sorted(path for name in FURTHER for path in (self.folder / name).rglob("*") if path.is_file())
             mine = [files.describe(path, self.folder) for path in found]
         _, problem = self.collect(self.folder, gather_objects(mine))
-        if problem:
-            raise OSError(problem)
+        together(problem, "run.folder: expected what other nodes have written to arrive on rank 0's")
         result = self.folder / marks.RESULT
         text = broadcast_object(result.read_text() if self.rank == 0 and result.exists() else "")
         if self.carries and text:
-            result.write_text(text)
+            try:
+                result.write_text(text)
+            except OSError as error:
+                problem = f"{result.absolute()} cannot be written: {error.strerror}"
+        together(problem, "run.folder: expected a folder of its own on every node (run.shared=false)")
 
 
 def arrange(folder: Path, lock: RunLock, rank: int) -> Delivery | None:

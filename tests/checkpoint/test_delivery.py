@@ -190,6 +190,21 @@ def messages(home: str) -> list[str]:
         carrying.asked.tell()
     carrying.pass_on_request()
     told.append((run / marks.ASKED).exists())
+    if me:
+        (run / "profile").mkdir()
+        (run / "profile" / "rank1.json").write_text("{}")
+        (run / marks.RESULT).unlink(missing_ok=True)
+    else:
+        (run / marks.RESULT).write_text('{"a": 1}')
+    carrying.finish()
+    told.append((run / marks.RESULT).read_text())
+    if me:
+        (run / marks.RESULT).unlink()
+        (run / marks.RESULT).mkdir()
+    try:
+        carrying.finish()
+    except AgreedError as error:
+        told.append(str(error))
     lock.release()
     return told
 
@@ -204,7 +219,12 @@ def test_what_does_not_arrive_whole_is_not_taken(ranks, tmp_path):
         assert words.startswith("piece of rank 1 (")
         assert words.endswith("has not arrived as it was written")
     assert rest == other
-    room, damage, asked = rest
+    room, damage, asked, result, unfinished = rest
+    assert result == '{"a": 1}'
+    assert unfinished.startswith("run.folder: expected a folder of its own on every node (run.shared=false), got: ")
+    assert "evaluation.json cannot be written: Is a directory on rank 1 (" in unfinished
+    assert names(tmp_path / "a" / "run" / "profile") == ["rank1.json"]
+    assert names(tmp_path / "b" / "run" / "profile") == []
     assert room.startswith("run.folder: expected room on each node for the checkpoint that the run goes on from, got: ")
     assert "0 MiB free in" in room
     assert damage.startswith("resume: expected the checkpoint to arrive on every node, got: state.json has not arrived")
