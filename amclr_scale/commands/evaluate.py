@@ -188,7 +188,7 @@ def _run_splits(options: argparse.Namespace, rank_info: RankInfo, device: Any) -
         evaluator = Evaluator(config, rank=rank_info.rank, world_size=rank_info.world_size, reading=loaded.reading)
         use_statistics(loaded, config.data)
         name = checkpoint if loaded.name in results else loaded.name
-        precision[name] = compute_in(loaded, options.precision)
+        precision[name] = compute_in(loaded, options.precision, device)
         prompts = prompts or evaluator.prompts()
         model = loaded.model.to(device)
         begin = time.perf_counter()

@@ -119,7 +119,7 @@ def _momentum(config: Config) -> list[str]:
         )
     if not cosine and momentum.decay == 1:
         lines.append("model.momentum.decay: expected less than 1, where the average never moves, got 1.0")
-    if momentum.precision == "fp32" and execution.precision != "fp32" and execution.zero_stage == 3:
+    if momentum.precision == "fp32" and execution.halves_weights and execution.zero_stage == 3:
         lines.append(
             "model.momentum.precision: at execution.zero_stage=3 the average computes in the shares of the weights, "
             f"expected run, got fp32 beside execution.precision={execution.precision}"
@@ -230,7 +230,7 @@ def _execution(config: Config, world_size: int) -> list[str]:
     execution, lines = config.execution, []
     stage, offload = execution.zero_stage, execution.offload
     chosen_later = execution.auto and "zero_stage" not in execution.model_fields_set
-    if execution.precision != "fp32" and stage == 0 and not chosen_later:
+    if execution.halves_weights and stage == 0 and not chosen_later:
         lines.append(
             f"execution.zero_stage: expected 1 or more, where ZeRO keeps fp32 masters of {execution.precision} "
             "weights, got 0"
@@ -309,6 +309,7 @@ GENERATED = {
     "bf16": "execution.precision",
     "fp16": "execution.precision",
     "amp": "execution.precision",
+    "torch_autocast": "execution.precision",
     "zero_optimization.stage": "execution.zero_stage",
     "zero_optimization.offload_optimizer": "execution.offload",
     "zero_optimization.offload_param": "execution.offload",

@@ -21,8 +21,8 @@ class Similarity(Section):
     where it can, and the log says which."""
     precision: Literal["auto", "fp32", "split", "bf16"] = "auto"
     """Of the operands of matrix products; similarities, exponents and sums are float32 always. bf16: rounded; split:
-    each number as a sum of two bfloat16, three products for one. auto: fp32 in a run of that precision and on CPUs,
-    else bf16 (docs/similarity.md says why, and what it costs)."""
+    each number as a sum of two bfloat16, three products for one. auto: fp32 in a run of fp32 or tf32 and on CPUs,
+    else split (docs/similarity.md says why, and what it costs)."""
     distribution: Literal["auto", "column_sums", "two_blocks", "reduce_scatter"] = "auto"
     """How ranks share the matrix products (docs/similarity.md)."""
     cache_mib: Annotated[int, Field(ge=0)] = 0
@@ -73,9 +73,11 @@ class Execution(Section):
     parameters."""
     offload: Literal["none", "optimizer", "parameters"] = "none"
     """Keep in host memory: optimizer states (stages 1 to 3), or parameters as well (stage 3)."""
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """Of parameters and activations; bf16 and fp16 need zero_stage 1 or more. Similarities, log-sums and optimizer
-    states stay fp32. fp16 scales the loss and skips steps that overflow."""
+    precision: Literal["fp32", "tf32", "amp_bf16", "bf16", "fp16"] = "fp32"
+    """Of the towers. tf32: fp32 whose products round their operands to 10 bits (CUDA alone). amp_bf16: fp32 parameters,
+    products in bf16 by torch.autocast. bf16, fp16: parameters and activations, with fp32 masters, which need zero_stage
+    1 or more; fp16 scales the loss and skips steps that overflow. Similarities, log-sums and optimizer states stay
+    fp32. docs/engine.md compares them."""
     workers: Annotated[int, Field(ge=0)] = 0
     """Processes per rank that read and decode; 0: the rank itself. Does not change the batches."""
     threads: Positive | None = None
@@ -83,6 +85,11 @@ class Execution(Section):
     sample_state: Literal["auto", "replicated", "sharded"] = "auto"
     """Per-sample state of the objective: on every rank, or cut over ranks by id."""
     similarity: Similarity = Similarity()
+
+    @property
+    def halves_weights(self) -> bool:
+        """Whether parameters are in half precision, beside fp32 masters."""
+        return self.precision in ("bf16", "fp16")
 
 
 class Checkpoint(Section):

@@ -26,6 +26,7 @@ from amclr_scale.encoders.taps import Taps
 from amclr_scale.encoders.text_towers import PooledTower
 from amclr_scale.encoders.tokens import Place, Side, check_tokens
 from amclr_scale.errors import UserError
+from amclr_scale.precision import products_of
 
 Encoded = tuple[Tensor, Tensor, Tensor | None]  # the tower's features, the head's, and which tokens there are
 LOG_SCALE_BOUNDS = (0.0, math.log(100))  # CLIP's: a temperature between 0.01 and 1
@@ -72,6 +73,7 @@ class DualEncoder(nn.Module):
         kept: of towers that are frozen, the modules that train all the same (encoders/freezing.py).
         depths: of the towers' parameters by name, where they were asked for (encoders/depths.py).
         tokens: of which sides every forward gives tokens too, as the objective in training reads them.
+        computes_in: how products of towers and heads are made, by a name of `execution.precision`.
     """
 
     def __init__(
@@ -103,6 +105,7 @@ class DualEncoder(nn.Module):
         self.image_tokens = image_tokens
         self.tokens: tuple[Side, ...] = ()
         self.widths: dict[str, int] = {}
+        self.computes_in = "fp32"
         self.notes = notes
 
     def forward(
@@ -133,6 +136,17 @@ class DualEncoder(nn.Module):
             them there are. In training, of each tower that is frozen as a whole, also frozen_features: by side,
             (b (1 + V), width), or (b (1 + V), 1 + n, width), of all views, with what is tapped beside.
         """
+        with products_of(self.computes_in, self.logit_scale.device):  # DeepSpeed ends an autocast around its engine
+            out, frozen = self._encode(images, texts, features, tokens)
+        out["logit_scale"] = _at_least_float32(self.logit_scale).exp()
+        out["logit_bias"] = _at_least_float32(self.logit_bias)
+        found = out if self.parts is None else {**out, **self._outputs_of_parts(out)}
+        return {**found, "frozen_features": frozen} if frozen else found
+
+    def _encode(
+        self, images: tuple[Tensor, ...], texts: tuple[Tensor, ...], features: bool, tokens: bool | None
+    ) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """What towers and heads make of it; and of frozen towers, their features by side."""
         device, dtype = self.logit_scale.device, self.logit_scale.dtype
         out: dict[str, Any] = {}
         frozen: dict[str, Tensor] = {}
@@ -164,10 +178,7 @@ class DualEncoder(nn.Module):
                 out[f"{name}_features"] = (raw if raw.dim() == 2 else raw[:, 0])[: len(views[0])]
             if self.training and not is_trained(tower := getattr(self, f"{name}_tower")) and not _rests(tower):
                 frozen[name] = torch.cat([raw, *tapped], 1) if tapped else raw
-        out["logit_scale"] = _at_least_float32(self.logit_scale).exp()
-        out["logit_bias"] = _at_least_float32(self.logit_bias)
-        found = out if self.parts is None else {**out, **self._outputs_of_parts(out)}
-        return {**found, "frozen_features": frozen} if frozen else found
+        return out, frozen
 
     def train(self, mode: bool = True) -> "DualEncoder":
         """Training mode, in which what is frozen stays in evaluation mode; or evaluation mode."""

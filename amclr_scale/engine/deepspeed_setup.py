@@ -27,7 +27,7 @@ from amclr_scale.metrics.devices import device_peak
 from amclr_scale.metrics.flops import ModelFlops
 from amclr_scale.metrics.throughput import Throughput
 from amclr_scale.objectives.base import Objective
-from amclr_scale.precision import DTYPES
+from amclr_scale.precision import DTYPES, has_tf32
 
 REDUCE_BUCKET = 500_000_000  # DeepSpeed's default, in elements
 
@@ -61,7 +61,7 @@ def deepspeed_config(config: Config, world_size: int, folder: Path = Path()) -> 
         generated["comms_logger"] = {"enabled": True, "verbose": False}
         flops = str(folder / "profile" / "flops.txt")
         generated["flops_profiler"] = {"enabled": True, "profile_step": SKIPPED, "output_file": flops}
-    if execution.precision != "fp32":
+    if execution.halves_weights:
         generated["communication_data_type"] = "fp32"  # the mean over ranks is taken in fp32, whatever is sent
     return merge(generated, config.deepspeed)
 
@@ -87,11 +87,14 @@ def adapt_to_objective(model: DualEncoder, objective: Objective, embedding_width
 
 
 def prepare_towers(model: DualEncoder, execution: Execution) -> None:
-    """Switch on activation recomputation and compilation, in this order: what is compiled then recomputes too.
+    """Say what products are made in, and switch on activation recomputation and compilation.
+
+    In this order: what is compiled recomputes too.
 
     Raises:
         UserError: a tower has fewer blocks than execution.recompute_... counts, or what it has inside is to be read.
     """
+    model.computes_in = execution.precision
     for tower, recomputation in (("image", execution.recompute_image), ("text", execution.recompute_text)):
         if isinstance(getattr(model, f"{tower}_tower"), RestingTower):
             continue
@@ -126,7 +129,7 @@ def build_engine(
     `factors` are the model's (`parameter_groups`).
 
     Raises:
-        UserError: fp16 is not supported here, or nothing is trained.
+        UserError: fp16 or tf32 is not supported here, or nothing is trained.
     """
     freeze(model.named_parameters(), config.optimizer, factors)
     model.train(model.training)  # but for what is frozen
@@ -142,6 +145,11 @@ def build_engine(
 
     if config.execution.precision == "fp16" and not deepspeed.accelerator.get_accelerator().is_fp16_supported():
         raise UserError(f"execution.precision: fp16 is not supported on {device}; choose bf16 or fp32")
+    if config.execution.precision == "tf32" and not has_tf32(device):
+        raise UserError(
+            "execution.precision: tf32 is how CUDA devices of compute capability 8.0 and later multiply, expected "
+            f"another one on {device}; choose fp32"
+        )
     generated = deepspeed_config(config, world_size, folder)
     # DeepSpeed sets the whole bucket aside, 2 GB of float32, however small the model is.
     generated["zero_optimization"].setdefault("reduce_bucket_size", min(REDUCE_BUCKET, trained))

@@ -20,6 +20,7 @@ from amclr_scale.engine.zero.master_weights import clamp_
 from amclr_scale.metrics.phases import Phases
 from amclr_scale.objectives.base import Objective
 from amclr_scale.objectives.staging import staged
+from amclr_scale.precision import products_of
 from amclr_scale.types import Batch, Embeddings, Loss
 
 
@@ -83,6 +84,8 @@ class TrainStep:
         self.advice, self.teacher = advice, teacher
         self.micro_batch_sizes, self.kept = micro_batch_sizes, kept
         self.columns = engine.module.caption_columns if trim_texts else None
+        computes_in = getattr(engine.module, "computes_in", "fp32")
+        self._backward_in = "tf32" if computes_in == "tf32" else "fp32"  # what else it is, the graph says
         self.stage = int(engine.zero_optimization_stage())
         self.sums = GradientSums(engine.module.parameters())
         self.steps = 0
@@ -94,7 +97,8 @@ class TrainStep:
     def _backward(self, surrogate: Tensor) -> None:
         if self.stage == 0:  # no coalesce_grad_reduction there: short of the boundary, ranks exchange nothing
             self.engine.set_gradient_accumulation_boundary(False)
-        self.engine.backward(surrogate, scale_wrt_gas=False)
+        with products_of(self._backward_in, self.device):
+            self.engine.backward(surrogate, scale_wrt_gas=False)
         self.sums.flush()
 
     @contextmanager

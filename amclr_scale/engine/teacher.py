@@ -66,7 +66,7 @@ class Teacher:
     ):
         self.settings, self.engine, self.total_steps, self.device = settings, engine, total_steps, device
         self.lends, self.layers = tuple(lends), layers
-        self.dtype = DTYPES[precision if settings.precision == "run" else settings.precision]
+        self.computes_in = precision if settings.precision == "run" else settings.precision
         self.kept = () if settings.scale else SCALE
         self.weights = AveragedWeights(engine)
         self.buffers = {name: _copy(buffer) for name, buffer in self._own_buffers().items()}
@@ -109,13 +109,17 @@ class Teacher:
             return
         own, training = self._own_buffers(), self.engine.training
         before = {name: buffer.clone() for name, buffer in own.items()}
+        module = self.engine.module
+        students = getattr(module, "computes_in", "fp32")
         self._within = True
         self.engine.eval()
         try:
             _put(own, self.buffers)
-            with RandomState(self.device), self.weights.in_module(self.dtype, self.kept):
+            module.computes_in = self.computes_in
+            with RandomState(self.device), self.weights.in_module(DTYPES[self.computes_in], self.kept):
                 yield
         finally:
+            module.computes_in = students
             _put(own, before)
             self.engine.train(training)
             self._within = False

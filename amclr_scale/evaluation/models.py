@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from amclr_scale.config.load import load
@@ -20,12 +21,12 @@ from amclr_scale.config.schema import Config, Data
 from amclr_scale.data.reading import Reading
 from amclr_scale.data.tokenizers import load_tokenizer
 from amclr_scale.encoders.build import build_model
-from amclr_scale.encoders.dual_encoder import Normalise
+from amclr_scale.encoders.dual_encoder import DualEncoder, Normalise
 from amclr_scale.encoders.libraries.open_clip_towers import kept_name
 from amclr_scale.encoders.libraries.transformers_parts import TOWERS
 from amclr_scale.encoders.weights import OF_OBJECTIVES, load_weights
 from amclr_scale.errors import UserError
-from amclr_scale.precision import DTYPES
+from amclr_scale.precision import DTYPES, has_tf32
 
 
 @dataclass(frozen=True)
@@ -107,12 +108,17 @@ def _with_own_files(config: Config, folder: Path) -> Config:
     return config.model_copy(update=changes)
 
 
-def compute_in(loaded: Loaded, precision: str) -> str:
-    """Have a model compute as it was trained ("run"), or in fp32, bf16 or fp16; returns which of the three.
+def compute_in(loaded: Loaded, precision: str, device: torch.device) -> str:
+    """Have a model compute as it was trained ("run"), or in fp32, bf16 or fp16; returns what it computes in.
 
     As under DeepSpeed, parameters change and buffers do not. Models of others were trained nobody knows how: fp32.
+    A run in tf32 is fp32 on a device that has no such products.
     """
-    chosen = loaded.config.execution.precision if precision == "run" else precision
+    chosen: str = loaded.config.execution.precision if precision == "run" else precision
+    if chosen == "tf32" and not has_tf32(device):
+        chosen = "fp32"
+    if isinstance(loaded.model, DualEncoder):
+        loaded.model.computes_in = chosen
     for parameter in loaded.model.parameters():
         parameter.data = parameter.data.to(DTYPES[chosen])
     return chosen

@@ -21,7 +21,7 @@ import torch
 import yaml
 
 from amclr_scale.errors import UserError, nearest
-from amclr_scale.precision import DTYPES
+from amclr_scale.precision import DTYPES, PRODUCTS
 
 FILE = Path(__file__).with_name("devices.yaml")
 GIGA, TERA, GIB = 1e9, 1e12, 2**30
@@ -61,10 +61,10 @@ class DeviceProfile:
         """FLOP/s of dense matrix products.
 
         Args:
-            precision: bf16, fp16 or fp32, as execution.precision.
+            precision: as execution.precision.
             tf32: whether float32 products go through tensor cores (torch.set_float32_matmul_precision("high")).
         """
-        return dict(self.peaks)["tf32" if precision == "fp32" and tf32 else precision]
+        return dict(self.peaks)["tf32" if precision == "fp32" and tf32 else PRODUCTS[precision]]
 
 
 @cache
@@ -160,7 +160,8 @@ def measure_cpu(*, threads: int, ranks: int = 1) -> DeviceProfile:
     torch.set_num_threads(threads)
     try:
         peaks = {}
-        for name, dtype in DTYPES.items():
+        for name in ("fp32", "bf16", "fp16"):
+            dtype = DTYPES[name]
             n = 1024 if dtype == torch.float32 else 256
             a, b = (torch.randn(n, n).to(dtype) for _ in range(2))
             peaks[name] = 2 * n**3 / _best(partial(torch.mm, a, b))

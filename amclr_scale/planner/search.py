@@ -145,7 +145,7 @@ class Fit:
     def _stages(self) -> list[tuple[int, str]]:
         """Stages with offload; those that save nothing here are left out unless they are fixed."""
         execution, fixed = self.config.execution, set(self.fixed)
-        first = 0 if execution.precision == "fp32" else 1
+        first = 1 if execution.halves_weights else 0
 
         def useful(stage: int, offload: str) -> bool:
             if self.profile.type == "cpu" and offload != "none" and "offload" not in fixed:

@@ -47,7 +47,7 @@ def form_of(settings: Settings, features: torch.dtype, *, fast_narrow: bool) -> 
         return "fp16"
     if features == torch.bfloat16:
         return "bf16"
-    return "fp32" if settings.run_precision == "fp32" else "split"
+    return "fp32" if settings.run_precision in ("fp32", "tf32") else "split"
 
 
 @dataclass(frozen=True)

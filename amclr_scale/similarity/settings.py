@@ -16,7 +16,7 @@ from amclr_scale.config.backends import SIMILARITY_BACKENDS
 
 Gather = Literal["all", "ring"]
 Precision = Literal["auto", "fp32", "split", "bf16"]
-RunPrecision = Literal["fp32", "bf16", "fp16"]
+RunPrecision = Literal["fp32", "tf32", "amp_bf16", "bf16", "fp16"]
 Distribution = Literal["auto", "reduce_scatter", "column_sums", "two_blocks"]
 
 
@@ -36,8 +36,8 @@ class Settings:
 
     precision: Precision = "auto"
     """Of the operands of matrix products (`precision.py`): `fp32`; `bf16`, rounded; `split`, three bfloat16 products
-    for one. `auto`: the features' own on CUDA; for float32 features, `fp32` in a run of that precision, else
-    `split`."""
+    for one. `auto`: the features' own on CUDA; for float32 features, `fp32` in a run of fp32 or tf32,
+    else `split`."""
 
     run_precision: RunPrecision = "fp32"
     """Of the towers that make the features. Read by `precision="auto"` only: towers hand out float32 rows always."""

@@ -42,7 +42,7 @@ def test_the_process_has_its_own_and_threads_see_them():
         ({"gather": "some"}, "gather: expected one of all, ring, got 'some'"),
         ({"backend": "cuda"}, "backend: expected one of auto, torch, triton, got 'cuda'"),
         ({"precision": "tf32"}, "precision: expected one of auto, fp32, split, bf16, got 'tf32'"),
-        ({"run_precision": "tf32"}, "run_precision: expected one of fp32, bf16, fp16"),
+        ({"run_precision": "fp8"}, "run_precision: expected one of fp32, tf32, amp_bf16, bf16, fp16"),
         ({"distribution": "fast"}, "distribution: expected one of auto, reduce_scatter, column_sums, two_blocks"),
         ({"cache_bytes": -1}, "cache_bytes: expected a number of bytes"),
         ({"chunks": 3}, "chunks: no such similarity setting"),
