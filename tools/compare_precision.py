@@ -1,4 +1,4 @@
-"""How far a half-precision gradient is from the exact sum of its micro-batches', for more and more micro-batches.
+"""How far a rounded gradient is from the exact sum of its micro-batches', for more and more micro-batches.
 
     python tools/compare_precision.py --config configs/quickstart.yaml
 
@@ -9,7 +9,8 @@ stage. Printed is the relative error |g - e| / |e| of the gradient g that the op
     whole       e is the fp32 gradient of the same weights and batch, so that the rounding of activations counts too
 
 with sums in fp32, as the engine takes them (engine/zero/gradient_sums.py), and with sums in the parameters' own type.
-Stage 0 keeps no fp32 masters and takes fp32 only, which is the last column's e.
+The last column's e is of stage 0 in fp32. tf32, which only a GPU has, is imitated: what goes into a product loses the
+digits that TF32 has not (`Truncated`).
 """
 
 import argparse
@@ -24,6 +25,7 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from amclr_scale import objectives
 from amclr_scale.config.load import load
@@ -39,8 +41,31 @@ from amclr_scale.metrics.phases import Phases
 from amclr_scale.types import Batch
 
 
+class Truncated(TorchDispatchMode):
+    """Matrices of float32 that are multiplied lose the 13 of their 23 bits that TF32 has not, forward and backward.
+
+    Tensor cores drop them where nobody has rounded before, which is the worst that a library may do.
+    """
+
+    products = (
+        "mm", "addmm", "bmm", "baddbmm", "convolution", "convolution_backward",
+        "_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_flash_attention_for_cpu_backward",
+    )  # fmt: skip
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func._schema.name.removeprefix("aten::") in self.products:
+            args = tuple(map(self._truncated, args))
+        return func(*args, **(kwargs or {}))
+
+    @staticmethod
+    def _truncated(x: Any) -> Any:
+        if not isinstance(x, Tensor) or x.dtype != torch.float32 or x.dim() < 2:  # a bias is added, not multiplied
+            return x
+        return (x.contiguous().view(torch.int32) & ~0x1FFF).view(torch.float32).view_as(x)
+
+
 def gradients(
-    config: Config, batch: Batch, micro_batch: int, device: torch.device, *, sums: bool
+    config: Config, batch: Batch, micro_batch: int, device: torch.device, *, sums: bool, truncated: bool = False
 ) -> tuple[list[Tensor], list[Tensor]]:
     """What the optimizer gets for each parameter, and, with sums, what the backward passes left, added in float64."""
     from deepspeed.utils import safe_get_full_grad
@@ -73,7 +98,7 @@ def gradients(
 
     engine.step = look_and_step
     switched_off = mock.patch.multiple(GradientSums, __enter__=lambda _: None, __exit__=lambda *_: None)
-    with nullcontext() if sums else switched_off:
+    with nullcontext() if sums else switched_off, Truncated() if truncated else nullcontext():  # type: ignore[no-untyped-call]
         step(batch, 1e-6)
     engine.destroy()
     return found, [exact.get(i, torch.zeros_like(g)) for i, g in enumerate(found)]
@@ -91,8 +116,8 @@ def main() -> None:
     parser.add_argument("--config", type=Path, default=Path("configs/quickstart.yaml"))
     parser.add_argument("--batch", type=int, default=256)
     parser.add_argument("--counts", type=int, nargs="+", default=[1, 4, 16, 64, 256], help="micro-batches")
-    parser.add_argument("--stages", type=int, nargs="+", default=[1, 2, 3], choices=[1, 2, 3])
-    parser.add_argument("--precision", default="bf16", choices=["bf16", "fp16"])
+    parser.add_argument("--stages", type=int, nargs="+", default=[1, 2, 3], choices=[0, 1, 2, 3])
+    parser.add_argument("--precision", default="bf16", choices=["tf32", "amp_bf16", "bf16", "fp16"])
     parser.add_argument("words", nargs="*", metavar="key=value")
     options = parser.parse_intermixed_args()
     base = ["execution.threads=1", "model.text.dropout=0", "optimizer.max_grad_norm=0", *options.words]
@@ -109,11 +134,13 @@ def main() -> None:
     print("| stage | micro-batches | summation, in fp32 | in the type itself | whole, in fp32 | in the type itself |")
     print("|---|---|---|---|---|---|")
     for stage in options.stages:
-        words = [*base, f"execution.zero_stage={stage}", f"execution.precision={options.precision}"]
+        imitated = options.precision == "tf32"
+        words = [*base, f"execution.zero_stage={stage}"]
+        words.append(f"execution.precision={'fp32' if imitated else options.precision}")
         for count in options.counts:
             config = load(options.config, words)
-            summed, exact = gradients(config, batch, b // count, device, sums=True)
-            added, _ = gradients(config, batch, b // count, device, sums=False)
+            summed, exact = gradients(config, batch, b // count, device, sums=True, truncated=imitated)
+            added, _ = gradients(config, batch, b // count, device, sums=False, truncated=imitated)
             errors = [error(got, want) for want in (exact, whole) for got in (summed, added)]
             print(f"| {stage} | {count} | {' | '.join(f'{e:.1e}' for e in errors)} |", flush=True)
 

@@ -6,6 +6,9 @@ the sequence of allocations and releases, a micro-batch of m = 10,007 samples at
 the micro-batch, the others do not (m is prime, and no parameter has a multiple of m elements). So what is alive at each
 moment is known for any micro-batch, and the peak is the largest of these affine functions, exact also where the moment
 of the peak moves.
+
+Autocast knows no meta device: for `amp_bf16` tensors without memory say that they are a CPU's (`kernels.py` does what
+CUDA's autocast does otherwise).
 """
 
 import copy
@@ -15,7 +18,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache, partial
 from typing import Any, Literal
 
 import torch
@@ -181,10 +184,12 @@ def _trace(
     key: str, modality: Modality, recomputation: Recomputation, precision: str, device: str, partitioned: Partitioned
 ) -> Tower:
     wanted = key, modality, recomputation, precision, device, partitioned
-    try:
-        return _traced(*wanted, nullcontext())
-    except (RuntimeError, NotImplementedError):  # the tower asks for numbers, unless it sees that there are none
-        return _traced(*wanted, FakeTensorMode(allow_non_fake_inputs=True))
+    if precision != "amp_bf16":
+        try:
+            return _traced(*wanted, nullcontext())
+        except (RuntimeError, NotImplementedError):  # the tower asks for numbers, unless it sees that there are none
+            pass
+    return _traced(*wanted, FakeTensorMode(allow_non_fake_inputs=True))
 
 
 def _traced(
@@ -194,22 +199,25 @@ def _traced(
     """Run the tower under a mode: none, or fake tensors, which give the same in twice the time."""
     recipe = json.loads(key)
     data, rests = recipe["data"], modality in recipe["features"]
-    model = _copy_of(_skeleton(key)).to(DTYPES[precision])
+    model = copy.deepcopy(_skeleton(key)).to(DTYPES[precision])  # on the meta device a copy costs nothing
+    model.computes_in = precision
+    setattr(model.text_tower, "filled", True)  # noqa: B010  captions are as long as they may be
+    place = "cpu" if precision == "amp_bf16" else "meta"
     if not rests:
         set_recomputation(getattr(model, f"{modality}_tower"), recomputation)
     m = next(p for p in PRIMES if all(numel % p for numel in (x.numel() for x in model.parameters())))
     views = 1 + data[f"{modality}_views"] + data[f"{modality}_negatives"]
     with _uncollected(), mode, kernels_of(device):
         if isinstance(mode, FakeTensorMode):
-            model._apply(mode.from_tensor)  # type: ignore[no-untyped-call]
+            model._apply(cache(partial(torch.empty_like, device=place)))  # type: ignore[no-untyped-call]
         if rests:
-            inputs = [torch.empty(m, model.widths[modality], dtype=DTYPES[precision], device="meta")]
+            inputs = [torch.empty(m, model.widths[modality], dtype=DTYPES[precision], device=place)]
         elif modality == "image":
             side = data["image_size"]
-            inputs = [torch.empty(m, 3, side, side, dtype=torch.uint8, device="meta") for _ in range(views)]
+            inputs = [torch.empty(m, 3, side, side, dtype=torch.uint8, device=place) for _ in range(views)]
         else:
             length = data["context_length"]
-            inputs = [torch.empty(m, length, dtype=torch.int64, device="meta") for _ in range(views)]
+            inputs = [torch.empty(m, length, dtype=torch.int64, device=place) for _ in range(views)]
         plain = partitioned == "plain linear"
         visits = None if partitioned == "no" else Visits(model, linear_saves_weight=not plain)
         while True:
@@ -221,7 +229,7 @@ def _traced(
         with_graph = again = _record(model, modality, inputs, visits)
         features = with_graph.features
         if features is not None:
-            rows = [torch.empty(m, *features[1:], dtype=DTYPES[precision], device="meta") for _ in range(views)]
+            rows = [torch.empty(m, *features[1:], dtype=with_graph.features_in, device=place) for _ in range(views)]
             again = _record(model, modality, rows, visits)
         if visits is not None:
             visits.close()
@@ -231,13 +239,8 @@ def _traced(
     return Tower(
         whole, _timeline(without_graph, m), whole if features is None else _timeline(again, m),
         counter.get_total_flops() / m, of_frozen.no_backward / m, of_frozen.once / m, per_sample,
-        0 if features is None else views * math.prod(features[1:]) * DTYPES[precision].itemsize, shared,
+        0 if features is None else views * math.prod(features[1:]) * with_graph.features_in.itemsize, shared,
     )  # fmt: skip
-
-
-def _copy_of(model: DualEncoder) -> DualEncoder:
-    """Another one that may be changed: on the meta device a copy costs nothing."""
-    return copy.deepcopy(model)
 
 
 @contextmanager
@@ -260,6 +263,7 @@ class _Recording:
     outputs: dict[str, int]  # bytes by flat name
     visits: tuple[Visit, ...] = ()
     features: tuple[int, ...] | None = None  # (rows, width), or (rows, 1 + n, width), of a frozen tower's
+    features_in: torch.dtype = torch.float32
 
 
 def _encode(model: DualEncoder, modality: Modality, inputs: list[Tensor]) -> dict[str, Any]:
@@ -273,12 +277,12 @@ def _record(
 ) -> _Recording:  # fmt: skip
     """Run a forward and, unless operations are counted, a backward."""
     events: Events = []
-    tracker = Tracker("meta", on_change=lambda size, storage: events.append((size, storage)))
+    tracker = Tracker(inputs[0].device.type, on_change=lambda size, storage: events.append((size, storage)))
     tracker.add([*model.parameters(), *model.buffers(), *inputs], "before")
     events.clear()
     came, gradients, forward_end = dict[int, int](), dict[int, int](), 0
     sizes = dict[str, int]()
-    features: tuple[int, ...] | None = None
+    waits = dict[str, Any]()
     parameters = list(model.parameters())
     hooks = [
         p.register_hook(lambda _, number=n: came.update({number: len(events)}))
@@ -299,7 +303,8 @@ def _record(
                 flat = flatten(outputs)
                 del outputs
                 frozen = flat.pop(f"{FROZEN_FEATURES}.{modality}", None)
-                features = None if frozen is None else tuple(frozen.shape)
+                if frozen is not None:
+                    waits = {"features": tuple(frozen.shape), "features_in": frozen.dtype}
                 del frozen
                 rows = [x for name, x in flat.items() if x.requires_grad and name not in ("logit_scale", "logit_bias")]
                 terms = [(x * torch.empty_like(x)).sum() for x in rows]
@@ -316,10 +321,10 @@ def _record(
     for parameter in parameters:
         parameter.grad = None
     if visits is None:
-        return _Recording(recorded, gradients, forward_end, sizes, features=features)
+        return _Recording(recorded, gradients, forward_end, sizes, **waits)
     kept, seen, numbering = visits.take(recorded)
     gradients = {storage: numbering[at] for storage, at in gradients.items()}
-    return _Recording(kept, gradients, numbering[forward_end], sizes, seen, features)
+    return _Recording(kept, gradients, numbering[forward_end], sizes, seen, **waits)
 
 
 def _timeline(recording: _Recording, m: int) -> Timeline:

@@ -59,7 +59,10 @@ PLAIN_LINEAR = [
 LENDS = ["objective={name: momentum_queue, size: 64, width: 128}"]  # which asks for both sides of a teacher
 NEGATIVES = ["objective={name: negclip, image_negatives: 2}", "data.image_negatives=2", "data.text_negatives=1"]
 HALF = ["execution.precision=bf16", "execution.zero_stage=2"]
+AMP = "execution.precision=amp_bf16"
 CASES = [
+    (1, [AMP, "execution.micro_batch_size=16", "execution.recompute_image=full", "execution.kept_micro_batches=2"]),
+    (2, [AMP, "execution.micro_batch_size=8", "execution.zero_stage=3", *PLAIN_LINEAR]),
     (1, ["execution.micro_batch_size=16"]),
     (1, ["execution.micro_batch_size=16", *NEGATIVES]),
     (2, ["execution.micro_batch_size=8", "execution.zero_stage=2", "execution.precision=bf16"]),

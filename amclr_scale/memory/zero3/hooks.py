@@ -8,6 +8,7 @@ there is decided by what came before, and followed in `gathering.py`.)
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -40,7 +41,9 @@ def _as_partitioned(linear_saves_weight: bool) -> Iterator[None]:
     """
     from deepspeed.runtime.zero import linear, parameter_offload, utils
 
+    as_traced = SimpleNamespace(device_name=lambda: "cpu")  # whose autocast a trace is under (towers.py)
     with (
+        mock.patch.object(linear, "get_accelerator", return_value=as_traced),
         mock.patch.object(F, "linear", linear.zero3_linear_wrap if linear_saves_weight else F.linear),
         mock.patch.object(parameter_offload, "print_rank_0"),
         mock.patch.object(utils, "warned", True, create=True),
@@ -67,7 +70,8 @@ class Visits:
         self._gathered: set[int] = set()  # those events
         self._users: dict[int, set[int]] = {}
         self._full = [(p.shape, p.dtype) for p in self._parameters]
-        self._nothing = {dtype: torch.empty(0, dtype=dtype, device="meta") for _, dtype in self._full}
+        self._place = self._parameters[0].device
+        self._nothing = {dtype: torch.empty(0, dtype=dtype, device=self._place) for _, dtype in self._full}
         self._status = zero.ZeroParamStatus
         for number, parameter in enumerate(self._parameters):
             parameter.ds_id, parameter.ds_status = number, self._status.NOT_AVAILABLE
@@ -197,7 +201,7 @@ class Visits:
             return
         self._births[number] = len(self._events)
         self._gathered.add(len(self._events))
-        parameter.data = torch.empty(shape, dtype=dtype, device="meta")
+        parameter.data = torch.empty(shape, dtype=dtype, device=self._place)
         parameter.ds_status = self._status.AVAILABLE
 
     def _end(self, number: int) -> None:
