@@ -83,7 +83,7 @@ def plain(micro: int) -> tuple[float, dict[str, Tensor]]:
     logits, labels = out["logit_scale"] * image @ text.T, torch.arange(SIZE)
     loss = (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
     loss.backward()
-    return float(loss), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return loss.item(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
 def gradients(
@@ -135,10 +135,11 @@ def test_micro_batches_differ_by_the_rounding_of_bf16():
 
 
 def trained(
-    stage: int, micro: int, kept: int, recompute: str, steps: int = 3, load: str = "", save: str = ""
-) -> list[Tensor]:
+    stage: int, micro: int, kept: int, recompute: str, steps: int = 3, load: str = "", save: str = "",
+    precision: str = "amp_bf16",
+) -> list[Tensor]:  # fmt: skip
     """Weights after some steps with dropout."""
-    model, engine = prepared(settings(stage, recompute), dropout=0.3)
+    model, engine = prepared(settings(stage, recompute, precision), dropout=0.3)
     step, begin = step_of(engine, micro, kept), 0
     torch.manual_seed(7)
     if load:
@@ -169,6 +170,12 @@ def test_a_resumed_run_is_the_same_bits(ranks, tmp_path, stage):
     (whole,) = ranks(1, trained, stage, 4, 1, "none", 3, "", str(tmp_path))
     (resumed,) = ranks(1, trained, stage, 4, 1, "none", 3, str(tmp_path), "")
     assert all(torch.equal(x, y) for x, y in zip(whole, resumed, strict=True))
+
+
+def test_a_run_in_bf16_goes_on_in_amp_bf16_from_its_masters(ranks, tmp_path):
+    (masters,) = ranks(1, trained, 2, 4, 1, "none", 2, "", str(tmp_path), "bf16")
+    (weights,) = ranks(1, trained, 2, 4, 1, "none", 2, str(tmp_path), "")
+    assert all(torch.equal(x, y) for x, y in zip(masters, weights, strict=True))
 
 
 def teachers(stage: int) -> dict[str, dict[str, Tensor]]:
