@@ -12,6 +12,7 @@ Similarities, log-sums, objectives and what they train compute in float32 or bet
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -41,7 +42,7 @@ def products_of(precision: str, device: torch.device) -> Iterator[None]:
         with torch.autocast(device.type, torch.bfloat16, cache_enabled=False):
             yield
     elif precision == "tf32":
-        backends = torch.backends.cuda.matmul, torch.backends.cudnn
+        backends: tuple[Any, ...] = torch.backends.cuda.matmul, torch.backends.cudnn
         before = [backend.allow_tf32 for backend in backends]
         try:
             for backend in backends:

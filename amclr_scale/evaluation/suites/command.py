@@ -77,7 +77,7 @@ def measure(
         config = configured(loaded.config, words)
         check_reading(loaded, config.data)
         use_statistics(loaded, config.data)
-        chosen = compute_in(loaded, precision)
+        chosen = compute_in(loaded, precision, device)
         folder = _folder(output, loaded, name, several=len(checkpoints) > 1)
         folders.append(folder)
         on = prepared(name, loaded.model.to(device), config, loaded.reading, chosen, folder)
