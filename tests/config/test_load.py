@@ -288,7 +288,7 @@ def test_a_key_that_may_be_true_takes_it():
         ("optimizer.name=adam", "got 'adam'; did you mean 'adamw'?"),  # radam is as near by its letters
         (
             "execution.precision=bf61",
-            "expected 'fp32', 'bf16' or 'fp16', got 'bf61'; did you mean 'bf16'?",
+            "expected 'fp32', 'tf32', 'amp_bf16', 'bf16' or 'fp16', got 'bf61'; did you mean 'bf16'?",
         ),
         ("model.image.norm=grup", "got 'grup'; did you mean 'group'?"),
         ("objective.name=sogclr2", "objective.name: no such objective 'sogclr2'; did you mean 'sogclr'?"),
@@ -309,7 +309,7 @@ def test_help_lists_default_and_allowed_values_of_every_key():
         assert line.endswith(")"), line
         assert "anything" not in line, line
     for line in (
-        "execution.precision = fp32  (fp32, bf16 or fp16)",
+        "execution.precision = fp32  (fp32, tf32, amp_bf16, bf16 or fp16)",
         "execution.zero_stage = 0  (0, 1, 2 or 3)",
         "evaluation.splits = []  (a list: text, or a mapping)",
         "data.augmentation.crop_scale = [0.6, 1.0]  (a list: 2 values, each number at least 0 and at most 1)",
