@@ -112,6 +112,17 @@ def prepare_towers(model: DualEncoder, execution: Execution) -> None:
         model.text_tower.compile()
 
 
+def check_tf32(execution: Execution, device: torch.device) -> None:
+    """Raises:
+    UserError: products are to be made in TF32, and the device has none.
+    """
+    if execution.precision == "tf32" and not has_tf32(device):
+        raise UserError(
+            "execution.precision: tf32 is how CUDA devices of compute capability 8.0 and later multiply, expected "
+            f"another one on {device}; choose fp32"
+        )
+
+
 def build_engine(
     config: Config,
     model: nn.Module,
@@ -145,11 +156,7 @@ def build_engine(
 
     if config.execution.precision == "fp16" and not deepspeed.accelerator.get_accelerator().is_fp16_supported():
         raise UserError(f"execution.precision: fp16 is not supported on {device}; choose bf16 or fp32")
-    if config.execution.precision == "tf32" and not has_tf32(device):
-        raise UserError(
-            "execution.precision: tf32 is how CUDA devices of compute capability 8.0 and later multiply, expected "
-            f"another one on {device}; choose fp32"
-        )
+    check_tf32(config.execution, device)
     generated = deepspeed_config(config, world_size, folder)
     # DeepSpeed sets the whole bucket aside, 2 GB of float32, however small the model is.
     generated["zero_optimization"].setdefault("reduce_bucket_size", min(REDUCE_BUCKET, trained))

@@ -29,6 +29,7 @@ from amclr_scale.distributed.process_group import seed_everything
 from amclr_scale.encoders.dual_encoder import DualEncoder
 from amclr_scale.encoders.resting import digest, in_precision
 from amclr_scale.engine.build import model_of
+from amclr_scale.engine.deepspeed_setup import check_tf32
 from amclr_scale.errors import UserError
 from amclr_scale.precision import DTYPES
 
@@ -83,7 +84,9 @@ def write_features(config: schema.Config, *, device: str, batch_size: int) -> It
     seed_everything(config.seed)
     model = model_of(config, tokenizer).eval()
     about = {side: _about(side, config, model, pipeline, tokenizer) for side in sides}
+    check_tf32(config.execution, torch.device(device))
     in_precision(model, torch.device(device), DTYPES[config.execution.precision])
+    model.computes_in = config.execution.precision
     for side in sides:
         file = Path(getattr(config.data.features, side)).expanduser()
         yield f"{_write(file, side, about[side], model, pipeline, config, batch_size)} -> {file}"

@@ -147,9 +147,10 @@ def opened(settings: Any) -> Inputs:
     return open_data(settings, RankInfo(0, 0, 1, 1))
 
 
-def test_in_bf16_the_rows_are_the_towers_own_bits(ranks, made, tmp_path):
+@pytest.mark.parametrize("precision", ["bf16", "amp_bf16"])
+def test_in_bf16_the_rows_are_the_towers_own_bits(ranks, made, tmp_path, precision):
     folder = samples(tmp_path)
-    half = {"execution__precision": "bf16", "execution__zero_stage": 1}
+    half = {"execution__precision": precision, "execution__zero_stage": 1}
     list(write_features(config(folder, BOTH, **half), device="cpu", batch_size=2))  # as many at once as the run
     assert np.load(folder / "image.npy").dtype == np.uint16
     ((plain, found),) = ranks(1, compared, folder, BOTH, **half)
@@ -157,7 +158,7 @@ def test_in_bf16_the_rows_are_the_towers_own_bits(ranks, made, tmp_path):
     near(*of_heads, 1e-6)
     near(found["weights"], plain["weights"], 5e-3)  # a tower that is run was rounded to bf16, one that rests was not
     with pytest.raises(
-        UserError, match=r"features\.image: .*has as execution\.precision, fp32, got those made with bf"
+        UserError, match=r"features\.image: .*has as execution\.precision, fp32, got those made with (amp_)?bf"
     ):
         rest(config(folder, BOTH))
 
