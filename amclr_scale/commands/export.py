@@ -8,7 +8,8 @@
 `amclr_scale.trained.as_transformers` is imported. --to transformers_dual_encoder: also transformers' own CLIP, SigLIP,
 Chinese-CLIP or VisionTextDualEncoder, which needs nothing of ours, of a model that has their parts. --to open_clip:
 also what `open_clip.create_model_and_transforms("local-dir:FOLDER")` reads, for open_clip's own towers, and for
-timm's beside BERT-like ones. No pickles, no code in any of them.
+timm's beside BERT-like ones. Other libraries have no features of inner layers (model.*.taps): the last two leave them
+out. No pickles, no code in any of them.
 """
 
 import sys
@@ -16,6 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from amclr_scale.commands.words import command_parser
+from amclr_scale.config.load import load
 from amclr_scale.errors import UserError
 from amclr_scale.trained.export import export
 
@@ -44,6 +46,7 @@ FORMS: dict[str, Callable[[], Callable[[Path], None] | None]] = {
     "transformers_dual_encoder": _dual_encoder,
     "open_clip": _open_clip,
 }
+WITHOUT_TAPS = ("transformers_dual_encoder", "open_clip")
 
 
 def main(argv: list[str]) -> int:
@@ -62,4 +65,12 @@ def main(argv: list[str]) -> int:
         print(error, file=sys.stderr)
         return 2
     print(f"{used} -> {args.out}")
+    model = load(args.out / "config.yaml", trusted=False).model
+    tapped = [f"model.{side}.taps" for side in ("image", "text") if getattr(model, side).taps]
+    if tapped and args.to in WITHOUT_TAPS:
+        print(
+            f"--to {args.to}: {' and '.join(tapped)} are not in that library's files, which have no features of inner "
+            "layers; amclr_scale.load(FOLDER) has them",
+            file=sys.stderr,
+        )
     return 0
