@@ -233,5 +233,9 @@ def test_what_some_arms_get_beyond_what_is_held_equal_is_said(tmp_path):
     (folder / "study.yaml").write_text(yaml.safe_dump(plan))
     text = compose(read_study(folder)).markdown
     assert "- another share of it: SogCLR x 2\n" in text
-    told = "- beside features of another cell, whose training and embedding are not counted: AmCLR (of clip-B128)\n"
-    assert told in text
+    told = "- beside features of another cell, whose training and embedding are not counted: AmCLR (of clip-B128"
+    assert f"{told})\n" in text
+    plan["arms"][2]["features_of"] = "clip-B128-s0"
+    (folder / "study.yaml").write_text(yaml.safe_dump(plan))
+    text = compose(read_study(folder)).markdown
+    assert f"{told}-s0: one model for all seeds, and intervals are for it)\n" in text

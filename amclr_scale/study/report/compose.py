@@ -105,7 +105,8 @@ def _unequal(study: Study) -> Iterator[str]:
     if shares:
         yield f"- another share of it: {', '.join(shares)}"
     others = {arm["name"]: arm["features_of"] for arm in arms if arm.get("features_of")}
-    read = [f"{titles[name]} (of {of})" for name, of in others.items() if name in titles]
+    one = dict.fromkeys((cell.cell for cell in study.cells), ": one model for all seeds, and intervals are for it")
+    read = [f"{titles[name]} (of {of}{one.get(of, '')})" for name, of in others.items() if name in titles]
     if read:
         yield f"- beside features of another cell, whose training and embedding are not counted: {', '.join(read)}"
 
