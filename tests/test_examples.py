@@ -13,8 +13,6 @@ from amclr_scale.config.load import load
 from amclr_scale.objectives import create
 from amclr_scale.torchvision_ops import import_torchvision
 from amclr_scale.types import Embeddings
-from tests.encoders.test_start import saved
-from tests.test_walkthroughs import photos
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 FURTHER = {"sentence_transformers_loop.py": "sentence_transformers", "lightning_loop.py": "lightning"}  # packages
@@ -126,6 +124,9 @@ def test_lit_reads_what_embed_wrote(tmp_path):
 @pytest.mark.slow
 @pytest.mark.launch
 def test_a_clip_is_tuned_on_photos_and_held_against_what_it_was(tmp_path):
+    from tests.encoders.test_start import saved  # with what it imports
+    from tests.test_walkthroughs import photos
+
     saved("clip", tmp_path / "clip")
     words = photos(tmp_path / "photos", 48), photos(tmp_path / "held_out", 8), tmp_path / "clip", tmp_path
     said = in_a_process("finetune_on_own_photos.py", *words, "optimizer.lr=1e-2")
