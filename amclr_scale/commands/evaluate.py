@@ -159,7 +159,7 @@ def _run_splits(options: argparse.Namespace, rank_info: RankInfo, device: Any) -
     from amclr_scale.evaluation.progress import EvaluationProgress
     from amclr_scale.evaluation.report import comparison_lines, comparisons, histogram_lines, write
     from amclr_scale.evaluation.run import Evaluator
-    from amclr_scale.evaluation.sheet import text_to_image_sheet
+    from amclr_scale.evaluation.sheet import NOTHING, text_to_image_sheet
     from amclr_scale.evaluation.table import side_by_side, table
     from amclr_scale.evaluation.temperatures import Histogram, read_temperatures
     from amclr_scale.trained.model import open_model
@@ -203,6 +203,8 @@ def _run_splits(options: argparse.Namespace, rank_info: RankInfo, device: Any) -
                     folder.mkdir(parents=True, exist_ok=True)
                     sheet.save(folder / f"sheet_{len(results)}_{number}.png")
         if speaks:
+            if options.sheet and not drawable:
+                print(NOTHING.replace("evaluation.sheet", "--sheet"), file=sys.stderr, flush=True)
             by = f", by {' and '.join(suites)}" if suites else ""
             print(f"{checkpoint}, in {precision[name]}{by}, {time.perf_counter() - begin:.1f} s", flush=True)
             if sides := read_temperatures(loaded.state):

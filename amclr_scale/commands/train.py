@@ -143,6 +143,7 @@ def carry_out(job: "Job") -> None:
 def conclude(job: "Job", results: dict[str, float]) -> None:
     """Leave the model and its numbers in the run folder. All ranks call it together."""
     from amclr_scale.evaluation.items import FILE, save_items
+    from amclr_scale.evaluation.sheet import NOTHING, file_names
     from amclr_scale.metrics.curve import draw_if_possible
     from amclr_scale.trained.weights import save_weights
 
@@ -157,10 +158,11 @@ def conclude(job: "Job", results: dict[str, float]) -> None:
         save_items(folder / FILE, evaluator.numbers)
         log.say(f"{evaluator.table(results)}\n\nmeasured in {job.config.execution.precision}, as trained")
     (folder / "evaluation.json").write_text(json.dumps(results, indent=1) + "\n")  # the sign of a finished run
-    for name, sheet in sheets.items():
-        path = folder / f"sheet_{name.replace('/', '_')}.png"
-        sheet.save(path)
-        log.picture(f"sheet/{name}", path)
+    for name, file in file_names(sheets).items():
+        sheets[name].save(folder / file)
+        log.picture(f"sheet/{name}", folder / file)
+    if rows and evaluator and not sheets:
+        log.say(NOTHING)
     curve, words = draw_if_possible(folder)
     if curve:
         log.picture("learning_curve", curve)

@@ -44,6 +44,12 @@ def batches(config: Config) -> list[str]:
             f"data.weights: expected none with data.batches=similar, which passes over everything once per epoch, got "
             f"{data.weights}"
         )
+    window = Data.model_fields["shuffle_window"].default
+    if data.shuffle_window != window:
+        lines.append(
+            f"data.shuffle_window: has no meaning with data.batches=similar, which permutes all communities; remove it "
+            f"(it is {window}), got {data.shuffle_window}"
+        )
     return lines
 
 

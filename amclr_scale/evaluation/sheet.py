@@ -1,6 +1,7 @@
 """A sheet of pictures: captions with the five images that a model finds nearest, successes and failures."""
 
 import textwrap
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +18,18 @@ from amclr_scale.similarity import top_k
 SHOWN = 5
 CELL, TEXT, GAP = 96, 260, 8  # pixels
 RIGHT, WRONG, INK, PAPER = (30, 140, 60), (190, 60, 50), (30, 30, 30), (255, 255, 255)
+
+NOTHING = "evaluation.sheet: no picture is drawn, for no split has captions to find images for"
+
+
+def file_names(splits: Iterable[str]) -> dict[str, str]:
+    """Of the sheets of a run, by split: sheet_a_b.png for a/b, and sheet_a_b_2.png where another has that name."""
+    found: dict[str, str] = {}
+    for split in splits:
+        stem = f"sheet_{split.replace('/', '_')}"
+        names = [f"{stem}.png", *(f"{stem}_{number}.png" for number in range(2, len(found) + 3))]
+        found[split] = next(name for name in names if name not in found.values())
+    return found
 
 
 @dataclass(frozen=True)

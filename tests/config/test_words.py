@@ -26,3 +26,13 @@ def test_what_looks_like_octal_minutes_or_a_date_is_not():
     assert (config.train.samples, config.seed, config.run.name, config.run.folder) == (1000, 10, "2026-11-22", "1:30")
     assert [load(None, ["train.epochs=1", f"seed={n}"]).seed for n in ("0x1F", "0o17", "-3", "+4")] == [31, 15, -3, 4]
     assert "train.max_hours: expected a valid number" in refused("train.epochs=1", "train.max_hours=1:30")
+
+
+def test_a_window_has_no_meaning_where_communities_are_permuted():
+    words = ["train.epochs=1", "data.batches=similar", "data.communities=c.npy"]
+    assert load(None, words).data.shuffle_window == 16
+    said = refused(*words, "data.shuffle_window=4")
+    assert said.startswith(
+        "data.shuffle_window: has no meaning with data.batches=similar, which permutes all communities"
+    )
+    assert said.endswith("remove it (it is 16), got 4")
