@@ -142,18 +142,43 @@ def fetch_records(remote: RemoteRun, folder: Path) -> None:
             remote.get(name, folder / name)
 
 
+def kept_records(remote: RemoteRun) -> Path:
+    """A folder in the cache with what is in a run's folder beside its checkpoints.
+
+    Raises:
+        UserError: the disk is full.
+        RemoteError: the store does not answer.
+    """
+    from amclr_scale.data.storage import locked
+
+    folder = _home(remote) / name_in(remote.url)
+    with locked(folder):
+        try:
+            fetch_records(remote, folder)
+        except OSError as error:
+            raise UserError(f"resume: {remote.url} cannot be kept in {folder}: {error}; set XDG_CACHE_HOME") from error
+    return folder
+
+
+def _home(remote: RemoteRun) -> Path:
+    from amclr_scale.data.storage import cache_folder
+
+    home = cache_folder(None) / "runs" / address_key(remote.url)
+    home.mkdir(parents=True, exist_ok=True)
+    return home
+
+
 def local_copy(url: str, key: str) -> Path:
     """The newest checkpoint of a run in a store, or the one that the address names, in the cache; fetched if need be.
 
     Raises:
         UserError: there is none, the store does not answer, or the disk is full.
     """
-    from amclr_scale.data.storage import cache_folder, locked
+    from amclr_scale.data.storage import locked
 
     remote = RemoteRun(url, key)
-    home = cache_folder(None) / "runs" / address_key(remote.url)
-    home.mkdir(parents=True, exist_ok=True)
-    folder, complaints = home / name_in(remote.url), list[str]()
+    home, complaints = _home(remote), list[str]()
+    folder = home / name_in(remote.url)
     with locked(folder):
         try:
             for step in remote.candidates(complaints):

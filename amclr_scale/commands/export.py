@@ -1,7 +1,8 @@
-"""Turn a checkpoint, or the newest one of a run, into a folder that others can use.
+"""Turn a checkpoint, or the newest one of a run, into a folder that others can use, or a repository of a hub.
 
     amclr-scale export runs/quickstart --out my_model
     amclr-scale export runs/quickstart/checkpoints/step_00001000 --to transformers --out my_model
+    amclr-scale export runs/quickstart --push me/my_model
 
 --to safetensors: plain weights with config.yaml, tokenizer and a card; read by `amclr_scale.load(FOLDER)`.
 --to transformers: also what `transformers.AutoModel.from_pretrained(FOLDER)` reads, once
@@ -10,16 +11,23 @@ Chinese-CLIP or VisionTextDualEncoder, which needs nothing of ours, of a model t
 also what `open_clip.create_model_and_transforms("local-dir:FOLDER")` reads, for open_clip's own towers, and for
 timm's beside BERT-like ones. Other libraries have no features of inner layers (model.*.taps): the last two leave them
 out. No pickles, no code in any of them.
+
+--push OWNER/NAME publishes the same, with its card, as a repository of the Hugging Face hub; a folder that export wrote
+can be pushed too. A repository that is not there is made, private unless --public is given; in one that is, files of
+other names stay. The token is that of `hf auth login`, or HF_TOKEN. Needs huggingface_hub, which transformers brings.
 """
 
+import argparse
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from amclr_scale.commands.words import command_parser
+from amclr_scale.commands.words import command_parser, run_command
 from amclr_scale.config.load import load
 from amclr_scale.errors import UserError
 from amclr_scale.trained.export import export
+from amclr_scale.trained.publish import check_name, files_of, prepare, publish
 
 
 def _transformers() -> Callable[[Path], None]:
@@ -49,28 +57,60 @@ FORMS: dict[str, Callable[[], Callable[[Path], None] | None]] = {
 WITHOUT_TAPS = ("transformers_dual_encoder", "open_clip")
 
 
-def main(argv: list[str]) -> int:
-    """Exit codes: 0 done, 2 a mistake, told in words."""
+def push(args: argparse.Namespace) -> None:
+    """Export into a temporary folder, and publish that; or say what would be published."""
+    check_name(args.push)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        prepare(args.checkpoint, folder, args.push, FORMS[args.to](), args.which)
+        tell_of_taps(folder, args.to)
+        if args.dry_run:
+            files = files_of(folder)
+            width = max(map(len, files))
+            print("\n".join(f"{name:<{width}}  {size:>15,} bytes" for name, size in files.items()))
+            print(f"would go to {args.push}; nothing was uploaded")
+            return
+        done = publish(folder, args.push, public=args.public)
+    visible = "public" if args.public else "private"
+    what = f"made, {visible}" if done.made else "there already: who can see it is as it was"
+    print(f"{len(done.files)} files, {sum(done.files.values()) / 2**20:.1f} MiB -> {done.url} ({what})")
+
+
+def work(argv: list[str]) -> None:
+    """Check the command, export, publish."""
     parser = command_parser("export", __doc__)
     parser.add_argument("checkpoint", help="a run folder, or one of its checkpoints; also its address in a store")
     parser.add_argument("--to", choices=list(FORMS), default="safetensors")
     parser.add_argument(
         "--which", choices=("weights", "momentum"), default="weights", help="momentum: their moving average"
     )
-    parser.add_argument("--out", type=Path, required=True, help="a new folder")
+    where = parser.add_mutually_exclusive_group(required=True)
+    where.add_argument("--out", type=Path, help="a new folder")
+    where.add_argument("--push", metavar="OWNER/NAME", help="a repository of the hub")
+    parser.add_argument("--public", action="store_true", help="with --push: everybody can see a repository it makes")
+    parser.add_argument("--dry-run", action="store_true", help="with --push: list what would go there, ask no hub")
     args = parser.parse_args(argv)
-    try:
-        used = export(args.checkpoint, args.out, FORMS[args.to](), args.which)
-    except UserError as error:
-        print(error, file=sys.stderr)
-        return 2
-    print(f"{used} -> {args.out}")
-    model = load(args.out / "config.yaml", trusted=False).model
+    if args.push:
+        push(args)
+        return
+    if alone := [f"--{name}" for name in ("public", "dry-run") if getattr(args, name.replace("-", "_"))]:
+        raise UserError(f"{alone[0]}: expected it beside --push OWNER/NAME")
+    print(f"{export(args.checkpoint, args.out, FORMS[args.to](), args.which)} -> {args.out}")
+    tell_of_taps(args.out, args.to)
+
+
+def tell_of_taps(folder: Path, form: str) -> None:
+    """Say where another library's files leave something of the model out."""
+    model = load(folder / "config.yaml", trusted=False).model
     tapped = [f"model.{side}.taps" for side in ("image", "text") if getattr(model, side).taps]
-    if tapped and args.to in WITHOUT_TAPS:
+    if tapped and form in WITHOUT_TAPS:
         print(
-            f"--to {args.to}: {' and '.join(tapped)} are not in that library's files, which have no features of inner "
+            f"--to {form}: {' and '.join(tapped)} are not in that library's files, which have no features of inner "
             "layers; amclr_scale.load(FOLDER) has them",
             file=sys.stderr,
         )
-    return 0
+
+
+def main(argv: list[str]) -> int:
+    """Exit codes: 0 done, 2 a mistake, a token or a hub that refuses, told in words."""
+    return run_command(work, argv)

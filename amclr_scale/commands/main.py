@@ -20,7 +20,10 @@ VERBS = {
     "leaderboard": ("leaderboard", "compare what runs have measured, sorted by a column"),
     "study": ("study", "run a plan of arms x batch sizes x seeds, and write its report"),
     "fit": ("fit", "what fits, how fast, how many bytes travel, before there is a machine"),
-    "export": ("export", "turn a checkpoint into a folder for others (safetensors, transformers, open_clip)"),
+    "export": (
+        "export",
+        "turn a checkpoint into a folder for others (safetensors, transformers, open_clip), or push it",
+    ),
     "embed": ("embed", "write the embeddings of images, texts or shards"),
     "search": ("search", "find the images or texts nearest to a text or a picture"),
     "shards make": ("make_shards", "turn images and annotation files into shards"),

@@ -6,7 +6,9 @@ laptop; without the data `--num-samples` stands in for its index.
 
 import argparse
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 
+from amclr_scale.checkpoint import files
 from amclr_scale.checkpoint.fetch import source_of
 from amclr_scale.checkpoint.remote import RemoteError
 from amclr_scale.checkpoint.resume import find
@@ -94,10 +96,17 @@ def _read_splits(config: Config) -> Iterator[str]:
         yield f"{said}: {task.split.num_samples:,} images, {' and '.join(kinds)}; read the first"
 
 
+def _goes_on(config: Config) -> bool:
+    """Whether a checkpoint has the weights; where `auto` finds none of the run's name, its own are looked at."""
+    if config.resume == "auto":
+        return bool(config.run.name and files.steps(Path(config.run.folder) / config.run.name / files.CHECKPOINTS))
+    return config.resume != "never"
+
+
 def _model(config: Config, tokenizer: Tokenizer, features: Mapping[str, Features]) -> str:
-    """Built with its weights, which are read for it."""
+    """Built with its weights, which are read for it, where no checkpoint has them."""
     seed_everything(config.seed)
-    model = model_of(config, tokenizer)
+    model = model_of(config, tokenizer, weights=bool(features) or not _goes_on(config))
     total, towers = sum(p.numel() for p in model.parameters()), (model.image_tower, model.text_tower)
     image, text = (sum(p.numel() for p in tower.parameters()) for tower in towers)
     rest_towers(model, config, features)

@@ -58,11 +58,11 @@ def started(config: Config, world_size: int) -> Config:
     Raises:
         UserError: there is no such model, or keys contradict it.
     """
-    if config.model.init is None:
+    if config.model.init is None and config.resume == "never":
         return config
-    from amclr_scale.encoders.start.taken import resolve
+    from amclr_scale.checkpoint.own_files import settled
 
-    return resolve(config, world_size)
+    return settled(config, world_size)
 
 
 def check_dry_run(options: argparse.Namespace) -> None:

@@ -105,6 +105,21 @@ def _under_every_name(state: dict[str, Tensor], tower: nn.Module) -> dict[str, T
     return found
 
 
+def look_into(path: str, key: str, wanted: tuple[str, ...]) -> tuple[set[str], dict[str, Tensor]]:
+    """The names of a file's tensors, and some of the tensors; of .safetensors nothing else is read."""
+    if path.endswith(".safetensors") and Path(path).is_file():
+        from safetensors import safe_open
+
+        try:
+            with safe_open(path, "pt") as file:
+                names = set(file.keys())
+                return names, {name: file.get_tensor(name) for name in wanted if name in names}
+        except Exception as error:  # whatever it raises about a broken file
+            raise UserError(f"{key}: {path} cannot be read as weights: {type(error).__name__}: {error}") from error
+    found = read_weights(path, key)
+    return set(found), {name: found[name] for name in wanted if name in found}
+
+
 def read_weights(path: str, key: str) -> dict[str, Tensor]:
     if not Path(path).is_file():
         raise UserError(f"{key}: expected a local file with weights, got {path}, which does not exist")

@@ -108,7 +108,8 @@ def build_trainer(
 
     Args:
         folder: the run's, for profiles.
-        fresh: whether the run begins; otherwise a checkpoint has what parts of the objective began with.
+        fresh: whether the run begins; otherwise a checkpoint has all weights, and what parts of the objective began
+            with.
 
     Raises:
         UserError: a key of model, objective, optimizer or execution is not usable here.
@@ -116,7 +117,8 @@ def build_trainer(
     seed_everything(config.seed)
     stage, first, features = config.execution.zero_stage, rank() == 0, inputs.loader.features
     with nullcontext() if features else shape_only(stage, rank()):  # a tower that rests is whole on every rank
-        model = model_of(config, inputs.tokenizer, weights=first or stage < 3 or bool(features))
+        needed = fresh and (first or stage < 3)
+        model = model_of(config, inputs.tokenizer, weights=needed or bool(features))  # features are of weights
     rest_towers(model, config, features)
     objective = objectives.from_section(
         config.objective, config.execution.sample_state, num_samples=inputs.loader.num_samples

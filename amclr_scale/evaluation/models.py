@@ -74,7 +74,7 @@ def _ours(name: str) -> Loaded:
             f"checkpoint: expected a run folder with config.yaml and weights.safetensors, open_clip/ARCHITECTURE:FILE "
             f"or transformers/FOLDER, got {name}: {missing[0]} does not exist"
         )
-    config = _with_own_files(load(folder / "config.yaml", trusted=False), folder)
+    config = with_own_files(load(folder / "config.yaml", trusted=False), folder)
     data = config.data
     tokenizer = load_tokenizer(data.tokenizer, data.context_length)
     tokenizer.check_saved(Path(data.tokenizer))
@@ -94,7 +94,7 @@ def _ours(name: str) -> Loaded:
     return Loaded(name, model, config, folder, state=folder / "objective.safetensors")
 
 
-def _with_own_files(config: Config, folder: Path) -> Config:
+def with_own_files(config: Config, folder: Path) -> Config:
     """Runs and exported folders have their tokenizer in them, and what describes towers of libraries."""
     changes: dict[str, Any] = {}
     if (folder / "tokenizer").is_dir():

@@ -1,7 +1,7 @@
-"""Runs that are kept in a store, as their users start them: killed while they upload, and gone on with elsewhere.
+"""Runs that are kept in a store, on several ranks and as their users start them; and an upload that is killed.
 
 The store is a folder here, by file://. With moto and s3fs installed (`pip install 'moto[server]' s3fs`, neither of
-which the project asks for) the same is done against a server that speaks S3.
+which the project asks for) an upload is killed that goes to a server of S3.
 """
 
 import os
@@ -18,6 +18,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 
 from amclr_scale.checkpoint import files
+from amclr_scale.checkpoint.fetch import fetch, source_of
 from amclr_scale.checkpoint.remote import RemoteRun
 from amclr_scale.checkpoint.remote_copy import RemoteCopy
 from amclr_scale.checkpoint.signals import UnsavedError
@@ -134,7 +135,7 @@ def started(*words, **environment):
 
 def done(*words, **environment):
     run = started(*words, **environment)
-    said, _ = run.communicate(timeout=240)
+    said, _ = run.communicate(timeout=600)
     assert run.returncode == 0, said
     return said
 
@@ -153,6 +154,7 @@ def same(one, other):
 
 @pytest.mark.launch
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_a_run_goes_on_from_its_address_with_the_same_bits(tmp_path):
     """From a store in which the upload of the next checkpoint was cut off."""
     store = tmp_path / "store"
@@ -178,42 +180,87 @@ def test_a_run_goes_on_from_its_address_with_the_same_bits(tmp_path):
     assert len(lines) == 20  # those of before were fetched too
 
 
-@pytest.mark.launch
-@pytest.mark.slow
-def test_killed_while_it_uploads_to_a_server_of_s3(tmp_path):
+UPLOADER = """
+import sys, time
+from pathlib import Path
+from amclr_scale.checkpoint.mirror import Mirror
+from amclr_scale.checkpoint.fetch import fetch, source_of
+from amclr_scale.checkpoint.remote import RemoteRun
+from amclr_scale.config.execution import Checkpoint
+mirror = Mirror(Path(sys.argv[1]), RemoteRun(sys.argv[2], "run.remote"), Checkpoint())
+mirror.claim()
+mirror.wake()
+while mirror.busy:
+    time.sleep(0.01)
+print(mirror.problem or [mirror.news.get().step for _ in range(mirror.news.qsize())])
+"""
+
+
+def uploader(folder, url):
+    return subprocess.Popen(
+        [sys.executable, "-c", UPLOADER, str(folder), url], cwd=ROOT, stdout=subprocess.PIPE, text=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])},
+    )  # fmt: skip
+
+
+@pytest.fixture
+def s3(monkeypatch):
+    """A server of S3 with a bucket, which holds back what `hold` names: (hold, arrived, go on)."""
     pytest.importorskip("s3fs", reason="needs s3fs: pip install 's3fs' 'moto[server]'")
     pytest.importorskip("moto.server", reason="needs moto: pip install 's3fs' 'moto[server]'")
+    import s3fs
     from moto.server import DomainDispatcherApplication, create_backend_app
     from werkzeug.serving import make_server
 
-    application, begun, go_on = DomainDispatcherApplication(create_backend_app), threading.Event(), threading.Event()
+    application, hold = DomainDispatcherApplication(create_backend_app), list[str]()
+    arrived, go_on = threading.Event(), threading.Event()
 
     def gate(environ, start_response):
-        if environ["REQUEST_METHOD"] == "PUT" and "step_00000016/rank_00000" in environ["PATH_INFO"]:
-            begun.set()
-            go_on.wait(60)
+        if environ["REQUEST_METHOD"] == "PUT" and any(name in environ["PATH_INFO"] for name in hold):
+            arrived.set()
+            go_on.wait(120)
         return application(environ, start_response)
 
     server = make_server("127.0.0.1", 0, gate, threaded=True)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    environment = {**KEYS, "FSSPEC_S3_ENDPOINT_URL": f"http://127.0.0.1:{server.server_port}"}
-    os.environ.update(environment)
-    import s3fs
+    for name, value in {**KEYS, "FSSPEC_S3_ENDPOINT_URL": f"http://127.0.0.1:{server.server_port}"}.items():
+        monkeypatch.setenv(name, value)
+    import fsspec.config
 
-    s3fs.S3FileSystem(endpoint_url=environment["FSSPEC_S3_ENDPOINT_URL"]).mkdir("bucket")
-    words = [*OFTEN, "run.remote=s3://bucket/runs", "checkpoint.keep=3", "resume=auto"]
-    run = started(*words, f"run.folder={tmp_path / 'one'}", **environment)
-    assert begun.wait(120)
-    run.kill()
-    run.communicate()
-    go_on.set()
-    store = RemoteRun("s3://bucket/runs/first", "resume")
-    assert store.steps() == {16: False, 8: True}
-
-    said = done(*words, f"run.folder={tmp_path / 'two'}", **environment)  # an empty disk
-    assert "note: fetched from s3://bucket/runs/first" in said
-    assert "checkpoints/step_00000016 is not used: its upload has not come to its end" in said
-    assert store.steps() == {20: True, 16: True, 8: True}
-    done(*OFTEN, f"run.folder={tmp_path / 'whole'}", **environment)
-    assert same(everything(tmp_path / "whole" / "first"), everything(tmp_path / "two" / "first"))
+    fsspec.config.set_conf_env(fsspec.config.conf_dict)  # which was read when fsspec was imported
+    s3fs.S3FileSystem().mkdir("bucket")
+    yield hold, arrived, go_on
+    fsspec.config.conf_dict.pop("s3", None)
     server.shutdown()
+
+
+def test_killed_while_it_uploads_to_a_server_of_s3(s3, tmp_path):
+    hold, arrived, go_on = s3
+    config, url = configuration(tmp_path), "s3://bucket/runs/a"
+    folder = tmp_path / "a"
+    write(tmp_path, 10, config)
+    (folder / "environment.json").write_text('{"time": "now", "host": "here"}')
+    said, _ = uploader(folder, url).communicate(timeout=120)
+    assert said == "[10]\n"
+    write(tmp_path, 20, config, number=2)
+    hold.append("step_00000020/rank_00001")
+    run = uploader(folder, url)
+    try:
+        assert arrived.wait(120)
+    finally:
+        run.kill()
+        run.communicate()
+    hold.clear()
+    go_on.set()
+    store = RemoteRun(url, "resume")
+    assert store.steps() == {20: False, 10: True}
+    away = configuration(tmp_path / "away", resume=url)  # an empty disk
+    found = source_of(away, tmp_path / "away" / "a").bring()
+    assert found.checkpoint == tmp_path / "away" / "a" / "checkpoints" / files.name_of(10)
+    assert files.fault(found.checkpoint) is None
+    assert "step_00000020 is not used" not in str(found.complaints)  # no manifest: it was never a checkpoint
+    write(tmp_path / "away", 20, away, number=2)
+    said, _ = uploader(tmp_path / "away" / "a", url).communicate(timeout=120)
+    assert said == "[20]\n"
+    for step in (10, 20):
+        assert files.fault(fetch(store, step, tmp_path / "back")) is None

@@ -10,7 +10,7 @@ from amclr_scale.config.load import load
 from amclr_scale.encoders.dual_encoder import DualEncoder
 from amclr_scale.encoders.libraries.open_clip_towers import kept_name
 from amclr_scale.encoders.libraries.transformers_parts import TOWERS
-from amclr_scale.encoders.weights import OF_OBJECTIVES, read_weights
+from amclr_scale.encoders.weights import OF_OBJECTIVES, look_into, read_weights
 from amclr_scale.errors import UserError
 
 _TOWER = ("name", "projection", "pretrained")
@@ -45,11 +45,11 @@ def keys(path: Path) -> dict[str, Any]:
     own = folder / "tokenizer"
     found["data.tokenizer"] = str(own) if own.is_dir() else data.tokenizer
     found["evaluation.resize"] = config.evaluation.resize
-    weights = read_weights(str(file), "model.init")
-    statistics = any(n.startswith("image_tower.") and n.endswith(".running_mean") for n in weights)
+    names, scale = look_into(str(file), "model.init", ("logit_scale", "logit_bias"))
+    statistics = any(n.startswith("image_tower.") and n.endswith(".running_mean") for n in names)
     if statistics and found["model.image.norm"] == "default":
         found["model.image.norm"] = "frozen"  # as BatchNorm was in a tower that was frozen, which needs no choice
-    return found | learned(weights)
+    return found | learned(scale)
 
 
 def learned(weights: dict[str, Tensor]) -> dict[str, float]:

@@ -30,6 +30,13 @@ FREE = (
     "model.temperature", "model.logit_bias", "model.image.options", "evaluation.resize", "data.context_length",
 )  # fmt: skip
 SIZE = "data.image_size"  # and of this, where towers are built for any: positions are then interpolated
+# All that a model of any kind may settle.
+SETTLED = (
+    "model.embedding_width", "model.temperature", "model.logit_bias", "evaluation.resize",
+    *(f"model.image.{name}" for name in ("name", "projection", "pretrained", "width", "depth", "norm", "options")),
+    *(f"model.text.{name}" for name in ("name", "projection", "pretrained", "width", "layers", "heads", "pooling")),
+    *(f"data.{name}" for name in ("tokenizer", "context_length", "image_size", "image_mean", "image_std")),
+)  # fmt: skip
 FILLED = "filled"  # among what is taken: whether captions always fill the context, so that it is fixed
 
 
@@ -69,8 +76,37 @@ def _opened(init: str) -> tuple[Kind, Path]:
     raise UserError(
         "model.init: expected a run or an export of ours, a local folder of transformers or open_clip, or "
         f"open_clip/ARCHITECTURE:FILE, got {init}: {what}. Nothing is downloaded: fetch a model of a hub beforehand "
-        "(hf download NAME --local-dir FOLDER). A run that is resumed reads it too, for names, tokenizer and sizes"
+        "(hf download NAME --local-dir FOLDER)"
     )
+
+
+def is_there(init: str) -> bool:
+    """Whether anything is at the path that `model.init` names."""
+    library, _, rest = init.partition("/")
+    path = rest if library in KINDS else init
+    return any(Path(one).expanduser().exists() for one in (init, path, path.partition(":")[2] or path))
+
+
+def as_kept(config: Config, kept: Config) -> Config:
+    """The recipe with what `model.init` has settled for a run that began from it; what the recipe says is left.
+
+    Args:
+        kept: that run's, resolved.
+    """
+    open_keys = [key for key in SETTLED if key.rpartition(".")[2] not in _section(config, key).model_fields_set]
+    return with_keys(config, {key: value_of(kept, key) for key in open_keys})
+
+
+def value_of(config: Config, key: str) -> Any:
+    """What is under a dotted key."""
+    return getattr(_section(config, key), key.rpartition(".")[2])
+
+
+def _section(config: Config, key: str) -> Any:
+    there: Any = config
+    for section in key.split(".")[:-1]:
+        there = getattr(there, section)
+    return there
 
 
 def resolve(config: Config, world_size: int = 1) -> Config:
@@ -85,14 +121,9 @@ def resolve(config: Config, world_size: int = 1) -> Config:
     taken = kind.keys(path)
     filled, lines = taken.pop(FILLED, False), []
     for key, value in taken.items():
-        *sections, name = key.split(".")
-        there: Any = config
-        for section in sections:
-            there = getattr(there, section)
-        given = name in there.model_fields_set
-        if not given or getattr(there, name) == value:
+        there, mine = _section(config, key), value_of(config, key)
+        if key.rpartition(".")[2] not in there.model_fields_set or mine == value:
             continue
-        mine = getattr(there, name)
         sized = key == SIZE and kind is not KINDS["transformers"]
         if (key in FREE or sized) and not (key == "data.context_length" and (filled or mine > value)):
             taken[key] = mine
@@ -102,13 +133,13 @@ def resolve(config: Config, world_size: int = 1) -> Config:
         lines.append("model.image.weights: expected null, as model.init brings all weights; leave one of them away")
     if lines:
         raise UserError("\n".join(lines))
-    config = _with(config, taken)
+    config = with_keys(config, taken)
     if wrong := check(config, world_size):
         raise UserError("\n".join(wrong))
     return config
 
 
-def _with(config: Config, changes: dict[str, Any]) -> Config:
+def with_keys(config: Config, changes: dict[str, Any]) -> Config:
     """With values under dotted keys."""
 
     def changed(section: Section, prefix: str) -> Any:

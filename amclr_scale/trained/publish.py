@@ -1,0 +1,122 @@
+"""A trained model as a repository of the Hugging Face hub: an export, its card with what the hub reads, in one commit.
+
+Through huggingface_hub, with its token, its address (HF_ENDPOINT) and its way of uploading large files.
+"""
+
+import importlib
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from amclr_scale.errors import UserError
+from amclr_scale.trained.export import Which, export
+
+CARD, WEIGHTS = "README.md", "weights.safetensors"
+HERE = "'THIS FOLDER'"  # in a card, where a repository stands for the folder
+
+
+@dataclass(frozen=True)
+class Published:
+    """What went where."""
+
+    url: str  # of the commit
+    files: dict[str, int]  # by name, with their bytes
+    made: bool  # whether the repository is new
+
+
+def check_name(repository: str) -> None:
+    """Refuse what can be no repository.
+
+    Raises:
+        UserError: or huggingface_hub is not installed.
+    """
+    try:
+        importlib.import_module("huggingface_hub.utils").validate_repo_id(repository)
+        if "/" not in repository:
+            raise ValueError("whose it is comes first")
+    except ImportError as error:
+        raise UserError(f"--push: needs huggingface_hub: pip install huggingface_hub ({error})") from error
+    except ValueError as error:
+        raise UserError(f"--push: expected OWNER/NAME, got {repository}: {error}") from error
+
+
+def prepare(source: str, out: Path, repository: str, further: Callable[[Path], None] | None, which: Which) -> None:
+    """Write the files of the repository into a new folder: of an export those there, of anything else an export.
+
+    Args:
+        source: a run, a checkpoint or an address of one, or a folder that `export` wrote.
+        further: writes more into an export, such as another library's files.
+
+    Raises:
+        UserError: there is no model.
+    """
+    folder = Path(source).expanduser()
+    if (folder / WEIGHTS).is_file() and (folder / CARD).is_file():
+        if further is not None or which != "weights":
+            raise UserError(f"--to, --which: {source} is an export already; leave them away, or name the run")
+        shutil.copytree(folder, out, dirs_exist_ok=True)
+    else:
+        export(source, out, further, which)
+    card = out / CARD
+    card.write_text(_for_the_hub(card.read_text("utf-8"), repository, (out / "config.json").is_file()), "utf-8")
+
+
+def _for_the_hub(card: str, repository: str, transformers: bool) -> str:
+    """A card with the lines that the hub sorts by, and the repository where the folder was. No licence is guessed."""
+    if card.startswith("---\n"):
+        return card
+    lines = ["---", "library_name: amclr_scale", "pipeline_tag: zero-shot-image-classification", "tags:"]
+    tags = ["clip", "contrastive-learning", "image-text-retrieval", *(["transformers"] if transformers else [])]
+    head = "\n".join([*lines, *(f"- {tag}" for tag in tags), "---", "", ""])
+    fetched = f"snapshot_download({repository!r})"
+    imports = "    import amclr_scale\n"
+    card = card.replace(imports, f"{imports}    from huggingface_hub import snapshot_download\n")
+    return head + card.replace(HERE, fetched)
+
+
+def files_of(folder: Path) -> dict[str, int]:
+    """What would go into the repository, by name, with bytes."""
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    names = {path.relative_to(folder).as_posix(): path.stat().st_size for path in paths}
+    return {name: size for name, size in names.items() if not name.startswith(".")}
+
+
+def publish(folder: Path, repository: str, *, public: bool = False) -> Published:
+    """Put a folder's files into a repository, which is made, private, where there is none: one commit, all or nothing.
+
+    Other files that are in the repository stay, and so does who can see it.
+
+    Raises:
+        UserError: there is no token, it may not, the hub is not to be reached, or it refuses the files.
+    """
+    hub: Any = importlib.import_module("huggingface_hub")
+    files = files_of(folder)
+    try:
+        api = hub.HfApi()
+        made = not api.repo_exists(repository)
+        if made:
+            api.create_repo(repository, private=not public, exist_ok=True)
+        adds = [hub.CommitOperationAdd(path_in_repo=name, path_or_fileobj=str(folder / name)) for name in files]
+        done = api.create_commit(repository, adds, commit_message="A model of amclr_scale")
+    except Exception as error:  # the library raises many kinds, and its own libraries more
+        raise UserError(f"{repository} cannot be published: {_why(error)}") from error
+    return Published(str(done.commit_url), files, made)
+
+
+def _why(error: Exception) -> str:
+    errors: Any = importlib.import_module("huggingface_hub.errors")
+    first = str(error).strip().partition("\n")[0]
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    if isinstance(error, errors.LocalTokenNotFoundError):
+        return "there is no token here; log in by `hf auth login`, or set HF_TOKEN"
+    if isinstance(error, errors.OfflineModeIsEnabled):
+        return "HF_HUB_OFFLINE is set; unset it where the hub can be reached"
+    if status == 401:
+        return f"the hub does not know the token ({first}); log in by `hf auth login`, or set HF_TOKEN"
+    if status == 403:
+        return f"the token may not write there ({first}); make one with the right to write, or choose a name of yours"
+    if status is not None:
+        return f"the hub answers {status}: {first}"
+    return f"the hub was not reached: {first or type(error).__name__}"

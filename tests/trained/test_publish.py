@@ -1,0 +1,174 @@
+"""What `export --push` puts into a repository, held by a server here that speaks the hub's calls, not the hub."""
+
+import base64
+import hashlib
+import json
+import re
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import SimpleNamespace
+
+import pytest
+import yaml
+from huggingface_hub import constants
+
+from amclr_scale.commands.export import main
+from tests.trained.test_export import run
+
+__all__ = ["run"]
+
+
+class Hub(BaseHTTPRequestHandler):
+    """Repositories in memory: who asks for what, and the files of each commit; weights come as large files do."""
+
+    def log_message(self, *words):
+        pass
+
+    def answer(self, status, content, **headers):
+        body = json.dumps(content).encode()
+        self.send_response(status)
+        for name, value in {"Content-Length": len(body), "Content-Type": "application/json", **headers}.items():
+            self.send_header(name.replace("_", "-"), str(value))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def do_GET(self):
+        repository = self.path.removeprefix("/api/models/").partition("?")[0]
+        if repository not in self.server.made:
+            return self.answer(404, {"error": "not found"}, X_Error_Code="RepoNotFound")
+        return self.answer(200, {"id": repository, "sha": "0" * 40})
+
+    def do_PUT(self):
+        content = self.rfile.read(int(self.headers["Content-Length"]))
+        self.server.large[hashlib.sha256(content).hexdigest()] = content
+        self.answer(200, {})
+
+    def do_POST(self):
+        body, server = self.rfile.read(int(self.headers["Content-Length"])), self.server
+        if self.headers.get("Authorization") != f"Bearer {server.token}":
+            return self.answer(401, {"error": "Invalid username or password."})
+        path = self.path.partition("?")[0]
+        if path == "/api/validate-yaml":
+            return self.answer(200, {"errors": [], "warnings": []})
+        if path == "/api/repos/create":
+            asked = json.loads(body)
+            if asked["organization"] != "me":
+                return self.answer(403, {"error": "You don't have the rights to create a model under this namespace"})
+            server.made[f"me/{asked['name']}"] = asked
+            return self.answer(200, {"url": f"{server.address}/me/{asked['name']}", "name": f"me/{asked['name']}"})
+        if "/preupload/" in path:
+            names = [file["path"] for file in json.loads(body)["files"]]
+            modes = [{"path": name, "uploadMode": "lfs" if name.endswith(".safetensors") else "regular",
+                      "shouldIgnore": False} for name in names]  # fmt: skip
+            return self.answer(200, {"files": modes})
+        if path.endswith("/info/lfs/objects/batch"):
+            objects = [
+                {**one, "actions": {"upload": {"href": f"{server.address}/large/{one['oid']}"}}}
+                for one in json.loads(body)["objects"]
+            ]
+            return self.answer(200, {"transfer": "basic", "objects": objects})
+        if "/commit/" in path:
+            lines = [json.loads(line) for line in body.splitlines()]
+            server.commits.append({line["value"]["path"]: line for line in lines if line["key"] != "header"})
+            url = f"{server.address}/me/model/commit/{'1' * 40}"
+            return self.answer(200, {"commitUrl": url, "commitOid": "1" * 40, "success": True})
+        return self.answer(404, {"error": path})
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    server.made, server.commits, server.large, server.token = {}, [], {}, "secret"
+    server.address = f"http://127.0.0.1:{server.server_port}"
+    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+    for name, value in (("ENDPOINT", server.address), ("HF_HUB_OFFLINE", False), ("HF_HUB_DISABLE_XET", True)):
+        monkeypatch.setattr(constants, name, value)
+    monkeypatch.setenv("HF_TOKEN", "secret")
+    yield server
+    server.shutdown()
+
+
+@pytest.fixture
+def exported(tmp_path):
+    folder = tmp_path / "exported"
+    (folder / "tokenizer").mkdir(parents=True)
+    (folder / "README.md").write_text(
+        "# A dual encoder\n\n    import amclr_scale\n    amclr_scale.load('THIS FOLDER')\n"
+    )
+    (folder / "weights.safetensors").write_bytes(b"weights" * 100)
+    (folder / "config.yaml").write_text("seed: 0\n")
+    (folder / "tokenizer" / "tokenizer.json").write_text("{}")
+    return folder
+
+
+def content_of(commit, name, large=None):
+    line = commit[name]
+    return base64.b64decode(line["value"]["content"]) if line["key"] == "file" else large[line["value"]["oid"]]
+
+
+def test_an_export_becomes_a_private_repository_in_one_commit(hub, exported, capsys):
+    assert main([str(exported), "--push", "me/model"]) == 0
+    assert hub.made["me/model"]["visibility"] == "private"
+    (commit,) = hub.commits
+    assert sorted(commit) == ["README.md", "config.yaml", "tokenizer/tokenizer.json", "weights.safetensors"]
+    assert content_of(commit, "weights.safetensors", hub.large) == b"weights" * 100
+    card = content_of(commit, "README.md").decode()
+    head = yaml.safe_load(card.split("---\n")[1])
+    assert head["library_name"] == "amclr_scale"
+    assert head["pipeline_tag"] == "zero-shot-image-classification"
+    assert "license" not in head
+    assert "    from huggingface_hub import snapshot_download\n" in card
+    assert "amclr_scale.load(snapshot_download('me/model'))" in card
+    assert "THIS FOLDER" in (exported / "README.md").read_text()  # which stays as it was
+    said = capsys.readouterr().out
+    assert f"4 files, 0.0 MiB -> {hub.address}/me/model/commit/{'1' * 40} (made, private)" in said
+
+    assert main([str(exported), "--push", "me/model", "--public"]) == 0
+    assert hub.made["me/model"]["visibility"] == "private"
+    assert "(there already: who can see it is as it was)" in capsys.readouterr().out
+    assert main([str(exported), "--push", "me/seen", "--public"]) == 0
+    assert hub.made["me/seen"]["visibility"] == "public"
+
+
+def test_a_run_is_exported_first(hub, run, capsys):
+    folder, *_ = run
+    assert main([str(folder), "--push", "me/model", "--to", "transformers", "--dry-run"]) == 0
+    said = capsys.readouterr().out
+    assert [line.split()[0] for line in said.splitlines()[:-1]] == [
+        "README.md", "config.json", "config.yaml", "model.safetensors", "tokenizer/fingerprint.txt",
+        "tokenizer/tokenizer.json", "weights.safetensors",
+    ]  # fmt: skip
+    assert "would go to me/model; nothing was uploaded" in said
+    assert (hub.made, hub.commits) == ({}, [])
+    assert main([str(folder / "checkpoints"), "--push", "me/model", "--which", "momentum"]) == 0
+    card = content_of(hub.commits[0], "README.md").decode()
+    assert "- weights: their moving average" in card
+    assert str(folder) not in card + content_of(hub.commits[0], "config.yaml").decode()
+
+
+@pytest.mark.parametrize(
+    ("words", "change", "told"),
+    [
+        (["me/model"], {"env": "wrong"}, r"me/model cannot be published: the hub does not know the token"),
+        (["others/model"], {}, r"others/model cannot be published: the token may not write there"),
+        (["me/model"], {"offline": True}, r"me/model cannot be published: HF_HUB_OFFLINE is set; unset it"),
+        (["me/model"], {"closed": True}, r"me/model cannot be published: the hub was not reached: "),
+        (["me/model"], {"env": None}, r"me/model cannot be published: (there is no token|the hub does not know the)"),
+        (["model"], {}, r"--push: expected OWNER/NAME, got model: whose it is comes first"),
+        (["me/two words"], {}, r"--push: expected OWNER/NAME, got me/two words: Repo id must"),
+        (["me/model", "--which", "momentum"], {}, r"--to, --which: .*exported is an export already"),
+    ],
+)
+def test_mistakes_are_told_in_words(hub, exported, capsys, monkeypatch, words, change, told):
+    how = SimpleNamespace(**{"env": "secret", "offline": False, "closed": False, **change})
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", how.offline)
+    monkeypatch.setenv("HF_TOKEN", how.env) if how.env else monkeypatch.delenv("HF_TOKEN")
+    if how.closed:
+        monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    assert main([str(exported), "--push", *words]) == 2
+    said = capsys.readouterr().err
+    assert re.match(told, said), said
+    assert hub.commits == []
+    assert main([str(exported), "--out", str(exported / "x"), "--public"]) == 2
+    assert "--public: expected it beside --push OWNER/NAME" in capsys.readouterr().err
+    assert main([str(exported / "nothing"), "--push", "me/model"]) == 2
