@@ -13,7 +13,7 @@ import yaml
 from huggingface_hub import constants
 
 from amclr_scale.commands.export import main
-from tests.trained.test_export import run
+from tests.trained.test_export import TREE, run
 
 __all__ = ["run"]
 
@@ -96,7 +96,7 @@ def exported(tmp_path):
         "# A dual encoder\n\n    import amclr_scale\n    amclr_scale.load('THIS FOLDER')\n"
     )
     (folder / "weights.safetensors").write_bytes(b"weights" * 100)
-    (folder / "config.yaml").write_text("seed: 0\n")
+    (folder / "config.yaml").write_text(yaml.safe_dump(TREE))
     (folder / "tokenizer" / "tokenizer.json").write_text("{}")
     return folder
 
