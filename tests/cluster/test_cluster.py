@@ -51,7 +51,7 @@ def test_faults_end_in_time_and_four_launchers_make_the_run_of_one_node(runs, wa
         assert row.lost <= 8
     saving = saving_of(runs, runs.folder / "apart" / "broken")
     assert saving.checkpoints >= 10
-    assert 0.4 * saving.bytes < saving.sent < 0.6 * saving.bytes  # what is cut over two ranks
+    assert 0.3 * saving.bytes < saving.sent < 0.7 * saving.bytes  # half of what is cut over two ranks
 
 
 def test_an_elastic_run_goes_on_without_a_node_and_takes_it_back(runs, watch):

@@ -7,7 +7,7 @@ from pathlib import Path
 from amclr_scale.checkpoint import files, marks
 from tools.cluster.runs import Runs
 
-WORDS = ("run.shared=false",)
+WORDS = ("run.shared=false", "execution.zero_stage=2")  # each rank has half of the state
 
 
 @dataclass
