@@ -225,12 +225,12 @@ def s3(monkeypatch):
     threading.Thread(target=server.serve_forever, daemon=True).start()
     for name, value in {**KEYS, "FSSPEC_S3_ENDPOINT_URL": f"http://127.0.0.1:{server.server_port}"}.items():
         monkeypatch.setenv(name, value)
-    import fsspec.config
+    from fsspec.config import conf, set_conf_env
 
-    fsspec.config.set_conf_env(fsspec.config.conf_dict)  # which was read when fsspec was imported
+    set_conf_env(conf)  # which was read when fsspec was imported
     s3fs.S3FileSystem().mkdir("bucket")
     yield hold, arrived, go_on
-    fsspec.config.conf_dict.pop("s3", None)
+    conf.pop("s3", None)
     server.shutdown()
 
 
