@@ -115,6 +115,7 @@ class RemoteRun:
         """A small file's content; None: it is not there."""
 
         def look() -> bytes | None:
+            self._files.invalidate_cache()  # what is not in a listing of before may be there now
             try:
                 return bytes(self._files.cat_file(f"{self._root}/{name}"))
             except FileNotFoundError:

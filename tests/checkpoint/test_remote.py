@@ -287,6 +287,38 @@ def test_the_cache_holds_one_checkpoint_of_a_run(place, tmp_path, monkeypatch):
     assert (newer.parent.parent / METRICS).is_file()
 
 
+def test_what_came_after_a_listing_is_read(place):
+    """Stores' packages remember listings, and take what is not in them for absent."""
+    _, url, _ = place
+
+    class Remembering:
+        def __init__(self, inner):
+            self.inner, self.listed = inner, None
+
+        def __getattr__(self, name):
+            return getattr(self.inner, name)
+
+        def invalidate_cache(self):
+            self.listed = None
+
+        def find(self, path, **how):
+            self.listed = self.inner.find(path, **how)
+            return self.listed
+
+        def cat_file(self, path):
+            if self.listed is not None and path not in self.listed:
+                raise FileNotFoundError(path)
+            return self.inner.cat_file(path)
+
+    reader, writer = RemoteRun(url, "resume"), RemoteRun(url, "run.remote")
+    reader._files = Remembering(reader._files)
+    writer.write("environment.json", b"1")
+    assert list(reader.sizes()) == ["environment.json"]
+    writer.write("holder.json", b"2")
+    assert reader.read("holder.json") == b"2"
+    assert reader.read("nothing.json") is None
+
+
 def test_addresses():
     for tail in ("", "/", "/checkpoints", "/checkpoints/", "/checkpoints/step_00000010", "/checkpoints/best"):
         assert root_of(f"s3://bucket/runs/first{tail}") == "s3://bucket/runs/first"
