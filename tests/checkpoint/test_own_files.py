@@ -36,6 +36,7 @@ def embedded(config, model):
     return torch.cat([out["image"], out["text"]])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["clip", "siglip"])
 def test_a_run_goes_on_without_what_it_began_from(tmp_path, kind):
     init, runs = tmp_path / "init", tmp_path / "runs"

@@ -72,6 +72,7 @@ def slow(mirror):
     mirror.remote.put = lambda path, name: (time.sleep(0.5), upload(path, name))
 
 
+@pytest.mark.slow
 def test_all_ranks_wait_for_the_last_upload_and_end_alike(ranks, tmp_path):
     (words, end), (nothing, other) = ranks(2, copied, tmp_path / "fine", tmp_path / "store")
     assert (end, other, nothing) == ("", "", [])

@@ -130,6 +130,7 @@ def test_an_export_becomes_a_private_repository_in_one_commit(hub, exported, cap
     assert hub.made["me/seen"]["visibility"] == "public"
 
 
+@pytest.mark.slow
 def test_a_run_is_exported_first(hub, run, capsys):
     folder, *_ = run
     assert main([str(folder), "--push", "me/model", "--to", "transformers", "--dry-run"]) == 0
