@@ -31,6 +31,7 @@ from amclr_scale.checkpoint.resume import Found
 from amclr_scale.checkpoint.start import together
 from amclr_scale.distributed.launcher import where
 from amclr_scale.distributed.process_group import broadcast_object, gather_objects
+from amclr_scale.errors import UserError
 
 CHUNK = 16 * 2**20  # bytes
 RECEIVED = ".received"  # in the run folder of a node that keeps nothing: the checkpoint that a run goes on from
@@ -171,10 +172,10 @@ def arrange(folder: Path, lock: RunLock, rank: int) -> Delivery | None:
     Raises:
         AgreedError: on every rank: a node has no folder of its own that can be written.
     """
-    everyone = gather_objects((platform.node(), lock.away))
+    hosts = gather_objects(platform.node())
     if rank == 0:
         (folder / marks.ELSEWHERE).unlink(missing_ok=True)
-    if not any(away for _, away in everyone):
+    if not any(gather_objects(lock.away)):
         return None
     token, words = broadcast_object(secrets.token_hex(8)), ""
     here = folder / f".node_{token}"
@@ -182,17 +183,24 @@ def arrange(folder: Path, lock: RunLock, rank: int) -> Delivery | None:
         try:
             here.mkdir(parents=True, exist_ok=True)
             (here / str(rank)).touch()
+            # Now that it has written there, a node that shares rank 0's folder sees what its file system may have shown
+            # late: a piece that it sent would be written over the one that it reads, and then removed.
+            lock.look_again()
+        except UserError as error:
+            words = str(error)
         except OSError as error:
             words = f"{folder.absolute()} cannot be written: {error.strerror}"
     together(words, "run.folder: expected a folder of its own on every node (run.shared=false)")
     seen = min(int(path.name) for path in here.iterdir()) if lock.away else None
     carriers = gather_objects(seen)  # after which nobody looks any more
-    if seen == rank:
-        shutil.rmtree(here)
+    if rank in (seen, 0):
+        shutil.rmtree(here, ignore_errors=True)
+    if not any(carrier is not None for carrier in carriers):
+        return None
     members = sorted({0, *(carrier for carrier in carriers if carrier is not None)})
     group = dist.new_group(members, backend="gloo")
     asked = marks.Changes(folder / marks.ASKED)
-    made = Delivery(folder, rank, [host for host, _ in everyone], carriers, group, asked)
+    made = Delivery(folder, rank, hosts, carriers, group, asked)
     made.clean()
     return made
 

@@ -7,11 +7,11 @@ than the disk; evaluate, export and embed bring it into the cache.
 import shutil
 import tempfile
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 from amclr_scale.checkpoint import files
 from amclr_scale.checkpoint.files import CHECKPOINTS, MANIFEST, STATE
-from amclr_scale.checkpoint.remote import HOLDER, RemoteError, RemoteRun, address_key, identity_in, is_url, name_in
+from amclr_scale.checkpoint.remote import RemoteError, RemoteRun, address_key, identity_in, is_record, is_url, name_in
 from amclr_scale.checkpoint.resume import Found, opened
 from amclr_scale.config.schema import Config
 from amclr_scale.errors import UserError
@@ -40,13 +40,15 @@ class Source:
             )
         complaints: list[str] = []
         for step in remote.candidates(complaints):
-            self._look(step, complaints)  # so that one of another recipe is refused before all of it is fetched
             try:
+                self._look(step, complaints)  # so that one of another recipe is refused before all of it is fetched
                 checkpoint = fetch(remote, step, folder / CHECKPOINTS)
                 if folder.name == name_in(remote.url) and not (folder / METRICS).exists():
                     fetch_records(remote, folder)
+            except UserError:
+                raise
             except ValueError as error:
-                complaints.append(f"{remote.url}/{CHECKPOINTS}/{files.name_of(step)} is not used: {error}")
+                complaints.append(_not_used(remote, step, error))
             except OSError as error:
                 raise UserError(f"run.folder: {folder} cannot be written: {error}") from error
             else:
@@ -61,14 +63,25 @@ class Source:
         """
         complaints: list[str] = []
         for step in self.remote.candidates(complaints):
-            return self._look(step, complaints)
+            try:
+                return self._look(step, complaints)
+            except UserError:
+                raise
+            except ValueError as error:
+                complaints.append(_not_used(self.remote, step, error))
         raise _nothing(self.remote, complaints)
 
     def _look(self, step: int, complaints: list[str]) -> tuple[Found, str]:
         name = files.name_of(step)
         called = f"{self.remote.url}/{CHECKPOINTS}/{name}"
+        hashes = {file["name"]: file["sha256"] for file in self.remote.manifest(step)["files"]}
+        if STATE not in hashes:
+            raise ValueError(f"{STATE} is missing")
         with tempfile.TemporaryDirectory() as temporary:
-            self.remote.get(f"{CHECKPOINTS}/{name}/{STATE}", Path(temporary) / name / STATE)
+            state = Path(temporary) / name / STATE
+            self.remote.get(f"{CHECKPOINTS}/{name}/{STATE}", state)
+            if files.describe(state).sha256 != hashes[STATE]:
+                raise ValueError(f"{STATE} is damaged: its bytes are not those that were written")
             return opened(Path(temporary) / name, complaints, self.config, called), called
 
 
@@ -91,6 +104,10 @@ def source_of(config: Config, folder: Path) -> Source | None:
     remote = RemoteRun(f"{config.run.remote.rstrip('/')}/{folder.name}", "run.remote")
     there, here = next(remote.candidates([]), None), files.steps(folder / CHECKPOINTS)
     return None if there is None or (here and here[0] >= there) else Source(remote, folder, config)
+
+
+def _not_used(remote: RemoteRun, step: int, why: Exception) -> str:
+    return f"{remote.url}/{CHECKPOINTS}/{files.name_of(step)} is not used: {why}"
 
 
 def _nothing(remote: RemoteRun, complaints: list[str]) -> UserError:
@@ -137,8 +154,7 @@ def fetch_records(remote: RemoteRun, folder: Path) -> None:
         OSError, RemoteError: as `fetch`.
     """
     for name in remote.sizes():
-        parts = PurePosixPath(name).parts
-        if parts[0] not in (CHECKPOINTS, HOLDER) and ".." not in parts and not PurePosixPath(name).is_absolute():
+        if is_record(name):  # whatever else a store holds, it changes no lock and brings no weights without a hash
             remote.get(name, folder / name)
 
 
@@ -185,7 +201,7 @@ def local_copy(url: str, key: str) -> Path:
                 try:
                     found = fetch(remote, step, folder / CHECKPOINTS)
                 except ValueError as error:
-                    complaints.append(f"{remote.url}/{CHECKPOINTS}/{files.name_of(step)} is not used: {error}")
+                    complaints.append(_not_used(remote, step, error))
                     continue
                 fetch_records(remote, folder)
                 for other in files.steps(folder / CHECKPOINTS):

@@ -85,16 +85,35 @@ class RunLock:
         Raises:
             UserError: this is not the folder that rank 0 sees, or it cannot be written here.
         """
+        lock = cls(folder, None, rank)
+        lock.token = token
         if not shared and _unseen(folder, token):
-            return cls(folder, None, rank)
+            return lock
         _wait_for(folder, token)
+        lock._hold()
+        return lock
+
+    def _hold(self) -> None:
+        """Lock this rank's byte.
+
+        Raises:
+            UserError: the folder cannot be written.
+        """
         try:
-            file = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            self._file = os.open(self.folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         except OSError as error:
-            raise UserError(f"{folder.absolute()} cannot be written: {error.strerror}") from error
+            raise UserError(f"{self.folder.absolute()} cannot be written: {error.strerror}") from error
         with contextlib.suppress(OSError):  # rank 0 has found out whether there are locks here
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, rank)
-        return cls(folder, file, rank)
+            fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, self._rank)
+
+    def look_again(self) -> None:
+        """Hold a folder that is rank 0's after all: a network file system may have shown it late.
+
+        Raises:
+            UserError: it cannot be written.
+        """
+        if self.away and not _unseen(self.folder, self.token):
+            self._hold()
 
     @property
     def away(self) -> bool:

@@ -18,11 +18,9 @@ from queue import SimpleQueue
 
 from amclr_scale.checkpoint import files
 from amclr_scale.checkpoint.files import BEST, CHECKPOINTS, LATEST, MANIFEST, STATE
-from amclr_scale.checkpoint.remote import ENVIRONMENT, HOLDER, RemoteError, RemoteRun, identity_in
+from amclr_scale.checkpoint.remote import ENVIRONMENT, HOLDER, RemoteError, RemoteRun, identity_in, is_record
 from amclr_scale.config.schema import Checkpoint, Config
 from amclr_scale.errors import UserError
-
-_ELSEWHERE = (CHECKPOINTS, "wandb", "profile")  # in the run's folder, and not uploaded with its other files
 
 
 def remote_of(config: Config, name: str) -> RemoteRun:
@@ -233,12 +231,11 @@ class Mirror:
 
     def _upload_records(self) -> None:
         """What else is in the run's folder, where it has changed, without weights."""
+        self._check_holder()
         for path in sorted(self.folder.rglob("*")):
-            name = path.relative_to(self.folder)
-            hidden = any(part.startswith(".") for part in name.parts)
-            if name.parts[0] in _ELSEWHERE or hidden or path.suffix == ".safetensors" or not path.is_file():
-                continue
-            self._send(path, name.as_posix())
+            name = path.relative_to(self.folder).as_posix()
+            if is_record(name) and path.is_file():
+                self._send(path, name)
 
     def _send(self, path: Path, name: str) -> None:
         status = os.stat(path)

@@ -12,6 +12,7 @@ tried again with growing pauses when it fails. Imports no torch.
 
 import hashlib
 import json
+import re
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
@@ -23,6 +24,8 @@ from amclr_scale.data.remote import GaveUpError, persist
 from amclr_scale.errors import UserError
 
 HOLDER = "holder.json"
+_ELSEWHERE = (CHECKPOINTS, HOLDER, "wandb", "profile")  # in the run's folder, and none of its records
+_SECRET = re.compile(r"://(?P<who>[^/@]*:[^/@]*@)|://[^?]*(?P<query>\?.+)")  # a password, a signature
 ENVIRONMENT = "environment.json"
 T = TypeVar("T")
 
@@ -34,6 +37,17 @@ class RemoteError(Exception):
 def is_url(name: str) -> bool:
     """Whether a name is that of something in a store, and no path."""
     return "://" in name
+
+
+def is_record(name: str) -> bool:
+    """Whether a file of a run's folder goes to the store beside checkpoints, and comes back: not hidden, no weights.
+
+    Args:
+        name: from the run's folder on.
+    """
+    path = PurePosixPath(name)
+    outside = path.is_absolute() or not path.parts or any(part.startswith(".") for part in path.parts)
+    return not outside and path.parts[0] not in _ELSEWHERE and path.suffix != ".safetensors"
 
 
 def name_in(url: str) -> str:
@@ -56,10 +70,17 @@ class RemoteRun:
         key: that the address was given as, for messages.
 
     Raises:
-        UserError: no package here knows its protocol, or the address is none.
+        UserError: no package here knows its protocol, the address is none, or it holds a secret.
     """
 
     def __init__(self, url: str, key: str):
+        if secret := _SECRET.search(url):
+            part = "who" if secret["who"] else "query"
+            shown = f"{url[: secret.start(part)]}...{url[secret.end(part) :]}"
+            raise UserError(
+                f"{key}: expected an address without password or query, since it is written into records, checkpoints "
+                f"and logs, got {shown}; give secrets to fsspec's package for it (docs/checkpoints.md)"
+            )
         self.url, self.key = root_of(url), key
         self.asked = url.rstrip("/").removeprefix(self.url).removeprefix(f"/{CHECKPOINTS}").strip("/")
         import fsspec

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from amclr_scale.checkpoint import delivery, files, marks, state
+from amclr_scale.checkpoint import lock as locking
 from amclr_scale.checkpoint.checkpointer import Checkpointer
 from amclr_scale.checkpoint.delivery import arrange
 from amclr_scale.checkpoint.files import Written
@@ -257,3 +258,21 @@ def seen_by_all(home: str) -> bool:
 
 def test_nothing_is_sent_where_all_see_the_folder(ranks, tmp_path):
     assert ranks(2, seen_by_all, str(tmp_path)) == [True, True]
+
+
+def late(home: str) -> tuple[bool, bool]:
+    """The folder is shared, and shows rank 1 what rank 0 wrote there only the second time that it looks."""
+    run, unseen, looks = Path(home) / "a", locking._unseen, iter(["not there yet"])
+    locking._unseen = lambda folder, token: next(looks, "") or unseen(folder, token)
+    try:
+        with lock_new(run, dist.get_rank(), shared=False) as lock:
+            away = lock.away
+            return away, arrange(run, lock, dist.get_rank()) is None and not lock.away
+    finally:
+        locking._unseen = unseen
+
+
+def test_a_shared_folder_that_shows_its_files_late_is_no_other_node(ranks, tmp_path):
+    """Else a rank would send rank 0 the file that rank 0 writes over, and remove what has arrived."""
+    assert ranks(2, late, str(tmp_path)) == [(False, True), (True, True)]
+    assert not list((tmp_path / "a").glob(".node_*"))

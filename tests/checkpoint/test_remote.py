@@ -11,6 +11,7 @@ from amclr_scale.checkpoint import files
 from amclr_scale.checkpoint.fetch import fetch, local_copy, source_of
 from amclr_scale.checkpoint.mirror import Mirror, Uploaded, check_remote
 from amclr_scale.checkpoint.remote import RemoteError, RemoteRun, name_in, root_of
+from amclr_scale.config.schema import Config
 from amclr_scale.data import remote as stores
 from amclr_scale.errors import UserError
 from amclr_scale.metrics.run_folder import METRICS
@@ -272,6 +273,41 @@ def test_auto_fetches_what_the_disk_does_not_have(place, tmp_path):
         source_of(configuration(tmp_path, resume="memory://nowhere/x"), run).look()
 
 
+def test_a_damaged_state_is_passed_over_too_and_what_no_run_uploads_is_not_fetched(place, tmp_path):
+    _, url, config = place
+    write(tmp_path, 20, config, number=2)
+    one = mirror(place)
+    one.claim()
+    one._bring_up_to_date()
+    state = f"{one.remote._root}/checkpoints/{files.name_of(20)}/state.json"
+    one.remote._files.pipe_file(
+        state, one.remote._files.cat_file(state).replace(b'"samples": 1280', b'"samples": 1281')
+    )
+    for name in (".holder.json", ".lock", "a/.b/c", "weights.safetensors", "wandb/x"):
+        one.remote._files.pipe_file(f"{one.remote._root}/{name}", b"of somebody else")
+    away = configuration(tmp_path / "away", run__name="first", resume=url)
+    run = tmp_path / "away" / "first"
+    source = source_of(away, run)
+    for found in (source.look()[0], source.bring()):
+        assert found.samples == 640
+        assert "step_00000020 is not used: state.json is damaged" in found.notes()[0]
+    there = {
+        str(path.relative_to(run)) for path in run.rglob("*") if path.is_file() and "checkpoints" not in path.parts
+    }
+    assert there == {"environment.json", METRICS}
+
+
+def test_a_job_that_was_taken_over_leaves_the_records_alone_too(place):
+    folder, url, _ = place
+    shutil.rmtree(folder / "checkpoints")
+    old = mirror(place)
+    old.claim()
+    mirror(place).claim()
+    with pytest.raises(RemoteError, match="taken over by another job"):
+        old._bring_up_to_date()
+    assert METRICS not in RemoteRun(url, "resume").sizes()
+
+
 def test_the_cache_holds_one_checkpoint_of_a_run(place, tmp_path, monkeypatch):
     _, url, config = place
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
@@ -327,5 +363,14 @@ def test_addresses():
     assert root_of("s3://bucket/checkpoints_of_mine/first") == "s3://bucket/checkpoints_of_mine/first"
     with pytest.raises(UserError, match=r"run.remote: nothing://x/first is no address that fsspec can use"):
         RemoteRun("nothing://x/first", "run.remote")
+    for url, shown in (
+        ("sftp://me:hush@host/runs", "sftp://...host/runs"), ("s3://key:hush@bucket/runs", "s3://...bucket/runs"),
+        ("https://host/runs?token=hush", "https://host/runs..."), ("abfs://c@account/x?sig=hush", "abfs://c@account/x..."),
+    ):  # fmt: skip
+        with pytest.raises(UserError, match=r"run.remote: expected an address without password or query") as told:
+            check_remote(Config.model_validate({"run": {"remote": url, "name": "a"}}))
+        assert f"got {shown}" in str(told.value)
+        assert "hush" not in str(told.value)
+    assert RemoteRun("memory://me@host:80/first", "resume").url == "memory://me@host:80/first"
     with pytest.raises(UserError, match=r"resume: .*/checkpoints/newest is no checkpoint"):
         list(RemoteRun("memory://x/first/checkpoints/newest", "resume").candidates([]))

@@ -16,6 +16,7 @@ attributes that have at least 25 cases.
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import isfinite
 
 import torch
 from torch import Tensor
@@ -102,10 +103,12 @@ def _visual_genome(pairs: Pairs, key: object, found: object, kind: str) -> Case:
         place, key, found, image_path=str, true_caption=str, false_caption=str, bbox_x=numeric, bbox_y=numeric,
         bbox_w=numeric, bbox_h=numeric,
     )  # fmt: skip
-    box: Box = (int(x), int(y), int(x + w), int(y + h))
+    finite = all(map(isfinite, (x, y, x + w, y + h)))  # JSON as Python reads it knows NaN and Infinity
+    box: Box = (int(x), int(y), int(x + w), int(y + h)) if finite else (0, 0, 0, 0)
     if not 0 < (box[2] - box[0]) * (box[3] - box[1]) <= place.data.max_image_pixels or box[2] <= box[0]:
         raise UserError(
-            f"--data: {place.one.name}: entry {key} of {place.path}: expected a box with pixels in it, got {box}"
+            f"--data: {place.one.name}: entry {key} of {place.path}: expected a box with pixels in it, got "
+            f"{(x, y, w, h)}"
         )
     return Case(pairs.picture(name, box), pairs.text(right), [pairs.text(wrong)], kind)
 

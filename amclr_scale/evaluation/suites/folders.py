@@ -30,6 +30,7 @@ from amclr_scale.evaluation.suites.files import Files
 from amclr_scale.evaluation.suites.opened import Measured, Opened, Place
 from amclr_scale.evaluation.zero_shot import ROWS, accuracies, class_ranks
 
+MOST = 2**53  # of a group's number, which a float64 may hold
 _BESIDE = ("classnames.txt", "zeroshot_classification_templates.txt", "dataset_type.txt")
 
 
@@ -128,7 +129,7 @@ def _groups(place: Place, task: Task) -> Tensor:
         values = array.reshape(-1)
         number = place.one.group or 0
         value = float(values[number]) if len(values) > number and values.dtype.kind in "iufb" else float("nan")
-        if not (value >= 0 and value.is_integer()):
+        if not (0 <= value < MOST and value.is_integer()):
             raise UserError(
                 f"--data: {place.one.name}: sample {task.split.key(sample)}: expected a whole number at place {number} "
                 f"of its .npy, which says its group, got {array!r}"
@@ -164,6 +165,6 @@ def f1_macro(predicted: Tensor, labels: Tensor) -> float:
 
 def group_shares(hits: Tensor, groups: Tensor) -> dict[int, float]:
     """The share of hits in every group that has samples; (N,) bool and int64."""
-    sizes = torch.bincount(groups).double()
-    found = torch.bincount(groups, weights=hits.double())
-    return {group: float(found[group] / sizes[group]) for group in range(len(sizes)) if sizes[group]}
+    known, place, sizes = groups.unique(return_inverse=True, return_counts=True)  # a group's number may be any
+    found = torch.bincount(place, weights=hits.double())
+    return {int(group): float(n / size) for group, n, size in zip(known, found, sizes, strict=True)}

@@ -34,7 +34,16 @@ class Pairs:
         self._texts = dict[str, int]()
 
     def picture(self, name: str, box: Box | None = None) -> int:
-        """The number of a picture, or of a part of it."""
+        """The number of a picture, or of a part of it.
+
+        Raises:
+            UserError: its name leads out of the folder of pictures.
+        """
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            raise UserError(
+                f"--data: {self.place.one.name}: expected names of pictures inside their folder in {self.place.path}, "
+                f"got {name[:200]}; take the file as its authors publish it"
+            )
         return self._pictures.setdefault((name, box), len(self._pictures))
 
     def text(self, words: str) -> int:

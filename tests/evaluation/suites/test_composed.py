@@ -104,9 +104,20 @@ def test_aro_relation_is_a_macro_accuracy_over_the_boxes(tmp_path):
     file.write_text(json.dumps([{**told[0], "relation_name": "near"}]))
     with pytest.raises(UserError, match="expected relations that the authors count, found none"):
         open_aro_relation(place("aro", "visual_genome_relation", file, tmp_path))
-    file.write_text(json.dumps([{**told[0], "bbox_w": 0}]))
-    with pytest.raises(UserError, match=r"entry 0 of .*: expected a box with pixels in it, got \(0, 0, 0, 16\)"):
-        open_aro_relation(place("aro", "visual_genome_relation", file, tmp_path))
+    for key, value, box in (
+        ("bbox_w", 0, "0, 0, 0, 16"),
+        ("bbox_x", float("nan"), "nan, 0, 16, 16"),
+        ("bbox_h", float("inf"), "0, 0, 16, inf"),
+    ):
+        file.write_text(json.dumps([{**told[0], key: value}]))
+        with pytest.raises(UserError, match=rf"entry 0 of .*: expected a box with pixels in it, got \({box}\)"):
+            open_aro_relation(place("aro", "visual_genome_relation", file, tmp_path))
+    for name in ("../elsewhere.jpg", "/elsewhere.jpg"):
+        file.write_text(json.dumps([{**told[0], "image_path": name}]))
+        with pytest.raises(
+            UserError, match=r"expected names of pictures inside their folder in .*, got .*elsewhere.jpg"
+        ):
+            open_aro_relation(place("aro", "visual_genome_relation", file, tmp_path))
 
 
 def test_aro_attribution_counts_pairs_with_25_cases(tmp_path):
