@@ -1,0 +1,93 @@
+"""What is fetched from an object store: the newest checkpoint that is whole, and what its run left beside it."""
+
+import re
+
+import pytest
+
+from amclr_scale.checkpoint import files
+from amclr_scale.checkpoint.fetch import local_copy, source_of
+from amclr_scale.errors import UserError
+from amclr_scale.metrics.run_folder import METRICS
+from tests.checkpoint import test_remote
+from tests.checkpoint.test_files import configuration, flipped, write
+from tests.checkpoint.test_remote import mirror
+
+place = test_remote.place  # a fixture
+
+
+def test_a_damaged_checkpoint_in_the_store_is_passed_over_in_words(place, tmp_path):
+    folder, url, config = place
+    write(tmp_path, 20, config, number=2)
+    flipped(folder / "checkpoints" / files.name_of(20) / "rank_00001.safetensors")
+    one = mirror(place)
+    one.claim()
+    one._bring_up_to_date()
+    away = configuration(tmp_path / "away", run__name="a", resume=url)
+    found = source_of(away, tmp_path / "away" / "a").bring()
+    assert found.checkpoint == tmp_path / "away" / "a" / "checkpoints" / files.name_of(10)
+    assert re.search(r"step_00000020 is not used: rank_00001.safetensors is damaged", found.notes()[0])
+    assert not list((tmp_path / "away" / "a" / "checkpoints").glob(".*"))
+    assert not (tmp_path / "away" / "a" / METRICS).exists()  # of a run called first, and this one is not
+
+
+def test_auto_fetches_what_the_disk_does_not_have(place, tmp_path):
+    folder, url, config = place
+    one = mirror(place)
+    one.claim()
+    one._bring_up_to_date()
+    home = url.removesuffix("/first")
+    away = configuration(tmp_path / "away", run__name="first", run__remote=home, resume="auto")
+    run = tmp_path / "away" / "first"
+    assert source_of(away, run).bring().samples == 640
+    assert (run / METRICS).read_bytes() == (folder / METRICS).read_bytes()
+    assert source_of(away, run) is None  # it has it now
+    write(tmp_path, 20, config)
+    one._bring_up_to_date()
+    assert source_of(away, run).bring().samples == 1280
+    (run / "environment.json").write_text('{"time": "another", "host": "here"}')
+    with pytest.raises(UserError, match=r"run.name: .*away/first holds another run than the one at memory://"):
+        source_of(away.model_copy(update={"resume": url}), run).bring()
+    other = configuration(tmp_path / "away", run__name="first", resume=url, optimizer__lr=0.5)
+    with pytest.raises(UserError, match=r"resume: memory://.*/step_00000020 was made by another recipe"):
+        source_of(other, run).look()
+    with pytest.raises(UserError, match=r"resume: no checkpoint that can be used at memory://nowhere/x"):
+        source_of(configuration(tmp_path, resume="memory://nowhere/x"), run).look()
+
+
+def test_a_damaged_state_is_passed_over_too_and_what_no_run_uploads_is_not_fetched(place, tmp_path):
+    _, url, config = place
+    write(tmp_path, 20, config, number=2)
+    one = mirror(place)
+    one.claim()
+    one._bring_up_to_date()
+    state = f"{one.remote._root}/checkpoints/{files.name_of(20)}/state.json"
+    one.remote._files.pipe_file(
+        state, one.remote._files.cat_file(state).replace(b'"samples": 1280', b'"samples": 1281')
+    )
+    for name in (".holder.json", ".lock", "a/.b/c", "weights.safetensors", "wandb/x"):
+        one.remote._files.pipe_file(f"{one.remote._root}/{name}", b"of somebody else")
+    away = configuration(tmp_path / "away", run__name="first", resume=url)
+    run = tmp_path / "away" / "first"
+    source = source_of(away, run)
+    for found in (source.look()[0], source.bring()):
+        assert found.samples == 640
+        assert "step_00000020 is not used: state.json is damaged" in found.notes()[0]
+    there = {
+        str(path.relative_to(run)) for path in run.rglob("*") if path.is_file() and "checkpoints" not in path.parts
+    }
+    assert there == {"environment.json", METRICS}
+
+
+def test_the_cache_holds_one_checkpoint_of_a_run(place, tmp_path, monkeypatch):
+    _, url, config = place
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    one = mirror(place)
+    one.claim()
+    one._bring_up_to_date()
+    write(tmp_path, 20, config)
+    one._bring_up_to_date()
+    older = local_copy(f"{url}/checkpoints/step_00000010", "checkpoint")
+    assert older.name == "step_00000010"
+    newer = local_copy(url, "checkpoint")
+    assert (newer.name, newer.parent.parent.name, older.exists()) == ("step_00000020", "first", False)
+    assert (newer.parent.parent / METRICS).is_file()
