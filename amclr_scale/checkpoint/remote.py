@@ -25,6 +25,7 @@ from amclr_scale.errors import UserError
 
 HOLDER = "holder.json"
 _ELSEWHERE = (CHECKPOINTS, HOLDER, "wandb", "profile")  # in the run's folder, and none of its records
+_WITHIN = re.compile(rf"(?P<run>.+://.+)/{CHECKPOINTS}(/({LATEST}|{BEST}|step_[0-9]+))?")
 _SECRET = re.compile(r"://(?P<who>[^/@]*:[^/@]*@)|://[^?]*(?P<query>\?.+)")  # a password, a signature
 ENVIRONMENT = "environment.json"
 T = TypeVar("T")
@@ -58,8 +59,8 @@ def name_in(url: str) -> str:
 def root_of(url: str) -> str:
     """The address of the run that a checkpoint, or the folder of its checkpoints, belongs to."""
     url = url.rstrip("/")
-    before, found, after = url.rpartition(f"/{CHECKPOINTS}")
-    return before if found and after.count("/") <= 1 and (not after or after.startswith("/")) else url
+    within = _WITHIN.fullmatch(url)  # a run may lie in a folder called checkpoints: what follows decides
+    return within["run"] if within else url
 
 
 class RemoteRun:
@@ -209,12 +210,7 @@ class RemoteRun:
 
         Args:
             complaints: gets what was passed over, in words.
-
-        Raises:
-            UserError: the address is that of no checkpoint.
         """
-        if self.asked not in ("", LATEST, BEST) and not self.asked.startswith("step_"):
-            raise UserError(f"{self.key}: {self.url}/{CHECKPOINTS}/{self.asked} is no checkpoint")
         best = self.pointed(BEST) if self.asked == BEST else None
         for step in self.steps():
             if self.asked in ("", LATEST) or step == best or files.name_of(step) == self.asked:

@@ -8,7 +8,7 @@ import pytest
 
 from amclr_scale.checkpoint import files
 from amclr_scale.checkpoint.fetch import fetch
-from amclr_scale.checkpoint.mirror import Mirror, Uploaded, check_remote
+from amclr_scale.checkpoint.mirror import Mirror, Uploaded, check_remote, remote_of
 from amclr_scale.checkpoint.remote import RemoteError, RemoteRun, name_in, root_of
 from amclr_scale.config.schema import Config
 from amclr_scale.data import remote as stores
@@ -276,7 +276,7 @@ def test_what_came_after_a_listing_is_read(place):
     assert reader.read("nothing.json") is None
 
 
-def test_addresses():
+def test_addresses(tmp_path):
     for tail in ("", "/", "/checkpoints", "/checkpoints/", "/checkpoints/step_00000010", "/checkpoints/best"):
         assert root_of(f"s3://bucket/runs/first{tail}") == "s3://bucket/runs/first"
     assert name_in("s3://bucket/runs/first/checkpoints/latest") == "first"
@@ -293,5 +293,8 @@ def test_addresses():
         assert f"got {shown}" in str(told.value)
         assert "hush" not in str(told.value)
     assert RemoteRun("memory://me@host:80/first", "resume").url == "memory://me@host:80/first"
-    with pytest.raises(UserError, match=r"resume: .*/checkpoints/newest is no checkpoint"):
-        list(RemoteRun("memory://x/first/checkpoints/newest", "resume").candidates([]))
+    for run in ("s3://bucket/checkpoints/first", "s3://checkpoints/first", "s3://checkpoints", "file:///checkpoints"):
+        assert root_of(run) == run
+        assert root_of(f"{run}/checkpoints/step_00000010") == run
+    home = configuration(tmp_path, run__remote="memory://bucket/checkpoints/")
+    assert remote_of(home, "first").url == "memory://bucket/checkpoints/first"
