@@ -61,9 +61,13 @@ class HeldPort:
         self._socket = socket.create_server(("", 0), family=family, dualstack_ipv6=six, backlog=2048)
         self.number: int = self._socket.getsockname()[1]
 
-    def variables(self) -> dict[str, str]:
-        """By which the other process knows the socket, among its own open files."""
-        return {LISTENS: str(self._socket.fileno())}
+    def variables_for(self, said: Mapping[str, str]) -> dict[str, str]:
+        """By which rank 0 knows the socket, among its own open files; nothing for another rank.
+
+        Args:
+            said: the variables that the process will be started with.
+        """
+        return {LISTENS: str(self._socket.fileno())} if said["RANK"] == "0" else {}
 
     def close(self) -> None:
         """Listen no more, in this process."""

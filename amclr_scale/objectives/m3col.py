@@ -26,7 +26,6 @@ Numerics: log-sums centred on m_i.t_i; float32.
 import hashlib
 from dataclasses import dataclass
 
-import numpy
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -125,10 +124,12 @@ def draws(words: str, B: int, beta: float, share: float) -> tuple[Tensor, Tensor
         beta: of both parameters of b's distribution.
         share: of the samples that are mixed.
     """
-    generator = numpy.random.default_rng(int.from_bytes(hashlib.sha256(words.encode()).digest()[:8], "big"))
-    chosen = generator.random(B) < share
-    shares = torch.from_numpy(numpy.where(chosen, generator.beta(beta, beta, B), 1.0))
-    circle = torch.from_numpy(generator.permutation(B))  # everybody's partner is the next in it
+    generator = torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(words.encode()).digest()[:7], "big"))
+    chosen = torch.rand(B, generator=generator) < share
+    both = torch.full((B, 2), beta, dtype=torch.float64)
+    # What torch.distributions.Beta draws with, which takes no generator of one's own.
+    shares = torch._sample_dirichlet(both, generator)[:, 0].where(chosen, 1.0)
+    circle = torch.randperm(B, generator=generator)  # everybody's partner is the next in it
     partners = torch.empty_like(circle)
     partners[circle] = circle.roll(-1)
     return shares, partners

@@ -39,7 +39,7 @@ from amclr_scale.distributed.launcher import environments
 from amclr_scale.distributed.network import HeldPort
 port = HeldPort()
 (one,) = environments("localhost", port.number, 1, 0, 1)
-rank = begin([sys.executable, "-c", sys.argv[1]], one | port.variables())
+rank = begin([sys.executable, "-c", sys.argv[1]], one | port.variables_for(one))
 port.close()
 print(rank.wait())
 """

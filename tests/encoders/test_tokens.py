@@ -232,7 +232,7 @@ def test_a_run_that_will_be_measured_by_tokens_is_told_at_once(monkeypatch, tmp_
     words = ["objective.name=clip", "train.epochs=1", "model.image.name=flat", "data.image_size=16"]
     given = load(None, [*words, "evaluation.evaluators=[token_retrieval]"], 1)
     tokenizer = load_tokenizer("emoji", given.data.context_length)
-    inputs = Inputs(SimpleNamespace(num_samples=8), tokenizer, None)
+    inputs = Inputs(SimpleNamespace(num_samples=8, features={}), tokenizer, None)
     with pytest.raises(UserError, match=r"^model\.image\.name: .* flat has no features of patches"):
         build_trainer(given, inputs, device=CPU, world_size=1, folder=tmp_path, stopwatch=None)
 

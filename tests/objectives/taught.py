@@ -3,7 +3,6 @@
 import hashlib
 from typing import Any
 
-import numpy
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -132,11 +131,15 @@ def m3col(share: float, soft: float, epochs: Any, temperature: float | None):
             return value, value
         t = 1 / e.logit_scale if temperature is None else temperature
         for which, (rows, keys) in enumerate(((e.image, e.text), (e.text, e.image))):
-            seed = hashlib.sha256(f"7 {epochs[step]!r} {which}".encode()).digest()[:8]
-            generator = numpy.random.default_rng(int.from_bytes(seed, "big"))
-            chosen, drawn, circle = generator.random(B) < share, generator.beta(0.15, 0.15, B), generator.permutation(B)
-            b = torch.tensor([x if yes else 1.0 for x, yes in zip(drawn, chosen, strict=True)], dtype=torch.float64)
-            r = [int(circle[(list(circle).index(i) + 1) % B]) for i in range(B)]
+            seed = hashlib.sha256(f"7 {epochs[step]!r} {which}".encode()).digest()[:7]
+            generator = torch.Generator().manual_seed(int.from_bytes(seed, "big"))
+            chosen = torch.rand(B, generator=generator) < share
+            drawn = torch._sample_dirichlet(torch.full((B, 2), 0.15, dtype=torch.float64), generator)[:, 0]
+            circle = torch.randperm(B, generator=generator)
+            b = torch.tensor(
+                [float(x) if yes else 1.0 for x, yes in zip(drawn, chosen, strict=True)], dtype=torch.float64
+            )
+            r = [int(circle[(circle.tolist().index(i) + 1) % B]) for i in range(B)]
             x = F.normalize(torch.stack([b[i] * rows[i] + (1 - b[i]) * rows[r[i]] for i in range(B)]), dim=1)
             target = torch.diag(b)
             for i in range(B):

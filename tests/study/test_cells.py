@@ -74,11 +74,13 @@ def test_operations_are_those_that_training_counts(tmp_path: Path) -> None:
         config.model, vocab_size=1000, pad_id=0, context_length=config.data.context_length,
         image_size=config.data.image_size, image_mean=(0.0, 0.0, 0.0), image_std=(1.0, 1.0, 1.0),
     )  # fmt: skip
-    assert encoder_flops(config) == pytest.approx(count(model, *sample_views(config, 0)).useful(), rel=1e-6)
+    assert encoder_flops(config) == pytest.approx(
+        count(model, *sample_views(config, 0, model.widths)).useful(), rel=1e-6
+    )
     factors = config.optimizer.lr_factors.model_copy(update={"image_tower": 0.0})
     frozen = config.model_copy(update={"optimizer": config.optimizer.model_copy(update={"lr_factors": factors})})
     model.image_tower.requires_grad_(False)
-    less = count(model, *sample_views(config, 0)).useful()
+    less = count(model, *sample_views(config, 0, model.widths)).useful()
     assert encoder_flops(frozen) == pytest.approx(less, rel=1e-6)
     assert less < 0.8 * encoder_flops(config)
     taught = planned(tmp_path, "arms=[clip]")["clip-B32-s0"].config

@@ -121,7 +121,7 @@ class Ranks:
         assert mine
         kept = {"AMCLR_SCALE_LOCK_SECONDS": str(LOCKED)} if locked else {}
         self._children = [
-            begin(command, said | kept | (port.variables() if port and said["RANK"] == "0" else {}))
+            begin(command, said | kept | (port.variables_for(said) if port else {}))
             for said in environments(first, plan.port, plan.ranks, plan.first_rank(node), mine.ranks)
         ]
         self._until, self._asked = float("inf"), False

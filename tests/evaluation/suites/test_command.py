@@ -72,7 +72,7 @@ def test_columns_say_what_they_were_taken_over(made, tmp_path, capsys):
     assert row.split()[1:3] == [f"{100 * values[0]:.1f}", "-"]
     assert row.rstrip().endswith(f"{100 * average['value']:.1f} (4 of 38)")
     assert "first: missing 34 of 38 data sets: ImageNet Sketch (wds_imagenet_sketch_test); " in said
-    assert said.startswith(f"datacomp38: 4 of 38 data sets in {made / 'data'}\nsugarcrepe: 1 of 7 data sets in ")
+    assert f"datacomp38: 4 of 38 data sets in {made / 'data'}\nsugarcrepe: 1 of 7 data sets in " in said
     assert "GeoDE  " in said
     assert "top 1 of the worst region" in said
     table = (tmp_path / "datacomp38.md").read_text()
@@ -84,10 +84,9 @@ def test_columns_say_what_they_were_taken_over(made, tmp_path, capsys):
     assert crepe["Swap mean"]["value"] == crepe["Swap object"]["value"] == crepe["Mean over 7"]["value"]
     assert (len(crepe["Mean over 7"]["missing"]), crepe["Add mean"]["value"]) == (6, None)
     assert compare([str(tmp_path), "--sort", "ImageNet"]) == 0
-    row = next(
-        line for line in capsys.readouterr().out.splitlines() if f"{100 * average['value']:.1f} (4 of 38)" in line
-    )
-    assert row.split()[0] == tmp_path.name
+    compared = capsys.readouterr().out  # rows or columns, as long as names are
+    assert tmp_path.name in compared
+    assert f"{100 * average['value']:.1f} (4 of 38)" in compared
 
 
 def test_several_models_have_a_row_and_a_folder_each(made, tmp_path, capsys):
