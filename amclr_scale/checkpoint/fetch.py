@@ -6,11 +6,12 @@ than the disk; evaluate, export and embed bring it into the cache.
 
 import shutil
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from amclr_scale.checkpoint import files
-from amclr_scale.checkpoint.files import CHECKPOINTS, MANIFEST, STATE
+from amclr_scale.checkpoint.files import CHECKPOINTS, MANIFEST, STATE, Newest, newest_valid
 from amclr_scale.checkpoint.remote import RemoteError, RemoteRun, address_key, identity_in, is_record, is_url, name_in
 from amclr_scale.checkpoint.resume import Found, opened
 from amclr_scale.config.schema import Config
@@ -25,9 +26,11 @@ class Source:
     remote: RemoteRun
     folder: Path  # of the run here
     config: Config
+    here: Path | None = None  # the newest whole checkpoint of the run on the disk: an older one is not fetched
+    complaints: tuple[str, ...] = ()  # newer ones on the disk that cannot be used, and why
 
     def bring(self) -> Found:
-        """Fetch the newest checkpoint that is whole, and, of the same run, its records.
+        """Fetch the newest checkpoint that is whole, and, of the same run, its records; or take the disk's.
 
         Raises:
             UserError: there is none, it was made by another recipe, another run is in the folder, or the disk is full.
@@ -38,8 +41,8 @@ class Source:
             raise UserError(
                 f"run.name: {folder} holds another run than the one at {remote.url}; choose another name, or move it"
             )
-        complaints: list[str] = []
-        for step in remote.candidates(complaints):
+        complaints = list(self.complaints)
+        for step in self._newer(complaints):
             try:
                 self._look(step, complaints)  # so that one of another recipe is refused before all of it is fetched
                 checkpoint = fetch(remote, step, folder / CHECKPOINTS)
@@ -53,23 +56,33 @@ class Source:
                 raise UserError(f"run.folder: {folder} cannot be written: {error}") from error
             else:
                 return opened(checkpoint, [*complaints, f"fetched from {remote.url}"], self.config)
+        if self.here is not None:
+            return opened(self.here, complaints, self.config)
         raise _nothing(remote, complaints)
 
     def look(self) -> tuple[Found, str]:
-        """What `bring` would find, without its weights, and the checkpoint's address.
+        """What `bring` would find, without its weights, and the checkpoint's address; "": it is the disk's.
 
         Raises:
             UserError, RemoteError: as `bring`.
         """
-        complaints: list[str] = []
-        for step in self.remote.candidates(complaints):
+        complaints = list(self.complaints)
+        for step in self._newer(complaints):
             try:
                 return self._look(step, complaints)
             except UserError:
                 raise
             except ValueError as error:
                 complaints.append(_not_used(self.remote, step, error))
+        if self.here is not None:
+            return opened(self.here, complaints, self.config), ""
         raise _nothing(self.remote, complaints)
+
+    def _newer(self, complaints: list[str]) -> Iterator[int]:
+        for step in self.remote.candidates(complaints):
+            if self.here is not None and step <= files.step_of(self.here):
+                return
+            yield step
 
     def _look(self, step: int, complaints: list[str]) -> tuple[Found, str]:
         name = files.name_of(step)
@@ -85,11 +98,13 @@ class Source:
             return opened(Path(temporary) / name, complaints, self.config, called), called
 
 
-def source_of(config: Config, folder: Path) -> Source | None:
+def source_of(config: Config, folder: Path, newest: Newest = newest_valid) -> Source | None:
     """Where a run goes on from, if that is in a store; None: it is on the disk, or the run begins.
 
     Args:
         folder: of the run, if it has a name.
+        newest: the checkpoint on the disk that the store's are compared with, by default one of which every byte is
+            as it was written: what is damaged there may be whole in the store.
 
     Raises:
         UserError: the address cannot be used.
@@ -102,8 +117,13 @@ def source_of(config: Config, folder: Path) -> Source | None:
     if config.resume != "auto" or config.run.remote is None or not named:
         return None
     remote = RemoteRun(f"{config.run.remote.rstrip('/')}/{folder.name}", "run.remote")
-    there, here = next(remote.candidates([]), None), files.steps(folder / CHECKPOINTS)
-    return None if there is None or (here and here[0] >= there) else Source(remote, folder, config)
+    there = next(remote.candidates([]), None)
+    if there is None:
+        return None
+    here, complaints = newest(folder / CHECKPOINTS)
+    if here is not None and files.step_of(here) >= there:
+        return None
+    return Source(remote, folder, config, here, tuple(complaints))
 
 
 def _not_used(remote: RemoteRun, step: int, why: Exception) -> str:

@@ -13,7 +13,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ CHECKPOINTS = "checkpoints"  # in a run's folder
 MANIFEST, STATE = "manifest.json", "state.json"
 LATEST, BEST = "latest", "best"
 FORMAT = 1
+Newest = Callable[[Path], tuple[Path | None, list[str]]]  # of a folder of checkpoints, as `newest_valid`
 
 
 @dataclass(frozen=True)
@@ -218,6 +219,11 @@ def newest_valid(folder: Path) -> tuple[Path | None, list[str]]:
             return checkpoint, complaints
         complaints.append(f"{checkpoint} is not used: {wrong}")
     return None, complaints
+
+
+def newest_named(folder: Path) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint by its name, whole or not: nothing is read."""
+    return next((folder / name_of(step) for step in steps(folder)), None), []
 
 
 def locate(path: Path, key: str, expected: str) -> tuple[Path, list[str]]:

@@ -6,6 +6,7 @@ rules of the disk, once a newer one is whole there. A checkpoint that is being u
 What fails is said and tried again with the next checkpoint. The end of a run waits for the thread. Imports no torch.
 """
 
+import contextlib
 import json
 import os
 import platform
@@ -159,8 +160,10 @@ class Mirror:
         found = {}
         for step in files.steps(self.folder / CHECKPOINTS):
             manifest = self.folder / CHECKPOINTS / files.name_of(step) / MANIFEST
-            if manifest.is_file():
-                found[step] = manifest.read_bytes()
+            with contextlib.suppress(OSError, ValueError):  # a damaged one takes the place of no whole one there
+                text = manifest.read_bytes()
+                files.parse_manifest(text)
+                found[step] = text
         return found
 
     def _next(self) -> int | None:

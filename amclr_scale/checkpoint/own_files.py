@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from amclr_scale.checkpoint.fetch import kept_records, source_of
-from amclr_scale.checkpoint.files import BEST, CHECKPOINTS, LATEST
+from amclr_scale.checkpoint.files import BEST, CHECKPOINTS, LATEST, newest_named
 from amclr_scale.checkpoint.remote import RemoteError
 from amclr_scale.config.load import load
 from amclr_scale.config.schema import Config
@@ -61,7 +61,7 @@ def _runs(config: Config) -> Iterator[Path]:
     """The folders of runs that it may go on from, the likeliest first; of a run in a store its records in the cache."""
     home = Path(config.run.folder)
     try:
-        source = source_of(config, home / (config.run.name or ""))
+        source = source_of(config, home / (config.run.name or ""), newest_named)  # on every rank
         if source is not None:
             yield kept_records(source.remote)
     except RemoteError as error:

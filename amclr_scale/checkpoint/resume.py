@@ -90,8 +90,11 @@ class Found:
             )
 
 
-def find(config: Config) -> Found | None:
+def find(config: Config, newest: files.Newest = files.newest_valid) -> Found | None:
     """The checkpoint that `resume` means; None: begin at the beginning.
+
+    Args:
+        newest: finds the newest one of a run, by reading every byte of it.
 
     Raises:
         UserError: there is none at the path, it is damaged, or it was made by another recipe.
@@ -103,7 +106,7 @@ def find(config: Config) -> Found | None:
         return opened(*files.locate(path, "resume", "never, auto, or a folder with a checkpoint"), config)
     home = Path(config.run.folder)
     if config.run.name:
-        checkpoint, complaints = files.newest_valid(home / config.run.name / CHECKPOINTS)
+        checkpoint, complaints = newest(home / config.run.name / CHECKPOINTS)
         if checkpoint is None and complaints:
             raise UserError("resume: no checkpoint of this run can be used\n" + "\n".join(complaints))
         return None if checkpoint is None else opened(checkpoint, complaints, config)

@@ -4,6 +4,7 @@ import platform
 import threading
 import time
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import TypeVar
 
@@ -78,7 +79,8 @@ class _Search:
         config = self.config
         if config.run.name and self.folder.exists():
             self.lock = RunLock.take(self.folder)  # first, so that nobody changes what is found
-        source = source_of(config, self.folder)
+        newest = cache(files.newest_valid)  # it reads every byte: once is enough
+        source = source_of(config, self.folder, newest)
         if source is not None:
             source.look()  # a mistake is told before there is a folder
             self.folder = source.folder
@@ -87,7 +89,7 @@ class _Search:
             return
         if config.resume == "auto":
             refuse_elsewhere(self.folder)
-        self.found = found = find(config)
+        self.found = found = find(config, newest)
         if found and not config.run.name:
             self.folder = found.run
             self.lock = RunLock.take(self.folder)

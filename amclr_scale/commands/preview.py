@@ -6,6 +6,7 @@ laptop; without the data `--num-samples` stands in for its index.
 
 import argparse
 from collections.abc import Iterator, Mapping
+from functools import cache
 from pathlib import Path
 
 from amclr_scale.checkpoint import files
@@ -117,8 +118,9 @@ def _model(config: Config, tokenizer: Tokenizer, features: Mapping[str, Features
 def _resumed(config: Config, plan: Plan, fingerprint: str | None, tokenizer: Tokenizer) -> Iterator[str]:
     """Where the run would go on from: the checkpoint is read as a run reads it, but nothing is locked or moved."""
     try:
-        source = source_of(config, name_run(config, None))
-        found, called = source.look() if source else (find(config), "")
+        newest = cache(files.newest_valid)  # it reads every byte: once is enough
+        source = source_of(config, name_run(config, None), newest)
+        found, called = source.look() if source else (find(config, newest), "")
     except RemoteError as error:
         raise UserError(f"resume: {error}") from error
     if called:

@@ -1,11 +1,13 @@
 """What is fetched from an object store: the newest checkpoint that is whole, and what its run left beside it."""
 
 import re
+import shutil
 
 import pytest
 
 from amclr_scale.checkpoint import files
 from amclr_scale.checkpoint.fetch import local_copy, source_of
+from amclr_scale.checkpoint.remote import RemoteRun
 from amclr_scale.errors import UserError
 from amclr_scale.metrics.run_folder import METRICS
 from tests.checkpoint import test_remote
@@ -91,3 +93,64 @@ def test_the_cache_holds_one_checkpoint_of_a_run(place, tmp_path, monkeypatch):
     newer = local_copy(url, "checkpoint")
     assert (newer.name, newer.parent.parent.name, older.exists()) == ("step_00000020", "first", False)
     assert (newer.parent.parent / METRICS).is_file()
+
+
+def test_what_is_damaged_on_the_disk_is_fetched_where_the_store_has_it_whole(place, tmp_path):
+    """And what the store then holds stays there."""
+    _, url, config = place
+    write(tmp_path, 20, config, number=2)
+    one = mirror(place)
+    one.claim()
+    one._bring_up_to_date()
+    away = configuration(tmp_path / "away", run__name="first", run__remote=url.removesuffix("/first"), resume="auto")
+    run = tmp_path / "away" / "first"
+    kept = run / "checkpoints"
+    source_of(away, run).bring()
+    shutil.copytree(tmp_path / "a" / "checkpoints" / files.name_of(10), kept / files.name_of(10))
+    assert source_of(away, run) is None
+    for damaged in ([20], [20, 10]):
+        for step in damaged:
+            flipped(kept / files.name_of(step) / "rank_00000.safetensors")
+        source = source_of(away, run)
+        assert source.here == (None if 10 in damaged else kept / files.name_of(10))
+        found, called = source.look()
+        assert (found.samples, called) == (1280, f"{url}/checkpoints/step_00000020")
+        found = source.bring()
+        assert found.checkpoint == kept / files.name_of(20)
+        assert files.fault(found.checkpoint) is None
+        assert "step_00000020 is not used: rank_00000.safetensors is damaged" in found.complaints[0]
+    after = mirror((run, url, config))
+    after.claim()
+    after._bring_up_to_date()
+    assert list(RemoteRun(url, "resume").candidates([])) == [20, 10]
+
+
+def test_the_disk_s_is_taken_where_the_newest_of_both_are_damaged(place, tmp_path):
+    """An older one of the store is none to go back to."""
+    folder, url, config = place
+    home = url.removesuffix("/first")
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "first").symlink_to(folder)
+    config = configuration(tmp_path / "b", run__name="first", run__remote=home, resume="auto")
+    write(tmp_path, 20, config, number=3)
+    one = mirror(place)
+    one.claim()
+    one._bring_up_to_date()
+    write(tmp_path, 15, config, number=2)
+    flipped(folder / "checkpoints" / files.name_of(20) / "rank_00000.safetensors")
+    far = f"{one.remote._root}/checkpoints/{files.name_of(20)}/rank_00000.safetensors"
+    one.remote._files.pipe_file(far, b"x" * one.remote._files.size(far))
+    source = source_of(config, tmp_path / "b" / "first")
+    assert (source.look()[0].samples, source.bring().samples) == (1280, 960)  # only reading all of it tells
+    assert source.bring().checkpoint.name == files.name_of(15)
+
+
+def test_a_damaged_manifest_takes_no_whole_checkpoint_s_place(place, tmp_path):
+    folder, url, config = place
+    one = mirror(place)
+    one.claim()
+    one._bring_up_to_date()
+    write(tmp_path, 20, config, number=2)
+    flipped(folder / "checkpoints" / files.name_of(10) / files.MANIFEST)
+    one._bring_up_to_date()
+    assert list(RemoteRun(url, "resume").candidates([])) == [20, 10]
