@@ -103,8 +103,8 @@ def source_of(config: Config, folder: Path, newest: Newest = newest_valid) -> So
 
     Args:
         folder: of the run, if it has a name.
-        newest: the checkpoint on the disk that the store's are compared with, by default one of which every byte is
-            as it was written: what is damaged there may be whole in the store.
+        newest: finds the checkpoint on the disk that the store's are compared with, by default a whole one: what is
+            damaged there may be whole in the store.
 
     Raises:
         UserError: the address cannot be used.

@@ -42,6 +42,11 @@ def name_of(step: int) -> str:
     return f"step_{step:08d}"
 
 
+def aside(step: int) -> str:
+    """What it is called once its run has gone on from an older one."""
+    return f"set_aside_{name_of(step)}"
+
+
 def staging(folder: Path, step: int) -> Path:
     """Where it is written before it is whole."""
     return folder / f".writing_{name_of(step)}"
@@ -252,7 +257,7 @@ def set_aside_after(folder: Path, step: int) -> None:
     for later in steps(folder):
         if later > step:
             source = folder / name_of(later)
-            target = source.with_name(f"set_aside_{source.name}")
+            target = folder / aside(later)
             shutil.rmtree(target, ignore_errors=True)
             source.rename(target)
     best = folder / BEST

@@ -2,7 +2,8 @@
 
 Rank 0 has a thread for it (the run's folder is on a file system that it sees whole). Whenever a checkpoint is whole on
 the disk, the thread uploads it, the newest first, and then the run's other files; older ones are removed there by the
-rules of the disk, once a newer one is whole there. A checkpoint that is being uploaded stays on the disk meanwhile.
+rules of the disk, once a newer one is whole there, and what the run has gone back from is set aside there too. A
+checkpoint that is being uploaded stays on the disk meanwhile.
 What fails is said and tried again with the next checkpoint. The end of a run waits for the thread. Imports no torch.
 """
 
@@ -178,8 +179,9 @@ class Mirror:
         """All files of a checkpoint, the manifest last; returns their bytes."""
         manifest = (checkpoint / MANIFEST).read_bytes()
         self._check_holder()
-        if self._whole.pop(step, None) is not None:
-            self.remote.forget_manifest(step)
+        if step in self._whole:  # of what the run has gone back from
+            self.remote.set_aside(step)
+            del self._whole[step]
         self._half.add(step)
         listed = files.parse_manifest(manifest)["files"]
         for file in listed:
@@ -192,8 +194,11 @@ class Mirror:
         self._check_holder()
         self.remote.write(self._file(step, MANIFEST), manifest)
         self._whole[step] = manifest
-        self.remote.write(f"{CHECKPOINTS}/{LATEST}", f"{files.name_of(max(self._here()))}\n".encode())
+        self._point(max(self._here()))
         return sum(file["size"] for file in listed)
+
+    def _point(self, step: int) -> None:
+        self.remote.write(f"{CHECKPOINTS}/{LATEST}", f"{files.name_of(step)}\n".encode())
 
     def _check_holder(self) -> None:
         """Raise `RemoteError` where another job, perhaps of the same run on another machine, writes there now."""
@@ -214,7 +219,12 @@ class Mirror:
         best, settings = self.folder / CHECKPOINTS / BEST, self.settings
         kept = {f"{best.read_text().strip()}"} if best.is_file() else set()
         ours = sorted((step for step in self._whole if step <= newest), reverse=True)
-        doomed = [step for step in self._whole if step > newest]  # of what the run has gone back from
+        doomed, left = [], [step for step in self._whole if step > newest]  # left: what the run has gone back from
+        for step in left:
+            self.remote.set_aside(step)
+            del self._whole[step]
+        if left:
+            self._point(newest)
         for step in ours[settings.keep :]:
             if files.name_of(step) not in kept and not (settings.keep_every and self._is_for_ever(step)):
                 doomed.append(step)

@@ -147,28 +147,41 @@ class RemoteRun:
 
     def remove_checkpoint(self, step: int) -> None:
         """Delete one, its manifest first, so that half of it is never taken for one."""
-        folder = f"{CHECKPOINTS}/{files.name_of(step)}"
-        self.forget_manifest(step)
+        self._remove(f"{CHECKPOINTS}/{files.name_of(step)}/{MANIFEST}")
+        self._remove(f"{CHECKPOINTS}/{files.name_of(step)}", folder=True)
 
+    def _remove(self, name: str, folder: bool = False) -> None:
         def remove() -> None:
             try:
-                self._files.rm(f"{self._root}/{folder}", recursive=True)
-            except FileNotFoundError:
-                return
-
-        self._try(folder, "removed", remove)
-
-    def forget_manifest(self, step: int) -> None:
-        """What is there of a checkpoint is not whole from here on."""
-        name = f"{CHECKPOINTS}/{files.name_of(step)}/{MANIFEST}"
-
-        def remove() -> None:
-            try:
-                self._files.rm_file(f"{self._root}/{name}")
+                if folder:
+                    self._files.rm(f"{self._root}/{name}", recursive=True)
+                else:
+                    self._files.rm_file(f"{self._root}/{name}")
             except FileNotFoundError:
                 return
 
         self._try(name, "removed", remove)
+
+    def set_aside(self, step: int) -> None:
+        """Give one the name that it would have on the disk; it is whole under its own until it is under that one."""
+        folder, aside = f"{CHECKPOINTS}/{files.name_of(step)}", f"{CHECKPOINTS}/{files.aside(step)}"
+        self._remove(aside, folder=True)  # of an earlier time
+        for name in sorted(self.sizes(folder), key=lambda name: name == f"{folder}/{MANIFEST}"):
+            self._copy(name, f"{aside}{name.removeprefix(folder)}")
+        if self.pointed(BEST) == step:
+            self._remove(f"{CHECKPOINTS}/{BEST}")
+        self.remove_checkpoint(step)
+
+    def _copy(self, name: str, to: str) -> None:
+        def copy() -> None:
+            try:
+                self._files.cp_file(f"{self._root}/{name}", f"{self._root}/{to}")
+            except NotImplementedError:  # as of sftp
+                with tempfile.NamedTemporaryFile() as file:
+                    self._files.get_file(f"{self._root}/{name}", file.name)
+                    self._files.put_file(file.name, f"{self._root}/{to}")
+
+        self._try(to, "written", copy)
 
     def steps(self) -> dict[int, bool]:
         """Steps of the checkpoints there, the newest first, and whether their upload has come to its end."""

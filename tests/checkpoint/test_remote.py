@@ -29,11 +29,11 @@ class Faulty:
 
     def __getattr__(self, name):
         found = getattr(self.inner, name)
-        if name not in ("put_file", "rm", "rm_file"):
+        if name not in ("put_file", "cp_file", "rm", "rm_file"):
             return found
 
         def call(*words, **how):
-            path = words[-1] if name == "put_file" else words[0]
+            path = words[-1] if name in ("put_file", "cp_file") else words[0]
             self.writes.append((name, path.rpartition("first/")[2]))
             if error := self.fails(len(self.writes), path):
                 raise error
@@ -54,6 +54,14 @@ def place(tmp_path, monkeypatch):
     (folder / "weights.safetensors").write_bytes(b"large")
     yield folder, f"memory://{tmp_path.name}/first", config
     fsspec.filesystem("memory").rm(f"/{tmp_path.name}", recursive=True)
+
+
+def fetched_aside(remote, step, folder):
+    """What a store has set aside, in a folder of checkpoints."""
+    place = folder / files.name_of(step)
+    for name in remote.sizes(f"checkpoints/set_aside_{files.name_of(step)}"):
+        remote.get(name, place / name.split("/", 2)[2])
+    return place
 
 
 def mirror(place, fails=lambda number, path: None, **settings):
@@ -185,6 +193,15 @@ def test_the_store_keeps_what_the_disk_would_keep(place, tmp_path):
     back.claim()
     back._bring_up_to_date()
     assert list(there(url)[1]) == [40, 30]
+    assert RemoteRun(url, "resume").pointed("latest") == 40
+    kept = RemoteRun(url, "resume")
+    for step in (80, 70):  # of another line of the run, and nobody has said that it may go
+        old = fetched_aside(kept, step, tmp_path / "aside")
+        assert files.fault(old) is None
+    write(tmp_path, 50, config, number=5)
+    back._bring_up_to_date()
+    assert there(url)[0] == [50, 40, 30]
+    assert fetched_aside(kept, 80, tmp_path / "again")
 
 
 def test_what_is_being_uploaded_stays_on_the_disk(place, tmp_path):

@@ -1,0 +1,62 @@
+"""What a run has gone back from is set aside in the store as on the disk; nothing is lost where that is killed."""
+
+import fsspec
+
+from amclr_scale.checkpoint import files
+from amclr_scale.checkpoint.remote import RemoteRun
+from tests.checkpoint import test_remote
+from tests.checkpoint.test_files import write
+from tests.checkpoint.test_remote import Killed, fetched_aside, mirror, there
+
+place = test_remote.place  # a fixture
+
+
+def test_a_line_that_comes_to_the_same_step_is_set_aside_too(place, tmp_path):
+    """Wherever that is killed, both are there, and one of them is whole under the name of a checkpoint."""
+    folder, url, config = place
+    write(tmp_path, 20, config, number=2)
+    first = mirror(place)
+    first.claim()
+    first._bring_up_to_date()
+    files.set_aside_after(folder / "checkpoints", 10)
+    write(tmp_path, 20, config, number=3)
+    old, new = (
+        (folder / "checkpoints" / name / files.MANIFEST).read_bytes()
+        for name in ("set_aside_step_00000020", "step_00000020")
+    )
+    assert old != new
+    for at in range(1, 60):
+        one = url.replace("/first", f"/{at}/first")
+        fsspec.filesystem("memory").cp(url, one, recursive=True)
+        second = mirror((folder, one, config), lambda number, path, at=at: Killed() if number == at else None)
+        try:
+            second.claim()
+            second._bring_up_to_date()
+        except Killed:
+            assert there(one)[0]
+            third = mirror((folder, one, config))
+            third.claim()
+            third._bring_up_to_date()
+        remote = RemoteRun(one, "resume")
+        assert there(one) == ([20, 10], {20: True, 10: True})
+        assert remote.read("checkpoints/step_00000020/manifest.json") == new
+        assert remote.read("checkpoints/set_aside_step_00000020/manifest.json") == old
+        assert files.fault(fetched_aside(remote, 20, tmp_path / f"cut_{at}")) is None
+        if at > len(second.remote._files.writes):
+            break
+    assert 15 < at < 59
+
+
+def test_stores_that_copy_nothing_themselves(place, monkeypatch):
+    _, url, _ = place
+    one = mirror(place)
+    one.claim()
+    one._bring_up_to_date()
+
+    def missing(path, to):
+        raise NotImplementedError
+
+    monkeypatch.setattr(one.remote._files, "cp_file", missing, raising=False)
+    one.remote.set_aside(10)
+    assert there(url) == ([], {})
+    assert len(one.remote.sizes("checkpoints/set_aside_step_00000010")) == 6
