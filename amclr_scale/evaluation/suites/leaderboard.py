@@ -7,7 +7,9 @@ Imports no torch.
 """
 
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -77,8 +79,10 @@ def read_rows(folders: Sequence[str], suites: Sequence[str] = ()) -> list[Row]:
 
 def _rows_of(path: Path, suites: Sequence[str]) -> Iterator[Row]:
     config = _yaml(path / "config.yaml")
-    arm, batch = _dig(config, "objective", "name"), _dig(config, "train", "global_batch_size")
-    own = {} if suites else _own_entries(_json(path / "evaluation.json"), config)
+    with _told(path / "config.yaml", "what a run writes"):
+        arm = _of_kind(str | None, _dig(config, "objective", "name"), "objective.name")
+        batch = _of_kind(int | None, _dig(config, "train", "global_batch_size"), "train.global_batch_size")
+    own = {} if suites else _own_entries(path / "evaluation.json", config)
     folders = [path, path / "evaluation"]
     final = own | {title: one for folder in folders for title, one in _suite_entries(folder, suites).items()}
     yield Row(path.name, arm, batch, _samples(path, None), final)
@@ -92,29 +96,60 @@ def _rows_of(path: Path, suites: Sequence[str]) -> Iterator[Row]:
 def _suite_entries(folder: Path, suites: Sequence[str]) -> dict[str, Entry]:
     entries = {}
     for name in suites or SUITES:
-        found = _json(folder / f"{name}.json")
-        for title, one in found.get("columns", {}).items() if found.get("suite") == name else ():
-            if one["value"] is None:
-                continue
-            total = len(one["over"]) + len(one["missing"])
-            part = f"{len(one['over'])} of {total}" if one["missing"] else ""
-            digests = {f"the data of {each}": found["sets"][each]["data_sha256"] for each in one["over"]}
+        file = folder / f"{name}.json"
+        found = _json(file)
+        if found.get("suite") != name:
+            continue
+        with _told(file, f"what `amclr-scale evaluate --suite {name}` writes"):
             how = {key: found.get(key) for key in ("resize", "clean_captions")}
-            facts = {"the data sets it is taken over": sorted(one["over"]), **digests, **how}
-            entries[f"{name}: {title}"] = Entry(float(one["value"]), part, facts)
+            for title, one in _of_kind(dict, found["columns"], "columns").items():
+                if _of_kind(dict, one, title)["value"] is not None:
+                    entries[f"{name}: {title}"] = _column(title, one, _of_kind(dict, found["sets"], "sets"), how)
     return entries
 
 
-def _own_entries(found: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Entry]:
-    evaluation = config.get("evaluation") or {}
-    settings = {f"evaluation.{key}": evaluation.get(key) for key in _SETTINGS}
-    entries = {}
+def _column(title: str, one: Mapping[str, Any], sets: Mapping[str, Any], how: Mapping[str, Any]) -> Entry:
+    over, missing = (_of_kind(list, one[key], f"{title}: {key}") for key in ("over", "missing"))
+    part = f"{len(over)} of {len(over) + len(missing)}" if missing else ""
+    digests = {f"the data of {each}": _of_kind(dict, sets[each], each)["data_sha256"] for each in over}
+    facts = {"the data sets it is taken over": sorted(over), **digests, **how}
+    return Entry(_number(one["value"], title), part, facts)
+
+
+def _own_entries(file: Path, config: Mapping[str, Any]) -> dict[str, Entry]:
+    found, entries = _json(file), {}
+    settings = {f"evaluation.{key}": _dig(config, "evaluation", key) for key in _SETTINGS}
     for key, value in found.items():
         split, _, number = key.rpartition("/")
         if number in OWN and value is not None:
             sizes = {f"the number of {what}": found.get(f"{split}/{what}") for what in ("images", "texts")}
-            entries[f"{split}: {words_of(number)}"] = Entry(float(value), facts=settings | sizes)
+            with _told(file, "what a run writes"):
+                entries[f"{split}: {words_of(number)}"] = Entry(_number(value, key), facts=settings | sizes)
     return entries
+
+
+@contextmanager
+def _told(file: Path, expected: str) -> Iterator[None]:
+    """What is missing in a file, or of another kind, is a `UserError` that names it."""
+    try:
+        yield
+    except KeyError as error:
+        raise UserError(f"RUNS: {file}: expected {expected}, got none of {error}; measure again") from error
+    except (TypeError, ValueError) as error:
+        raise UserError(f"RUNS: {file}: expected {expected}, got {error}; measure again") from error
+
+
+def _of_kind(kind: Any, value: Any, place: str) -> Any:
+    if not isinstance(value, kind) or isinstance(value, bool):
+        raise ValueError(f"{place}: {value!r:.100}")
+    return value
+
+
+def _number(value: Any, place: str) -> float:
+    number = float(_of_kind(int | float, value, place))
+    if not math.isfinite(number):
+        raise ValueError(f"{place}: {number}")
+    return number
 
 
 def _samples(run: Path, step: str | None) -> int | None:
@@ -123,14 +158,14 @@ def _samples(run: Path, step: str | None) -> int | None:
     if not file.is_file():
         return None
     number = int(step.removeprefix("step_")) if step else None
-    with file.open(encoding="utf-8") as lines:
+    with file.open(encoding="utf-8", errors="replace") as lines, _told(file, "what a run writes"):
         for line in lines:
             try:
                 record = json.loads(line)
-            except ValueError:  # the last line of a run that was killed
+            except (ValueError, RecursionError):  # the last line of a run that was killed
                 continue
             if isinstance(record, dict) and "samples" in record and (number is None or record.get("step") == number):
-                found = int(record["samples"])
+                found = int(_of_kind(int, record["samples"], "samples"))
     return found
 
 
@@ -139,7 +174,7 @@ def _json(file: Path) -> dict[str, Any]:
         return {}
     try:
         found = json.loads(file.read_text("utf-8"))
-    except ValueError as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"RUNS: {file}: expected JSON, got {error}; measure again") from error
     return found if isinstance(found, dict) else {}
 
@@ -149,7 +184,7 @@ def _yaml(file: Path) -> dict[str, Any]:
         return {}
     try:
         found = yaml.safe_load(file.read_text("utf-8"))
-    except yaml.YAMLError as error:
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise UserError(f"RUNS: {file}: expected YAML, got {error}") from error
     return found if isinstance(found, dict) else {}
 

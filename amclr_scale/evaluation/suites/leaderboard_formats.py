@@ -51,7 +51,8 @@ def as_text(board: Leaderboard) -> str:
     for row in rows[1:]:
         grid.add_row(*row)
     out = io.StringIO()
-    Console(file=out, width=max(100, _width(rows)), force_terminal=False).print(grid)
+    plain = Console(file=out, width=max(100, _width(rows)), force_terminal=False, markup=False, emoji=False)
+    plain.print(grid)
     return "\n".join([out.getvalue().rstrip(), *notes(board)]) + "\n"
 
 

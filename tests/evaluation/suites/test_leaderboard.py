@@ -146,3 +146,68 @@ def test_mistakes_are_told(runs, tmp_path, capsys):
     assert "--output: expected a file in a folder that exists" in said(*runs, "--output", str(tmp_path / "no" / "x"))
     (Path(runs[0]) / "evaluation" / "retrieval.json").write_text("{cut")
     assert "retrieval.json: expected JSON, got " in said(*runs)
+
+
+def edited(file: Path, change) -> str:
+    """A file of results after somebody's hands were in it; its name."""
+    read, write = (yaml.safe_load, yaml.safe_dump) if file.suffix == ".yaml" else (json.loads, json.dumps)
+    content = read(file.read_text())
+    change(content)
+    file.write_text(write(content))
+    return str(file)
+
+
+FORGED = {
+    "no columns": lambda found: found.pop("columns"),
+    "no sets": lambda found: found.pop("sets"),
+    "a column is a number": lambda found: found["columns"].update({"Flickr TR R@1": 0.5}),
+    "columns are a list": lambda found: found.update(columns=[1]),
+    "no value": lambda found: found["columns"]["Flickr TR R@1"].pop("value"),
+    "text for a number": lambda found: found["columns"]["Flickr TR R@1"].update(value="0.5"),
+    "a list for a number": lambda found: found["columns"]["Flickr TR R@1"].update(value=[0.5]),
+    "not a number": lambda found: found["columns"]["Flickr TR R@1"].update(value=float("nan")),
+    "no over": lambda found: found["columns"]["Flickr TR R@1"].pop("over"),
+    "missing is a word": lambda found: found["columns"]["Flickr TR R@1"].update(missing="some"),
+    "over holds what cannot be sorted": lambda found: found["columns"]["Flickr TR R@1"].update(over=[["x"]]),
+    "a set of another name": lambda found: found["sets"].pop("flickr30k"),
+    "a set without its data": lambda found: found["sets"]["flickr30k"].pop("data_sha256"),
+}
+
+
+@pytest.mark.parametrize("how", FORGED)
+def test_forged_results_of_a_suite_are_told_with_their_file(runs, capsys, how):
+    file = edited(Path(runs[0]) / "evaluation" / "retrieval.json", FORGED[how])
+    assert main([*runs, "--sort", "samples"]) == 2
+    expected = f"RUNS: {file}: expected what `amclr-scale evaluate --suite retrieval` writes, got "
+    assert expected in capsys.readouterr().err.replace("\n", " ")
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "got"),
+    [
+        ("evaluation.json", lambda found: found.update({"photos/R@mean": "0.3"}), "photos/R@mean: '0.3'"),
+        ("evaluation.json", lambda found: found.update({"photos/R@mean": {}}), "photos/R@mean: {}"),
+        ("config.yaml", lambda found: found["train"].update(global_batch_size="64"), "train.global_batch_size: '64'"),
+        ("config.yaml", lambda found: found["objective"].update(name=["clip"]), "objective.name: ['clip']"),
+    ],
+)
+def test_forged_files_of_a_run_are_told_with_their_name(runs, capsys, name, change, got):
+    file = edited(Path(runs[0]) / name, change)
+    assert main([*runs, "--sort", "samples"]) == 2
+    assert f"RUNS: {file}: expected what a run writes, got {got}; measure again" in capsys.readouterr().err
+
+
+def test_records_without_numbers_and_names_that_look_like_markup(runs, tmp_path, capsys):
+    (Path(runs[0]) / "metrics.jsonl").write_bytes(b'{"step": 1, "samples": "many"}\n')
+    assert main(runs) == 2
+    assert "metrics.jsonl: expected what a run writes, got samples: 'many'" in capsys.readouterr().err
+    (Path(runs[0]) / "metrics.jsonl").write_bytes(b'\xff\n{"step": 1, "samples": 7}\n')
+    renamed = Path(runs[0]).rename(tmp_path / "a:cat:")
+    edited(renamed / "config.yaml", lambda found: found.update(evaluation=["x"], objective={"name": "[/b]"}))
+    edited(renamed / "evaluation.json", lambda found: found.update({"[/b]/R@mean": 0.5}))
+    said = told(capsys, str(renamed), *runs[1:])
+    for word in ("a:cat:", " [/b] ", "[/b]: R@mean"):
+        assert word in said
+    (Path(runs[1]) / "config.yaml").write_bytes(b"\xff")
+    assert main(runs[1:]) == 2
+    assert "config.yaml: expected YAML, got " in capsys.readouterr().err
