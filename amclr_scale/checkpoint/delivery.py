@@ -5,7 +5,8 @@ node's folder, as ranks of a shared one would. Once all have written, one rank p
 files to rank 0, one after the other, in chunks; each is hashed again where it arrives, before the checkpoint becomes
 valid. On resume, rank 0 sends the checkpoint to the carriers in the same way, and each node's ranks read from its copy
 whatever their layout asks for. So no rank ever holds more than a chunk, any number of ranks can go on, and what reads
-and writes checkpoints is the same as with a shared folder.
+and writes checkpoints is the same as with a shared folder. Sending is done in a thread, over gloo, while all ranks ask
+one another whether it is done: however long it takes, no rank waits in one message for longer than a moment.
 """
 
 import contextlib
@@ -18,7 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -28,14 +29,17 @@ from amclr_scale.checkpoint import files, marks
 from amclr_scale.checkpoint.files import CHECKPOINTS, Written
 from amclr_scale.checkpoint.lock import RunLock
 from amclr_scale.checkpoint.resume import Found
-from amclr_scale.checkpoint.start import together
+from amclr_scale.checkpoint.signals import UnsavedError
+from amclr_scale.checkpoint.start import Beside, together
 from amclr_scale.distributed.launcher import where
 from amclr_scale.distributed.process_group import broadcast_object, gather_objects
 from amclr_scale.errors import UserError
 
+T = TypeVar("T")
 CHUNK = 16 * 2**20  # bytes
 RECEIVED = ".received"  # in the run folder of a node that keeps nothing: the checkpoint that a run goes on from
 FURTHER = ("profile",)  # folders of a run that every rank writes into
+ASKS = 1.0  # seconds between two questions whether all has been sent
 
 
 @dataclass(frozen=True)
@@ -76,20 +80,45 @@ class Delivery:
 
         Returns:
             The bytes that were sent; and, on rank 0, what went wrong.
+
+        Raises:
+            RuntimeError: on every rank: a connection between nodes was lost.
         """
-        sent, problems = 0, list[str]()
+        by_carrier: dict[int, list[tuple[int, Written]]] = {}
         for rank, carrier in enumerate(self.carriers):
-            for file in written[rank] if carrier is not None else ():
-                sent += file.size
-                if self.rank == 0:
-                    words = _receive(place / file.name, file, partial(dist.recv, src=carrier, group=self.group))
-                    if words:
-                        problems.append(f"{file.name} of {where([rank], self.hosts)} {words}")
-                elif self.rank == carrier:
-                    for chunk in _chunks(place / file.name, file.size):
-                        dist.send(chunk, 0, self.group)
-                    (place / file.name).unlink(missing_ok=True)
-        return sent, "; ".join(problems)
+            if carrier is not None:
+                by_carrier.setdefault(carrier, []).extend((rank, file) for file in written[rank])
+        problems = list[str]()
+        for carrier, carried in by_carrier.items():  # one after the other, and none waits for its turn in a message
+            if carried:
+                here = partial(self._carry, carrier, place, carried)
+                problems += self._while_all_wait(here, self.rank in (0, carrier)) or ()
+        return sum(file.size for carried in by_carrier.values() for _, file in carried), "; ".join(problems)
+
+    def _while_all_wait(self, work: Callable[[], T], works: bool) -> T | None:
+        """Have some ranks send and receive, while none waits in one message of all ranks for longer than a moment."""
+        sending = Beside(work) if works else None
+        while True:
+            runs = sending is not None and sending.runs(ASKS)
+            said = gather_objects((runs, sending is not None and sending.error is not None))
+            failed = [rank for rank, (_, wrong) in enumerate(said) if wrong]
+            if failed and not (sending and sending.error):
+                raise RuntimeError(f"run.shared: sending between nodes has failed on {where(failed, self.hosts)}")
+            if failed or not any(runs for runs, _ in said):
+                return sending.result() if sending else None
+
+    def _carry(self, carrier: int, place: Path, carried: Sequence[tuple[int, Written]]) -> list[str]:
+        problems = list[str]()
+        for rank, file in carried:
+            if self.rank == 0:
+                words = _receive(place / file.name, file, partial(dist.recv, src=carrier, group=self.group))
+                if words:
+                    problems.append(f"{file.name} of {where([rank], self.hosts)} {words}")
+            else:
+                for chunk in _chunks(place / file.name, file.size):
+                    dist.send(chunk, 0, self.group)
+                (place / file.name).unlink(missing_ok=True)
+        return problems
 
     def fetch(self, found: Found) -> Found:
         """The checkpoint to go on from, where this rank can read it; `forget` removes it again.
@@ -107,15 +136,21 @@ class Delivery:
         if self.carries:
             words = _room(here, sum(file.size for file in content))
         together(words, "run.folder: expected room on each node for the checkpoint that the run goes on from")
-        for file in content if self.rank == 0 or self.carries else ():
+        spread = partial(self._spread, found.checkpoint, here, content)
+        wrong = self._while_all_wait(spread, self.rank == 0 or self.carries)
+        together(wrong or "", "resume: expected the checkpoint to arrive on every node")
+        return replace(found, checkpoint=here) if self.away else found
+
+    def _spread(self, source: Path, here: Path, content: Sequence[Written]) -> str:
+        words = ""
+        for file in content:
             if self.rank == 0:
-                for chunk in _chunks(found.checkpoint / file.name, file.size):
+                for chunk in _chunks(source / file.name, file.size):
                     dist.broadcast(chunk, 0, self.group)
             else:
                 wrong = _receive(here / file.name, file, partial(dist.broadcast, src=0, group=self.group))
                 words = words or (f"{file.name} {wrong}" if wrong else "")
-        together(words, "resume: expected the checkpoint to arrive on every node")
-        return replace(found, checkpoint=here) if self.away else found
+        return words
 
     def forget(self) -> None:
         """Remove what `fetch` has brought: all have read it."""
@@ -148,14 +183,16 @@ class Delivery:
         """What else away ranks have written goes to rank 0's node, and word that the run is finished to the others.
 
         Raises:
-            AgreedError: on every rank: some node does not take it.
+            UnsavedError: on every rank: some node does not take it.
         """
         mine = list[Written]()
         if self.carries:
             found = sorted(path for name in FURTHER for path in (self.folder / name).rglob("*") if path.is_file())
             mine = [files.describe(path, self.folder) for path in found]
         _, problem = self.collect(self.folder, gather_objects(mine))
-        together(problem, "run.folder: expected what other nodes have written to arrive on rank 0's")
+        together(
+            problem, "run.folder: expected what other nodes have written to arrive on rank 0's", error=UnsavedError
+        )
         result = self.folder / marks.RESULT
         text = broadcast_object(result.read_text() if self.rank == 0 and result.exists() else "")
         if self.carries and text:
@@ -163,7 +200,8 @@ class Delivery:
                 result.write_text(text)
             except OSError as error:
                 problem = f"{result.absolute()} cannot be written: {error.strerror}"
-        together(problem, "run.folder: expected a folder of its own on every node (run.shared=false)")
+        expected = "run.folder: expected a folder of its own on every node (run.shared=false)"
+        together(problem, expected, error=UnsavedError)
 
 
 def arrange(folder: Path, lock: RunLock, rank: int) -> Delivery | None:

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from typing import TypeVar
+from typing import Generic, TypeVar
 
 from amclr_scale.checkpoint import files
 from amclr_scale.checkpoint.fetch import source_of
@@ -64,7 +64,7 @@ class _Search:
         self.found: Found | None = None
         self.lock: RunLock | None = None
         self.words = ""
-        self._fetching: _Beside | None = None
+        self._fetching: Beside[Found] | None = None
         self._carefully(self._begin)
 
     def _carefully(self, step: Callable[[], None]) -> None:
@@ -85,7 +85,7 @@ class _Search:
             source.look()  # a mistake is told before there is a folder
             self.folder = source.folder
             self.lock = self.lock or RunLock.take(self.folder)
-            self._fetching = _Beside(source.bring)
+            self._fetching = Beside(source.bring)
             return
         if config.resume == "auto":
             refuse_elsewhere(self.folder)
@@ -124,28 +124,31 @@ class _Search:
                 )
 
 
-class _Beside:
-    """Something that takes its time, in a thread."""
+class Beside(Generic[T]):
+    """Something that takes its time, in a thread: ranks wait for it by asking one another, no longer than they may."""
 
-    def __init__(self, work: Callable[[], Found]):
-        self._found: Found | None = None
-        self._error: Exception | None = None
+    def __init__(self, work: Callable[[], T]):
+        self._found: T | None = None
+        self.error: Exception | None = None
 
         def run() -> None:
             try:
                 self._found = work()
             except Exception as error:
-                self._error = error
+                self.error = error
 
         self._thread = threading.Thread(target=run, name="fetching", daemon=True)
         self._thread.start()
 
-    def runs(self) -> bool:
+    def runs(self, seconds: float = 0.0) -> bool:
+        """Whether it is not done yet, after so many seconds at most."""
+        self._thread.join(seconds)
         return self._thread.is_alive()
 
-    def result(self) -> Found | None:
-        if self._error:
-            raise self._error
+    def result(self) -> T | None:
+        """What it gave; raises what it raised."""
+        if self.error:
+            raise self.error
         return self._found
 
 
@@ -203,8 +206,8 @@ def _check_seen(found: Found, mark: str) -> None:
     together(words, "resume: expected all ranks to see the checkpoint that rank 0 has found", SHARE)
 
 
-def together(words: str, expected: str, fix: str = "") -> None:
-    """Raise `AgreedError` on all ranks if some have words of a problem. All ranks call it together."""
+def together(words: str, expected: str, fix: str = "", error: type[Exception] = AgreedError) -> None:
+    """Raise `AgreedError`, or another one, on all ranks if some have words of a problem. All ranks call it together."""
     everyone = gather_objects((platform.node(), words))
     hosts = [host for host, _ in everyone]
     told: dict[str, list[int]] = {}
@@ -213,4 +216,4 @@ def together(words: str, expected: str, fix: str = "") -> None:
             told.setdefault(problem, []).append(rank)
     if told:
         got = "; ".join(f"{problem} on {where(ranks, hosts)}" for problem, ranks in told.items())
-        raise AgreedError(f"{expected}, got: {got}{fix}")
+        raise error(f"{expected}, got: {got}{fix}")

@@ -204,7 +204,7 @@ def messages(home: str) -> list[str]:
         (run / marks.RESULT).mkdir()
     try:
         carrying.finish()
-    except AgreedError as error:
+    except UnsavedError as error:  # as for a save that failed: no mistake of a user's
         told.append(str(error))
     lock.release()
     return told
