@@ -1,6 +1,7 @@
 """A rank that still prepares says so to those that wait for it, and how far it is: in the store in which all will meet.
 
-Rank 0 serves the store from here on, so that others reach it while it prepares itself.
+Rank 0 serves the store from here on, so that others reach it while it prepares itself. Where it starts late, they try
+to reach it for as long as they prepare.
 """
 
 import json
@@ -10,6 +11,8 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
+
+import torch.distributed as dist
 
 from amclr_scale.distributed.launcher import RankInfo
 from amclr_scale.distributed.preparing import HERE, Work
@@ -30,15 +33,15 @@ class Announcer:
         self._rank_info, self._open, self._work = rank_info, open_store, work
         self._store: Any = None
         self._error: Exception | None = None
-        self._enough = threading.Event()
+        self._enough, self._tried = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._run, name="preparing", daemon=True)
         if rank_info.world_size > 1:
             self._thread.start()
 
     def _run(self) -> None:
         try:
-            self._store = self._open()
-            before = ""
+            self._store, before = self._opened(), ""
+            self._tried.set()
             while not self._enough.is_set():
                 words = self._work.words()
                 if words != before:
@@ -48,6 +51,22 @@ class Announcer:
                 self._enough.wait(BEAT)
         except Exception as error:  # told by `take`, from the thread that waits for it
             self._error = error
+            self._tried.set()
+
+    def _opened(self) -> Any:
+        while True:
+            ready = self._enough.is_set()  # an attempt that begins then is the last
+            try:
+                return self._open()
+            except dist.DistNetworkError as error:
+                if ready or "EADDRINUSE" in str(error):
+                    raise
+            self._enough.wait(BEAT)
+
+    def check(self, seconds: float) -> None:
+        """Raise what has kept the store from being opened, if that shows within so many seconds."""
+        if self._thread.ident is not None and self._tried.wait(seconds) and self._error:
+            raise self._error
 
     def take(self) -> Any:
         """The store: this rank is ready. Waits until it is open.

@@ -31,6 +31,7 @@ MINUTES = 5.0
 LONGEST = 120.0  # minutes
 SAID = 10.0  # seconds between two lines about who is waited for
 TOLD = 30.0  # seconds that a store is kept for others to read why this rank ends
+BOUND = 5.0  # seconds in which rank 0 knows whether its port is free
 HEARD = 5.0  # seconds in which what rank 0 has seen of a third rank reaches the others
 _SHELLS = ("bash", "sh", "zsh", "fish", "interactive")  # what SLURM calls a job that is a shell
 _HERE, _ABSENT, _ALL, _FAILED, _READ = "here {}", "absent", "all", "failed", "read"
@@ -74,11 +75,15 @@ def announce(rank_info: RankInfo, minutes: float = MINUTES) -> Announcer:
         minutes: that rank 0 is waited for.
 
     Raises:
-        UserError: nobody says where they meet.
+        UserError: nobody says where they meet, or the port is taken.
     """
     if rank_info.world_size > 1:
         export(rank_info)
-    return Announcer(rank_info, lambda: open_store(rank_info, 60 * minutes))
+    announcer = Announcer(rank_info, lambda: open_store(rank_info, 60 * minutes))
+    if rank_info.rank == 0:
+        with told_while_joining(rank_info, minutes):  # not only when all is prepared
+            announcer.check(BOUND)
+    return announcer
 
 
 def _serves(rank_info: RankInfo) -> bool:

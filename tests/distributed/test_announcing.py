@@ -1,8 +1,11 @@
 """Ranks wait for one that still prepares, as long as it gets on; here they are threads of one process."""
 
+import socket
+import threading
 import time
 
 import pytest
+import torch.distributed as dist
 
 from amclr_scale.distributed import announcing, rendezvous
 from amclr_scale.distributed.announcing import Announcer, Waiting
@@ -22,7 +25,7 @@ def _soon(monkeypatch):
     monkeypatch.setattr(announcing, "BEAT", 0.05)
 
 
-def coming(rank, prepares=lambda work: None, longest=1.0, world=2, seen=None, ready=True):
+def coming(rank, prepares=lambda work: None, longest=1.0, world=2, seen=None, ready=True, patience=SHORT):
     """A rank that prepares before it meets the others; `ready`: that it ever does."""
 
     def act():
@@ -34,7 +37,7 @@ def coming(rank, prepares=lambda work: None, longest=1.0, world=2, seen=None, re
             return None
         if seen is not None:
             seen.append(waiting)
-        return meet(rank_info, "gloo", SHORT / 60, longest=longest, waiting=waiting, announcer=announcer)
+        return meet(rank_info, "gloo", patience / 60, longest=longest, waiting=waiting, announcer=announcer)
 
     return act
 
@@ -106,11 +109,50 @@ def test_nobody_waits_for_ever(address):
     assert "not all ranks have met within 0.01 minutes (run.prepare_minutes), though some still prepare" in str(error)
 
 
-def test_a_port_that_is_taken_is_told_when_the_rank_is_ready():
-    def taken():
-        raise UserError("MASTER_PORT: taken")
+def test_a_port_that_is_taken_is_told_before_anything_is_prepared(address):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", int(address.rpartition(":")[2])))
+        taken.listen()
+        with pytest.raises(UserError, match=rf"^MASTER_PORT: expected a free port on {address.replace(':', ', got ')}"):
+            rendezvous.announce(RankInfo(0, 0, 2, 1))
+    rendezvous.announce(RankInfo()).check(0)  # one rank waits for nobody
+    assert rendezvous.announce(RankInfo()).take() is None
 
-    announcer = Announcer(RankInfo(0, 0, 2, 1), taken)
-    with pytest.raises(UserError, match="taken"):
+
+def test_rank_0_may_start_later_than_it_is_waited_for_while_the_other_prepares(address):
+    """Its store is tried again for as long."""
+    again, attempts = threading.Event(), []
+
+    def short():
+        attempts.append(1)
+        if len(attempts) > 1:
+            again.set()
+        return rendezvous.open_store(RankInfo(1, 0, 2, 1), 1 if len(attempts) == 1 else 20)
+
+    def prepares():
+        announcer = Announcer(RankInfo(1, 0, 2, 1), short, Work())
+        assert again.wait(15)
+        return meet(RankInfo(1, 0, 2, 1), "gloo", 0.2, announcer=announcer)
+
+    def late():
+        assert again.wait(15)
+        return coming(0, patience=10)()
+
+    for found in together(prepares, late):
+        assert len(found[1]) == 2
+
+
+def test_an_attempt_that_a_ready_rank_begins_is_the_last():
+    attempts = []
+
+    def refused():
+        attempts.append(announcer._enough.is_set() if attempts else False)
+        time.sleep(0.05)
+        raise dist.DistNetworkError("no answer")
+
+    announcer = Announcer(RankInfo(1, 0, 2, 1), refused, Work())
+    time.sleep(0.2)
+    with pytest.raises(dist.DistNetworkError, match="no answer"):
         announcer.take()
-    assert Announcer(RankInfo(), taken).take() is None  # one rank waits for nobody
+    assert len(attempts) > 2
+    assert attempts.count(True) <= 1
