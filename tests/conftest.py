@@ -85,6 +85,16 @@ def _seeded() -> None:
     torch.set_num_threads(1)
 
 
+@pytest.fixture(autouse=True)
+def _one_rank() -> Iterator[None]:
+    """A test that leaves variables of several ranks behind would have later ones wait for ranks that never come."""
+    yield
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        left = {name: os.environ.pop(name, None) for name in names}
+        pytest.fail(f"expected no ranks in os.environ after a test, got {left}; set them with monkeypatch")
+
+
 def _serve(rank: int, world_size: int, store: str, pipe: Connection, device: str) -> None:
     import torch.distributed as dist
 

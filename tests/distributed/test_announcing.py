@@ -109,7 +109,9 @@ def test_nobody_waits_for_ever(address):
     assert "not all ranks have met within 0.01 minutes (run.prepare_minutes), though some still prepare" in str(error)
 
 
-def test_a_port_that_is_taken_is_told_before_anything_is_prepared(address):
+def test_a_port_that_is_taken_is_told_before_anything_is_prepared(address, monkeypatch):
+    for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "1"}.items():
+        monkeypatch.setenv(name, value)  # as the ranks' process would say it from then on
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", int(address.rpartition(":")[2])))
         taken.listen()
