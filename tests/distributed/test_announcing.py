@@ -17,7 +17,7 @@ from tests.distributed.test_joining import address, together
 
 pytestmark = pytest.mark.slow  # they sleep
 __all__ = ["address"]
-SHORT = 0.6  # seconds that a silent rank is waited for
+SHORT = 1.8  # seconds that a silent rank is waited for; a busy machine starts a thread late
 
 
 @pytest.fixture(autouse=True)
@@ -81,7 +81,7 @@ def test_one_that_hangs_while_it_prepares_is_not(address):
     began = time.monotonic()
     error, _ = together(coming(0), coming(1, hangs, ready=False))
     assert isinstance(error, AbsentError)
-    assert "not all ranks have met within 0.01 minutes (run.rendezvous_minutes): rank 1 of 2 did not come" in str(error)
+    assert "not all ranks have met within 0.03 minutes (run.rendezvous_minutes): rank 1 of 2 did not come" in str(error)
     assert SHORT < time.monotonic() - began < 10
 
 
@@ -106,7 +106,7 @@ def test_a_second_rank_of_the_node_waits_for_what_the_first_prepares(address):
 def test_nobody_waits_for_ever(address):
     error, _ = together(coming(0, longest=SHORT / 60), coming(1, gets_on(4 * SHORT), ready=False))
     assert isinstance(error, AbsentError)
-    assert "not all ranks have met within 0.01 minutes (run.prepare_minutes), though some still prepare" in str(error)
+    assert "not all ranks have met within 0.03 minutes (run.prepare_minutes), though some still prepare" in str(error)
 
 
 def test_a_port_that_is_taken_is_told_before_anything_is_prepared(address, monkeypatch):
