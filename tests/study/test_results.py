@@ -1,7 +1,6 @@
 """Reading a study's folder, grouping, fair comparison: against what was put into synthetic folders."""
 
 import json
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -186,34 +185,6 @@ def test_keys_that_change_no_result_are_no_differences(tmp_path):
     found = {one.key for one in differences(read_study(folder).runs)}
     assert "objective.name" in found
     assert not [key for key in found if key.startswith(("data.", "train."))]
-
-
-def test_keys_that_an_older_version_did_not_have_are_no_differences(tmp_path):
-    folder = make_study(tmp_path / "s", arms=("clip", "dcl"), batches=(128,), seeds=(0, 1),
-                        words={"dcl": ["objective.name=fifo_bank", "objective.size=512"]})  # fmt: skip
-    runs = read_study(folder).runs
-    new = ("model.image.taps", "data.communities", "evaluation.sheet", "objective.wait_epochs", "optimizer.layer_decay")
-    old = [replace(run, config={k: v for k, v in run.config.items() if k not in new}) for run in runs if run.cell.seed]
-    assert all(set(new[:3]) <= run.config.keys() for run in runs)
-    found = {one.key: one.by for one in differences([*(run for run in runs if not run.cell.seed), *old])}
-    assert not found.keys() & {*new, "objective.queue"}
-    assert (found["seed"], found["objective.name"]) == ("seed", "arm")
-    # What the older did otherwise than at the default stays a difference.
-    changed = [replace(run, config={**run.config, "model.image.taps": ["stages.2"]}) for run in runs if run.cell.seed]
-    assert "model.image.taps" in {one.key for one in differences([*old, *changed])}
-
-
-def test_a_file_for_each_seed_of_an_arm_is_explained(tmp_path):
-    runs = read_study(make_study(tmp_path / "s", arms=("clip", "dcl"), batches=(128,), seeds=(0, 1))).runs
-    read = [
-        replace(
-            run, config={**run.config, "data.communities": f"{run.cell.seed}.npy" if run.cell.arm == "dcl" else None}
-        )
-        for run in runs
-    ]
-    found = {one.key: (one.by, one.values) for one in differences(read)}
-    assert found["data.communities"][0] == "arm and seed"
-    assert ("dcl, 1", "1.npy") in found["data.communities"][1]
 
 
 def test_other_axes_make_groups_of_their_own(tmp_path):

@@ -78,9 +78,23 @@ def test_it_is_started_from_again(tmp_path):
     apart = {"data": {"tokenizer"}, "model": {"init", "image", "text", "temperature"}}
     left, right = (each.model_dump(exclude=apart) for each in (config, again))
     assert left == right
+    shorter = exported(resolve(recipe(tmp_path / "source", data={"context_length": 8})), tmp_path / "shorter")
+    as_dual_encoder.write(shorter)
+    assert resolve(recipe(f"transformers/{shorter}")).data.context_length == 8
     seen = amclr_scale.load(f"transformers/{folder}")
     ours = amclr_scale.load(exported(again, tmp_path / "twice"))
     assert seen.encode_image([wide_picture()]).shape == ours.encode_image([wide_picture()]).shape == (1, 16)
+
+
+def test_weights_that_have_no_place_are_told(tmp_path):
+    theirs, *_ = saved("clip", tmp_path / "source")
+    config = resolve(recipe(tmp_path / "source"))
+    model = model_of(config, load_tokenizer(config.data.tokenizer, config.data.context_length))
+    theirs.config.projection_dim = 8
+    with pytest.raises(
+        UserError, match=r"^--to transformers_dual_encoder: CLIPModel does not take .*: text_projection"
+    ):
+        as_dual_encoder._fill(type(theirs)(theirs.config), model)
 
 
 def test_other_parts_are_refused_by_name(tmp_path):
