@@ -6,6 +6,7 @@
 back in rank order; an error in any rank is raised in the test with that rank's traceback.
 """
 
+import faulthandler
 import gc
 import os
 import re
@@ -98,6 +99,7 @@ def _one_rank() -> Iterator[None]:
 def _serve(rank: int, world_size: int, store: str, pipe: Connection, device: str) -> None:
     import torch.distributed as dist
 
+    faulthandler.enable()  # a rank that dies without a traceback says where it was
     torch.set_num_threads(1)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), DS_ACCELERATOR=device)
     if device == "cuda":

@@ -125,12 +125,21 @@ def _unknown(value: Any) -> bool:
 
 
 def json_text(tables: Iterable[Table | Figure]) -> str:
-    """All records by the name of their table or figure; null where unknown."""
+    """All records by the name of their table or figure, one in a line; null where unknown."""
     content = {
         one.name: [{key: None if _unknown(value) else value for key, value in record.items()} for record in one.raw]
         for one in tables
     }
-    return json.dumps(content, indent=1) + "\n"
+    return in_lines(content)
+
+
+def in_lines(content: Mapping[str, Sequence[Raw]]) -> str:
+    """JSON with one record in a line: a change shows line by line, and nothing is spent on indentation."""
+    named = (
+        f"{json.dumps(name)}: [\n" + ",\n".join(json.dumps(record, separators=(",", ":")) for record in records) + "\n]"
+        for name, records in content.items()
+    )
+    return "{\n" + ",\n".join(named) + "\n}\n"
 
 
 STYLE = """
