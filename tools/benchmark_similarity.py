@@ -204,6 +204,8 @@ def plot(rows: list[dict[str, Any]], file: Path) -> None:
     mpl.use("Agg")
     from matplotlib import pyplot as plt
 
+    from amclr_scale.study.report.compact import palette_png
+
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
     shown = ["open_clip", "clip", "clip, cached", "open_clip siglip", "siglip", "fastclip, dense", "sogclr", "floor"]
     for axis, key, label in zip(
@@ -222,6 +224,7 @@ def plot(rows: list[dict[str, Any]], file: Path) -> None:
         axis.grid(alpha=0.3)
     axes[0].legend(fontsize=8)
     figure.savefig(file, dpi=130)
+    file.write_bytes(palette_png(file.read_bytes()))
 
 
 def triton_version() -> str | None:

@@ -148,6 +148,8 @@ def draw(edges: Edges, file: Path) -> None:
     from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
     from matplotlib.path import Path as Curve
 
+    from amclr_scale.study.report.compact import palette_png
+
     layout, what = lay_out(edges), purposes()
     wide, high = BOX
     across = [x for path in layout.paths for x, _ in path]
@@ -181,6 +183,7 @@ def draw(edges: Edges, file: Path) -> None:
     axes.set_aspect("equal")
     axes.axis("off")
     figure.savefig(file, dpi=110, bbox_inches="tight", metadata={"Software": None})
+    file.write_bytes(palette_png(file.read_bytes()))
 
 
 def with_imports(page: str, edges: Edges) -> str:

@@ -58,6 +58,8 @@ def plot(path: Path, title: str, panels: list[tuple[str, list[Any], dict[str, li
     mpl.use("Agg")
     import matplotlib.pyplot as plt
 
+    from amclr_scale.study.report.compact import palette_png
+
     figure, axes = plt.subplots(1, 4, figsize=(18, 5), width_ratios=(4, 4, 3, 2.4), layout="constrained")
     # Where lines lie on one another, thinner ones on top of thicker ones keep all of them in sight.
     styles = {"all B x B on every rank": 2.0, "local rows, b x B": 5.5, "blocks": 2.0, "gradient cache": 3.5}
@@ -99,6 +101,7 @@ def plot(path: Path, title: str, panels: list[tuple[str, list[Any], dict[str, li
     axes[3].grid(axis="y", alpha=0.25)
     figure.suptitle(title)
     figure.savefig(path, dpi=110)
+    path.write_bytes(palette_png(path.read_bytes()))
 
 
 def run(options: argparse.Namespace) -> None:
