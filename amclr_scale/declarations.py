@@ -196,7 +196,7 @@ class Declarations:
 
     @staticmethod
     def negatives_of(options: Any, B: int) -> int:
-        """Negatives that an anchor meets in a term, at a global batch of B."""
+        """Negatives that an anchor meets in a term, at a global batch of B; of the direction that has more."""
         return B - 1
 
     @staticmethod

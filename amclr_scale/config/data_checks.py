@@ -1,9 +1,16 @@
 """Keys of `data` that do not go together: one line per mistake, the key to change first. Imports no torch."""
 
+from pydantic import BaseModel
+
 from amclr_scale.config.objective_options import declared
 from amclr_scale.config.schema import Config, Data
 from amclr_scale.config.text_rules import TEXT_RULES
 from amclr_scale.errors import one_of
+
+READ_BY = {  # keys that say where further pictures and captions come from, and how they are made -> how many there are
+    "image_view": "image_views", "image_view_from": "image_views", "image_negative": "image_negatives",
+    "text_view": "text_views", "text_augmentation": "text_views", "text_negative": "text_negatives",
+}  # fmt: skip
 
 
 def augmentation(config: Config) -> list[str]:
@@ -95,12 +102,13 @@ def text_negatives(config: Config) -> list[str]:
 
 
 def unread_places(config: Config) -> list[str]:
-    """Places of hard negatives that nobody asks for."""
+    """What is said of further views and of hard negatives that nobody asks for."""
     data, lines = config.data, []
-    for key in ("image_negative", "text_negative"):
-        place = getattr(data, key)
-        if place != Data.model_fields[key].default and not getattr(data, f"{key}s"):
+    for key, number in READ_BY.items():
+        said = getattr(data, key)
+        if said != Data.model_fields[key].default and not getattr(data, number):
+            got = said.model_dump(mode="json", exclude_defaults=True) if isinstance(said, BaseModel) else said
             lines.append(
-                f"data.{key}: data.{key}s reads it, got {place} with data.{key}s=0; remove it, or set data.{key}s=1"
+                f"data.{key}: data.{number} reads it, got {got} with data.{number}=0; remove it, or set data.{number}=1"
             )
     return lines

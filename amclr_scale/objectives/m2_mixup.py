@@ -8,7 +8,7 @@ With theta_j the angle between z_j and t_j, and one l of Beta(mix_beta, mix_beta
     M_i   = log(1 + sum_{j != i} exp((z_i.m_j - s_ii) / t_mix))                                    and M'_i with t_i.m_j
     value = CLIP + w mean_i (M_i + M'_i),            w = mix_weight, divided by the epoch's number if it is scheduled
 
-l is drawn from how far training is, alike on every rank and after a resume.
+l is drawn from how far training is (draws.py), alike on every rank and after a resume.
 
 Numerics: the cosine is kept a few roundings away from -1 and 1; M_i is logaddexp(log-sum, 0), centred; float32.
 """
@@ -22,6 +22,7 @@ from torch import Tensor
 
 from amclr_scale.objectives.base import Objective, at_least_float32, learned_temperature, numbers, require
 from amclr_scale.objectives.clip import check_temperature, softmax_loss
+from amclr_scale.objectives.draws import Draws
 from amclr_scale.objectives.masking import MaskOptions, limited
 from amclr_scale.similarity import contrast
 from amclr_scale.types import Embeddings, Loss
@@ -51,6 +52,10 @@ class M2Mixup(Objective, name="m2_mixup"):
 
     config: Config
 
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        self.draws = Draws()
+
     def forward(self, embeddings: Embeddings) -> Loss:
         config = self.config
         image, text = at_least_float32(embeddings.image), at_least_float32(embeddings.text)
@@ -58,7 +63,7 @@ class M2Mixup(Objective, name="m2_mixup"):
         both = contrast(image, text, temperature=t, centred=True, **self.masks(embeddings).of())
         positive = (image * text).sum(1)  # with a gradient into both, whatever a queue says of CLIP's keys
         masks = limited(config.masks(embeddings).of(), positive)  # a queue is CLIP's
-        share = place(config.mix_seed, self.epoch, config.mix_beta)
+        share = place(self.draws.words(config.mix_seed, self.epoch, learns=self.learns), config.mix_beta)
         mixed = between(image, text, positive, share)
         terms: list[Tensor] = []
         for anchors in (image, text):
@@ -71,9 +76,9 @@ class M2Mixup(Objective, name="m2_mixup"):
         return Loss(loss, numbers(objective=loss, clip=clip, mixup=mixup, temperature=t))
 
 
-def place(seed: int, epoch: float, beta: float) -> float:
+def place(words: str, beta: float) -> float:
     """The share l of a step."""
-    return random.Random(f"{seed} {epoch!r}").betavariate(beta, beta)
+    return random.Random(words).betavariate(beta, beta)
 
 
 def between(image: Tensor, text: Tensor, cosine: Tensor, share: float) -> Tensor:

@@ -17,8 +17,9 @@ and from the epoch `soft_epoch` on, with d = `soft_temperature` and targets that
     value = (1/2) mean_i ( log sum_j exp(s_ij / d) - sum_j q_ij s_ij / d  + the same with texts for anchors )
 
 What is mixed are embeddings; in the authors' code, features behind the towers before they are made unit length. So any
-two rows of the global batch can be mixed, and nothing is encoded twice. Draws follow from how far training is and from
-a sample's place in the global batch, so they are those of one rank on any number of ranks, and after a resume.
+two rows of the global batch can be mixed, and nothing is encoded twice. Draws follow from how far training is
+(draws.py) and from a sample's place in the global batch, so they are the same on any number of ranks, and after a
+resume.
 
 Numerics: log-sums centred on m_i.t_i; float32.
 """
@@ -39,6 +40,7 @@ from amclr_scale.objectives.base import (
     require,
 )
 from amclr_scale.objectives.clip import check_temperature
+from amclr_scale.objectives.draws import Draws
 from amclr_scale.similarity import all_gather, contrast, gather, mean_rows, rank
 from amclr_scale.types import Embeddings, Loss
 
@@ -67,6 +69,10 @@ class M3CoL(Objective, name="m3col"):
 
     config: Config
 
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        self.draws = Draws()
+
     def forward(self, embeddings: Embeddings) -> Loss:
         config = self.config
         image, text = at_least_float32(embeddings.image), at_least_float32(embeddings.text)
@@ -76,14 +82,14 @@ class M3CoL(Objective, name="m3col"):
             loss = self._soft(image, text)
         else:
             sides = ((image, text), (text, image))
-            terms = [self._mixed(which, mixed, keys, t) for which, (mixed, keys) in enumerate(sides)]
+            words = self.draws.words(config.mix_seed, self.epoch, learns=self.learns)
+            terms = [self._mixed(f"{words} {which}", mixed, keys, t) for which, (mixed, keys) in enumerate(sides)]
             loss = (terms[0] + terms[1]) / 2
         return Loss(loss, numbers(objective=loss, temperature=t))
 
-    def _mixed(self, which: int, rows: Tensor, keys: Tensor, t: Tensor | float) -> Tensor:
+    def _mixed(self, words: str, rows: Tensor, keys: Tensor, t: Tensor | float) -> Tensor:
         """(A + A') / 2, with these rows mixed."""
         config, b = self.config, len(rows)
-        words = f"{config.mix_seed} {self.epoch!r} {which}"
         shares, partners = draws(words, global_batch_size(rows), config.mix_beta, config.mix_share)
         mine = slice(rank() * b, (rank() + 1) * b)
         everywhere = shares + torch.zeros_like(shares).index_add(0, partners, 1 - shares)  # c, (B,)

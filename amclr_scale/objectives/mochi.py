@@ -10,8 +10,8 @@ Of the `hardest` keys n_1 ... n_N nearest to anchor z_i, its positive left out, 
     L_i  = log( sum_j exp(s_ij / t) + sum_k exp(z_i.h_k / t) + sum_k exp(z_i.h'_k / t) ) - s_ii / t
     value = (1/2) mean_i (L_i + L'_i)                                                      L' has texts for anchors
 
-The choice and what is made have no gradient. Draws follow from how far training is and from an anchor's place in the
-global batch, so they are those of one rank on any number of ranks, and after a resume.
+The choice and what is made have no gradient. Draws follow from how far training is (draws.py) and from an anchor's
+place in the global batch, so they are those of one rank on any number of ranks, and after a resume.
 
 What is made is never formed: its similarities, length and gradient follow from those of the N nearest and from the
 similarities between these,
@@ -40,6 +40,7 @@ from amclr_scale.objectives.base import (
     require,
 )
 from amclr_scale.objectives.clip import check_temperature
+from amclr_scale.objectives.draws import Draws
 from amclr_scale.similarity import all_gather, contrast, rank, top_k
 from amclr_scale.types import Embeddings, Loss
 
@@ -67,26 +68,31 @@ class MoCHi(Objective, name="mochi"):
 
     config: Config
 
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        self.draws = Draws()
+
     def forward(self, embeddings: Embeddings) -> Loss:
         image, text = at_least_float32(embeddings.image), at_least_float32(embeddings.text)
         t = learned_temperature(embeddings, self.config.temperature)
         both = contrast(image, text, temperature=t, centred=True)
+        words = self.draws.words(self.config.mix_seed, self.epoch, learns=self.learns)
         terms: list[Tensor] = []
         for which, (side, anchors, keys) in enumerate(((both.image, image, text), (both.text, text, image))):
             term = side.log_sum
             if self.config.mixed + self.config.mixed_with_anchor and global_batch_size(anchors) > 1:
-                term = torch.logaddexp(term, self._made(which, anchors, keys, side.positive, t))
+                term = torch.logaddexp(term, self._made(f"{words} {which}", anchors, keys, side.positive, t))
             terms.append(term)
         loss = (terms[0] + terms[1]).mean() / 2
         return Loss(loss, numbers(objective=loss, temperature=t))
 
-    def _made(self, which: int, anchors: Tensor, keys: Tensor, positive: Tensor, t: Tensor | float) -> Tensor:
+    def _made(self, words: str, anchors: Tensor, keys: Tensor, positive: Tensor, t: Tensor | float) -> Tensor:
         """(b,): the log-sum over the keys that are made, centred on the positive."""
         config, b = self.config, len(anchors)
         N = min(config.hardest, global_batch_size(anchors) - 1)
         nearest = top_k(anchors.detach(), keys.detach(), N, exclude_self=True)[1]  # (b, N)
         everybody = all_gather(keys.detach())
-        two, one = draws(f"{config.mix_seed} {self.epoch!r} {which}", global_batch_size(anchors), config)
+        two, one = draws(words, global_batch_size(anchors), config)
         mine = slice(rank() * b, (rank() + 1) * b)
         two, one = (x[mine].to(anchors.device, anchors.dtype) for x in (two, one))
         t = beside(t, anchors)
@@ -147,9 +153,9 @@ def place(uniform: Tensor, N: int) -> Tensor:
     return (uniform * N).long().clamp(max=N - 1)
 
 
-def draws(seed: str, B: int, config: "MoCHi.Config") -> tuple[Tensor, Tensor]:
+def draws(words: str, B: int, config: "MoCHi.Config") -> tuple[Tensor, Tensor]:
     """Uniform numbers of the global batch: (B, mixed, 3), two places and a share, and (B, mixed_with_anchor, 2)."""
-    generator = torch.Generator().manual_seed(seed_of(seed))
+    generator = torch.Generator().manual_seed(seed_of(words))
     return (
         torch.rand(B, config.mixed, 3, generator=generator),
         torch.rand(B, config.mixed_with_anchor, 2, generator=generator),

@@ -63,7 +63,7 @@ class NegCLIP(Objective, name="negclip"):
 
     @staticmethod
     def negatives_of(options: Any, B: int) -> int:
-        return B - 1 + int(options.negatives) * B
+        return B - 1 + max(int(options.negatives), int(options.image_negatives)) * B  # of images, of captions
 
     def forward(self, embeddings: Embeddings) -> Loss:
         t = learned_temperature(embeddings, self.config.temperature)

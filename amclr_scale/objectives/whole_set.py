@@ -83,6 +83,9 @@ def compare_with_whole_set(
     numbered = {"image": ids, "text": ids if text_ids is None else text_ids}
     rows = {side: of.unique(return_inverse=True)[1] for side, of in numbered.items()}  # (K,) below K
     stored = {side: _carry_over(objective, whole, side, numbered[side], rows[side]) for side in SIDES}
+    for one, other in zip(objective.layers or (), whole.layers or (), strict=True):
+        for side in SIDES:
+            _carry_over(one, other, side, numbered[side], rows[side])
 
     whole.train()
     whole.set_epoch(objective.epoch)

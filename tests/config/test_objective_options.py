@@ -79,6 +79,9 @@ def test_equalities():
     assert declared({"name": "clip", "group_size": 32}).equals(64) is None
     assert declared({"name": "clip", "group_size": 16}).negatives(64) == 15
     assert declared({"name": "vicreg"}).negatives(64) == 0
+    for texts, images in ((1, 0), (1, 3), (3, 1)):  # wrong captions are keys of images, wrong pictures those of texts
+        both = declared({"name": "negclip", "negatives": texts, "image_negatives": images})
+        assert both.negatives(64) == 63 + 64 * max(texts, images)
     assert declared({"name": "full_bank"}, num_samples=1000).negatives(64) == 999
     assert declared({"name": "full_bank", "negatives": 50}, num_samples=1000).negatives(64) == 50
 
@@ -143,6 +146,16 @@ BOTH = ["data.image_reference=r.npy", "data.text_reference=r.npy"]
         (["data.text_reference=r.npy"], "data.text_reference: objective clip reads none, got r.npy"),
         (["objective.name=cwcl", *BOTH], "data.text_reference: objective cwcl reads none, got r.npy"),
         (["data.labels=json.concept"], "data.labels: objective clip reads none, got json.concept"),
+        (
+            ["data.text_view=json.paraphrase"],
+            "data.text_view: data.text_views reads it, got json.paraphrase with data.text_views=0; remove it, or set",
+        ),
+        (
+            ["data.text_augmentation.drop=0.2"],
+            "data.text_augmentation: data.text_views reads it, got {'drop': 0.2} with data.text_views=0",
+        ),
+        (["data.image_view={flip: 0}"], "data.image_view: data.image_views reads it, got {'flip': 0.0} with data.im"),
+        (["data.image_view_from=base"], "data.image_view_from: data.image_views reads it, got base with data.image_"),
         (
             ["data.text_negative=number"],
             "data.text_negative: data.text_negatives reads it, got number with data.text_neg",

@@ -168,6 +168,22 @@ def test_a_batch_of_all_samples_is_the_whole_set(name):
     assert ours == pytest.approx(dict.fromkeys(ours, 1.0), rel=1e-6)
 
 
+@pytest.mark.parametrize("name", ["isogclr", "fastclip"])
+def test_all_samples_at_once_have_the_temperatures_of_every_layer(name):
+    objective = objectives.create(name, **VISITED[name], num_samples=N, layers=[1.0, 3.0])
+    g, e = torch.Generator().manual_seed(5), embeddings(1)
+    for side in ("image", "text"):
+        rows = F.normalize(torch.randn(K, D - 1, generator=g, dtype=torch.float64), dim=1)
+        e.given[f"{side}_layers"] = (rows,)
+        for one in (objective, objective.layers[0]):
+            getattr(one, f"{side}_state").temperature.uniform_(0.02, 0.05, generator=g)  # inside the bounds
+    objective(e)
+    whole = objectives.create(name, **VISITED[name], num_samples=K, layers=[1.0, 3.0])
+    found = compare_with_whole_set(objective, whole, e, global_batch_size=K)
+    assert found["gradient_cosine"] == pytest.approx(1, abs=1e-9)
+    assert found["gradient_norm_ratio"] == pytest.approx(1, abs=1e-9)
+
+
 def test_what_makes_up_for_small_batches_is_off_in_the_whole_set():
     """CLIP in groups, AmCLR with one average for all pairings and drawn rows are far from what they stand in for."""
     drawn = compare("full_bank", {"negatives": 20}, train_on=embeddings(1), batch=K)

@@ -159,6 +159,17 @@ def test_omega_as_an_axis_sets_the_views(tmp_path: Path) -> None:
     assert cells["amclr-B32-omega4-s0"].comparisons == 25 * 31
 
 
+def test_where_further_captions_lie_is_said_once_for_all_arms(tmp_path: Path) -> None:
+    """An arm without further views forgets it; what an arm says itself, and does not read, is a mistake."""
+    said = ["arms=[clip, amclr]", "seeds=[0]", "batch_sizes=[32]", "words=['data.text_view=json.paraphrase']"]
+    cells = planned(tmp_path, *said)
+    assert cells["clip-B32-s0"].config.data.text_view == "json.captions"
+    assert cells["amclr-B32-s0"].config.data.text_view == "json.paraphrase"
+    mine = "arms=[clip, {name: mine, like: clip, words: ['data.image_view={flip: 0}']}]"
+    with pytest.raises(UserError, match=r"data\.image_view: data\.image_views reads it, got \{'flip': 0\.0\}"):
+        planned(tmp_path, mine, *said[1:3])
+
+
 def test_an_axis_without_an_input_takes_its_file_away(tmp_path: Path) -> None:
     axes = "axes={objective.reference: [true, false]}"
     files = "'data.image_reference=i.npy', 'data.text_reference=t.npy'"

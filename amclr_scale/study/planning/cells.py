@@ -12,11 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from amclr_scale.config.load import build, from_words, merge, read_file, recipe_hash
-from amclr_scale.config.objective_options import declared, find
-from amclr_scale.config.schema import Config, Data
+from amclr_scale.config.objective_options import find
+from amclr_scale.config.schema import Config
 from amclr_scale.data.names import probe_name, split_names
 from amclr_scale.data.sources import embedded_splits
-from amclr_scale.declarations import unread_keys
 from amclr_scale.encoders.start.taken import resolve
 from amclr_scale.engine.batch_plan import make_plan
 from amclr_scale.engine.schedules import peak_learning_rate
@@ -27,7 +26,15 @@ from amclr_scale.study.planning.cost import encoder_cost, encoder_flops, matrice
 from amclr_scale.study.planning.features import Features, taken
 from amclr_scale.study.planning.lengths import Rates, samples_of
 from amclr_scale.study.planning.plan import RANKS, SWEPT, ArmPlan, Role, StudyPlan
-from amclr_scale.study.planning.variants import Combination, combinations, kept_settings, variant_name, words_of
+from amclr_scale.study.planning.variants import (
+    Combination,
+    combinations,
+    further_views,
+    kept_settings,
+    variant_name,
+    without_places,
+    words_of,
+)
 
 
 @dataclass(frozen=True)
@@ -206,6 +213,8 @@ def _cell(
     words += [f"{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in varied]
     if any(key.startswith("objective.") for key in axes):
         words += further_views(merge(dict(tree), from_words(words)))
+        named = set()
+    words += without_places(merge(dict(tree), from_words(words)), named)
     words.append(f"train.global_batch_size={batch}")
     words += [f"optimizer.lr_rule={plan.lr.rule}"] if plan.lr.rule else []
     words += [f"optimizer.lr_reference_batch={plan.lr.reference_batch}"] if plan.lr.reference_batch else []
@@ -233,20 +242,6 @@ def _cell(
         epochs=run.total_samples / epoch, lr=peak_learning_rate(config.optimizer, batch),
         encoder_cost=encoder_cost(config), ranks=ranks, features=features,
     )  # fmt: skip
-
-
-def further_views(tree: Mapping[str, Any]) -> list[str]:
-    """Words for as many further views as the objective reads, where the sections say another number.
-
-    And for nothing where they name what it does not read: labels, features, places of hard negatives.
-    """
-    inputs, data = declared(tree["objective"]).inputs, tree.get("data", {})
-    wanted = {key: inputs.count(key) for key in ("image_views", "text_views", "image_negatives", "text_negatives")}
-    words = [f"data.{key}={count}" for key, count in wanted.items() if data.get(key, 0) != count]
-    places = [key for key in ("image_negative", "text_negative") if not wanted[f"{key}s"]]
-    nothing = {key: json.dumps(Data.model_fields[key].default) for key in (*unread_keys(inputs), *places)}
-    named = {key: value for key, value in nothing.items() if key in data and json.dumps(data[key]) != value}
-    return words + [f"data.{key}={value}" for key, value in named.items()]
 
 
 def _that_fit(plan: StudyPlan, arm: ArmPlan, cells: Sequence[Planned], epoch: float) -> list[Planned]:

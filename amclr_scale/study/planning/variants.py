@@ -3,12 +3,16 @@
 import itertools
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from pydantic import BaseModel
+
+from amclr_scale.config.data_checks import READ_BY
 from amclr_scale.config.load import from_words, merge
-from amclr_scale.config.objective_options import find
-from amclr_scale.config.schema import Optimizer
+from amclr_scale.config.objective_options import declared, find
+from amclr_scale.config.schema import Data, Optimizer
+from amclr_scale.declarations import unread_keys
 from amclr_scale.errors import UserError
 from amclr_scale.study.planning.arms import CONTROLS
 from amclr_scale.study.planning.plan import SWEPT, ArmPlan, Role, StudyPlan
@@ -120,3 +124,36 @@ def kept_settings(tree: Mapping[str, Any], words: Sequence[str]) -> list[str]:
 def _plain(value: Any) -> str:
     """A value as a part of a file name."""
     return re.sub(r"[^A-Za-z0-9_.+]+", "_", f"{value:g}" if isinstance(value, float) else str(value)).strip("_")
+
+
+def further_views(tree: Mapping[str, Any]) -> list[str]:
+    """Words for as many further views as the objective reads, where the sections say another number.
+
+    And for no labels and features where they name some that it does not read.
+    """
+    inputs, data = declared(tree["objective"]).inputs, tree.get("data", {})
+    wanted = {key: inputs.count(key) for key in dict.fromkeys(READ_BY.values())}
+    words = [f"data.{key}={count}" for key, count in wanted.items() if data.get(key, 0) != count]
+    return words + _as_if_unsaid(unread_keys(inputs), data)
+
+
+def without_places(tree: Mapping[str, Any], named: Container[str]) -> list[str]:
+    """Words that take back what a base says, for all arms, of views and negatives of which this one has none.
+
+    Args:
+        tree: the sections of a cell.
+        named: keys that the arm itself says, which stay.
+    """
+    data = tree.get("data", {})
+    unread = [key for key, number in READ_BY.items() if not data.get(number) and f"data.{key}" not in named]
+    return _as_if_unsaid(unread, data)
+
+
+def _as_if_unsaid(keys: Iterable[str], data: Mapping[str, Any]) -> list[str]:
+    words = []
+    for key in keys:
+        default = Data.model_fields[key].default
+        plain = json.dumps(default.model_dump(mode="json") if isinstance(default, BaseModel) else default)
+        if key in data and json.dumps(data[key]) != plain:
+            words.append(f"data.{key}={plain}")
+    return words
