@@ -17,10 +17,11 @@ RANKS ?= 2
 quickstart: $(INSTALLED)
 	$(CPU) $(BIN)/deepspeed -q --num_gpus $(RANKS) launch/train.py --config $(CONFIG) $(WORDS)
 
-# Two processes, a file's tests in one of them: the longest files start ranks, or wait for commands.
-WORKERS ?= 2
+# Three processes, also for two cores, as the longest files wait for commands. A file's tests stay in one of them, and
+# files are taken in the order of tests/conftest.py: the longest first.
+WORKERS ?= 3
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(PYTEST)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(PYTEST)
 
 # One process, nothing that starts ranks or commands, no long files: 90 s of CPU at most.
 FAST := not ranks and not deepspeed and not launch and not slow and not cuda

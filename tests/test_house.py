@@ -6,6 +6,8 @@ from pathlib import Path
 
 import yaml
 
+from tests.conftest import FIRST, LONG_FILES
+
 ROOT = Path(__file__).parents[1]
 MOST_LINES = 350
 MOST_MODULES = 22
@@ -30,6 +32,10 @@ def test_a_room_is_seen_at_one_glance():
         rooms[path.parent] = rooms.get(path.parent, 0) + 1
     crowded = {str(room): n for room, n in rooms.items() if n > MOST_MODULES and room not in ONE_METHOD_ONE_FILE}
     assert crowded == {}
+
+
+def test_the_long_files_of_the_suite_are_there():
+    assert [name for name in (*FIRST, *LONG_FILES) if not (ROOT / "tests" / f"{name}.py").is_file()] == []
 
 
 def documented(docstring: str) -> list[str]:
