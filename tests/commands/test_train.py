@@ -36,7 +36,11 @@ LAUNCHERS = {
 }
 
 
-def train(*words, launcher="python", timeout=120):
+def train(*words, launcher="python"):
+    return run([*LAUNCHERS[launcher](), "launch/train.py", *words])
+
+
+def run(command):
     environment = {
         **os.environ,
         "DS_ACCELERATOR": "cpu",
@@ -47,10 +51,7 @@ def train(*words, launcher="python", timeout=120):
     environment["PATH"] = f"{BIN}{os.pathsep}{environment['PATH']}"
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         environment.pop(name, None)
-    command = [*LAUNCHERS[launcher](), "launch/train.py", *words]
-    return subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout, check=False
-    )
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120, check=False)
 
 
 def mistakes(tmp_path):
@@ -105,15 +106,25 @@ KINDS = (
 )
 
 
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """The folder of each mistake, what is to be said of it, and the exit code, output and errors of its command."""
+    folders = {kind: tmp_path_factory.mktemp("mistake") for kind in KINDS}
+    wanted = {kind: mistakes(folder)[kind] for kind, folder in folders.items()}
+    words = [[*SMALL, f"run.folder={folders[kind]}/runs", *wanted[kind][0]] for kind in KINDS]
+    done = run([sys.executable, "-m", "tests.commands.copies", json.dumps(words)])
+    assert done.returncode == 0, done.stderr
+    answers = map(json.loads, done.stdout.splitlines())
+    return {kind: (folders[kind], wanted[kind][1], *answer) for kind, answer in zip(KINDS, answers, strict=True)}
+
+
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_mistake_is_told_in_words(tmp_path, kind):
-    words, said = mistakes(tmp_path)[kind]
-    words = [*SMALL, f"run.folder={tmp_path}/runs", *words]
-    done = train(*words)
-    assert done.returncode == 2, done.stderr
-    assert said in done.stderr
-    assert "Traceback" not in done.stderr + done.stdout
-    assert not (tmp_path / "runs").exists()  # nothing half-written
+def test_a_mistake_is_told_in_words(made, kind):
+    folder, said, code, out, err = made[kind]
+    assert code == 2, err
+    assert said in err
+    assert "Traceback" not in err + out
+    assert not (folder / "runs").exists()  # nothing half-written
 
 
 def test_two_ranks_with_a_mistake_end_at_once(tmp_path):

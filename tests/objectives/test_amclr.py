@@ -1,6 +1,7 @@
 """AmCLR, xAmCLR and their robust forms are their definitions, for every kind of state."""
 
 import math
+from functools import cache
 
 import pytest
 import torch
@@ -128,13 +129,20 @@ def test_matches_its_definition(which, chunk):
     assert_same(run(name, options, chunk=chunk, batch=batch), defined(define, batch=batch))
 
 
+@cache
+def with_duplicates(number: int):
+    """Setting, its batch, and its steps by the definition."""
+    name, options, define, omega = list(everything())[number]
+    batch = {"views": omega, "duplicate": True}
+    return name, options, batch, defined(define, batch=batch)
+
+
 @pytest.mark.parametrize("world_size", [2, 4])
 def test_ranks_are_one_batch(ranks, world_size):
-    for number, (name, options, define, omega) in enumerate(everything()):
-        batch = {"views": omega, "duplicate": True}
+    for number in range(len(SETTINGS) + len(DRO_SETTINGS)):
+        name, options, batch, want = with_duplicates(number)
         layout = ("replicated", "sharded")[number % 2]
-        got = ranks(world_size, run, name, options, chunk=3, batch=batch, sample_state=layout)
-        assert_same(joined(got), defined(define, batch=batch))
+        assert_same(joined(ranks(world_size, run, name, options, chunk=3, batch=batch, sample_state=layout)), want)
 
 
 def test_identical_views_are_four_times_sogclr():

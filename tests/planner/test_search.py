@@ -1,6 +1,7 @@
 """What is called the largest batch fits and the next one does not; choices fit, in order of time, and say why."""
 
 import json
+from functools import cache
 
 import pytest
 
@@ -40,6 +41,11 @@ def fit_of(memory: int, world_size: int = 2, fixed: tuple[str, ...] = (), **exec
     )
 
 
+@cache
+def largest_in(mib: int, world_size: int = 2) -> int:
+    return fit_of(mib * MIB, world_size=world_size).largest()
+
+
 def test_the_largest_number_that_fits_is_found_by_bisection():
     for limit in (1, 2, 7, 64, 100):
         assert largest_number(lambda n, limit=limit: n <= limit, 1, 100) == limit
@@ -48,7 +54,7 @@ def test_the_largest_number_that_fits_is_found_by_bisection():
 @pytest.mark.slow
 def test_the_largest_batch_fits_and_the_next_one_does_not():
     fit = fit_of(200 * MIB)
-    largest, lanes = fit.largest(), fit.config.data.lanes
+    largest, lanes = largest_in(200), fit.config.data.lanes
     assert largest % lanes == 0
     assert fit.fastest(largest)
     with pytest.raises(UserError, match="memory: a global batch of"):
@@ -57,9 +63,8 @@ def test_the_largest_batch_fits_and_the_next_one_does_not():
 
 @pytest.mark.slow
 def test_more_memory_or_more_ranks_hold_more():
-    least = fit_of(200 * MIB).largest()
-    assert fit_of(300 * MIB).largest() > least
-    assert fit_of(200 * MIB, world_size=4).largest() > 1.5 * least
+    assert largest_in(300) > largest_in(200)
+    assert largest_in(200, world_size=4) > 1.5 * largest_in(200)
 
 
 @pytest.mark.slow
