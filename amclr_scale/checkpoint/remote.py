@@ -21,6 +21,7 @@ from typing import Any, TypeVar
 from amclr_scale.checkpoint import files
 from amclr_scale.checkpoint.files import BEST, CHECKPOINTS, LATEST, MANIFEST
 from amclr_scale.data.remote import GaveUpError, persist
+from amclr_scale.data.sources import names_protocol
 from amclr_scale.errors import UserError
 
 HOLDER = "holder.json"
@@ -86,6 +87,8 @@ class RemoteRun:
         self.asked = url.rstrip("/").removeprefix(self.url).removeprefix(f"/{CHECKPOINTS}").strip("/")
         import fsspec
 
+        if is_url(url) and not names_protocol(url):
+            raise UserError(f"{key}: expected an address with its protocol, such as s3://BUCKET/RUNS, got {url}")
         protocol = self.url.partition("://")[0]
         settings = {"auto_mkdir": True} if protocol in ("file", "local") else {}
         try:

@@ -24,6 +24,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
+from amclr_scale.data.sources import names_protocol
 from amclr_scale.distributed import preparing
 from amclr_scale.errors import UserError
 
@@ -105,6 +106,8 @@ def _opened(url: str) -> Iterator[tuple[IO[bytes], int | None]]:
 
 
 def _fsspec(url: str) -> Any:
+    if not names_protocol(url):  # an index may say so; libraries would take it for a path
+        raise _PermanentError("expected an address with its protocol, such as s3://")
     try:
         fsspec = importlib.import_module("fsspec")
 

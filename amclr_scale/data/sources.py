@@ -29,6 +29,11 @@ def is_remote(url: str) -> bool:
     return "://" in url or url.startswith("pipe:")
 
 
+def names_protocol(url: str) -> bool:
+    """Whether an address begins as those do that say how they are read: `s3://`, `simplecache::s3://`."""
+    return re.match(r"[A-Za-z][A-Za-z0-9+.:-]*://", url) is not None
+
+
 def embedded_splits() -> list[str]:
     """The names of the splits that ship with the package."""
     return sorted(str(path.parent.relative_to(CORPORA)) for path in CORPORA.glob("*/*/index.json"))
@@ -66,6 +71,11 @@ def resolve(name: str, key: str) -> Source:
         raise UserError(
             f"{key}: {name}: braces do not match; expected a pattern such as {{00000..00099}}.tar"
         ) from error
+    if wrong := [url for url in urls if "://" in url and not url.startswith("pipe:") and not names_protocol(url)]:
+        raise UserError(
+            f"{key}: expected addresses with their protocol, such as s3://BUCKET/00000.tar, got {wrong[0]}, which "
+            "names none"
+        )
     if is_remote(name) and name.endswith(_INDEXES):
         raise UserError(f"{key}: expected an index on a file system, got {name}; download it, or name the shards")
     if is_remote(name):

@@ -1,6 +1,7 @@
 """A tower's weights from a local file: a library's, or one of our own checkpoints. Nothing is ever downloaded."""
 
 import argparse
+import zipfile
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
@@ -120,7 +121,8 @@ def look_into(path: str, key: str, wanted: tuple[str, ...]) -> tuple[set[str], d
     return set(found), {name: found[name] for name in wanted if name in found}
 
 
-def read_weights(path: str, key: str) -> dict[str, Tensor]:
+def read_weights(path: str, key: str, *, mapped: bool = False) -> dict[str, Tensor]:
+    """The tensors of a file, by name. mapped: those of torch.save stay on the disk until they are used."""
     if not Path(path).is_file():
         raise UserError(f"{key}: expected a local file with weights, got {path}, which does not exist")
     try:
@@ -129,7 +131,8 @@ def read_weights(path: str, key: str) -> dict[str, Tensor]:
 
             return load_file(path)
         with torch.serialization.safe_globals([argparse.Namespace]):  # options of a training script: plain values
-            state = torch.load(path, map_location="cpu", weights_only=True)
+            mapped = mapped and zipfile.is_zipfile(path)
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped or None)
     except UnpicklingError as error:
         raise UserError(
             f"{key}: {path} cannot be read as weights: it holds Python objects beside tensors, which are never "

@@ -4,6 +4,7 @@ Through huggingface_hub, with its token, its address (HF_ENDPOINT) and its way o
 """
 
 import importlib
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -42,25 +43,58 @@ def check_name(repository: str) -> None:
         raise UserError(f"--push: expected OWNER/NAME, got {repository}: {error}") from error
 
 
-def prepare(source: str, out: Path, repository: str, further: Callable[[Path], None] | None, which: Which) -> None:
+def prepare(
+    source: str, out: Path, repository: str, further: Callable[[Path], None] | None, which: Which
+) -> list[str]:
     """Write the files of the repository into a new folder: of an export those there, of anything else an export.
 
     Args:
         source: a run, a checkpoint or an address of one, or a folder that `export` wrote.
         further: writes more into an export, such as another library's files.
 
+    Returns:
+        The hidden files and folders of an export that stay where they are.
+
     Raises:
-        UserError: there is no model.
+        UserError: there is no model, or it has links that lead out of its folder.
     """
-    folder = Path(source).expanduser()
+    folder, hidden = Path(source).expanduser(), list[str]()
     if (folder / WEIGHTS).is_file() and (folder / CARD).is_file():
         if further is not None or which != "weights":
             raise UserError(f"--to, --which: {source} is an export already; leave them away, or name the run")
-        shutil.copytree(folder, out, dirs_exist_ok=True)
+        names, hidden = own_files(folder)
+        for name in names:
+            (out / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(folder / name, out / name)
     else:
         export(source, out, further, which)
     card = out / CARD
     card.write_text(_for_the_hub(card.read_text("utf-8"), repository, (out / "config.json").is_file()), "utf-8")
+    return hidden
+
+
+def own_files(folder: Path) -> tuple[list[str], list[str]]:
+    """The files of a folder that others may see, by name, and what is hidden in it: `.env`, `.git`.
+
+    Raises:
+        UserError: it has links that lead out of it, or not to files.
+    """
+    home, names, hidden, links = folder.resolve(), list[str](), list[str](), list[str]()
+    for place, folders, files in os.walk(folder):  # goes into no link
+        here = Path(place)
+        shown = {one for one in (*folders, *files) if not one.startswith(".")}
+        hidden += [(here / one).relative_to(folder).as_posix() for one in {*folders, *files} - shown]
+        folders[:] = sorted(shown.intersection(folders))
+        for link in filter(Path.is_symlink, (here / one for one in shown)):
+            links += [] if link.is_file() and link.resolve().is_relative_to(home) else [str(link)]
+        names += [(here / one).relative_to(folder).as_posix() for one in files if one in shown]
+    if links:
+        some = ", ".join(sorted(links)[:3]) + ", ..." * (len(links) > 3)
+        raise UserError(
+            f"--push: expected files, got links to folders, to nothing, or out of {folder}: {some}; remove them, or put "
+            "what is meant in their place"
+        )
+    return sorted(name for name in names if (folder / name).is_file()), sorted(hidden)
 
 
 def _for_the_hub(card: str, repository: str, transformers: bool) -> str:
@@ -78,9 +112,7 @@ def _for_the_hub(card: str, repository: str, transformers: bool) -> str:
 
 def files_of(folder: Path) -> dict[str, int]:
     """What would go into the repository, by name, with bytes."""
-    paths = sorted(path for path in folder.rglob("*") if path.is_file())
-    names = {path.relative_to(folder).as_posix(): path.stat().st_size for path in paths}
-    return {name: size for name, size in names.items() if not name.startswith(".")}
+    return {name: (folder / name).stat().st_size for name in own_files(folder)[0]}
 
 
 def publish(folder: Path, repository: str, *, public: bool = False) -> Published:

@@ -301,6 +301,9 @@ def test_addresses(tmp_path):
     assert root_of("s3://bucket/checkpoints_of_mine/first") == "s3://bucket/checkpoints_of_mine/first"
     with pytest.raises(UserError, match=r"run.remote: nothing://x/first is no address that fsspec can use"):
         RemoteRun("nothing://x/first", "run.remote")
+    for none in ("://x/first", "__default__://x/first"):
+        with pytest.raises(UserError, match=r"run.remote: expected an address with its protocol, such as s3://BUCKET"):
+            RemoteRun(none, "run.remote")
     for url, shown in (
         ("sftp://me:hush@host/runs", "sftp://...host/runs"), ("s3://key:hush@bucket/runs", "s3://...bucket/runs"),
         ("https://host/runs?token=hush", "https://host/runs..."), ("abfs://c@account/x?sig=hush", "abfs://c@account/x..."),

@@ -129,6 +129,8 @@ def test_the_fingerprint_follows_the_content_and_not_the_place(tmp_path):
         ("/nowhere/index.json", "no such index"),
         ("/nowhere/{00000..00003}.tar", r"no such shard: /nowhere/00000.tar \(4 of 4 are missing\)"),
         ("/nowhere/{0..3.tar", "braces do not match"),
+        ("__default__:///nowhere/{0..3}.tar", r"their protocol, such as s3://BUCKET/00000.tar, got __default__:///now"),
+        ("{s3,}://nowhere/0.tar", "their protocol, such as .*, got ://nowhere/0.tar, which names none"),
         ([], "at least one name"),
     ],
 )

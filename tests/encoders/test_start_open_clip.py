@@ -113,6 +113,12 @@ def test_an_architecture_by_name_and_openai_s_own_file(tmp_path, monkeypatch):
     assert made.model.image.name == made.model.text.name == "open_clip/tiny"
     tokens = load_tokenizer("clip", 12)
     check(model_of(made, tokens), tokens, theirs)
+    read = []
+    monkeypatch.setattr(torch, "load", lambda *args, _load=torch.load, **named: (
+        read.append(named.get("mmap")), _load(*args, **named))[1])  # fmt: skip
+    torch.save({"state_dict": theirs.state_dict()}, tmp_path / "once.pt")
+    model_of(resolve(recipe(f"open_clip/tiny:{tmp_path}/once.pt")), tokens)
+    assert read == [True, None]  # scale and bias, from a map of the file; then all of it
 
     class Holder(torch.nn.Module):
         def __init__(self):

@@ -130,6 +130,26 @@ def test_an_export_becomes_a_private_repository_in_one_commit(hub, exported, cap
     assert hub.made["me/seen"]["visibility"] == "public"
 
 
+def test_hidden_files_stay_and_links_lead_nowhere_else(hub, exported, tmp_path, capsys):
+    for name in (".env", "tokenizer/.env", ".git/config"):
+        (exported / name).parent.mkdir(exist_ok=True)
+        (exported / name).write_text("HF_TOKEN=secret")
+    (exported / "again.json").symlink_to(exported / "tokenizer" / "tokenizer.json")  # inside: a file like others
+    assert main([str(exported), "--push", "me/model"]) == 0
+    assert "hidden files stay here: .env, .git, tokenizer/.env" in capsys.readouterr().err
+    names = ["README.md", "again.json", "config.yaml", "tokenizer/tokenizer.json", "weights.safetensors"]
+    assert sorted(hub.commits[0]) == names
+    (tmp_path / "private").mkdir()
+    (tmp_path / "private" / "key").write_text("secret")
+    for place in (tmp_path / "private" / "key", tmp_path / "private", tmp_path / "nothing", exported / "tokenizer"):
+        link = exported / "tokenizer" / "link"
+        link.symlink_to(place)
+        assert main([str(exported), "--push", "me/model"]) == 2
+        assert f"or out of {exported}: {link}; remove them" in capsys.readouterr().err
+        link.unlink()
+    assert len(hub.commits) == 1
+
+
 @pytest.mark.slow
 def test_a_run_is_exported_first(hub, run, capsys):
     folder, *_ = run

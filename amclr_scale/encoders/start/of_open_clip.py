@@ -6,6 +6,7 @@ tokenizer of transformers (its SigLIP) is started from its folder of transformer
 
 import logging
 import zipfile
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch import Tensor
 from amclr_scale.encoders.dual_encoder import DualEncoder
 from amclr_scale.encoders.libraries.open_clip_towers import CONFIG, described
 from amclr_scale.encoders.start.of_runs import learned
-from amclr_scale.encoders.weights import read_weights
+from amclr_scale.encoders.weights import look_into, read_weights
 from amclr_scale.errors import UserError
 
 FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
@@ -51,7 +52,7 @@ def keys(place: Path) -> dict[str, Any]:
     for side in ("image", "text"):
         taken |= {f"model.{side}.name": f"open_clip/{name}", f"model.{side}.projection": "none"}
     fixed = bool(text.get("no_causal_mask")) or text.get("pool_type", "argmax") == "last"
-    return taken | learned(_weights(place)) | {"filled": fixed}
+    return taken | learned(_numbers(str(place), *_stamp(_place(place)[1]))) | {"filled": fixed}
 
 
 def state(place: Path, model: DualEncoder) -> dict[str, Tensor]:
@@ -118,8 +119,12 @@ def _place(place: Path) -> tuple[str, Path]:
     return name, file
 
 
-def _weights(place: Path) -> dict[str, Tensor]:
-    """By the names of open_clip's models that have their text tower under `text`."""
+def _weights(place: Path, *, mapped: bool = False) -> dict[str, Tensor]:
+    """By the names of open_clip's models that have their text tower under `text`.
+
+    Args:
+        mapped: leave the tensors on the disk until they are used; of TorchScript they are read all the same.
+    """
     from open_clip.model import convert_to_custom_text_state_dict
 
     name, file = _place(place)
@@ -132,12 +137,35 @@ def _weights(place: Path) -> dict[str, Tensor]:
         found = torch.jit.load(str(file), map_location="cpu").state_dict()
         found = {key: value for key, value in found.items() if key.rpartition(".")[2] not in _OF_SCRIPTS}
     else:
-        found = read_weights(str(file), "model.init")
+        found = read_weights(str(file), "model.init", mapped=mapped)
     plain = {key.removeprefix("module."): value for key, value in found.items()}
     converted: dict[str, Tensor] = convert_to_custom_text_state_dict(plain)
     return converted
 
 
+def _stamp(file: Path) -> tuple[int, int]:
+    """What changes when a file does."""
+    status = file.stat()
+    return status.st_size, status.st_mtime_ns
+
+
+@cache
+def _numbers(place: str, size: int, changed: int) -> dict[str, Tensor]:
+    """Scale and bias, looked up once: of .safetensors without reading the rest, of others the rest is left on the disk.
+
+    Args:
+        size, changed: of the file, so that another one in its place is looked at again.
+    """
+    file = _place(Path(place))[1]
+    if file.suffix == ".safetensors":
+        found = look_into(str(file), "model.init", (*_LEARNED, *(f"module.{one}" for one in _LEARNED)))[1]
+    else:
+        found = _weights(Path(place), mapped=True)
+    plain = {name.removeprefix("module."): value for name, value in found.items()}
+    return {name: plain[name].clone() for name in _LEARNED if name in plain}
+
+
+_LEARNED = ("logit_scale", "logit_bias")
 _OF_SCRIPTS = ("input_resolution", "context_length", "vocab_size", "attn_mask")
 
 

@@ -192,6 +192,16 @@ def test_unknown_protocols_are_told():
         open_index(settings("nonsense://a/0.tar"))
 
 
+@pytest.mark.parametrize("protocol", ["", "__default__"])
+def test_an_address_without_a_protocol_is_no_path(tmp_path, monkeypatch, protocol):
+    """Which libraries take it for; an index may say so."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / f"{protocol}:").mkdir()
+    (tmp_path / f"{protocol}:" / "0.tar").write_bytes(b"x")
+    with pytest.raises(UserError, match=r"cannot be fetched: expected an address with its protocol, such as s3://"):
+        fetch(f"{protocol}://0.tar", tmp_path / "fetched.tar")
+
+
 def test_a_changed_remote_shard_is_refused(served, tmp_path):
     folder, address, _ = served
     write_shards(folder, [5])
