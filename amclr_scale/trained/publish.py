@@ -43,9 +43,7 @@ def check_name(repository: str) -> None:
         raise UserError(f"--push: expected OWNER/NAME, got {repository}: {error}") from error
 
 
-def prepare(
-    source: str, out: Path, repository: str, further: Callable[[Path], None] | None, which: Which
-) -> list[str]:
+def prepare(source: str, out: Path, repository: str, further: Callable[[Path], None] | None, which: Which) -> list[str]:
     """Write the files of the repository into a new folder: of an export those there, of anything else an export.
 
     Args:
@@ -91,8 +89,8 @@ def own_files(folder: Path) -> tuple[list[str], list[str]]:
     if links:
         some = ", ".join(sorted(links)[:3]) + ", ..." * (len(links) > 3)
         raise UserError(
-            f"--push: expected files, got links to folders, to nothing, or out of {folder}: {some}; remove them, or put "
-            "what is meant in their place"
+            f"--push: expected files, got links to folders, to nothing, or out of {folder}: {some}; remove them, or "
+            "put what is meant in their place"
         )
     return sorted(name for name in names if (folder / name).is_file()), sorted(hidden)
 
