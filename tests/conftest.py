@@ -32,7 +32,7 @@ TESTS = Path(__file__).parent
 # `make test-fast` leaves them out, their imports too: what is long here by its nature.
 LONG_FILES = {
     "commands/test_agreement", "commands/test_dry_run", "data/test_resident", "encoders/test_decay",
-    "encoders/test_depths", "encoders/test_start", "encoders/test_start_open_clip",
+    "encoders/test_depths", "encoders/test_start", "encoders/test_start_hub", "encoders/test_start_open_clip",
     "encoders/test_towers", "encoders/test_trial",
     "evaluation/test_evaluate",
     "evaluation/test_foreign", "memory/test_towers", "metrics/test_flops", "objectives/banks/test_learning",

@@ -10,8 +10,9 @@ from pathlib import Path
 from amclr_scale.checkpoint.fetch import kept_records, source_of
 from amclr_scale.checkpoint.files import BEST, CHECKPOINTS, LATEST, newest_named
 from amclr_scale.checkpoint.remote import RemoteError
-from amclr_scale.config.load import load
+from amclr_scale.config.load import load, recipe
 from amclr_scale.config.schema import Config
+from amclr_scale.encoders.start.hub_names import same_start
 from amclr_scale.encoders.start.taken import as_kept, is_there, resolve, value_of, with_keys
 from amclr_scale.errors import UserError
 from amclr_scale.evaluation.models import with_own_files
@@ -32,6 +33,8 @@ def settled(config: Config, world_size: int) -> Config:
         kept = load(folder / CONFIG, trusted=False)
         if all(_began_from(kept, config, key, folder) for key in gone):
             made = as_kept(config, kept) if "model.init" in gone else resolve(config, world_size)
+            if config.resume == "auto" and not config.run.name and recipe(made) != recipe(kept):
+                continue  # another run
             own, absent = with_own_files(made, folder), [key for key in _gone(made) if key != "model.init"]
             made = with_keys(made, {key: value_of(own, key) for key in absent})
             return made.model_copy(update={"resume_changed": [*config.resume_changed, *absent]})
@@ -41,6 +44,8 @@ def settled(config: Config, world_size: int) -> Config:
 def _began_from(kept: Config, config: Config, key: str, folder: Path) -> bool:
     """Whether a run has what is gone now, or its own copy of it."""
     before = value_of(kept, key)
+    if key == "model.init" and same_start(str(before), str(value_of(config, key))):
+        return True
     return bool(before == value_of(config, key) or str(folder) in str(before))
 
 

@@ -91,6 +91,7 @@ def run(config: Config, source: str | None, rank_info: RankInfo, stopwatch: Stop
 
     # Data first: mistakes in it are found before any process waits for another.
     announcer = announce(rank_info, config.run.rendezvous_minutes)
+    config = started(config, rank_info.world_size)  # may fetch a model
     prepared = prepare(config, rank_info)
     stopwatch.lap("data")
     device = start(rank_info, config.execution.threads, config.run, announcer)
@@ -221,8 +222,8 @@ def main(argv: list[str]) -> int:
         if rank_info.rank == 0:
             check_trackers(config)
             check_remote(config)
-        config = started(config, options.ranks or rank_info.world_size)
         if options.dry_run:
+            config = started(config, options.ranks or rank_info.world_size)
             if rank_info.rank == 0:
                 from amclr_scale.commands.preview import preview
 

@@ -130,9 +130,10 @@ class Model(Section):
 
     init: str | None = None
     """A whole dual encoder to start from: a run or an export of ours, a local folder of transformers (CLIP, SigLIP,
-    Chinese-CLIP, VisionTextDualEncoder), open_clip/ARCHITECTURE:FILE, or open_clip/FOLDER. Towers, heads, scale,
-    tokenizer, sizes and pixel statistics are those of the model there (docs/encoders.md); null: random weights, but for
-    towers that name some."""
+    Chinese-CLIP, VisionTextDualEncoder), open_clip/ARCHITECTURE:FILE, open_clip/FOLDER, or one of these on the Hugging
+    Face hub: OWNER/NAME[@REVISION], hf-hub:OWNER/NAME, ARCHITECTURE/TAG of open_clip. Towers, heads, scale, tokenizer,
+    sizes and pixel statistics are those of the model there (docs/encoders.md); null: random weights, but for towers
+    that name some."""
     embedding_width: Positive = 128
     """D, the width of the common space."""
     image: ImageTower = ImageTower()

@@ -1,15 +1,16 @@
-"""Models to evaluate, from local files: our runs, open_clip's architectures, folders of transformers.
+"""Models to evaluate: our runs, open_clip's architectures, folders of transformers.
 
     FOLDER or FOLDER/weights.safetensors      a run of ours, with its config.yaml beside the weights
     open_clip/ARCHITECTURE:FILE               a checkpoint for one of open_clip's architectures
     open_clip/FOLDER                          a model as open_clip publishes it, with open_clip_config.json
     transformers/FOLDER                       a dual encoder saved by transformers, with its tokenizer and processor
+    OWNER/NAME[@REVISION], ARCHITECTURE/TAG   one of these on the Hugging Face hub (encoders/start/hub_names.py)
 
 All are called alike: `model(images=(uint8,), texts=(ids,)) -> {"image": (b, D), "text": (b, D)}`, unit length, and
-normalise pixels themselves. Nothing is ever downloaded.
+normalise pixels themselves. Only what is named on the hub is downloaded.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,8 @@ from amclr_scale.encoders.build import build_model
 from amclr_scale.encoders.dual_encoder import DualEncoder, Normalise
 from amclr_scale.encoders.libraries.open_clip_towers import kept_name
 from amclr_scale.encoders.libraries.transformers_parts import TOWERS
+from amclr_scale.encoders.start.hub import fetch
+from amclr_scale.encoders.start.hub_names import parse
 from amclr_scale.encoders.weights import OF_OBJECTIVES, load_weights
 from amclr_scale.errors import UserError
 from amclr_scale.precision import DTYPES, has_tf32
@@ -48,6 +51,10 @@ def load_model(name: str) -> Loaded:
     Raises:
         UserError: there is no such thing here, or its parts do not fit together.
     """
+    if (named := parse(name)) is not None:
+        there = fetch(named, "checkpoint")
+        place = str(there.place) if there.library == "ours" else f"{there.library}/{there.place}"
+        return replace(load_model(place), name=str(there.name), folder=None)
     library, _, rest = name.partition("/")
     if library == "open_clip" and rest and not Path(name).exists():
         from amclr_scale.evaluation.foreign.of_open_clip import open_open_clip

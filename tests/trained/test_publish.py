@@ -1,11 +1,7 @@
 """What `export --push` puts into a repository, held by a server here that speaks the hub's calls, not the hub."""
 
 import base64
-import hashlib
-import json
 import re
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import SimpleNamespace
 
 import pytest
@@ -13,79 +9,17 @@ import yaml
 from huggingface_hub import constants
 
 from amclr_scale.commands.export import main
+from tests.hub import serving
 from tests.trained.test_export import TREE, run
 
 __all__ = ["run"]
 
 
-class Hub(BaseHTTPRequestHandler):
-    """Repositories in memory: who asks for what, and the files of each commit; weights come as large files do."""
-
-    def log_message(self, *words):
-        pass
-
-    def answer(self, status, content, **headers):
-        body = json.dumps(content).encode()
-        self.send_response(status)
-        for name, value in {"Content-Length": len(body), "Content-Type": "application/json", **headers}.items():
-            self.send_header(name.replace("_", "-"), str(value))
-        self.end_headers()
-        self.wfile.write(body)
-
-    def do_GET(self):
-        repository = self.path.removeprefix("/api/models/").partition("?")[0]
-        if repository not in self.server.made:
-            return self.answer(404, {"error": "not found"}, X_Error_Code="RepoNotFound")
-        return self.answer(200, {"id": repository, "sha": "0" * 40})
-
-    def do_PUT(self):
-        content = self.rfile.read(int(self.headers["Content-Length"]))
-        self.server.large[hashlib.sha256(content).hexdigest()] = content
-        self.answer(200, {})
-
-    def do_POST(self):
-        body, server = self.rfile.read(int(self.headers["Content-Length"])), self.server
-        if self.headers.get("Authorization") != f"Bearer {server.token}":
-            return self.answer(401, {"error": "Invalid username or password."})
-        path = self.path.partition("?")[0]
-        if path == "/api/validate-yaml":
-            return self.answer(200, {"errors": [], "warnings": []})
-        if path == "/api/repos/create":
-            asked = json.loads(body)
-            if asked["organization"] != "me":
-                return self.answer(403, {"error": "You don't have the rights to create a model under this namespace"})
-            server.made[f"me/{asked['name']}"] = asked
-            return self.answer(200, {"url": f"{server.address}/me/{asked['name']}", "name": f"me/{asked['name']}"})
-        if "/preupload/" in path:
-            names = [file["path"] for file in json.loads(body)["files"]]
-            modes = [{"path": name, "uploadMode": "lfs" if name.endswith(".safetensors") else "regular",
-                      "shouldIgnore": False} for name in names]  # fmt: skip
-            return self.answer(200, {"files": modes})
-        if path.endswith("/info/lfs/objects/batch"):
-            objects = [
-                {**one, "actions": {"upload": {"href": f"{server.address}/large/{one['oid']}"}}}
-                for one in json.loads(body)["objects"]
-            ]
-            return self.answer(200, {"transfer": "basic", "objects": objects})
-        if "/commit/" in path:
-            lines = [json.loads(line) for line in body.splitlines()]
-            server.commits.append({line["value"]["path"]: line for line in lines if line["key"] != "header"})
-            url = f"{server.address}/me/model/commit/{'1' * 40}"
-            return self.answer(200, {"commitUrl": url, "commitOid": "1" * 40, "success": True})
-        return self.answer(404, {"error": path})
-
-
 @pytest.fixture
-def hub(monkeypatch):
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    server.made, server.commits, server.large, server.token = {}, [], {}, "secret"
-    server.address = f"http://127.0.0.1:{server.server_port}"
-    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
-    for name, value in (("ENDPOINT", server.address), ("HF_HUB_OFFLINE", False), ("HF_HUB_DISABLE_XET", True)):
-        monkeypatch.setattr(constants, name, value)
+def hub(monkeypatch, tmp_path):
     monkeypatch.setenv("HF_TOKEN", "secret")
-    yield server
-    server.shutdown()
+    with serving(monkeypatch, tmp_path / "cache") as server:
+        yield server
 
 
 @pytest.fixture

@@ -1,5 +1,7 @@
 """Models of open_clip to start from: `ARCHITECTURE:FILE` or a folder as open_clip saves and publishes them.
 
+`ARCHITECTURE/TAG:FILE` says which of the published weights the file is, and so how these want pictures.
+
 FILE may be OpenAI's own, an archive of TorchScript whose activations are QuickGELU. A model whose captions go through a
 tokenizer of transformers (its SigLIP) is started from its folder of transformers instead.
 """
@@ -17,7 +19,7 @@ from amclr_scale.encoders.dual_encoder import DualEncoder
 from amclr_scale.encoders.libraries.open_clip_towers import CONFIG, described
 from amclr_scale.encoders.start.of_runs import learned
 from amclr_scale.encoders.weights import look_into, read_weights
-from amclr_scale.errors import UserError
+from amclr_scale.errors import UserError, did_you_mean
 
 FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
 NAMES = {"visual.": "image_tower.model.", "text.": "text_tower.tokens.model."}
@@ -26,7 +28,8 @@ log = logging.getLogger(__name__)
 
 def keys(place: Path) -> dict[str, Any]:
     """What the model settles of a recipe. `place` is a folder, or ARCHITECTURE:FILE."""
-    name, _ = _place(place)
+    name, file = _place(place)
+    tag = _tag(place)
     found = described(name, "model.init")
     model = found["model_cfg"]
     text, size = model["text_cfg"], model["vision_cfg"].get("image_size", 224)
@@ -38,7 +41,7 @@ def keys(place: Path) -> dict[str, Any]:
         )
     if not isinstance(size, int):
         raise UserError(f"model.init: expected a model for square pictures, got {size} of open_clip/{name}")
-    pictures = _clip() | (found.get("preprocess_cfg") or preprocessing(name))
+    pictures = _clip() | (found.get("preprocess_cfg") or preprocessing(name, tag))
     taken: dict[str, Any] = {
         "model.embedding_width": model["embed_dim"],
         "model.text.pooling": "model",
@@ -52,7 +55,7 @@ def keys(place: Path) -> dict[str, Any]:
     for side in ("image", "text"):
         taken |= {f"model.{side}.name": f"open_clip/{name}", f"model.{side}.projection": "none"}
     fixed = bool(text.get("no_causal_mask")) or text.get("pool_type", "argmax") == "last"
-    return taken | learned(_numbers(str(place), *_stamp(_place(place)[1]))) | {"filled": fixed}
+    return taken | learned(_numbers(str(place), *_stamp(file))) | {"filled": fixed}
 
 
 def state(place: Path, model: DualEncoder) -> dict[str, Tensor]:
@@ -72,14 +75,19 @@ def _fp32(value: Tensor) -> Tensor:
     return value.float() if value.is_floating_point() else value
 
 
-def preprocessing(architecture: str) -> dict[str, Any]:
-    """What all known weights of an architecture want of pictures; {}: open_clip's default, which is CLIP's."""
+def preprocessing(architecture: str, tag: str = "") -> dict[str, Any]:
+    """What all known weights of an architecture want of pictures, or those of a tag; {}: open_clip's default, CLIP's.
+
+    Raises:
+        UserError: there are no weights of that tag.
+    """
     import open_clip
 
     keys = ("mean", "std", "interpolation", "resize_mode")
-    known = [
-        open_clip.get_pretrained_cfg(architecture, tag) for tag in open_clip.list_pretrained_tags_by_model(architecture)
-    ]
+    tags = open_clip.list_pretrained_tags_by_model(architecture)
+    if tag and tag not in tags:
+        raise UserError(f"model.init: open_clip knows no weights {tag} of {architecture}{did_you_mean(tag, tags)}")
+    known = [open_clip.get_pretrained_cfg(architecture, one) for one in ([tag] if tag else tags)]
     wanted: list[dict[str, Any]] = []
     for one in known:
         asked = {key: one[key] for key in keys if one.get(key) is not None}
@@ -116,7 +124,13 @@ def _place(place: Path) -> tuple[str, Path]:
             f"model.init: expected open_clip/ARCHITECTURE:FILE with local weights, or open_clip/FOLDER with {CONFIG}, "
             f"got open_clip/{place}"
         )
-    return name, file
+    return name.partition("/")[0], file
+
+
+def _tag(place: Path) -> str:
+    """TAG of ARCHITECTURE/TAG:FILE; "": none is said."""
+    name, colon, _ = str(place).partition(":")
+    return name.partition("/")[2] if colon else ""
 
 
 def _weights(place: Path, *, mapped: bool = False) -> dict[str, Tensor]:

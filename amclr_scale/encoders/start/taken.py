@@ -4,9 +4,11 @@
     transformers/FOLDER, or that folder       CLIP, SigLIP, Chinese-CLIP or VisionTextDualEncoder of transformers
     open_clip/ARCHITECTURE:FILE               one of open_clip's architectures with its weights, or OpenAI's own
     open_clip/FOLDER, or that folder          a model as open_clip saves and publishes it
+    OWNER/NAME[@REVISION], hf-hub:..., ARCHITECTURE/TAG     one of these on the Hugging Face hub (start/hub_names.py)
 
 First the recipe: every key that the model there settles is set, or, where the recipe says otherwise, refused by name.
-Then, once the towers are built from those keys, all weights, each of which must be there. Nothing is downloaded.
+Then, once the towers are built from those keys, all weights, each of which must be there. Only a model that is named
+on the hub is downloaded.
 """
 
 import math
@@ -22,6 +24,8 @@ from amclr_scale.config.schema import Config, Section
 from amclr_scale.encoders.dual_encoder import LOG_SCALE_BOUNDS, DualEncoder
 from amclr_scale.encoders.libraries.open_clip_towers import CONFIG
 from amclr_scale.encoders.start import of_open_clip, of_runs, of_transformers
+from amclr_scale.encoders.start.hub import fetch
+from amclr_scale.encoders.start.hub_names import parse, same_start
 from amclr_scale.encoders.start.positions import fit_positions
 from amclr_scale.errors import UserError
 
@@ -60,6 +64,9 @@ def _opened(init: str) -> tuple[Kind, Path]:
     Raises:
         UserError: none.
     """
+    if (name := parse(init)) is not None:
+        found = fetch(name, "model.init")
+        return KINDS[found.library], found.place
     library, _, rest = init.partition("/")
     if library in ("transformers", "open_clip") and rest and not Path(init).exists():
         return KINDS[library], Path(rest).expanduser()
@@ -75,13 +82,22 @@ def _opened(init: str) -> tuple[Kind, Path]:
     )
     raise UserError(
         "model.init: expected a run or an export of ours, a local folder of transformers or open_clip, or "
-        f"open_clip/ARCHITECTURE:FILE, got {init}: {what}. Nothing is downloaded: fetch a model of a hub beforehand "
-        "(hf download NAME --local-dir FOLDER)"
+        f"open_clip/ARCHITECTURE:FILE, or OWNER/NAME of the Hugging Face hub, got {init}: {what}"
     )
 
 
+def pinned(init: str) -> str:
+    """A name of the hub with the commit that it is now, fetched; another one as it is.
+
+    Raises:
+        UserError: the hub has no such model, or is not reached.
+    """
+    name = parse(init)
+    return init if name is None else str(fetch(name, "model.init").name)
+
+
 def is_there(init: str) -> bool:
-    """Whether anything is at the path that `model.init` names."""
+    """Whether anything is at the path that `model.init` names; a name of the hub is no path."""
     library, _, rest = init.partition("/")
     path = rest if library in KINDS else init
     return any(Path(one).expanduser().exists() for one in (init, path, path.partition(":")[2] or path))
@@ -94,7 +110,8 @@ def as_kept(config: Config, kept: Config) -> Config:
         kept: that run's, resolved.
     """
     open_keys = [key for key in SETTLED if key.rpartition(".")[2] not in _section(config, key).model_fields_set]
-    return with_keys(config, {key: value_of(kept, key) for key in open_keys})
+    pins = ["model.init"] if same_start(str(kept.model.init), str(config.model.init)) else []  # at the run's commit
+    return with_keys(config, {key: value_of(kept, key) for key in (*open_keys, *pins)})
 
 
 def value_of(config: Config, key: str) -> Any:
@@ -117,7 +134,8 @@ def resolve(config: Config, world_size: int = 1) -> Config:
     """
     if config.model.init is None:
         return config
-    kind, path = _opened(config.model.init)
+    config = with_keys(config, {"model.init": pinned(config.model.init)})
+    kind, path = _opened(str(config.model.init))
     taken = kind.keys(path)
     filled, lines = taken.pop(FILLED, False), []
     for key, value in taken.items():
@@ -189,4 +207,5 @@ def load_start(model: DualEncoder, init: str) -> list[str]:
         kept.append(f"model.init: its scale of {scale:.6g} is brought into [1, 100] by the first step")
     numbers = sum(value.numel() for value in state.values())
     settled = (f"{key}={value}" for key, value in kind.keys(path).items() if key not in (FILLED, *FREE))
-    return [f"model.init: {numbers:,} weights from {path}, and " + ", ".join(settled), *kept]
+    where = path if parse(init) is None else init
+    return [f"model.init: {numbers:,} weights from {where}, and " + ", ".join(settled), *kept]

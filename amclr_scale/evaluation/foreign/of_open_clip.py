@@ -1,7 +1,8 @@
 """Models of open_clip: an architecture with a file of weights, or a folder as open_clip saves and publishes them.
 
-A folder says how its model wants pictures. A file does not: where all weights that open_clip knows for an architecture
-want the same (its SigLIP models: squashed, mean and deviation 0.5), that is taken, otherwise CLIP's, with a warning.
+A folder says how its model wants pictures, and so does `ARCHITECTURE/TAG:FILE`. A file does not: where all weights
+that open_clip knows for an architecture want the same (its SigLIP models: squashed, mean and deviation 0.5), that is
+taken, otherwise CLIP's, with a warning.
 """
 
 import json
@@ -35,7 +36,8 @@ def open_open_clip(name: str, rest: str) -> tuple[Foreign, Config, Reading]:
     except ImportError as error:
         raise UserError(f"checkpoint: {name} needs open_clip_torch: pip install open_clip_torch ({error})") from error
     folder = Path(rest).expanduser()
-    architecture, _, file = rest.partition(":")
+    known, _, file = rest.partition(":")
+    architecture, _, tag = known.partition("/")
     try:
         if (folder / CONFIG).is_file():
             text = json.loads((folder / CONFIG).read_text("utf-8"))["model_cfg"].get("text_cfg", {})
@@ -44,7 +46,7 @@ def open_open_clip(name: str, rest: str) -> tuple[Foreign, Config, Reading]:
             tokenizer = _tokenizer(name, text, folder)
         else:
             text = _known(name, architecture, file)
-            wanted = {f"image_{key}": value for key, value in preprocessing(architecture).items()}
+            wanted = {f"image_{key}": value for key, value in preprocessing(architecture, tag).items()}
             inner, *_, preprocess = open_clip.create_model_and_transforms(
                 architecture, pretrained=file, weights_only=True, **wanted
             )
