@@ -10,7 +10,7 @@ With d = |z - k|^2 = 2 - 2 s on unit rows, positives p of an anchor (its text, a
 
 Both softmaxes are differentiated, as in the authors' code. No logarithm, no temperature to learn.
 
-Numerics: rows of distances in float32, made once; d lies in [0, 4].
+Numerics: distances in float32, one block for both directions; d lies in [0, 4].
 """
 
 from collections.abc import Mapping
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from amclr_scale.objectives.base import Objective, at_least_float32, global_batch_size, numbers, require
-from amclr_scale.similarity import mean_rows
+from amclr_scale.similarity import softmaxes
 from amclr_scale.types import Embeddings, Loss
 
 
@@ -56,7 +56,8 @@ class CACR(Objective, name="cacr"):
         texts = [at_least_float32(x) for x in (embeddings.text, *embeddings.text_views[:omega])]
         sides = ((images[0], texts), (texts[0], images))
         attraction = torch.stack([self._attraction(anchors, keys).mean() for anchors, keys in sides]).mean()
-        repulsion = torch.stack([mean_rows(self._repulsion, x, keys[0]) for x, keys in sides]).mean()
+        near = softmaxes(self._distances, (images[0],), (texts[0],), expected=True, exclude_positive=True)
+        repulsion = -torch.stack([side.expected.mean() for side in near]).mean()
         loss = config.attraction * attraction + config.repulsion * repulsion
         return Loss(loss, numbers(objective=loss, attraction=attraction, repulsion=repulsion))
 
@@ -64,7 +65,7 @@ class CACR(Objective, name="cacr"):
         d = torch.stack([2 - 2 * (anchors * x).sum(1) for x in positives], 1)  # (b, 1 + omega)
         return ((self.config.positive_sharpness * d).softmax(1) * d).sum(1)
 
-    def _repulsion(self, s: Tensor, own: Tensor) -> Tensor:
+    def _distances(self, s: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits, and of what they are the softmax."""
         d = 2 - 2 * s
-        weights = (-self.config.negative_sharpness * d).scatter(1, own[:, None], -torch.inf).softmax(1)
-        return -(weights * d).sum(1)
+        return -self.config.negative_sharpness * d, d

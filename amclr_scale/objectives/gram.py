@@ -13,20 +13,18 @@ L' has (v, w) for anchors. A volume does not see signs: a pair that points in op
 agrees.
 
 Numerics: this form of the determinant keeps its digits where vectors nearly agree, unlike 1 + 2abc - a^2 - b^2 - c^2;
-1e-6 under the root bounds its slope; rows of similarities in float32, made once.
+1e-6 under the root bounds its slope; similarities in float32, one block for both directions.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
-import torch
 from torch import Tensor
 
-from amclr_scale.distributed.first_order import first_order_only
 from amclr_scale.objectives.base import Objective, at_least_float32, beside, learned_temperature, numbers, require
 from amclr_scale.objectives.clip import check_temperature
-from amclr_scale.similarity import gather, mean_rows
+from amclr_scale.similarity import softmaxes
 from amclr_scale.types import Embeddings, Loss
 
 LEAST = 1e-6
@@ -57,59 +55,30 @@ class GRAM(Objective, name="gram"):
         image, text = at_least_float32(embeddings.image), at_least_float32(embeddings.text)
         t = learned_temperature(embeddings, self.config.temperature)
         scale = beside(1 / t, image)
+        e = self.config.label_smoothing
         if self.config.third == "none":
-            terms = [mean_rows(self._two, *sides, shared=(scale,)) for sides in ((text, image), (image, text))]
+            sides = softmaxes(_of_two, (text,), (image,), shared=(scale,), mean=e > 0)
         else:
             view = at_least_float32(getattr(embeddings, f"{self.config.third}_views")[0])
-            terms = self._three(image, text, view, scale)
-        loss = (terms[0] + terms[1]) / 2
+            inner = (image * view).sum(1)  # (b,) c
+            sides = softmaxes(_of_three, (text, text), (image, view), per_column=(inner,), shared=(scale,), mean=e > 0)
+        terms = [side.log_sum - (1 - e) * side.positive - (e * side.mean if e else 0) for side in sides]
+        loss = (terms[0] + terms[1]).mean() / 2
         return Loss(loss, numbers(objective=loss, temperature=t))
 
-    def _two(self, s: Tensor, own: Tensor, scale: Tensor) -> Tensor:
-        return self._rows(1 - s.square(), own, scale)
 
-    def _three(self, image: Tensor, text: Tensor, view: Tensor, scale: Tensor) -> list[Tensor]:
-        """Of text anchors, and of the pairs (image, view) as anchors."""
-        inner = (image * view).sum(1)  # (b,) c
-        views, texts, inners = gather(view), gather(text), gather(inner[:, None])[:, 0]
-
-        def against_pairs(a: Tensor, own: Tensor, rows: Tensor, views: Tensor, inners: Tensor, scale: Tensor) -> Tensor:
-            return self._rows(squared_volume(a, rows @ views.T, inners), own, scale)
-
-        def against_texts(a: Tensor, own: Tensor, rows: Tensor, c: Tensor, texts: Tensor, scale: Tensor) -> Tensor:
-            return self._rows(squared_volume(a, rows @ texts.T, c[:, None]), own, scale)
-
-        return [
-            mean_rows(against_pairs, text, image, text, shared=(views, inners, scale)),
-            mean_rows(against_texts, image, text, view, inner, shared=(texts, scale)),
-        ]
-
-    def _rows(self, squared: Tensor, own: Tensor, scale: Tensor) -> Tensor:
-        found = _SoftVolumes.apply(squared, own, scale, self.config.label_smoothing)  # type: ignore[no-untyped-call]
-        return cast(Tensor, found)
+def _of_two(s: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    return _logits(1 - s.square(), scale)
 
 
-class _SoftVolumes(torch.autograd.Function):
-    """(V^2 (c, B), columns of the positives (c,), 1 / t, label smoothing) -> L of each row (c,)."""
+def _of_three(a: Tensor, b: Tensor, c: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    return _logits(squared_volume(a, b, c), scale)
 
-    @staticmethod
-    def forward(ctx: Any, squared: Tensor, own: Tensor, scale: Tensor, smoothing: float) -> Tensor:
-        volumes = squared.clamp(min=0).add_(LEAST).sqrt_()
-        x = volumes * -scale
-        there = x.logsumexp(1, keepdim=True)
-        found = there[:, 0] - (1 - smoothing) * x.gather(1, own[:, None])[:, 0] - smoothing * x.mean(1)
-        weights = x.sub_(there).exp_().sub_(smoothing / x.shape[1])
-        weights.scatter_add_(1, own[:, None], weights.new_full((len(own), 1), smoothing - 1))
-        of_scale = -torch.linalg.vecdot(weights, volumes)
-        gradient = weights.div_(volumes).mul_(scale / -2).masked_fill_(squared < 0, 0.0)
-        ctx.save_for_backward(gradient, of_scale, scale)
-        return found
 
-    @staticmethod
-    @first_order_only
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        gradient, of_scale, scale = ctx.saved_tensors
-        return upstream[:, None] * gradient, None, (upstream * of_scale).sum().reshape(scale.shape), None
+def _logits(squared: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """From V^2 (c, B) and 1 / t to x, which is what the softmax and the means are of."""
+    x = (squared.clamp(min=0) + LEAST).sqrt() * -scale
+    return x, x
 
 
 def squared_volume(a: Tensor, b: Tensor, c: Tensor) -> Tensor:

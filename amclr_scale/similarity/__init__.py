@@ -10,6 +10,7 @@ from amclr_scale.similarity.nearest import top_k
 from amclr_scale.similarity.pairwise import pairwise
 from amclr_scale.similarity.rows import map_rows, mean_rows
 from amclr_scale.similarity.settings import Settings, configure, current, using
+from amclr_scale.similarity.softmaxes import softmaxes
 from amclr_scale.similarity.token_contrast import token_contrast
 
 __all__ = [
@@ -33,6 +34,7 @@ __all__ = [
     "mean_rows",
     "pairwise",
     "rank",
+    "softmaxes",
     "token_contrast",
     "top_k",
     "using",

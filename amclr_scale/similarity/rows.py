@@ -52,7 +52,7 @@ def map_rows(
     Raises:
         ValueError: shapes that do not fit, or a row function that returns something else.
     """
-    ranks = _checked(anchors, keys, per_row, negatives)
+    ranks = checked(anchors, keys, per_row, negatives)
     dtype = similarity_dtype(anchors, keys)
     with purpose(FEATURES):
         columns = gather(keys, ranks).to(dtype)  # (B, D)
@@ -67,7 +67,7 @@ def map_rows(
             raise ValueError(f"fn: expected a tuple of tensors with {len(rows)} rows, as many as the block, got {got}")
         return found
 
-    size = _rows_at_once(len(columns))
+    size = rows_at_once(len(columns))
     results = [
         checkpoint(block_of, rows, columns, *rest, use_reentrant=False, preserve_rng_state=False)
         for rows, *rest in zip(*(torch.split(x, size) for x in (anchors, positives, *per_row)), strict=True)
@@ -100,7 +100,7 @@ def mean_rows(
     Raises:
         ValueError: shapes that do not fit.
     """
-    ranks = _checked(anchors, keys, per_row, negatives)
+    ranks = checked(anchors, keys, per_row, negatives)
     found = _MeanRows.apply(_Plan(fn, ranks, len(per_row), torch.is_grad_enabled()), anchors, keys, *per_row, *shared)  # type: ignore[no-untyped-call]
     return cast(Tensor, found)
 
@@ -128,7 +128,7 @@ class _MeanRows(torch.autograd.Function):
         ]
         d_anchors, d_columns, *d_others = gradients
         total = torch.zeros((), dtype=torch.float64, device=anchors.device)
-        size = _rows_at_once(len(columns))
+        size = rows_at_once(len(columns))
         for start in range(0, len(anchors), size):
             here = slice(start, start + size)
             rows = anchors[here].to(dtype)
@@ -167,20 +167,27 @@ class _MeanRows(torch.autograd.Function):
         return None, *(None if x is None else x.to(dtype) for x, dtype in zip(found, ctx.dtypes, strict=True))
 
 
-def _checked(anchors: Tensor, keys: Tensor, per_row: tuple[Tensor, ...], negatives: Negatives) -> Group:
-    """The ranks whose keys are columns, if the shapes fit."""
+def checked(
+    anchors: Tensor,
+    keys: Tensor,
+    beside: tuple[Tensor, ...],
+    negatives: Negatives,
+    names: tuple[str, str, str] = ("anchors", "keys", "per_row"),
+) -> Group:
+    """The ranks whose keys are columns, if the shapes fit; else an error with the caller's names."""
     if anchors.ndim != 2 or keys.shape[1:] != anchors.shape[1:]:
         raise ValueError(
-            f"keys: expected (b, D) like anchors, which are {tuple(anchors.shape)}, got {tuple(keys.shape)}"
+            f"{names[1]}: expected (b, D) like {names[0]}, which are {tuple(anchors.shape)}, got {tuple(keys.shape)}"
         )
-    for name, x in (("keys", keys), *((f"per_row[{i}]", x) for i, x in enumerate(per_row))):
+    for name, x in ((names[1], keys), *((f"{names[2]}[{i}]", x) for i, x in enumerate(beside))):
         if len(x) != len(anchors):
-            raise ValueError(f"{name}: expected {len(anchors)} rows, as many as anchors, got {len(x)}")
+            raise ValueError(f"{name}: expected {len(anchors)} rows, as many as {names[0]}, got {len(x)}")
     ranks = group(negatives)
     check_even(len(keys), keys.shape[1], ranks)
     return ranks
 
 
-def _rows_at_once(columns: int) -> int:
+def rows_at_once(columns: int) -> int:
+    """Rows of a block of so many columns."""
     chunk = settings.current().chunk
     return max(1, BLOCK_NUMBERS // columns) if chunk == "auto" else chunk
