@@ -12,10 +12,11 @@ With r, o a teacher's features of images and texts, t' its temperature, and alph
 The teacher is a moving average of the towers (model.momentum) or a frozen model (data.image_reference and
 data.text_reference). Targets have no gradient. alpha grows from 0 over the first `alpha_ramp_epochs` epochs.
 
-Numerics: log-sums centred on the positive; the teacher's softmax and the weighted sums in float32, block by block.
+Numerics: log-sums centred on the positive; the teacher's softmaxes over rows and over columns from one block, given its
+log-sums; float32.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -25,7 +26,7 @@ from torch import Tensor
 
 from amclr_scale.objectives.base import Objective, at_least_float32, learned_temperature, numbers, require
 from amclr_scale.objectives.clip import check_temperature, softmax_loss
-from amclr_scale.similarity import all_gather, contrast, mean_rows
+from amclr_scale.similarity import all_gather, contrast, mean_rows, using
 from amclr_scale.types import Embeddings, Loss
 
 
@@ -67,19 +68,37 @@ class Distill(Objective, name="distill"):
             for side in ("image", "text")
         )
         both = contrast(image, text, temperature=t, centred=True)
-        means = softly(image, text, r, o, t_teacher) + softly(text, image, o, r, t_teacher)
+        means = softly(image, text, *softmaxes_of(r, o, t_teacher))
         positives = both.image.positive.mean() + both.text.positive.mean()
         loss = softmax_loss(both) + alpha * ((positives - means) / t).mean() / 2
         return Loss(loss, numbers(objective=loss, alpha=alpha, temperature=t))
 
 
-def softly(anchors: Tensor, keys: Tensor, of_anchors: Tensor, of_keys: Tensor, t: Tensor | float) -> Tensor:
-    """The mean over anchors of sum_j q_ij s_ij, over all ranks' keys, q the softmax of of_anchors.of_keys / t."""
-    everybody = all_gather(of_keys)
+Weights = Callable[..., Tensor]
 
-    def rows(s: Tensor, own: Tensor, mine: Tensor) -> Tensor:
-        with torch.no_grad():
-            share = (mine @ everybody.T).div_(t).softmax(1)
-        return (share * s).sum(1)
 
-    return mean_rows(rows, anchors, keys, of_anchors)
+@torch.no_grad()
+def softmaxes_of(anchors: Tensor, keys: Tensor, t: Tensor | float) -> tuple[Weights, Tensor, Tensor]:
+    """What makes q_ij + q'_ij of rows of anchors: the softmaxes of anchors.keys / t over rows and over columns.
+
+    Returns:
+        f(rows of anchors (c, D), their log-sums (c,)) -> (c, B), over all ranks' keys; the anchors and their log-sums.
+    """
+    with using(precision="fp32"):  # as the blocks below, so that shares add up to 1
+        both = contrast(anchors, keys, temperature=t)
+    everybody, of_columns = all_gather(keys), all_gather(both.text.log_sum)
+
+    @torch.no_grad()
+    def weights(rows: Tensor, log_sums: Tensor) -> Tensor:
+        x = (rows @ everybody.T).div_(t)
+        return (x - log_sums[:, None]).exp_().add_(x.sub_(of_columns).exp_())
+
+    return weights, anchors, both.image.log_sum
+
+
+def softly(anchors: Tensor, keys: Tensor, weights: Weights, *per_row: Tensor) -> Tensor:
+    """The mean over rows of sum_j (q_ij + q'_ij) s_ij, over all ranks' keys.
+
+    Its mean over ranks is that of sum_j q_ij s_ij over all anchors and the same over all keys, from one pass.
+    """
+    return mean_rows(lambda s, own, *mine: (weights(*mine) * s).sum(1), anchors, keys, *per_row)

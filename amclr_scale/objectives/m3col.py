@@ -40,8 +40,9 @@ from amclr_scale.objectives.base import (
     require,
 )
 from amclr_scale.objectives.clip import check_temperature
+from amclr_scale.objectives.distill import softly, softmaxes_of
 from amclr_scale.objectives.draws import Draws
-from amclr_scale.similarity import all_gather, contrast, gather, mean_rows, rank
+from amclr_scale.similarity import contrast, gather, rank
 from amclr_scale.types import Embeddings, Loss
 
 
@@ -106,19 +107,16 @@ class M3CoL(Objective, name="m3col"):
     def _soft(self, image: Tensor, text: Tensor) -> Tensor:
         d = self.config.soft_temperature
         both = contrast(image, text, temperature=d, centred=True)
-        z, y = image.detach(), text.detach()
-        images, texts = all_gather(z), all_gather(y)
+        of_images, z, z_sums = softmaxes_of(image.detach(), image.detach(), d)  # over rows, and over columns
+        of_texts, y, y_sums = softmaxes_of(text.detach(), text.detach(), d)
 
-        def expected(s: Tensor, own: Tensor, z: Tensor, y: Tensor) -> Tensor:
-            with torch.no_grad():
-                targets = ((z @ images.T / d).softmax(1) + (y @ texts.T / d).softmax(1)) / 2
-            return (targets * s).sum(1)
+        def targets(z: Tensor, z_sums: Tensor, y: Tensor, y_sums: Tensor) -> Tensor:
+            """q_ij + q_ji: keys j are texts in the one direction, and images in the other."""
+            return of_images(z, z_sums).add_(of_texts(y, y_sums)).div_(2)
 
-        terms: list[Tensor] = []
-        for side, anchors, keys in ((both.image, image, text), (both.text, text, image)):
-            mean = mean_rows(expected, anchors, keys, z, y)
-            terms.append((side.log_sum + side.positive / d).mean() - mean / d)
-        return (terms[0] + terms[1]) / 2
+        means = softly(image, text, targets, z, z_sums, y, y_sums)
+        terms = [(side.log_sum + side.positive / d).mean() for side in (both.image, both.text)]
+        return (terms[0] + terms[1] - means / d) / 2
 
 
 def draws(words: str, B: int, beta: float, share: float) -> tuple[Tensor, Tensor]:

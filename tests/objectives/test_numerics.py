@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from amclr_scale.objectives.rankclip import WIDEST
+from amclr_scale.objectives.rankclip import WIDEST, ascending
 from amclr_scale.types import Embeddings
 from tests.objectives.harness import NUM_SAMPLES, assert_same, defined, global_batch, make, run
 from tests.objectives.test_family import EPOCHS, rankclip
@@ -172,3 +172,14 @@ def test_lists_that_span_too_much_for_one_exp():
     assert ((s.amax(1) - s.amin(1)) > WIDEST).any()
     assert ((s.amax(1) - s.amin(1)) < WIDEST).any()
     assert_same(got, defined(rankclip, batch=batch, epochs=EPOCHS))
+
+
+def test_rows_are_ordered_as_a_stable_sort_orders_them():
+    """Ties by position, zeros of either sign alike, and numbers of every size."""
+    g = torch.Generator().manual_seed(0)
+    rows = torch.randn(7, 300, generator=g) * torch.logspace(-40, 30, 7)[:, None]
+    rows[:, ::3] = rows[:, 1::3]
+    rows[0] = torch.tensor([0.0, -0.0, 1.0]).repeat(100)
+    for dtype in (torch.float32, torch.float64):
+        wanted = rows.to(dtype).argsort(stable=True, dim=1, descending=True).flip(1)
+        assert torch.equal(ascending(rows.to(dtype)), wanted)
