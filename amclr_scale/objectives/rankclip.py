@@ -33,7 +33,7 @@ from amclr_scale.objectives.base import (
 )
 from amclr_scale.objectives.clip import check_temperature, softmax_loss
 from amclr_scale.objectives.masking import MaskOptions
-from amclr_scale.similarity import all_gather, contrast, mean_rows
+from amclr_scale.similarity import contrast, mean_rows
 from amclr_scale.types import Embeddings, Loss
 
 WIDEST = 600.0  # a row of logits, for exp in float64
@@ -67,16 +67,8 @@ class RankCLIP(Objective, name="rankclip"):
         image, text = at_least_float32(embeddings.image), at_least_float32(embeddings.text)
         t, masks = learned_temperature(embeddings, config.temperature), self.masks(embeddings).of()
         clip = softmax_loss(contrast(image, text, temperature=t, centred=True, **masks))
-        lists = [
-            list_mle(*pred, *true, t)
-            for pred, true in (
-                ((image, image), (text, text)),
-                ((text, text), (image, image)),
-                ((image, text), (text, image)),
-                ((text, image), (image, text)),
-            )
-        ]
-        ranks = sum(lists[1:], lists[0]) / (OF_FOUR * global_batch_size(image))
+        inside, between = (list_mle((image, text), keys, t) for keys in ((image, text), (text, image)))
+        ranks = (inside + between) / (OF_FOUR * global_batch_size(image))
         weight = config.weight
         if config.ramp_epochs is not None:
             weight = min(3 * math.floor(self.epoch) / (config.ramp_epochs - 1), weight)
@@ -84,15 +76,18 @@ class RankCLIP(Objective, name="rankclip"):
         return Loss(loss, numbers(objective=loss, clip=clip, ranks=ranks, weight=weight, temperature=t))
 
 
-def list_mle(anchors: Tensor, keys: Tensor, true_anchors: Tensor, true_keys: Tensor, t: Tensor | float) -> Tensor:
-    """The mean loss of rows of anchors.keys / t in the order of true_anchors.true_keys, over all ranks' keys."""
-    everybody = all_gather(true_keys.detach())
-    scale = beside(1 / t, anchors)
+def list_mle(anchors: tuple[Tensor, Tensor], keys: tuple[Tensor, Tensor], t: Tensor | float) -> Tensor:
+    """Of two lists a.k of every row, that of the one in the order of the other, and the other way round: their sum.
 
-    def rows(s: Tensor, own: Tensor, true: Tensor, scale: Tensor) -> Tensor:
-        return cast(Tensor, _ListMLE.apply(s, true @ everybody.T, scale))  # type: ignore[no-untyped-call]
+    The lists have all ranks' keys, and are divided by the temperature; the mean over this rank's rows.
+    """
 
-    return mean_rows(rows, anchors, keys, true_anchors.detach(), shared=(scale,))
+    def rows(one: Tensor, other: Tensor, own: Tensor, scale: Tensor) -> Tensor:
+        pairs = ((one, other.detach()), (other, one.detach()))
+        losses = [cast(Tensor, _ListMLE.apply(*pair, scale)) for pair in pairs]  # type: ignore[no-untyped-call]
+        return losses[0] + losses[1]
+
+    return mean_rows(rows, anchors, keys, shared=(beside(1 / t, anchors[0]),))
 
 
 class _ListMLE(torch.autograd.Function):

@@ -77,8 +77,8 @@ def map_rows(
 
 def mean_rows(
     fn: Callable[..., Tensor],
-    anchors: Tensor,
-    keys: Tensor,
+    anchors: Tensor | tuple[Tensor, ...],
+    keys: Tensor | tuple[Tensor, ...],
     *per_row: Tensor,
     shared: tuple[Tensor, ...] = (),
     negatives: Negatives = "all",
@@ -91,8 +91,8 @@ def mean_rows(
 
     Args:
         fn: `fn(block, positive_column, *per_row, *shared)` -> (c,), pure, and of the rows of a block (c, B) one by one.
-        anchors: (b, D), the rows.
-        keys: (b, D), this rank's part of the columns.
+        anchors: (b, D), the rows; or m of them, of which `fn` gets m blocks before the positive columns.
+        keys: (b, D), this rank's part of the columns; or m of them.
         per_row: tensors with b rows, of which it gets the block's.
         shared: tensors of which it gets all; what it captures gets no gradient.
         negatives: as in `map_rows`.
@@ -100,15 +100,18 @@ def mean_rows(
     Raises:
         ValueError: shapes that do not fit.
     """
-    ranks = checked(anchors, keys, per_row, negatives)
-    found = _MeanRows.apply(_Plan(fn, ranks, len(per_row), torch.is_grad_enabled()), anchors, keys, *per_row, *shared)  # type: ignore[no-untyped-call]
-    return cast(Tensor, found)
+    lefts, rights = ((x,) if isinstance(x, Tensor) else x for x in (anchors, keys))
+    for left, right in zip(lefts, rights, strict=True):
+        ranks = checked(left, right, per_row, negatives)
+    plan = _Plan(fn, ranks, len(lefts), len(per_row), torch.is_grad_enabled())
+    return cast(Tensor, _MeanRows.apply(plan, *lefts, *rights, *per_row, *shared))  # type: ignore[no-untyped-call]
 
 
 @dataclass(frozen=True)
 class _Plan:
     fn: Callable[..., Tensor]
     ranks: Group
+    products: int  # m
     per_row: int  # how many there are
     will_differentiate: bool
 
@@ -116,54 +119,56 @@ class _Plan:
 class _MeanRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, plan: _Plan, *inputs: Tensor) -> Tensor:
-        anchors, keys, *others = inputs
-        dtype, first = similarity_dtype(anchors, keys), plan.ranks.rank * len(anchors)
+        m = plan.products
+        anchors, keys, others = inputs[:m], inputs[m : 2 * m], inputs[2 * m :]
+        b, device = len(anchors[0]), anchors[0].device
+        dtype, first = similarity_dtype(*anchors, *keys), plan.ranks.rank * b
         needed = [need and plan.will_differentiate for need in ctx.needs_input_grad[1:]]
+        wanted = [*(needed[k] or needed[m + k] for k in range(m)), *needed[2 * m :]]
         with purpose(FEATURES):
-            columns = all_gather(keys, plan.ranks).to(dtype)  # (B, D)
-        positives = torch.arange(first, first + len(anchors), device=anchors.device)
+            columns = [all_gather(x, plan.ranks).to(dtype) for x in keys]  # (B, D) each
+        positives = torch.arange(first, first + b, device=device)
         gradients = [
             torch.zeros_like(x, dtype=dtype if x.is_floating_point() else None) if need else None
-            for x, need in zip((anchors, columns, *others), needed, strict=True)
+            for x, need in zip((*anchors, *columns, *others), needed, strict=True)
         ]
-        d_anchors, d_columns, *d_others = gradients
-        total = torch.zeros((), dtype=torch.float64, device=anchors.device)
-        size = rows_at_once(len(columns))
-        for start in range(0, len(anchors), size):
+        total = torch.zeros((), dtype=torch.float64, device=device)
+        size = rows_at_once(len(columns[0]))
+        for start in range(0, b, size):
             here = slice(start, start + size)
-            rows = anchors[here].to(dtype)
+            rows = [x[here].to(dtype) for x in anchors]
             given = [x[here] if k < plan.per_row else x for k, x in enumerate(others)]
-            with torch.autocast(anchors.device.type, enabled=False), torch.set_grad_enabled(any(needed)):
-                block = (rows @ columns.T).requires_grad_(any(needed[:2]))
-                leaves = [x.detach().requires_grad_(need) for x, need in zip(given, needed[2:], strict=True)]
-                found = plan.fn(block, positives[here], *leaves)
+            with torch.autocast(device.type, enabled=False), torch.set_grad_enabled(any(needed)):
+                blocks = [x @ y.T for x, y in zip(rows, columns, strict=True)]
+                leaves = [x.detach().requires_grad_(want) for x, want in zip((*blocks, *given), wanted, strict=True)]
+                found = plan.fn(*leaves[:m], positives[here], *leaves[m:])
                 if found.shape != positives[here].shape:
                     got = tuple(found.shape)
-                    raise ValueError(f"fn: expected a number of each of the block's {len(rows)} rows, got {got}")
-                wanted = [x for x in (block, *leaves) if x.requires_grad]
-                made = torch.autograd.grad(found.sum(), wanted) if wanted else ()
+                    raise ValueError(f"fn: expected a number of each of the block's {len(rows[0])} rows, got {got}")
+                ours = [x for x in leaves if x.requires_grad]
+                made = iter(torch.autograd.grad(found.sum(), ours) if ours else ())
             total += found.detach().double().sum()
-            each = iter(made)
-            if any(needed[:2]):
-                weights = next(each)
-                if d_anchors is not None:
-                    torch.mm(weights, columns, out=d_anchors[here])
-                if d_columns is not None:
-                    d_columns.addmm_(weights.T, rows)
-            for k, gradient in enumerate(d_others):
+            for k in range(m):
+                if wanted[k]:
+                    weights, left, right = next(made), gradients[k], gradients[m + k]
+                    if left is not None:
+                        torch.mm(weights, columns[k], out=left[here])
+                    if right is not None:
+                        right.addmm_(weights.T, rows[k])
+            for k, gradient in enumerate(gradients[2 * m :]):
                 if gradient is not None:
-                    (gradient[here] if k < plan.per_row else gradient).add_(next(each))
-        ctx.ranks, ctx.count, ctx.dtypes = plan.ranks, len(anchors), [x.dtype for x in inputs]
+                    (gradient[here] if k < plan.per_row else gradient).add_(next(made))
+        ctx.plan, ctx.count, ctx.dtypes = plan, b, [x.dtype for x in inputs]
         ctx.save_for_backward(*gradients)
-        return (total / len(anchors)).to(dtype)
+        return (total / b).to(dtype)
 
     @staticmethod
     @first_order_only
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        m = ctx.plan.products
         found = [None if x is None else x * (upstream / ctx.count) for x in ctx.saved_tensors]
-        if found[1] is not None:
-            with purpose(FEATURES):
-                found[1] = reduce_scatter(found[1], ctx.ranks)
+        with purpose(FEATURES):
+            found[m : 2 * m] = [None if x is None else reduce_scatter(x, ctx.plan.ranks) for x in found[m : 2 * m]]
         return None, *(None if x is None else x.to(dtype) for x, dtype in zip(found, ctx.dtypes, strict=True))
 
 

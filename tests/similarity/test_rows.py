@@ -135,6 +135,24 @@ def test_a_mean_is_that_of_the_rows():
     assert mean_error(20, 6, "auto") < 1e-12
 
 
+def test_a_mean_of_rows_of_several_products():
+    a, b, k, *_ = torch.randn(4, 9, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).unbind()
+    found = []
+    for chunk in (2, "auto", None):
+        leaves = [x.clone().requires_grad_() for x in (a, b, k)]
+        if chunk is None:
+            s, r = leaves[0] @ leaves[1].T, leaves[1] @ leaves[2].T
+            value = (s.softmax(1) * r.sin()).sum(1).mean()
+        else:
+            with using(chunk=chunk):
+                value = mean_rows(
+                    lambda s, r, own: (s.softmax(1) * r.sin()).sum(1), (leaves[0], leaves[1]), (leaves[1], leaves[2])
+                )
+        found.append([value, *torch.autograd.grad(value, leaves)])
+    for *ours, want in zip(*found, strict=True):
+        assert max(relative_error(x, want) for x in ours) < 1e-12
+
+
 def test_a_mean_over_ranks(ranks):
     for negatives in ("all", "local"):
         assert max(ranks(2, mean_error, 5, 4, 2, negatives=negatives)) < 1e-12
