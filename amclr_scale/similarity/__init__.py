@@ -8,9 +8,9 @@ from amclr_scale.similarity.groups import SameGroup
 from amclr_scale.similarity.keys import ExtraKeys
 from amclr_scale.similarity.nearest import top_k
 from amclr_scale.similarity.pairwise import pairwise
-from amclr_scale.similarity.rows import map_rows, mean_rows
+from amclr_scale.similarity.rows.functions import map_rows, mean_rows
+from amclr_scale.similarity.rows.softmaxes import softmaxes
 from amclr_scale.similarity.settings import Settings, configure, current, using
-from amclr_scale.similarity.softmaxes import softmaxes
 from amclr_scale.similarity.token_contrast import token_contrast
 
 __all__ = [

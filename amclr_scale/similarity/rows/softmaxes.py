@@ -27,7 +27,7 @@ from amclr_scale.distributed.purpose import purpose
 from amclr_scale.similarity.backends import similarity_dtype
 from amclr_scale.similarity.blocks import LOWEST, MASKED
 from amclr_scale.similarity.keys import FEATURES
-from amclr_scale.similarity.rows import checked, rows_at_once
+from amclr_scale.similarity.rows.functions import checked, rows_at_once
 
 EntryFunction = Callable[..., tuple[Tensor, Tensor]]
 

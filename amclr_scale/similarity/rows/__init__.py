@@ -1,0 +1,1 @@
+"""Any function of rows of similarities, block by block."""
