@@ -138,7 +138,7 @@ def _serve(rank: int, world_size: int, store: str, pipe: Connection, device: str
 def _fork_server() -> Any:
     """One process imports what ranks need, and each rank of every pool is a copy of it: 0.1 s instead of 2.5 s."""
     context = mp.get_context("forkserver")
-    context.set_forkserver_preload(["tests.engine.towers"])
+    context.set_forkserver_preload(["tests.engine.towers", "torch._dynamo"])
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DS_ACCELERATOR", "cpu")  # or DeepSpeed would ask for GPUs, which copies could not use
         forkserver.ensure_running()

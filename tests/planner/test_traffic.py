@@ -176,7 +176,6 @@ STAGES = [
     (3, 2, None, 0, "fp32"),
     (3, 4, None, 1, "bf16"),
     (3, 2, None, 4, "fp32"),
-    (3, 1, None, 3, "fp32"),
     (3, 1, None, 6, "fp32"),
     (3, 4, 2, 0, "fp32"),
     (3, 1, 2, 5, "fp32"),
@@ -239,7 +238,7 @@ def trained(
     )  # fmt: skip
     ids = torch.arange(8) + 8 * rank()
     batch = Batch(ids, (torch.randint(0, 255, (8, 3, 16, 16), dtype=torch.uint8),), (torch.randint(1, 200, (8, 8)),))
-    for _ in range(2):  # stage 3 learns the order of modules
+    for _ in range(2 if config.execution.zero_stage == 3 else 1):  # stage 3 learns the order of modules
         step(batch, 1e-3)
     logger = ds_comm.comm.comms_logger
     ds_comm.configure(enabled=True, prof_all=True, verbose=False)
