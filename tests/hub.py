@@ -135,16 +135,8 @@ class Server(ThreadingHTTPServer):
         return sum(command == "GET" and path.endswith(ending) for command, path in self.asked)
 
 
-def words_of(address, home) -> dict[str, str]:
-    """What a process has in its environment to reach such a server, with a cache of its own."""
-    return {
-        "HF_ENDPOINT": address, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0",
-        "HF_HUB_DISABLE_TELEMETRY": "1",
-    }  # fmt: skip
-
-
 def point(address, home, setattr_=setattr) -> None:
-    """The same for this process, which has imported huggingface_hub already."""
+    """Let this process, which has imported huggingface_hub already, take an address for the hub."""
     for name, value in (
         ("ENDPOINT", address), ("HF_HUB_OFFLINE", False), ("HF_HUB_DISABLE_XET", True), ("HF_HUB_CACHE", str(home)),
         ("HUGGINGFACE_CO_URL_TEMPLATE", address + "/{repo_id}/resolve/{revision}/{filename}"),

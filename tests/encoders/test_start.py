@@ -126,9 +126,9 @@ def test_what_is_no_dual_encoder_is_refused_by_name(tmp_path):
     with pytest.raises(UserError, match=r"^model.init: expected a run or an export of ours, .* neither a config.yaml"):
         resolve(recipe(tmp_path))
     with pytest.raises(
-        UserError, match=r"^model.init: .* openai/clip-vit-base-patch32: which is not there. Nothing is"
+        UserError, match=r"^model.init: .* or OWNER/NAME of the Hugging Face hub, got nowhere: which is"
     ):
-        resolve(recipe("openai/clip-vit-base-patch32"))
+        resolve(recipe("nowhere"))
 
 
 def test_weights_of_another_model_are_refused(tmp_path):

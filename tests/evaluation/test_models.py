@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 import torch.nn.functional as F
+from huggingface_hub import constants
 from safetensors.torch import save_file
 
 from amclr_scale.config.load import dump, merge
@@ -121,9 +122,12 @@ def test_an_open_clip_model(tiny_clip):
         ("nowhere", r"^checkpoint: expected a run folder .*nowhere.*does not exist"),
         ("open_clip/ViT-B-33:x.pt", r"^checkpoint: open_clip has no architecture ViT-B-33"),
         ("open_clip/ViT-B-32", r"^checkpoint: expected open_clip/ViT-B-32:FILE with local weights"),
-        ("transformers/openai/clip-vit-base-patch32", r"^checkpoint: expected a folder saved by transformers"),
+        ("transformers/clip-vit-base-patch32", r"^checkpoint: expected a folder saved by transformers"),
+        ("transformers/openai/clip-vit-base-patch32", r"^checkpoint: .*: HF_HUB_OFFLINE is set, and the cache has not"),
     ],
 )
-def test_what_is_not_there(name, message):
+def test_what_is_not_there(name, message, monkeypatch, tmp_path):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(UserError, match=message):
         load_model(name)

@@ -8,6 +8,7 @@ HF_HOME, HF_ENDPOINT, HF_TOKEN, HF_HUB_OFFLINE, HF_HUB_ETAG_TIMEOUT. Python file
 
 import contextlib
 import importlib
+import inspect
 import json
 import logging
 import re
@@ -103,9 +104,10 @@ def _asked(wanted: _Wanted, name: HubName, key: str) -> tuple[_Here, HubName]:
 def _download(hub: Any, wanted: _Wanted, name: HubName, library: str, names: list[str], key: str) -> _Here:
     print(f"{key}: fetching {wanted.repository}@{name.commit}, {len(names)} files", flush=True)
     place = ""
+    shown = {"tqdm_class": _bar()} if "tqdm_class" in inspect.signature(hub.hf_hub_download).parameters else {}
     try:
         for one in names:
-            place = hub.hf_hub_download(wanted.repository, one, revision=name.commit, tqdm_class=_bar())
+            place = hub.hf_hub_download(wanted.repository, one, revision=name.commit, **shown)
         reference = _folder(wanted) / "refs" / (name.asked or "main")
         reference.parent.mkdir(parents=True, exist_ok=True)
         reference.write_text(name.commit)  # so that it is known without the hub too
@@ -123,7 +125,10 @@ def _cached(wanted: _Wanted, commit: str) -> _Here | None:
         return None
     library, names = found
     for index in [one for one in names if one.endswith(".index.json")]:
-        parts = set(json.loads((folder / index).read_text("utf-8")).get("weight_map", {}).values())
+        try:
+            parts = set(json.loads((folder / index).read_text("utf-8"))["weight_map"].values())
+        except (ValueError, KeyError, TypeError, AttributeError):
+            return None
         if not parts <= set(files):
             return None
     if library == "transformers":
@@ -218,9 +223,9 @@ def _bar() -> Any:
 
 
 def _answers(error: Exception) -> bool:
-    """Whether the hub has spoken: it is there, and says no."""
+    """Whether the hub has spoken: it is there, and says no, for good."""
     status = getattr(getattr(error, "response", None), "status_code", None)
-    return status is not None and status < 500
+    return status is not None and status < 500 and status not in (408, 429)
 
 
 def _first(error: Exception) -> str:
