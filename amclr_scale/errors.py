@@ -3,13 +3,18 @@
 import difflib
 from collections.abc import Iterable
 
+from amclr_scale.addresses import masked
+
 
 class UserError(ValueError):
     """A mistake in a configuration, a file or a command.
 
     The message begins with the key, path or argument to change, then says what was expected, what was got and how
-    to mend it. `launch/` prints it without a traceback and exits with code 2.
+    to mend it. `launch/` prints it without a traceback and exits with code 2. Secrets in addresses are left out of it.
     """
+
+    def __init__(self, *words: object):
+        super().__init__(*(masked(word) if isinstance(word, str) else word for word in words))
 
 
 class AgreedError(UserError):

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
+from amclr_scale.addresses import refusal
 from amclr_scale.checkpoint import files
 from amclr_scale.checkpoint.files import BEST, CHECKPOINTS, LATEST, MANIFEST
 from amclr_scale.data.remote import GaveUpError, persist
@@ -27,7 +28,6 @@ from amclr_scale.errors import UserError
 HOLDER = "holder.json"
 _ELSEWHERE = (CHECKPOINTS, HOLDER, "wandb", "profile")  # in the run's folder, and none of its records
 _WITHIN = re.compile(rf"(?P<run>.+://.+)/{CHECKPOINTS}(/({LATEST}|{BEST}|step_[0-9]+))?")
-_SECRET = re.compile(r"://(?P<who>[^/@]*:[^/@]*@)|://[^?]*(?P<query>\?.+)")  # a password, a signature
 ENVIRONMENT = "environment.json"
 T = TypeVar("T")
 
@@ -76,13 +76,11 @@ class RemoteRun:
     """
 
     def __init__(self, url: str, key: str):
-        if secret := _SECRET.search(url):
-            part = "who" if secret["who"] else "query"
-            shown = f"{url[: secret.start(part)]}...{url[secret.end(part) :]}"
-            raise UserError(
-                f"{key}: expected an address without password or query, since it is written into records, checkpoints "
-                f"and logs, got {shown}; give secrets to fsspec's package for it (docs/checkpoints.md)"
-            )
+        if words := refusal(key, url):
+            raise UserError(words)
+        path, mark, _ = url.partition("?")
+        if mark:
+            raise UserError(f"{key}: expected the address of a folder, without a query, got {path}?...")
         self.url, self.key = root_of(url), key
         self.asked = url.rstrip("/").removeprefix(self.url).removeprefix(f"/{CHECKPOINTS}").strip("/")
         import fsspec

@@ -15,6 +15,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
+from amclr_scale.addresses import refusals
 from amclr_scale.config.checks import check
 from amclr_scale.config.objective_options import option_models, outside
 from amclr_scale.config.schema import Config
@@ -277,7 +278,7 @@ def build(tree: dict[str, Any], world_size: int = 1, *, trusted: bool = True) ->
     except ValidationError as error:
         raise UserError("\n".join(mistakes(error) + lines)) from error
     config, wrong = _own_options(config)
-    lines += wrong
+    lines += [*wrong, *(refusals(tree) if trusted else ())]
     try:
         lines += check(config, world_size, objective=trusted and not lines)
     except UserError as error:  # of what the objective declares

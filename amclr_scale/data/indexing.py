@@ -17,6 +17,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import track
 
+from amclr_scale.addresses import masked
 from amclr_scale.config import schema
 from amclr_scale.data.formats.members import ChangedShardError, Members
 from amclr_scale.data.formats.shards import format_of, is_packed
@@ -70,7 +71,7 @@ def open_index(
     for part in parts:
         for shard in part.damaged():
             for words in shard.damage:
-                log.warning("%s: %s", shard.url, words)
+                log.warning("%s: %s", masked(shard.url), words)
     return index
 
 
@@ -243,4 +244,6 @@ def check_content(shards: Sequence[Shard], caption: str, key: str) -> None:
                 f"where they are (txt or json.FIELD){rule}"
             )
         if dotted and images < shard.num_samples:
-            log.warning("%s: members such as .%s are no images of their samples: %s", shard.url, dotted[0], RULE)
+            log.warning(
+                "%s: members such as .%s are no images of their samples: %s", masked(shard.url), dotted[0], RULE
+            )

@@ -15,6 +15,7 @@ from PIL import Image
 from PIL import __version__ as pillow_version
 from torch import Tensor
 
+from amclr_scale.addresses import masked
 from amclr_scale.config import schema
 from amclr_scale.data.beside.features import open_features
 from amclr_scale.data.beside.hard_pictures import HardPictures
@@ -200,7 +201,7 @@ class Pipeline:
                 if fault is None:
                     shard, row = self.index.locate(used)
                     reader = self.index.reader(shard)
-                    fault = Fault(error.kind, used, reader.url, reader.key(row), error.detail)
+                    fault = Fault(error.kind, used, masked(reader.url), reader.key(row), error.detail)
                     faults.append(fault)
                 used = draws.below(self.index.num_samples)
         assert fault is not None

@@ -24,6 +24,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
+from amclr_scale.addresses import masked
 from amclr_scale.data.sources import names_protocol
 from amclr_scale.distributed import preparing
 from amclr_scale.errors import UserError
@@ -69,10 +70,10 @@ def persist(what: str, attempt: Callable[[], T]) -> T:
         try:
             return attempt()
         except Exception as error:  # the libraries behind fsspec have errors of their own
-            words = str(error) or type(error).__name__
+            words = masked(str(error)) or type(error).__name__
             if number == ATTEMPTS or isinstance(error, _FINAL):
                 raise GaveUpError(("" if number == 1 else f" after {number} attempts") + f": {words}") from error
-            log.warning("%s: %s; attempt %d of %d in %g s", what, words, number + 1, ATTEMPTS, pause)
+            log.warning("%s: %s; attempt %d of %d in %g s", masked(what), words, number + 1, ATTEMPTS, pause)
             time.sleep(pause)
             pause *= 2
     raise AssertionError

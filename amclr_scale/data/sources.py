@@ -7,6 +7,7 @@ from pathlib import Path
 
 from braceexpand import braceexpand
 
+from amclr_scale.addresses import refusal
 from amclr_scale.data.formats.shards import SHARD_FORMATS, shard_suffixes
 from amclr_scale.errors import UserError, one_of
 
@@ -55,6 +56,8 @@ def resolve(name: str, key: str) -> Source:
     Raises:
         UserError: it stands for nothing.
     """
+    if words := refusal(key, name):
+        raise UserError(words)
     if name in embedded_splits():
         return Source(name, CORPORA / name / "index.json")
     if not is_remote(name):

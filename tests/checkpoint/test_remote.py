@@ -305,10 +305,11 @@ def test_addresses(tmp_path):
         with pytest.raises(UserError, match=r"run.remote: expected an address with its protocol, such as s3://BUCKET"):
             RemoteRun(none, "run.remote")
     for url, shown in (
-        ("sftp://me:hush@host/runs", "sftp://...host/runs"), ("s3://key:hush@bucket/runs", "s3://...bucket/runs"),
-        ("https://host/runs?token=hush", "https://host/runs..."), ("abfs://c@account/x?sig=hush", "abfs://c@account/x..."),
+        ("sftp://me:hush@host/runs", "sftp://...@host/runs"), ("s3://key:hush@bucket/runs", "s3://...@bucket/runs"),
+        ("https://hush@host/runs", "https://...@host/runs"), ("https://host/runs?token=hush", "https://host/runs?token=..."),
+        ("abfs://c@account/x?sig=hush", "abfs://c@account/x?sig=..."), ("https://host/x?v=hush", "https://host/x?..."),
     ):  # fmt: skip
-        with pytest.raises(UserError, match=r"run.remote: expected an address without password or query") as told:
+        with pytest.raises(UserError, match=r"run.remote: expected .* without ") as told:
             check_remote(Config.model_validate({"run": {"remote": url, "name": "a"}}))
         assert f"got {shown}" in str(told.value)
         assert "hush" not in str(told.value)
