@@ -5,7 +5,7 @@ import logging
 import pytest
 
 from amclr_scale.addresses import masked, refusal, refusals
-from amclr_scale.checkpoint.fetch import local_copy
+from amclr_scale.checkpoint.cached import local_copy
 from amclr_scale.commands.main import main
 from amclr_scale.config.load import build, load
 from amclr_scale.data import remote

@@ -138,6 +138,11 @@ class Delivery:
         together(words, "run.folder: expected room on each node for the checkpoint that the run goes on from")
         spread = partial(self._spread, found.checkpoint, here, content)
         wrong = self._while_all_wait(spread, self.rank == 0 or self.carries)
+        if self.carries and not wrong:
+            try:  # also where nothing is saved any more: what this node may have kept itself is older
+                self.note(files.step_of(found.checkpoint))
+            except OSError as error:
+                wrong = f"{self.folder.absolute()} cannot be written: {error.strerror}"
         together(wrong or "", "resume: expected the checkpoint to arrive on every node")
         return replace(found, checkpoint=here) if self.away else found
 

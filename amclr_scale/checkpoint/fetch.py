@@ -1,20 +1,24 @@
 """A checkpoint in an object store brought to the disk, every byte of it held against its hashes. Imports no torch.
 
 `resume: URL` brings it into the run's folder, and `resume: auto` with `run.remote` does where the store has a newer one
-than the disk; evaluate, export and embed bring it into the cache.
+than the disk; evaluate, export and embed bring it into the cache (checkpoint/cached.py).
 """
 
+import contextlib
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from amclr_scale.checkpoint import files
 from amclr_scale.checkpoint.files import CHECKPOINTS, MANIFEST, STATE, Newest, newest_valid
-from amclr_scale.checkpoint.remote import RemoteError, RemoteRun, address_key, identity_in, is_record, is_url, name_in
+from amclr_scale.checkpoint.marks import step_elsewhere
+from amclr_scale.checkpoint.remote import RemoteRun, identity_in, is_record, is_url, name_in
 from amclr_scale.checkpoint.resume import Found, opened
 from amclr_scale.config.schema import Config
+from amclr_scale.disk import check_room, unwritten
 from amclr_scale.errors import UserError
 from amclr_scale.metrics.run_folder import METRICS
 
@@ -51,14 +55,14 @@ class Source:
             except UserError:
                 raise
             except ValueError as error:
-                complaints.append(_not_used(remote, step, error))
+                complaints.append(not_used(remote, step, error))
             except OSError as error:
-                raise UserError(f"run.folder: {folder} cannot be written: {error}") from error
+                raise unwritten(error, "run.folder", folder) from error
             else:
                 return opened(checkpoint, [*complaints, f"fetched from {remote.url}"], self.config)
         if self.here is not None:
             return opened(self.here, complaints, self.config)
-        raise _nothing(remote, complaints)
+        raise nothing(remote, complaints)
 
     def look(self) -> tuple[Found, str]:
         """What `bring` would find, without its weights, and the checkpoint's address; "": it is the disk's.
@@ -73,10 +77,10 @@ class Source:
             except UserError:
                 raise
             except ValueError as error:
-                complaints.append(_not_used(self.remote, step, error))
+                complaints.append(not_used(self.remote, step, error))
         if self.here is not None:
             return opened(self.here, complaints, self.config), ""
-        raise _nothing(self.remote, complaints)
+        raise nothing(self.remote, complaints)
 
     def _newer(self, complaints: list[str]) -> Iterator[int]:
         for step in self.remote.candidates(complaints):
@@ -87,12 +91,20 @@ class Source:
     def _look(self, step: int, complaints: list[str]) -> tuple[Found, str]:
         name = files.name_of(step)
         called = f"{self.remote.url}/{CHECKPOINTS}/{name}"
-        hashes = {file["name"]: file["sha256"] for file in self.remote.manifest(step)["files"]}
+        listed = self.remote.manifest(step)["files"]
+        hashes = {file["name"]: file["sha256"] for file in listed}
+        try:
+            _check_room(self.folder / CHECKPOINTS, step, listed)
+        except OSError as error:
+            raise unwritten(error, "run.folder", self.folder) from error
         if STATE not in hashes:
             raise ValueError(f"{STATE} is missing")
         with tempfile.TemporaryDirectory() as temporary:
             state = Path(temporary) / name / STATE
-            self.remote.get(f"{CHECKPOINTS}/{name}/{STATE}", state)
+            try:
+                self.remote.get(f"{CHECKPOINTS}/{name}/{STATE}", state)
+            except OSError as error:
+                raise unwritten(error, "TMPDIR", Path(temporary)) from error
             if files.describe(state).sha256 != hashes[STATE]:
                 raise ValueError(f"{STATE} is damaged: its bytes are not those that were written")
             return opened(Path(temporary) / name, complaints, self.config, called), called
@@ -123,16 +135,40 @@ def source_of(config: Config, folder: Path, newest: Newest = newest_valid) -> So
     here, complaints = newest(folder / CHECKPOINTS)
     if here is not None and files.step_of(here) >= there:
         return None
+    host, elsewhere = step_elsewhere(folder)
+    if elsewhere > there:
+        complaints = [*complaints, f"{host} has this run up to step {elsewhere:,}, the store up to {there:,}"]
     return Source(remote, folder, config, here, tuple(complaints))
 
 
-def _not_used(remote: RemoteRun, step: int, why: Exception) -> str:
+def not_used(remote: RemoteRun, step: int, why: Exception) -> str:
+    """That a checkpoint in the store is passed over, in words."""
     return f"{remote.url}/{CHECKPOINTS}/{files.name_of(step)} is not used: {why}"
 
 
-def _nothing(remote: RemoteRun, complaints: list[str]) -> UserError:
+def nothing(remote: RemoteRun, complaints: list[str]) -> UserError:
+    """That there is no other, in words."""
     asked = f"{remote.url}/{CHECKPOINTS}/{remote.asked}".rstrip("/") if remote.asked else remote.url
     return UserError("\n".join([f"{remote.key}: no checkpoint that can be used at {asked}", *complaints]))
+
+
+def _check_room(folder: Path, step: int, listed: Sequence[Mapping[str, Any]]) -> None:
+    """Raise `FullError` where a folder of checkpoints has no room for one that is not there yet."""
+    if (folder / files.name_of(step) / MANIFEST).is_file():
+        return  # it may be whole; if it is not, writing another tells
+    begun = files.staging(folder, step)  # of a killed process; it goes before anything is written
+    held = sum(path.stat().st_size for path in begun.rglob("*") if path.is_file())
+    check_room(folder, sum(file["size"] for file in listed) - held, f"checkpoint {files.name_of(step)}")
+
+
+def same(remote: RemoteRun, step: int, folder: Path) -> bool:
+    """Whether the checkpoint in a folder of checkpoints is, by its manifest, the one in the store.
+
+    Raises:
+        RemoteError: the store does not answer.
+    """
+    here = folder / files.name_of(step) / MANIFEST
+    return here.is_file() and here.read_bytes() == remote.read(f"{CHECKPOINTS}/{files.name_of(step)}/{MANIFEST}")
 
 
 def fetch(remote: RemoteRun, step: int, folder: Path) -> Path:
@@ -154,6 +190,7 @@ def fetch(remote: RemoteRun, step: int, folder: Path) -> Path:
     manifest = files.parse_manifest(text)
     if (there / MANIFEST).is_file() and (there / MANIFEST).read_bytes() == text and files.fault(there) is None:
         return there
+    _check_room(folder, step, manifest["files"])
     shutil.rmtree(here, ignore_errors=True)
     here.mkdir(parents=True)
     try:
@@ -165,6 +202,8 @@ def fetch(remote: RemoteRun, step: int, folder: Path) -> Path:
         return files.publish(folder, step)
     finally:
         shutil.rmtree(here, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            folder.rmdir()  # if nothing else is in it
 
 
 def fetch_records(remote: RemoteRun, folder: Path) -> None:
@@ -176,60 +215,3 @@ def fetch_records(remote: RemoteRun, folder: Path) -> None:
     for name in remote.sizes():
         if is_record(name):  # whatever else a store holds, it changes no lock and brings no weights without a hash
             remote.get(name, folder / name)
-
-
-def kept_records(remote: RemoteRun) -> Path:
-    """A folder in the cache with what is in a run's folder beside its checkpoints.
-
-    Raises:
-        UserError: the disk is full.
-        RemoteError: the store does not answer.
-    """
-    from amclr_scale.data.storage import locked
-
-    folder = _home(remote) / name_in(remote.url)
-    with locked(folder):
-        try:
-            fetch_records(remote, folder)
-        except OSError as error:
-            raise UserError(f"resume: {remote.url} cannot be kept in {folder}: {error}; set XDG_CACHE_HOME") from error
-    return folder
-
-
-def _home(remote: RemoteRun) -> Path:
-    from amclr_scale.data.storage import cache_folder
-
-    home = cache_folder(None) / "runs" / address_key(remote.url)
-    home.mkdir(parents=True, exist_ok=True)
-    return home
-
-
-def local_copy(url: str, key: str) -> Path:
-    """The newest checkpoint of a run in a store, or the one that the address names, in the cache; fetched if need be.
-
-    Raises:
-        UserError: there is none, the store does not answer, or the disk is full.
-    """
-    from amclr_scale.data.storage import locked
-
-    remote = RemoteRun(url, key)
-    home, complaints = _home(remote), list[str]()
-    folder = home / name_in(remote.url)
-    with locked(folder):
-        try:
-            for step in remote.candidates(complaints):
-                try:
-                    found = fetch(remote, step, folder / CHECKPOINTS)
-                except ValueError as error:
-                    complaints.append(_not_used(remote, step, error))
-                    continue
-                fetch_records(remote, folder)
-                for other in files.steps(folder / CHECKPOINTS):
-                    if other != step:
-                        files.remove(folder / CHECKPOINTS / files.name_of(other))
-                return found
-        except RemoteError as error:
-            raise UserError(f"{key}: {error}") from error
-        except OSError as error:
-            raise UserError(f"{key}: {url} cannot be kept in {home}: {error}; set XDG_CACHE_HOME") from error
-    raise _nothing(remote, complaints)

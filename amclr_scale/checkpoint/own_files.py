@@ -7,7 +7,8 @@ on elsewhere), the run's own copies stand for it: tokenizer/, image_tower/, text
 from collections.abc import Iterator
 from pathlib import Path
 
-from amclr_scale.checkpoint.fetch import kept_records, source_of
+from amclr_scale.checkpoint.cached import kept_records
+from amclr_scale.checkpoint.fetch import source_of
 from amclr_scale.checkpoint.files import BEST, CHECKPOINTS, LATEST, newest_named
 from amclr_scale.checkpoint.remote import RemoteError
 from amclr_scale.config.load import load, recipe

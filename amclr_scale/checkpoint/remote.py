@@ -21,8 +21,9 @@ from typing import Any, TypeVar
 from amclr_scale.addresses import refusal
 from amclr_scale.checkpoint import files
 from amclr_scale.checkpoint.files import BEST, CHECKPOINTS, LATEST, MANIFEST
-from amclr_scale.data.remote import GaveUpError, persist
+from amclr_scale.data.remote import GaveUpError, partial_of, persist
 from amclr_scale.data.sources import names_protocol
+from amclr_scale.disk import is_full
 from amclr_scale.errors import UserError
 
 HOLDER = "holder.json"
@@ -130,9 +131,28 @@ class RemoteRun:
             self.put(Path(file.name), name)
 
     def get(self, name: str, path: Path) -> None:
-        """Download a file."""
+        """Download a file, whole or not at all.
+
+        Raises:
+            OSError: the disk is full, or cannot be written.
+            RemoteError: the store does not give it.
+        """
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._try(name, "read", lambda: self._files.get_file(f"{self._root}/{name}", str(path)))
+        partial = partial_of(path)
+
+        def download() -> None:
+            self._files.get_file(f"{self._root}/{name}", str(partial))
+            partial.replace(path)
+
+        try:
+            self._try(name, "read", download)
+        except RemoteError as error:
+            if error.__cause__ and is_full(why := error.__cause__.__cause__):
+                assert why
+                raise why from None
+            raise
+        finally:
+            partial.unlink(missing_ok=True)
 
     def read(self, name: str) -> bytes | None:
         """A small file's content; None: it is not there."""

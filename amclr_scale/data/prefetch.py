@@ -48,6 +48,10 @@ class Prefetcher:
                 f"({sum(together) / 2**30:.3g} GiB), got {bound / 2**30:.3g}; raise data.cache_gib, or lower "
                 "data.shuffle_window"
             )
+        else:
+            far = np.flatnonzero(index.shards.remote)
+            each = ((index.shards[n].url, size) for n, size in zip(far.tolist(), known.tolist(), strict=True))
+            index.storage.check_room(each, int(known.sum()))
         index.open_shards = max(8, at_once)  # a removed shard's space is free once nobody has it open
 
     def advance(self, step: int) -> None:

@@ -15,7 +15,6 @@ import gzip
 import importlib
 import io
 import logging
-import os
 import subprocess
 import time
 import urllib.error
@@ -26,6 +25,7 @@ from typing import IO, Any, TypeVar
 
 from amclr_scale.addresses import masked
 from amclr_scale.data.sources import names_protocol
+from amclr_scale.disk import check_room, is_full, unwritten
 from amclr_scale.distributed import preparing
 from amclr_scale.errors import UserError
 
@@ -71,7 +71,7 @@ def persist(what: str, attempt: Callable[[], T]) -> T:
             return attempt()
         except Exception as error:  # the libraries behind fsspec have errors of their own
             words = masked(str(error)) or type(error).__name__
-            if number == ATTEMPTS or isinstance(error, _FINAL):
+            if number == ATTEMPTS or isinstance(error, _FINAL) or is_full(error):
                 raise GaveUpError(("" if number == 1 else f" after {number} attempts") + f": {words}") from error
             log.warning("%s: %s; attempt %d of %d in %g s", masked(what), words, number + 1, ATTEMPTS, pause)
             time.sleep(pause)
@@ -146,6 +146,7 @@ def write_bounded(source: Any, out: IO[bytes], url: str, largest: int, done: str
 def _copy(url: str, target: Path, largest: int) -> None:
     """One attempt; a gzipped shard is unpacked on the way."""
     with _opened(url) as (stream, length), target.open("wb") as out:
+        check_room(target.parent, length or 0, url)  # at least: it may be packed
         counted = _Counted(stream, least=0 if url.startswith("pipe:") else LEAST)  # a command takes its time
         head = counted.read(1)
         head += counted.read(1) if head else b""
@@ -193,17 +194,23 @@ class _Joined(io.RawIOBase):
         return part or self.rest.read(size if size >= 0 else _COPY)
 
 
-def fetch(url: str, target: Path, largest: int = LARGEST) -> None:
-    """Bring the tar at `url` to `target`, whole or not at all, with several attempts.
+def partial_of(target: Path) -> Path:
+    """Where a file is written before it is whole; what a killed process has left there is written over."""
+    return target.with_name(f".{target.name}.part")
+
+
+def fetch(url: str, target: Path, largest: int = LARGEST, key: str = "data.cache") -> None:
+    """Bring the tar at `url` to `target`, whole or not at all, with several attempts. One process at a time.
 
     Args:
         largest: bytes that it may have, unpacked.
+        key: that says where `target` is.
 
     Raises:
         LargeShardError: it has more.
-        UserError: the last attempt failed too.
+        UserError: the last attempt failed too, or the disk is full.
     """
-    partial = target.with_name(f".{target.name}.{os.getpid()}")
+    partial = partial_of(target)
 
     def attempt() -> None:
         try:
@@ -217,6 +224,8 @@ def fetch(url: str, target: Path, largest: int = LARGEST) -> None:
     except GaveUpError as error:
         if isinstance(error.__cause__, LargeShardError):
             raise error.__cause__ from None
+        if isinstance(error.__cause__, OSError) and is_full(error.__cause__):
+            raise unwritten(error.__cause__, key, target.parent, ", or lower data.cache_gib") from error
         raise UserError(
             f"{url}: cannot be fetched{error}; check the address, the permissions and the network"
         ) from error

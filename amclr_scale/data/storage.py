@@ -17,15 +17,16 @@ import gzip
 import hashlib
 import os
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from amclr_scale.config import schema
 from amclr_scale.data.formats.members import ChangedShardError, check_regular
 from amclr_scale.data.formats.shards import is_packed
-from amclr_scale.data.remote import LARGEST, fetch, make_room, write_bounded
+from amclr_scale.data.remote import LARGEST, fetch, make_room, partial_of, write_bounded
 from amclr_scale.data.sources import is_remote
 from amclr_scale.data.streaming import Stream
+from amclr_scale.disk import check_room, free_at, is_full, unwritten
 from amclr_scale.distributed import preparing
 from amclr_scale.errors import UserError
 
@@ -60,7 +61,11 @@ def cache_folder(configured: str | None) -> Path:
 def locked(path: Path) -> Iterator[None]:
     """Only one process of the machine is inside for a given path. The lock dies with its process; the folder exists."""
     lock = path.with_name(f".{path.name}.lock")
-    with lock.open("wb") as file:
+    try:
+        opened = lock.open("wb")
+    except OSError as error:
+        raise unwritten(error, "data.cache", lock.parent) from error
+    with opened as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX)
         except OSError as error:  # some network file systems
@@ -90,7 +95,7 @@ def unpack(url: str, target: Path, sha256: str | None, largest: int = LARGEST) -
         ChangedShardError: the file's checksum is not `sha256`.
         UserError: it is damaged, or the disk is full.
     """
-    partial = target.with_name(f".{target.name}.{os.getpid()}")
+    partial = partial_of(target)
     checksum = hashlib.sha256()
     try:
         with open(url, "rb") as packed:
@@ -102,11 +107,14 @@ def unpack(url: str, target: Path, sha256: str | None, largest: int = LARGEST) -
                     f"{url}: expected sha256 {sha256} (from the index), got {checksum.hexdigest()}: the shard has "
                     "changed; restore it, or index the shards again and start a new run"
                 )
+            check_room(target.parent, packed.tell(), url)  # at least
             packed.seek(0)
             with gzip.open(packed) as stream, partial.open("wb") as out:
                 write_bounded(stream, out, url, largest, "bytes unpacked")
         partial.replace(target)
     except (OSError, EOFError, zlib.error) as error:
+        if isinstance(error, OSError) and is_full(error):
+            raise unwritten(error, "data.cache", target.parent, ", or lower data.cache_gib") from error
         raise UserError(f"{url}: cannot be unpacked into {target.parent}: {error}") from error
     finally:
         partial.unlink(missing_ok=True)
@@ -159,6 +167,36 @@ class Storage:
             self._make_room(target, self.cached_bytes)
         return target
 
+    def check_room(self, shards: Iterable[tuple[str, int]], total: int) -> None:
+        """Refuse a disk that would be full before the cache has come to its bound. Of memory, see `Stream`.
+
+        Args:
+            shards: urls and bytes of all remote ones that will be read; looked at only where room is short.
+            total: their bytes.
+
+        Raises:
+            UserError: naming data.cache_gib.
+        """
+        if self.stream or self.cached_bytes is None:
+            return
+        held = dict[str, int]()
+        for folder in (self.cache / FETCHED, self.cache / UNPACKED):
+            for path in folder.glob("*") if folder.is_dir() else ():
+                with contextlib.suppress(FileNotFoundError):  # other processes make room
+                    held[path.name] = path.stat().st_size
+        free, here = free_at(self.cache), sum(held.values())
+        growth = min(total, max(0, self.cached_bytes - here))
+        if growth <= free:
+            return
+        growth = min(growth, sum(size for url, size in shards if f"{address_key(url)}.tar" not in held))
+        if growth > free:
+            most = (here + free) / 2**30
+            raise UserError(
+                f"data.cache_gib: expected {growth / 2**30:.3g} GiB free in {self.cache} for the shards that the cache "
+                f"will come to hold, got {free / 2**30:.3g}; set data.cache_gib to {most:.3g} or less, make room, "
+                "or set data.cache to a larger disk"
+            )
+
     def forget(self, url: str) -> None:
         """Remove what was fetched of a shard, which has turned out to be damaged: the next one may be whole."""
         if is_remote(url) and not self.stream:
@@ -198,7 +236,7 @@ class Storage:
         except FileNotFoundError:
             with locked(target):
                 if not target.exists():
-                    fetch(url, target, self.largest)
+                    fetch(url, target, self.largest, "data.stream" if self.stream else "data.cache")
             self._make_room(target, self.fetched_bytes)
         return target
 

@@ -43,6 +43,7 @@ class Loaded:
     step: str = ""  # the checkpoint's name, of a model that is one
     state: Path | None = None  # the file of the objective's per-sample state, where there is one
     reading: Reading | None = None  # a foreign model's own way with pictures and captions; None: the configuration's
+    held: object = None  # while it lives, what the model was read from stays where it is
 
 
 def load_model(name: str) -> Loaded:

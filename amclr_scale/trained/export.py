@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from amclr_scale.checkpoint import files
-from amclr_scale.checkpoint.fetch import local_copy
+from amclr_scale.checkpoint.cached import local_copy
 from amclr_scale.checkpoint.files import read_state
 from amclr_scale.checkpoint.pieces import AVERAGE, AVERAGED_BUFFER, MASTER
 from amclr_scale.checkpoint.remote import is_url
@@ -81,7 +81,8 @@ def export(
         UserError: no valid checkpoint at the path, it has no moving average, or `out` holds something already.
     """
     if is_url(str(path)):
-        path = local_copy(str(path), "checkpoint")
+        held = local_copy(str(path), "checkpoint")  # until all of it is read
+        path = held.path
     checkpoint, _ = files.locate(Path(path), "checkpoint", "a checkpoint or a run folder")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"--out: expected a new or an empty folder, got {out}")

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from amclr_scale.checkpoint.fetch import local_copy
+from amclr_scale.checkpoint.cached import local_copy
 from amclr_scale.checkpoint.files import CHECKPOINTS, read_state
 from amclr_scale.checkpoint.remote import is_url, name_in
 from amclr_scale.checkpoint.state import OBJECTIVE, TOKENIZER
@@ -102,8 +102,8 @@ def open_model(name: str) -> Loaded:
         UserError: there is no such model, or it is damaged.
     """
     if is_url(name):  # what is measured of it is written where it would lie
-        loaded = open_model(str(local_copy(name, "checkpoint")))
-        return replace(loaded, folder=Path("runs") / name_in(name))
+        copy = local_copy(name, "checkpoint")
+        return replace(open_model(str(copy.path)), folder=Path("runs") / name_in(name), held=copy)
     path = Path(name).expanduser()
     ended = (path / "weights.safetensors").is_file()
     if ended or not (path.name.startswith("step_") or (path / CHECKPOINTS).is_dir() or path.name == CHECKPOINTS):

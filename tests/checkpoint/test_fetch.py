@@ -1,12 +1,15 @@
 """What is fetched from an object store: the newest checkpoint that is whole, and what its run left beside it."""
 
+import errno
 import re
 import shutil
+from collections import namedtuple
+from pathlib import Path
 
 import pytest
 
 from amclr_scale.checkpoint import files
-from amclr_scale.checkpoint.fetch import local_copy, source_of
+from amclr_scale.checkpoint.fetch import Source, source_of
 from amclr_scale.checkpoint.remote import RemoteRun
 from amclr_scale.errors import UserError
 from amclr_scale.metrics.run_folder import METRICS
@@ -80,21 +83,6 @@ def test_a_damaged_state_is_passed_over_too_and_what_no_run_uploads_is_not_fetch
     assert there == {"environment.json", METRICS}
 
 
-def test_the_cache_holds_one_checkpoint_of_a_run(place, tmp_path, monkeypatch):
-    _, url, config = place
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    one = mirror(place)
-    one.claim()
-    one._bring_up_to_date()
-    write(tmp_path, 20, config)
-    one._bring_up_to_date()
-    older = local_copy(f"{url}/checkpoints/step_00000010", "checkpoint")
-    assert older.name == "step_00000010"
-    newer = local_copy(url, "checkpoint")
-    assert (newer.name, newer.parent.parent.name, older.exists()) == ("step_00000020", "first", False)
-    assert (newer.parent.parent / METRICS).is_file()
-
-
 def test_what_is_damaged_on_the_disk_is_fetched_where_the_store_has_it_whole(place, tmp_path):
     """And what the store then holds stays there."""
     _, url, config = place
@@ -154,3 +142,39 @@ def test_a_damaged_manifest_takes_no_whole_checkpoint_s_place(place, tmp_path):
     flipped(folder / "checkpoints" / files.name_of(10) / files.MANIFEST)
     one._bring_up_to_date()
     assert list(RemoteRun(url, "resume").candidates([])) == [20, 10]
+
+
+def test_a_disk_without_room_for_the_run_is_told_before_there_is_a_folder(place, tmp_path, monkeypatch):
+    """Also when the disk fills up on the way, nothing half-fetched is left; a killed process's half counts as free."""
+    _, url, _ = place
+    one = mirror(place)
+    one.claim()
+    one._bring_up_to_date()
+    away = configuration(tmp_path / "away", run__name="first", resume=url)
+    run = tmp_path / "away" / "first"
+    source = source_of(away, run)
+    usage = namedtuple("usage", "free")
+    monkeypatch.setattr("shutil.disk_usage", lambda path: usage(900))
+    with pytest.raises(UserError, match=r"^run.folder: expected 0\.0 MiB free in .*first/checkpoints for checkpoint"):
+        source.look()
+    assert not (tmp_path / "away").exists()
+    begun = files.staging(run / "checkpoints", 10)
+    begun.mkdir(parents=True)
+    (begun / "rank_00000.safetensors").write_bytes(b"x" * 10_000)
+    assert source.look()[0].samples == 640
+    assert source.bring().samples == 640
+    shutil.rmtree(run)
+
+    def full(far, near, **how):
+        Path(near).write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("shutil.disk_usage", lambda path: usage(2**30))
+    monkeypatch.setattr(source.remote._files, "get_file", full)
+    with pytest.raises(UserError, match=r"^TMPDIR: the disk of /.* is full"):
+        source.look()
+    monkeypatch.setattr(Source, "_look", lambda *words: None)
+    with pytest.raises(UserError, match=r"^run.folder: the disk of .*away/first is full \(No space left"):
+        source.bring()
+    assert not any(path.is_file() for path in run.rglob("*"))
+    assert not (run / "checkpoints").exists()

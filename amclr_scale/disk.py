@@ -1,0 +1,64 @@
+"""Whether a disk has room: asked before something large is written, and told in words where it has not."""
+
+import errno
+import shutil
+from pathlib import Path
+
+from amclr_scale.errors import UserError
+
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+class FullError(OSError):
+    """A disk cannot take what is about to be written: `str()` says how much, and where."""
+
+    def __init__(self, words: str):
+        super().__init__(errno.ENOSPC, words)
+
+    def __str__(self) -> str:
+        return str(self.strerror)
+
+
+def _size(size: int) -> str:
+    return f"{size / 2**30:,.2f} GiB" if size >= 2**30 else f"{size / 2**20:,.1f} MiB"
+
+
+def free_at(folder: Path) -> int:
+    """Bytes that can be written into a folder that is there or will be made.
+
+    Raises:
+        OSError: nothing is known of its file system.
+    """
+    there = next((path for path in (folder, *folder.parents) if path.exists()), Path("."))
+    return shutil.disk_usage(there).free
+
+
+def check_room(folder: Path, needed: int, what: str) -> None:
+    """Raise `FullError` where a folder's disk has less room than `needed` bytes.
+
+    Args:
+        what: takes them, for the message.
+    """
+    free = free_at(folder.absolute())
+    if needed > free:
+        raise FullError(f"expected {_size(needed)} free in {folder} for {what}, got {_size(free)}")
+
+
+def is_full(error: BaseException | None) -> bool:
+    """Whether something failed because a disk, or a user's share of one, is full."""
+    return isinstance(error, OSError) and error.errno in _FULL
+
+
+def unwritten(error: OSError, key: str, folder: Path, fix: str = "") -> UserError:
+    """The words for what could not be written.
+
+    Args:
+        key: that says where `folder` is.
+        fix: what else can be changed.
+    """
+    mend = f"; make room there, or set {key} to a larger disk{fix}"
+    if isinstance(error, FullError):
+        return UserError(f"{key}: {error}{mend}")
+    if is_full(error):
+        return UserError(f"{key}: the disk of {folder} is full ({error.strerror}); nothing half-written is kept{mend}")
+    return UserError(f"{key}: {folder} cannot be written: {error}")
