@@ -22,8 +22,8 @@ from amclr_scale.study.running import features as features_module
 from amclr_scale.study.running import run as run_module
 from amclr_scale.study.running.folder import StudyFolder
 from amclr_scale.study.running.phases import run_phases
-from amclr_scale.study.running.pilot import pilot_plan
-from amclr_scale.study.running.preview import held
+from amclr_scale.study.running.pilot import pilot_plan, unmeasured
+from amclr_scale.study.running.preview import held, hours
 from amclr_scale.study.running.run import Outcome
 from amclr_scale.study.running.tuning import plan_cells
 from amclr_scale.trained.weights import save_weights
@@ -178,6 +178,18 @@ def test_another_model_is_another_recipe_of_what_reads_its_features(tmp_path: Pa
 def test_a_pilot_leaves_out_what_reads_features(tmp_path: Path) -> None:
     short = pilot_plan(Study(tmp_path, "reference.arm=drrho").plan)
     assert ([arm.name for arm in short.arms], short.reference.arm) == (["clip"], "clip")
+    study = Study(tmp_path)
+    left_out = "; without drrho, b3: trained beside features that a cell of this study has yet to make"
+    assert unmeasured(study.plan) == left_out
+    cells = list(study.cells().values())
+    assert f"--pilot measures samples/s in 30 steps of every arm and batch size{left_out}" in hours(
+        study.plan, study.folder, cells
+    )
+    study.folder.path.mkdir()
+    study.folder.write_rates({cell.setting: 100.0 for cell in cells if not cell.features})
+    told = hours(study.plan, study.folder, cells).splitlines()
+    assert told[0] == "time: unknown until a cell has run"
+    assert told[1].endswith(f"come on top{left_out}")
 
 
 @pytest.mark.parametrize(
@@ -195,6 +207,11 @@ def test_a_pilot_leaves_out_what_reads_features(tmp_path: Path) -> None:
             "arms.x.words: expected FEATURES/ and one of image.npy, text.npy, communities.npy, got communities.npz",
         ),
         (f"like: clip, features_of: clip-B64, communities: {{size: 1}}, {B3}", "arms.1.communities.size: "),
+        (
+            f"like: dcl, features_of: clip-B64, communities: {{size: 4}}, {DRRHO}",
+            "arms.x.communities: no word reads FEATURES/communities.npy, so nothing is grown; name it in words",
+        ),
+        ("like: clip, communities: {skip: 4}", "arms.x.communities: no word reads FEATURES/communities.npy"),
     ],
 )
 def test_features_that_cannot_be_made_are_refused_in_words(tmp_path: Path, arm: str, told: str) -> None:

@@ -74,13 +74,18 @@ def taken(
         known: cells by name, of the arms above.
 
     Raises:
-        UserError: there is no such cell, it cannot be known yet, or words and `features_of` do not go together.
+        UserError: there is no such cell, it cannot be known yet, or words do not go with `features_of` or `communities`.
     """
     key = f"arms.{arm.name}.features_of"
     named = [word.partition("=")[2].removeprefix(PREFIX) for word in words if word.partition("=")[2].startswith(PREFIX)]
     for name in named:
         if name not in NAMES:
             raise UserError(f"arms.{arm.name}.words: expected {PREFIX} and one of {', '.join(NAMES)}, got {name}")
+    if COMMUNITIES not in named and arm.communities != Communities():
+        raise UserError(
+            f"arms.{arm.name}.communities: no word reads {PREFIX}{COMMUNITIES}, so nothing is grown; name it in words, "
+            f"as data.communities={PREFIX}{COMMUNITIES}, or remove the key"
+        )
     if arm.features_of is None:
         if named:
             raise UserError(f"{key}: expected the cell that makes {PREFIX}{named[0]}, such as clip-B64, got none")

@@ -32,6 +32,13 @@ def pilot_plan(plan: StudyPlan) -> StudyPlan:
     return plan.model_copy(update=changed)
 
 
+def unmeasured(plan: StudyPlan) -> str:
+    """What a pilot leaves out, in words; "": nothing."""
+    names = [arm.name for arm in plan.arms if arm.features_of]
+    what = f"{', '.join(names)}: trained beside features that a cell of this study has yet to make"
+    return f"; without {what}" if names else ""
+
+
 def run_pilot(
     plan: StudyPlan, tree: Mapping[str, Any], epoch: float, folder: StudyFolder, say: Callable[[str], None]
 ) -> Outcome | None:
@@ -47,7 +54,7 @@ def run_pilot(
     missing = [cell for cell in cells if cell.setting not in folder.rates]
     if not missing:
         return None
-    say(f"pilot: {plan.budget.pilot_steps} steps of each of {len(missing)} arms and batch sizes")
+    say(f"pilot: {plan.budget.pilot_steps} steps of each of {len(missing)} arms and batch sizes{unmeasured(plan)}")
     place.write(short, silent, cells)
     outcome = Runner(short, place, missing, say).run()
     if outcome.failed:

@@ -9,6 +9,7 @@ from amclr_scale.study.planning.cells import Planned, predicted_gib, reference_o
 from amclr_scale.study.planning.plan import Expected, StudyPlan
 from amclr_scale.study.planning.warnings import warnings
 from amclr_scale.study.running.folder import StudyFolder
+from amclr_scale.study.running.pilot import unmeasured
 from amclr_scale.study.running.progress import Rates, duration
 from amclr_scale.study.running.run import waiting
 
@@ -147,14 +148,16 @@ def hours(plan: StudyPlan, folder: StudyFolder, cells: Sequence[Planned]) -> str
         jobs = plan.execution.jobs
         lines.append(f"time: about {duration(sum(known) / jobs)} for the others, {jobs} at once, from measured ones")
     else:
-        measured = all(cell.setting in folder.rates for cell in left)
-        offer = f"; --pilot measures samples/s in {plan.budget.pilot_steps} steps of every arm and batch size"
-        lines.append(f"time: unknown until a cell has run{'' if measured else offer}")
-        if measured:
-            seconds = sum(cell.samples / folder.rates[cell.setting] for cell in left) / plan.execution.jobs
+        lacking = [cell for cell in left if cell.setting not in folder.rates]
+        timed, helps = [cell for cell in left if cell not in lacking], any(not cell.features for cell in lacking)
+        further = unmeasured(plan) if lacking else ""
+        offer = f"; --pilot measures samples/s in {plan.budget.pilot_steps} steps of every arm and batch size{further}"
+        lines.append(f"time: unknown until a cell has run{offer if helps else ''}")
+        if timed and not helps:
+            seconds = sum(cell.samples / folder.rates[cell.setting] for cell in timed) / plan.execution.jobs
             lines.append(
                 f"by the pilot's samples/s: {duration(seconds)} of training, {plan.execution.jobs} at once; start and "
-                "evaluation of every cell come on top"
+                f"evaluation of every cell come on top{further}"
             )
         if plan.expected:
             lines.append(f"expected: {expectation(plan.expected, left)}")
