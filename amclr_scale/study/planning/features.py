@@ -74,7 +74,7 @@ def taken(
         known: cells by name, of the arms above.
 
     Raises:
-        UserError: there is no such cell, it cannot be known yet, or words do not go with `features_of` or `communities`.
+        UserError: there is no such cell, it is not known yet, or words do not go with `features_of` or `communities`.
     """
     key = f"arms.{arm.name}.features_of"
     named = [word.partition("=")[2].removeprefix(PREFIX) for word in words if word.partition("=")[2].startswith(PREFIX)]
