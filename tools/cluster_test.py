@@ -20,7 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from safetensors.numpy import load_file
@@ -259,7 +259,8 @@ def main() -> int:
                 rows = through_faults(runs, folder, FAULTS, args.watch)
                 rows += [make(runs, mistake, folder) for mistake in mistakes(folder)]
                 changes = elastic.lose_and_take_back(runs, folder, args.watch, both=True)
-                through_faults(runs, folder, FAULTS[-2:-1], args.watch, apart=True)
+                apart = through_faults(runs, folder, FAULTS[-2:-1], args.watch, apart=True)
+                rows += [replace(row, fault=f"{row.fault}, nodes share no folder") for row in apart]
                 saving = unshared.saving_of(runs, folder / "apart" / "broken")
             except RuntimeError as error:
                 print(error, file=sys.stderr)

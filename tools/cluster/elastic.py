@@ -93,6 +93,7 @@ def lose_and_take_back(runs: Runs, folder: Path, watch: float, both: bool) -> li
     finally:
         for one in all_started:
             one.end()
+        runs.cluster.repair()  # node 1 may be off
     begun = starts_of(run)
     if [ranks for _, ranks in begun] != [2, 1, 2, 1][: 3 + both]:
         raise RuntimeError(f"elastic: starts {begun}")
