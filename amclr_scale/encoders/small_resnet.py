@@ -10,6 +10,9 @@ from torch import Tensor, nn
 from amclr_scale.encoders.norms import BatchNorm, group_norm
 
 BLOCKS_PER_STAGE = {10: 1, 18: 2}
+# The oneDNN of PyTorch 2.13 writes beyond its buffers in the backward pass of a 1x1 convolution with a stride, fewer
+# input channels than this, channels last, and a batch that its threads do not divide: the process dies, or goes on.
+FEWEST_CHANNELS_OF_A_STRIDE = 16
 LARGEST_FIRST_MAP = 48  # pixels; larger pictures are halved in the stem until the first stage sees no more
 
 
@@ -27,12 +30,16 @@ class BasicBlock(nn.Module):
         self.conv2 = nn.Conv2d(width, width, 3, 1, 1, bias=False)
         self.norm2 = _norm(width, batch_norm)
         self.shortcut: nn.Module = nn.Identity()
+        self.skipped = 1  # of the shortcut's input, every so many rows and columns are read
         if stride > 1 or width_in != width:
+            if width_in < FEWEST_CHANNELS_OF_A_STRIDE:
+                self.skipped, stride = stride, 1
             self.shortcut = nn.Sequential(nn.Conv2d(width_in, width, 1, stride, bias=False), _norm(width, batch_norm))
 
     def forward(self, x: Tensor) -> Tensor:
         y = F.relu(self.norm1(self.conv1(x)), inplace=True)
-        return F.relu(self.norm2(self.conv2(y)) + self.shortcut(x), inplace=True)
+        read = x[..., :: self.skipped, :: self.skipped]
+        return F.relu(self.norm2(self.conv2(y)) + self.shortcut(read), inplace=True)
 
 
 class SmallResNet(nn.Module):
