@@ -7,6 +7,7 @@ from typing import Literal, TypeVar, cast
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch.distributed.constants import default_pg_timeout
 
 from amclr_scale.config.execution import Run
 from amclr_scale.distributed.announcing import Announcer, Waiting
@@ -16,6 +17,9 @@ from amclr_scale.distributed.rendezvous import meet, open_store, told_while_join
 from amclr_scale.errors import UserError
 
 T = TypeVar("T")
+# In one message, for NCCL as for gloo: ranks whose disk is fast wait there for the last save of those whose disk is
+# slow. NCCL's own ten minutes would end them; ranks that are lost are found by the watchdog, much sooner.
+LONGEST = default_pg_timeout
 
 
 def device_type() -> Literal["cuda", "cpu"]:
@@ -71,7 +75,9 @@ def start(
             )  # fmt: skip
             if not rank_info.counted:
                 os.environ["LOCAL_WORLD_SIZE"] = str(hosts.count(hosts[rank_info.rank]))
-            dist.init_process_group(backend, store=store, rank=rank_info.rank, world_size=rank_info.world_size)
+            dist.init_process_group(
+                backend, store=store, rank=rank_info.rank, world_size=rank_info.world_size, timeout=LONGEST
+            )
     with told_while_joining(rank_info, minutes):  # one rank by itself binds its port here
         deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
     torch.set_num_threads(threads or _threads_here())

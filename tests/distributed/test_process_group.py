@@ -3,11 +3,13 @@
 import os
 import subprocess
 import sys
+from datetime import timedelta
 from unittest import mock
 
 import pytest
 import torch
 
+from amclr_scale.distributed import process_group
 from amclr_scale.distributed.launcher import RankInfo
 from amclr_scale.distributed.process_group import keep_float32, start
 from amclr_scale.errors import UserError
@@ -30,6 +32,37 @@ def test_float32_stays_float32(monkeypatch):
     keep_float32()
     assert not torch.backends.cudnn.allow_tf32
     assert not torch.backends.cuda.matmul.allow_tf32
+
+
+def test_nccl_s_messages_may_take_as_long_as_gloo_s(monkeypatch):
+    """Where ranks wait for the last save, its own default of ten minutes would end them."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(process_group, "meet", lambda *_, **__: ("store", ["a", "b"]))
+    for name in (
+        "DS_ACCELERATOR",
+        "RANK",
+        "LOCAL_RANK",
+        "WORLD_SIZE",
+        "LOCAL_WORLD_SIZE",
+        "MASTER_ADDR",
+        "MASTER_PORT",
+    ):
+        monkeypatch.setenv(name, "1")  # what `start` sets does not stay
+    monkeypatch.setenv("DS_ACCELERATOR", "cuda")
+    asked = {}
+
+    def init(backend, **how):
+        asked.update(how, backend=backend)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(torch.distributed, "init_process_group", init)
+    with pytest.raises(KeyboardInterrupt):
+        start(RankInfo(rank=1, local_rank=0, world_size=2, local_world_size=1))
+    assert asked["backend"] == "nccl"
+    assert asked["timeout"] == timedelta(minutes=30)
+    assert "device_id" not in asked  # the first message, which is watched, makes the connections
 
 
 HOLDER = """
