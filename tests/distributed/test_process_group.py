@@ -65,6 +65,17 @@ def test_nccl_s_messages_may_take_as_long_as_gloo_s(monkeypatch):
     assert "device_id" not in asked  # the first message, which is watched, makes the connections
 
 
+@pytest.mark.parametrize(("said", "threads"), [("3", 3), ("4,2", 4), ("", 2), ("0", 2), ("many", 2), (None, 2)])
+def test_threads_of_a_rank_that_nobody_gave_any(monkeypatch, said, threads):
+    """torchrun says OMP_NUM_THREADS, and so do users; else the machine's cores are divided among its ranks."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    monkeypatch.setenv("OMP_NUM_THREADS", said or "")
+    if said is None:
+        monkeypatch.delenv("OMP_NUM_THREADS")
+    assert process_group._threads_here() == threads
+
+
 HOLDER = """
 import subprocess, sys
 from amclr_scale.commands.supervising.looks import begin
