@@ -75,7 +75,8 @@ def features(config: Config) -> list[str]:
             f"data.{side}_negatives": (getattr(data, f"{side}_negatives"), 0),
         }
         if side == "image":
-            others["data.resident"] = data.resident, "none"
+            if data.resident == "device":
+                lines.append(f"data.resident: expected host or none beside {key}: no picture is read, got device")
             chance = {"crop_scale": (1.0, 1.0), "flip": 0, "randaugment": None, "color_jitter": 0, "grayscale": 0}
             for name, none in {**chance, "amclr": 0}.items():
                 others[f"data.augmentation.{name}"] = getattr(data.augmentation, name), none

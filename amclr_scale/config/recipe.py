@@ -113,7 +113,8 @@ class Data(Section):
     """Remote shards go through shared memory instead of the cache: read front to back, two windows per lane held
     at once, fetched again in every epoch. Does not change results."""
     resident: Literal["none", "host", "device"] = "none"
-    """Hold all samples decoded: in memory, or small squares on every device too. Does not change results."""
+    """Hold all samples decoded: in memory, or small squares on every device too; captions alone, tokenised, beside
+    features.image. Does not change results."""
     allow_pipe: bool = False
     """Whether shards named pipe:COMMAND may run that shell command."""
 

@@ -95,3 +95,18 @@ def augmented_view(picture: Picture, size: int, recipe: schema.ImageAugmentation
 def to_tensor(picture: Picture) -> Tensor:
     """(3, H, W) uint8."""
     return torch.from_numpy(np.asarray(picture).copy()).permute(2, 0, 1)
+
+
+def count_repeated(views: tuple[Tensor, ...]) -> int:
+    """How many rows of further views equal that row of an earlier one."""
+    same = [torch.stack([_equal_rows(view, other) for other in views[:k]]).any(0) for k, view in enumerate(views) if k]
+    return int(sum(found.sum() for found in same))
+
+
+def _equal_rows(a: Tensor, b: Tensor) -> Tensor:
+    """(n,) bool; most differ in a few columns already."""
+    a, b = a.flatten(1), b.flatten(1)
+    equal = (a[:, :: max(1, a.shape[1] // 64)] == b[:, :: max(1, a.shape[1] // 64)]).all(1)
+    if equal.any():
+        equal[equal.clone()] = (a[equal] == b[equal]).all(1)
+    return equal

@@ -26,9 +26,10 @@ from amclr_scale.config import schema
 from amclr_scale.data.beside.communities import order_of_communities
 from amclr_scale.data.beside.fingerprint import joined
 from amclr_scale.data.captions.further_captions import check_further_captions, repeats
+from amclr_scale.data.image_views import count_repeated
 from amclr_scale.data.indexing import open_index
 from amclr_scale.data.order import BatchOrder, Order, Visits
-from amclr_scale.data.pipeline import Fault, Part, Pipeline, count_repeated
+from amclr_scale.data.pipeline import Fault, Part, Pipeline
 from amclr_scale.data.prefetch import Prefetcher
 from amclr_scale.data.resident.crops import ResidentPictures
 from amclr_scale.data.tokenizers import load_tokenizer
@@ -219,8 +220,8 @@ class TrainLoader:
         return batch
 
     def _hold(self) -> None:
-        held = self.data.resident == "none" or self._parts.pipeline.resident is not None
-        if not held and (note := self._parts.pipeline.hold()):
+        wanted = self.data.resident != "none" and not self._parts.pipeline.held
+        if wanted and (note := self._parts.pipeline.hold()):
             log.info(note)
 
     def _batch(self, parts: list[Part]) -> Batch:

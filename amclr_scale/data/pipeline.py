@@ -4,10 +4,9 @@ A sample that cannot be used is replaced by another one, whose id is drawn from 
 count and every number of workers replaces it by the same sample, which then carries its own id.
 """
 
-import hashlib
-import json
 from collections.abc import Hashable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -22,8 +21,8 @@ from amclr_scale.data.beside.hard_pictures import HardPictures
 from amclr_scale.data.beside.paraphrases import ParaphraseReader
 from amclr_scale.data.beside.references import open_references
 from amclr_scale.data.captions.hard_captions import HardCaptions
-from amclr_scale.data.decoding import PARAPHRASES, BadSampleError, Field, Sample, check_whole, decode
-from amclr_scale.data.image_views import augmented_view, reduction_for, to_tensor
+from amclr_scale.data.decoding import PARAPHRASES, BadSampleError, Field, Sample, check_whole, class_number, decode
+from amclr_scale.data.image_views import augmented_view, count_repeated, reduction_for, to_tensor
 from amclr_scale.data.index import Index
 from amclr_scale.data.indexing import IMAGE_EXTENSIONS
 from amclr_scale.data.order import Visits
@@ -31,6 +30,7 @@ from amclr_scale.data.randomness import Draws, Purpose
 from amclr_scale.data.resident.crops import plan_crop
 from amclr_scale.data.resident.groups import Groups
 from amclr_scale.data.resident.store import ResidentData, open_resident
+from amclr_scale.data.resident.tokens import ResidentTokens, open_tokens, rows_of
 from amclr_scale.data.text_views import TextViews
 from amclr_scale.data.tokenizers import Tokenizer
 from amclr_scale.errors import UserError
@@ -75,11 +75,16 @@ class Pipeline:
 
     Attributes:
         text: which captions the views show.
-        resident: the decoded data set, once `hold` has opened it.
+        held: whether `hold` has been called.
+        resident: the decoded data set, once it has.
+        tokens: of all captions, where they are held instead.
         references: features of frozen models, by the name that objectives know them by.
         features: of frozen towers, by the side whose picture or caption they stand for.
         groups: which samples show the same, where further views are drawn from these.
     """
+
+    resident: ResidentData | None
+    tokens: ResidentTokens | None
 
     def __init__(self, index: Index, data: schema.Data, seed: int, tokenizer: Tokenizer):
         self.index, self.data, self.seed, self.tokenizer = index, data, seed, tokenizer
@@ -98,7 +103,7 @@ class Pipeline:
         self._texts = words | self.hard.members | others
         pictures = frozenset[str]() if "image" in self.features else frozenset(IMAGE_EXTENSIONS)
         self._wanted = self._texts | pictures | frozenset(self.hard_pictures.members)
-        self.resident: ResidentData | None = None
+        self.held, self.resident, self.tokens = False, None, None
         self.groups: Groups | None = None
         self._recipes = [data.augmentation] + [data.image_view or data.augmentation] * data.image_views
         self._paraphrases = dict[int, ParaphraseReader]()
@@ -114,12 +119,14 @@ class Pipeline:
         Raises:
             UserError: there is no room for it.
         """
-        data, index = self.data, self.index
+        data, index, self.held = self.data, self.index, True
+        if "image" in self.features:
+            self._hold_captions()
+            return ""
         ranges = [(recipe.crop_scale, recipe.crop_ratio) for recipe in self._recipes]  # how far a JPEG is reduced
-        how = (data.image_size, ranges, data.max_image_pixels, data.max_image_mib, pillow_version)
-        name = (index.fingerprint, *how)
+        how = (index.fingerprint, data.image_size, ranges, data.max_image_pixels, data.max_image_mib, pillow_version)
         cache, members = index.storage.cache, sorted(self._texts - {PARAPHRASES})
-        self.resident = open_resident(cache, name, members, index.num_samples, self._stored, self._decoded)
+        self.resident = open_resident(cache, how, members, index.num_samples, self._stored, self._decoded)
         if data.image_view_from != "group":
             return ""
         self.groups = Groups(map(self._group_of, range(index.num_samples)))
@@ -127,6 +134,18 @@ class Pipeline:
             f"data: {self.groups.alone:,} of {index.num_samples:,} samples are alone in their data.image_group; their "
             "further views are of their own image"
         )
+
+    def _hold_captions(self) -> None:
+        """Of a data set whose pictures nobody opens: as tokens, where that is all that is read of a sample."""
+        data, index, cache = self.data, self.index, self.index.storage.cache
+        name = (index.fingerprint, data.max_caption_characters)
+        others = [data.text_views, data.text_negatives, data.image_negatives, data.image_id, data.labels]
+        if len(self.text.base) == 1 and "text" not in self.features and not any(others):
+            place, read = self.text.base[0], partial(self._stored, wanted=self.text.members)
+            self.tokens = open_tokens(cache, name, place, self.tokenizer, index.num_samples, read)
+        if self.tokens is None:
+            members = sorted(self._texts - {PARAPHRASES})
+            self.resident = open_resident(cache, name, members, index.num_samples, self._stored)
 
     def _group_of(self, sample: int) -> Hashable | None:
         """What the sample says it shows; None where it says nothing, or cannot be used."""
@@ -148,6 +167,8 @@ class Pipeline:
         return found
 
     def __call__(self, visits: Visits) -> Part:
+        if self.tokens and (rows := rows_of(visits.ids, self.tokens, self.features["image"], self.references)):
+            return Part(torch.from_numpy(visits.ids), None, *rows, [], {"repeated_images": 0, "repeated_texts": 0})
         data, n = self.data, len(visits)
         shape = (7,) if data.resident == "device" else (3, data.image_size, data.image_size)
         kind = torch.int64 if data.resident == "device" else torch.uint8
@@ -254,10 +275,7 @@ class Pipeline:
     def label_of(self, content: Sample) -> int:
         """A number of the sample's class; -1 where it has none, or none was asked for."""
         value = None if self._labels is None else content.value(self._labels)
-        if value is None:
-            return -1
-        words = json.dumps(value, sort_keys=True).encode()
-        return int.from_bytes(hashlib.blake2b(words, digest_size=8).digest(), "big") >> 1
+        return -1 if value is None else class_number(value)
 
     def _decoded(self, content: Sample) -> Image.Image:
         opened = content.image()
@@ -331,18 +349,3 @@ class Pipeline:
             if len(self._paraphrases) > self.index.open_shards:
                 self._paraphrases.pop(next(iter(self._paraphrases))).close()
         return reader
-
-
-def count_repeated(views: tuple[Tensor, ...]) -> int:
-    """How many rows of further views equal that row of an earlier one."""
-    same = [torch.stack([_equal_rows(view, other) for other in views[:k]]).any(0) for k, view in enumerate(views) if k]
-    return int(sum(found.sum() for found in same))
-
-
-def _equal_rows(a: Tensor, b: Tensor) -> Tensor:
-    """(n,) bool; most differ in a few columns already."""
-    a, b = a.flatten(1), b.flatten(1)
-    equal = (a[:, :: max(1, a.shape[1] // 64)] == b[:, :: max(1, a.shape[1] // 64)]).all(1)
-    if equal.any():
-        equal[equal.clone()] = (a[equal] == b[equal]).all(1)
-    return equal

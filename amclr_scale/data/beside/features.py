@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from amclr_scale.config import schema
@@ -40,6 +41,7 @@ class Features(References):
 
     Attributes:
         width: of the tower's features.
+        bad: (N,) bool, samples that could not be read when they were made.
 
     Raises:
         UserError: the file cannot be read, is of other samples, or of samples that were read otherwise.
@@ -54,7 +56,8 @@ class Features(References):
         self.side, self.file, self.width = side, self.files[0], int(self.tables[0].shape[1])
         self.about = about_of(self.key, self.file)
         self.dtype = _READ[self.about["dtype"]]
-        self._bad = frozenset(self.about["bad"])
+        self.bad = np.zeros(index.num_samples, np.bool_)
+        self.bad[self.about["bad"]] = True
         if self.tables[0].dtype.str != STORED[self.about["dtype"]]:
             raise UserError(f"{self.key}: {self.file}: expected rows of {self.about['dtype']}; {self.writes}")
         self._expect("reads", reading(side, data, tokenizer))
@@ -86,10 +89,10 @@ class Features(References):
 
     def check(self, sample: int) -> None:
         """Raise `BadSampleError` for a sample that could not be read when the features were made."""
-        if sample in self._bad:
+        if self.bad[sample]:
             raise BadSampleError("no features", f"the {self.side} could not be read when {self.file.name} was made")
 
-    def __call__(self, samples: Sequence[int]) -> Tensor:
+    def __call__(self, samples: Sequence[int] | NDArray[np.int64]) -> Tensor:
         """Rows of some samples.
 
         Raises:
@@ -101,7 +104,7 @@ class Features(References):
         )
         bad = ~rows.isfinite().all(1)
         if bad.any():
-            sample = samples[int(bad.int().argmax())]
+            sample = int(samples[int(bad.int().argmax())])
             raise UserError(
                 f"{self.key}: {self.file}: expected finite numbers for sample {self._named(sample)}, got others; "
                 f"{self.writes} anew"

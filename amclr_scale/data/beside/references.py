@@ -81,7 +81,7 @@ class References:
                 f"{found:,}; is this of the same data set?"
             )
 
-    def __call__(self, samples: Sequence[int]) -> Tensor:
+    def __call__(self, samples: Sequence[int] | NDArray[np.int64]) -> Tensor:
         """Rows of some samples.
 
         Raises:
@@ -93,7 +93,7 @@ class References:
             rows[i] = self.tables[place][sample - self._first[place]]
         bad = ~np.isfinite(rows).all(1)
         if bad.any():
-            sample = samples[int(bad.argmax())]
+            sample = int(samples[int(bad.argmax())])
             place = sum(first <= sample for first in self._first[1:])
             raise UserError(
                 f"{self.key}: {self.files[place]}: expected finite numbers for sample {self._named(sample)}, got "

@@ -98,7 +98,7 @@ def open_resident(
     members: Sequence[str],
     samples: int,
     read: Callable[[int], Sample],
-    decode: Decode,
+    decode: Decode | None = None,
 ) -> ResidentData:
     """The data set's decoded form, written first where there is none; of several processes one does it.
 
@@ -108,7 +108,7 @@ def open_resident(
         members: text members that are kept.
         samples: N.
         read: a sample by its id.
-        decode: its picture.
+        decode: its picture; None: pictures are not held.
 
     Raises:
         UserError: there is no room for it.
@@ -136,7 +136,9 @@ def open_resident(
     return ResidentData(target)
 
 
-def _write(folder: Path, members: Sequence[str], samples: int, read: Callable[[int], Sample], decode: Decode) -> None:
+def _write(
+    folder: Path, members: Sequence[str], samples: int, read: Callable[[int], Sample], decode: Decode | None
+) -> None:
     sizes = np.zeros((samples, 2), np.int32)
     ends = np.full((samples, len(members)), -1, np.int64)
     faults: dict[str, dict[int, tuple[str, str]]] = {"unread": {}, "undecoded": {}}
@@ -153,6 +155,8 @@ def _write(folder: Path, members: Sequence[str], samples: int, read: Callable[[i
                 if name in content.members:
                     at += text.write(content.members[name])
                     ends[sample, column] = at
+            if decode is None:
+                continue
             try:
                 picture = decode(content)
             except BadSampleError as error:

@@ -1,0 +1,117 @@
+"""Captions tokenised once: where images are features and a sample has one caption, training reads nothing else of it.
+
+The rows lie in the cache folder and are mapped into memory, so that all ranks and workers of a machine share one copy,
+and the next run with the same captions and tokenizer finds them there.
+"""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.progress import track
+from torch import Tensor
+
+from amclr_scale.data.beside.features import Features
+from amclr_scale.data.beside.references import References
+from amclr_scale.data.decoding import BadSampleError, Field, Sample
+from amclr_scale.data.formats.npy import map_npy
+from amclr_scale.data.storage import locked
+from amclr_scale.data.tokenizers import Tokenizer
+
+_AT_ONCE = 4096  # samples
+_FILE = "tokens.npy"
+_UNREAD = -1  # in a row's first place: the caption cannot be read
+
+
+class _SeveralError(Exception):
+    """A sample has several captions, of which every epoch draws one."""
+
+
+class ResidentTokens:
+    """`tokens(samples)` -> (n, L) int64, the rows that the tokenizer gives for their captions.
+
+    Attributes:
+        bad: (N,) bool, whose caption cannot be read.
+    """
+
+    def __init__(self, file: Path):
+        self._rows: NDArray[np.int32] = map_npy(file)
+        self.bad: NDArray[np.bool_] = np.asarray(self._rows[:, 0] == _UNREAD)
+
+    def __call__(self, samples: Sequence[int] | NDArray[np.int64]) -> Tensor:
+        return torch.from_numpy(self._rows[samples].astype(np.int64))
+
+
+def rows_of(
+    ids: NDArray[np.int64], tokens: ResidentTokens, features: Features, references: Mapping[str, References]
+) -> tuple[tuple[Tensor], tuple[Tensor], dict[str, Tensor]] | None:
+    """Images, texts and what is given beside them, of some samples; None where one has no row in a table.
+
+    Args:
+        ids: (n,).
+        tokens, features: of captions and images.
+        references: by the name that objectives know them by.
+    """
+    if tokens.bad[ids].any() or features.bad[ids].any():
+        return None  # another has to stand for it
+    return (features(ids),), (tokens(ids),), {name: found(ids) for name, found in references.items()}
+
+
+def open_tokens(
+    cache: Path,
+    name: Sequence[object],
+    place: Field,
+    tokenizer: Tokenizer,
+    samples: int,
+    read: Callable[[int], Sample],
+) -> ResidentTokens | None:
+    """Every sample's tokens, written first where there are none; None where a sample has several captions.
+
+    Args:
+        cache: the machine's cache folder.
+        name: of the samples, and of how they are read.
+        place: of the caption.
+        samples: N.
+        read: a sample by its id.
+    """
+    how = [*name, str(place), tokenizer.fingerprint(), tokenizer.context_length]
+    digest = hashlib.sha256(json.dumps(how).encode()).hexdigest()[:32]
+    target = cache / "resident" / f"tokens-{digest}"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with locked(target):
+        if not target.is_dir():
+            partial = target.with_name(f".{target.name}.partial")
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir()
+            try:
+                _write(partial / _FILE, place, tokenizer, samples, read)
+            except _SeveralError:
+                (partial / _FILE).unlink()  # the empty folder says that there are none
+            partial.replace(target)
+    return ResidentTokens(target / _FILE) if (target / _FILE).is_file() else None
+
+
+def _write(file: Path, place: Field, tokenizer: Tokenizer, samples: int, read: Callable[[int], Sample]) -> None:
+    rows = np.lib.format.open_memmap(file, "w+", np.int32, (samples, tokenizer.context_length))
+    told = Console(stderr=True)
+    for first in track(range(0, samples, _AT_ONCE), "Tokenising", console=told, transient=True):
+        ids, captions = list[int](), list[str]()
+        part = rows[first : first + _AT_ONCE]
+        part[:] = _UNREAD
+        for sample in range(first, first + len(part)):
+            try:
+                found = read(sample).captions(place)
+            except BadSampleError:
+                continue
+            if len(found) > 1:
+                raise _SeveralError
+            ids.append(sample - first)
+            captions.append(found[0])
+        part[ids] = tokenizer(captions).numpy()
+    rows.flush()
