@@ -98,7 +98,9 @@ def open_tokens(
 
 
 def _write(file: Path, place: Field, tokenizer: Tokenizer, samples: int, read: Callable[[int], Sample]) -> None:
-    rows = np.lib.format.open_memmap(file, "w+", np.int32, (samples, tokenizer.context_length))
+    rows: NDArray[np.int32] = np.lib.format.open_memmap(  # type: ignore[no-untyped-call]
+        file, "w+", np.int32, (samples, tokenizer.context_length)
+    )
     told = Console(stderr=True)
     for first in track(range(0, samples, _AT_ONCE), "Tokenising", console=told, transient=True):
         ids, captions = list[int](), list[str]()
