@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from amclr_scale.distributed.collectives import world_size
 from amclr_scale.distributed.process_group import gather_objects
 from amclr_scale.encoders.dual_encoder import LOG_SCALE_BOUNDS
 from amclr_scale.encoders.norms import keep_statistics
@@ -110,7 +111,8 @@ class TrainStep:
             yield
         if self.stage == 0:
             self.engine.set_gradient_accumulation_boundary(True)
-            self.engine.allreduce_gradients()
+            if world_size() > 1:  # alone, a message to itself waits for gloo's thread, or copies all gradients
+                self.engine.allreduce_gradients()
 
     def __call__(self, batch: Batch, lr: float) -> StepReport:
         """Train on one batch.

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from deepspeed.runtime.engine import DeepSpeedEngine
 from torch import Tensor
 
 from amclr_scale import objectives
@@ -44,6 +45,23 @@ def assert_same(ranks: Any, changes: dict[str, Any], sizes: tuple[int, int], kep
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_texts_may_be_encoded_all_at_once_beside_images_in_parts(ranks, stage):
     assert_same(ranks, {"execution__zero_stage": stage, "optimizer__eps": 1e-4}, (2, 8), 0)
+
+
+def _silent(settings: Config) -> Any:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise AssertionError("a message to itself")
+
+    plain, DeepSpeedEngine.allreduce_gradients = DeepSpeedEngine.allreduce_gradients, refuse
+    try:
+        return engine_run(settings, (4, 4), 1, STEPS)
+    finally:
+        DeepSpeedEngine.allreduce_gradients = plain
+
+
+def test_a_rank_alone_sends_no_gradients(ranks):
+    settings = config(SIZE, optimizer__eps=1e-4)
+    for name, error in differences(ranks(1, _silent, settings), plain_run(settings, STEPS)).items():
+        assert error < (1e-5 if name == "loss" else 1e-6), f"{name}: {error:.1e}"
 
 
 FROZEN = [("image_tower",), ("temperature", "text_tower"), ("heads", "image_tower", "temperature")]
