@@ -9,6 +9,7 @@ import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -98,7 +99,7 @@ def open_tokens(
 
 
 def _write(file: Path, place: Field, tokenizer: Tokenizer, samples: int, read: Callable[[int], Sample]) -> None:
-    rows: NDArray[np.int32] = np.lib.format.open_memmap(  # type: ignore[no-untyped-call]
+    rows: np.memmap[Any, np.dtype[np.int32]] = np.lib.format.open_memmap(  # type: ignore[no-untyped-call]
         file, "w+", np.int32, (samples, tokenizer.context_length)
     )
     told = Console(stderr=True)
