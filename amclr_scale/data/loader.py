@@ -215,13 +215,12 @@ class TrainLoader:
         self._count([fault for part in parts for fault in part.faults])
         self._count_repeated(parts)
         batch = self._batch(parts)
-        if self.data.resident == "device":
-            self._repeated["repeated_images"] += count_repeated(batch.images)
+        self._repeated["repeated_images"] += count_repeated(batch.images) if self.data.resident == "device" else 0
         return batch
 
     def _hold(self) -> None:
-        wanted = self.data.resident != "none" and not self._parts.pipeline.held
-        if wanted and (note := self._parts.pipeline.hold()):
+        held = self.data.resident == "none" or self._parts.pipeline.held
+        if not held and (note := self._parts.pipeline.hold()):
             log.info(note)
 
     def _batch(self, parts: list[Part]) -> Batch:
