@@ -219,8 +219,8 @@ class TrainLoader:
         return batch
 
     def _hold(self) -> None:
-        held = self.data.resident == "none" or self._parts.pipeline.held
-        if not held and (note := self._parts.pipeline.hold()):
+        pipeline = self._parts.pipeline
+        if self.data.resident != "none" and not (pipeline.resident or pipeline.tokens) and (note := pipeline.hold()):
             log.info(note)
 
     def _batch(self, parts: list[Part]) -> Batch:

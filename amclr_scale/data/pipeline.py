@@ -75,16 +75,12 @@ class Pipeline:
 
     Attributes:
         text: which captions the views show.
-        held: whether `hold` has been called.
-        resident: the decoded data set, once it has.
+        resident: the decoded data set, once `hold` has opened it.
         tokens: of all captions, where they are held instead.
         references: features of frozen models, by the name that objectives know them by.
         features: of frozen towers, by the side whose picture or caption they stand for.
         groups: which samples show the same, where further views are drawn from these.
     """
-
-    resident: ResidentData | None
-    tokens: ResidentTokens | None
 
     def __init__(self, index: Index, data: schema.Data, seed: int, tokenizer: Tokenizer):
         self.index, self.data, self.seed, self.tokenizer = index, data, seed, tokenizer
@@ -103,7 +99,8 @@ class Pipeline:
         self._texts = words | self.hard.members | others
         pictures = frozenset[str]() if "image" in self.features else frozenset(IMAGE_EXTENSIONS)
         self._wanted = self._texts | pictures | frozenset(self.hard_pictures.members)
-        self.held, self.resident, self.tokens = False, None, None
+        self.resident: ResidentData | None = None
+        self.tokens: ResidentTokens | None = None
         self.groups: Groups | None = None
         self._recipes = [data.augmentation] + [data.image_view or data.augmentation] * data.image_views
         self._paraphrases = dict[int, ParaphraseReader]()
@@ -119,10 +116,9 @@ class Pipeline:
         Raises:
             UserError: there is no room for it.
         """
-        data, index, self.held = self.data, self.index, True
+        data, index = self.data, self.index
         if "image" in self.features:
-            self._hold_captions()
-            return ""
+            return self._hold_captions()
         ranges = [(recipe.crop_scale, recipe.crop_ratio) for recipe in self._recipes]  # how far a JPEG is reduced
         how = (index.fingerprint, data.image_size, ranges, data.max_image_pixels, data.max_image_mib, pillow_version)
         cache, members = index.storage.cache, sorted(self._texts - {PARAPHRASES})
@@ -135,17 +131,18 @@ class Pipeline:
             "further views are of their own image"
         )
 
-    def _hold_captions(self) -> None:
+    def _hold_captions(self) -> str:
         """Of a data set whose pictures nobody opens: as tokens, where that is all that is read of a sample."""
         data, index, cache = self.data, self.index, self.index.storage.cache
         name = (index.fingerprint, data.max_caption_characters)
         others = [data.text_views, data.text_negatives, data.image_negatives, data.image_id, data.labels]
         if len(self.text.base) == 1 and "text" not in self.features and not any(others):
-            place, read = self.text.base[0], partial(self._stored, wanted=self.text.members)
-            self.tokens = open_tokens(cache, name, place, self.tokenizer, index.num_samples, read)
+            read = partial(self._stored, wanted=self.text.members)
+            self.tokens = open_tokens(cache, name, self.text.base[0], self.tokenizer, index.num_samples, read)
         if self.tokens is None:
             members = sorted(self._texts - {PARAPHRASES})
             self.resident = open_resident(cache, name, members, index.num_samples, self._stored)
+        return ""
 
     def _group_of(self, sample: int) -> Hashable | None:
         """What the sample says it shows; None where it says nothing, or cannot be used."""
