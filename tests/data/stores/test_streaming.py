@@ -123,10 +123,10 @@ def test_a_fetch_under_way_when_a_loader_closes_leaves_nothing_in_memory(served,
     begun, closed = threading.Event(), threading.Event()
     real = remote.fetch
 
-    def slow(url, target, largest):
+    def slow(url, target, largest, key):
         begun.set()
         assert closed.wait(60)
-        real(url, target, largest)
+        real(url, target, largest, key)
 
     monkeypatch.setattr("amclr_scale.data.storage.fetch", slow)
     storage = Storage(tmp_path / "cache", 10**9, stream=Stream())
