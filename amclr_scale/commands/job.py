@@ -34,6 +34,7 @@ from amclr_scale.errors import UserError
 from amclr_scale.evaluation.evaluators import numbers_of
 from amclr_scale.evaluation.frozen_features.measure import numbers_of_probe
 from amclr_scale.evaluation.run import MOMENTUM, Evaluator
+from amclr_scale.evaluation.suites.of_runs import RunSuites
 from amclr_scale.metrics.best import BestSoFar
 from amclr_scale.metrics.log import RunLog
 from amclr_scale.metrics.phases import Phases
@@ -54,6 +55,7 @@ class Prepared:
     inputs: Inputs
     probed: Batch | None  # of run.probe
     evaluator: Evaluator | None  # None: nothing is to be measured
+    suites: RunSuites
     auto_keys: "AutoExecution | None"  # keys of execution that wait for the device's free memory
 
 
@@ -68,6 +70,7 @@ def prepare(config: Config, rank_info: RankInfo) -> Prepared:
     measured = config.evaluation.splits or config.evaluation.probes
     evaluator = Evaluator(config, rank=rank_info.rank, world_size=rank_info.world_size) if measured else None
     check_best(config, evaluator)
+    suites = RunSuites(config)
     auto_keys = None
     if config.execution.auto or config.execution.kept_micro_batches == "auto":
         from amclr_scale.planner.auto_execution import AutoExecution  # takes seconds, which other runs need not spend
@@ -75,7 +78,7 @@ def prepare(config: Config, rank_info: RankInfo) -> Prepared:
         auto_keys = AutoExecution(config, rank_info, inputs.loader.num_samples)
     elif config.execution.memory_report and rank_info.rank == 0:  # remembered: ranks can be pretended only now
         predict_memory(config, rank_info, inputs.loader.num_samples)
-    return Prepared(inputs, probed, evaluator, auto_keys)
+    return Prepared(inputs, probed, evaluator, suites, auto_keys)
 
 
 def check_best(config: Config, evaluator: Evaluator | None) -> None:
@@ -116,6 +119,7 @@ class Job:
     inputs: Inputs
     probed: Batch | None
     evaluator: Evaluator | None
+    suites: RunSuites
     trainer: Trainer
     step: TrainStep
     folder: Path
@@ -146,6 +150,7 @@ class Job:
             "\n".join([f"run folder {self.folder}", str(self.inputs.plan), *self.settled]),
             f"{trainer.parameters:,} parameters{frozen}, objective {name}, {trainer.optimizer}, on {self.device}",
             f"similarities: {trainer.similarities}",
+            *(f"evaluation.suites: {words}" for words in self.suites.words),
             f"to stop: Ctrl-C, or kill {os.getpid()} on {platform.node()}, saves the run and ends it; twice: at once",
             *(
                 f"note: {note}"
@@ -213,8 +218,9 @@ def build_job(
         repeated=loader.repeated,
     )  # fmt: skip
     return Job(
-        config, settled, rank_info, device, inputs, prepared.probed, prepared.evaluator, trainer, step, folder, lock,
-        delivery, log, records, signals, stopwatch, found, BestSoFar(folder / METRICS if rank_info.rank == 0 else None),
+        config, settled, rank_info, device, inputs, prepared.probed, prepared.evaluator, prepared.suites, trainer, step,
+        folder, lock, delivery, log, records, signals, stopwatch, found,
+        BestSoFar(folder / METRICS if rank_info.rank == 0 else None),
     )  # fmt: skip
 
 

@@ -26,6 +26,7 @@ from amclr_scale.engine.features import rest_towers
 from amclr_scale.engine.schedules import peak_learning_rate
 from amclr_scale.errors import UserError
 from amclr_scale.evaluation.run import Evaluator
+from amclr_scale.evaluation.suites.of_runs import RunSuites
 from amclr_scale.memory.account import account
 from amclr_scale.memory.units import in_two_digits, in_words
 from amclr_scale.metrics.devices import DeviceProfile, find_profile
@@ -89,12 +90,14 @@ def _read_splits(config: Config) -> Iterator[str]:
     """The first sample of everything that is measured on."""
     evaluator = Evaluator(config)
     check_best(config, evaluator if evaluator.tasks or evaluator.probes else None)
+    suites = RunSuites(config)
     pairs = [(f"evaluation.splits: {task.name}", task) for task in evaluator.tasks]
     pairs += [(f"evaluation.probes: {task.name}", task) for _, *both in evaluator.probes for task in both]
     for said, task in pairs:
         next(task.split.batches(1))
         kinds = ["retrieval"] * task.retrieval + [f"{len(task.class_names):,} classes"] * bool(task.class_names)
         yield f"{said}: {task.split.num_samples:,} images, {' and '.join(kinds)}; read the first"
+    yield from (f"evaluation.suites: {words}" for words in suites.words)
 
 
 def _goes_on(config: Config) -> bool:

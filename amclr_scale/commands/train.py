@@ -153,11 +153,15 @@ def conclude(job: "Job", results: dict[str, float]) -> None:
     save_weights(folder, trainer.model, trainer.objective, speaks=job.speaks, teacher=trainer.teacher)
     rows = job.config.evaluation.sheet
     sheets = evaluator.sheets(trainer.engine, rows) if evaluator and rows else {}
+    suites, tables = job.suites(trainer.engine, job.config, folder) if job.suites.suites else ({}, "")
     if not job.speaks:
         return
+    own, results = results, {**results, **suites}
+    if tables:
+        log.say(tables)
     if evaluator:
         save_items(folder / FILE, evaluator.numbers)
-        log.say(f"{evaluator.table(results)}\n\nmeasured in {job.config.execution.precision}, as trained")
+        log.say(f"{evaluator.table(own)}\n\nmeasured in {job.config.execution.precision}, as trained")
     (folder / "evaluation.json").write_text(json.dumps(results, indent=1) + "\n")  # the sign of a finished run
     for name, file in file_names(sheets).items():
         sheets[name].save(folder / file)

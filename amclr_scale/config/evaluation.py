@@ -39,6 +39,10 @@ class Evaluation(Section):
     folder of pictures with a .txt beside each, a folder with one folder of images per class, CIFAR's binary files
     (FOLDER#train for that part), or annotations (.json, .jsonl): Karpathy's (FILE.json#val for another split than
     test), COCO's, or a list of {image, caption, [image_id], [negatives]} as ALBEF's and SogCLR's."""
+    suites: dict[str, str | None] = Field({})
+    """Suites of papers measured at the end of a run, by name, each with the folder that holds its data sets:
+    {sugarcrepe: /data, datacomp38: /data/evalsets}; also clip_benchmark_vtab, retrieval, winoground and aro. As
+    `amclr-scale evaluate RUN --suite NAME --data FOLDER` measures them, whatever the keys below say."""
     every_samples: Positive | None = None
     """Also evaluate each time that many samples have been seen; null: at the end only."""
     caption: str | None = None

@@ -55,7 +55,7 @@ LATER_OF: dict[str, dict[str, Any]] = {"filip": {"objective.mask_duplicates": "n
 # Two ways of saying one thing: whichever is said last counts.
 ALTERNATIVES = {"samples": "epochs", "epochs": "samples"}
 # Names of the user's own, which replace those below as a list would.
-WHOLE = ("data.train", "evaluation.splits")
+WHOLE = ("data.train", "evaluation.splits", "evaluation.suites")
 
 
 def merge(below: dict[str, Any], above: dict[str, Any], within: str = "") -> dict[str, Any]:

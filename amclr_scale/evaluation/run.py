@@ -65,7 +65,7 @@ class Evaluator:
         Args:
             prefix: of all names, where a second model is measured: what is known of the first one stays.
         """
-        with _as_measured(model):
+        with as_measured(model):
             return self.measure(model, prefix)
 
     def sheets(self, model: nn.Module, rows: int) -> dict[str, Image.Image]:
@@ -75,7 +75,7 @@ class Evaluator:
             model: as in a call.
             rows: captions found, and as many missed.
         """
-        with _as_measured(model):
+        with as_measured(model):
             return {
                 task.name: text_to_image_sheet(model, task, self.options.batch_size, rows)
                 for task in self.tasks
@@ -124,8 +124,8 @@ class Evaluator:
 
 
 @contextmanager
-def _as_measured(model: nn.Module) -> Iterator[None]:
-    """In evaluation mode, with the same buffers on all ranks."""
+def as_measured(model: nn.Module) -> Iterator[None]:
+    """A model, or the engine around it, in evaluation mode, with the same buffers on all ranks."""
     training = model.training
     model.eval()
     try:

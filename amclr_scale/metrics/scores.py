@@ -130,7 +130,8 @@ GEOMETRY = Group(
     },
     table=False,
 )
-GROUPS = [RETRIEVAL, TOKENS, CLASSIFICATION, COMPOSITION, GEOMETRY]
+SUITES = Group("suites of papers", {"suite": ""}, {"*": Score("mean of data sets")}, table=False)
+GROUPS = [RETRIEVAL, TOKENS, CLASSIFICATION, COMPOSITION, GEOMETRY, SUITES]
 
 
 def describe(key: str) -> tuple[Group, str, Score] | None:

@@ -21,7 +21,7 @@ def portable(config: Config) -> Config:
     themselves, and any other path its last part. What the model computes is the same.
     """
     data, evaluation, model = config.data, config.evaluation, config.model
-    kept: dict[str, Any] = {"templates": _prompts(evaluation), "image_root": None}
+    kept: dict[str, Any] = {"templates": _prompts(evaluation), "image_root": None, "suites": {}}
     kept |= {"splits": _named(evaluation.splits)} if evaluation.splits else {}
     kept["probes"] = [
         one.model_copy(

@@ -1,6 +1,5 @@
 """`amclr-scale evaluate MODEL... --suite NAME --data FOLDER`: models one after the other, then the tables."""
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,8 +12,8 @@ from amclr_scale.distributed.collectives import rank
 from amclr_scale.errors import UserError
 from amclr_scale.evaluation.models import Loaded, check_reading, compute_in, use_statistics
 from amclr_scale.evaluation.suites.catalogue import Suite
-from amclr_scale.evaluation.suites.run import FIXED, check, digest_of, measure_suite, prepared, write_whole
-from amclr_scale.evaluation.suites.summary import in_terminal, markdown, summary
+from amclr_scale.evaluation.suites.run import FIXED, check, measured_table, prepared
+from amclr_scale.evaluation.suites.summary import in_terminal
 
 
 def configured(config: Config, words: Sequence[str]) -> Config:
@@ -81,17 +80,8 @@ def measure(
         folder = _folder(output, loaded, name, several=len(checkpoints) > 1)
         folders.append(folder)
         on = prepared(name, loaded.model.to(device), config, loaded.reading, chosen, folder)
-        about = {
-            "model": name, "precision": chosen, "resize": config.evaluation.resize,
-            "clean_captions": config.evaluation.clean_captions, "model_sha256": on.digest,
-        }  # fmt: skip
         for suite in suites:
-            results = measure_suite(suite, data, on)
-            found = summary(suite, results, about | {"data_sha256": digest_of(results)})
-            tables[suite.name][name] = found
-            if not rank():
-                write_whole(folder / f"{suite.name}.json", json.dumps(found, indent=1) + "\n")
-                write_whole(folder / f"{suite.name}.md", markdown({name: found}))
+            tables[suite.name][name] = measured_table(suite, data, on)
     if not rank():
         _say(tables, folders)
 

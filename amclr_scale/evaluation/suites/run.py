@@ -34,6 +34,7 @@ from amclr_scale.evaluation.suites.choices import (
 from amclr_scale.evaluation.suites.files import content, locate, of_model, stamp
 from amclr_scale.evaluation.suites.folders import check_folder, open_classes, open_retrieval
 from amclr_scale.evaluation.suites.opened import Opened, Place, reading_for
+from amclr_scale.evaluation.suites.summary import markdown, summary
 from amclr_scale.evaluation.suites.winogavil import open_winogavil
 from amclr_scale.evaluation.suites.winoground import open_winoground
 
@@ -121,6 +122,28 @@ def measure_suite(suite: Suite, data: Path, on: Measured) -> dict[str, Any]:
     for name, place in found.items():
         results[name] = _measure(suite.find(name), suite.name, data, place, on)
     return results
+
+
+def measured_table(suite: Suite, data: Path, on: Measured) -> dict[str, Any]:
+    """What `SUITE.json` holds, measured and written. All ranks call it together.
+
+    Args:
+        data: the folder that holds the data sets.
+
+    Raises:
+        UserError: as `measure_suite`.
+    """
+    results = measure_suite(suite, data, on)
+    about = {
+        "model": on.name, "precision": on.precision, "resize": on.config.evaluation.resize,
+        "clean_captions": on.config.evaluation.clean_captions, "model_sha256": on.digest,
+        "data_sha256": digest_of(results),
+    }  # fmt: skip
+    found = summary(suite, results, about)
+    if on.speaks:
+        write_whole(on.folder / f"{suite.name}.json", json.dumps(found, indent=1) + "\n")
+        write_whole(on.folder / f"{suite.name}.md", markdown({on.name: found}))
+    return found
 
 
 def file_of(folder: Path, suite: str, name: str) -> Path:

@@ -1,0 +1,98 @@
+"""`evaluation.suites`: measured at the end of a run, on its ranks; it goes on behind what is done; others find it."""
+
+import json
+import shutil
+
+import pytest
+
+from amclr_scale.commands.evaluate import main as evaluate
+from amclr_scale.commands.leaderboard import main as compare
+from amclr_scale.config.load import build, dump
+from amclr_scale.errors import UserError
+from amclr_scale.evaluation.suites.of_runs import RunSuites, numbers_of
+from amclr_scale.metrics.scores import score_of, words_of
+from amclr_scale.study.planning.amounts import unit_of_key
+from amclr_scale.trained.portable import portable
+from tests.commands.test_train import SMALL, train
+from tests.evaluation.suites.made import pictures
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Two of SugarCrepe's seven files."""
+    root = tmp_path_factory.mktemp("data")
+    pictures(root / "val2017", ["a.jpg", "b.jpg"])
+    (root / "sugarcrepe").mkdir()
+    for name in ("swap_obj", "add_att"):
+        told = {str(i): {"filename": f"{'ab'[i % 2]}.jpg", "caption": f"a {i} {name}", "negative_caption": f"{i} b"}
+                for i in range(6)}  # fmt: skip
+        (root / "sugarcrepe" / f"{name}.json").write_text(json.dumps(told))
+    return root
+
+
+def recipe(**suites):
+    return build({"train": {"samples": 64}, "evaluation": {"suites": suites}})
+
+
+def test_what_is_not_there_is_refused_by_its_key(data, tmp_path):
+    found = RunSuites(recipe(sugarcrepe=str(data)))
+    assert found.words[0].startswith(f"sugarcrepe: 2 of 7 data sets in {data}; missing: ")
+    for suites, told in (
+        ({"sugarcrepe": "/nowhere"}, r"^evaluation.suites.sugarcrepe: expected the folder that holds .* got /nowhere$"),
+        ({"aro": str(data)}, r"^evaluation.suites.aro: .*: expected at least one data set of aro, found none; looked"),
+        ({"sugarcrepes": str(data)}, r"^evaluation.suites.sugarcrepes: .* did you mean 'sugarcrepe'"),
+        ({"sugarcrepe": None}, r"^evaluation.suites.sugarcrepe: expected the folder .* on this machine, got null"),
+    ):
+        with pytest.raises(UserError, match=told):
+            RunSuites(recipe(**suites))
+    assert RunSuites(recipe()).suites == {}
+    config = recipe(sugarcrepe=str(data))
+    (tmp_path / "config.yaml").write_text(dump(config))
+    assert portable(config).evaluation.suites == {}  # an export keeps no paths
+
+
+def test_numbers_are_flat_and_known_to_studies():
+    one = {"number": "zero_shot_top1", "numbers": {"zero_shot_top1": 0.5, "zero_shot_top1/low": 0.4, "other": 1.0}}
+    found = numbers_of({
+        "suite": "datacomp38", "sets": {"vtab/dtd": one},
+        "columns": {"Average over 38": {"value": 0.5}, "ImageNet": {"value": None}},
+    })  # fmt: skip
+    assert found == {
+        "datacomp38/suite_Average_over_38": 0.5,
+        "datacomp38/vtab-dtd/zero_shot_top1": 0.5,
+        "datacomp38/vtab-dtd/zero_shot_top1/low": 0.4,
+    }
+    assert {unit_of_key(name) for name in list(found)[:2]} == {"points"}
+    assert score_of("datacomp38/suite_Average_over_38").unit == "points"
+    assert words_of("datacomp38/suite_Average_over_38") == "suite Average over 38"
+
+
+@pytest.mark.slow
+def test_two_ranks_then_one_that_goes_on_then_the_command(data, tmp_path, capsys):
+    run = tmp_path / "runs" / "a"
+    words = [*SMALL, f"run.folder={tmp_path}/runs", "run.name=a", "resume=auto", "data.lanes=1",
+             f"evaluation.suites={{sugarcrepe: {data}}}"]  # fmt: skip
+    done = train(*words, launcher="torchrun")
+    assert done.returncode == 0, done.stderr
+    assert f"evaluation.suites: sugarcrepe: 2 of 7 data sets in {data}; missing: " in done.stdout
+    results = json.loads((run / "evaluation.json").read_text())
+    table = json.loads((run / "evaluation" / "sugarcrepe.json").read_text())
+    assert results["sugarcrepe/suite_Mean_over_7"] == table["columns"]["Mean over 7"]["value"]
+    assert results["sugarcrepe/swap_obj/right/low"] <= results["sugarcrepe/swap_obj/right"]
+    assert "sugarcrepe/suite_Mean_over_7" not in (run / "metrics.jsonl").read_text()
+    # Killed behind the first data set, and started again on one rank.
+    (run / "evaluation.json").unlink()
+    shutil.rmtree(run / "evaluation" / "sugarcrepe", ignore_errors=False)
+    kept = table["sets"]["add_att"]
+    (run / "evaluation" / "sugarcrepe").mkdir()
+    (run / "evaluation" / "sugarcrepe" / "add_att.json").write_text(json.dumps(kept))
+    done = train(*words)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("measured before") == 1
+    again = json.loads((run / "evaluation.json").read_text())
+    assert again == results
+    # The command finds the same weights and data, and measures nothing.
+    assert evaluate([str(run), "--suite", "sugarcrepe", "--data", str(data)]) == 0
+    assert capsys.readouterr().out.count("measured before") == 2
+    assert compare([str(run), "--suite", "sugarcrepe"]) == 0
+    assert "(2 of 7)" in capsys.readouterr().out
