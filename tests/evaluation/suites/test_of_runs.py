@@ -24,14 +24,16 @@ def data(tmp_path_factory):
     pictures(root / "val2017", ["a.jpg", "b.jpg"])
     (root / "sugarcrepe").mkdir()
     for name in ("swap_obj", "add_att"):
-        told = {str(i): {"filename": f"{'ab'[i % 2]}.jpg", "caption": f"a {i} {name}", "negative_caption": f"{i} b"}
-                for i in range(6)}  # fmt: skip
+        told = {}
+        for i in range(6):
+            right, wrong = [f"a red house {i} {name}", f"{i} b"][:: 1 if i % 3 else -1]
+            told[str(i)] = {"filename": f"{'ab'[i % 2]}.jpg", "caption": right, "negative_caption": wrong}
         (root / "sugarcrepe" / f"{name}.json").write_text(json.dumps(told))
     return root
 
 
 def recipe(**suites):
-    return build({"train": {"samples": 64}, "evaluation": {"suites": suites}})
+    return build({"train": {"samples": 256}, "evaluation": {"suites": suites}})
 
 
 def test_what_is_not_there_is_refused_by_its_key(data, tmp_path):
@@ -70,9 +72,9 @@ def test_numbers_are_flat_and_known_to_studies():
 @pytest.mark.slow
 def test_two_ranks_then_one_that_goes_on_then_the_command(data, tmp_path, capsys):
     run = tmp_path / "runs" / "a"
-    words = [*SMALL, f"run.folder={tmp_path}/runs", "run.name=a", "resume=auto", "data.lanes=1",
+    words = [*SMALL, "train.samples=64", "optimizer.warmup_samples=0", f"run.folder={tmp_path}/runs", "run.name=a", "resume=auto", "data.lanes=1",
              f"evaluation.suites={{sugarcrepe: {data}}}"]  # fmt: skip
-    done = train(*words, launcher="torchrun")
+    done = train(*words, launcher="torchrun", timeout=400)
     assert done.returncode == 0, done.stderr
     assert f"evaluation.suites: sugarcrepe: 2 of 7 data sets in {data}; missing: " in done.stdout
     results = json.loads((run / "evaluation.json").read_text())
@@ -86,7 +88,7 @@ def test_two_ranks_then_one_that_goes_on_then_the_command(data, tmp_path, capsys
     kept = table["sets"]["add_att"]
     (run / "evaluation" / "sugarcrepe").mkdir()
     (run / "evaluation" / "sugarcrepe" / "add_att.json").write_text(json.dumps(kept))
-    done = train(*words)
+    done = train(*words, timeout=400)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("measured before") == 1
     again = json.loads((run / "evaluation.json").read_text())
@@ -94,5 +96,9 @@ def test_two_ranks_then_one_that_goes_on_then_the_command(data, tmp_path, capsys
     # The command finds the same weights and data, and measures nothing.
     assert evaluate([str(run), "--suite", "sugarcrepe", "--data", str(data)]) == 0
     assert capsys.readouterr().out.count("measured before") == 2
+    assert evaluate([str(run), "--suite", "sugarcrepe", "--data", str(data), "--output", str(tmp_path / "anew")]) == 0
+    assert "measured before" not in capsys.readouterr().out
+    assert numbers_of(json.loads((tmp_path / "anew" / "sugarcrepe.json").read_text())) == results
+    assert 0 < results["sugarcrepe/suite_Mean_over_7"] < 1
     assert compare([str(run), "--suite", "sugarcrepe"]) == 0
     assert "(2 of 7)" in capsys.readouterr().out
