@@ -94,7 +94,7 @@ def numbers_of(found: Mapping[str, Any]) -> dict[str, float]:
 
 def _digested(engine: nn.Module, config: Config, run: Path) -> Measured:
     """The engine, under the digest of the weights that rank 0 has saved: that of the command."""
-    precision = config.execution.precision
+    precision: str = config.execution.precision
     model = engine
     if rank() == 0:
         loaded = load_model(str(run))
