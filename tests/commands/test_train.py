@@ -36,11 +36,11 @@ LAUNCHERS = {
 }
 
 
-def train(*words, launcher="python"):
-    return run([*LAUNCHERS[launcher](), "launch/train.py", *words])
+def train(*words, launcher="python", timeout=120):
+    return run([*LAUNCHERS[launcher](), "launch/train.py", *words], timeout)
 
 
-def run(command):
+def run(command, timeout=120):
     environment = {
         **os.environ,
         "DS_ACCELERATOR": "cpu",
@@ -51,7 +51,9 @@ def run(command):
     environment["PATH"] = f"{BIN}{os.pathsep}{environment['PATH']}"
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         environment.pop(name, None)
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    return subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout, check=False
+    )
 
 
 def mistakes(tmp_path):
