@@ -77,18 +77,30 @@ class RunSuites:
         return flat, "\n\n".join(tables)
 
 
+def outcomes(name: str) -> set[str]:
+    """The numbers that a suite may have in evaluation.json, without details and without the suite before them."""
+    suite = suite_of(name)
+    return {_column(one.title) for one in suite.columns} | {_own(one.name, one.number) for one in suite.sets}
+
+
+def _column(title: str) -> str:
+    return f"suite_{title.replace(' ', '_')}"
+
+
+def _own(data_set: str, number: str) -> str:
+    return f"{data_set.replace('/', '-')}/{number}"
+
+
 def numbers_of(found: Mapping[str, Any]) -> dict[str, float]:
     """A suite's numbers, flat: columns that have a value, and what each data set counts with."""
     name = found["suite"]
     columns = {
-        f"{name}/suite_{title.replace(' ', '_')}": one["value"]
-        for title, one in found["columns"].items()
-        if one["value"] is not None
+        f"{name}/{_column(title)}": one["value"] for title, one in found["columns"].items() if one["value"] is not None
     }
     for place, one in found["sets"].items():
         for key in (one["number"], *(f"{one['number']}/{detail}" for detail in DETAILS)):
             if key in one["numbers"]:
-                columns[f"{name}/{place.replace('/', '-')}/{key}"] = one["numbers"][key]
+                columns[f"{name}/{_own(place, key)}"] = one["numbers"][key]
     return columns
 
 

@@ -19,7 +19,8 @@ from amclr_scale.data.sources import embedded_splits
 from amclr_scale.encoders.start.taken import resolve
 from amclr_scale.engine.batch_plan import make_plan
 from amclr_scale.engine.schedules import peak_learning_rate
-from amclr_scale.errors import UserError
+from amclr_scale.errors import UserError, did_you_mean
+from amclr_scale.evaluation.suites.of_runs import outcomes
 from amclr_scale.metrics.scores import GEOMETRY, describe
 from amclr_scale.study.planning.arms import CONTROLS
 from amclr_scale.study.planning.cost import encoder_cost, encoder_flops, matrices, negatives, pairwise_flops, peak_gib
@@ -312,6 +313,12 @@ def _check_metrics(plan: StudyPlan, config: Config) -> Iterator[str]:
     asked += [("tuning.metric", plan.tuning.metric)] if plan.tuning.metric else []
     for where, metric in asked:
         for key in metric.keys:
+            suite, _, number = key.partition("/")
+            if suite in evaluation.suites:
+                known_numbers = outcomes(suite)
+                if number not in known_numbers:
+                    yield f"{where}: {key}: {suite} has no such number{did_you_mean(number, known_numbers)}"
+                continue
             split = max((one for one in tests if key.startswith(f"{one}/")), key=len, default=None)
             if split is None:
                 held = ", ".join(tests) or "none"

@@ -72,7 +72,7 @@ def test_numbers_are_flat_and_known_to_studies():
 @pytest.mark.slow
 def test_two_ranks_then_one_that_goes_on_then_the_command(data, tmp_path, capsys):
     run = tmp_path / "runs" / "a"
-    words = [*SMALL, "train.samples=64", "optimizer.warmup_samples=0", "data.lanes=1", f"run.folder={tmp_path}/runs",
+    words = [*SMALL, "train.samples=64", "optimizer.warmup_samples=0", "data.lanes=2", f"run.folder={tmp_path}/runs",
              "run.name=a", "resume=auto", f"evaluation.suites={{sugarcrepe: {data}}}"]  # fmt: skip
     done = train(*words, launcher="torchrun", timeout=400)
     assert done.returncode == 0, done.stderr
