@@ -34,16 +34,6 @@ def test_every_arm_batch_size_and_seed_is_a_cell_with_a_recipe_of_its_own(tmp_pa
     assert len({cell.recipe_hash for cell in cells.values()}) == 8
 
 
-def test_numbers_of_suites_are_outcomes(tmp_path: Path) -> None:
-    measured = 'words=["evaluation.suites={sugarcrepe: /data}"]'
-    for key in ("suite_Mean_over_7", "swap_obj/right"):
-        assert len(planned(tmp_path, measured, f"metrics=[{{name: a, keys: [sugarcrepe/{key}]}}]")) == 8
-    with pytest.raises(
-        UserError, match=r"sugarcrepe/suite_Mean: sugarcrepe has no such number; did you mean 'suite_Me"
-    ):
-        planned(tmp_path, measured, "metrics=[{name: a, keys: [sugarcrepe/suite_Mean]}]")
-
-
 def test_equal_samples(tmp_path: Path) -> None:
     cells = planned(tmp_path, "batch_sizes=[32, 256]")
     assert (cells["clip-B32-s0"].samples, cells["clip-B32-s0"].steps) == (640, 20)

@@ -15,6 +15,7 @@ from amclr_scale.study.planning.amounts import unit_of_key
 from amclr_scale.trained.portable import portable
 from tests.commands.test_train import SMALL, train
 from tests.evaluation.suites.made import pictures
+from tests.study.test_cells import planned
 
 
 @pytest.fixture(scope="module")
@@ -67,6 +68,16 @@ def test_numbers_are_flat_and_known_to_studies():
     assert {unit_of_key(name) for name in list(found)[:2]} == {"points"}
     assert score_of("datacomp38/suite_Average_over_38").unit == "points"
     assert words_of("datacomp38/suite_Average_over_38") == "suite Average over 38"
+
+
+def test_numbers_of_suites_are_outcomes(tmp_path):
+    measured = 'words=["evaluation.suites={sugarcrepe: /data}"]'
+    for key in ("suite_Mean_over_7", "swap_obj/right"):
+        assert len(planned(tmp_path, measured, f"metrics=[{{name: a, keys: [sugarcrepe/{key}]}}]")) == 8
+    with pytest.raises(
+        UserError, match=r"sugarcrepe/suite_Mean: sugarcrepe has no such number; did you mean 'suite_Me"
+    ):
+        planned(tmp_path, measured, "metrics=[{name: a, keys: [sugarcrepe/suite_Mean]}]")
 
 
 @pytest.mark.slow
