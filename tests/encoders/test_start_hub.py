@@ -23,6 +23,7 @@ from tests.encoders.test_start import recipe, saved
 from tests.encoders.test_start_open_clip import check
 from tests.encoders.test_start_open_clip import folder as of_open_clip
 from tests.hub import serving
+from tests.study.test_cells import planned
 
 OLD, NEW = "a" * 40, "b" * 40
 
@@ -222,3 +223,10 @@ def test_a_run_of_ours_that_was_published(hub, clips, tmp_path):
     made = resolve(recipe("me/run"))
     assert weights(made)[1].equal(head)
     assert not any(path.endswith(".py") for _, path in hub.asked)
+
+
+def test_a_model_of_the_hub_is_one_commit_in_all_cells(tmp_path):
+    with pytest.raises(
+        UserError, match=r"^model.init: expected them/clip@v1@COMMIT .* in a plan, .* got them/clip@v1$"
+    ):
+        planned(tmp_path, "words=[model.init=them/clip@v1]")

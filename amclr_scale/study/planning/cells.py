@@ -16,6 +16,7 @@ from amclr_scale.config.objective_options import find
 from amclr_scale.config.schema import Config
 from amclr_scale.data.names import probe_name, split_names
 from amclr_scale.data.sources import embedded_splits
+from amclr_scale.encoders.start.hub_names import parse
 from amclr_scale.encoders.start.taken import resolve
 from amclr_scale.engine.batch_plan import make_plan
 from amclr_scale.engine.schedules import peak_learning_rate
@@ -197,6 +198,18 @@ def _more(where: Sequence[str]) -> str:
     return f" and {len(where) - 1} more" if len(where) > 1 else ""
 
 
+def _settled(tree: Mapping[str, Any], words: Sequence[str], ranks: int) -> Config:
+    """A cell's configuration, with what `model.init` settles: one model in all cells, whenever they start."""
+    config = build(merge(dict(tree), from_words(list(words))), ranks)
+    name = parse(config.model.init or "")
+    if name is not None and not name.commit:
+        raise UserError(
+            f"model.init: expected {name}@COMMIT (40 hexadecimal digits) in a plan, since a branch may be another "
+            f"model for a later cell, got {name}"
+        )
+    return resolve(config, ranks)
+
+
 def _cell(
     plan: StudyPlan, tree: Mapping[str, Any], arm: ArmPlan, one: Combination, epoch: float, rates: Rates,
     steps: int | None, above: Mapping[str, Planned],
@@ -223,7 +236,7 @@ def _cell(
         words.append(f"optimizer.lr={plan.lr.base!r}")
 
     words = [*kept_settings(tree, words), *words]
-    draft = resolve(build(merge(dict(tree), from_words([*words, f"train.samples={batch}"])), ranks), ranks)
+    draft = _settled(tree, [*words, f"train.samples={batch}"], ranks)
     samples = steps * batch if steps else samples_of(plan, draft, one.setting, epoch, rates, arm.budget_factor)
     words.append(f"train.samples={samples}")
     if plan.warmup_samples is not None:
@@ -233,7 +246,7 @@ def _cell(
     words.append(f"seed={seed}")
 
     execution = [*plan.execution.words, *plan.execution.words_by_batch.get(batch, [])]
-    config = resolve(build(merge(dict(tree), from_words([*words, *execution])), ranks), ranks)
+    config = _settled(tree, [*words, *execution], ranks)
     run = make_plan(config, epoch, ranks)
     variant = variant_name(arm.name, batch, axes)
     return Planned(
