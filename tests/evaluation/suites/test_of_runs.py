@@ -72,7 +72,7 @@ def test_numbers_are_flat_and_known_to_studies():
 
 def test_numbers_of_suites_are_outcomes(tmp_path):
     measured = 'words=["evaluation.suites={sugarcrepe: /data}"]'
-    for key in ("suite_Mean_over_7", "swap_obj/right"):
+    for key in ("suite_Mean_over_7", "suite_Swap_object"):
         assert len(planned(tmp_path, measured, f"metrics=[{{name: a, keys: [sugarcrepe/{key}]}}]")) == 8
     with pytest.raises(
         UserError, match=r"sugarcrepe/suite_Mean: sugarcrepe has no such number; did you mean 'suite_Me"
