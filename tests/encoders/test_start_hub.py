@@ -226,7 +226,5 @@ def test_a_run_of_ours_that_was_published(hub, clips, tmp_path):
 
 
 def test_a_model_of_the_hub_is_one_commit_in_all_cells(tmp_path):
-    with pytest.raises(
-        UserError, match=r"model.init: expected them/clip@v1@COMMIT .* in a plan, .* got them/clip@v1"
-    ):
+    with pytest.raises(UserError, match=r"model.init: expected them/clip@v1@COMMIT .* in a plan, .* got them/clip@v1"):
         planned(tmp_path, "words=[model.init=them/clip@v1]")
