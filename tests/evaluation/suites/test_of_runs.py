@@ -111,5 +111,5 @@ def test_two_ranks_then_one_that_goes_on_then_the_command(data, tmp_path, capsys
     assert "measured before" not in capsys.readouterr().out
     assert numbers_of(json.loads((tmp_path / "anew" / "sugarcrepe.json").read_text())) == results
     assert 0 < results["sugarcrepe/suite_Mean_over_7"] < 1
-    assert compare([str(run), "--suite", "sugarcrepe"]) == 0
+    assert compare([str(run), "--suite", "sugarcrepe", "--format", "markdown"]) == 0
     assert "(2 of 7)" in capsys.readouterr().out
