@@ -1,6 +1,8 @@
 """Captions tokenised once, beside features of images: the batches of the shards, of which nothing is read any more."""
 
+import errno
 import logging
+from collections import namedtuple
 
 import pytest
 
@@ -8,6 +10,7 @@ from amclr_scale.commands.embedding.of_towers import write_features
 from amclr_scale.data import loader
 from amclr_scale.data.pipeline import Pipeline
 from amclr_scale.data.resident import tokens
+from amclr_scale.errors import UserError
 from tests.data.beside.test_features import config
 from tests.data.shards import pair, write_tar
 from tests.data.test_loader import assert_same, joined, take
@@ -60,3 +63,20 @@ def test_one_caption_each_is_read_once(made, monkeypatch):
 
     monkeypatch.setattr(tokens, "_write", lambda *_: pytest.fail("written twice"))
     assert_same(take(data, 30, global_batch_size=2), batches)
+
+
+@pytest.mark.parametrize("free", [100, 2**40])
+def test_a_disk_without_room_for_them_is_told(made, tmp_path, monkeypatch, free):
+    """Where it shows before they are written, and where it shows on the way; nothing half-written is kept."""
+    data = config(made, ("image",)).data.model_copy(update={"resident": "host", "cache": str(tmp_path)})
+    usage = namedtuple("usage", "free")
+    monkeypatch.setattr("shutil.disk_usage", lambda path: usage(free))
+
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    said = r"expected 0\.0 MiB free in .* for the tokens of 24 captions" if free == 100 else r"the disk of .* is full"
+    with pytest.raises(UserError, match=rf"^data\.cache: {said}.*, or data\.resident to none$"):
+        take(data, 1)
+    assert [path.suffix for path in (tmp_path / "resident").iterdir()] == [".lock"]
