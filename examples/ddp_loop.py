@@ -4,7 +4,7 @@ torchrun --nproc-per-node 2 examples/ddp_loop.py     # or python examples/ddp_lo
 """
 
 import os
-import sys
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 
 import torch
 import torch.distributed as dist
@@ -14,7 +14,10 @@ from torch import nn
 from amclr_scale import GradientCache
 from amclr_scale.similarity import contrast
 
-BATCH, STEPS = (int(word) for word in (sys.argv[1:] or ["4096", "20"]))
+parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+parser.add_argument("batch", type=int, nargs="?", default=4096)
+parser.add_argument("steps", type=int, nargs="?", default=20)
+BATCH, STEPS = vars(parser.parse_args()).values()
 
 
 class Encoder(nn.Module):

@@ -9,11 +9,18 @@ change keys of the recipe.
 
 import json
 import sys
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from pathlib import Path
 
 from amclr_scale.commands.main import main
 
-PHOTOS, HELD_OUT, CLIP, FOLDER, *WORDS = sys.argv[1:]
+parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+parser.add_argument("photos")
+parser.add_argument("held_out")
+parser.add_argument("clip")
+parser.add_argument("folder")
+parser.add_argument("words", nargs="*", metavar="key=value")
+PHOTOS, HELD_OUT, CLIP, FOLDER, WORDS = vars(parser.parse_args()).values()
 SPLITS = f"evaluation.splits={{held_out: {HELD_OUT}}}"
 RECIPE = f"""
 data: {{train: {FOLDER}/shards, augmentation: {{crop_scale: [0.9, 1.0]}}}}

@@ -3,7 +3,7 @@
 python examples/lightning_loop.py
 """
 
-import sys
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 
 import lightning
 import torch
@@ -14,7 +14,10 @@ from torch.utils.data import DataLoader, TensorDataset
 from amclr_scale import GradientCache
 from amclr_scale.similarity import contrast
 
-BATCH, STEPS = (int(word) for word in (sys.argv[1:] or ["4096", "20"]))
+parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+parser.add_argument("batch", type=int, nargs="?", default=4096)
+parser.add_argument("steps", type=int, nargs="?", default=20)
+BATCH, STEPS = vars(parser.parse_args()).values()
 
 
 class Clip(lightning.LightningModule):

@@ -8,11 +8,16 @@ training opens no picture. Zhai et al., "LiT", CVPR 2022, arXiv:2111.07991.
 
 import json
 import sys
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from pathlib import Path
 
 from amclr_scale.commands.main import main
 
-FOLDER, BATCH, SAMPLES = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+parser.add_argument("folder", type=Path)
+parser.add_argument("batch", type=int)
+parser.add_argument("samples", type=int)
+FOLDER, BATCH, SAMPLES = vars(parser.parse_args()).values()
 
 RECIPE = f"""
 data:
@@ -37,6 +42,7 @@ def amclr(*words: str) -> None:
         sys.exit(f"amclr-scale {' '.join(words)} failed")
 
 
+FOLDER.mkdir(parents=True, exist_ok=True)
 (FOLDER / "lit.yaml").write_text(RECIPE)
 amclr("embed", "--config", f"{FOLDER}/lit.yaml")
 amclr("train", "--config", f"{FOLDER}/lit.yaml")

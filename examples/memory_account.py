@@ -3,12 +3,16 @@
 python examples/memory_account.py quickstart 32768 64     # configuration, global batch, ranks
 """
 
-import sys
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 
 from amclr_scale.config.load import load
 from amclr_scale.memory.account import account, in_words
 
-NAME, BATCH, RANKS = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+parser.add_argument("configuration")
+parser.add_argument("batch", type=int)
+parser.add_argument("ranks", type=int)
+NAME, BATCH, RANKS = vars(parser.parse_args()).values()
 
 for micro_batch in (64, 512):
     words = [f"train.global_batch_size={BATCH}", f"execution.micro_batch_size={micro_batch}", f"data.lanes={RANKS}"]

@@ -4,10 +4,12 @@ python examples/read_study.py docs/studies/mini_amclr/report.json     # or studi
 """
 
 import json
-import sys
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from pathlib import Path
 
-report = json.loads(Path(sys.argv[1]).read_text())
+parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+parser.add_argument("report", type=Path)
+report = json.loads(parser.parse_args().report.read_text())
 for run in report["runs"]:
     low, high = 100 * run["score_low"], 100 * run["score_high"]
     print(f"{run['title']}, B = {run['global_batch_size']}: {100 * run['score']:.1f} % [{low:.1f}, {high:.1f}]")

@@ -4,19 +4,27 @@ python examples/sentence_transformers_loop.py 8192 20 sentence-transformers/all-
 python examples/sentence_transformers_loop.py     # without a model's name or folder: a small one with random weights
 """
 
-import sys
 import tempfile
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
+from contextlib import suppress
 from pathlib import Path
 
 import torch
-from sentence_transformers import SentenceTransformer
-from transformers import BertConfig, BertModel, BertTokenizerFast
 
 from amclr_scale import GradientCache
 from amclr_scale.similarity import contrast
+from amclr_scale.torchvision_ops import import_torchvision
 
-BATCH, STEPS = (int(word) for word in (sys.argv[1:3] or ["8192", "20"]))
-NAME = sys.argv[3] if len(sys.argv) > 3 else None
+with suppress(ImportError):  # where it is installed, and built for another torch: the packages below import it
+    import_torchvision()
+from sentence_transformers import SentenceTransformer
+from transformers import BertConfig, BertModel, BertTokenizerFast
+
+parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+parser.add_argument("batch", type=int, nargs="?", default=8192)
+parser.add_argument("steps", type=int, nargs="?", default=20)
+parser.add_argument("model", nargs="?")
+BATCH, STEPS, NAME = vars(parser.parse_args()).values()
 WORDS = [f"word{n}" for n in range(400)]
 
 

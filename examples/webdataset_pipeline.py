@@ -3,7 +3,7 @@
 python examples/webdataset_pipeline.py 64 20 /tmp/position.pt     # stop it, start it again: no sample comes twice
 """
 
-import sys
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from pathlib import Path
 
 import torch
@@ -14,7 +14,11 @@ from torch import nn
 from amclr_scale.data.webdataset import IndexedShards
 from amclr_scale.similarity import contrast
 
-BATCH, STEPS, SAVED = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
+parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+parser.add_argument("batch", type=int)
+parser.add_argument("steps", type=int)
+parser.add_argument("saved", type=Path)
+BATCH, STEPS, SAVED = vars(parser.parse_args()).values()
 
 source = IndexedShards("emoji/train", global_batch_size=BATCH, per_item=BATCH, seed=0)  # yours: "shards/{000..099}.tar"
 

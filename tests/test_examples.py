@@ -1,5 +1,8 @@
 """The scripts of examples/ run as they stand, on few samples, and learn."""
 
+import contextlib
+import importlib.util
+import io
 import re
 import runpy
 import subprocess
@@ -11,48 +14,74 @@ import torch
 
 from amclr_scale.config.load import load
 from amclr_scale.objectives import create
-from amclr_scale.torchvision_ops import import_torchvision
 from amclr_scale.types import Embeddings
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
-FURTHER = {"sentence_transformers_loop.py": "sentence_transformers", "lightning_loop.py": "lightning"}  # packages
+SENTENCES = "sentence_transformers_loop.py"
+FURTHER = {SENTENCES: "sentence_transformers", "lightning_loop.py": "lightning"}  # packages
+READ = {"own_objective.py"}  # by `objective.module`, and no script
 
 
 def need(name):
     """Skip an example whose package is not installed."""
-    if name in FURTHER:
-        import_torchvision()  # before packages that import it themselves
-        pytest.importorskip(FURTHER[name])
+    if name in FURTHER and importlib.util.find_spec(FURTHER[name]) is None:
+        pytest.skip(f"{FURTHER[name]} is not installed")
 
 
-LOOPS = [
-    pytest.param(path.name, marks=pytest.mark.slow) if path.name in FURTHER else path.name
-    for path in sorted(EXAMPLES.glob("*_loop.py"))
-]
+def scripts(names):
+    """What imports packages of others for seconds is slow."""
+    return [pytest.param(name, marks=pytest.mark.slow) if name in FURTHER else name for name in sorted(names)]
 
 
-@pytest.mark.parametrize("name", LOOPS)
+def learned(said):
+    losses = [float(one) for one in re.findall(r"loss ([\d.]+)", said)]
+    assert len(losses) == 12
+    assert losses[-1] < 0.8 * losses[0]
+
+
+@pytest.mark.parametrize("name", scripts({path.name for path in EXAMPLES.glob("*_loop.py")} - {SENTENCES}))
 def test_a_loop_learns(name, monkeypatch, capsys):
     need(name)
     for key in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(key, raising=False)
     monkeypatch.setattr(sys, "argv", [name, "160", "12"])
     runpy.run_path(str(EXAMPLES / name), run_name="__main__")
-    losses = [float(one) for one in re.findall(r"loss ([\d.]+)", capsys.readouterr().out)]
-    assert len(losses) == 12
-    assert losses[-1] < 0.8 * losses[0]
+    learned(capsys.readouterr().out)
+
+
+def in_a_process(name, *words, then=""):
+    """What a script says that a user starts: nothing is imported before it, and it may make a process group.
+
+    Args:
+        then: statements after it, for which `made` is what it has made.
+    """
+    code = (
+        f"import runpy, sys; sys.argv = sys.argv[1:]; made = runpy.run_path(sys.argv[0], run_name='__main__'); {then}"
+    )
+    command = [sys.executable, "-c", code, str(EXAMPLES / name), *map(str, words)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=EXAMPLES.parent)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
 
 
 @pytest.mark.slow
-def test_the_gradient_of_sentence_transformers_is_the_plain_one(monkeypatch):
+@pytest.mark.launch
+def test_sentence_transformers_learn_and_their_gradient_is_the_plain_one():
+    """In a process whose first import of torchvision is the example's own."""
+    need(SENTENCES)
+    check = "from tests.test_examples import check_sentences; check_sentences(made)"
+    said = in_a_process(SENTENCES, 160, 12, then=check)
+    learned(said)
+    assert said.splitlines()[-1] == "the gradient is the plain one"
+
+
+def check_sentences(made):
     """150 questions and answers of different lengths, 64 at a time, in float64."""
-    need("sentence_transformers_loop.py")
-    monkeypatch.setattr(sys, "argv", ["sentence_transformers_loop.py", "150", "0"])
-    made = runpy.run_path(str(EXAMPLES / "sentence_transformers_loop.py"))
     model = made["model"].double().eval()  # dropout draws other numbers for 64 rows than for 150
     texts = [f"word{n} " * (1 + n % 5) for n in range(300)]
     sides = [dict(model.preprocess(texts[k::2])) for k in range(2)]
     sides = [{name: side[name] for name in ("input_ids", "attention_mask")} for side in sides]
+    model.zero_grad()
     plain = made["loss"](made["encode"](*sides))
     plain.backward()
     expected = [parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None]
@@ -61,6 +90,31 @@ def test_the_gradient_of_sentence_transformers_is_the_plain_one(monkeypatch):
     found = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
     assert len(found) == len(expected) > 20
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+    refuses(SENTENCES)
+    print("the gradient is the plain one")
+
+
+@pytest.mark.parametrize("name", scripts({path.name for path in EXAMPLES.glob("*.py")} - READ - {SENTENCES}))
+def test_words_that_a_script_cannot_use_are_told(name):
+    """Those that miss, too."""
+    need(name)
+    refuses(name)
+
+
+def refuses(name):
+    assert f"python examples/{name}" in (EXAMPLES / name).read_text()  # its first words say how it is started
+    words = sys.argv
+    for wrong in ["--nonsense"], ["none"] if name.endswith("_loop.py") else []:
+        sys.argv, said = [name, *wrong], io.StringIO()
+        try:
+            with pytest.raises(SystemExit) as ended, contextlib.redirect_stderr(said):
+                runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+        finally:
+            sys.argv = words
+        assert ended.value.code == 2
+        assert said.getvalue().startswith(f"usage: {name} [-h]")
+        told = "(the following arguments are required|unrecognized arguments: --nonsense|argument batch: invalid)"
+        assert re.search(f"error: {told}", said.getvalue())
 
 
 @pytest.mark.launch  # workers
@@ -102,14 +156,6 @@ def test_accounts_and_reports_are_read(monkeypatch, capsys):
     assert "execution." in said
     assert re.search(r"CLIP, B = 128: [\d.]+ % \[", said)
     assert re.search(r"against CLIP, B = 128: \w+", said)
-
-
-def in_a_process(name, *words):
-    """What a script says; a run of its own makes a process group."""
-    command = [sys.executable, str(EXAMPLES / name), *map(str, words)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
 
 
 @pytest.mark.slow
