@@ -12,28 +12,46 @@ _HIDDEN = "..."
 _BEGIN = re.compile(r"(?P<protocol>[A-Za-z][A-Za-z0-9+.-]*)://")
 _AUTHORITY = re.compile(r"[^\s/?#'\"]*")
 _REST = re.compile(r"[^\s'\"]*")
+_PORT = re.compile(r"\d*|\{[\d.,]+\}|\$\w+|\$\{\w+\}")
 # There, a name before the host says who logs in, or which container it is; elsewhere it is as good as a password.
 _LOGIN = {
     "sftp", "ssh", "scp", "rsync", "ftp", "ftps", "smb", "hdfs", "webhdfs", "abfs", "abfss", "wasb", "wasbs", "az",
-    "adl", "git+ssh", "memory",
+    "adl", "git+ssh", "memory", "oci", "root", "roots", "xroot", "irods",
 }  # fmt: skip
-_REVISION = {"github", "git"}  # there, fsspec reads an organization, a repository and a revision before the @
-_NAME = (
-    r"(?:[\w.-]*[-_.])?(?:sig|signature|token|secret|password|passwd|pwd|auth|authorization|credentials?|key|apikey|"
-    r"accesskey|accesskeyid|accessid|keyid|jwt|policy|code)|\w*(?:accesskeyid|accessid|signature|apikey|token|password)"
-    r"|key-pair-id"
+# There, no host follows but a path, which may have an @: on this machine, within an archive, or at a revision.
+_PATH = {"file", "local", "tar", "zip", "libarchive", "github", "git"}
+_PASSWORD = r"(?:secret|token|password|passwd|passphrase|credentials?|signature)"
+_KEY = (
+    r"(?:(?:access|account|api|auth|private|secret|shared|subscription)[-_]?key(?:[-_]?id)?|access[-_]?id|"
+    r"key[-_]pair[-_]id)"
 )
-_PARAMETER = re.compile(rf"[?&;#](?:{_NAME})=(?P<secret>[^&;#\s'\"]+)", re.IGNORECASE)
-_IN_COMMAND = (  # of pipe:COMMAND, where $VARIABLE is no secret
-    re.compile(r"(?i)(?:authorization|[\w-]*(?:token|key|secret))\s*:\s*(?:(?:bearer|basic|token)\s+)?(?P<secret>[^\s'\"]+)"),
-    re.compile(r"\b\w*(?:SECRET|TOKEN|PASSWORD|KEY)\w*=(?P<secret>[^\s;]+)"),
-    re.compile(r"(?:^|\s)(?:-u|--user|--(?:[a-z]+-)?password|--oauth2-bearer)[ =](?P<secret>\S+)"),
-)  # fmt: skip
+_NAME = (
+    rf"(?:(?:[\w.-]*[-_.])?(?:sig|sas|pass|pwd|auth|authorization|bearer|jwt|hdnts|hdnea|{_PASSWORD}|{_KEY})_*"
+    rf"|\w*(?:{_PASSWORD}|accesskeyid|accessid|apikey))"
+)
+_SURE = re.compile(rf"[?&;#~]{_NAME}=(?P<secret>[^&;#\s'\"]+)", re.IGNORECASE)
+# Names that other things have too: then a secret is long, and of letters and digits.
+_LONG = r"(?=[^&;#\s'\"]*\d)(?=[^&;#\s'\"]*[A-Za-z])(?P<secret>[^&;#\s'\"]{16,})"
+_PERHAPS = re.compile(rf"[?&;#](?:[\w.-]*[-_.])?(?:key|ak|code|policy|session|sessionid|hmac)={_LONG}", re.IGNORECASE)
+_VALUE = r"(?P<secret>'[^']*'|\"[^\"]*\"|[^\s'\";|&]+)"
+_IN_COMMAND = tuple(re.compile(pattern, re.IGNORECASE) for pattern in (  # of pipe:COMMAND, where $VARIABLE is no secret
+    r"(?<=['\"])(?:(?:proxy-)?authorization|cookie)\s*:\s*(?:[a-z]+\s+)?(?P<secret>[^'\"]+)",
+    r"(?<!['\"\w-])(?:(?:proxy-)?authorization|cookie)\s*:\s*(?P<secret>[^\s'\"]+)",
+    rf"\b(?:[\w-]*{_PASSWORD}|[\w-]*{_KEY})\s*:\s*(?P<secret>[^\s'\"]+)",
+    rf"(?<![\w-])\w*(?:{_PASSWORD}|pass|{_KEY})={_VALUE}",
+    rf"(?<![\w-])[\w-]*key(?:=|:\s*){_LONG}",
+    rf"\s--[\w-]*(?:{_PASSWORD}|bearer|{_KEY}|connection-string)[ =]{_VALUE}",
+    rf"\b(?:curl|lftp|smbclient)\b[^|;]*?\s(?:-[a-z]*u\s?|--(?:proxy-)?user[ =]){_VALUE}",
+    rf"\bsshpass\s+(?:-\w+\s+)*?-p\s?{_VALUE}",
+    rf"\bopenssl\b[^|;]*?\s-k\s{_VALUE}",
+    rf"\bpass:{_VALUE}",
+))  # fmt: skip
+# No secret: a number, one that names a folder, a word of configurations.
+_NONE = re.compile(r"['\"]?(?:\d{1,5}(?:/.*)?|true|false|null|none|yes|no|basic)?['\"]?", re.IGNORECASE)
 
 
 def _secrets(text: str) -> Iterator[tuple[int, int]]:
     """From where to where secrets stand in a text; they may overlap."""
-    pipe = text.find("pipe:")
     for begin in _BEGIN.finditer(text):
         protocol, at = begin["protocol"].lower(), begin.end()
         authority = _AUTHORITY.match(text, at)
@@ -42,12 +60,15 @@ def _secrets(text: str) -> Iterator[tuple[int, int]]:
         assert rest is not None
         who, sign, _ = authority[0].rpartition("@")
         port = authority[0].partition(":")[2] if not authority[0].startswith("[") else ""
-        if not sign and port and not port.isdecimal() and "@" in rest[0]:  # a password with a slash in it
+        numbered = _PORT.fullmatch(port) or authority[0].startswith("arn:")
+        if not sign and not numbered and "@" in rest[0]:  # a password with a slash in it
             who = rest[0].rpartition("@")[0]
-        if who and protocol not in _REVISION and not (protocol in _LOGIN and ":" not in who):
+        if who and protocol not in _PATH and not (protocol in _LOGIN and ":" not in who):
             yield at, at + len(who)
-        for found in _PARAMETER.finditer(text, at, rest.end()):
-            yield found.span("secret")
+        for pattern in (_SURE, _PERHAPS):
+            for found in pattern.finditer(text, at, rest.end()):
+                yield found.span("secret")
+    pipe = text.find("pipe:")
     for pattern in _IN_COMMAND if pipe >= 0 else ():
         for found in pattern.finditer(text, pipe):
             yield found.span("secret")
@@ -60,8 +81,9 @@ def masked(text: str) -> str:
     parts, done = list[str](), 0
     expanded = "pipe:" in text  # by a shell
     for begin, end in sorted(_secrets(text)):
-        if begin >= done and not (expanded and "$" in text[begin:end]):
-            parts += [text[done:begin], _HIDDEN]
+        value = text[begin:end]
+        if end > done and not _NONE.fullmatch(value) and not (expanded and "$" in value):
+            parts += [text[done:begin], _HIDDEN] if begin >= done else []
             done = end
     return "".join([*parts, text[done:]])
 

@@ -12,6 +12,7 @@ from amclr_scale.data import remote
 from amclr_scale.errors import UserError
 
 SECRET = "hush"
+LONG = f"{SECRET}0123456789ABCDEF"
 WITH = {
     f"https://{SECRET}@host/a.tar": "https://...@host/a.tar",
     f"https://me:{SECRET}@host:8080/a.tar": "https://...@host:8080/a.tar",
@@ -31,12 +32,52 @@ WITH = {
     f"pipe:AWS_SECRET_ACCESS_KEY={SECRET} aws s3 cp s3://b/a.tar -": (
         "pipe:AWS_SECRET_ACCESS_KEY=... aws s3 cp s3://b/a.tar -"
     ),
+    f"s3://key:{SECRET}/{SECRET}@bucket/a.tar": "s3://...@bucket/a.tar",
+    f"https://h/a.tar?Policy={LONG}&Signature={SECRET}~{SECRET}&Key-Pair-Id={SECRET}": (
+        "https://h/a.tar?Policy=...&Signature=...&Key-Pair-Id=..."
+    ),
+    f"https://h/a.tar?key={LONG}": "https://h/a.tar?key=...",
+    f"https://h/a.tar?code={LONG}": "https://h/a.tar?code=...",
+    f"https://h/a.tar?pass={SECRET}&sas={SECRET}": "https://h/a.tar?pass=...&sas=...",
+    f"https://h/a.tar?hdnts=exp=1~acl=/*~hmac={SECRET}": "https://h/a.tar?hdnts=...",
+    f"pipe:aws_secret_access_key='{SECRET}' aws s3 cp s3://b/a.tar -": (
+        "pipe:aws_secret_access_key=... aws s3 cp s3://b/a.tar -"
+    ),
+    f"pipe:export HF_TOKEN={SECRET}; hf download x": "pipe:export HF_TOKEN=...; hf download x",
+    f"pipe:hf download --token {SECRET} x": "pipe:hf download --token ... x",
+    f"pipe:rclone cat :s3:b/a.tar --s3-secret-access-key={SECRET}": (
+        "pipe:rclone cat :s3:b/a.tar --s3-secret-access-key=..."
+    ),
+    f"pipe:az storage blob download --account-key {SECRET} --name a": (
+        "pipe:az storage blob download --account-key ... --name a"
+    ),
+    f"pipe:curl -su 'me:{SECRET} {SECRET}' https://h/a.tar": "pipe:curl -su ... https://h/a.tar",
+    f"pipe:curl -ume:{SECRET} https://h/a.tar": "pipe:curl -u... https://h/a.tar",
+    f"pipe:curl -H 'Cookie: session={SECRET}; b={SECRET}' https://h/a.tar": (
+        "pipe:curl -H 'Cookie: ...' https://h/a.tar"
+    ),
+    f"pipe:curl -H 'Authorization: Digest name=me, response={SECRET}' https://h/a.tar": (
+        "pipe:curl -H 'Authorization: Digest ...' https://h/a.tar"
+    ),
+    f"pipe:wget --header='PRIVATE-TOKEN: {SECRET}' -O- https://h/a.tar": (
+        "pipe:wget --header='PRIVATE-TOKEN: ...' -O- https://h/a.tar"
+    ),
+    f"pipe:sshpass -p {SECRET} ssh me@h cat a.tar": "pipe:sshpass -p ... ssh me@h cat a.tar",
+    f"pipe:openssl enc -d -pass pass:{SECRET} -in a.tar": "pipe:openssl enc -d -pass pass:... -in a.tar",
+    f"pipe:gpg --passphrase {SECRET} -d a.tar": "pipe:gpg --passphrase ... -d a.tar",
 }
 WITHOUT = [
     "https://host/{00000..00099}.tar", "https://host/a.tar?download=true", "sftp://me@host/a", "abfs://c@account.net/a",
     "hf://datasets/me/data@main/a.tar", "github://org:data@main/a.tar", "s3://bucket/token=1/a.tar", "runs/a@b:c",
     'pipe:curl -sfH "Authorization: Bearer $TOKEN" https://h/a.tar', "pipe:curl https://me:$PASSWORD@h/a.tar",
     "data.tokenizer=emoji, key=3, token=5", "https://[::1]:8080/a@b.tar",
+    "https://h/a.tar?key=captions&sort_key=name&partition-key=3&code=fr&policy=public&token=true", "file://a@b/c.tar",
+    "zip://a@b.jpg::https://h/a.zip", "oci://bucket@namespace/a.tar", "root://me@host//a.tar", "s3://bucket/a@b=c.tar",
+    "s3://arn:aws:s3:eu-west-1:012345678901:accesspoint/name/a@b.tar", "https://h:{8080..8083}/a@b/{0..3}.tar",
+    "pipe:ssh -i ~/.ssh/id_rsa me@host sudo -u data cat a.tar", "pipe:docker run --user 1000:1000 image cat a.tar",
+    "pipe:sort -u a.tar", "pipe:MAX_TOKENS=77 KEYS=3 make_tar --pad-token 0 --key=column", "pipe:cat token=3/a.tar",
+    "pipe:curl -sSfL --user-agent me --netrc-file ~/.netrc --key me.pem https://h/a.tar", "pipe:gsutil cat gs://b/a@b.tar",
+    "pipe:wget --password-file=me.txt -O- https://h/a.tar", "pipe:openssl enc -d -pass file:key -in a.tar",
 ]  # fmt: skip
 
 
