@@ -26,7 +26,7 @@ from amclr_scale.encoders.dual_encoder import DualEncoder, Normalise
 from amclr_scale.encoders.libraries.open_clip_towers import kept_name
 from amclr_scale.encoders.libraries.transformers_parts import TOWERS
 from amclr_scale.encoders.start.hub import fetch
-from amclr_scale.encoders.start.hub_names import parse
+from amclr_scale.encoders.start.hub_names import hint, parse
 from amclr_scale.encoders.weights import OF_OBJECTIVES, load_weights
 from amclr_scale.errors import UserError
 from amclr_scale.precision import DTYPES, has_tf32
@@ -79,8 +79,9 @@ def _ours(name: str) -> Loaded:
     missing = [file for file in (weights, folder / "config.yaml") if not file.is_file()]
     if missing:
         raise UserError(
-            f"checkpoint: expected a run folder with config.yaml and weights.safetensors, open_clip/ARCHITECTURE:FILE "
-            f"or transformers/FOLDER, got {name}: {missing[0]} does not exist"
+            f"checkpoint: expected a run folder with config.yaml and weights.safetensors, open_clip/ARCHITECTURE:FILE, "
+            f"transformers/FOLDER, or OWNER/NAME of the Hugging Face hub, got {name}: {missing[0]} does not exist"
+            f"{hint(name)}"
         )
     config = with_own_files(load(folder / "config.yaml", trusted=False), folder)
     data = config.data

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from amclr_scale.checkpoint.own_files import settled
 from amclr_scale.data.tokenizers import load_tokenizer
 from amclr_scale.encoders.start.hub import fetch
-from amclr_scale.encoders.start.hub_names import parse, same_start
+from amclr_scale.encoders.start.hub_names import hint, parse, same_start
 from amclr_scale.encoders.start.taken import resolve
 from amclr_scale.engine.build import model_of
 from amclr_scale.errors import UserError
@@ -68,6 +68,28 @@ def test_names():
         assert same_start(kept, init), init
     for init in ("them/clip@v2", "them/clip@" + NEW, "them/clap", "transformers/them/clip", "clip"):
         assert not same_start(kept, init), init
+
+
+def test_what_looks_like_a_name_is_told_how_the_hub_s_is_written(tmp_path, monkeypatch):
+    """A folder that is called as an owner, as `hf download OWNER/NAME --local-dir OWNER/NAME` makes it; links."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "them" / "run").mkdir(parents=True)
+    told = {
+        "them/clip": "if a model of the hub is meant: hf-hub:them/clip",
+        "them/clip@v1": "if a model of the hub is meant: hf-hub:them/clip@v1",
+        "them/runn": r"did you mean 'run'\?",
+        "https://huggingface.co/them/clip": "a model of the hub is named them/clip",
+        "https://huggingface.co/them/clip/tree/main": "a model of the hub is named them/clip",
+        "hf://them/clip": "a model of the hub is named them/clip",
+    }
+    for init, words in told.items():
+        with pytest.raises(UserError, match=rf"^model\.init: expected .*, got {init}: .*; {words}$"):
+            resolve(recipe(init))
+        if "://" not in init:
+            with pytest.raises(UserError, match=rf"^checkpoint: expected .*, got {init}: .*; {words}$"):
+                load_model(init)
+    for init in ("them", "them/a/b", "them/clip.pt", "hf-hub:them", "them/run", "nowhere/clip"):
+        assert hint(init) == ""
 
 
 def test_one_commit_is_fetched_once_and_then_needs_no_hub(hub, clips, monkeypatch, capsys):

@@ -10,6 +10,7 @@ What is there on the disk is a path and no such name.
 """
 
 import importlib.util
+import os
 import re
 import sys
 from dataclasses import dataclass, replace
@@ -21,6 +22,7 @@ from amclr_scale.torchvision_ops import import_torchvision
 _NAME = re.compile(
     r"(?P<library>(transformers|open_clip)/)?(?P<hub>hf-hub:)?(?P<name>[A-Za-z0-9][\w.-]*/[\w.-]+)(@(?P<revision>\w[\w./@-]*))?"
 )
+_LINK = re.compile(r"(https?://)?(www\.)?(huggingface\.co|hf\.co|hf:/)/(models/)?(?P<name>[A-Za-z0-9][\w.-]*/[\w.-]+)")
 COMMIT = re.compile(r"[0-9a-f]{40}")
 _FILES = (".pt", ".pth", ".bin", ".ckpt", ".safetensors", ".yaml", ".yml", ".json")  # a path to one is no repository
 
@@ -71,6 +73,16 @@ def parse(init: str) -> HubName | None:
     if COMMIT.fullmatch(last):
         asked, commit = before if at else "", last
     return HubName(library, (found["library"] or "") + (found["hub"] or ""), name, asked, commit)
+
+
+def hint(name: str) -> str:
+    """What may be meant by a name, for the end of a message about what is not there; "": nothing is near."""
+    if link := _LINK.match(name):
+        return f"; a model of the hub is named {link['name']}"
+    owner, _, rest = name.partition("/")
+    if not Path(owner).is_dir() or Path(name).exists() or name.endswith(_FILES) or parse(f"hf-hub:{name}") is None:
+        return ""
+    return did_you_mean(rest, os.listdir(owner)) or f"; if a model of the hub is meant: hf-hub:{name}"
 
 
 def same_start(kept: str, init: str) -> bool:

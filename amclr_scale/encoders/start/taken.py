@@ -25,7 +25,7 @@ from amclr_scale.encoders.dual_encoder import LOG_SCALE_BOUNDS, DualEncoder
 from amclr_scale.encoders.libraries.open_clip_towers import CONFIG
 from amclr_scale.encoders.start import of_open_clip, of_runs, of_transformers
 from amclr_scale.encoders.start.hub import fetch
-from amclr_scale.encoders.start.hub_names import parse, same_start
+from amclr_scale.encoders.start.hub_names import hint, parse, same_start
 from amclr_scale.encoders.start.positions import fit_positions
 from amclr_scale.errors import UserError
 
@@ -82,7 +82,7 @@ def _opened(init: str) -> tuple[Kind, Path]:
     )
     raise UserError(
         "model.init: expected a run or an export of ours, a local folder of transformers or open_clip, or "
-        f"open_clip/ARCHITECTURE:FILE, or OWNER/NAME of the Hugging Face hub, got {init}: {what}"
+        f"open_clip/ARCHITECTURE:FILE, or OWNER/NAME of the Hugging Face hub, got {init}: {what}{hint(init)}"
     )
 
 
