@@ -9,12 +9,22 @@ stage. Printed is the relative error |g - e| / |e| of the gradient g that the op
     whole       e is the fp32 gradient of the same weights and batch, so that the rounding of activations counts too
 
 with sums in fp32, as the engine takes them (engine/zero/gradient_sums.py), and with sums in the parameters' own type.
-The last column's e is of stage 0 in fp32. tf32, which only a GPU has, is imitated: what goes into a product loses the
-digits that TF32 has not (`Truncated`).
+The last column's e is of stage 0 in fp32.
+
+    python tools/compare_precision.py --cost --batch 64 --counts 1 4 --rounds 7 KEY=VALUE ...
+
+compares fp32, amp_bf16 and bf16 at stage 1 instead: the gradient's error against fp32, the most bytes that tensors take
+in a step (tools/benchmark_memory.py) and the CPU time of a step, the precisions by turns, medians.
+
+tf32, which only a GPU has, is imitated: what goes into a product loses the digits that TF32 has not (`Truncated`).
 """
 
 import argparse
 import os
+import statistics
+import sys
+import time
+from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -22,6 +32,7 @@ from typing import Any
 from unittest import mock
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 from torch import Tensor
@@ -39,6 +50,8 @@ from amclr_scale.engine.step import TrainStep
 from amclr_scale.engine.zero.gradient_sums import GradientSums
 from amclr_scale.metrics.phases import Phases
 from amclr_scale.types import Batch
+
+COMPARED = ("fp32", "amp_bf16", "bf16")
 
 
 class Truncated(TorchDispatchMode):
@@ -64,18 +77,32 @@ class Truncated(TorchDispatchMode):
         return (x.contiguous().view(torch.int32) & ~0x1FFF).view(torch.float32).view_as(x)
 
 
+def made(
+    config: Config, micro_batch: int, device: torch.device, *, kept: int, watch: Callable[[int, Tensor], None]
+) -> tuple[Any, Any, TrainStep]:
+    """A model, its engine, and a step of it.
+
+    Args:
+        watch: gets the number of each parameter whose gradient has come, and the parameter.
+    """
+    tokenizer = load_tokenizer(config.data.tokenizer, config.data.context_length)
+    seed_everything(config.seed)
+    model = model_of(config, tokenizer)
+    prepare_towers(model, config.execution)
+    engine, _ = build_engine(config, model, no_decay=model.no_weight_decay(), device=device, world_size=1)
+    for index, parameter in enumerate(p for p in model.parameters() if p.requires_grad):
+        parameter.register_post_accumulate_grad_hook(partial(watch, index))  # before the step's, which take it away
+    sizes, clip = (micro_batch, micro_batch), objectives.create("clip").to(device)
+    step = TrainStep(engine, clip, micro_batch_sizes=sizes, device=device, phases=Phases(device), kept=kept)
+    return model, engine, step
+
+
 def gradients(
     config: Config, batch: Batch, micro_batch: int, device: torch.device, *, sums: bool, truncated: bool = False
 ) -> tuple[list[Tensor], list[Tensor]]:
     """What the optimizer gets for each parameter, and, with sums, what the backward passes left, added in float64."""
     from deepspeed.utils import safe_get_full_grad
 
-    tokenizer = load_tokenizer(config.data.tokenizer, config.data.context_length)
-    seed_everything(config.seed)
-    model = model_of(config, tokenizer)
-    prepare_towers(model, config.execution)
-    engine, _ = build_engine(config, model, no_decay=model.no_weight_decay(), device=device, world_size=1)
-    parameters: list[Any] = [p for p in model.parameters() if p.requires_grad]
     exact: dict[int, Tensor] = {}
 
     def add(index: int, parameter: Tensor) -> None:
@@ -83,11 +110,9 @@ def gradients(
         gradient = parameter.grad.double()
         exact[index] = exact[index] + gradient if index in exact else gradient
 
-    for index, parameter in enumerate(parameters):  # before the step's own hooks, which take the gradient away
-        parameter.register_post_accumulate_grad_hook(partial(add, index))
-    sizes, found = (micro_batch, micro_batch), list[Tensor]()
-    clip = objectives.create("clip").to(device)
-    step = TrainStep(engine, clip, micro_batch_sizes=sizes, device=device, phases=Phases(device), kept=0)
+    model, engine, step = made(config, micro_batch, device, kept=0, watch=add)
+    parameters: list[Any] = [p for p in model.parameters() if p.requires_grad]
+    found = list[Tensor]()
     plain = engine.step
 
     def look_and_step() -> None:
@@ -110,6 +135,38 @@ def error(got: list[Tensor], want: list[Tensor]) -> float:
     return float((difference / sum(float(w.square().sum()) for w in want)) ** 0.5)
 
 
+def cost(options: argparse.Namespace, base: list[str], batch: Batch, device: torch.device) -> None:
+    """Print what each precision takes and changes, for each number of micro-batches."""
+    from tools.benchmark_memory import measure
+
+    print("| micro-batches | precision | error of the gradient | peak MiB | of fp32 | CPU s of a step | of fp32 |")
+    print("|---" * 7 + "|")
+    for count in options.counts:
+        size, rows, steps = options.batch // count, dict[str, tuple[float, float]](), dict[str, TrainStep]()
+        want = list[Tensor]()
+        for name in COMPARED:
+            words = ["execution.zero_stage=1", f"execution.precision={name}", f"execution.micro_batch_size={size}"]
+            config = load(options.config, [*base, *words])
+            got, _ = gradients(config, batch, size, device, sums=True)
+            want = want or got
+            rows[name] = error(got, want), measure(config, 1, 0).peak / 2**20
+            steps[name] = made(config, size, device, kept=1, watch=lambda *_: None)[-1]
+        times: dict[str, list[float]] = {name: [] for name in COMPARED}
+        for number in range(options.rounds + 1):
+            for name, step in steps.items():
+                begin = time.process_time()
+                step(batch, 1e-6)
+                if number:  # the first one makes buffers
+                    times[name].append(time.process_time() - begin)
+        for name, (wrong, peak) in rows.items():
+            seconds, first = statistics.median(times[name]), statistics.median(times[COMPARED[0]])
+            print(
+                f"| {count} | {name} | {wrong:.1e} | {peak:.1f} | {peak / rows[COMPARED[0]][1]:.2f} | {seconds:.2f} "
+                f"| {seconds / first:.2f} |",
+                flush=True,
+            )
+
+
 def main() -> None:
     """Print a Markdown table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -118,6 +175,8 @@ def main() -> None:
     parser.add_argument("--counts", type=int, nargs="+", default=[1, 4, 16, 64, 256], help="micro-batches")
     parser.add_argument("--stages", type=int, nargs="+", default=[1, 2, 3], choices=[0, 1, 2, 3])
     parser.add_argument("--precision", default="bf16", choices=["tf32", "amp_bf16", "bf16", "fp16"])
+    parser.add_argument("--cost", action="store_true", help="bytes and time beside errors, of fp32, amp_bf16 and bf16")
+    parser.add_argument("--rounds", type=int, default=5, help="of --cost: steps of each precision")
     parser.add_argument("words", nargs="*", metavar="key=value")
     options = parser.parse_intermixed_args()
     base = ["execution.threads=1", "model.text.dropout=0", "optimizer.max_grad_norm=0", *options.words]
@@ -129,6 +188,8 @@ def main() -> None:
     vocabulary = load_tokenizer(data.tokenizer, data.context_length).vocab_size
     texts = torch.randint(1, vocabulary, (b, data.context_length), generator=generator)
     batch = Batch(torch.arange(b), (images,), (texts,))
+    if options.cost:
+        return cost(options, base, batch, device)
     whole, _ = gradients(load(options.config, [*base, "execution.zero_stage=0"]), batch, b, device, sums=True)
 
     print("| stage | micro-batches | summation, in fp32 | in the type itself | whole, in fp32 | in the type itself |")
