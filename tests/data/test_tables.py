@@ -8,6 +8,7 @@ import tarfile
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import webdataset as wds
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -206,6 +207,30 @@ def test_pictures_inside_parquet(tmp_path, capsys):
     assert colours(out) == {"c0": 0, "c1": 0, "c2": 2, "c4": 4}
     (reject,) = (json.loads(line) for line in (out / "rejects.jsonl").read_text().splitlines())
     assert (reject["row"], reject["image"]) == (3, "t.parquet#3")
+
+
+def test_webdataset_s_writer_gives_our_bytes_a_member_at_a_time_alone(tmp_path):
+    """Of a whole sample it sorts the members by name; docs/data.md says why shards are written without it."""
+    folder, out = tmp_path / "K\u00e4se", tmp_path / "out"
+    folder.mkdir()
+    for number, picture in enumerate(pictures(3)):
+        (folder / f"{number}.png").write_bytes(picture)
+        (folder / f"{number}.txt").write_text(f"caption {number}")
+    assert make_shards(["folder", "--images", str(folder), "--out", str(out)]) == 0
+    ours = (out / "00000.tar").read_bytes()
+    with tarfile.open(out / "00000.tar") as tar:
+        members = [(*info.name.partition(".")[::2], tar.extractfile(info).read()) for info in tar]
+    as_ours = {"encoder": False, "mtime": 0, "user": "", "group": "", "mode": 0o644}
+    single, whole, samples = io.BytesIO(), io.BytesIO(), {}
+    with wds.TarWriter(single, **as_ours) as writer:
+        for key, kind, content in members:
+            writer.write({"__key__": key, kind: content})
+            samples.setdefault(key, {"__key__": key})[kind] = content
+    assert single.getvalue() == ours
+    with wds.TarWriter(whole, **as_ours) as writer:
+        for sample in samples.values():
+            writer.write(sample)
+    assert whole.getvalue() != ours
 
 
 def test_where_everything_is_rejected_nothing_is_done(tmp_path, capsys):
