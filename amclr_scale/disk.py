@@ -2,11 +2,16 @@
 
 import errno
 import shutil
+import sys
 from pathlib import Path
 
 from amclr_scale.errors import UserError
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+class FullDiskError(UserError):
+    """What could not be written because a disk is full, in words."""
 
 
 class FullError(OSError):
@@ -20,17 +25,23 @@ class FullError(OSError):
 
 
 def _size(size: int) -> str:
+    if size < 2**20:
+        return f"{size:,} bytes"
     return f"{size / 2**30:,.2f} GiB" if size >= 2**30 else f"{size / 2**20:,.1f} MiB"
 
 
 def free_at(folder: Path) -> int:
     """Bytes that can be written into a folder that is there or will be made.
 
+    A file system that has no size at all, as those of FUSE that tell none, counts as without end: what it cannot take
+    shows when it is written.
+
     Raises:
         OSError: nothing is known of its file system.
     """
     there = next((path for path in (folder, *folder.parents) if path.exists()), Path("."))
-    return shutil.disk_usage(there).free
+    usage = shutil.disk_usage(there)
+    return usage.free if usage.total else sys.maxsize
 
 
 def check_room(folder: Path, needed: int, what: str) -> None:
@@ -58,7 +69,9 @@ def unwritten(error: OSError, key: str, folder: Path, fix: str = "") -> UserErro
     """
     mend = f"; make room there, or set {key} to a larger disk{fix}"
     if isinstance(error, FullError):
-        return UserError(f"{key}: {error}{mend}")
+        return FullDiskError(f"{key}: {error}{mend}")
     if is_full(error):
-        return UserError(f"{key}: the disk of {folder} is full ({error.strerror}); nothing half-written is kept{mend}")
+        return FullDiskError(
+            f"{key}: the disk of {folder} is full ({error.strerror}); nothing half-written is kept{mend}"
+        )
     return UserError(f"{key}: {folder} cannot be written: {error}")

@@ -5,6 +5,7 @@ on a file beside it, `.step_00000200.reading`, which goes with the process. Impo
 """
 
 import fcntl
+import logging
 import os
 from pathlib import Path
 
@@ -13,9 +14,10 @@ from amclr_scale.checkpoint.fetch import fetch, fetch_records, not_used, nothing
 from amclr_scale.checkpoint.files import CHECKPOINTS
 from amclr_scale.checkpoint.remote import RemoteError, RemoteRun, address_key, name_in
 from amclr_scale.data.storage import cache_folder, locked
-from amclr_scale.disk import unwritten
+from amclr_scale.disk import is_full, unwritten
 from amclr_scale.errors import UserError
 
+log = logging.getLogger(__name__)
 CACHE = "XDG_CACHE_HOME"
 
 
@@ -27,7 +29,7 @@ class LocalCopy:
     """
 
     def __init__(self, path: Path):
-        self.path = path
+        self.path, self._file = path, -1
         self._file = os.open(_mark(path), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
 
     def alone(self, wait: bool = False) -> bool:
@@ -64,7 +66,7 @@ def kept_records(remote: RemoteRun) -> Path:
         RemoteError: the store does not answer.
     """
     folder = _home(remote) / name_in(remote.url)
-    with locked(folder):
+    with locked(folder, CACHE):
         try:
             fetch_records(remote, folder)
         except OSError as error:
@@ -73,7 +75,7 @@ def kept_records(remote: RemoteRun) -> Path:
 
 
 def _home(remote: RemoteRun) -> Path:
-    home = cache_folder(None) / "runs" / address_key(remote.url)
+    home = cache_folder(None, CACHE) / "runs" / address_key(remote.url)
     try:
         home.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -92,18 +94,16 @@ def local_copy(url: str, key: str) -> LocalCopy:
     remote = RemoteRun(url, key)
     home, complaints = _home(remote), list[str]()
     folder = home / name_in(remote.url)
-    with locked(folder):
+    with locked(folder, CACHE):
         try:
             for step in remote.candidates(complaints):
                 try:
-                    found = _brought(remote, step, folder / CHECKPOINTS)
+                    found = _with_room(remote, step, folder / CHECKPOINTS)
                 except ValueError as error:
                     complaints.append(not_used(remote, step, error))
                     continue
                 fetch_records(remote, folder)
-                for other in files.steps(folder / CHECKPOINTS):
-                    if other != step:
-                        _remove(folder / CHECKPOINTS / files.name_of(other))
+                _remove_others(folder / CHECKPOINTS, step)
                 return found
         except RemoteError as error:
             raise UserError(f"{key}: {error}") from error
@@ -118,6 +118,7 @@ def _brought(remote: RemoteRun, step: int, folder: Path) -> LocalCopy:
     copy = LocalCopy(folder / files.name_of(step))
     try:
         if not copy.alone() and not same(remote, step, folder):
+            log.warning("%s: another process reads an earlier %s; waiting until it is done", copy.path, copy.path.name)
             copy.alone(wait=True)
         fetch(remote, step, folder)
         copy.shared()
@@ -129,11 +130,28 @@ def _brought(remote: RemoteRun, step: int, folder: Path) -> LocalCopy:
     return copy
 
 
-def _remove(checkpoint: Path) -> None:
+def _with_room(remote: RemoteRun, step: int, folder: Path) -> LocalCopy:
+    """The same; where the disk is full, others that nobody reads go first."""
+    try:
+        return _brought(remote, step, folder)
+    except OSError as error:
+        if not is_full(error) or not _remove_others(folder, step):
+            raise
+    return _brought(remote, step, folder)
+
+
+def _remove_others(folder: Path, step: int) -> bool:
+    """Remove the checkpoints of other steps that nobody reads; whether there was one."""
+    removed = [_remove(folder / files.name_of(other)) for other in files.steps(folder) if other != step]
+    return any(removed)
+
+
+def _remove(checkpoint: Path) -> bool:
     copy = LocalCopy(checkpoint)
     try:
-        if copy.alone():
+        if alone := copy.alone():
             files.remove(checkpoint)
             _mark(checkpoint).unlink(missing_ok=True)
+        return alone
     finally:
         copy.close()

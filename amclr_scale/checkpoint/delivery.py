@@ -31,6 +31,7 @@ from amclr_scale.checkpoint.lock import RunLock
 from amclr_scale.checkpoint.resume import Found
 from amclr_scale.checkpoint.signals import UnsavedError
 from amclr_scale.checkpoint.start import Beside, together
+from amclr_scale.disk import free_at
 from amclr_scale.distributed.launcher import where
 from amclr_scale.distributed.process_group import broadcast_object, gather_objects
 from amclr_scale.errors import UserError
@@ -252,7 +253,7 @@ def _room(place: Path, size: int) -> str:
     """Make a folder; why it cannot take so many bytes, or ""."""
     try:
         place.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(place).free
+        free = free_at(place)
     except OSError as error:
         return f"{place.absolute()} cannot be written: {error.strerror}"
     return "" if free > size else f"{free / 2**20:,.0f} MiB free in {place.absolute()} of {size / 2**20:,.0f} MiB"

@@ -17,7 +17,7 @@ import gzip
 import hashlib
 import os
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from amclr_scale.config import schema
@@ -26,17 +26,19 @@ from amclr_scale.data.formats.shards import is_packed
 from amclr_scale.data.remote import LARGEST, fetch, make_room, partial_of, write_bounded
 from amclr_scale.data.sources import is_remote
 from amclr_scale.data.streaming import Stream
-from amclr_scale.disk import check_room, free_at, is_full, unwritten
+from amclr_scale.disk import FullDiskError, check_room, free_at, is_full, unwritten
 from amclr_scale.distributed import preparing
 from amclr_scale.errors import UserError
 
 _COPY = 1 << 20  # bytes per read while copying
 FETCHED, UNPACKED = "fetched", "unpacked"  # folders in the cache
-_OPEN_SHARDS = 256  # files a process keeps open
 
 
-def cache_folder(configured: str | None) -> Path:
+def cache_folder(configured: str | None, key: str = "data.cache") -> Path:
     """`data.cache`, or $XDG_CACHE_HOME/amclr_scale, or ~/.cache/amclr_scale; made if need be.
+
+    Args:
+        key: that says where it is, for messages.
 
     Raises:
         UserError: it cannot be written.
@@ -51,26 +53,33 @@ def cache_folder(configured: str | None) -> Path:
             raise PermissionError("not writable")
     except OSError as error:
         raise UserError(
-            f"data.cache: expected a folder that can be written, got {folder} ({error.strerror or error}); "
-            "set data.cache to another one"
+            f"{key}: expected a folder that can be written, got {folder} ({error.strerror or error}); set {key} to "
+            "another one"
         ) from error
     return folder
 
 
 @contextlib.contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Only one process of the machine is inside for a given path. The lock dies with its process; the folder exists."""
+def locked(path: Path, key: str = "data.cache") -> Iterator[None]:
+    """Only one process of the machine is inside for a given path. The lock dies with its process; the folder exists.
+
+    Args:
+        key: that says where the path is, for messages.
+
+    Raises:
+        UserError: the folder cannot be written, or its file system has no locks.
+    """
     lock = path.with_name(f".{path.name}.lock")
     try:
         opened = lock.open("wb")
     except OSError as error:
-        raise unwritten(error, "data.cache", lock.parent) from error
+        raise unwritten(error, key, lock.parent) from error
     with opened as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX)
         except OSError as error:  # some network file systems
             raise UserError(
-                f"data.cache: {lock.parent} has no file locks ({error.strerror}); set data.cache to a local disk"
+                f"{key}: {lock.parent} has no file locks ({error.strerror}); set {key} to a local disk"
             ) from error
         yield
 
@@ -163,7 +172,7 @@ class Storage:
             target.parent.mkdir(parents=True, exist_ok=True)
             with locked(target):
                 if not target.exists():
-                    unpack(url, target, sha256, self.largest)
+                    self._with_room(lambda: unpack(url, target, sha256, self.largest))
             self._make_room(target, self.cached_bytes)
         return target
 
@@ -202,6 +211,24 @@ class Storage:
         if is_remote(url) and not self.stream:
             (self.cache / FETCHED / f"{address_key(url)}.tar").unlink(missing_ok=True)
 
+    def _with_room(self, write: Callable[[], None]) -> None:
+        """Write a shard; where the disk is full, the cache's own make room, the least recently used ones first."""
+        while True:
+            try:
+                return write()
+            except FullDiskError:
+                if self.stream or not self._remove_oldest():
+                    raise
+
+    def _remove_oldest(self) -> bool:
+        ages = dict[Path, int]()
+        for path in (path for name in (FETCHED, UNPACKED) for path in (self.cache / name).glob("*.tar")):
+            with contextlib.suppress(FileNotFoundError):  # another process makes room too
+                ages[path] = path.stat().st_mtime_ns
+        if ages:
+            min(ages, key=lambda path: ages[path]).unlink(missing_ok=True)
+        return bool(ages)
+
     def _make_room(self, keep: Path, limit: int | None) -> None:
         folders = [self.cache / name for name in (FETCHED, UNPACKED)]
         if limit is not None:
@@ -236,7 +263,8 @@ class Storage:
         except FileNotFoundError:
             with locked(target):
                 if not target.exists():
-                    fetch(url, target, self.largest, "data.stream" if self.stream else "data.cache")
+                    key = "data.stream" if self.stream else "data.cache"
+                    self._with_room(lambda: fetch(url, target, self.largest, key))
             self._make_room(target, self.fetched_bytes)
         return target
 

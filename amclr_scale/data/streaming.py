@@ -18,6 +18,7 @@ import tempfile
 from pathlib import Path
 from typing import IO
 
+from amclr_scale.disk import free_at
 from amclr_scale.errors import UserError
 
 MEMORY = Path("/dev/shm")
@@ -65,7 +66,7 @@ class Stream:
 
     def check_room(self, needed: int) -> None:
         """Raise `UserError` where the shared memory cannot hold so many bytes more."""
-        free = shutil.disk_usage(self.folder()).free
+        free = free_at(self.folder())
         if needed > free:
             raise UserError(
                 f"data.stream: expected {needed / 2**30:.3g} GiB of shared memory for the shards that the lanes of "

@@ -2,6 +2,7 @@
 
 import errno
 from collections import namedtuple
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -92,15 +93,46 @@ def test_what_is_read_is_not_replaced_by_another_of_the_same_name(far, tmp_path,
 
 
 def test_a_disk_without_room_is_told_before_anything_is_fetched(far, tmp_path, monkeypatch):
-    usage = namedtuple("usage", "free")
+    usage = partial(namedtuple("usage", "total free"), 2**40)
     monkeypatch.setattr("shutil.disk_usage", lambda path: usage(200))
     got = []
     get = RemoteRun.get
     monkeypatch.setattr(RemoteRun, "get", lambda self, name, path: (got.append(name), get(self, name, path)))
-    with pytest.raises(UserError, match=r"^XDG_CACHE_HOME: expected 0\.0 MiB free in .*/checkpoints for checkpoint "):
+    with pytest.raises(UserError, match=r"^XDG_CACHE_HOME: expected .* bytes free in .*/checkpoints for checkpoint "):
         local_copy(far, "checkpoint")
     assert got == []
     assert not any(path.is_file() and path.stat().st_size for path in (tmp_path / "cache").rglob("*"))
+
+
+def test_a_disk_with_room_for_one_keeps_the_newest_that_was_asked_for(far, monkeypatch):
+    """What nobody reads goes first; what somebody reads stays, and then there is no room."""
+    older = local_copy(f"{far}/checkpoints/{NAME}", "checkpoint")
+    there, usage = older.path, partial(namedtuple("usage", "total free"), 2**40)
+    monkeypatch.setattr("shutil.disk_usage", lambda path: usage(200 if there.exists() else 2**30))
+    with pytest.raises(UserError, match=r"^XDG_CACHE_HOME: expected .* bytes free"):
+        local_copy(far, "checkpoint")
+    assert files.fault(there) is None
+    older.close()
+    newer = local_copy(far, "checkpoint").path
+    assert files.steps(newer.parent) == [20]
+    monkeypatch.setattr("shutil.disk_usage", lambda path: namedtuple("usage", "total free")(0, 0))
+    assert local_copy(f"{far}/checkpoints/{NAME}", "checkpoint").path == there  # a file system that tells no sizes
+
+
+def test_a_cache_that_cannot_be_used_is_told_by_the_key_that_says_where_it_is(far, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    for place in (f"{tmp_path}/file", f"{tmp_path}/file/within"):
+        monkeypatch.setenv("XDG_CACHE_HOME", place)
+        with pytest.raises(UserError, match=r"^XDG_CACHE_HOME: expected a folder that can be written, got .*file"):
+            local_copy(far, "checkpoint")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+    def none(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", none)
+    with pytest.raises(UserError, match=r"^XDG_CACHE_HOME: .* has no file locks \(No locks available\); set XDG_"):
+        local_copy(far, "checkpoint")
 
 
 def test_a_disk_that_is_full_half_way_keeps_nothing_half(far, tmp_path, monkeypatch):

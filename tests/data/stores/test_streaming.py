@@ -43,7 +43,7 @@ def test_the_ranks_of_a_machine_share_its_cache_and_its_memory(served, memory, t
     """Room for one rank's windows alone: all of them would fetch every shard for every sample."""
     index, _, size = indexed(served, tmp_path, [6] * 12)
     room = int(3.5 * size)  # a rank reads two shards at once
-    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=room))
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(total=2**40, free=room))
     data = settings(index, shuffle_window=1, cache=str(tmp_path / "cache"), cache_gib=room / 2**30, stream=stream)
     TrainLoader(data, seed=0, global_batch_size=4, world_size=4).close()
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
@@ -91,7 +91,7 @@ def test_streaming_without_an_index_and_in_evaluation_holds_one_shard(served, me
 
 def test_too_little_memory_is_told(served, memory, tmp_path, monkeypatch):
     index, _, _ = indexed(served, tmp_path, SIZES)
-    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=1000))
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(total=2**40, free=1000))
     with pytest.raises(
         UserError, match=r"data\.stream: expected .* GiB of shared memory .* lower data\.shuffle_window"
     ):
