@@ -30,7 +30,7 @@ Image.MAX_IMAGE_PIXELS = None
 # makes of it), and of its format's decoder (coefficients of progressive JPEGs, canvases, planes).
 _OF_MODE = {"1": 5, "L": 5, "P": 5, "RGB": 4, "RGBX": 4, "I": 24, "F": 28, "CMYK": 8, "YCbCr": 8, "LAB": 8, "HSV": 8}
 _OF_TRANSPARENT, _OF_SIXTEEN_BITS = 16, 14
-_OF_FORMAT = {"JPEG": 6, "WEBP": 16, "AVIF": 8, "HEIF": 12, "JPEG2000": 20}
+_OF_FORMAT = {"JPEG": 6, "WEBP": 16, "AVIF": 10, "HEIF": 12, "JPEG2000": 20}
 _OF_OTHERS = 2
 _ICON, _PNG, _JP2, _CODESTREAM = b"\0\0\1\0", b"\x89PNG\r\n\x1a\n", b"jP  ", b"\xff\x4f\xff\x51"
 _HEIF = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")  # the brands that its files begin with

@@ -111,8 +111,10 @@ class TrainStep:
             yield
         if self.stage == 0:
             self.engine.set_gradient_accumulation_boundary(True)
-            if world_size() > 1:  # alone, a message to itself waits for gloo's thread, or copies all gradients
+            if world_size() > 1:
                 self.engine.allreduce_gradients()
+            else:  # a message to itself would wait for gloo's thread, or copy all gradients
+                self._complete_gradients()
 
     def __call__(self, batch: Batch, lr: float) -> StepReport:
         """Train on one batch.
@@ -194,6 +196,12 @@ class TrainStep:
     def _may_skip(self) -> bool:
         """fp16: a scaled loss that overflows is skipped and scaled down, until the scale has nothing left to give."""
         return bool(self.engine.fp16_enabled()) and float(self.engine.optimizer.cur_scale) > 1
+
+    def _complete_gradients(self) -> None:
+        """What nothing depended on has a gradient of 0, as on several ranks: its moments and decay go on."""
+        for p in self.engine.module.parameters():
+            if p.requires_grad and p.grad is None:
+                p.grad = torch.zeros_like(p)
 
     def _grad_norm(self) -> float:
         """L2 norm of the whole gradient before clipping; at stages 1 to 3 DeepSpeed tells it after the step."""

@@ -121,8 +121,8 @@ def state_components(
         "execution.precision: bf16 halves them where one micro-batch holds all; execution.zero_stage does not, before "
         "they are reduced"
     )
-    # Stage 0 exchanges gradients as one flat copy.
-    reduction = _reduce_peak(sizes) if stage else 2 * item * sizes.total
+    # Stage 0 exchanges gradients as one flat copy, where there is anybody to exchange them with.
+    reduction = _reduce_peak(sizes) if stage else (2 if world_size > 1 else 1) * item * sizes.total
     if widening > 1:
         reduction = max(reduction, item * _rounding_peak(sizes, widening))
     found.append(Component("gradients", {"pass_2": gradients_in_pass_2, "reduce": reduction}, knob, "gradients"))

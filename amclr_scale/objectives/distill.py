@@ -13,7 +13,7 @@ The teacher is a moving average of the towers (model.momentum) or a frozen model
 data.text_reference). Targets have no gradient. alpha grows from 0 over the first `alpha_ramp_epochs` epochs.
 
 Numerics: log-sums centred on the positive; the teacher's softmaxes over rows and over columns from one block, given its
-log-sums; float32.
+log-sums, centred as well; float32.
 """
 
 from collections.abc import Callable, Mapping
@@ -68,9 +68,9 @@ class Distill(Objective, name="distill"):
             for side in ("image", "text")
         )
         both = contrast(image, text, temperature=t, centred=True)
-        means = softly(image, text, *softmaxes_of(r, o, t_teacher))
-        positives = both.image.positive.mean() + both.text.positive.mean()
-        loss = softmax_loss(both) + alpha * ((positives - means) / t).mean() / 2
+        weights, of_teacher = softmaxes_of(r, o, t_teacher)
+        missed = softly(image, text, weights, *of_teacher)
+        loss = softmax_loss(both) - alpha * (missed / t).mean() / 2
         return Loss(loss, numbers(objective=loss, alpha=alpha, temperature=t))
 
 
@@ -78,27 +78,33 @@ Weights = Callable[..., Tensor]
 
 
 @torch.no_grad()
-def softmaxes_of(anchors: Tensor, keys: Tensor, t: Tensor | float) -> tuple[Weights, Tensor, Tensor]:
-    """What makes q_ij + q'_ij of rows of anchors: the softmaxes of anchors.keys / t over rows and over columns.
+def softmaxes_of(anchors: Tensor, keys: Tensor, t: Tensor | float) -> tuple[Weights, tuple[Tensor, Tensor, Tensor]]:
+    """What makes q_ij + q'_ij - 2 [i = j] of rows of anchors, from softmaxes of anchors.keys / t over rows and columns.
+
+    Where a positive's share is nearly all, what it lacks is the loss: it comes from the log-sum without a difference.
 
     Returns:
-        f(rows of anchors (c, D), their log-sums (c,)) -> (c, B), over all ranks' keys; the anchors and their log-sums.
+        f(columns of the positives (c,), *what it reads of these rows) -> (c, B), over all ranks' keys; and what it
+        reads, of all rows of this rank: the anchors (b, D), their similarities to their positives, their log-sums (b,).
     """
     with using(precision="fp32"):  # as the blocks below, so that shares add up to 1
-        both = contrast(anchors, keys, temperature=t)
-    everybody, of_columns = all_gather(keys), all_gather(both.text.log_sum)
+        both = contrast(anchors, keys, temperature=t, centred=True)
+    positive = both.image.positive
+    everybody, positives, of_columns = (all_gather(x) for x in (keys, positive, both.text.log_sum))
 
     @torch.no_grad()
-    def weights(rows: Tensor, log_sums: Tensor) -> Tensor:
-        x = (rows @ everybody.T).div_(t)
-        return (x - log_sums[:, None]).exp_().add_(x.sub_(of_columns).exp_())
+    def weights(own: Tensor, rows: Tensor, positive: Tensor, log_sums: Tensor) -> Tensor:
+        s = rows @ everybody.T
+        found = (s - positive[:, None]).div_(t).sub_(log_sums[:, None]).exp_()
+        found.add_(s.sub_(positives).div_(t).sub_(of_columns).exp_())
+        return found.scatter_(1, own[:, None], ((-log_sums).expm1() + (-of_columns[own]).expm1())[:, None])
 
-    return weights, anchors, both.image.log_sum
+    return weights, (anchors, positive, both.image.log_sum)
 
 
 def softly(anchors: Tensor, keys: Tensor, weights: Weights, *per_row: Tensor) -> Tensor:
-    """The mean over rows of sum_j (q_ij + q'_ij) s_ij, over all ranks' keys.
+    """The mean over rows of sum_j (q_ij + q'_ij) s_ij - 2 s_ii, over all ranks' keys.
 
-    Its mean over ranks is that of sum_j q_ij s_ij over all anchors and the same over all keys, from one pass.
+    Its mean over ranks is that of sum_j q_ij s_ij - s_ii over all anchors and the same over all keys, from one pass.
     """
-    return mean_rows(lambda s, own, *mine: (weights(*mine) * s).sum(1), anchors, keys, *per_row)
+    return mean_rows(lambda s, own, *mine: (weights(own, *mine) * s).sum(1), anchors, keys, *per_row)

@@ -107,16 +107,15 @@ class M3CoL(Objective, name="m3col"):
     def _soft(self, image: Tensor, text: Tensor) -> Tensor:
         d = self.config.soft_temperature
         both = contrast(image, text, temperature=d, centred=True)
-        of_images, z, z_sums = softmaxes_of(image.detach(), image.detach(), d)  # over rows, and over columns
-        of_texts, y, y_sums = softmaxes_of(text.detach(), text.detach(), d)
+        of_images, z = softmaxes_of(image.detach(), image.detach(), d)  # over rows, and over columns
+        of_texts, y = softmaxes_of(text.detach(), text.detach(), d)
 
-        def targets(z: Tensor, z_sums: Tensor, y: Tensor, y_sums: Tensor) -> Tensor:
-            """q_ij + q_ji: keys j are texts in the one direction, and images in the other."""
-            return of_images(z, z_sums).add_(of_texts(y, y_sums)).div_(2)
+        def targets(own: Tensor, *mine: Tensor) -> Tensor:
+            """q_ij + q_ji - 2 [i = j]: keys j are texts in the one direction, and images in the other."""
+            return of_images(own, *mine[: len(z)]).add_(of_texts(own, *mine[len(z) :])).div_(2)
 
-        means = softly(image, text, targets, z, z_sums, y, y_sums)
-        terms = [(side.log_sum + side.positive / d).mean() for side in (both.image, both.text)]
-        return (terms[0] + terms[1] - means / d) / 2
+        missed = softly(image, text, targets, *z, *y)
+        return ((both.image.log_sum + both.text.log_sum).mean() - missed / d) / 2
 
 
 def draws(words: str, B: int, beta: float, share: float) -> tuple[Tensor, Tensor]:

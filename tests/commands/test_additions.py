@@ -17,7 +17,9 @@ from amclr_scale.commands.make_shards import main as make_shards
 from amclr_scale.config import schema
 from amclr_scale.config.backends import SIMILARITY_BACKENDS
 from amclr_scale.data.formats.members import ChangedShardError
+from amclr_scale.data.formats.shards import SHARD_FORMATS
 from amclr_scale.data.indexing import open_index
+from amclr_scale.data.ingestion import FORMATS as ANNOTATION_FORMATS
 from amclr_scale.data.tokenizers import load_tokenizer
 from amclr_scale.similarity import using
 from amclr_scale.similarity.torch_backend import BUFFERS
@@ -55,6 +57,16 @@ JOBS = {  # a run's name -> its further words
         "evaluation.splits=[LIST]",
     ],
 }
+
+
+@pytest.fixture(scope="module", autouse=True)
+def registered_here_only():
+    """Other tests of the same process do not know the formats that are registered here."""
+    before = [(table, dict(table)) for table in (ANNOTATION_FORMATS, SHARD_FORMATS)]
+    yield
+    for table, as_it_was in before:
+        table.clear()
+        table.update(as_it_was)
 
 
 @pytest.fixture(scope="module")

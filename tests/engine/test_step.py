@@ -51,17 +51,42 @@ def _silent(settings: Config) -> Any:
     def refuse(*_: Any, **__: Any) -> None:
         raise AssertionError("a message to itself")
 
-    plain, DeepSpeedEngine.allreduce_gradients = DeepSpeedEngine.allreduce_gradients, refuse
+    plain, DeepSpeedEngine.buffered_allreduce_fallback = DeepSpeedEngine.buffered_allreduce_fallback, refuse
     try:
         return engine_run(settings, (4, 4), 1, STEPS)
     finally:
-        DeepSpeedEngine.allreduce_gradients = plain
+        DeepSpeedEngine.buffered_allreduce_fallback = plain
 
 
 def test_a_rank_alone_sends_no_gradients(ranks):
     settings = config(SIZE, optimizer__eps=1e-4)
     for name, error in differences(ranks(1, _silent, settings), plain_run(settings, STEPS)).items():
         assert error < (1e-5 if name == "loss" else 1e-6), f"{name}: {error:.1e}"
+
+
+def _scale_that_is_left_alone(stage: int) -> list[float]:
+    """The logarithm of the learned scale after each step; nothing depends on it from the fourth one on."""
+    settings, model = config(8, execution__zero_stage=stage, optimizer__eps=1e-4), towers()
+    prepare_towers(model, settings.execution)
+    no_decay = model.no_weight_decay()
+    engine, _ = build_engine(settings, model, no_decay=no_decay, device=CPU, world_size=world_size())
+    objective, found = objectives.create("m3col", temperature=None, soft_epoch=1.0), []
+    step = TrainStep(engine, objective, micro_batch_sizes=(4, 4), device=CPU, phases=Phases(CPU))
+    for n in range(6):
+        objective.set_epoch(n / 3)
+        step(local_batch(n, 8, rank(), world_size()), 0.02)
+        found.append(model.logit_scale.item())
+    engine.destroy()
+    return found
+
+
+@pytest.mark.parametrize("stage", [0, 1])
+def test_moments_of_a_parameter_that_nothing_depends_on_go_on(ranks, stage):
+    """Alike on one rank and on several."""
+    (alone,) = ranks(1, _scale_that_is_left_alone, stage)
+    two = ranks(2, _scale_that_is_left_alone, stage)
+    assert len(set(alone)) == 6
+    assert two == [pytest.approx(alone, rel=1e-6)] * 2
 
 
 FROZEN = [("image_tower",), ("temperature", "text_tower"), ("heads", "image_tower", "temperature")]

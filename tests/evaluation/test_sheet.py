@@ -30,7 +30,7 @@ def test_a_run_draws_every_sheet_or_says_that_there_is_none(tmp_path, monkeypatc
         numbers={}, table=lambda _: "table",
     )  # fmt: skip
     job = SimpleNamespace(
-        folder=tmp_path, evaluator=evaluator, speaks=True,
+        folder=tmp_path, evaluator=evaluator, speaks=True, suites=SimpleNamespace(suites={}),
         log=SimpleNamespace(say=said.append, picture=lambda name, path: shown.append((name, path.name))),
         trainer=SimpleNamespace(model=None, objective=None, engine=None, teacher=None),
         config=SimpleNamespace(

@@ -164,6 +164,23 @@ def test_a_small_softmax_loss_keeps_its_digits(name, options):
     assert slopes[0] == pytest.approx(slopes[1], rel=2e-4)
 
 
+@pytest.mark.parametrize("alpha", [0.4, 1.0])
+def test_a_small_loss_by_a_teacher_keeps_its_digits(alpha):
+    """A teacher that is nearly the student: what the positives' shares lack of 1 is the loss, and all of its slope."""
+    found = []
+    for dtype in (torch.float32, torch.float64):
+        e, g = nearly_learned(dtype), torch.Generator().manual_seed(1)
+        for side in ("image", "text"):
+            rows = getattr(e, side).detach().float()
+            e.given[f"{side}_momentum"] = F.normalize(rows + 0.005 * torch.randn(64, 24, generator=g), dim=1).to(dtype)
+        loss = make("distill", alpha=alpha)(e).value
+        loss.backward()
+        found.append([x.double() for x in (loss.detach(), e.image.grad, e.text.grad, e.logit_scale.grad)])
+    assert 1e-6 < found[1][0] < 1e-3, "the example is as it is described"
+    for got, want in zip(*found, strict=True):
+        assert (got - want).norm() < 4e-3 * want.norm()
+
+
 def test_lists_that_span_too_much_for_one_exp():
     """At t = 0.002 tails of some rows are e^-700 of the row's largest, and of others are not."""
     batch = {"scale": 500.0}

@@ -262,14 +262,13 @@ def test_what_differs_is_explained_and_unfair_differences_are_pointed_out(tmp_pa
 
 
 def test_a_section_that_others_leave_out_is_one_difference(tmp_path):
-    folder = make_study(
-        tmp_path / "s", arms=("clip", "dcl"), batches=(128,), seeds=(0,), words={"dcl": ["data.image_view.flip=0.25"]}
-    )
+    words = {"dcl": ["model.momentum.decay=0.5"]}
+    folder = make_study(tmp_path / "s", arms=("clip", "dcl"), batches=(128,), seeds=(0,), words=words)
     found = {one.key: one for one in differences(read_study(folder).runs)}
-    assert {key for key in found if key.startswith("data.image_view")} == {"data.image_view"}
-    (_, plain), (_, changed) = found["data.image_view"].values
+    assert {key for key in found if key.startswith("model.momentum")} == {"model.momentum"}
+    (_, plain), (_, changed) = found["model.momentum"].values
     assert plain == "null"
-    assert '"flip": 0.25' in changed
+    assert '"decay": 0.5' in changed
 
 
 def test_surroundings_of_resumed_runs_count(tmp_path):

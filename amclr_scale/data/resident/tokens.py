@@ -6,6 +6,7 @@ and the next run with the same captions and tokenizer finds them there.
 
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -23,7 +24,7 @@ from amclr_scale.data.decoding import BadSampleError, Field, Sample
 from amclr_scale.data.formats.npy import map_npy
 from amclr_scale.data.storage import locked
 from amclr_scale.data.tokenizers import Tokenizer
-from amclr_scale.disk import check_room, unwritten
+from amclr_scale.disk import check_room, is_full, unwritten
 
 _AT_ONCE = 4096  # samples
 _FILE = "tokens.npy"
@@ -88,32 +89,39 @@ def open_tokens(
     digest = hashlib.sha256(json.dumps(how).encode()).hexdigest()[:32]
     target = cache / "resident" / f"tokens-{digest}"
     target.parent.mkdir(parents=True, exist_ok=True)
-    with locked(target):
-        if not target.is_dir():
-            partial = target.with_name(f".{target.name}.partial")
-            shutil.rmtree(partial, ignore_errors=True)
-            try:
-                partial.mkdir()
-                _write(partial / _FILE, place, tokenizer, samples, read)
-            except _SeveralError:
-                (partial / _FILE).unlink()  # the empty folder says that there are none
-            except OSError as error:
-                shutil.rmtree(partial, ignore_errors=True)
-                raise unwritten(error, "data.cache", target.parent, ", or data.resident to none") from error
-            partial.replace(target)
+    if not target.is_dir():
+        with locked(target):
+            if not target.is_dir():
+                _make(target, place, tokenizer, samples, read)
     return ResidentTokens(target / _FILE) if (target / _FILE).is_file() else None
 
 
+def _make(target: Path, place: Field, tokenizer: Tokenizer, samples: int, read: Callable[[int], Sample]) -> None:
+    """The folder with the rows; empty where a sample has several captions. All of it, or nothing."""
+    partial = target.with_name(f".{target.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    try:
+        _write(partial / _FILE, place, tokenizer, samples, read)
+    except _SeveralError:
+        (partial / _FILE).unlink()
+    except OSError as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        if not is_full(error):
+            raise
+        raise unwritten(error, "data.cache", target.parent, ", or data.resident to none") from error
+    partial.replace(target)
+
+
 def _write(file: Path, place: Field, tokenizer: Tokenizer, samples: int, read: Callable[[int], Sample]) -> None:
-    shape = samples, tokenizer.context_length
-    check_room(file.parent, 4 * samples * tokenizer.context_length, "the tokens of all captions")
-    told = Console(stderr=True)
-    with file.open("wb") as out:  # not mapped: a full disk would end the process without a word
+    """The rows as a .npy file. Not through a map: a disk that fills up under one ends the process without a word."""
+    shape, told = (samples, tokenizer.context_length), Console(stderr=True)
+    with file.open("wb") as out:
         header = {"descr": "<i4", "fortran_order": False, "shape": shape}
         np.lib.format.write_array_header_1_0(out, header)  # type: ignore[no-untyped-call]
         for first in track(range(0, samples, _AT_ONCE), "Tokenising", console=told, transient=True):
+            part = np.full((min(_AT_ONCE, samples - first), shape[1]), _UNREAD, "<i4")
             ids, captions = list[int](), list[str]()
-            part = np.full((min(_AT_ONCE, samples - first), tokenizer.context_length), _UNREAD, "<i4")
             for sample in range(first, first + len(part)):
                 try:
                     found = read(sample).captions(place)
@@ -124,4 +132,8 @@ def _write(file: Path, place: Field, tokenizer: Tokenizer, samples: int, read: C
                 ids.append(sample - first)
                 captions.append(found[0])
             part[ids] = tokenizer(captions).numpy()
-            out.write(part.tobytes())
+            if not first:  # by now they are likely to have one caption each
+                check_room(file.parent, part.itemsize * samples * shape[1], f"the tokens of {samples:,} captions")
+            out.write(part.data)
+        out.flush()
+        os.fsync(out.fileno())
