@@ -69,14 +69,14 @@ def test_one_caption_each_is_read_once(made, monkeypatch):
 def test_a_disk_without_room_for_them_is_told(made, tmp_path, monkeypatch, free):
     """Where it shows before they are written, and where it shows on the way; nothing half-written is kept."""
     data = config(made, ("image",)).data.model_copy(update={"resident": "host", "cache": str(tmp_path)})
-    usage = namedtuple("usage", "free")
-    monkeypatch.setattr("shutil.disk_usage", lambda path: usage(free))
+    usage = namedtuple("usage", "total free")
+    monkeypatch.setattr("shutil.disk_usage", lambda path: usage(2**50, free))
 
     def full(_: int) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr("os.fsync", full)
-    said = r"expected 0\.0 MiB free in .* for the tokens of 24 captions" if free == 100 else r"the disk of .* is full"
+    said = r"expected .* bytes free in .* for the tokens of 24 captions" if free == 100 else r"the disk of .* is full"
     with pytest.raises(UserError, match=rf"^data\.cache: {said}.*, or data\.resident to none$"):
         take(data, 1)
     assert [path.suffix for path in (tmp_path / "resident").iterdir()] == [".lock"]
