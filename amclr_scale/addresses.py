@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 _HIDDEN = "..."
+_SHARDS = ("data.", "evaluation.", "shards", "--shards")  # keys that a pipe:COMMAND can be given to
 _BEGIN = re.compile(r"(?P<protocol>[A-Za-z][A-Za-z0-9+.-]*)://")
 _AUTHORITY = re.compile(r"[^\s/?#'\"]*")
 _REST = re.compile(r"[^\s'\"]*")
@@ -93,10 +94,11 @@ def refusal(key: str, text: str) -> str:
     shown = masked(text)
     if shown == text:
         return ""
+    command = "or name a command that reads them from one: 'pipe:curl -sfH \"Authorization: Bearer $TOKEN\" URL'"
     return (
         f"{key}: expected an address without password, token or signature, since it is written into records, "
-        f"checkpoints and logs, got {shown}; give secrets to the package for its protocol (as variables or in its own "
-        "file), or name a command that reads them from one: 'pipe:curl -sfH \"Authorization: Bearer $TOKEN\" URL'"
+        f"checkpoints and logs, got {shown}; give secrets to the package for its protocol, as variables or in its own "
+        f"file{f', {command}' if key.startswith(_SHARDS) else ''}"
     )
 
 

@@ -118,6 +118,7 @@ def test_a_configuration_holds_none(tree):
         build(tree)
     assert SECRET not in str(told.value)
     assert str(told.value).startswith(refusals(tree)[0])
+    assert ("'pipe:curl" in str(told.value)) == ("data" in tree or "evaluation" in tree)  # no run lies behind a command
 
 
 def test_what_cannot_be_read_as_a_configuration_is_told_without_them():

@@ -198,6 +198,13 @@ def _explain(error: ErrorDetails, prefix: str, root: type[BaseModel]) -> str:
         fix = did_you_mean(str(got), re.findall(r"'([^']+)'", message))
     if isinstance(got, int | float) and error["type"] == "string_type":
         fix = f"; put it in quotes where it is a name (as a word of a command line: {key}='\"...\"')"
+    if error["type"] in ("dict_type", "model_type"):
+        names = [one for one in (got if isinstance(got, list | tuple) else [got]) if isinstance(one, str)]
+        message, fix = "expected names with values", f"; such as {key}={{{(names or ['NAME'])[0]}: VALUE}}"
+        if error["type"] == "model_type":  # whose names are those of its keys
+            section = _model_at(location, root)
+            named = isinstance(got, str) and section is not None and "name" in section.model_fields
+            fix = f"; did you mean {key}.name={got}?" if named else f"; such as {key}={{KEY: VALUE}}"
     if isinstance(got, str) and error["type"] == "list_type":
         fix = f"; put it in brackets: {key}=[{got}]"
     return f"{key}: {message}, got {got!r}{fix}"

@@ -212,6 +212,8 @@ def test_building_from_a_tree_checks_it_too():
         (["execution.offload=parameters", "execution.zero_stage=2"], "at zero_stage 3 only, got 2"),
         (["execution.offload=optimizer", "execution.zero_stage=1", "optimizer.name=lion"], "got lion"),
         (["model.image.norm=sync", "execution.micro_batch_size=8"], "expected this rank's whole share of 128, got 8"),
+        (["evaluation.suites=[aro]"], "evaluation.suites: expected names with values, got ['aro']; such as evaluation"),
+        (["optimizer=lion"], "optimizer: expected names with values, got 'lion'; did you mean optimizer.name=lion?"),
         (["optimizer.schedule=step"], "optimizer.step_samples: schedule step needs"),
         (["objective.name=amclr"], "data.image_views: objective amclr needs 1, got 0"),
         (["optimizer.lr=.inf"], "optimizer.lr: expected finite numbers, got inf"),

@@ -122,5 +122,5 @@ def _key(name: str) -> Iterator[None]:
         yield
     except UserError as error:
         key = f"evaluation.suites.{name}"
-        words = str(error).removeprefix("--suite: ").removeprefix("--data: ")
+        words = str(error).removeprefix("--suite: ").removeprefix("with --data, ").removeprefix("--data: ")
         raise UserError(f"{key}: {words}") from error

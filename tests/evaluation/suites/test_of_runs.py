@@ -43,7 +43,7 @@ def test_what_is_not_there_is_refused_by_its_key(data, tmp_path):
     for suites, told in (
         ({"sugarcrepe": "/nowhere"}, r"^evaluation.suites.sugarcrepe: expected the folder that holds .* got /nowhere$"),
         ({"aro": str(data)}, r"^evaluation.suites.aro: .*: expected at least one data set of aro, found none; looked"),
-        ({"sugarcrepes": str(data)}, r"^evaluation.suites.sugarcrepes: .* did you mean 'sugarcrepe'"),
+        ({"sugarcrepes": str(data)}, r"^evaluation.suites.sugarcrepes: expected one of .* did you mean 'sugarcrepe'"),
         ({"sugarcrepe": None}, r"^evaluation.suites.sugarcrepe: expected the folder .* on this machine, got null"),
     ):
         with pytest.raises(UserError, match=told):
