@@ -113,6 +113,33 @@ def test_what_nobody_asks_for_has_no_gradient_and_costs_none():
     assert k.grad is None
 
 
+def test_blocks_of_backward_are_those_of_forward():
+    """Also where the setting is another one by then."""
+    a, _, k, *_ = given(7)
+    seen = []
+
+    def fn(s: Tensor) -> tuple[Tensor, Tensor]:
+        seen.append(len(s))
+        return one_product(s)
+
+    with using(chunk=3):
+        rows, _ = softmaxes(fn, (a.requires_grad_(),), (k,))
+    rows.log_sum.sum().backward()
+    assert seen == [3, 3, 1] * 2
+
+
+def test_autocast_changes_nothing():
+    a, _, k, *_ = (x.float() for x in given(7)[:3])
+    found = []
+    for enabled in (False, True):
+        leaves = [x.clone().requires_grad_() for x in (a, k)]
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            rows, columns = softmaxes(lambda s: (9 * s, 9 * s), (leaves[0],), (leaves[1],))
+            value = (rows.log_sum * columns.log_sum).sum()
+            found.append([value.detach(), *torch.autograd.grad(value, leaves)])
+    assert all(torch.equal(x, y) for x, y in zip(*found, strict=True))
+
+
 def test_small_temperatures_are_as_good_as_plain_autograd():
     """Logits of hundreds, float32 features, beside float64; half precision is made float32."""
     for dtype, most in ((torch.float32, 2e-5), (torch.bfloat16, 2e-2)):

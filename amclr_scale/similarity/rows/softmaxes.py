@@ -70,7 +70,8 @@ def softmaxes(
     """
     for left, right in zip(rows, columns, strict=True):
         ranks = checked(left, right, per_column, "all", ("rows", "columns", "per_column"))
-    plan = _Plan(fn, ranks, len(rows), len(per_column), expected, mean, exclude_positive)
+    size = rows_at_once(len(columns[0]) * ranks.size)
+    plan = _Plan(fn, ranks, size, len(rows), len(per_column), expected, mean, exclude_positive)
     found = _Softmaxes.apply(plan, *rows, *columns, *per_column, *shared)  # type: ignore[no-untyped-call]
     row_sum, row_expected, row_mean, column_sum, column_expected, column_mean, positive = found
     return (
@@ -83,6 +84,7 @@ def softmaxes(
 class _Plan:
     fn: EntryFunction
     ranks: Group
+    size: int  # rows of a block, in backward as in forward
     products: int  # m
     per_column: int
     expected: bool
@@ -102,8 +104,8 @@ class _Plan:
 
     def blocks(self, given: tuple[Tensor, ...]) -> list[slice]:
         """Rows of a block at a time."""
-        b, size = len(given[0]), rows_at_once(len(given[self.products]))
-        return [slice(start, min(start + size, b)) for start in range(0, b, size)]
+        b = len(given[0])
+        return [slice(start, min(start + self.size, b)) for start in range(0, b, self.size)]
 
     def products_of(self, given: tuple[Tensor, ...], here: slice) -> list[Tensor]:
         """The m blocks of these rows."""

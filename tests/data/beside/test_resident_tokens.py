@@ -5,6 +5,7 @@ import logging
 from collections import namedtuple
 
 import pytest
+import torch
 
 from amclr_scale.commands.embedding.of_towers import write_features
 from amclr_scale.data import loader
@@ -29,7 +30,14 @@ def made(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    "changed", [{}, {"caption": "json.captions"}, {"caption": ["txt", "json.captions"]}, {"text_views": 1}]
+    "changed",
+    [
+        {},
+        {"caption": "json.captions"},
+        {"caption": ["txt", "json.captions"]},
+        {"text_views": 1},
+        {"labels": "json.captions"},
+    ],
 )
 def test_batches_are_those_of_the_shards(made, changed, caplog):
     caplog.set_level(logging.WARNING)
@@ -40,6 +48,8 @@ def test_batches_are_those_of_the_shards(made, changed, caplog):
         batches = take(data, 9)
         found.append((batches, [record.getMessage() for record in caplog.records if record.name == loader.__name__]))
     assert_same(found[1][0], found[0][0])
+    for ours, theirs in zip(found[1][0], found[0][0], strict=True):
+        torch.testing.assert_close(dict(ours.given), dict(theirs.given), rtol=0, atol=0)
     assert found[1][1] == found[0][1]
     assert "no features" in " ".join(found[0][1])
 
