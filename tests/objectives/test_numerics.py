@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from amclr_scale.objectives import rankclip as rankclip_module
 from amclr_scale.objectives.rankclip import WIDEST, ascending
 from amclr_scale.types import Embeddings
 from tests.objectives.harness import NUM_SAMPLES, assert_same, defined, global_batch, make, run
@@ -189,6 +190,12 @@ def test_lists_that_span_too_much_for_one_exp():
     assert ((s.amax(1) - s.amin(1)) > WIDEST).any()
     assert ((s.amax(1) - s.amin(1)) < WIDEST).any()
     assert_same(got, defined(rankclip, batch=batch, epochs=EPOCHS))
+
+
+def test_lists_of_some_rows_at_a_time(monkeypatch):
+    monkeypatch.setattr(rankclip_module, "PIECE", 20)  # two of eight
+    got = run("rankclip", {"ramp_epochs": 5.0}, epochs=EPOCHS)
+    assert_same(got, defined(rankclip, epochs=EPOCHS))
 
 
 def test_rows_are_ordered_as_a_stable_sort_orders_them():

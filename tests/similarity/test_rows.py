@@ -176,3 +176,23 @@ def test_a_mean_asks_for_no_gradient_that_nobody_needs():
     torch.testing.assert_close(shared.grad, (image @ text.T).sum(1).mean().detach())
     with pytest.raises(ValueError, match=r"fn: expected a number of each of the block's 6 rows, got \(\)"):
         mean_rows(lambda block, positive: block.sum(), image, text)
+
+
+def several_products(B: int) -> list[torch.Tensor]:
+    """Of this rank's rows: the mean, and gradients of what is a row in one product and a column in the other."""
+    b = B // world_size()
+    mine = slice(rank() * b, (rank() + 1) * b)
+    g = torch.Generator().manual_seed(2)
+    a, c, k = (x[mine].clone() for x in torch.randn(3, B, 5, dtype=torch.float64, generator=g))
+    c.requires_grad_()
+    k.requires_grad_()
+    with using(chunk=3):
+        value = mean_rows(lambda s, r, own: (s.softmax(1) * r.sin()).sum(1), (a, c), (c, k))
+    return [value.detach()[None], *(x / world_size() for x in torch.autograd.grad(value, (c, k)))]
+
+
+def test_several_products_over_ranks(ranks):
+    """Of the first one only the columns have a gradient."""
+    value, *gradients = (torch.cat(parts) for parts in zip(*ranks(2, several_products, 8), strict=True))
+    for found, want in zip((value.mean()[None], *gradients), several_products(8), strict=True):
+        assert relative_error(found, want) < 1e-12
