@@ -4,8 +4,8 @@ python examples/lightning_loop.py
 """
 
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
+from contextlib import suppress
 
-import lightning
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -13,6 +13,11 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from amclr_scale import GradientCache
 from amclr_scale.similarity import contrast
+from amclr_scale.torchvision_ops import import_torchvision
+
+with suppress(ImportError):  # where it is installed, and built for another torch: lightning imports it
+    import_torchvision()
+import lightning
 
 parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
 parser.add_argument("batch", type=int, nargs="?", default=4096)
