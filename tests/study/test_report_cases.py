@@ -239,3 +239,14 @@ def test_what_some_arms_get_beyond_what_is_held_equal_is_said(tmp_path):
     (folder / "study.yaml").write_text(yaml.safe_dump(plan))
     text = compose(read_study(folder)).markdown
     assert f"{told}-s0: one model for all seeds, and intervals are for it)\n" in text
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_a_swept_rate_stands_in_the_runs_as_it_was_trained_at(tmp_path):
+    """The axis says it at the rule's reference batch size."""
+    folder = make_study(tmp_path / "s", arms=("clip",), batches=(128,), seeds=(0, 1), axes={"optimizer.lr": [1e-3]})
+    file = folder / "cells.json"
+    content = json.loads(file.read_text())
+    file.write_text(json.dumps({**content, "cells": [{**cell, "lr": 4e-3} for cell in content["cells"]]}))
+    (row,) = next(one.raw for one in compose(read_study(folder)).tables if one.name == "runs")
+    assert row["learning_rates"] == "0.004"

@@ -71,6 +71,11 @@ class Group:
         """The learning rates of its runs, ascending."""
         return sorted({run.cell.rate for run in self.runs})
 
+    @property
+    def peaks(self) -> list[float]:
+        """What these rates are at its batch size, by the plan's rule: the highest that its runs have trained at."""
+        return sorted({run.cell.rate if run.cell.lr is None else run.cell.lr for run in self.runs})
+
     def at_rate(self, rate: float) -> dict[int, Run]:
         """Runs by seed."""
         return _at_rate(self.runs, rate)
