@@ -1,4 +1,4 @@
-"""Definitions of objectives that read hard negatives, references, tokens or a teacher's features, in plain tensors."""
+"""Definitions of objectives that read hard negatives, references, tokens, parts or a teacher, in plain tensors."""
 
 import hashlib
 from typing import Any
@@ -38,7 +38,7 @@ def negclip_of_both(state, e, step):
 def byolip(state, e, step):
     pairs = ((e.image_predicted, e.text_momentum), (e.text_predicted, e.image_momentum))
     missed = [(F.normalize(p, dim=1) - x).square().sum(1).mean() for p, x in pairs]
-    value = softmax_of(e, 0.1) + (missed[0] + missed[1]) / 2
+    value = 0.7 * softmax_of(e, 0.1) + 0.3 * (missed[0] + missed[1]) / 2
     return value, value
 
 
@@ -51,11 +51,12 @@ def count(state, e, step):
 
 def degla(state, e, step):
     value = negclip(state, e, step)[0]
-    for anchors, positives, scale in ((e.image, e.text, e.logit_scale), (e.text, e.text_momentum, 1 / 0.1)):
+    sides = ((e.image, e.text, e.logit_scale, 0.2), (e.text, e.text_momentum, 1 / 0.25, 0.3))
+    for anchors, positives, scale, weight in sides:
         own = (anchors * positives).sum(1, keepdim=True)
         wrong = torch.stack([(anchors * n).sum(1) for n in e.text_negatives], 1)
         x = torch.cat([own * scale, (wrong * scale).masked_fill(~e.text_negative_mask, -torch.inf)], 1)
-        value = value + 0.1 * (x.logsumexp(1) - x[:, 0]).mean()
+        value = value + weight * (x.logsumexp(1) - x[:, 0]).mean()
     moved = torch.cat([e.image - e.image_momentum, e.text - e.text_momentum], 1)
     value = value + 0.5 * moved.square().sum(1).mean()
     return value, value
@@ -125,9 +126,9 @@ def m3col(share: float, soft: float, epochs: Any, temperature: float | None):
     def definition(state, e, step):
         value = 0.0
         if epochs[step] >= soft:
-            targets = ((e.text @ e.text.T / 0.125).softmax(1) + (e.image @ e.image.T / 0.125).softmax(1)).detach() / 2
+            targets = ((e.text @ e.text.T / 0.3).softmax(1) + (e.image @ e.image.T / 0.3).softmax(1)).detach() / 2
             for s in (e.image @ e.text.T, e.text @ e.image.T):
-                value = value - (targets * (s / 0.125).log_softmax(1)).sum(1).mean() / 2
+                value = value - (targets * (s / 0.3).log_softmax(1)).sum(1).mean() / 2
             return value, value
         t = 1 / e.logit_scale if temperature is None else temperature
         for which, (rows, keys) in enumerate(((e.image, e.text), (e.text, e.image))):
@@ -149,3 +150,40 @@ def m3col(share: float, soft: float, epochs: Any, temperature: float | None):
         return value, value
 
     return definition
+
+
+def swav(clip: float, frozen: bool, weight: float = 0.2, t: float = 0.1, epsilon: float = 0.05, iterations: int = 3):
+    def definition(state, e, step):
+        c = F.normalize(e.prototypes, dim=1)
+        c = c.detach() if frozen else c
+        s = [x @ c.T for x in (e.image, e.text)]
+        codes = []
+        for x in s:
+            q = (x.detach() / epsilon).exp()
+            for _ in range(iterations):
+                q = q / q.sum(0, keepdim=True)
+                q = q / q.sum(1, keepdim=True)
+            codes.append(q)
+        swap = [(q * (x / t).log_softmax(1)).sum(1) for q, x in zip(codes[::-1], s, strict=True)]
+        value = -weight / 2 * (swap[0] + swap[1]).mean() + (clip * softmax_of(e, 0.1) if clip else 0)
+        return value, value
+
+    return definition
+
+
+def siamlip(state, e, step):
+    pairs = ((e.image_predicted, e.text.detach()), (e.text_predicted, e.image.detach()))
+    missed = [(F.normalize(p, dim=1) - x).square().sum(1).mean() for p, x in pairs]
+    value = 0.7 * softmax_of(e, 0.1) + 0.3 * (missed[0] + missed[1]) / 2
+    return value, value
+
+
+def barlip(state, e, step):
+    columns = []
+    for v in (e.image_projected, e.text_projected):
+        columns.append((v - v.mean(0)) / (v.var(0, correction=0) + 1e-5).sqrt())
+    c = columns[0].T @ columns[1] / B
+    target = torch.eye(len(c), dtype=torch.float64)
+    weights = torch.where(target == 1, 1.0, 0.02)
+    value = 0.04 * (weights * (c - target).square()).sum() + 0 * e.image.sum()
+    return value, value

@@ -13,6 +13,7 @@ from torch import Tensor
 from amclr_scale.types import Embeddings
 from tests.objectives.harness import B, assert_same, defined, global_batch, joined, make, my_rows, off_diagonal, run
 from tests.objectives.taught import (
+    barlip,
     byolip,
     count,
     cwcl,
@@ -23,7 +24,9 @@ from tests.objectives.taught import (
     mochi,
     negclip,
     negclip_of_both,
+    siamlip,
     softmax_of,
+    swav,
 )
 
 EYE = torch.eye(B, dtype=torch.bool)
@@ -142,15 +145,19 @@ def gram(third: str | None, smoothing: float):
     return definition
 
 
-def m2_mixup(state, e, step):
-    share = random.Random(f"7 {EPOCHS[step]!r}").betavariate(0.5, 0.5)
-    theta = (e.image * e.text).sum(1).acos()[:, None]
-    mixed = ((share * theta).sin() * e.image + ((1 - share) * theta).sin() * e.text) / theta.sin()
-    own = (e.image * e.text).sum(1) / 0.07
-    x = [off_diagonal(a @ mixed.T / 0.07) for a in (e.image, e.text)]
-    parts = [(m.logsumexp(1).exp() / own.exp() + 1).log().mean() for m in x]
-    value = softmax_of(e, 0.1) + 0.3 / (1 + int(EPOCHS[step])) * (parts[0] + parts[1])
-    return value, value
+def m2_mixup(t: float, beta: float, scheduled: bool):
+    def definition(state, e, step):
+        share = random.Random(f"7 {EPOCHS[step]!r}").betavariate(beta, beta)
+        theta = (e.image * e.text).sum(1).acos()[:, None]
+        mixed = ((share * theta).sin() * e.image + ((1 - share) * theta).sin() * e.text) / theta.sin()
+        own = (e.image * e.text).sum(1) / t
+        x = [off_diagonal(a @ mixed.T / t) for a in (e.image, e.text)]
+        parts = [(m.logsumexp(1).exp() / own.exp() + 1).log().mean() for m in x]
+        weight = 0.3 / (1 + int(EPOCHS[step])) if scheduled else 0.3
+        value = softmax_of(e, 0.1) + weight * (parts[0] + parts[1])
+        return value, value
+
+    return definition
 
 
 def cacr(state, e, step):
@@ -158,66 +165,35 @@ def cacr(state, e, step):
     for anchors, positives in ((e.image, (e.text, e.text_views[0])), (e.text, (e.image, e.image_views[0]))):
         near = torch.stack([2 - 2 * (anchors * x).sum(1) for x in positives], 1)  # squared distances of unit rows
         away = 2 - 2 * anchors @ positives[0].T
-        weights = off_diagonal(-2 * away).softmax(1)
-        value = value + ((near.softmax(1) * near).sum(1) - 0.5 * (weights * away).sum(1)).mean() / 2
+        weights = off_diagonal(-1.5 * away).softmax(1)
+        near_weights = (0.6 * near).softmax(1)
+        value = value + (0.8 * (near_weights * near).sum(1) - 0.5 * (weights * away).sum(1)).mean() / 2
     return value, value
 
 
-def swav(clip: float, frozen: bool):
-    def definition(state, e, step):
-        c = F.normalize(e.prototypes, dim=1)
-        c = c.detach() if frozen else c
-        s = [x @ c.T for x in (e.image, e.text)]
-        codes = []
-        for x in s:
-            q = (x.detach() / 0.05).exp()
-            for _ in range(3):
-                q = q / q.sum(0, keepdim=True)
-                q = q / q.sum(1, keepdim=True)
-            codes.append(q)
-        swap = [(q * (x / 0.1).log_softmax(1)).sum(1) for q, x in zip(codes[::-1], s, strict=True)]
-        value = -0.1 * (swap[0] + swap[1]).mean() + (clip * softmax_of(e, 0.1) if clip else 0)
-        return value, value
-
-    return definition
-
-
-def siamlip(state, e, step):
-    pairs = ((e.image_predicted, e.text.detach()), (e.text_predicted, e.image.detach()))
-    missed = [(F.normalize(p, dim=1) - x).square().sum(1).mean() for p, x in pairs]
-    value = softmax_of(e, 0.1) + (missed[0] + missed[1]) / 2
-    return value, value
-
-
-def barlip(state, e, step):
-    columns = []
-    for v in (e.image_projected, e.text_projected):
-        columns.append((v - v.mean(0)) / (v.var(0, correction=0) + 1e-5).sqrt())
-    c = columns[0].T @ columns[1] / B
-    target = torch.eye(len(c), dtype=torch.float64)
-    weights = torch.where(target == 1, 1.0, 0.005)
-    value = 0.025 * (weights * (c - target).square()).sum() + 0 * e.image.sum()
-    return value, value
-
-
-def rankclip(state, e, step):
-    def list_mle(pred, true):
+def rankclip(most: float):
+    def list_mle(e, pred, true):
         total = 0.0
         for row, order in zip(pred * e.logit_scale, true.argsort(stable=True, dim=1, descending=True), strict=True):
             x = row[order]
             total = total + sum(x[k:].logsumexp(0) - x[k] for k in range(B))
         return total / B
 
-    z, t = e.image @ e.image.T, e.text @ e.text.T
-    s = e.image @ e.text.T
-    lists = list_mle(z, t) + list_mle(t, z) + list_mle(s, s.T) + list_mle(s.T, s)
-    value = softmax_of(e, 1 / e.logit_scale) + min(3 * int(EPOCHS[step]) / 4, 2.0) * lists / (32 * B)
-    return value, value
+    def definition(state, e, step):
+        z, t = e.image @ e.image.T, e.text @ e.text.T
+        s = e.image @ e.text.T
+        lists = list_mle(e, z, t) + list_mle(e, t, z) + list_mle(e, s, s.T) + list_mle(e, s.T, s)
+        value = softmax_of(e, 1 / e.logit_scale) + min(3 * int(EPOCHS[step]) / 4, most) * lists / (32 * B)
+        return value, value
+
+    return definition
 
 
 EPOCHS = (0.0, 0.4, 1.2, 2.0, 3.9)
 VIEWS = {"views": 2}
 HEADS = {"heads": True}
+GROUNDING = {"image_weight": 0.2, "text_weight": 0.3, "text_temperature": 0.25}
+SHARPNESS = {"positive_sharpness": 0.6, "negative_sharpness": 1.5}
 CASES: list[tuple[str, dict[str, Any], Any, dict[str, Any]]] = [
     ("simclr", {"modality": "text"}, simclr, VIEWS),
     ("slip", {"intra_image": 0.5, "intra_text": 2.0, "intra_temperature": 0.2}, slip, VIEWS),
@@ -234,17 +210,43 @@ CASES: list[tuple[str, dict[str, Any], Any, dict[str, Any]]] = [
     ("gram", {}, gram(None, 0.1), {}),
     ("gram", {"third": "image", "label_smoothing": 0.0}, gram("image", 0.0), VIEWS),
     ("gram", {"third": "text"}, gram("text", 0.1), VIEWS),
-    ("m2_mixup", {"temperature": 0.1, "mix_weight": 0.3, "mix_seed": 7}, m2_mixup, {}),
-    ("cacr", {"omega": 1, "repulsion": 0.5}, cacr, VIEWS),
+    ("m2_mixup", {"temperature": 0.1, "mix_weight": 0.3, "mix_seed": 7}, m2_mixup(0.07, 0.5, True), {}),
+    (
+        "m2_mixup",
+        {
+            "temperature": 0.1,
+            "mix_weight": 0.3,
+            "mix_seed": 7,
+            "mix_temperature": 0.2,
+            "mix_beta": 2.0,
+            "mix_schedule": False,
+        },
+        m2_mixup(0.2, 2.0, False),
+        {},
+    ),
+    ("cacr", {"omega": 1, "attraction": 0.8, "repulsion": 0.5, **SHARPNESS}, cacr, VIEWS),
     ("swav", {"temperature": 0.1, "clip": 0.5, "freeze_epochs": 0.0}, swav(0.5, False), HEADS),
     ("swav", {"clip": 0.0, "freeze_epochs": 9.0}, swav(0.0, True), HEADS),
-    ("siamlip", {"temperature": 0.1}, siamlip, HEADS),
-    ("barlip", {"clip": 0.0}, barlip, HEADS),
+    (
+        "swav",
+        {
+            "clip": 0.0,
+            "freeze_epochs": 0.0,
+            "swap_weight": 0.7,
+            "swap_temperature": 0.2,
+            "epsilon": 0.3,
+            "iterations": 2,
+        },
+        swav(0.0, False, 0.7, 0.2, 0.3, 2),
+        HEADS,
+    ),
+    ("siamlip", {"temperature": 0.1, "clip": 0.7, "predict_weight": 0.3}, siamlip, HEADS),
+    ("barlip", {"clip": 0.0, "weight": 0.04, "redundancy": 0.02}, barlip, HEADS),
     ("negclip", {"negatives": 2}, negclip, {"negatives": 2}),
     ("negclip", {"negatives": 2, "image_negatives": 2}, negclip_of_both, {"negatives": 2}),
-    ("byolip", {"temperature": 0.1}, byolip, HEADS),
+    ("byolip", {"temperature": 0.1, "clip": 0.7, "predict_weight": 0.3}, byolip, HEADS),
     ("count", {"temperature": 0.1, "count_weight": 0.7, "negatives": 2}, count, {"negatives": 2}),
-    ("degla", {"negatives": 2, "distill_weight": 0.5}, degla, {"negatives": 2}),
+    ("degla", {"negatives": 2, "distill_weight": 0.5, **GROUNDING}, degla, {"negatives": 2}),
     ("distill", {}, distill("momentum", 0.4, None), {}),
     (
         "distill",
@@ -255,9 +257,9 @@ CASES: list[tuple[str, dict[str, Any], Any, dict[str, Any]]] = [
     ("mochi", {"hardest": 3, "mixed": 4, "mixed_with_anchor": 2, "mix_seed": 7}, mochi(3, 4, 2, EPOCHS), {}),
     ("cwcl", {}, cwcl("image"), {}),
     ("cwcl", {"reference": "both"}, cwcl("both"), {}),
-    ("rankclip", {"ramp_epochs": 5.0}, rankclip, {}),
+    ("rankclip", {"ramp_epochs": 5.0, "weight": 1.3}, rankclip(1.3), {}),
     ("filip", {}, filip, {"tokens": True}),
-    ("m3col", {"mix_seed": 7, "soft_epoch": 1.5}, m3col(0.5, 1.5, EPOCHS, 0.1), {}),
+    ("m3col", {"mix_seed": 7, "soft_epoch": 2.0, "soft_temperature": 0.3}, m3col(0.5, 2.0, EPOCHS, 0.1), {}),
     ("m3col", {"mix_seed": 7, "mix_share": 1.0, "temperature": None}, m3col(1.0, 9.0, EPOCHS, None), {}),
 ]
 

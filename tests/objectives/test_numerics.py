@@ -189,13 +189,13 @@ def test_lists_that_span_too_much_for_one_exp():
     s = global_batch(2, **batch).image.detach() @ global_batch(2, **batch).text.detach().T * 500
     assert ((s.amax(1) - s.amin(1)) > WIDEST).any()
     assert ((s.amax(1) - s.amin(1)) < WIDEST).any()
-    assert_same(got, defined(rankclip, batch=batch, epochs=EPOCHS))
+    assert_same(got, defined(rankclip(2.0), batch=batch, epochs=EPOCHS))
 
 
 def test_lists_of_some_rows_at_a_time(monkeypatch):
     monkeypatch.setattr(rankclip_module, "PIECE", 20)  # two of eight
     got = run("rankclip", {"ramp_epochs": 5.0}, epochs=EPOCHS)
-    assert_same(got, defined(rankclip, epochs=EPOCHS))
+    assert_same(got, defined(rankclip(2.0), epochs=EPOCHS))
 
 
 def test_rows_are_ordered_as_a_stable_sort_orders_them():

@@ -3,9 +3,10 @@
 import numpy as np
 import pytest
 import torch
+from scipy import stats
 
 from amclr_scale.evaluation.numbers import Number, Part, intervals, mean_of, number
-from amclr_scale.study.statistics.decisions import estimate, with_items
+from amclr_scale.study.statistics.decisions import Component, estimate, with_items
 from amclr_scale.study.statistics.equivalent_batch import equivalent_batch
 from amclr_scale.study.statistics.resampling import item_draws, over_items_and_seeds, over_seeds, spread
 from amclr_scale.study.statistics.selection import select
@@ -188,6 +189,34 @@ def test_noise_that_determines_nothing_says_so():
     assert found.interval() == "the whole range: not determined"
     alone = equivalent_batch([128, 256], CURVE[:2, None], np.array([0.22]))
     assert alone.interval() == "the whole range: not determined"
+
+
+def test_a_rate_of_which_nothing_is_known_leaves_the_equivalent_batch_open():
+    """One tuning seed says nothing about what another rate would bring (`allowance`)."""
+    noise, unknown, known = np.array([-0.001, 0.0, 0.001]), Component(np.inf), Component(0.0)
+    curve, arm = CURVE[:, None] + noise, 0.25 + noise[::-1]
+    for of_curve, of_arm in (([unknown] * 3, unknown), ([unknown] * 3, known), ([known] * 3, unknown)):
+        found = equivalent_batch([128, 256, 512], curve, arm, reference_regrets=of_curve, arm_regret=of_arm)
+        assert found.interval() == "the whole range: not determined"
+    only_first = equivalent_batch([128, 256, 512], curve, arm, reference_regrets=[unknown, known, known])
+    assert (only_first.low, only_first.high_open) == (128, False)
+
+
+def test_the_ends_of_the_equivalent_batch_are_where_all_sources_of_error_together_reach():
+    """On a straight line from 0 to 1, at share w: |score - w| = half of the interval, each source as a square."""
+    arm, draws = 0.45 + np.array([-0.03, 0.0, 0.03]), 0.45 + 0.02 * np.array([-1, 0, 1])
+    of_curve, of_arm = (Component(0.05, 4), Component(0.02, 8)), Component(0.03, 6)
+    found = equivalent_batch(
+        [128, 512], np.array([[0.0] * 3, [1.0] * 3]), arm, reference_draws=np.zeros((3, 2)), arm_draws=draws,
+        clusters=5, reference_regrets=of_curve, arm_regret=of_arm, narrow=1.5,
+    )  # fmt: skip
+    t_seeds, t_items = stats.t.ppf(0.975, 2), stats.t.ppf(0.975, 4)
+    for end in (found.low, found.high):
+        w = np.log2(end / 128) / 2
+        regrets = ((1 - w) * t_items * 0.05, w * stats.t.ppf(0.975, 8) * 0.02, stats.t.ppf(0.975, 6) * 0.03)
+        half = np.sqrt(sum(x**2 for x in (1.5 * t_seeds * 0.03 / 3**0.5, t_items * 0.02, *regrets)))
+        assert abs(0.45 - w) == pytest.approx(half, abs=1 / 128)  # how near the curve's points lie
+    assert 0 < np.log2(found.low / 128) / 2 < 0.3
 
 
 @pytest.mark.parametrize(

@@ -152,7 +152,9 @@ def equivalent_batch(
         tail = (1 + level) / 2
         squares = narrow**2 * special.stdtrit(n - 1, tail) ** 2 * of_seeds
         squares += arm_regret.half(1 - tail) ** 2 if arm_regret else 0.0
-        squares += curves**2 @ np.array([one.half(1 - tail) ** 2 for one in reference_regrets] or [0.0] * len(x))
+        regrets = np.array([one.half(1 - tail) for one in reference_regrets] or [0.0] * len(x))
+        # A size whose weight is 0 has no part in the curve there, however little is known of its rate: 0 inf is nan.
+        squares += (np.multiply(curves, regrets, where=curves != 0, out=np.zeros_like(curves)) ** 2).sum(2)
         squares += special.stdtrit(max(clusters - 1, 1), tail) ** 2 * of_items
         middle, half = differences.mean(2), np.sqrt(squares)
         inside = ((middle - half).min(0) <= 0) & ((middle + half).max(0) >= 0)
