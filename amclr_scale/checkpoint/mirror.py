@@ -194,7 +194,7 @@ class Mirror:
         self._check_holder()
         self.remote.write(self._file(step, MANIFEST), manifest)
         self._whole[step] = manifest
-        self._point(max(self._here()))
+        self._point(max(self._whole.keys() & {step, *self._here()}))  # a newer one may be on the disk alone yet
         return sum(file["size"] for file in listed)
 
     def _point(self, step: int) -> None:

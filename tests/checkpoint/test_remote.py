@@ -204,6 +204,27 @@ def test_the_store_keeps_what_the_disk_would_keep(place, tmp_path):
     assert fetched_aside(kept, 80, tmp_path / "again")
 
 
+def test_latest_names_what_is_whole_there_while_a_newer_one_is_on_the_disk_alone(place, tmp_path):
+    """The newest one comes while the one before it is uploaded, and its own upload is killed."""
+    _, url, config = place
+
+    def newer(number, path):
+        if path.endswith("step_00000010/rank_00001.safetensors"):
+            write(tmp_path, 20, config)
+        return Killed() if "step_00000020" in path else None
+
+    one = mirror(place, newer)
+    one.claim()
+    with pytest.raises(Killed):
+        one._bring_up_to_date()
+    assert there(url)[0] == [10]
+    assert RemoteRun(url, "resume").pointed("latest") == 10
+    again = mirror(place)  # while the older one is uploaded after the newer one, latest stays
+    again.claim()
+    again._bring_up_to_date()
+    assert RemoteRun(url, "resume").pointed("latest") == 20
+
+
 def test_what_is_being_uploaded_stays_on_the_disk(place, tmp_path):
     folder, _, config = place
     begun, go_on = threading.Event(), threading.Event()

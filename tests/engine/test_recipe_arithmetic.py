@@ -120,6 +120,20 @@ def test_the_plan():
     assert make_plan(each, 16, 1).micro_batches == 4 + 2
 
 
+def test_where_a_run_is_after_a_step():
+    """A step of samples 64 .. 127 has the rate of sample 96, and the run has seen 128 samples then."""
+    words = ["train.samples=256", "train.global_batch_size=64", "optimizer.lr=2.0", "optimizer.warmup_samples=128"]
+    plan = make_plan(load(None, words), 100, 1)
+    places = [plan.position(step) for step in (1, 2, 3, 4)]
+    assert [(one.samples, one.epoch, one.last) for one in places] == [
+        (64, 0.64, False), (128, 1.28, False), (192, 1.92, False), (256, 2.56, True)
+    ]  # fmt: skip
+    falling = [1 + math.cos(math.pi * share) for share in (0.25, 0.75)]
+    assert [one.lr for one in places] == pytest.approx([0.5, 1.5, *falling])
+    for every, reached in ((100, [2, 4]), (64, [1, 2, 3, 4]), (10, [1, 2, 3, 4]), (192, [3]), (256.5, [])):
+        assert [one.step for one in places if plan.reaches(one, every)] == reached
+
+
 def test_operations_per_second():
     rates = Throughput(2, ModelFlops(100, 50), 0.5, 1.0, 0.0, peak=10_000.0).record(20.0)
     assert rates["samples_per_second_per_rank"] == 10
