@@ -8,10 +8,12 @@ import pytest
 from amclr_scale.errors import UserError
 from amclr_scale.study.analysis.comparability import differences, surroundings, uneven_rate
 from amclr_scale.study.analysis.comparison import Outcome, compare
+from amclr_scale.study.analysis.families import analyse
 from amclr_scale.study.analysis.groups import baseline_of, find, groups_of, reference_of
 from amclr_scale.study.analysis.reading import read_study
 from amclr_scale.study.analysis.results import Metric
 from amclr_scale.study.analysis.units import unit_of
+from amclr_scale.study.report.brief import brief
 from amclr_scale.study.report.tables import needed_seeds, same_mathematics, sensitivity_table
 from amclr_scale.study.statistics.decisions import Verdict, paired
 from amclr_scale.study.statistics.selection import select
@@ -220,6 +222,8 @@ def test_a_rank_is_better_when_it_is_lower(tmp_path):
     found = outcome(study)
     (one,) = compare(found, [(found.groups[1], found.groups[0])], study.margin)
     assert (one.difference.seeds.value, one.decision.verdict) == (-80.0, Verdict.BETTER)
+    text = brief(study, "?", analyse(study, found.groups), found.groups)
+    assert "**Scores.** Lowest median rank, mean over seeds: at B = 128 AmCLR 11 (CLIP 91)." in text
     assert select(np.array([[10.0, 11.0], [20.0, 21.0]]), lower_is_better=True).best == 0
 
 

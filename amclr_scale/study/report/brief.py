@@ -59,7 +59,7 @@ def _ran(study: Study, groups: Sequence[Group]) -> str:
 
 def _scores(first: Analysed) -> str:
     """The best method at every batch size, beside the reference's arm there."""
-    words = []
+    words, lower = [], first.outcome.metric.lower_is_better
     for batch in sorted({group.global_batch_size for group in first.outcome.groups}):
         here = [
             (group, mean.seeds.value)
@@ -68,14 +68,13 @@ def _scores(first: Analysed) -> str:
         ]
         if not here:
             continue
-        sign = -1 if first.outcome.metric.lower_is_better else 1
-        best, value = max(here, key=lambda one: sign * one[1])
+        best, value = (min if lower else max)(here, key=lambda one: one[1])
         said = f"at B = {batch:,} {best.title} {first.unit.score(value)}{first.unit.name and ' ' + first.unit.name}"
         base = find([group for group, _ in here], first.reference.arm) if first.reference else None
         if base is not None and best.arm != base.arm:
             said += f" ({base.title} {first.unit.score(dict(here)[base])})"
         words.append(said)
-    return f"Highest {first.outcome.metric.name}, mean over seeds: {'; '.join(words)}."
+    return f"{'Lowest' if lower else 'Highest'} {first.outcome.metric.name}, mean over seeds: {'; '.join(words)}."
 
 
 def _verdicts(first: Analysed, margin: float) -> str:
