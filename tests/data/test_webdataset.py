@@ -77,6 +77,21 @@ def test_goes_on_where_it_was_with_other_workers_and_ranks(shards):
     assert [i for at in (0, 4, 8) for half in halves for i in half[at : at + 4]] == whole[24:48]
 
 
+def test_a_mixture_is_that_of_training(tmp_path):
+    """Over two epochs' ends: half of the first data set and three times the second one in each."""
+    write_shards(tmp_path / "a", [8, 8])
+    write_shards(tmp_path / "b", [8], first=16)
+    names, weights = [str(tmp_path / name) for name in ("a", "b")], [0.5, 3.0]
+    for rank in range(2):
+        place = {"rank": rank, "world_size": 2}
+        trained = TrainLoader(settings(names, weights=weights), seed=5, global_batch_size=8, **place)
+        source = IndexedShards(names, **ORDER, weights=weights, **place)
+        assert source.samples_per_epoch == trained.samples_per_epoch == 8 + 24
+        found = [(sample["__id__"], sample["__pass__"]) for sample in itertools.islice(source, 40)]
+        assert [i for i, _ in found] == [i for _ in range(10) for i in next(trained).ids.tolist()]
+        assert len(set(found)) == 40  # no visit twice
+
+
 def test_samples_are_webdatasets_own_and_two_keys_more(tmp_path):
     (url,) = write_shards(tmp_path, [6])
     theirs = {sample["__key__"]: sample for sample in wds.WebDataset(url, shardshuffle=False)}

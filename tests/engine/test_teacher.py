@@ -24,7 +24,7 @@ from amclr_scale.engine.zero.master_weights import full_fp32
 from amclr_scale.metrics.phases import Phases
 from amclr_scale.objectives.base import Objective
 from amclr_scale.objectives.clip import CLIP
-from amclr_scale.types import Embeddings, Loss
+from amclr_scale.types import Batch, Embeddings, Loss
 from tests.engine.towers import CPU, config, global_batch, local_batch, towers
 
 SIZE, STEPS, LR = 16, 20, 0.01
@@ -182,6 +182,7 @@ def statistics_run(buffers: str) -> dict[str, Any]:
         step(local_batch(number, SIZE, rank(), world_size()), LR)
         states.append({name: x.clone() for name, x in model.state_dict().items()})
     batch = local_batch(7, SIZE, rank(), world_size())
+    batch = Batch(batch.ids, (*batch.images, 255 - batch.images[0]), batch.texts)  # a further view, which is not lent
     lent = teacher.lend(batch, (3, 5))
     after = {name: x.clone() for name, x in model.state_dict().items()}
     plain: Any = towers()

@@ -44,14 +44,24 @@ def encoder_cost(config: Config) -> float:
 
 def encoder_flops(config: Config) -> float:
     """Useful operations of both towers per sample, all of its views, and of a teacher's forward."""
+    image, text = _one_view(config)
+    lent = sum({"image": image, "text": text}[side].forward for side in lent_sides(config))
+    return image.useful * config.data.images_each + text.useful * config.data.texts_each + lent
+
+
+def times_one_view(config: Config) -> float:
+    """`encoder_flops` over those of one view of each side without a teacher: what equal compute divides samples by."""
+    return encoder_flops(config) / sum(side.useful for side in _one_view(config))
+
+
+def _one_view(config: Config) -> "tuple[_Operations, _Operations]":
+    """Of each side."""
     data = config.data.model_copy(
         update={"image_views": 0, "text_views": 0, "image_negatives": 0, "text_negatives": 0}
     )  # traced once for all arms
     factors = Optimizer(lr_factors=config.optimizer.lr_factors)  # what is frozen has no backward
     asked = {"objective": config.objective} if reads_tokens(config) else {}  # whose heads work too
-    image, text = _operations(Config(data=data, model=config.model, optimizer=factors, **asked).model_dump_json())
-    lent = sum({"image": image, "text": text}[side].forward for side in lent_sides(config))
-    return image.useful * config.data.images_each + text.useful * config.data.texts_each + lent
+    return _operations(Config(data=data, model=config.model, optimizer=factors, **asked).model_dump_json())
 
 
 def reads_tokens(config: Config) -> bool:

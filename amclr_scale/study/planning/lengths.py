@@ -2,8 +2,9 @@
 
 samples, memory, grid   the same samples for every cell, in whole steps
 steps                   the same steps: B times as many samples
-compute                 the same useful operations of the encoders: an arm with 1 + omega views gets 1 / (1 + omega)
-                        of the samples; a budget in samples or epochs is that of an arm with one view
+compute                 the same useful operations of the encoders: an arm with 1 + omega views of both sides gets
+                        1 / (1 + omega) of the samples, one with further texts alone loses no more than its text tower
+                        takes; a budget in samples or epochs is that of an arm with one view
 wall_clock              the same hours, from samples per second measured on this machine
 """
 
@@ -14,7 +15,7 @@ from typing import Any
 from amclr_scale.config.load import build, merge
 from amclr_scale.config.schema import Config
 from amclr_scale.errors import UserError
-from amclr_scale.study.planning.cost import encoder_cost, encoder_flops
+from amclr_scale.study.planning.cost import encoder_flops, times_one_view
 from amclr_scale.study.planning.plan import StudyPlan
 
 Rates = Mapping[str, float]  # samples per second by setting, such as sogclr-B128-gamma0.6
@@ -62,7 +63,7 @@ def samples_of(plan: StudyPlan, config: Config, setting: str, epoch: float, rate
         case "compute" if budget.flops is not None:
             wanted = budget.flops / encoder_flops(config)
         case "compute":
-            wanted /= encoder_cost(config)
+            wanted /= times_one_view(config)
         case "wall_clock":
             if setting not in rates:
                 raise UserError(
