@@ -134,10 +134,14 @@ def token_retrieval(seen: EncodedSplit) -> Measured:
 
 
 def geometry(seen: EncodedSplit) -> Measured:
-    """How embeddings lie on the sphere, where `evaluation.geometry` asks for it."""
-    if not seen.options.geometry or not seen.task.retrieval:
+    """How embeddings lie on the sphere, where `evaluation.geometry` asks for it and there are two pairs at least."""
+    if not seen.options.geometry or not _has_geometry(seen.task):
         return NOTHING
     return {}, sphere.geometry(seen.image, seen.caption, seen.labels)
+
+
+def _has_geometry(task: Task) -> bool:
+    return task.retrieval and task.split.num_samples > 1
 
 
 def composition(seen: EncodedSplit) -> Measured:
@@ -193,7 +197,7 @@ def numbers_of(task: Task, options: Evaluation) -> set[str] | None:
         found |= ranked | plain
         if "token_retrieval" in options.evaluators:
             found |= {f"token_{name}" for name in ranked}
-        if options.geometry:
+        if options.geometry and _has_geometry(task):
             both = [name for name in GEOMETRY.scores if name.startswith("*_")]
             found |= {"alignment", "modality_gap", "cross_uniformity"}
             found |= {name.replace("*", side) for name in both for side in ("image", "text")}

@@ -325,6 +325,11 @@ def test_mistakes_in_files(root, tmp_path):
     probe = {"train": str(root / "train"), "test": str(pairs), "classes": "json.concept"}
     with pytest.raises(UserError, match=r"^evaluation.probes.test: .* has other classes \(4\) than .* \(3\)"):
         Evaluator(Config.model_validate({"data": {"image_size": 16}, "evaluation": {"probes": [probe]}}))
+    (tmp_path / "alone" / "full").mkdir(parents=True)
+    (tmp_path / "alone" / "full" / "0.png").write_bytes(picture(0))
+    probe = {"train": str(tmp_path / "alone"), "test": str(tmp_path / "alone")}
+    with pytest.raises(UserError, match=r"^evaluation.probes.train: expected at least 2 labelled .* got 1 in .*alone"):
+        Evaluator(Config.model_validate({"data": {"image_size": 16}, "evaluation": {"probes": [probe]}}))
     bad = tmp_path / "bad.json"
     (tmp_path / "bad.png").write_bytes(b"no picture")
     bad.write_text(json.dumps([{"image": "bad.png", "caption": "x"}]))
@@ -332,3 +337,10 @@ def test_mistakes_in_files(root, tmp_path):
     evaluator = Evaluator(config)
     with pytest.raises(UserError, match=r"^evaluation.splits: .*bad.png cannot be used"):
         evaluator(model(config))
+
+
+def test_a_split_of_one_pair_has_no_geometry(tmp_path):
+    config = recipe(str(write_split(tmp_path / "one", 1)), geometry=True)
+    results = Evaluator(config)(model(config))
+    assert results["one/R@mean"] == 1.0
+    assert not [name for name in results if "uniformity" in name or "alignment" in name]

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from amclr_scale.evaluation.frozen_features import linear, neighbours
+from amclr_scale.evaluation.frozen_features.measure import held_out
 from amclr_scale.evaluation.shares import gather_rows, share
 
 N, D, K = 203, 6, 4
@@ -89,3 +90,14 @@ def test_any_number_of_ranks_gives_the_same(ranks, here):
 def test_no_temperature_is_too_small():
     votes = neighbours.vote(torch.tensor([[0.9, 0.8, -1.0]]), torch.tensor([[1, 0, 0]]), 3, 1e-6)
     assert votes.tolist() == [[0.0, 1.0, 0.0]]
+
+
+@pytest.mark.parametrize(
+    ("n", "share", "chosen"), [(2, 0.1, 1), (2, 0.9, 1), (3, 0.9, 2), (40, 0.1, 4), (1000, 0.25, 250)]
+)
+def test_some_are_chosen_on_and_some_are_left_to_learn_from(n, share, chosen):
+    rows = held_out(n, share)
+    assert (len(rows), int(rows.sum())) == (n, chosen)
+    assert torch.equal(rows, held_out(n, share))  # on every rank
+    if n == 1000:
+        assert 95 < int(rows[500:].sum()) < 155  # not the first ones: classes come one after another

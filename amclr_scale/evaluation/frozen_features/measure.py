@@ -38,6 +38,11 @@ def probe_tasks(one: Probe, opened: Callable[..., Task]) -> tuple[Task, Task]:
             f"evaluation.probes.test: {named['test']} has other classes ({len(tasks[1].class_names)}) than "
             f"{named['train']} ({len(tasks[0].class_names)})"
         )
+    if tasks[0].split.num_samples < 2:
+        raise UserError(
+            f"evaluation.probes.train: expected at least 2 labelled images, to learn from some and choose on others, "
+            f"got {tasks[0].split.num_samples} in {named['train']}"
+        )
     return tasks[0], tasks[1]
 
 
@@ -52,10 +57,7 @@ def measure_probe(
     device, K = encoded[0][0].device, len(train.class_names)
     y = train.labels[rows.start : rows.stop].to(device)
     target = test.labels[held.start : held.stop].to(device)
-    order = torch.randperm(train.split.num_samples, generator=torch.Generator().manual_seed(0))
-    chosen = torch.zeros(train.split.num_samples, dtype=torch.bool)
-    chosen[order[: max(1, round(options.validation * len(order)))]] = True
-    validation = chosen[rows.start : rows.stop].to(device)
+    validation = held_out(train.split.num_samples, options.validation)[rows.start : rows.stop].to(device)
     numbers: dict[str, Number] = {}
     plain: dict[str, float] = {}
     for name, learned, measured in zip(options.features, *encoded, strict=True):
@@ -74,6 +76,14 @@ def measure_probe(
             numbers |= _accuracy(scores, target, test, f"knn{suffix}")
             plain |= {f"knn{suffix}_neighbours": k, f"knn{suffix}_temperature": t}
     return numbers, plain
+
+
+def held_out(n: int, share: float) -> Tensor:
+    """Which of n >= 2 training images are chosen on: (n,) bool, at least one of them, and never all."""
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(0))
+    chosen = torch.zeros(n, dtype=torch.bool)
+    chosen[order[: min(max(1, round(share * n)), n - 1)]] = True
+    return chosen
 
 
 def numbers_of_probe(options: Probe, train: Task) -> set[str]:
