@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 import pytest
+from scipy import stats
 
 from amclr_scale.study.statistics.decisions import Component, estimate, with_further
 from amclr_scale.study.statistics.selection import allowance, narrowness
@@ -72,6 +73,20 @@ def test_what_another_rate_may_bring():
     assert allowance(noise, 0).half(0.025) > allowance(np.tile(noise, 10), 0).half(0.025) > 0
     assert allowance(noise[:1], 0).error == 0
     assert math.isinf(allowance(noise[:, :1], 0).error)
+
+
+@pytest.mark.parametrize("seeds", [3, 6])
+def test_of_two_rates_what_the_other_may_bring_is_the_end_of_a_paired_t_interval(seeds):
+    """The 95 % quantile of their difference; the error is what gives that at 97.5 % in a further component."""
+    scores = np.random.default_rng(seeds).normal(0.3, 0.02, (2, seeds))
+    difference = scores[1] - scores[0]
+    most = difference.mean() + stats.t.ppf(0.95, seeds - 1) * difference.std(ddof=1) / seeds**0.5
+    assert most > 0
+    for found in (allowance(scores, 0), allowance(-scores, 0, lower_is_better=True)):
+        assert found.freedom == seeds - 1
+        assert found.half(0.025) == pytest.approx(most, rel=0.03)  # of 20,000 draws
+    least = -difference.mean() + stats.t.ppf(0.95, seeds - 1) * difference.std(ddof=1) / seeds**0.5
+    assert allowance(scores, 1).half(0.025) == pytest.approx(max(0.0, least), rel=0.03)
 
 
 def test_a_component_widens_and_an_unknown_one_decides_nothing():
