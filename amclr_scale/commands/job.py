@@ -210,7 +210,6 @@ def build_job(
         phases=phases, teacher=trainer.teacher, trim_texts=config.execution.trim_texts,
         advice=lambda phase: advise_about(config, rank_info, loader.num_samples, device, phase),
     )  # fmt: skip
-    step.steps = begin
     log = RunLog(folder, config, speaks=rank_info.rank == 0, total_steps=plan.total_steps)
     records = TrainingRecords(
         config, plan, log, objective=trainer.objective, phases=phases, device=device, begin=begin,

@@ -18,6 +18,7 @@ def train(
         hooks: told of every step, in this order; any of them may raise to end the run.
         begin: steps that are done already.
     """
+    step.steps = begin  # which its teacher's course and its messages go by
     for number in range(begin + 1, plan.total_steps + 1):
         done = plan.position(number)
         step.objective.set_epoch(plan.epoch(number - 1))

@@ -10,7 +10,6 @@ import time
 
 import psutil
 import pytest
-from safetensors.torch import load_file
 
 from amclr_scale.checkpoint import files
 from amclr_scale.distributed.launcher import SUPERVISED
@@ -119,9 +118,8 @@ def test_a_command_that_is_ended_saves_and_goes_on(tmp_path):
 
 
 def test_a_resumed_run_measures_the_drift_that_the_whole_run_measures(tmp_path):
-    """Also on another number of ranks: the last measurement is in the checkpoint. A teacher follows on its course."""
+    """Also on another number of ranks: the last measurement is in the checkpoint."""
     words = ["run.probe.samples=128", "run.probe.every_samples=256", "checkpoint.every_samples=320"]
-    words.append("model.momentum={decay: 0.95, decay_schedule: cosine, start_decay: 0.2}")
     run = launch(tmp_path, *words, launcher="python")
     said, _ = run.communicate(timeout=120)
     assert run.returncode == 0, said
@@ -131,13 +129,10 @@ def test_a_resumed_run_measures_the_drift_that_the_whole_run_measures(tmp_path):
     ]  # fmt: skip
     assert 0 < whole[20]["probe/drift_image"] < whole[16]["probe/drift_image"] < 4  # four steps of a falling rate
 
-    average = load_file(tmp_path / "a" / "momentum.safetensors")
     shutil.rmtree(tmp_path / "a" / "checkpoints" / files.name_of(20))  # back to step 10, after the first measurement
     again = launch(tmp_path, *words, launcher="torchrun")
     said, _ = again.communicate(timeout=120)
     assert again.returncode == 0, said
-    for name, value in load_file(tmp_path / "a" / "momentum.safetensors").items():
-        assert (value - average[name]).norm() <= 1e-3 * (1e-3 + average[name].norm()), name
     resumed = probed(tmp_path / "a")
     assert list(resumed) == [8, 16, 20]
     for step, found in resumed.items():

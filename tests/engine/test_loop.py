@@ -57,6 +57,15 @@ def test_embeddings_of_the_last_step_are_gone_when_the_next_one_begins():
     assert step.rates == [PLAN.position(n).lr for n in range(1, 6)]
 
 
+def test_a_resumed_run_goes_on_with_the_number_of_its_step():
+    """A teacher's course is at the share of the run that is done, and messages name the run's steps."""
+    step = Step()
+    train(step, repeat(global_batch(0, 4)), PLAN, [], begin=3)
+    assert (step.steps, len(step.seen)) == (3, 2)  # this one does not count them itself
+    assert [call.args[0] for call in step.objective.set_epoch.call_args_list] == [0.12, 0.16]
+    assert step.rates == [PLAN.position(n).lr for n in (4, 5)]
+
+
 def test_views_that_repeat_are_written_down_and_told_once():
     step, log = Step(), mock.MagicMock()
     training = records(step, log)
