@@ -87,6 +87,8 @@ def test_there_and_back(tmp_path, custom):
     as_open_clip.write(run)
     again = open_clip.create_model(f"local-dir:{run}", load_weights=True, weights_only=True).eval()
     check(model, tokens, again)
+    reads = again.visual.preprocess_cfg
+    assert (reads["mean"], reads["std"], reads["resize_mode"]) == ([0.4] * 3, [0.3] * 3, "squash")
     assert amclr_scale.load(run).encode_text(TEXTS).equal(model(texts=(tokens(TEXTS),))["text"])
     third = resolve(recipe(run))  # the run itself, which also is a folder of open_clip
     assert model_of(third, tokens).state_dict()["logit_scale"].equal(model.state_dict()["logit_scale"])

@@ -56,12 +56,19 @@ def test_the_library_s_own_class_gives_the_same_embeddings(tmp_path, kind):
     read = words(texts, padding="max_length" if filled else True, truncation=True, return_tensors="pt")
     given = {"input_ids": read["input_ids"]} if filled else {k: read[k] for k in ("input_ids", "attention_mask")}
     picture = Image.fromarray(torch.randint(0, 256, (32, 32, 3), dtype=torch.uint8).numpy())
-    seen = AutoImageProcessor.from_pretrained(str(folder))(picture, return_tensors="pt")
+    processor = AutoImageProcessor.from_pretrained(str(folder))
+    seen = processor(picture, return_tensors="pt")
     with torch.no_grad():
         text = F.normalize(theirs.eval().get_text_features(**given).pooler_output, dim=-1)
         image = F.normalize(theirs.get_image_features(**seen).pooler_output, dim=-1)
     torch.testing.assert_close(text, ours.encode_text(texts), rtol=0, atol=1e-6)
     torch.testing.assert_close(image, ours.encode_image([picture]), rtol=0, atol=1e-6)
+    large = Image.fromarray(torch.randint(0, 256, (13, 9, 3), dtype=torch.uint8).numpy()).resize((64, 96))
+    mean, std = (torch.tensor(x).view(3, 1, 1) for x in (processor.image_mean, processor.image_std))
+    pixels = 255 * (processor(large, return_tensors="pt")["pixel_values"][0] * std + mean)
+    apart = (pixels - ours.pixels(large)).abs()  # resized by two libraries, which round differently
+    assert apart.max() < 1.5
+    assert apart.mean() < 0.1  # by another filter it is more than 1
     for name in ("logit_scale", "logit_bias") if filled else ("logit_scale",):
         assert getattr(theirs, name).item() == getattr(ours.module, name).item() != getattr(source, name).item()
 

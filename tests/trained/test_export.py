@@ -329,6 +329,9 @@ def test_open_clip_reads_it(tmp_path):
     import open_clip
 
     theirs, _, _ = open_clip.create_model_and_transforms(f"local-dir:{tmp_path}")
+    reads = theirs.visual.preprocess_cfg
+    assert (tuple(reads["mean"]), tuple(reads["std"])) == (config.data.image_mean, config.data.image_std)
+    assert (reads["size"], reads["resize_mode"], reads["interpolation"]) == ((224, 224), "shortest", "bicubic")
     images = torch.rand(2, 3, 224, 224, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         ours = model(images=(images,), texts=(words(TEXTS),))
