@@ -12,10 +12,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from amclr_scale.config.load import load
 from amclr_scale.config.schema import Config
 from amclr_scale.data.tokenizers import load_tokenizer
+from amclr_scale.engine.batch_plan import make_plan
 from amclr_scale.errors import UserError
 from amclr_scale.memory import towers
 from amclr_scale.memory.account import account
 from amclr_scale.memory.components import PHASES
+from amclr_scale.memory.inputs import input_components
 from amclr_scale.memory.towers import skeleton, trace
 from amclr_scale.memory.tracker import Tracker
 from amclr_scale.memory.units import GIB, MIB, in_bytes, in_words
@@ -158,6 +160,16 @@ def test_pinned_memory_comes_in_powers_of_two_and_stays():
     pixels, tokens, ids = 96 * 3 * 32 * 32, 96 * 16 * 8, 96 * 8  # 294,912, 12,288 and 768 bytes
     assert of.by_phase["pass_1"] == 2 * (2**19 + 2**14 + 2**10)
     assert of.by_phase["data"] == of.by_phase["pass_1"] + pixels + tokens + ids
+
+
+@pytest.mark.parametrize(("batch", "workers", "parts"), [(256, 3, 6), (640, 2, 10), (16, 1, 2)])
+def test_parts_that_workers_make_ahead_and_the_batch_that_they_are_joined_to(batch, workers, parts):
+    """A part has 64 samples at most; a loader asks each worker for its share of a batch, and for two at least."""
+    of = config(f"execution.workers={workers}", batch=batch)
+    row, given = 3 * 32 * 32 + 16 * 8 + 8, {c.name: c for c in input_components(of, make_plan(of, N, 1), "cpu")}
+    assert given["parts made ahead"].bytes == parts * min(64, batch) * row
+    assert given["batch"].by_phase["pass_1"] == batch * row
+    assert given["batch"].by_phase["data"] == (3 if batch > 64 else 2) * batch * row  # in use, in parts, and joined
 
 
 @pytest.mark.slow

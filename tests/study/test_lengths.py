@@ -20,7 +20,7 @@ def test_equal_compute_counts_the_work_of_each_tower(tmp_path: Path) -> None:
         "batch_sizes=[32]",
         "seeds=[0]",
         "held_equal=compute",
-        "budget.samples=320000",
+        "budget.samples=160000",
     ]
     for further in ([], ["optimizer.lr_factors.image_tower=0"]):
         cells = planned(tmp_path, *words, f"words={further}")
