@@ -14,10 +14,15 @@ _BEGIN = re.compile(r"(?P<protocol>[A-Za-z][A-Za-z0-9+.-]*)://")
 _AUTHORITY = re.compile(r"[^\s/?#'\"]*")
 _REST = re.compile(r"[^\s'\"]*")
 _PORT = re.compile(r"\d*|\{[\d.,]+\}|\$\w+|\$\{\w+\}")
-# There, a name before the host says who logs in, or which container it is; elsewhere it is as good as a password.
+# There, a name alone before the host may be a token or the key of an account; elsewhere only a long one may.
+_TOKEN = {
+    "http", "https", "git+http", "git+https", "webdav", "webdavs", "dav", "davs", "s3", "s3a", "s3n", "gs", "gcs", "hf",
+}  # fmt: skip
+# There, it says who logs in, or which container it is, and may be long.
 _LOGIN = {
     "sftp", "ssh", "scp", "rsync", "ftp", "ftps", "smb", "hdfs", "webhdfs", "abfs", "abfss", "wasb", "wasbs", "az",
-    "adl", "git+ssh", "memory", "oci", "root", "roots", "xroot", "irods",
+    "adl", "git+ssh", "memory", "oci", "root", "roots", "xroot", "irods", "dask", "oss", "cos", "cosn", "obs", "ks3",
+    "swift",
 }  # fmt: skip
 # There, no host follows but a path, which may have an @: on this machine, within an archive, or at a revision.
 _PATH = {"file", "local", "tar", "zip", "libarchive", "github", "git"}
@@ -33,6 +38,7 @@ _NAME = (
 _SURE = re.compile(rf"[?&;#~]{_NAME}=(?P<secret>[^&;#\s'\"]+)", re.IGNORECASE)
 # Names that other things have too: then a secret is long, and of letters and digits.
 _LONG = r"(?=[^&;#\s'\"]*\d)(?=[^&;#\s'\"]*[A-Za-z])(?P<secret>[^&;#\s'\"]{16,})"
+_LONG_NAME = re.compile(r"(?=.*\d)(?=.*[A-Za-z]).{16,}", re.DOTALL)
 _PERHAPS = re.compile(rf"[?&;#](?:[\w.-]*[-_.])?(?:key|ak|code|policy|session|sessionid|hmac)={_LONG}", re.IGNORECASE)
 _VALUE = r"(?P<secret>'[^']*'|\"[^\"]*\"|[^\s'\";|&]+)"
 _IN_COMMAND = tuple(re.compile(pattern, re.IGNORECASE) for pattern in (  # of pipe:COMMAND, where $VARIABLE is no secret
@@ -51,6 +57,11 @@ _IN_COMMAND = tuple(re.compile(pattern, re.IGNORECASE) for pattern in (  # of pi
 _NONE = re.compile(r"['\"]?(?:\d{1,5}(?:/.*)?|true|false|null|none|yes|no|basic)?['\"]?", re.IGNORECASE)
 
 
+def _is_token(protocol: str, name: str) -> bool:
+    """Whether a name alone before a host may be a secret."""
+    return protocol in _TOKEN or (protocol not in _LOGIN and _LONG_NAME.fullmatch(name) is not None)
+
+
 def _secrets(text: str) -> Iterator[tuple[int, int]]:
     """From where to where secrets stand in a text; they may overlap."""
     for begin in _BEGIN.finditer(text):
@@ -64,7 +75,7 @@ def _secrets(text: str) -> Iterator[tuple[int, int]]:
         numbered = _PORT.fullmatch(port) or authority[0].startswith("arn:")
         if not sign and not numbered and "@" in rest[0]:  # a password with a slash in it
             who = rest[0].rpartition("@")[0]
-        if who and protocol not in _PATH and not (protocol in _LOGIN and ":" not in who):
+        if who and protocol not in _PATH and (":" in who or _is_token(protocol, who)):
             yield at, at + len(who)
         for pattern in (_SURE, _PERHAPS):
             for found in pattern.finditer(text, at, rest.end()):

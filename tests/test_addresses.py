@@ -20,6 +20,8 @@ WITH = {
     f"https://me:{SECRET}/{SECRET}@host/a.tar": "https://...@host/a.tar",
     f"sftp://me:{SECRET}@host/a.tar": "sftp://...@host/a.tar",
     f"s3://{SECRET}@bucket/a.tar": "s3://...@bucket/a.tar",
+    f"mystore://{LONG}@host/a.tar": "mystore://...@host/a.tar",
+    f"mystore://me:{SECRET}@host/a.tar": "mystore://...@host/a.tar",
     f"simplecache::s3://me:{SECRET}@bucket/a.tar": "simplecache::s3://...@bucket/a.tar",
     f"https://h/a.tar?x=1&X-Amz-Signature={SECRET}&y=2": "https://h/a.tar?x=1&X-Amz-Signature=...&y=2",
     f"https://h/a.tar?AWSAccessKeyId={SECRET}&Signature={SECRET}": "https://h/a.tar?AWSAccessKeyId=...&Signature=...",
@@ -68,6 +70,7 @@ WITH = {
 }
 WITHOUT = [
     "https://host/{00000..00099}.tar", "https://host/a.tar?download=true", "sftp://me@host/a", "abfs://c@account.net/a",
+    "dask://w@h/a.tar", "oss://bucket-of-2026-images@x/a.tar", "mystore://container@account/a.tar",
     "hf://datasets/me/data@main/a.tar", "github://org:data@main/a.tar", "s3://bucket/token=1/a.tar", "runs/a@b:c",
     'pipe:curl -sfH "Authorization: Bearer $TOKEN" https://h/a.tar', "pipe:curl https://me:$PASSWORD@h/a.tar",
     "data.tokenizer=emoji, key=3, token=5", "https://[::1]:8080/a@b.tar",

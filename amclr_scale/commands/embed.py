@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 import amclr_scale
-from amclr_scale.commands.words import command_parser
+from amclr_scale.commands.words import command_parser, run_command
 from amclr_scale.data.beside.references import FINGERPRINT
 from amclr_scale.data.evaluation_split import EvaluationSplit
 from amclr_scale.data.formats.picture_files import find_pictures
@@ -170,21 +170,16 @@ def _pyarrow(out: Path) -> tuple[Any, Any]:
         raise UserError(f"--out: {out} needs pyarrow: pip install pyarrow ({error})") from error
 
 
-def of_recipe(args: argparse.Namespace) -> int:
+def of_recipe(args: argparse.Namespace) -> None:
     """`--config`: features of a recipe's frozen towers."""
     from amclr_scale.commands.embedding.of_towers import run  # which needs what trains
 
-    try:
-        words = [word for word in (args.model, args.folder, *args.words) if word is not None]
-        run(args.config, words, device=args.device, batch_size=args.batch_size)
-    except UserError as error:
-        print(error, file=sys.stderr)
-        return 2
-    return 0
+    words = [word for word in (args.model, args.folder, *args.words) if word is not None]
+    run(args.config, words, device=args.device, batch_size=args.batch_size)
 
 
-def main(argv: list[str]) -> int:
-    """Exit codes: 0 done, 2 a mistake, told in words."""
+def work(argv: list[str]) -> None:
+    """Check the command, embed, write."""
     parser = command_parser("embed", __doc__)
     parser.add_argument("model", nargs="?", help="a run folder, a checkpoint, or an exported folder")
     what = parser.add_mutually_exclusive_group()
@@ -203,7 +198,8 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--device", default="cpu")
     args = parser.parse_intermixed_args(argv)
     if args.config:
-        return of_recipe(args)
+        of_recipe(args)
+        return
     given = [args.folder, args.images, args.texts, args.shards]
     if args.model is None or args.words or len([one for one in given if one]) != 1:
         parser.error("expected MODEL and one of a folder of images, --texts and --shards; or --config RECIPE")
@@ -211,27 +207,27 @@ def main(argv: list[str]) -> int:
     given = args.images or args.texts or args.shards
     stem = short_names([given])[given].replace("/", "_")
     args.out = args.out or Path(f"{Path(stem).stem}_embedded.npy" if args.texts else f"{stem}.npy")
-    try:
-        if args.texts and args.out.with_suffix(".txt").absolute() == Path(args.texts).absolute():
-            raise UserError(f"--out: {args.out} would write names of rows over {args.texts}; choose another name")
-        if args.images and not Path(args.images).is_dir():
-            raise UserError(f"--images: expected a folder, got {args.images}")
-        if args.out.suffix not in (".npy", ".parquet"):
-            raise UserError(f"--out: expected a name that ends in .npy or .parquet, got {args.out}")
-        if not args.out.absolute().parent.is_dir():
-            raise UserError(f"--out: expected a name in a folder that is there, got {args.out}")
-        if args.out.suffix == ".parquet":
-            _pyarrow(args.out)  # before the work
-        model = amclr_scale.load(args.model, args.device)
-        about = {"model": str(Path(args.model).absolute()), "folder": str(Path.cwd())}
-        if args.shards:
-            total, rows, about[FINGERPRINT] = of_shards(model, args)
-        else:
-            total, rows = listed(model, args)
-        total = write(args.out, total, model.config.model.embedding_width, rows)
-        args.out.with_name(f"{args.out.name}.json").write_text(json.dumps(about, indent=1) + "\n", "utf-8")
-    except UserError as error:
-        print(error, file=sys.stderr)
-        return 2
+    if args.texts and args.out.with_suffix(".txt").absolute() == Path(args.texts).absolute():
+        raise UserError(f"--out: {args.out} would write names of rows over {args.texts}; choose another name")
+    if args.images and not Path(args.images).is_dir():
+        raise UserError(f"--images: expected a folder, got {args.images}")
+    if args.out.suffix not in (".npy", ".parquet"):
+        raise UserError(f"--out: expected a name that ends in .npy or .parquet, got {args.out}")
+    if not args.out.absolute().parent.is_dir():
+        raise UserError(f"--out: expected a name in a folder that is there, got {args.out}")
+    if args.out.suffix == ".parquet":
+        _pyarrow(args.out)  # before the work
+    model = amclr_scale.load(args.model, args.device)
+    about = {"model": str(Path(args.model).absolute()), "folder": str(Path.cwd())}
+    if args.shards:
+        total, rows, about[FINGERPRINT] = of_shards(model, args)
+    else:
+        total, rows = listed(model, args)
+    total = write(args.out, total, model.config.model.embedding_width, rows)
+    args.out.with_name(f"{args.out.name}.json").write_text(json.dumps(about, indent=1) + "\n", "utf-8")
     print(f"{total:,} rows -> {args.out}")
-    return 0
+
+
+def main(argv: list[str]) -> int:
+    """Exit codes: 0 done, 2 a mistake, told in words, 1 a full or closed disk."""
+    return run_command(work, argv)

@@ -22,7 +22,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from amclr_scale.commands.words import command_parser
+from amclr_scale.commands.words import command_parser, refused
 from amclr_scale.config.load import build, from_words, merge, read_file
 from amclr_scale.config.schema import Config
 from amclr_scale.config.shipped import find
@@ -251,4 +251,12 @@ def main(argv: list[str]) -> int:
         if rank_info.world_size > 1:
             os._exit(128 + signal.SIGINT)
         return 128 + signal.SIGINT
+    except Exception as error:
+        if (told := refused(error, "--output")) is None:
+            raise
+        print(f"\n{told[1]}", file=sys.stderr, flush=True)
+        if rank_info.world_size > 1:
+            sys.stdout.flush()
+            os._exit(told[0])
+        return told[0]
     return 0

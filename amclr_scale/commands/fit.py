@@ -19,7 +19,7 @@ from typing import Any
 
 import psutil
 
-from amclr_scale.commands.words import command_parser
+from amclr_scale.commands.words import command_parser, refused
 from amclr_scale.config.load import from_words, load
 from amclr_scale.config.schema import Config
 from amclr_scale.errors import UserError
@@ -194,6 +194,11 @@ def main(argv: list[str]) -> int:
     except UserError as error:
         print(f"\n{error}", file=sys.stderr, flush=True)
         return 2
+    except Exception as error:
+        if (told := refused(error, "--json")) is None:
+            raise
+        print(f"\n{told[1]}", file=sys.stderr, flush=True)
+        return told[0]
     finally:
         if hides:
             del sys.modules["wandb"]

@@ -39,4 +39,4 @@ def _run(argv: list[str]) -> None:
 
 def main(argv: list[str]) -> int:
     """Run, and say a user's mistake in one line."""
-    return run_command(_run, argv)
+    return run_command(_run, argv, "--output")

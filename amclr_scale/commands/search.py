@@ -115,4 +115,4 @@ def work(argv: list[str]) -> None:
 
 def main(argv: list[str]) -> int:
     """Exit codes: 0 done, 2 a mistake, told in words."""
-    return run_command(work, argv)
+    return run_command(work, argv, "--sheet")

@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from amclr_scale.commands.words import command_parser
+from amclr_scale.commands.words import command_parser, refused
 from amclr_scale.errors import UserError
 
 if TYPE_CHECKING:
@@ -59,6 +59,11 @@ def main(argv: list[str]) -> int:
         return 2
     except KeyboardInterrupt:  # while it plans or reports; cells that run are told to save
         return 128 + signal.SIGINT
+    except Exception as error:
+        if (told := refused(error, "folder")) is None:
+            raise
+        print(f"\n{told[1]}", file=sys.stderr, flush=True)
+        return told[0]
 
 
 def study(options: argparse.Namespace) -> int:

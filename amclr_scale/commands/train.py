@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 from amclr_scale.checkpoint.mirror import check_remote
 from amclr_scale.checkpoint.signals import EXIT_RESUMABLE, Signals, StoppedError, UnsavedError
-from amclr_scale.commands.words import command_parser
+from amclr_scale.commands.words import command_parser, refused
 from amclr_scale.config.help import describe
 from amclr_scale.config.load import dump, load
 from amclr_scale.config.schema import Config
@@ -211,6 +211,16 @@ def tell_waiting(rank_info: RankInfo, words: str, code: int) -> None:
         tell_others(rank_info, words, code)
 
 
+def end_if_refused(rank_info: RankInfo, error: Exception) -> None:
+    """Tell ranks that wait for this one why it fails; end here, in words, where a file system refused something."""
+    told = refused(error, "run.folder")
+    tell_waiting(rank_info, told[1] if told else f"{type(error).__name__}: {error}", told[0] if told else 1)
+    if told is not None:
+        print(f"\n{told[1]}", file=sys.stderr, flush=True)
+        sys.stdout.flush()
+        os._exit(told[0])
+
+
 def main(argv: list[str]) -> int:
     """Check everything that can be checked without torch, then run."""
     stopwatch, signals = Stopwatch(), Signals()
@@ -254,7 +264,7 @@ def main(argv: list[str]) -> int:
         sys.stdout.flush()
         os._exit(2)
     except Exception as error:
-        tell_waiting(rank_info, f"{type(error).__name__}: {error}", 1)
+        end_if_refused(rank_info, error)
         raise
     except KeyboardInterrupt:  # before signals are listened to, or while a dry run reads
         return 128 + signal.SIGINT

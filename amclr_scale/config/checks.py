@@ -130,7 +130,7 @@ def _momentum(config: Config) -> list[str]:
 def _length(config: Config) -> list[str]:
     train = config.train
     if (train.samples is None) == (train.epochs is None):
-        given = f"{train.samples} and {train.epochs}"
+        given = "neither" if train.samples is None else f"{train.samples} and {train.epochs}"
         return [f"train.samples: expected exactly one of train.samples and train.epochs, got {given}"]
     if train.samples is not None and train.samples < train.global_batch_size:
         return [f"train.samples: expected at least one global batch ({train.global_batch_size}), got {train.samples}"]

@@ -96,7 +96,8 @@ def read_file(path: Path, seen: tuple[Path, ...] = (), argument: str = "--config
     """
     if not path.is_file():
         raise UserError(
-            f"{argument}: expected a YAML file or the name of a shipped one, got {path}, which does not exist"
+            f"{argument}: expected a YAML file or the name of a shipped one, got {path}, which "
+            f"{'is no file' if path.exists() else 'does not exist'}"
         )
     if path.resolve() in seen:
         raise UserError(f"base: {path} names itself through {seen[-1]}")
@@ -207,7 +208,14 @@ def _explain(error: ErrorDetails, prefix: str, root: type[BaseModel]) -> str:
             fix = f"; did you mean {key}.name={got}?" if named else f"; such as {key}={{KEY: VALUE}}"
     if isinstance(got, str) and error["type"] == "list_type":
         fix = f"; put it in brackets: {key}=[{got}]"
-    return f"{key}: {message}, got {got!r}{fix}"
+    return f"{key}: {message}, got {_in_yaml(got)}{fix}"
+
+
+def _in_yaml(value: Any) -> str:
+    """As a user writes it."""
+    if value is None or isinstance(value, bool):
+        return "null" if value is None else str(value).lower()
+    return repr(value)
 
 
 def mistakes(error: ValidationError, prefix: str = "", root: type[BaseModel] = Config) -> list[str]:

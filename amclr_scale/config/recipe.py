@@ -39,7 +39,7 @@ class Data(Section):
     """Which samples meet: any, or those of one of the `communities` (B3)."""
     communities: str | None = None
     """For batches: similar, which community every sample is in: the .npy that amclr-scale shards communities wrote."""
-    image_size: Positive = 224
+    image_size: Annotated[int, Field(gt=0, le=2**14)] = 224
     """Side of the square image that the image tower sees, in pixels."""
     image_mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
     """Channel means for normalisation, on the device (default: CLIP's)."""

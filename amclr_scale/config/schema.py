@@ -6,7 +6,7 @@ numbers beyond rounding. The global batch size is the only batch size in the rec
 `evaluation` and `execution`, and everything is imported from here.
 """
 
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import Field
 
@@ -53,7 +53,7 @@ __all__ = [
 class Config(Section):
     """One run."""
 
-    seed: int = 0
+    seed: Annotated[int, Field(ge=-(10**12), le=10**12)] = 0
     """Of everything random: initial weights, order, augmentation, dropout."""
     data: Data = Data()
     model: Model = Model()

@@ -26,6 +26,8 @@ class Checked(BaseModel):
         """Where a key takes numbers, pydantic would read true as 1."""
         field = cls.model_fields.get(info.field_name or "")
         if isinstance(value, bool) and field and not _holds(field.annotation, bool, Any):
+            if _holds(field.annotation, str) and not _holds(field.annotation, int, float):
+                raise ValueError("expected text; put it in quotes where it is a name")
             raise ValueError("expected a value that is not true or false")
         return value
 

@@ -81,6 +81,12 @@ def _parsed(text: str) -> Any:
     return found
 
 
+def _in_words(error: Exception) -> str:
+    """On one line, without the library's name for a text that is no file and its mark below the column."""
+    words = " ".join(word for word in str(error).split() if word != "^")
+    return re.sub(r'in "<[a-z ]+>", (line)', r"at \1", words)
+
+
 def parse(text: str, where: str, hint: str = "") -> Any:
     """What a text of YAML says.
 
@@ -96,4 +102,4 @@ def parse(text: str, where: str, hint: str = "") -> Any:
     except RecursionError:
         raise UserError(f"{where}: not readable as YAML: nested too deeply{hint}") from None
     except (yaml.YAMLError, ValueError, TypeError) as error:
-        raise UserError(f"{where}: not readable as YAML: {' '.join(str(error).split())}{hint}") from error
+        raise UserError(f"{where}: not readable as YAML: {_in_words(error)}{hint}") from error

@@ -83,7 +83,7 @@ def share_of(shards: int, share: tuple[int, int]) -> range:
 
 def _indexed(source: Source, storage: Storage, key: str, share: tuple[int, int]) -> Shards:
     if source.index is None:
-        return Shards(_build_in_cache(source.name, source.urls, storage))
+        return Shards(_build_in_cache(source.name, source.urls, storage, key))
     if source.index.suffix == BINARY:
         binary = BinaryShards(source.index)
         check_table(binary[int(binary.counts.argmax())])  # before memory is taken for so many samples
@@ -100,7 +100,7 @@ def _indexed(source: Source, storage: Storage, key: str, share: tuple[int, int])
             check_table(shard)
     check_files((shard for number in own if (shard := shards[number])), key)
     bare = [absolute(entry["url"], folder) for entry, shard in zip(entries, shards, strict=True) if shard is None]
-    built = iter(_build_in_cache(source.name, bare, storage) if bare else [])
+    built = iter(_build_in_cache(source.name, bare, storage, key) if bare else [])
     whole = [shard or next(built) for shard in shards]
     for entry, shard in zip(entries, whole, strict=True):
         if shard.num_samples != entry["nsamples"]:
@@ -120,11 +120,11 @@ def _from_entry(entry: dict[str, Any], folder: Path, *, look: bool) -> Shard | N
     return shard_of(entry, folder) if not look or os.path.isfile(folder / table) else None
 
 
-def _build_in_cache(name: str, urls: Sequence[str], storage: Storage) -> list[Shard]:
+def _build_in_cache(name: str, urls: Sequence[str], storage: Storage, key: str) -> list[Shard]:
     """Index the shards below the cache folder; of several processes one does it, and the others read the tables."""
     missing = [url for url in urls if not is_remote(url) and not os.path.exists(url)]
     if missing:
-        raise UserError(f"{name}: no such shard: {missing[0]} ({len(missing):,} of {len(urls):,} are missing)")
+        raise UserError(f"{key}: {name}: no such shard: {missing[0]} ({len(missing):,} of {len(urls):,} are missing)")
     folder = storage.cache / "indexes"
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder / hashlib.sha256("\n".join(urls).encode("utf-8", "surrogateescape")).hexdigest()[:32]):
@@ -133,7 +133,13 @@ def _build_in_cache(name: str, urls: Sequence[str], storage: Storage) -> list[Sh
             log.warning(
                 "%s has no index: reading the headers of %s shards once (kept in %s)", name, f"{len(urls):,}", folder
             )
-        return build(urls, tables, storage)
+        try:
+            return build(urls, tables, storage)
+        except UserError as error:
+            words = str(error)
+            if words.startswith(tuple(map(masked, urls))):  # a shard that is none; other mistakes name their own key
+                raise type(error)(f"{key}: {words}") from error
+            raise
 
 
 def build(urls: Sequence[str], tables: Sequence[Path], storage: Storage, workers: int = 0) -> list[Shard]:

@@ -5,7 +5,6 @@ import io
 from pathlib import Path
 from typing import Any, Self
 
-import deepspeed
 import torch
 from torch.profiler import ProfilerActivity, profile, schedule
 
@@ -53,6 +52,8 @@ class StepProfiler(Hook):
         self._profiler.__exit__(*error)
         if any(error) or self._profiler.profiler is None:
             return  # other ranks may be gone, and the summary below waits for them; or there were too few steps
+        import deepspeed  # which has been imported where anything is trained, and is needed nowhere else
+
         summary = io.StringIO()
         with contextlib.redirect_stdout(summary):
             deepspeed.comm.log_summary()

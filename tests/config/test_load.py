@@ -102,11 +102,16 @@ def test_samples_and_epochs_exclude_one_another_and_the_last_word_counts(tmp_pat
         ("base: a.yaml", "names itself"),
         ("base: [b.yaml]", "base: expected the path of a YAML file"),
         ("run: {name: caf\u00e9}", "expected YAML in UTF-8"),
+        ("data:\n\timage_size: 8", "cannot start any token at line 2, column 1: image_size: 8"),
     ],
 )
 def test_broken_files(tmp_path, text, message):
     (tmp_path / "a.yaml").write_text(text, "latin-1")
     assert message in refused(path=tmp_path / "a.yaml")
+
+
+def test_what_is_no_file_is_not_said_to_be_missing(tmp_path):
+    assert refused(path=tmp_path).endswith("which is no file")
 
 
 def test_a_base_is_a_path_from_its_file_or_a_shipped_name(tmp_path, monkeypatch):
@@ -267,7 +272,11 @@ def test_what_would_train_wrongly_is_refused(words, said):
 @pytest.mark.parametrize(
     ("word", "said"),
     [
-        ("seed=true", "seed: expected a value that is not true or false, got True"),
+        (f"seed={10**22}", f"seed: expected less than or equal to {10**12}, got {10**22}"),
+        ("data.image_size=100000", "data.image_size: expected less than or equal to 16384, got 100000"),
+        ("data.train=", "or expected names with values, got null; such as data.train={NAME: VALUE}"),
+        ("resume_changed=true", "resume_changed: expected text; "),
+        ("seed=true", "seed: expected a value that is not true or false, got true"),
         ("optimizer.max_grad_norm=false", "optimizer.max_grad_norm: expected a value that is not true or false"),
         ("objective={name: clip, temperature: true}", "objective.temperature: expected a value that is not true"),
         ("run.diagnostics=maybe", "run.diagnostics: expected true or false, got 'maybe'"),

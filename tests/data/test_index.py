@@ -140,6 +140,14 @@ def test_a_wrong_name_is_told(name, words):
     assert str(caught.value).startswith("data.train")
 
 
+@pytest.mark.parametrize("name", ["0.tar", "0.tar.gz"])
+def test_a_file_that_is_no_shard_is_told_under_its_key(tmp_path, name):
+    (tmp_path / name).write_bytes(b"hello" * 1000)
+    with pytest.raises(UserError, match=rf"^evaluation\.splits: .*{name}: ") as told:
+        open_index(settings(str(tmp_path)), str(tmp_path), "evaluation.splits")
+    assert str(told.value).count("evaluation.splits") == 1
+
+
 def test_an_empty_folder_is_told(tmp_path):
     with pytest.raises(UserError, match=r"expected a folder with an index\.json or with \.tar shards"):
         open_index(settings(str(tmp_path)))

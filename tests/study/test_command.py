@@ -84,6 +84,17 @@ def test_a_margin_that_swallows_half_of_what_the_reference_scores_is_refused(fil
     check_margin(plan, folder, cells)  # too late to change it: the report says no match
 
 
+def test_a_margin_is_not_judged_before_all_learning_rates_of_the_reference_have_run(file: Path) -> None:
+    words = ["axes={optimizer.lr: [1e-3, 4e-3]}", "tuning={seeds: [3]}", "margin=20 points"]
+    plan, folder, cells = planned(file, *words)
+    low, high = [cell for cell in cells if cell.role == "tuning" and cell.arm == "clip"][:2]
+    finish(folder, low, 0.101)  # half of that is less than the margin
+    check_margin(plan, folder, cells)  # and the other rate may score more: the study goes on where it was interrupted
+    finish(folder, high, 0.301)
+    with pytest.raises(UserError, match="margin: expected at most 15 points, half of what"):
+        check_margin(plan, folder, cells)
+
+
 def test_a_first_preview_offers_a_pilot_for_its_hours(file: Path) -> None:
     plan, folder, cells = planned(file)
     told = "time: unknown until a cell has run; --pilot measures samples/s in 30 steps of every arm and batch size"

@@ -14,8 +14,8 @@ from amclr_scale.study.running.folder import StudyFolder
 def check_margin(plan: StudyPlan, folder: StudyFolder, cells: Sequence[Planned]) -> None:
     """Refuse a margin that is more than half of what the reference scores above guessing, while it may still change.
 
-    Tuning cells of the reference count, too. Where nothing of it has run yet, or something else was scored, nothing is
-    said here; the report then says no match.
+    Tuning cells of the reference count, too, once all of them have run. Where nothing of it has run yet, or something
+    else was scored, nothing is said here; the report then says no match.
 
     Raises:
         UserError: the margin is too wide.
@@ -25,6 +25,9 @@ def check_margin(plan: StudyPlan, folder: StudyFolder, cells: Sequence[Planned])
     of_reference = [cell for cell in finished if (cell.arm, cell.global_batch_size) == reference]
     if any(cell.role == "scored" for cell in finished if cell not in of_reference):
         return
+    waiting = [cell for cell in cells if cell.role == "tuning" and cell not in finished]
+    if any((cell.arm, cell.global_batch_size) == reference for cell in waiting):
+        return  # at another learning rate it may score more; a study that was interrupted is not judged by what it has
     known = [(found, cell.name) for cell in of_reference if (found := _above_guessing(plan, folder.runs / cell.name))]
     if not known:
         return

@@ -282,7 +282,7 @@ def test_what_is_no_shard_is_told_by_its_address_and_not_kept(served, tmp_path):
     data = settings(f"{address}/00000.tar", cache=str(tmp_path / "cache"))
     (folder / "00000.tar").write_text("<html>" + "please log in " * 100)
     with pytest.raises(
-        UserError, match=rf"^{address}/00000\.tar: what was fetched is no shard .*removed from the cache"
+        UserError, match=rf"^data\.train: {address}/00000\.tar: what was fetched is no shard .*removed from the cache"
     ):
         open_index(data)
     assert not list((tmp_path / "cache" / "fetched").glob("*.tar"))

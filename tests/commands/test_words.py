@@ -1,0 +1,97 @@
+"""What a file system refuses ends a command with a line and an exit code, whatever library met it."""
+
+import errno
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from safetensors import SafetensorError
+
+from amclr_scale.commands import embed, export, fit, leaderboard, main, study, train_tokenizer
+from amclr_scale.commands.words import refused
+
+FULL = OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "words"),
+    [
+        (FULL, 1, "--out: No space left on device; make room there, or write elsewhere"),
+        (
+            SafetensorError("I/O error: No space left on device (os error 28)"),
+            1,
+            "--out: No space left on device; make",
+        ),
+        (Exception("Permission denied (os error 13)"), 1, "--out: Permission denied; expected a place that this user"),
+        (PermissionError(errno.EACCES, "Permission denied", "/a/b"), 1, "/a/b: Permission denied; expected"),
+        (OSError(errno.EROFS, "Read-only file system", "/a/b"), 1, "/a/b: Read-only file system; expected"),
+        (
+            OSError(errno.ENAMETOOLONG, "File name too long", "x" * 300),
+            2,
+            f"{'x' * 60}...: expected a path that a file",
+        ),
+        (RuntimeError("Could not determine home directory."), 2, "~: expected a user with a home folder"),
+    ],
+)
+def test_what_a_file_system_refuses(error: Exception, code: int, words: str) -> None:
+    told = refused(error, "--out")
+    assert told is not None
+    assert told[0] == code
+    assert told[1].startswith(words)
+
+
+def test_memory_that_is_not_there() -> None:
+    torch_s = "DefaultCPUAllocator: can't allocate memory: you tried to allocate 240000000000 bytes. Error code 12"
+    told = refused(RuntimeError(torch_s))
+    assert told is not None
+    assert told[0] == 1
+    assert "expected what fits this machine's memory, got 223.5 GiB at once" in told[1]
+
+
+@pytest.mark.parametrize("error", [FileNotFoundError(errno.ENOENT, "no"), RuntimeError("a fault"), KeyError("os")])
+def test_other_errors_keep_their_traceback(error: Exception) -> None:
+    assert refused(error, "--out") is None
+
+
+@pytest.mark.parametrize(
+    ("command", "argv"),
+    [
+        (embed.main, ["x" * 300, "photos"]),
+        (export.main, ["x" * 300, "--out", "out"]),
+        (fit.main, ["--config", "x" * 300, "--gpus", "2"]),
+        (leaderboard.main, ["x" * 300]),
+        (study.main, ["x" * 300]),
+        (train_tokenizer.main, ["~nobody-is-called-so/shards", "--out", "out"]),
+    ],
+)
+def test_a_path_that_nothing_can_have_is_a_mistake(
+    command: Callable[[list[str]], int], argv: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    assert command(argv) == 2
+    assert ": expected " in capsys.readouterr().err.strip().splitlines()[-1]
+
+
+def test_a_training_run_too() -> None:
+    command = [sys.executable, "-m", "amclr_scale", "train", "--config", "x" * 300]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert ended.returncode == 2
+    assert "expected a path that a file system can hold" in ended.stderr
+    assert "Traceback" not in ended.stderr
+
+
+def test_a_full_disk_that_another_library_meets(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main.main(["shards", "tokenizer", "emoji/val_concept", "--entries", "300", "--out", "/dev/full"]) == 1
+    assert "--out: No space left on device; make room there" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_what_trains_nothing_imports_no_deepspeed() -> None:
+    """It takes most of a second, and says on a CPU that there is no GPU, before the words that were asked for."""
+    names = ("communities", "embed", "evaluate", "export", "search")
+    imports = "; ".join(f"import amclr_scale.commands.{name}" for name in names)
+    code = f"import sys; {imports}; import amclr_scale.evaluation.run; print('deepspeed' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"
