@@ -44,7 +44,7 @@ def test_what_a_file_system_refuses(error: Exception, code: int, words: str) -> 
 
 def test_memory_that_is_not_there() -> None:
     torch_s = "DefaultCPUAllocator: can't allocate memory: you tried to allocate 240000000000 bytes. Error code 12"
-    told = refused(RuntimeError(torch_s))
+    told = refused(RuntimeError(torch_s), "--out")
     assert told is not None
     assert told[0] == 1
     assert "expected what fits this machine's memory, got 223.5 GiB at once" in told[1]
