@@ -75,6 +75,7 @@ def test_a_path_that_nothing_can_have_is_a_mistake(
     assert ": expected " in capsys.readouterr().err.strip().splitlines()[-1]
 
 
+@pytest.mark.slow
 def test_a_training_run_too() -> None:
     command = [sys.executable, "-m", "amclr_scale", "train", "--config", "x" * 300]
     ended = subprocess.run(command, capture_output=True, text=True, check=False)
