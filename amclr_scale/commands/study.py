@@ -31,7 +31,9 @@ def arguments(argv: list[str]) -> argparse.Namespace:
 
     parser = command_parser("study", __doc__, describe())
     parser.add_argument("plan", metavar="PLAN", help="YAML file, or the name of a shipped plan, such as mini_amclr")
-    parser.add_argument("words", nargs="*", metavar="key=value", help="overrides of the plan, such as budget.epochs=4")
+    parser.add_argument(
+        "words", nargs="*", default=[], metavar="key=value", help="overrides of the plan, such as budget.epochs=4"
+    )
     one = parser.add_mutually_exclusive_group()
     one.add_argument("--dry-run", action="store_true", help="check everything, print the cells, stop")
     one.add_argument("--report", action="store_true", help="only write the report of what is there")

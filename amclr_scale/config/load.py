@@ -176,7 +176,7 @@ def _nearest(name: str, names: Sequence[str], elsewhere: Sequence[str] = ()) -> 
     same_word = [key for key in (*elsewhere, *sections) if nearest(name, [key.rpartition(".")[2]], cutoff=0.8)]
     if same_word:
         return f"; did you mean {same_word[0]}?"
-    return f"; known: {', '.join(names)}" if names and len(names) <= 20 else ""
+    return f"; known: {', '.join(names)}" if names and len(names) <= 40 else ""
 
 
 def _explain(error: ErrorDetails, prefix: str, root: type[BaseModel]) -> str:

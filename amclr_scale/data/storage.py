@@ -43,6 +43,7 @@ def cache_folder(configured: str | None, key: str = "data.cache") -> Path:
     Raises:
         UserError: it cannot be written.
     """
+    named = key if configured or key == "XDG_CACHE_HOME" else f"{key}, or the variable XDG_CACHE_HOME,"
     try:
         if configured:
             folder = Path(configured).expanduser()
@@ -50,17 +51,15 @@ def cache_folder(configured: str | None, key: str = "data.cache") -> Path:
             folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "amclr_scale"
     except RuntimeError:  # as in containers under a number that is nobody's
         raise UserError(
-            f"{key}: expected a user with a home folder, got none; set {key}, or the variable XDG_CACHE_HOME, to a "
-            "folder that can be written"
+            f"{key}: expected a user with a home folder, got none; set {named} to a folder that can be written"
         ) from None
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if not os.access(folder, os.W_OK | os.X_OK):
             raise PermissionError("not writable")
     except OSError as error:
-        others = key if configured else f"{key}, or the variable XDG_CACHE_HOME,"
         raise UserError(
-            f"{key}: expected a folder that can be written, got {folder} ({error.strerror or error}); set {others} to "
+            f"{key}: expected a folder that can be written, got {folder} ({error.strerror or error}); set {named} to "
             "another one"
         ) from error
     return folder

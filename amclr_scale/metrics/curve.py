@@ -1,6 +1,7 @@
 """The learning curve of a run, as a picture."""
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +59,9 @@ def draw(folder: Path) -> Path:
 
     figure = _figure(read(folder), folder.name)
     path = folder / "learning_curve.png"
-    figure.savefig(path, dpi=130)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph")  # of a run's name, which the font lacks: the picture is the curve
+        figure.savefig(path, dpi=130)
     plt.close(figure)
     return path
 

@@ -60,6 +60,9 @@ def test_an_optimizers_own_options(monkeypatch):
 
 def test_a_key_in_the_wrong_section_is_found():
     assert "did you mean optimizer.lr?" in refused("train.epochs=1", "train.lr=1")
+    assert "optimizer.leanring_rate: no such key; known: name, lr, " in refused(
+        "train.epochs=1", "optimizer.leanring_rate=1"
+    )
     assert "did you mean data.augmentation?" in refused("train.epochs=1", "augmentation={flip: 0.5}")
 
 

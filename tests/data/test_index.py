@@ -232,6 +232,18 @@ def test_a_cache_that_cannot_be_written_is_told(tmp_path):
         open_index(settings("emoji/train", cache=str(tmp_path / "file" / "cache")))
 
 
+def test_a_home_that_cannot_be_written_or_is_not_there(tmp_path, monkeypatch):
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    (tmp_path / "home").write_text("")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    with pytest.raises(UserError, match=r"^data\.cache: .*; set data\.cache, or the variable XDG_CACHE_HOME, to ano"):
+        open_index(settings("emoji/train"))
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr("pwd.getpwuid", lambda _: {}[0])  # a container's user whose number has no name
+    with pytest.raises(UserError, match=r"^data\.cache: expected a user with a home folder, got none; set data\.cache"):
+        open_index(settings("emoji/train"))
+
+
 def _open(data, start, answers):
     start.wait()
     answers.put(captions(open_index(data)))

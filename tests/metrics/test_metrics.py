@@ -73,6 +73,14 @@ def test_records_are_one_json_object_each_and_know_no_nan(log, tmp_path, capsys)
     assert lines[0].startswith("step      1/4")
 
 
+@pytest.mark.filterwarnings("error")
+def test_a_name_that_the_font_lacks_is_no_matter_of_the_learning_curve(tmp_path):
+    folder = tmp_path / "\u732b"
+    folder.mkdir()
+    (folder / "metrics.jsonl").write_text('{"step": 1, "samples": 8, "objective": 2.5}\n')
+    assert draw(folder).is_file()
+
+
 def test_the_learning_curve_is_a_picture(log, tmp_path):
     log.step(step(1, 2.5), 4)
     log.step(step(2, 2.0), 4)

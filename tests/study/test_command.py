@@ -38,6 +38,12 @@ def finish(folder: StudyFolder, cell: Planned, score: float) -> None:
     (run / "evaluation.json").write_text(json.dumps({KEY: score, f"{KEY}/chance": 0.001}))
 
 
+def test_a_command_without_a_plan_is_told_what_it_lacks(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main([])
+    assert capsys.readouterr().err.endswith("the following arguments are required: PLAN\n")
+
+
 def test_a_report_refuses_what_it_would_take_no_notice_of(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([str(file), "margin=2 points", "--report", "seeds=[0]", "--cells", "clip-*"]) == 2
     told = capsys.readouterr().err.strip().splitlines()

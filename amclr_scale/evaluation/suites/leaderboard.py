@@ -63,6 +63,9 @@ def read_rows(folders: Sequence[str], suites: Sequence[str] = ()) -> list[Row]:
     rows = []
     for given in folders:
         path = Path(given).expanduser()
+        if not path.is_dir():
+            what = "which is a file" if path.exists() else "which does not exist"
+            raise UserError(f"RUNS: expected folders with results, got {given}, {what}")
         found = [row for row in _rows_of(path, suites) if row.entries]
         if not found:
             told = f" of {', '.join(suites)}" if suites else ""
