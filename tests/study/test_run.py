@@ -225,6 +225,13 @@ def test_times_are_predicted_from_cells_that_ran(tmp_path: Path) -> None:
     named = {cell.name: rates.predict(cell) for cell in cells}
     # all attempts at a cell count; two views cost twice
     assert named == {"clip-B32-s0": 10.0, "clip-B64-s0": 10.0, "amclr-B32-s0": 20.0, "amclr-B64-s0": 20.0}
+    with (plan.place / "attempts.jsonl").open("a") as file:  # one that was interrupted, and goes on
+        file.write(json.dumps({"cell": "clip-B64-s0", "seconds": 30.0}) + "\n")
+    resumed = Rates(folder, cells)
+    assert resumed.predict(cells[1]) == 10.0  # what is not finished says nothing yet
+    resumed.add(cells[1], 5.0)
+    assert cells[1].name == "clip-B64-s0"
+    assert resumed.predict(cells[1]) == 35.0
     assert [duration(seconds) for seconds in (45, 720, 7200)] == ["45 s", "12 min", "2.0 h"]
 
 

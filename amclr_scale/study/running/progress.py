@@ -23,16 +23,18 @@ class Rates:
     def __init__(self, folder: StudyFolder, cells: Sequence[Planned]):
         self.folder = folder
         self.measured: dict[str, float] = {}  # cell -> seconds of all its attempts
-        seconds: dict[str, float] = {}
+        self._spent: dict[str, float] = {}  # on cells that are not finished, too
         for attempt in folder.recorded():
-            seconds[attempt["cell"]] = seconds.get(attempt["cell"], 0.0) + float(attempt["seconds"])
+            self._spent[attempt["cell"]] = self._spent.get(attempt["cell"], 0.0) + float(attempt["seconds"])
         self.cells = list(cells)
         for cell in cells:
-            if cell.name in seconds and folder.is_finished(cell):
-                self.measured[cell.name] = seconds[cell.name]
+            if cell.name in self._spent and folder.is_finished(cell):
+                self.measured[cell.name] = self._spent[cell.name]
 
     def add(self, cell: Planned, seconds: float) -> None:
-        self.measured[cell.name] = self.measured.get(cell.name, 0.0) + seconds
+        """The last attempt at a cell, which is finished now."""
+        self._spent[cell.name] = self._spent.get(cell.name, 0.0) + seconds
+        self.measured[cell.name] = self._spent[cell.name]
 
     def predict(self, cell: Planned) -> float | None:
         """Seconds for a whole cell; None while nothing is known."""
