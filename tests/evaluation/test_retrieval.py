@@ -140,6 +140,31 @@ def test_numbers_are_shares_of_ranks():
     assert ranks.plain()["image_to_text_median_rank"] == middle
 
 
+def test_errors_are_of_images_with_all_their_captions_and_chance_counts_who_can_be_wrong():
+    """By hand for R@1: m of w_c captions of image c, a_c of them hits; a copy of a caption is no wrong answer."""
+    ranks, (_, _, owners, groups) = measured("copies", None), gallery("copies")
+    numbers, M = ranks.numbers(), len(owners)
+    images = [[j for j in range(M) if owners[j] == i] for i in range(N)]
+    bearers = [{int(owners[k]) for k in range(M) if groups[k] == groups[j]} for j in range(M)]
+    for name, others in (
+        ("text_to_image", [N - 1] * M), ("text_to_image_filtered", [N - len(same) for same in bearers])
+    ):  # fmt: skip
+        hits = [float(found <= 1) for found in getattr(ranks, name).tolist()]
+        mean = sum(hits) / M
+        squares = [(sum(hits[j] for j in own) - mean * len(own)) ** 2 for own in images]
+        assert numbers[f"{name}_R@1"].standard_error == pytest.approx(sum(squares) ** 0.5 / M)
+        assert numbers[f"{name}_R@1"].chance == pytest.approx(sum(1 / (1 + wrong) for wrong in others) / M)
+    chances = []
+    for own in images:
+        wrong = sum(all(groups[j] != groups[k] for k in own) for j in range(M))
+        assert wrong < M - len(own) or not any(len(bearers[k]) > 1 for k in own)
+        chances.append(len(own) / (len(own) + wrong))
+    assert numbers["image_to_text_R@1"].chance == pytest.approx(sum(chances) / N)
+    hits = [float(found <= 1) for found in ranks.image_to_text.tolist()]
+    error = numbers["image_to_text_R@1"].standard_error
+    assert error == pytest.approx((sum(hits) / N * (1 - sum(hits) / N) / N) ** 0.5)
+
+
 def test_chance_is_what_random_features_reach():
     g = torch.Generator().manual_seed(0)
     _, _, owners, groups = gallery("copies")
