@@ -11,7 +11,7 @@ from amclr_scale.evaluation.shares import gather_rows, share
 
 N, D, K = 203, 6, 4
 PENALTIES = (1e-3, 1e-1)
-KS, TEMPERATURES = (1, 5, 20, 500), (0.02, 0.1)
+KS, TEMPERATURES = (1, 5, 100, 500), (0.02, 0.1)  # 100: more than are chosen on, fewer than vote
 
 
 def problem():
@@ -76,6 +76,17 @@ def test_nearest_neighbours_are_scikit_learns(here):
         want = classifier(k, t, ~validation).score(x[validation].numpy(), y[validation].numpy())
         assert accuracy == pytest.approx(want, abs=1e-12)
     assert here[6][here[5]] == max(here[6].values())
+
+
+def test_of_equally_good_settings_the_largest_penalty_and_the_first_vote_are_taken():
+    x = F.normalize(torch.tensor([[3.0, 1.0], [-3.0, 1.0]], dtype=torch.float64), dim=1).repeat(6, 1)
+    y, validation = torch.arange(12) % 2, torch.arange(12) < 4
+    classifier, scores = linear.sweep(x, y, validation, 2, (1e-3, 1e-1, 1e-2))
+    assert set(scores.values()) == {1.0}
+    assert classifier.l2 == 1e-1
+    pair, scores = neighbours.sweep(x, y, validation, 2, ks=(3, 1), temperatures=(0.1, 0.02))
+    assert set(scores.values()) == {1.0}
+    assert pair == (3, 0.1)
 
 
 def test_any_number_of_ranks_gives_the_same(ranks, here):
