@@ -1,6 +1,9 @@
-"""What a run has gone back from is set aside in the store as on the disk; nothing is lost where that is killed."""
+"""What a run has gone back from is set aside in the store, what is half there or old is removed, and nothing else."""
+
+import shutil
 
 import fsspec
+import pytest
 
 from amclr_scale.checkpoint import files
 from amclr_scale.checkpoint.remote import RemoteRun
@@ -60,3 +63,28 @@ def test_stores_that_copy_nothing_themselves(place, monkeypatch):
     one.remote.set_aside(10)
     assert there(url) == ([], {})
     assert len(one.remote.sizes("checkpoints/set_aside_step_00000010")) == 6
+
+
+def test_what_is_removed_in_the_store_and_what_is_not(place, tmp_path):
+    """Half an upload goes; nothing does before the newest is there, nor what may be one to keep for ever."""
+    folder, url, config = place
+    one = mirror(place, lambda number, path: Killed() if "step_00000010/objective" in path else None)
+    one.claim()
+    with pytest.raises(Killed):
+        one._bring_up_to_date()
+    for step in (20, 30):
+        write(tmp_path, step, config, number=step // 10)
+    shutil.rmtree(folder / "checkpoints" / files.name_of(10))
+    again = mirror(place, keep=9)
+    again.claim()
+    again._bring_up_to_date()
+    assert there(url)[1] == {30: True, 20: True}  # not step 10, of which a part was there
+
+    strict = mirror(place, keep=1, keep_every=5)
+    strict.claim()
+    write(tmp_path, 40, config, number=4)
+    strict._thin_out()
+    assert list(there(url)[1]) == [30, 20]
+    strict.remote._remove("checkpoints/step_00000020/state.json")
+    strict._bring_up_to_date()
+    assert list(there(url)[1]) == [40, 20]  # nobody can say which number it has

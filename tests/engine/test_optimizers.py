@@ -120,6 +120,16 @@ def test_layers_are_rescaled_whether_or_not_weights_decay(name):
         torch.testing.assert_close(step.norm(), 0.01 * trust * start.norm(), rtol=1e-6, atol=0)
 
 
+def test_a_layer_of_zeros_learns():
+    """Its trust ratio is 1, as that of a layer without gradient is: |w| / |u| would leave it at zero for ever."""
+    for rule, step in ((LAMB, 0.1), (LARS, 0.1 * 3.0)):
+        weight = torch.nn.Parameter(torch.zeros(2, 3))
+        weight.grad = torch.full((2, 3), 3.0)
+        options = {"betas": (0.9, 0.98), "eps": 0.0} if rule is LAMB else {"momentum": 0.0}
+        rule([{"params": [weight]}], lr=0.1, **options).step()
+        torch.testing.assert_close(weight.detach(), torch.full((2, 3), -step))
+
+
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_apex_but_not_at_stage_3(monkeypatch, stage):
     optimizer, name = provider(monkeypatch, apex=True, zero_stage=stage)
