@@ -11,6 +11,7 @@ from typing import Any
 
 from amclr_scale.checkpoint import contents, files
 from amclr_scale.checkpoint.files import CHECKPOINTS
+from amclr_scale.config.data_checks import READ_BY
 from amclr_scale.config.load import build, recipe, recipe_hash
 from amclr_scale.config.schema import Config
 from amclr_scale.data.beside.fingerprint import SHARDS, parts
@@ -173,15 +174,21 @@ def opened(checkpoint: Path, complaints: list[str], config: Config, called: str 
 
 
 def differences(saved: dict[str, Any], config: Config) -> dict[str, str]:
-    """Keys of the recipe that differ between a saved configuration and this one, each with words for both values."""
+    """Keys of the recipe that differ between a saved configuration and this one, each with words for both values.
+
+    Those that nothing reads in either do not differ: releases that had no objection to them wrote them down.
+    """
     try:
         before, now = recipe(build(saved, trusted=False)), recipe(config)
     except UserError as error:
         raise UserError(f"resume: the checkpoint's configuration is not one of this version's\n{error}") from error
+    counts = {key: f"data.{number}" for key, number in READ_BY.items()}
+    unread = [f"data.{key}" for key, count in counts.items() if not before.get(count) and not now.get(count)]
+    shown = [{key: repr(value) for key, value in flat.items()} for flat in (before, now)]
     return {
-        key: f"{key}: {before.get(key, 'nothing')!r} in the checkpoint, {now.get(key, 'nothing')!r} now"
+        key: f"{key}: {shown[0].get(key, 'nothing')} in the checkpoint, {shown[1].get(key, 'nothing')} now"
         for key in {**before, **now}
-        if before.get(key) != now.get(key)
+        if before.get(key) != now.get(key) and not _allowed(key, unread)
     }
 
 

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from amclr_scale.checkpoint import files
-from amclr_scale.checkpoint.resume import find
+from amclr_scale.checkpoint.resume import differences, find
 from amclr_scale.checkpoint.start import agree_on_start, lock_new
 from amclr_scale.config.load import build, recipe_hash
 from amclr_scale.errors import UserError
@@ -170,6 +170,17 @@ def test_a_changed_recipe_is_refused_key_by_key(tmp_path):
     assert "optimizer.lr: 0.001 in the checkpoint, 0.5 now" in str(refused.value)
     accepted = changed.model_copy(update={"resume_changed": ["optimizer", "data.lanes"]})
     assert [line.split(":")[0] for line in find(accepted).changed] == ["data.lanes", "optimizer.lr"]
+
+
+def test_keys_that_nothing_read_may_go(tmp_path):
+    """Releases before 0.2 let them stand in a recipe, which is refused now until they are removed."""
+    before = configuration(tmp_path)
+    view = {**before.data.augmentation.model_dump(mode="json"), "flip": 0.25}
+    tree = before.model_dump(mode="json")
+    tree["data"] |= {"image_view": view, "text_view": "rules"}
+    assert differences(tree, before) == {}
+    seen = before.model_copy(update={"data": before.data.model_copy(update={"image_views": 1})})
+    assert "data.image_view.flip: 0.25 in the checkpoint, nothing now" in differences(tree, seen).values()
 
 
 def test_a_changed_execution_is_no_change(tmp_path):
