@@ -47,7 +47,7 @@ def work(argv: list[str]) -> None:
         raise UserError(f"--out: expected a name that ends in .npy, got {arguments.out}")
     if not arguments.out.absolute().parent.is_dir():  # before the work
         raise UserError(f"--out: expected a name in a folder that is there, got {arguments.out}")
-    index = open_index(schema.Data(train=arguments.shards), captioned=False)
+    index = open_index(schema.Data(train=arguments.shards), key="shards", captioned=False)
     N = index.num_samples
     for name, least, most in (("size", 2, N), ("skip", 0, N - 2), ("neighbours", 1, N - 1 - max(0, arguments.skip))):
         got = getattr(arguments, name)

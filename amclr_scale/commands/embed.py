@@ -99,7 +99,7 @@ def of_shards(model: Model, args: argparse.Namespace) -> tuple[int, Rows, str]:
     """The samples of a data set in the order of ids: how many, their rows, and the data set's fingerprint."""
     caption = args.caption or model.config.data.caption
     data = model.config.data.model_copy(update={"caption": caption})
-    split = EvaluationSplit(args.shards, data, reading=model.reading)
+    split = EvaluationSplit(args.shards, data, reading=model.reading, key="--shards")
 
     def rows() -> Rows:
         if args.side == "text":

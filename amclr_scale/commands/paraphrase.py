@@ -179,7 +179,7 @@ def work(argv: list[str]) -> None:
     if not 0 <= arguments.rank < arguments.ranks:
         raise UserError(f"--rank: expected 0 .. {arguments.ranks - 1}, got {arguments.rank}")
 
-    index = open_index(schema.Data(train=arguments.data, caption=arguments.caption))
+    index = open_index(schema.Data(train=arguments.data, caption=arguments.caption), key="data")
     names = [paraphrase_file(arguments.out, shard).name for shard in index.shards]
     if len(set(names)) < len(names):
         raise UserError(

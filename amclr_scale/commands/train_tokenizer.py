@@ -64,7 +64,7 @@ def work(argv: list[str]) -> None:
     parser.add_argument("--out", type=Path, required=True, help="file to write")
     arguments = parser.parse_args(argv)
     settings = schema.Data(train=arguments.data, caption=arguments.captions[0])
-    index = open_index(settings)
+    index = open_index(settings, key="data")
     counts = Counter(captions_of(index, [Field.parse(words) for words in arguments.captions], settings))
     tokenizer = train(counts, arguments.entries)
     tokenizer.save(str(arguments.out))

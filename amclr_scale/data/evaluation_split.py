@@ -32,6 +32,7 @@ class EvaluationSplit:
         classes: where a sample's class is (json.FIELD or a member such as cls); None: no classes.
         reading: how the model reads pictures and captions; None: as `data` says.
         clean: clean captions as ALBEF does (`clean_caption`).
+        key: that it was given as, for messages.
 
     Attributes:
         num_samples: n.
@@ -56,9 +57,10 @@ class EvaluationSplit:
         classes: str | None = None,
         reading: Reading | None = None,
         clean: bool = False,
+        key: str = _KEY,
     ):
-        self.name, self.data, self.clean = name, data, clean
-        self.index = open_index(data, name, _KEY)
+        self.name, self.data, self.clean, self._called = name, data, clean, key
+        self.index = open_index(data, name, key)
         self.reading = reading or reading_of(data)
         self.num_samples = n = self.index.num_samples
         self.share = (rank * n // world_size, (rank + 1) * n // world_size)
@@ -98,8 +100,8 @@ class EvaluationSplit:
                 found.append(np.load(io.BytesIO(raw), allow_pickle=False))
             except (ValueError, OSError, EOFError, TokenError) as error:
                 raise UserError(
-                    f"{_KEY}: {self.name}: sample {self.key(sample)}: expected an array of numpy at .{member}, got: "
-                    f"{error}"
+                    f"{self._called}: {self.name}: sample {self.key(sample)}: expected an array of numpy at .{member}, "
+                    f"got: {error}"
                 ) from error
         return found
 
@@ -122,7 +124,9 @@ class EvaluationSplit:
         shard, row = self.index.locate(sample)
         reader = self.index.reader(shard)
         what = f"{error.kind} {error.detail}".rstrip()
-        return UserError(f"{_KEY}: {self.name}: sample {reader.key(row)} of {reader.url} cannot be used: {what}")
+        return UserError(
+            f"{self._called}: {self.name}: sample {reader.key(row)} of {reader.url} cannot be used: {what}"
+        )
 
     def _image(self, sample: int) -> Tensor:
         try:

@@ -133,28 +133,34 @@ def _build_in_cache(name: str, urls: Sequence[str], storage: Storage, key: str) 
             log.warning(
                 "%s has no index: reading the headers of %s shards once (kept in %s)", name, f"{len(urls):,}", folder
             )
-        try:
-            return build(urls, tables, storage)
-        except UserError as error:
-            words = str(error)
-            if words.startswith(tuple(map(masked, urls))):  # a shard that is none; other mistakes name their own key
-                raise type(error)(f"{key}: {words}") from error
-            raise
+        return build(urls, tables, storage, key=key)
 
 
-def build(urls: Sequence[str], tables: Sequence[Path], storage: Storage, workers: int = 0) -> list[Shard]:
+def build(
+    urls: Sequence[str], tables: Sequence[Path], storage: Storage, workers: int = 0, *, key: str = "shards"
+) -> list[Shard]:
     """Write each shard's member table where none of the same file is there yet, with a progress bar.
 
     Args:
         tables: where the member table of each url goes.
         workers: processes; 0: this one.
+        key: that names the shards, for messages.
+
+    Raises:
+        UserError: one of them is no shard.
     """
     jobs = [(url, table, storage) for url, table in zip(urls, tables, strict=True)]
     for table in tables:
         table.parent.mkdir(parents=True, exist_ok=True)
     with _mapper(workers) as run:
         bar = Console(stderr=True, quiet=all(table.exists() for table in tables))
-        return list(track(run(_index_shard, jobs), "Indexing", total=len(jobs), console=bar, transient=True))
+        try:
+            return list(track(run(_index_shard, jobs), "Indexing", total=len(jobs), console=bar, transient=True))
+        except UserError as error:
+            words = str(error)
+            if words.startswith(tuple(map(masked, urls))):  # a shard that is none; other mistakes name their own key
+                raise type(error)(f"{key}: {words}") from error
+            raise
 
 
 class _mapper:  # noqa: N801 - reads as a function

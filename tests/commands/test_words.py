@@ -75,6 +75,24 @@ def test_a_path_that_nothing_can_have_is_a_mistake(
     assert ": expected " in capsys.readouterr().err.strip().splitlines()[-1]
 
 
+@pytest.mark.parametrize(
+    ("words", "key"),
+    [
+        ("shards index {}", "shards"),
+        ("shards tokenizer {} --out t.json", "data"),
+        ("shards paraphrase {} --model none --out p", "data"),
+        ("shards communities {} --image a --text b --out c.npy", "shards"),
+    ],
+)
+def test_a_file_that_is_no_shard_is_told_under_the_argument_that_names_it(
+    words: str, key: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "0.tar").write_bytes(b"hello" * 1000)
+    monkeypatch.chdir(tmp_path)
+    assert main.main(words.format(tmp_path / "0.tar").split()) == 2
+    assert f"\n{key}: {tmp_path}/0.tar: expected a tar of samples" in f"\n{capsys.readouterr().err}"
+
+
 @pytest.mark.slow
 def test_a_training_run_too() -> None:
     command = [sys.executable, "-m", "amclr_scale", "train", "--config", "x" * 300]
