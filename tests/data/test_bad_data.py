@@ -126,6 +126,7 @@ def test_too_many_stop_the_run(planted, workers):
         UserError, match=r"data\.max_bad_fraction: \d+ of \d+ samples cannot be used .*more than 5\.00%"
     ):
         list(itertools.islice(loader, 100))
+    assert loader._seen <= loader.num_samples  # one pass over a small data set says enough
     loader.close()
 
 

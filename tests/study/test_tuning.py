@@ -177,6 +177,13 @@ def test_a_choice_that_tuning_leaves_open_takes_a_verdict_away(tmp_path: Path) -
         shift = 0.1 * ((int(run.name.partition("-s1")[2][0]) + len(rate)) % 3)
         file.write_text(json.dumps(results | {key: results[key] + shift for key in KEYS}))
     assert (sure, _verdict(folder)) == (Verdict.BETTER, Verdict.UNDECIDED)
+    study = read_study(folder)
+    found = Outcome(study.metrics[0], groups_of(study), resamples=0)
+    first, second = found.groups
+    open_ = [found.regret(group).error for group in (first, second)]
+    both = found.contrast([(-0.25, first), (2.0, second)])  # as of a slope: what is open of a score counts as it does
+    assert [part.error for part in both.regrets] == [0.25 * open_[0], 2.0 * open_[1]]
+    assert min(open_) > 0
 
 
 def _verdict(folder: Path) -> Verdict:
