@@ -1,11 +1,14 @@
-"""A run at another size of pictures goes on from tables of positions that timm itself would have made."""
+"""How a model to start from reads pictures: positions of another size are timm's, statistics the image processor's."""
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 
 from amclr_scale.config.load import build, dump
 from amclr_scale.data.tokenizers import load_tokenizer
+from amclr_scale.encoders.start.of_transformers import pixel_statistics
 from amclr_scale.encoders.start.positions import fit_positions
 from amclr_scale.encoders.start.taken import resolve
 from amclr_scale.engine.build import model_of
@@ -68,3 +71,19 @@ def test_tables_of_other_libraries():
     assert state["image_tower.p"].shape == (17, 3)
     torch.testing.assert_close(state["image_tower.p"][1:].mean(0), before["image_tower.p"][1:].mean(0))
     assert all(state[name] is before[name] for name in ("text_tower.p", "image_tower.q"))
+
+
+@pytest.mark.parametrize("how", [{"rescale_offset": True}, {"do_normalize": False}, {"do_rescale": False}, {}], ids=str)
+def test_statistics_of_pixels_are_what_an_image_processor_does(how):
+    """(x / 255 - mean) / std is its factor, its offset and its normalisation, of every pixel."""
+    import_torchvision()
+    import transformers
+
+    processor = transformers.EfficientNetImageProcessor(
+        size={"height": 8, "width": 8}, include_top=False, image_mean=[0.4, 0.5, 0.6], image_std=[0.2, 0.3, 0.4], **how
+    )
+    picture = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+    want = torch.as_tensor(processor(Image.fromarray(picture), return_tensors="pt")["pixel_values"][0])
+    mean, std = (torch.tensor(x).view(3, 1, 1) for x in pixel_statistics(processor))
+    got = (torch.from_numpy(picture).permute(2, 0, 1) / 255 - mean) / std
+    torch.testing.assert_close(got, want.float(), rtol=1e-5, atol=1e-5)

@@ -115,6 +115,14 @@ def test_what_contradicts_it_is_refused_by_name_in_one_answer(tmp_path):
     assert not any("random weights" in note for note in model.notes)
 
 
+def test_captions_are_as_long_as_both_tokenizer_and_positions_allow(tmp_path):
+    _, words, *_ = saved("clip", tmp_path)
+    for said, length in ((12, 12), (40, 16)):
+        words.model_max_length = said
+        words.save_pretrained(tmp_path)
+        assert resolve(recipe(tmp_path)).data.context_length == length
+
+
 def test_what_is_no_dual_encoder_is_refused_by_name(tmp_path):
     saved("siglip", tmp_path)
     with pytest.raises(UserError, match=r"^data.context_length: expected 16, as in model.init .* got 8"):
