@@ -58,9 +58,8 @@ def _resident(config: Config) -> list[str]:
     if data.image_view_from == "group" and data.image_group is None:
         lines.append("data.image_group: image_view_from group reads it, expected such as json.concept, got none")
     if data.image_view_from == "group" and data.resident == "none":
-        lines.append(
-            "data.resident: image_view_from group needs all samples at hand, expected host or device, got none"
-        )
+        held = "host or device" if data.features.image is None else "host"
+        lines.append(f"data.resident: image_view_from group needs all samples at hand, expected {held}, got none")
     if data.image_group is not None and data.image_view_from != "group":
         lines.append(
             f"data.image_group: image_view_from group reads it, got {data.image_group} with {data.image_view_from}; "
@@ -195,7 +194,7 @@ def _same_images(config: Config) -> list[str]:
     """Further image views that are pixel for pixel another view of their sample."""
     data, base = config.data, config.data.augmentation
     view = data.image_view or base
-    if not data.image_views or _draws(view) or data.image_view_from == "group":
+    if not data.image_views or _draws(view) or data.image_view_from == "group" or data.features.image is not None:
         return []
     fixed = (view.flip, view.grayscale)  # all that is left
     unchanged = fixed == (0, 0) if data.image_view_from == "base" else not _draws(base)

@@ -71,17 +71,19 @@ def features(config: Config) -> list[str]:
             lines.append(f"{key}: expected model.{side}.frozen=true of the whole tower, which gives them, got another")
         others: dict[str, tuple[object, object]] = {  # what there is, and what it has to be
             f"model.{side}.taps": (tower.taps, []),
-            f"data.{side}_views": (getattr(data, f"{side}_views"), 0),
             f"data.{side}_negatives": (getattr(data, f"{side}_negatives"), 0),
         }
         if side == "image":
-            if data.resident == "device":
-                lines.append(f"data.resident: expected host or none beside {key}: no picture is read, got device")
+            lines += _views_of_rows(data, key)
             chance = {"crop_scale": (1.0, 1.0), "flip": 0, "randaugment": None, "color_jitter": 0, "grayscale": 0}
-            for name, none in {**chance, "amclr": 0}.items():
-                others[f"data.augmentation.{name}"] = getattr(data.augmentation, name), none
-        elif not isinstance(data.caption, str):
-            lines.append(f"data.caption: expected one place beside {key}, of one caption each, got {data.caption}")
+            recipes = {"augmentation": data.augmentation, "image_view": data.image_view if data.image_views else None}
+            for recipe, how in recipes.items():
+                for name, none in {**chance, "amclr": 0}.items() if how else ():
+                    others[f"data.{recipe}.{name}"] = getattr(how, name), none
+        else:
+            others["data.text_views"] = data.text_views, 0
+            if not isinstance(data.caption, str):
+                lines.append(f"data.caption: expected one place beside {key}, of one caption each, got {data.caption}")
         lines += [
             f"{name}: expected {list(none) if isinstance(none, tuple) else none} beside {key}, which holds one row for "
             f"each sample, got {found}"
@@ -91,6 +93,21 @@ def features(config: Config) -> list[str]:
         read = declared(config.objective).inputs
         if any(name in read for name in (f"{side}_tokens", f"{side}_token_mask")):
             lines.append(f"{key}: objective {config.objective['name']} reads {side}_tokens, which they have not")
+    return lines
+
+
+def _views_of_rows(data: Data, key: str) -> list[str]:
+    """Of a side whose pictures nobody opens: further views are rows of other samples."""
+    lines = []
+    if data.image_views and data.image_view_from != "group":
+        lines.append(
+            f"data.image_view_from: expected group beside {key}, which holds one row for each sample, so that a "
+            f"further view is another sample's of its data.image_group (such as json.concept), got "
+            f"{data.image_view_from}; or set data.image_views=0"
+        )
+    if data.resident == "device":
+        held = "host" if data.image_view_from == "group" else "host or none"
+        lines.append(f"data.resident: expected {held} beside {key}: no picture is read, got device")
     return lines
 
 

@@ -4,7 +4,7 @@ A sample that cannot be used is replaced by another one, whose id is drawn from 
 count and every number of workers replaces it by the same sample, which then carries its own id.
 """
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -66,8 +66,8 @@ class Part:
     repeated: dict[str, int]  # further images and texts that equal an earlier view; hard negatives that there are not
 
 
-# Image id, label, pixels of views and of hard negatives, captions, hard negatives of these.
-Views = tuple[int, int, list[Tensor | None], list[str], list[str | None]]
+# Image id, label, pixels of views (or whose features these are) and of hard negatives, captions, hard ones of these.
+Views = tuple[int, int, Sequence[Tensor | int | None], list[str], list[str | None]]
 
 
 class Pipeline:
@@ -118,59 +118,58 @@ class Pipeline:
         """
         data, index = self.data, self.index
         if "image" in self.features:
-            return self._hold_captions()
+            self._hold_captions()
+            return self._grouped()
         ranges = [(recipe.crop_scale, recipe.crop_ratio) for recipe in self._recipes]  # how far a JPEG is reduced
         how = (index.fingerprint, data.image_size, ranges, data.max_image_pixels, data.max_image_mib, pillow_version)
         cache, members = index.storage.cache, sorted(self._texts - {PARAPHRASES})
         self.resident = open_resident(cache, how, members, index.num_samples, self._stored, self._decoded)
-        if data.image_view_from != "group":
-            return ""
-        self.groups = Groups(map(self._group_of, range(index.num_samples)))
-        return (
-            f"data: {self.groups.alone:,} of {index.num_samples:,} samples are alone in their data.image_group; their "
-            "further views are of their own image"
-        )
+        return self._grouped()
 
-    def _hold_captions(self) -> str:
+    def _grouped(self) -> str:
+        """Know which samples show the same, where a recipe asks; what the log should say of it."""
+        if self.data.image_view_from != "group":
+            return ""
+        self.groups = Groups(map(self._group_of, range(self.index.num_samples)))
+        return self.groups.checked(str(self.data.image_group))
+
+    def _hold_captions(self) -> None:
         """Of a data set whose pictures nobody opens: as tokens, where that is all that is read of a sample."""
         data, index, cache = self.data, self.index, self.index.storage.cache
         name = (index.fingerprint, data.max_caption_characters)
-        others = [data.text_views, data.text_negatives, data.image_negatives, data.image_id, data.labels]
+        others = [data.image_views, data.text_views, data.text_negatives, data.image_id, data.labels]
         if len(self.text.base) == 1 and "text" not in self.features and not any(others):
             read = partial(self._stored, wanted=self.text.members)
             self.tokens = open_tokens(cache, name, self.text.base[0], self.tokenizer, index.num_samples, read)
         if self.tokens is None:
             members = sorted(self._texts - {PARAPHRASES})
             self.resident = open_resident(cache, name, members, index.num_samples, self._stored)
-        return ""
 
     def _group_of(self, sample: int) -> Hashable | None:
-        """What the sample says it shows; None where it says nothing, or cannot be used."""
+        """The same by id; None also where its picture cannot be used."""
         assert self.resident
-        assert self._image_group
         try:
-            self.resident.size(sample)
-            value = self.read(sample).value(self._image_group)
+            if "image" in self.features:
+                self.features["image"].check(sample)
+            else:
+                self.resident.size(sample)
+            return self.group_of(self.read(sample))
         except BadSampleError:
             return None
-        return value if isinstance(value, str | int) else None
 
-    def _sources(self, sample: int, number: int) -> list[int]:
-        """The samples whose pictures the views show."""
-        found = [sample]
-        for view in range(1, len(self._recipes)):
-            draws = Draws(self.seed, Purpose.GROUP, number, sample, view)
-            found.append(self.groups.other(sample, found, draws) if self.groups else sample)
-        return found
+    def group_of(self, content: Sample) -> Hashable | None:
+        """What the sample says it shows; None where it says nothing, or nothing was asked for."""
+        value = None if self._image_group is None else content.value(self._image_group)
+        return value if isinstance(value, str | int) else None
 
     def __call__(self, visits: Visits) -> Part:
         if self.tokens and (rows := rows_of(visits.ids, self.tokens, self.features["image"], self.references)):
             return Part(torch.from_numpy(visits.ids), None, *rows, [], {"repeated_images": 0, "repeated_texts": 0})
-        data, n = self.data, len(visits)
-        shape = (7,) if data.resident == "device" else (3, data.image_size, data.image_size)
-        kind = torch.int64 if data.resident == "device" else torch.uint8
-        made = 0 if "image" in self.features else data.images_each
-        images = tuple(torch.empty(n, *shape, dtype=kind) for _ in range(made))
+        data, n, features = self.data, len(visits), self.features.get("image")
+        pictures = (7,) if data.resident == "device" else (3, data.image_size, data.image_size)
+        shape = pictures if features is None else ()
+        kind = torch.uint8 if len(shape) == 3 else torch.int64
+        images = tuple(torch.empty(n, *shape, dtype=kind) for _ in range(data.images_each))
         captions, hard, shown = list[list[str]](), list[list[str | None]](), list[list[bool]]()
         ids, image_ids, labels, faults = list[int](), list[int](), list[int](), list[Fault]()
         for i, (sample, number) in enumerate(zip(visits.ids.tolist(), visits.passes.tolist(), strict=True)):
@@ -180,9 +179,11 @@ class Pipeline:
             labels.append(label)
             captions.append(words)
             hard.append(wrong)
-            for view, tensor in zip(images, pixels, strict=True):
-                view[i] = 0 if tensor is None else tensor
-            shown.append([tensor is not None for tensor in pixels[1 + data.image_views :]])
+            for view, shows in zip(images, pixels, strict=True):
+                view[i] = 0 if shows is None else shows
+            shown.append([shows is not None for shows in pixels[1 + data.image_views :]])
+        if features:
+            images = tuple(features(view.numpy()) for view in images)
         texts = tuple(self.tokenizer(list(view)) for view in zip(*captions, strict=True))
         views = images[: 1 + data.image_views]
         repeated = {"repeated_images": 0 if data.resident == "device" else count_repeated(views)}
@@ -198,8 +199,6 @@ class Pipeline:
             repeated["missing_image_negatives"] = int((~given["image_negative_mask"]).sum())
         if self._labels:  # equal for one class, -1 for none
             given["labels"] = torch.tensor(labels, dtype=torch.int64)
-        if "image" in self.features:
-            images = (self.features["image"](ids),)
         if "text" in self.features:
             texts = (self.features["text"](ids),)
         if not self._image_id:
@@ -235,10 +234,11 @@ class Pipeline:
         content = self.read(sample) if self._wanted else Sample({}, 1, 1)
         captions = [] if "text" in self.features else self.text.draw(content, self.seed, number, sample)
         hard = self.hard.draw(captions[0], content, self.seed, number, sample) if captions else []
+        further = len(self._recipes) - 1
+        sources = self.groups.sources(sample, further, self.seed, number) if self.groups else [sample] * (1 + further)
         if "image" in self.features:
-            return self._image_of(content, sample), self.label_of(content), [], captions, hard
-        draws = [Draws(self.seed, Purpose.IMAGE, number, sample, view) for view in range(len(self._recipes))]
-        sources = self._sources(sample, number)
+            return self._image_of(content, sample), self.label_of(content), sources, captions, hard
+        draws = [Draws(self.seed, Purpose.IMAGE, number, sample, view) for view in range(1 + further)]
         if self.resident and self.data.resident == "device":
             plans = list[Tensor | None]()
             for view, recipe in enumerate(self._recipes):

@@ -72,12 +72,11 @@ class Tokenizer:
 
     def __call__(self, captions: Sequence[str] | str) -> Tensor:
         captions = [captions] if isinstance(captions, str) else captions
-        rows = torch.full((len(captions), self.context_length), self.pad_id, dtype=torch.int64)
-        encoded = self._encode([well_formed(caption) for caption in captions]) if captions else []
-        for row, tokens in zip(rows, encoded, strict=True):
-            kept = [*self._before, *tokens[: self.context_length - 1 - len(self._before)], self.end_id]
-            row[: len(kept)] = torch.tensor(kept)
-        return rows
+        rows, length = list[list[int]](), self.context_length
+        for tokens in self._encode([well_formed(caption) for caption in captions]) if captions else ():
+            kept = [*self._before, *tokens[: length - 1 - len(self._before)], self.end_id]
+            rows.append(kept + [self.pad_id] * (length - len(kept)))
+        return torch.tensor(rows, dtype=torch.int64).reshape(len(rows), length)
 
     def save(self, folder: Path) -> None:
         """Write what `load_tokenizer(folder)` needs to make the same rows, for a checkpoint."""
@@ -190,7 +189,7 @@ def _from_json(spec: str, path: Path, context_length: int) -> Tokenizer:
     pads = [token for token in map(vocabulary.token_to_id, _PAD) if token is not None]
 
     def encode(captions: list[str]) -> list[list[int]]:
-        return [found.ids for found in vocabulary.encode_batch(captions, add_special_tokens=False)]
+        return [found.ids for found in vocabulary.encode_batch_fast(captions, add_special_tokens=False)]
 
     return Tokenizer(
         spec,

@@ -21,7 +21,8 @@ def input_components(config: Config, plan: Plan, device: str) -> list[Component]
     tensors = [3 * data.image_size**2] * data.images_each + [8 * data.context_length] * data.texts_each
     item = DTYPES[config.execution.precision].itemsize
     for side in sides_of(data):  # features in place of what would be encoded
-        tensors[0 if side == "image" else data.images_each] = item * skeleton(config).widths[side]
+        first, end = (0, data.images_each) if side == "image" else (data.images_each, len(tensors))
+        tensors[first:end] = [item * skeleton(config).widths[side]] * (end - first)
     image, text = (sum(size) for size in (tensors[: data.images_each], tensors[data.images_each :]))
     given = _given(config)
     tensors += [8] * (2 if data.image_id else 1) + list(given.values())  # ids, and what no tower reads

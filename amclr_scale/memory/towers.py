@@ -211,7 +211,8 @@ def _traced(
         if isinstance(mode, FakeTensorMode):
             model._apply(cache(partial(torch.empty_like, device=place)))  # type: ignore[no-untyped-call]
         if rests:
-            inputs = [torch.empty(m, model.widths[modality], dtype=DTYPES[precision], device=place)]
+            row = m, model.widths[modality]
+            inputs = [torch.empty(row, dtype=DTYPES[precision], device=place) for _ in range(views)]
         elif modality == "image":
             side = data["image_size"]
             inputs = [torch.empty(m, 3, side, side, dtype=torch.uint8, device=place) for _ in range(views)]

@@ -22,13 +22,14 @@ def check_further_captions(pipeline: Pipeline, data: schema.Data, seed: int) -> 
     """
     text, total = pipeline.text, pipeline.index.num_samples
     repeated = looked_at = 0
-    labelled = with_negatives = with_pictures = 0
+    labelled = grouped = with_negatives = with_pictures = 0
     having = dict.fromkeys((*text.base[1:], *text.further), 0)
     for sample in np.unique(np.linspace(0, total - 1, LOOKED_AT).astype(int)).tolist():
         try:
             content = pipeline.read(sample)
             captions = [] if "text" in pipeline.features else text.draw(content, seed, 0, sample)
             labelled += pipeline.label_of(content) >= 0
+            grouped += pipeline.group_of(content) is not None
             with_negatives += any(pipeline.hard.draw(captions[0], content, seed, 0, sample) if captions else ())
             with_pictures += bool(pipeline.hard_pictures.there(content))
             for place in having:
@@ -43,6 +44,11 @@ def check_further_captions(pipeline: Pipeline, data: schema.Data, seed: int) -> 
         raise UserError(
             f"data.labels: expected a place where samples say their class, got {data.labels}: none of {looked_at} "
             "samples looked at has anything there"
+        )
+    if data.image_view_from == "group" and not grouped:
+        raise UserError(
+            f"data.image_group: expected a place where samples say what they show, got {data.image_group}: none of "
+            f"{looked_at} samples looked at has a word or a whole number there"
         )
     if data.text_negatives and not with_negatives:
         raise UserError(

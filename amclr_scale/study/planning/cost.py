@@ -38,8 +38,14 @@ def negatives(config: Config, num_samples: int) -> int:
 
 
 def encoder_cost(config: Config) -> float:
-    """Passes of both towers per sample, relative to one view of each; a teacher's forward is a third of one."""
-    return (config.data.images_each + config.data.texts_each + len(lent_sides(config)) / 3) / 2
+    """Passes of both towers per sample, relative to one view of each; a teacher's forward is a third of one.
+
+    A tower whose features come from a file (`data.features`) is passed by no view: where one is, of the other alone.
+    Where both are, of the heads.
+    """
+    passes = {"image": config.data.images_each, "text": config.data.texts_each}
+    run = [side for side in passes if getattr(config.data.features, side) is None] or list(passes)
+    return (sum(passes[side] for side in run) + len({*run} & {*lent_sides(config)}) / 3) / len(run)
 
 
 def encoder_flops(config: Config) -> float:

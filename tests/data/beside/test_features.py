@@ -203,7 +203,7 @@ OTHERS = {  # what a run has otherwise than the features' maker: the words
     r"data\.augmentation\.crop_scale: expected \[1\.0, 1\.0\] beside": {"data__augmentation__crop_scale": [0.9, 1]},
     r"data\.caption: expected one place beside data\.features\.text": {"data__caption": ["txt", "json.captions"]},
     r"features\.text: expected model\.text\.frozen=true of the whole": {"model__text__unfrozen_norms": True},
-    r"data\.image_views: expected 0 beside data\.features\.image": {"data__image_views": 1},
+    r"data\.image_view_from: expected group beside data\.features\.image": {"data__image_views": 1},
     r"data\.resident: expected host or none beside data\.features\.image": {"data__resident": "device"},
     r"features\.image: objective filip reads image_tokens, which they": {"objective": {"name": "filip"}},
     r"features\.image: nowhere\.npy: expected a .npy file, got: .*; .*embed --config": {
