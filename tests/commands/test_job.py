@@ -8,8 +8,8 @@ from amclr_scale.commands.job import check_best
 from amclr_scale.config.load import load
 from amclr_scale.errors import UserError
 
-PHOTOS = SimpleNamespace(name="photos", retrieval=True, class_names=[], split=None)
-CLASSES = SimpleNamespace(name="a/b", retrieval=False, class_names=["cat", "dog"], split=None)
+PHOTOS = SimpleNamespace(name="photos", retrieval=True, class_names=[], split=SimpleNamespace(num_samples=9))
+CLASSES = SimpleNamespace(name="a/b", retrieval=False, class_names=["cat", "dog"], split=SimpleNamespace(num_samples=9))
 EVALUATOR = SimpleNamespace(tasks=[PHOTOS, CLASSES], probes=[])
 TEACHER = ["model.momentum={decay: 0.9}", "evaluation.momentum=true"]
 
@@ -41,6 +41,9 @@ def test_the_best_checkpoint_is_by_a_number_that_is_measured_on_the_way():
     measured = load("configs/quickstart.yaml", ["evaluation.geometry=true", "evaluation.evaluators=[token_retrieval]"])
     for best in ("photos/alignment", "photos/token_R@mean", "photos/R@mean", "photos/image_to_text_median_rank"):
         checked(best, measured)
+    pair = SimpleNamespace(name="photos", retrieval=True, class_names=[], split=SimpleNamespace(num_samples=1))
+    with pytest.raises(UserError, match="a number that is measured of photos"):  # one pair has no geometry
+        checked("photos/alignment", measured, SimpleNamespace(tasks=[pair], probes=[]))
     mine = load("configs/quickstart.yaml", ["evaluation.evaluators=[mine]"])
     checked("photos/composition_order", mine)  # what an evaluator of the user's own measures is not known
     for config, evaluator in ((never, EVALUATOR), (plain, None)):
