@@ -101,9 +101,9 @@ def test_one_command_publishes_a_report_and_keeps_its_discussion(tmp_path, capsy
     }  # fmt: skip
     whole = (folder / "report" / "report.md").read_text()
     assert "Told by hand" in whole
-    assert json.loads((target / "report.json").read_text()) == json.loads(
-        (folder / "report" / "report.json").read_text()
-    )
+    short, long = ((place / "report.json").read_text() for place in (target, folder / "report"))
+    assert json.loads(short) == json.loads(long, parse_float=lambda digits: float(f"{float(digits):.6g}"))
+    assert len(short) < len(long)
     rows = [line for line in whole.splitlines() if line.startswith("| ")]
     assert [line for line in text.splitlines() if line.startswith("| ")] == rows
 

@@ -124,13 +124,19 @@ def _unknown(value: Any) -> bool:
     return isinstance(value, float) and not math.isfinite(value)
 
 
-def json_text(tables: Iterable[Table | Figure]) -> str:
-    """All records by the name of their table or figure, one in a line; null where unknown."""
-    content = {
-        one.name: [{key: None if _unknown(value) else value for key, value in record.items()} for record in one.raw]
-        for one in tables
-    }
-    return in_lines(content)
+def json_text(tables: Iterable[Table | Figure], digits: int = 17) -> str:
+    """All records by the name of their table or figure, one in a line; null where unknown.
+
+    Args:
+        digits: significant ones of numbers that are no integers; 17 are all of them.
+    """
+
+    def said(value: Any) -> Any:
+        if _unknown(value):
+            return None
+        return float(f"{value:.{digits}g}") if isinstance(value, float) else value
+
+    return in_lines({one.name: [{key: said(v) for key, v in record.items()} for record in one.raw] for one in tables})
 
 
 def in_lines(content: Mapping[str, Sequence[Raw]]) -> str:

@@ -5,7 +5,8 @@
     FOLDER/report/*.csv          one per table and per figure, all digits
     FOLDER/report/report.json    the same records in one file
 
-`publish_report(folder, target)` writes the form that is committed: report.md with at most three pictures, report.json.
+`publish_report(folder, target)` writes the form that is committed: report.md with at most three pictures, report.json
+with six digits of every number.
 
 It can be written at any time: cells without a result are listed with the reason. A `discussion.md` in the report's
 folder, written by hand, becomes a chapter of it. Files that the report does not write are left alone.
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from amclr_scale.study.report.document import Document
 
 NEEDED = {"matplotlib": "matplotlib", "scipy": "scipy", "markdown_it": "markdown-it-py"}
+PUBLISHED_DIGITS = 6
 
 
 def write_report(folder: Path) -> Path:
@@ -58,7 +60,8 @@ def publish_report(folder: Path, target: Path) -> Path:
             (target / f"{name}.png").unlink(missing_ok=True)
         for figure in pictures:
             (target / f"{figure.name}.png").write_bytes(palette_png(figure.png))
-        (target / "report.json").write_text(json_text([*report.tables, *report.figures.values()]), "utf-8")
+        numbers = json_text([*report.tables, *report.figures.values()], digits=PUBLISHED_DIGITS)
+        (target / "report.json").write_text(numbers, "utf-8")
         (target / "report.md").write_text(compact(report), "utf-8")
         discussion = whole / "discussion.md"
         if discussion.exists():
