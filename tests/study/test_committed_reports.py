@@ -9,7 +9,8 @@ import pytest
 from amclr_scale.study.planning.amounts import MOST_OF_EFFECT
 from amclr_scale.study.statistics.selection import narrowness
 
-REPORTS = sorted((Path(__file__).parents[2] / "docs" / "studies").glob("*/report.json"))
+STUDIES = Path(__file__).parents[2] / "docs" / "studies"
+REPORTS = sorted(STUDIES.glob("*/report.json"))
 CHANCE = 0.00058  # of R@1 on emoji/val_style: 1 of 1,724
 
 
@@ -45,3 +46,30 @@ def test_equivalent_batch_sizes_of_committed_reports_tell_what_was_not_measured(
         if row["neighbours_apart"] > 2:
             assert f"between sizes {row['neighbours_apart']:.3g} times apart" in text
     assert not rows or "what was not measured" in text
+
+
+def test_the_page_on_estimators_has_the_numbers_of_its_study():
+    tables = json.loads((STUDIES / "mini_rivals" / "report.json").read_text())
+    lasts = {(row["title"], row["global_batch_size"]): row for row in tables["probe_last"]}
+    scores = {(row["title"], row["global_batch_size"]): row["score"] for row in tables["scores_mean_R_1"]}
+    ages = {
+        (row["title"], row["global_batch_size"], row["age"]): row["estimator_error"]
+        for row in tables["probe_error_by_age"]
+    }
+    page = (STUDIES.parent / "estimators.md").read_text().partition("### Every estimator")[2]
+    columns = (
+        "estimator_error", "expected_gradient_cosine", "gradient_bias", "gradient_noise",
+        "layer_expected_gradient_cosine",
+    )  # fmt: skip
+    seen = set()
+    for line in page.partition("\n- **")[0].splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        if not line.startswith("| ") or not cells[1].isdigit():
+            continue
+        title = max((one for one, _ in lasts if cells[0].startswith(one)), key=len)
+        key = title, int(cells[1])
+        error, *others = ("-" if (value := lasts[key][name]) is None else f"{value:.2f}" for name in columns)
+        age = f"{ages[*key, 1]:.2f} to {ages[*key, 10]:.2f}" if (*key, 1) in ages else "-"
+        assert cells[2:] == [error, age, *others, f"{100 * scores[key]:.1f}"], key
+        seen.add(key)
+    assert seen == {key for key in lasts if key[0] != "CLIP, the model that others read"}
