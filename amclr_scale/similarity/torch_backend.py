@@ -6,6 +6,7 @@ A tile is small enough to stay in cache, so the element-wise work between two ma
 them. Operands are made tile by tile, in the form that `precision.py` describes.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -13,11 +14,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from amclr_scale.similarity.blocks import MASKED, Mask, Sigmoid, Statistics, TileCache, Weights
+from amclr_scale.similarity.blocks import LOWEST, MASKED, Mask, Sigmoid, Statistics, TileCache, Weights
 from amclr_scale.similarity.precision import NARROW, WIDE_PRODUCTS, Form, Operand, add_product, operand, weight_parts
 from amclr_scale.similarity.settings import Settings
 
 BUFFERS = 3  # of a tile's size
+COMMON_RANGE = 100.0  # powers of two that one exponential spans for both directions; float32 has 126
+WHOLE = 2**24  # float32 has whole numbers below exactly
 
 
 def tile_shape(settings: Settings, device: torch.device) -> tuple[int, int]:
@@ -26,7 +29,8 @@ def tile_shape(settings: Settings, device: torch.device) -> tuple[int, int]:
         return settings.chunk, settings.chunk
     if device.type == "cuda":
         return 4096, 4096
-    return (1024, 1024) if torch.get_num_threads() == 1 else (2048, 2048)  # threads wait for one another: meet less
+    # Threads wait for one another: meet less. Rows a power of two apart would share their places in a cache.
+    return (768, 768) if torch.get_num_threads() == 1 else (2048, 2048)
 
 
 @dataclass(frozen=True)
@@ -78,6 +82,59 @@ class LeftOut:
         return left_out
 
 
+@dataclass(frozen=True)
+class Common:
+    """One exponential for both directions, e_ij = 2^(rate s_ij - offset), where all anchors have one temperature.
+
+    What an anchor's own shift and rate would have made is e_ij times a number of that anchor. So the exponentials of a
+    tile, most of what is not a product, are made once.
+    """
+
+    rate: float
+    offset: int
+
+    @classmethod
+    def of_sums(cls, anchors: Tensor, keys: Tensor, rows: Statistics, columns: Statistics) -> "Common | None":
+        """Around the largest similarity there can be; None where rates differ or the least might underflow."""
+        rate = same_number(rows.rate, columns.rate)
+        largest = float(anchors.norm(dim=1).max() * keys.norm(dim=1).max())
+        # True of no number that is not finite.
+        return cls(rate, math.ceil(rate * largest)) if rate and 2 * rate * largest <= COMMON_RANGE else None
+
+    @classmethod
+    def of_weights(cls, rows: Weights, columns: Weights) -> "Common | None":
+        """Around the largest shift; None where rates differ or shifts are too far apart."""
+        rate = same_number(rows.rate, columns.rate)
+        least, most = torch.cat((rows.shift, columns.shift)).aminmax()
+        near = rate * float(most - least) <= COMMON_RANGE and rate * float(most.abs()) < WHOLE
+        return cls(rate, math.ceil(rate * float(most))) if rate and near else None
+
+    def exponents(self, similarities: Tensor, out: Tensor) -> Tensor:
+        return torch.add(similarities.new_tensor(-self.offset), similarities, alpha=self.rate, out=out)
+
+    def add(self, side: Statistics, mass: Tensor, moment: Tensor) -> None:
+        """Add sums (n,) in float64, of e_ij and of e_ij times its exponent, to the statistics of a direction."""
+        counted = mass > 0
+        shift = ((self.offset + mass.log2()) / self.rate).to(side.shift.dtype)  # then the mass is 1, but for rounding
+        rest = self.offset - shift.double() * self.rate
+        scale = rest.exp2()
+        side.add(
+            torch.where(counted, shift, LOWEST),
+            torch.where(counted, scale * mass, 0.0).to(side.mass.dtype),
+            torch.where(counted, scale * (moment + rest * mass), 0.0).to(side.moment.dtype),
+        )
+
+    def factor(self, side: Weights) -> Tensor:
+        """(n,) what e_ij is multiplied by in the weights of a direction."""
+        return (side.factor.double() * (self.offset - side.shift.double() * self.rate).exp2()).to(side.factor.dtype)
+
+
+def same_number(*numbers: Tensor) -> float:
+    """The number that all of them are; 0 where they differ."""
+    least, most = torch.cat(numbers).aminmax()
+    return float(most) if bool(least == most) else 0.0
+
+
 class TorchBlocks:
     """`Blocks` with torch.mm and element-wise functions."""
 
@@ -101,6 +158,8 @@ class TorchBlocks:
         mask: Mask | None = None,
         cache: TileCache | None = None,
     ) -> None:
+        common = Common.of_sums(anchors, keys, rows, columns) if columns and self._may_look(mask) else None
+        sums = [[torch.zeros_like(side.mass, dtype=torch.float64) for _ in range(2)] for side in (rows, columns) if side]
         for tile in self._tiles(anchors, keys):
             buffer, x, e = self._buffers(tile)
             similarities = self._similarities(tile, cache.room(buffer) if cache else buffer)
@@ -111,6 +170,13 @@ class TorchBlocks:
                 found[1].fill_(MASKED)
             left_out = LeftOut(mask and mask[tile.rows, tile.columns], tile, diagonal)
             left_out.of_groups(similarities, MASKED)
+            if common:
+                torch.exp2(common.exponents(similarities, out=x), out=e)
+                x.mul_(e)
+                for (mass, moment), part, dim in zip(sums, (tile.rows, tile.columns), (1, 0), strict=True):
+                    mass[part] += e.sum(dim)
+                    moment[part] += x.sum(dim)
+                continue
             sides = [(rows[tile.rows], 1)] + ([(columns[tile.columns], 0)] if columns else [])
             for side, dim in sides:
                 counted = similarities
@@ -120,6 +186,9 @@ class TorchBlocks:
                 torch.sub(counted, shift.unsqueeze(dim), out=x).mul_(side.rate.unsqueeze(dim))
                 torch.exp2(x, out=e)
                 side.add(shift, e.sum(dim), x.mul_(e).sum(dim))
+        if common and columns:
+            for side, (mass, moment) in zip((rows, columns), sums, strict=True):
+                common.add(side, mass, moment)
 
     def differentiate(
         self,
@@ -135,6 +204,8 @@ class TorchBlocks:
         mask: Mask | None = None,
         cache: TileCache | None = None,
     ) -> None:
+        common = Common.of_weights(rows, columns) if rows and columns and self._may_look(mask) else None
+        factors = [common.factor(side) for side in (rows, columns) if side] if common else []
         for tile in self._tiles(anchors, keys):
             buffer, weights, more = self._buffers(tile)
             similarities = cache.take() if cache else None
@@ -142,11 +213,15 @@ class TorchBlocks:
                 similarities = self._similarities(tile, buffer)
             sides = ([(rows[tile.rows], 1)] if rows else []) + ([(columns[tile.columns], 0)] if columns else [])
             left_out = LeftOut(mask and mask[tile.rows, tile.columns], tile, diagonal)
+            if common:
+                torch.add(factors[0][tile.rows, None], factors[1][tile.columns], out=more)
+                common.exponents(similarities, out=weights).exp2_().mul_(more)
+                sides = []
             for (side, dim), out in zip(sides, (weights, more), strict=False):
                 torch.sub(similarities, side.shift.unsqueeze(dim), out=out).mul_(side.rate.unsqueeze(dim))
                 out.exp2_().mul_(side.factor.unsqueeze(dim))
                 left_out.above_limit(out, similarities, dim, 0.0, out=out)
-            if not sides:
+            if not sides and not common:
                 weights.zero_()
             elif len(sides) == 2:
                 weights.add_(more)
@@ -179,6 +254,10 @@ class TorchBlocks:
             numbers.d_bias.add_(weights.sum(1).double().sum())
             numbers.d_scale.add_(torch.mul(similarities, weights, out=logits).sum(1).double().sum())
             self._add_gradients(tile, weights, d_anchors, d_keys)
+
+    def _may_look(self, mask: Mask | None) -> bool:
+        """Whether to look for a common exponential: elsewhere than on a CPU looking at numbers is a wait."""
+        return self.device.type == "cpu" and not (mask and mask.limited)
 
     def _tiles(self, anchors: Tensor, keys: Tensor) -> Iterator[Tile]:
         r, c = self.shape
