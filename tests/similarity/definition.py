@@ -74,10 +74,11 @@ def draw(
     dtype: torch.dtype = torch.float64,
     lowest_temperature: float = 0.05,
     per_anchor: bool = True,
+    of_all: bool = False,
     extra: int = 0,
     aligned: float = 0.5,
 ) -> Inputs:
-    """A random batch whose pairs resemble one another by `aligned`."""
+    """A random batch whose pairs resemble one another by `aligned`; with `of_all`, both sides have one temperature."""
     generator = torch.Generator().manual_seed(seed)
 
     def randn(*shape: int) -> Tensor:
@@ -85,10 +86,12 @@ def draw(
 
     image = F.normalize(randn(B, D), dim=1)
     text = F.normalize(randn(B, D) + 3 * aligned * image, dim=1)
-    n = B if per_anchor else 1
+    n = B if per_anchor and not of_all else 1
     t = [lowest_temperature * (1 + 3 * torch.rand(n, generator=generator, dtype=torch.float64)) for _ in range(2)]
     keys = [F.normalize(randn(extra + i, D), dim=1).to(dtype) if extra else None for i in range(2)]
-    return Inputs(image.to(dtype), text.to(dtype), t[0].to(dtype), t[1].to(dtype), *keys, randn(3, B).to(dtype))
+    return Inputs(
+        image.to(dtype), text.to(dtype), t[0].to(dtype), t[0 if of_all else 1].to(dtype), *keys, randn(3, B).to(dtype)
+    )
 
 
 def side(

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import strategies as st
 
-from amclr_scale.similarity import Contrast, contrast, using
+from amclr_scale.similarity import Contrast, contrast, current, torch_backend, using
 from tests.similarity.definition import (
     Inputs,
     both_sides,
@@ -87,6 +87,30 @@ def test_float32_is_exact_to_2e_6(B, case):
     options = {"exclude_positive": case["exclude_positive"], "centred": case["centred"]}
     with using(chunk=chunk_of(case["chunk"]), cache_bytes=case["cache_bytes"]):
         assert worst_error(inputs, gradient_width=gradient_width(8 + case["D"], case["constants"]), **options) < 2e-6
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("lowest_temperature", [0.1, 0.03, 0.008])  # at the last, sums take two exponentials
+def test_one_temperature_for_all_is_exact_to_2e_6(lowest_temperature, options, monkeypatch):
+    """With one exponential for both directions, and with two."""
+    found = []
+    for common_range in (torch_backend.COMMON_RANGE, -1.0):
+        monkeypatch.setattr(torch_backend, "COMMON_RANGE", common_range)
+        for seed in range(5):
+            inputs = draw(
+                30 + 7 * seed, 24, seed, dtype=torch.float32, of_all=True, extra=seed, aligned=seed / 4,
+                lowest_temperature=lowest_temperature,
+            )  # fmt: skip
+            mine = inputs.part(slice(None))
+            exact = mine.double()
+            with using(chunk=chunk_of(32), cache_bytes=10**6 * (seed % 2)):
+                _, outputs, gradients = ours(mine, **options)
+            wanted = both_sides(exact, **options, group=len(exact.image))
+            value = sum((x * w).sum() for x, w in zip(wanted[:3], exact.upstream, strict=True))
+            wanted += torch.autograd.grad(value, exact.leaves)[:2]  # those of temperatures: sums of `expected`
+            assert max(relative_error(x, y) for x, y in zip(outputs + gradients[:2], wanted, strict=True)) < 2e-6
+        found.append(gradients[0])
+    assert current().backend == "triton" or not torch.equal(*found)
 
 
 @pytest.mark.parametrize("temperature", [0.01, 0.002])
