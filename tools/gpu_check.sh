@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Everything that needs an NVIDIA GPU and that no other machine can tell, in under eight minutes: tests, speed of the loss
-# and of a step beside open_clip's, memory predicted beside measured. Results go to the folder given (default: gpu_check).
+# and of a step beside open_clip's and with captions cut to their lengths, memory predicted beside measured. Results go to
+# the folder given (default: gpu_check).
 #
 #   tools/gpu_check.sh [FOLDER]
 set -uo pipefail
@@ -25,7 +26,8 @@ run() { # NAME SECONDS COMMAND...
 nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader | tee "$out/card.txt"
 run similarity_tests 90 "$python" -m pytest -q -m cuda tests/similarity
 run similarity 70 "$python" tools/benchmark_similarity.py --quick --json "$out/similarity.json"
-run step 120 "$python" tools/benchmark_step.py --quick --variants plain cached open_clip accumulated --out "$out/step"
-run memory 90 "$python" tools/benchmark_memory.py --device cuda --phases
+run step 110 "$python" tools/benchmark_step.py --quick --variants plain cached open_clip accumulated --out "$out/step"
+run memory 75 "$python" tools/benchmark_memory.py --device cuda --phases
+run trim 25 "$python" tools/benchmark_engine.py trim --config configs/quickstart.yaml
 run engine_tests 110 "$python" -m pytest -q -m cuda tests/engine
 exit "$failed"

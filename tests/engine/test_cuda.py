@@ -83,6 +83,14 @@ def test_half_precision_follows_fp32(gpu, stage, precision):
     assert_close(gpu(against_plain, {**changes, "optimizer__eps": 1e-4}), 0.05)
 
 
+@pytest.mark.parametrize("stage", [0, 3])
+def test_tf32_rounds_and_follows_fp32(gpu, stage):
+    changes = {"execution__zero_stage": stage, "execution__precision": "tf32", "optimizer__lr": 0.002}
+    found = gpu(against_plain, {**changes, "optimizer__eps": 1e-4})
+    assert_close(found, 0.05)
+    assert max(error for errors in found.values() for error in errors.values()) > 1e-6  # of fp32: below 1e-6 to 1e-5
+
+
 def providers(device: torch.device = CUDA) -> dict[str, str]:
     """What a recipe gets for AdamW."""
     model = towers().to(device)
