@@ -51,9 +51,12 @@ CORPORA: dict[str, Callable[[list[str]], None]] = {"icons": _icons, "emoji": _em
 
 def work(argv: list[str]) -> None:
     """What `main` does, without the words for mistakes."""
-    if argv[:1] in ([], ["-h"], ["--help"]):
-        print(f"usage: amclr-scale corpus {{{','.join(CORPORA)}}} ...\n\n{__doc__}")
+    usage = f"usage: amclr-scale corpus {{{','.join(CORPORA)}}} ...\n\n{__doc__}"
+    if argv[:1] in (["-h"], ["--help"]):
+        print(usage)
         return
+    if not argv:
+        raise UserError(f"amclr-scale corpus: expected {one_of(CORPORA)}\n\n{usage}")
     if argv[0] not in CORPORA:
         raise UserError(
             f"amclr-scale corpus: expected {one_of(CORPORA)}, got {argv[0]!r}{did_you_mean(argv[0], CORPORA)}"

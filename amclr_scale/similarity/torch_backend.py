@@ -159,7 +159,9 @@ class TorchBlocks:
         cache: TileCache | None = None,
     ) -> None:
         common = Common.of_sums(anchors, keys, rows, columns) if columns and self._may_look(mask) else None
-        sums = [[torch.zeros_like(side.mass, dtype=torch.float64) for _ in range(2)] for side in (rows, columns) if side]
+        sums = [
+            [torch.zeros_like(side.mass, dtype=torch.float64) for _ in range(2)] for side in (rows, columns) if side
+        ]
         for tile in self._tiles(anchors, keys):
             buffer, x, e = self._buffers(tile)
             similarities = self._similarities(tile, cache.room(buffer) if cache else buffer)

@@ -319,6 +319,8 @@ def test_warnings_name_what_the_study_cannot_say(tmp_path: Path) -> None:
     validation = "words=['evaluation.splits=[emoji/val_style, emoji/val_concept]']"
     metric = "tuning.metric={name: v, keys: [emoji/val_concept/R@mean]}"
     assert "own items" not in told(tmp_path, *SWEEP, validation, metric)
+    assert "tuning.seeds: what two seeds say" in told(tmp_path, *SWEEP, "tuning.seeds=[7, 8]")
+    assert "tuning.seeds" not in told(tmp_path, *SWEEP)
     assert "tuning.seeds: [] chooses learning rates on the seeds that are scored" in told(
         tmp_path, *SWEEP, "tuning.seeds=[]"
     )

@@ -171,6 +171,9 @@ def test_outside_the_range_is_called_extrapolated_and_never_a_plain_number():
     below = equivalent_batch([128, 256, 512], CURVE[:, None] + noise, 0.16 + noise)
     assert below.extrapolated == pytest.approx((64.0,))
     assert "lower than all" in below.number()
+    for score, place in ((0.375, 2**14.75), (0.385, None)):  # 5.75 and 6.25 doublings beyond
+        far = equivalent_batch([128, 256, 512], CURVE[:, None] + noise, score + noise)
+        assert far.extrapolated == (() if place is None else pytest.approx((place,)))
     flat = equivalent_batch([128, 256], np.full((2, 3), 0.2) + noise, 0.3 + noise)
     assert flat.extrapolated == ()
     assert flat.number() == "none from 128 to 256: scores higher than all"

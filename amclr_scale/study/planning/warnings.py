@@ -70,7 +70,16 @@ def _tuning(plan: StudyPlan) -> Iterator[str]:
             "tuning.seeds: [] chooses learning rates on the seeds that are scored: intervals are too narrow, and "
             "nothing is said to match"
         )
-    elif plan.sweeps and plan.criterion.splits & {split for one in plan.metrics for split in one.splits}:
+    elif plan.sweeps and len(plan.tuning_seeds) == 2:
+        yield (
+            "tuning.seeds: what two seeds say of how good another learning rate would have been is so uncertain that "
+            "hardly any verdict will be decided; take three or more"
+        )
+    if (
+        plan.sweeps
+        and plan.tuning_seeds
+        and plan.criterion.splits & {split for one in plan.metrics for split in one.splits}
+    ):
         yield (
             "learning rates are chosen on an outcome's own items, so nothing is said about new ones; name a result on "
             "a validation split as tuning.metric"

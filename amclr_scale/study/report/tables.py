@@ -66,7 +66,7 @@ def run_table(outcome: Outcome, unit: Unit) -> Table:
         mean, cell = outcome.mean(group), group.runs[0].cell
         flops, hours = flops_of(group), mean_of(group.runs, "hours")
         speed, peak = mean_of(group.runs, "samples_per_second"), mean_of(group.runs, "peak_gib")
-        rates = " or ".join(f"{peak:.3g}" for peak in group.peaks)
+        rates = " or ".join(f"{rate:.3g}" for rate in group.peaks)
         low, high = mean.items.interval() if mean and mean.items else (math.nan, math.nan)
         rows.append([
             group.title, f"{group.global_batch_size:,}", str(mean.seeds.n if mean else 0),
