@@ -27,7 +27,7 @@ from amclr_scale.study.planning.arms import CONTROLS
 from amclr_scale.study.planning.cost import encoder_cost, encoder_flops, matrices, negatives, pairwise_flops, peak_gib
 from amclr_scale.study.planning.features import Features, taken
 from amclr_scale.study.planning.lengths import Rates, samples_of
-from amclr_scale.study.planning.plan import RANKS, SWEPT, ArmPlan, Role, StudyPlan
+from amclr_scale.study.planning.plan import RANKS, SWEPT, WARMUP, ArmPlan, Role, StudyPlan
 from amclr_scale.study.planning.variants import (
     Combination,
     combinations,
@@ -219,6 +219,7 @@ def _cell(
     ranks = int(axes.get(RANKS, plan.execution.ranks))
     features, words = taken(plan, arm, seed, words_of(plan, arm, batch), above)
     named = {word.partition("=")[0] for word in words}
+    own = named | set(axes)  # what the arm or its axes say goes before what the plan says of all cells
     section = merge(dict(tree), from_words(words))["objective"]
     has_temperature = "temperature" in find(section).options.model_fields
     if plan.temperature is not None and has_temperature and "objective.temperature" not in named:
@@ -232,17 +233,17 @@ def _cell(
     words.append(f"train.global_batch_size={batch}")
     words += [f"optimizer.lr_rule={plan.lr.rule}"] if plan.lr.rule else []
     words += [f"optimizer.lr_reference_batch={plan.lr.reference_batch}"] if plan.lr.reference_batch else []
-    if plan.lr.base is not None and SWEPT not in axes:
+    if plan.lr.base is not None and SWEPT not in own:
         words.append(f"optimizer.lr={plan.lr.base!r}")
 
     words = [*kept_settings(tree, words), *words]
     draft = _settled(tree, [*words, f"train.samples={batch}"], ranks)
     samples = steps * batch if steps else samples_of(plan, draft, one.setting, epoch, rates, arm.budget_factor)
     words.append(f"train.samples={samples}")
-    if plan.warmup_samples is not None:
-        words.append(f"optimizer.warmup_samples={plan.warmup_samples}")
-    if plan.warmup_share is not None:
-        words.append(f"optimizer.warmup_samples={round(plan.warmup_share * samples)}")
+    if plan.warmup_samples is not None and WARMUP not in own:
+        words.append(f"{WARMUP}={plan.warmup_samples}")
+    if plan.warmup_share is not None and WARMUP not in own:
+        words.append(f"{WARMUP}={round(plan.warmup_share * samples)}")
     words.append(f"seed={seed}")
 
     execution = [*plan.execution.words, *plan.execution.words_by_batch.get(batch, [])]

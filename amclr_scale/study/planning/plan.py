@@ -14,6 +14,7 @@ from amclr_scale.study.planning.amounts import Amount, amount
 Axis = Annotated[list[Any], Field(min_length=1)]
 RANKS = "execution.ranks"  # the one axis that is no key of the configuration
 SWEPT = "optimizer.lr"  # an axis to choose from, not to compare
+WARMUP = "optimizer.warmup_samples"
 TUNING_SEEDS = 3
 Role = Literal["scored", "tuning"]
 
@@ -200,7 +201,7 @@ class StudyPlan(Section):
     lr: LearningRate = LearningRate()
     tuning: Tuning = Tuning()
     warmup_samples: Annotated[int, Field(ge=0)] | None = None
-    """Warm-up in samples; null: warmup_share, else the configuration's."""
+    """Warm-up in samples; null: warmup_share, else the configuration's. An arm's words go before it."""
     warmup_share: Fraction | None = None
     """Warm-up as a share of each cell's samples."""
     num_samples: Positive | None = None
