@@ -223,26 +223,6 @@ def test_every_setting_of_an_arm_has_a_choice_of_its_own_and_arms_without_a_swee
     assert sum(cell.role == "tuning" for cell in cells.values()) == 16
 
 
-def test_learning_rate_rule_and_warm_up(tmp_path: Path) -> None:
-    cells = planned(tmp_path, "lr={rule: sqrt, base: 1e-3, reference_batch: 16}", "warmup_share=0.1")
-    assert cells["clip-B64-s0"].lr == pytest.approx(2e-3)
-    assert cells["clip-B64-s0"].config.optimizer.warmup_samples == 64
-
-
-def test_what_an_arm_says_of_its_rate_and_warm_up_goes_before_what_the_plan_says(tmp_path: Path) -> None:
-    own = "{name: dcl, words: [optimizer.warmup_samples=192, optimizer.lr=5e-3]}"
-    axis = "{name: sogclr, axes: {optimizer.warmup_samples: [32, 96]}}"
-    plan = ["lr={rule: sqrt, base: 1e-3, reference_batch: 16}", f"arms=[clip, {own}, {axis}]"]
-    for of_all in ("warmup_share=0.1", "warmup_samples=64"):
-        cells = planned(tmp_path, *plan, of_all)
-        assert {cell.arm: cell.lr for cell in cells.values() if cell.global_batch_size == 64} == pytest.approx(
-            {"clip": 2e-3, "dcl": 1e-2, "sogclr": 2e-3}
-        )
-        warmup = {cell.variant: cell.config.optimizer.warmup_samples for cell in cells.values()}
-        assert (warmup["clip-B64"], warmup["dcl-B64"]) == (64, 192)
-        assert {value for name, value in warmup.items() if name.startswith("sogclr-B64")} == {32, 96}
-
-
 def test_another_optimizer_keeps_the_shared_settings(tmp_path: Path) -> None:
     """In a configuration a changed name drops the other keys of its section: between arms, a silent difference."""
     cells = planned(tmp_path, "axes={optimizer.name: [adamw, lion]}", "seeds=[0]", "batch_sizes=[32]")
