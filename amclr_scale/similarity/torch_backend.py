@@ -20,6 +20,7 @@ from amclr_scale.similarity.settings import Settings
 
 BUFFERS = 3  # of a tile's size
 COMMON_RANGE = 100.0  # powers of two that one exponential spans for both directions; float32 has 126
+COMMON_SIZE = 2**18  # similarities of a block from which one is looked for: in small ones it saves nothing
 WHOLE = 2**24  # float32 has whole numbers below exactly
 
 
@@ -158,7 +159,9 @@ class TorchBlocks:
         mask: Mask | None = None,
         cache: TileCache | None = None,
     ) -> None:
-        common = Common.of_sums(anchors, keys, rows, columns) if columns and self._may_look(mask) else None
+        common = (
+            Common.of_sums(anchors, keys, rows, columns) if columns and self._may_look(anchors, keys, mask) else None
+        )
         sums = [
             [torch.zeros_like(side.mass, dtype=torch.float64) for _ in range(2)] for side in (rows, columns) if side
         ]
@@ -206,7 +209,7 @@ class TorchBlocks:
         mask: Mask | None = None,
         cache: TileCache | None = None,
     ) -> None:
-        common = Common.of_weights(rows, columns) if rows and columns and self._may_look(mask) else None
+        common = Common.of_weights(rows, columns) if rows and columns and self._may_look(anchors, keys, mask) else None
         factors = [common.factor(side) for side in (rows, columns) if side] if common else []
         for tile in self._tiles(anchors, keys):
             buffer, weights, more = self._buffers(tile)
@@ -257,9 +260,10 @@ class TorchBlocks:
             numbers.d_scale.add_(torch.mul(similarities, weights, out=logits).sum(1).double().sum())
             self._add_gradients(tile, weights, d_anchors, d_keys)
 
-    def _may_look(self, mask: Mask | None) -> bool:
+    def _may_look(self, anchors: Tensor, keys: Tensor, mask: Mask | None) -> bool:
         """Whether to look for a common exponential: elsewhere than on a CPU looking at numbers is a wait."""
-        return self.device.type == "cpu" and not (mask and mask.limited)
+        large = len(anchors) * len(keys) >= COMMON_SIZE
+        return large and self.device.type == "cpu" and not (mask and mask.limited)
 
     def _tiles(self, anchors: Tensor, keys: Tensor) -> Iterator[Tile]:
         r, c = self.shape
