@@ -114,7 +114,7 @@ class Common:
         return torch.add(similarities.new_tensor(-self.offset), similarities, alpha=self.rate, out=out)
 
     def add(self, side: Statistics, mass: Tensor, moment: Tensor) -> None:
-        """Add sums (n,) in float64, of e_ij and of e_ij times its exponent, to the statistics of a direction."""
+        """Add sums (n,) in float64, of e_ij and of e_ij times its exponent, to the statistics of a direction (n,)."""
         counted = mass > 0
         shift = ((self.offset + mass.log2()) / self.rate).to(side.shift.dtype)  # then the mass is 1, but for rounding
         rest = self.offset - shift.double() * self.rate
@@ -162,9 +162,8 @@ class TorchBlocks:
         common = (
             Common.of_sums(anchors, keys, rows, columns) if columns and self._may_look(anchors, keys, mask) else None
         )
-        sums = [
-            [torch.zeros_like(side.mass, dtype=torch.float64) for _ in range(2)] for side in (rows, columns) if side
-        ]
+        # Mass and moment of both directions; float64, since they are added up over tiles around one offset.
+        sums = [torch.zeros(2, len(x), dtype=torch.float64) for x in (anchors, keys)] if common else []
         for tile in self._tiles(anchors, keys):
             buffer, x, e = self._buffers(tile)
             similarities = self._similarities(tile, cache.room(buffer) if cache else buffer)

@@ -1,12 +1,14 @@
 """`contrast` on several ranks is `contrast` of one big batch: values, gradients, bytes that travel."""
 
+from unittest import mock
+
 import pytest
 import torch
 import torch.distributed as dist
 from hypothesis import strategies as st
 
 from amclr_scale.distributed import collectives
-from amclr_scale.similarity import all_sum, contrast, rank, using, world_size
+from amclr_scale.similarity import all_sum, contrast, rank, torch_backend, using, world_size
 from tests.similarity.definition import both_sides, draw, for_all, gradient_width, relative_error, without_constants
 
 DISTRIBUTIONS = ["reduce_scatter", "column_sums", "two_blocks"]
@@ -14,7 +16,7 @@ DISTRIBUTIONS = ["reduce_scatter", "column_sums", "two_blocks"]
 
 def worst_error(
     b, D, seed, how, *, negatives="all", extra=0, exclude_positive=False, centred=False, dtype="float64",
-    constants=0,
+    constants=0, temperature=None,
 ):  # fmt: skip
     """This rank's rows, against the definition of the global batch in float64.
 
@@ -23,6 +25,9 @@ def worst_error(
     W = world_size()
     everything = draw(b * W, D, seed, extra=extra, dtype=getattr(torch, dtype))
     everything.upstream.abs_()
+    if temperature is not None:
+        for x in (everything.image_temperature, everything.text_temperature):
+            x.fill_(temperature)
     options = {"exclude_positive": exclude_positive, "centred": centred}
     mine = everything.part(slice(rank() * b, (rank() + 1) * b))
     with using(**how):
@@ -48,6 +53,37 @@ def worst_error(
     rows = slice(rank() * b, (rank() + 1) * b)
     assert c.image.num_keys == group - exclude_positive + (0 if mine.extra_text is None else len(mine.extra_text))
     return max(relative_error(x, y[rows]) for x, y in zip(got, want, strict=True))
+
+
+def with_one_exponential(*args, **options):
+    """The error, and whether a common exponential was found for every block of sums and of weights."""
+    found = []
+
+    class Watched(torch_backend.Common):
+        @classmethod
+        def of_sums(cls, *of):
+            found.append(super().of_sums(*of))
+            return found[-1]
+
+        @classmethod
+        def of_weights(cls, *of):
+            found.append(super().of_weights(*of))
+            return found[-1]
+
+    with mock.patch.object(torch_backend, "COMMON_SIZE", 0), mock.patch.object(torch_backend, "Common", Watched):
+        error = worst_error(*args, **options)
+    return error, bool(found) and None not in found
+
+
+@pytest.mark.parametrize("gather", ["all", "ring"])
+@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
+def test_one_temperature_on_ranks_is_exact_to_1e_12(ranks, distribution, gather):
+    how = {"chunk": 5, "gather": gather, "distribution": distribution}
+    for exclude in (False, True):
+        options = {"extra": 4, "centred": True, "exclude_positive": exclude, "temperature": 0.07}
+        for error, common in ranks(3, with_one_exponential, 9, 12, 1, how, **options):
+            assert error < 1e-12
+            assert common
 
 
 cases = st.fixed_dictionaries(
