@@ -134,16 +134,17 @@ class Pipeline:
         return self.groups.checked(str(self.data.image_group))
 
     def _hold_captions(self) -> None:
-        """Of a data set whose pictures nobody opens: as tokens, where that is all that is read of a sample."""
+        """Of a data set whose pictures nobody opens: as tokens, where nothing else is read of a sample that it gives."""
         data, index, cache = self.data, self.index, self.index.storage.cache
         name = (index.fingerprint, data.max_caption_characters)
-        others = [data.image_views, data.text_views, data.text_negatives, data.image_id, data.labels]
-        if len(self.text.base) == 1 and "text" not in self.features and not any(others):
-            read = partial(self._stored, wanted=self.text.members)
-            self.tokens = open_tokens(cache, name, self.text.base[0], self.tokenizer, index.num_samples, read)
-        if self.tokens is None:
+        others = [data.text_negatives, data.image_id, data.labels, self.text.changes, self.text.needs_paraphrases]
+        tokens = "text" not in self.features and not any(others)
+        if data.image_view_from == "group" or not tokens:
             members = sorted(self._texts - {PARAPHRASES})
             self.resident = open_resident(cache, name, members, index.num_samples, self._stored)
+        if tokens:
+            read = self.read if self.resident else partial(self._stored, wanted=self.text.members)
+            self.tokens = open_tokens(cache, name, self.text, self.tokenizer, index.num_samples, read)
 
     def _group_of(self, sample: int) -> Hashable | None:
         """The same by id; None also where its picture cannot be used."""
@@ -163,9 +164,12 @@ class Pipeline:
         return value if isinstance(value, str | int) else None
 
     def __call__(self, visits: Visits) -> Part:
-        if self.tokens and (rows := rows_of(visits.ids, self.tokens, self.features["image"], self.references)):
-            return Part(torch.from_numpy(visits.ids), None, *rows, [], {"repeated_images": 0, "repeated_texts": 0})
         data, n, features = self.data, len(visits), self.features.get("image")
+        if self.tokens and features:
+            tables = self.tokens, features, self.groups, data.image_views, self.references
+            if rows := rows_of(visits, self.seed, *tables):
+                repeated = {"repeated_images": count_repeated(rows[0]), "repeated_texts": count_repeated(rows[1])}
+                return Part(torch.from_numpy(visits.ids), None, *rows, [], repeated)
         pictures = (7,) if data.resident == "device" else (3, data.image_size, data.image_size)
         shape = pictures if features is None else ()
         kind = torch.uint8 if len(shape) == 3 else torch.int64

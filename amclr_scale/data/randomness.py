@@ -72,12 +72,43 @@ class Draws:
         return self.uniform() < probability
 
 
-def random_words(n: int, *name: int) -> NDArray[np.uint64]:
-    """The first n numbers of `Draws(*name)`, at once: (n,) uint64."""
-    z = np.uint64(mix(*name)) + np.arange(1, n + 1, dtype=np.uint64) * np.uint64(_GOLDEN)
+def _all_finalised(z: NDArray[np.uint64]) -> NDArray[np.uint64]:
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return z ^ (z >> np.uint64(31))
+
+
+def random_words(n: int, *name: int) -> NDArray[np.uint64]:
+    """The first n numbers of `Draws(*name)`, at once: (n,) uint64."""
+    return _all_finalised(np.uint64(mix(*name)) + np.arange(1, n + 1, dtype=np.uint64) * np.uint64(_GOLDEN))
+
+
+class ManyDraws:
+    """`Draws` of many names at once.
+
+    Args:
+        name: as of one; some of its integers are (n,) arrays.
+    """
+
+    def __init__(self, *name: int | NDArray[np.int64]):
+        self._state = np.zeros(1, np.uint64)
+        for word in name:
+            bits = np.uint64(word & _MASK) if isinstance(word, int) else word.astype(np.uint64)
+            self._state = _all_finalised((self._state ^ bits) + np.uint64(_GOLDEN))
+
+    def below(self, n: NDArray[np.int64], number: int | NDArray[np.int64] = 1) -> NDArray[np.int64]:
+        """What the `number`-th call of `below(n)` gives, of each name.
+
+        Args:
+            n: (n,), below 2**32.
+            number: from 1.
+        """
+        words = _all_finalised(self._state + np.asarray(number, np.uint64) * np.uint64(_GOLDEN))
+        # The upper half of a product of 128 bits, from two of 64.
+        half, limits = np.uint64(32), n.astype(np.uint64)
+        lower = ((words & np.uint64(0xFFFFFFFF)) * limits) >> half
+        found: NDArray[np.int64] = (((words >> half) * limits + lower) >> half).astype(np.int64)
+        return found
 
 
 def permutation(n: int, *name: int) -> NDArray[np.int64]:

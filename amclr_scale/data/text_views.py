@@ -72,6 +72,11 @@ class TextViews:
             raise UserError("data.paraphrases: expected the folder that amclr-scale shards paraphrase wrote, got none")
 
     @property
+    def changes(self) -> bool:
+        """Whether words of further captions are."""
+        return bool(self.views) and any((self.recipe.drop, self.recipe.swap, self.recipe.synonym))
+
+    @property
     def members(self) -> frozenset[str]:
         """The members of a sample that captions come from."""
         return frozenset(field.member for field in [*self.base, *self.further])
@@ -92,10 +97,9 @@ class TextViews:
             draws = Draws(seed, Purpose.TEXT, number, name, view)
             fresh = [caption for caption in every if caption not in chosen] or every
             chosen.append(fresh[draws.below(len(fresh))])
-        changed = any((self.recipe.drop, self.recipe.swap, self.recipe.synonym))
         return [chosen[0]] + [
             change_words(caption, self.recipe, self.synonyms, Draws(seed, Purpose.WORDS, number, name, view))
-            if changed
+            if self.changes
             else caption
             for view, caption in enumerate(chosen[1:], 1)
         ]
