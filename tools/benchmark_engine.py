@@ -12,8 +12,9 @@ batches at one micro-batch size, beside what must grow with the batch: waiting i
 gradients.
 `compile`: gradients of towers compiled by Inductor (execution.compile) against those of plain ones, with the cache and
 without; seconds of the first step, and the time of later ones as a ratio. Needs a C++ compiler.
-`trim`: samples per second with captions of the training set in full and cut by execution.trim_texts, and how far the
-gradients are apart. On a CPU, where the tower cuts by itself, it is kept from doing so.
+`trim`: samples per second with captions of the training set in full, cut, and cut among others of like length, as
+execution.trim_texts does; and the norms of the gradients. On a CPU, where the tower cuts by itself, it is kept from
+doing so.
 """
 
 import argparse
@@ -139,36 +140,39 @@ def compiled(config: Config, micro_batch: int, micro_batches: int, rounds: int) 
 
 
 def trimmed(config: Config, micro_batch: int, micro_batches: int, rounds: int) -> Iterator[dict[str, Any]]:
-    """Samples per second, and the norm of the gradients, with whole captions and with cut ones."""
+    """Samples per second, and the norm of the gradients: whole captions, cut ones, and cut ones of like length."""
     step, _, device = make_step(config, micro_batch, 1)
     module, size = step.engine.module, micro_batch * micro_batches
     loader = TrainLoader(config.data, seed=config.seed, global_batch_size=size)
     batch, tower = next(loader), module.text_tower
     loader.close()
 
-    def columns(texts: tuple[torch.Tensor, ...]) -> int | None:
+    def lengths(texts: tuple[torch.Tensor, ...]) -> torch.Tensor:
         tower.filled = False
         try:
-            found: int | None = module.caption_columns(texts)
+            found: torch.Tensor | None = module.caption_lengths(texts)
         finally:
             tower.filled = True
+        if found is None:
+            raise SystemExit("trim: this tower's captions stay whole")
         return found
 
-    tower.filled, taken = True, dict[str, list[float]]()
-    norms = dict[str, list[float]]()
+    tower.filled, taken, seen = True, dict[str, list[float]](), list[int]()
+    norms, tokens = dict[str, list[float]](), dict[str, float]()
+    tower.tokens.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].numel()))
     for turn in range(rounds + 1):
-        for name, cut in (("whole", None), ("cut", columns)):
-            step.columns = cut
+        for name in ("whole", "cut", "by length"):
+            step.lengths, step.by_length = None if name == "whole" else lengths, name == "by length"
+            seen.clear()
             begin = _seconds(device)
             report = step(batch, 0.0)  # which changes nothing: all steps are of the same weights
             if turn:
                 taken.setdefault(name, []).append(size / (_seconds(device) - begin))
                 norms.setdefault(name, []).append(report.grad_norm)
-    encoded = [columns((texts,)) or 0 for texts in batch.texts[0].split(micro_batch)]
+            tokens[name] = sum(seen[:micro_batches]) / size  # of the first pass over the batch
     for name, rates in taken.items():
-        tokens = statistics.mean(encoded) if name == "cut" else batch.texts[0].shape[1]
         rate = statistics.median(rates)
-        yield {"captions": name, "tokens": tokens, "samples_per_s": rate, "grad_norm": norms[name][0]}
+        yield {"captions": name, "tokens": tokens[name], "samples_per_s": rate, "grad_norm": norms[name][0]}
 
 
 def one_memory(config: Config, micro_batch: int, batch_size: int) -> dict[str, float]:

@@ -58,8 +58,9 @@ class Execution(Section):
     recompute_text: Literal["none", "full"] | Positive = "none"
     """Activation recomputation in the text tower."""
     trim_texts: bool = False
-    """Cut every micro-batch of captions after its longest one, to a multiple of 8 tokens, so that padding which all of
-    them have is not computed. On a CPU towers do so by themselves."""
+    """Encode samples whose captions are of like length together, and cut every micro-batch of captions after its
+    longest one, to a multiple of 8 tokens: padding that all of a micro-batch have is not computed. With BatchNorm in a
+    tower, samples stay where they are. On a CPU towers always cut what they are given."""
     compile: bool = False
     """torch.compile both towers."""
     profile: Annotated[int, Field(ge=0)] = 0

@@ -97,6 +97,7 @@ class Pipeline:
         others = {field.member for field in (self._image_id, self._labels, self._image_group) if field}
         words = frozenset[str]() if "text" in self.features else self.text.members
         self._texts = words | self.hard.members | others
+        self._kept = sorted(self._texts - {PARAPHRASES})  # where the data set is held
         pictures = frozenset[str]() if "image" in self.features else frozenset(IMAGE_EXTENSIONS)
         self._wanted = self._texts | pictures | frozenset(self.hard_pictures.members)
         self.resident: ResidentData | None = None
@@ -122,8 +123,8 @@ class Pipeline:
             return self._grouped()
         ranges = [(recipe.crop_scale, recipe.crop_ratio) for recipe in self._recipes]  # how far a JPEG is reduced
         how = (index.fingerprint, data.image_size, ranges, data.max_image_pixels, data.max_image_mib, pillow_version)
-        cache, members = index.storage.cache, sorted(self._texts - {PARAPHRASES})
-        self.resident = open_resident(cache, how, members, index.num_samples, self._stored, self._decoded)
+        kept = index.storage.cache, how, self._kept, index.num_samples
+        self.resident = open_resident(*kept, self._stored, self._decoded)
         return self._grouped()
 
     def _grouped(self) -> str:
@@ -134,14 +135,13 @@ class Pipeline:
         return self.groups.checked(str(self.data.image_group))
 
     def _hold_captions(self) -> None:
-        """Of a data set whose pictures nobody opens: as tokens, where nothing else is read of a sample that it gives."""
+        """Of a data set whose pictures nobody opens: as tokens, where all that views show of a sample is captions."""
         data, index, cache = self.data, self.index, self.index.storage.cache
-        name = (index.fingerprint, data.max_caption_characters)
+        name = index.fingerprint, data.max_caption_characters
         others = [data.text_negatives, data.image_id, data.labels, self.text.changes, self.text.needs_paraphrases]
         tokens = "text" not in self.features and not any(others)
         if data.image_view_from == "group" or not tokens:
-            members = sorted(self._texts - {PARAPHRASES})
-            self.resident = open_resident(cache, name, members, index.num_samples, self._stored)
+            self.resident = open_resident(cache, name, self._kept, index.num_samples, self._stored)
         if tokens:
             read = self.read if self.resident else partial(self._stored, wanted=self.text.members)
             self.tokens = open_tokens(cache, name, self.text, self.tokenizer, index.num_samples, read)
@@ -205,11 +205,9 @@ class Pipeline:
             given["labels"] = torch.tensor(labels, dtype=torch.int64)
         if "text" in self.features:
             texts = (self.features["text"](ids),)
-        if not self._image_id:
-            return Part(samples, None, images, texts + negatives, given, faults, repeated)
-        return Part(
-            torch.tensor(image_ids, dtype=torch.int64), samples, images, texts + negatives, given, faults, repeated
-        )
+        of_images = torch.tensor(image_ids, dtype=torch.int64) if self._image_id else samples
+        text_ids = samples if self._image_id else None
+        return Part(of_images, text_ids, images, texts + negatives, given, faults, repeated)
 
     def _good(self, sample: int, number: int, faults: list[Fault]) -> tuple[int, *Views]:
         """The sample, or the first of its replacements that can be used. Only the sample itself counts as a fault."""

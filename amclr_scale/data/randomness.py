@@ -91,7 +91,7 @@ class ManyDraws:
     """
 
     def __init__(self, *name: int | NDArray[np.int64]):
-        self._state = np.zeros(1, np.uint64)
+        self._state: NDArray[np.uint64] = np.zeros(1, np.uint64)
         for word in name:
             bits = np.uint64(word & _MASK) if isinstance(word, int) else word.astype(np.uint64)
             self._state = _all_finalised((self._state ^ bits) + np.uint64(_GOLDEN))

@@ -249,15 +249,15 @@ class DualEncoder(nn.Module):
         raw = F.pad(torch.cat([pooled[:, None], features], 1), (0, 0, 0, missing))
         return raw, self.text_head(raw), F.pad(visible, (0, missing))
 
-    def caption_columns(self, texts: tuple[Tensor, ...]) -> int | None:
-        """After how many tokens captions, on the host, may be cut, a multiple of 8; None: not at all.
+    def caption_lengths(self, texts: tuple[Tensor, ...]) -> Tensor | None:
+        """(b,) int64: after how many tokens all captions of a sample, on the host, may be cut; None: not at all.
 
         Where tokens or inner layers are compared too, or the tower is not one of ours, captions stay as they are.
         """
         tower, uncut = self.text_tower, "text" in self.tokens or "text" in self.taps
         if uncut or not isinstance(tower, PooledTower) or not texts:
             return None
-        return min(texts[0].shape[1], -(-max(map(tower.columns, texts)) // 8) * 8)
+        return torch.stack([tower.lengths(view) for view in texts]).amax(0)
 
     def raw_embeddings(self, images: Tensor, texts: Tensor) -> tuple[Tensor, Tensor]:
         """Embeddings before they are brought to unit length, (b, D) of pictures and of captions.

@@ -36,12 +36,12 @@ class PooledTower(nn.Module):
         self.tokens, self.pad_id, self.pooling, self.ends_with_pad = tokens, pad_id, pooling, ends_with_pad
         self.filled = bool(getattr(tokens, "filled", False))
 
-    def columns(self, ids: Tensor) -> int:
-        """How many of the columns of these captions, on the host, make a difference: the others pad all of them."""
+    def lengths(self, ids: Tensor) -> Tensor:
+        """(b,) int64: how many tokens of each of these captions, on the host, make a difference: the others pad it."""
         if self.filled:
-            return ids.shape[1]
-        last = int(((ids != self.pad_id) * torch.arange(ids.shape[1])).max())
-        return min(ids.shape[1], last + 1 + self.ends_with_pad)
+            return torch.full((len(ids),), ids.shape[1])
+        last = ((ids != self.pad_id) * torch.arange(ids.shape[1])).amax(1)
+        return (last + 1 + self.ends_with_pad).clamp(max=ids.shape[1])
 
     def forward(self, ids: Tensor, with_tokens: bool = False) -> Any:
         """(b, width); `with_tokens` also the features of tokens (b, n, width), and which of them count (b, n)."""

@@ -57,7 +57,8 @@ def cached_backward(
     lend: Callable[[], Mapping[str, Tensor]] | None = None,
     lend_first: bool = True,
     see: Callable[[Mapping[str, Tensor]], Any] = Embeddings.from_flat,
-    columns: Callable[[Views], int | None] | None = None,
+    lengths: Callable[[Views], Tensor | None] | None = None,
+    by_length: bool = True,
 ) -> CachedStep:
     """Leave in every parameter the gradient of `objective` over the whole batch.
 
@@ -75,7 +76,10 @@ def cached_backward(
         phases: where seconds go.
         lend: what else the objective sees, by flat name: features of a teacher, without gradient.
         lend_first: ask for it before step 1, while no graph is alive, or after it.
-        columns: how many tokens of a micro-batch's captions are encoded; None: all.
+        lengths: token views -> (b,) after how many tokens a sample's captions may be cut, or None for not at all. A
+            micro-batch is cut after its longest, to a multiple of 8.
+        by_length: micro-batches then hold samples of like length, whatever their places in the batch. The objective
+            sees the batch in its own order.
         see: makes what the objective is given of everything by flat name.
     """
     phases = phases or Phases(device)
@@ -83,9 +87,7 @@ def cached_backward(
     if lend and lend_first:
         with phases("teacher"):
             lent = lend()
-    micro_batches = split(batch, *micro_batch_sizes)
-    if columns is not None:
-        micro_batches = [replace(one, columns=columns(one.texts)) for one in micro_batches]
+    micro_batches, order = _micro_batches(batch, micro_batch_sizes, lengths, by_length)
     first_kept = max(0, len(micro_batches) - kept)
     states: list[RandomState] = []
     graphs: list[dict[str, Tensor]] = []
@@ -113,15 +115,18 @@ def cached_backward(
 
     with phases("objective"):
         leaves = {name: found[0].clone() if is_shared(name) else torch.cat(found) for name, found in parts.items()}
+        leaves = _ordered(leaves, order if order is None else order.argsort())
         for name, leaf in leaves.items():
             leaf.requires_grad_(leaf.is_floating_point() and takes_gradient(name))
         beside = {name: rows.to(device, non_blocking=True) for name, rows in batch.beside().items()}
         embeddings = see({**leaves, **lent, **beside})
         loss = objective(embeddings)
         loss.value.backward()
+        gradients = {name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
+        gradients = _ordered(gradients, order)
 
     def push(outputs: dict[str, Tensor], rows: slice) -> None:
-        surrogate = _surrogate(outputs, leaves, rows, len(micro_batches))
+        surrogate = _surrogate(outputs, gradients, rows, len(micro_batches))
         if surrogate is not None:
             backward(surrogate)
 
@@ -142,7 +147,7 @@ def cached_backward(
 
 
 def _surrogate(
-    outputs: dict[str, Tensor], leaves: Mapping[str, Tensor], rows: slice, num_micro_batches: int
+    outputs: dict[str, Tensor], gradients: Mapping[str, Tensor], rows: slice, num_micro_batches: int
 ) -> Tensor | None:
     """A number whose gradient with respect to this micro-batch's outputs is their cached gradient.
 
@@ -151,6 +156,28 @@ def _surrogate(
     terms = [
         (output * (gradient / num_micro_batches if is_shared(name) else gradient[rows])).sum()
         for name, output in outputs.items()
-        if (gradient := leaves[name].grad) is not None and output.requires_grad
+        if (gradient := gradients.get(name)) is not None and output.requires_grad
     ]
     return torch.stack(terms).sum() if terms else None
+
+
+def _micro_batches(
+    batch: Batch, sizes: tuple[int, int], lengths: Callable[[Views], Tensor | None] | None, by_length: bool
+) -> tuple[list[MicroBatch], Tensor | None]:
+    """Micro-batches, and the sample (b,) that is encoded at each place; None: the batch's own order."""
+    found = lengths(batch.texts) if lengths and batch.texts else None
+    if found is None:
+        return split(batch, *sizes), None
+    order = found.argsort(stable=True) if by_length and sizes[1] < len(batch) else None
+    encoded = found if order is None else found[order]
+    # To a multiple of 8: kernels like these, and there are fewer shapes.
+    return [
+        replace(one, columns=-(-int(encoded[one.rows].max()) // 8) * 8) for one in split(batch, *sizes, order)
+    ], order
+
+
+def _ordered(found: dict[str, Tensor], order: Tensor | None) -> dict[str, Tensor]:
+    """The rows (b, ...) of all tensors that belong to samples, in an order (b,)."""
+    if order is None:
+        return found
+    return {name: rows if is_shared(name) else rows[order.to(rows.device)] for name, rows in found.items()}

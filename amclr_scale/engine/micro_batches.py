@@ -18,40 +18,64 @@ Views = tuple[Tensor, ...]
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """What is encoded at once: rows of the batch, where the loader left them, and how many tokens of its captions."""
+    """What is encoded at once: rows of the batch, where the loader left them, and how many tokens of its captions.
+
+    Attributes:
+        rows: in the order of encoding.
+        images, texts: those rows of each view; where there is an `order`, of a side that is not `taken` yet, all of the
+            batch.
+        columns: tokens that are encoded; None: all.
+        order: (b,) int64, the sample at each place of that order; None: as in the batch.
+    """
 
     rows: slice
     images: Views
     texts: Views
-    columns: int | None = None  # None: all
+    columns: int | None = None
+    order: Tensor | None = None
+    taken: tuple[str, ...] = ()
 
     def to(self, device: torch.device) -> "MicroBatch":
         """On the device; from pinned host memory the host does not wait for the copy."""
-        images, texts = ([view.to(device, non_blocking=True) for view in views] for views in (self.images, self.texts))
+        sides = (self._rows("image", self.images), self._rows("text", self.texts))
+        images, texts = ([view.to(device, non_blocking=True) for view in views] for views in sides)
         if self.columns is not None:  # cut there: a copy of part of pinned memory would be waited for
             texts = [view[:, : self.columns] for view in texts]
         return MicroBatch(self.rows, tuple(images), tuple(texts))
 
+    def _rows(self, side: str, views: Views) -> Views:
+        """The rows of some views, in pinned memory where the views are: taken when they are due, one copy at a time."""
+        if self.order is None or side in self.taken:
+            return views
+        samples = self.order[self.rows]
+        found = (view[samples.to(view.device)] for view in views)
+        return tuple(rows.pin_memory() if view.is_pinned() else rows for view, rows in zip(views, found, strict=True))
+
     def with_features(self, features: Mapping[str, Tensor]) -> "MicroBatch":
         """With what frozen towers gave for all views, (b (1 + V), width) by side, instead of these."""
         views = {"image": self.images, "text": self.texts}
-        found = {f"{side}s": torch.split(rows, [len(view) for view in views[side]]) for side, rows in features.items()}
-        return replace(self, **found, columns=None if "text" in features else self.columns)  # type: ignore[arg-type]
+        found = {f"{side}s": rows.chunk(len(views[side])) for side, rows in features.items()}
+        columns = None if "text" in features else self.columns
+        return replace(self, **found, columns=columns, taken=(*self.taken, *features))  # type: ignore[arg-type]
 
 
-def split(batch: Batch, image_size: int, text_size: int) -> list[MicroBatch]:
-    """Cut a batch into micro-batches (the last ones may be smaller)."""
+def split(batch: Batch, image_size: int, text_size: int, order: Tensor | None = None) -> list[MicroBatch]:
+    """Cut a batch into micro-batches (the last ones may be smaller).
+
+    Args:
+        order: (b,) int64, of encoding; None: as they are in the batch.
+    """
 
     def cut(views: Views, rows: slice) -> Views:
-        return tuple(view[rows] for view in views)
+        return views if order is not None else tuple(view[rows] for view in views)
 
     def rows(size: int) -> Iterator[slice]:
         return (slice(start, min(start + size, len(batch))) for start in range(0, len(batch), size))
 
     if image_size == text_size:
-        return [MicroBatch(r, cut(batch.images, r), cut(batch.texts, r)) for r in rows(image_size)]
-    images = [MicroBatch(r, cut(batch.images, r), ()) for r in rows(image_size)]
-    return images + [MicroBatch(r, (), cut(batch.texts, r)) for r in rows(text_size)]
+        return [MicroBatch(r, cut(batch.images, r), cut(batch.texts, r), order=order) for r in rows(image_size)]
+    images = [MicroBatch(r, cut(batch.images, r), (), order=order) for r in rows(image_size)]
+    return images + [MicroBatch(r, (), cut(batch.texts, r), order=order) for r in rows(text_size)]
 
 
 def on_device(micro_batches: Sequence[MicroBatch], device: torch.device) -> Iterator[MicroBatch]:

@@ -12,7 +12,7 @@ from torch import Tensor
 from amclr_scale.distributed.collectives import world_size
 from amclr_scale.distributed.process_group import gather_objects
 from amclr_scale.encoders.dual_encoder import LOG_SCALE_BOUNDS
-from amclr_scale.encoders.norms import keep_statistics
+from amclr_scale.encoders.norms import has_batch_norm, keep_statistics
 from amclr_scale.engine.gradient_cache import CachedStep, cached_backward
 from amclr_scale.engine.optimizers import set_learning_rate
 from amclr_scale.engine.teacher import Teacher
@@ -64,7 +64,8 @@ class TrainStep:
         micro_batch_sizes: images and texts encoded at once.
         kept: micro-batches whose graphs are kept between the two passes.
         teacher: a moving average that follows every step, and lends what the objective asks for.
-        trim_texts: encode micro-batches of captions no further than their longest one (execution.trim_texts).
+        trim_texts: encode captions of like length together, and no further than the longest of their micro-batch
+            (execution.trim_texts).
         advice: what to turn down, given the phase in which memory ran out. Asked only then; may take seconds.
     """
 
@@ -84,7 +85,8 @@ class TrainStep:
         self.engine, self.objective, self.device, self.phases = engine, objective, device, phases
         self.advice, self.teacher = advice, teacher
         self.micro_batch_sizes, self.kept = micro_batch_sizes, kept
-        self.columns = engine.module.caption_columns if trim_texts else None
+        self.lengths = engine.module.caption_lengths if trim_texts else None
+        self.by_length = not has_batch_norm(engine.module)  # its statistics are those of who is in a micro-batch
         computes_in = getattr(engine.module, "computes_in", "fp32")
         self._backward_in = "tf32" if computes_in == "tf32" else "fp32"  # what else it is, the graph says
         self.stage = int(engine.zero_optimization_stage())
@@ -150,7 +152,8 @@ class TrainStep:
             one_reduction=self._one_reduction(len(batch)),
             again=lambda: keep_statistics(self.engine.module),
             phases=self.phases,
-            columns=self.columns,
+            lengths=self.lengths,
+            by_length=self.by_length,
             lend=(lambda: teacher.lend(batch, self.micro_batch_sizes)) if teacher and lends else None,
             lend_first=teacher is None or teacher.first,
         )

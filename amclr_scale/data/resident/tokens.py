@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import BinaryIO
 
@@ -168,13 +169,12 @@ def _make(target: Path, text: TextViews, tokenizer: Tokenizer, samples: int, rea
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
     try:
-        with (partial / _TOKENS).open("wb") as tokens, (partial / _ROWS).open("wb") as rows:
-            with (partial / _BOUNDS).open("wb") as bounds:
-                files = {_TOKENS: tokens, _ROWS: rows, _BOUNDS: bounds}
-                _write(files, text, tokenizer, samples, read)
-                for file in files.values():
-                    file.flush()
-                    os.fsync(file.fileno())
+        with ExitStack() as stack:
+            files = {name: stack.enter_context((partial / name).open("wb")) for name in _KINDS}
+            _write(files, text, tokenizer, samples, read)
+            for file in files.values():
+                file.flush()
+                os.fsync(file.fileno())
     except OSError as error:
         shutil.rmtree(partial, ignore_errors=True)
         if not is_full(error):

@@ -86,7 +86,8 @@ def test_a_disk_without_room_for_them_is_told(made, tmp_path, monkeypatch, free)
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr("os.fsync", full)
-    said = r"expected .* bytes free in .* for the tokens of the captions of 24 samples" if free == 100 else r"the disk of .* is full"
+    needed = r"expected .* bytes free in .* for the tokens of the captions of 24 samples"
+    said = needed if free == 100 else r"the disk of .* is full"
     with pytest.raises(UserError, match=rf"^data\.cache: {said}.*, or data\.resident to none$"):
         take(data, 1)
     assert [path.suffix for path in (tmp_path / "resident").iterdir()] == [".lock"]
