@@ -16,6 +16,10 @@ pictures (256 pixels on the shorter side, quality 90) out of coloured noise with
 
 compares reading with data sets that are held decoded; run it twice, for the first run decodes them.
 
+    python tools/benchmark_loader.py --config studies/base/icons_frozen --workers 0 --words data.text_views=1
+
+measures the loader of a recipe alone, with the recipe's own batch, after its first batch (which makes what is held).
+
     python tools/benchmark_loader.py --shuffle 331x10000 --lanes 8 --window 4 --batch 4096
 
 measures the order alone, for a data set of 331 shards of 10,000 samples: how often two samples of one shard meet in a
@@ -26,6 +30,7 @@ import argparse
 import io
 import itertools
 import json
+import math
 import resource
 import statistics
 import sys
@@ -42,6 +47,8 @@ from PIL import Image
 
 from amclr_scale.commands.words import run_command
 from amclr_scale.config import schema
+from amclr_scale.config.load import load
+from amclr_scale.config.schema import Config
 from amclr_scale.data.decoding import Field, Sample, decode
 from amclr_scale.data.image_views import augmented_view, reduction_for, to_tensor
 from amclr_scale.data.index import Index
@@ -161,6 +168,16 @@ def plain_webdataset(index: Index, data: schema.Data, batch: int, steps: int, wo
     return samples
 
 
+def of_recipe(config: Config, samples: int, workers: int) -> tuple[float, float]:
+    """(samples per second, samples per CPU second) of a recipe's batches; nan beside workers, who still live."""
+    size = config.train.global_batch_size
+    loader = TrainLoader(config.data, seed=config.seed, global_batch_size=size, workers=workers)
+    next(loader)
+    rates = timed(lambda: sum(len(next(loader)) for _ in range(-(-samples // size))))
+    loader.close()
+    return rates[0], math.nan if workers else rates[1]
+
+
 def shuffle_quality(shards: int, per_shard: int, lanes: int, window: int, batch: int) -> tuple[float, float]:
     """(same-shard pairs, pairs that meet again), relative to a uniform shuffle; over two epochs."""
     n = shards * per_shard
@@ -192,6 +209,8 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--workers", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--resident", nargs="+", default=["none"], help="data.resident of ours")
+    parser.add_argument("--config", metavar="RECIPE", help="measure the loader of such a recipe instead")
+    parser.add_argument("--words", nargs="*", default=[], metavar="KEY=VALUE", help="with --config: its overrides")
     parser.add_argument("--shuffle", metavar="SHARDSxSAMPLES", help="measure the order of such a data set instead")
     parser.add_argument("--lanes", type=int, default=8, help="with --shuffle")
     parser.add_argument("--window", type=int, default=4, help="with --shuffle")
@@ -203,6 +222,16 @@ def main(argv: list[str]) -> None:
         quality = shuffle_quality(int(shards), int(samples), arguments.lanes, arguments.window, arguments.batch)
         print("relative to a uniform shuffle: same-shard pairs {:.3f}, pairs that meet again {:.3f}".format(*quality))
         return
+    if arguments.config:
+        config, figures = load(arguments.config, arguments.words), dict[str, dict[str, float]]()
+        for workers in arguments.workers:
+            rounds = [of_recipe(config, arguments.samples, workers) for _ in range(arguments.rounds)]
+            wall, cpu = (statistics.median(found[k] for found in rounds) for k in range(2))
+            figures[f"{workers} workers"] = {"samples_per_s": wall, "samples_per_cpu_s": cpu}
+            print(f"{workers} workers {wall:10,.0f} samples/s {cpu:10,.0f} samples/CPU-s", flush=True)
+        if arguments.json:
+            arguments.json.write_text(json.dumps(figures, indent=1) + "\n")
+        return
     with tempfile.TemporaryDirectory() as folder:
         name = make_photos(Path(folder), arguments.photos) if arguments.photos else arguments.data or "emoji/train"
         data = schema.Data(train=name, image_size=arguments.image_size)
@@ -212,7 +241,7 @@ def main(argv: list[str]) -> None:
         }
         index = open_index(data)
         steps = -(-arguments.samples // arguments.batch)
-        figures: dict[str, dict[str, float]] = {}
+        figures = {}
 
         def measure(label: str, *runs: tuple[str, Callable[[], int]]) -> None:
             rounds = [{key: timed(run) for key, run in runs} for _ in range(arguments.rounds)]

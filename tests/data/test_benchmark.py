@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,16 @@ def tool():
     module = importlib.util.module_from_spec(specification)
     specification.loader.exec_module(module)
     return module
+
+
+def test_a_recipe_alone(tool, capsys, tmp_path):
+    words = ["data.train=emoji/val_concept", "data.image_size=16", "train.global_batch_size=32"]
+    out = tmp_path / "out.json"
+    tool.main(["--config", "quickstart", "--samples", "64", "--workers", "0", "1", "--json", str(out), "--words", *words])
+    figures = json.loads(out.read_text())
+    assert all(rate > 0 for rate in figures["0 workers"].values())
+    assert math.isnan(figures["1 workers"]["samples_per_cpu_s"])  # workers' seconds are not known while they live
+    assert capsys.readouterr().out.count("samples/s") == 2
 
 
 def test_it_runs(tool, capsys, tmp_path):
