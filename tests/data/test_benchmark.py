@@ -22,9 +22,9 @@ def tool():
 
 
 def test_a_recipe_alone(tool, capsys, tmp_path):
-    words = ["data.train=emoji/val_concept", "data.image_size=16", "train.global_batch_size=32"]
-    out = tmp_path / "out.json"
-    tool.main(["--config", "quickstart", "--samples", "64", "--workers", "0", "1", "--json", str(out), "--words", *words])
+    out, recipe = tmp_path / "out.json", ["data.train=emoji/val_concept", "data.image_size=16"]
+    words = ["--config", "quickstart", "--samples", "64", "--workers", "0", "1", "--json", str(out), "--words", *recipe]
+    tool.main([*words, "train.global_batch_size=32"])
     figures = json.loads(out.read_text())
     assert all(rate > 0 for rate in figures["0 workers"].values())
     assert math.isnan(figures["1 workers"]["samples_per_cpu_s"])  # workers' seconds are not known while they live
