@@ -48,8 +48,12 @@ class MicroBatch:
         if self.order is None or side in self.taken:
             return views
         samples = self.order[self.rows]
-        found = (view[samples.to(view.device)] for view in views)
-        return tuple(rows.pin_memory() if view.is_pinned() else rows for view, rows in zip(views, found, strict=True))
+        found = []
+        for view in views:
+            shape, pinned = (len(samples), *view.shape[1:]), view.is_pinned()
+            out = torch.empty(shape, dtype=view.dtype, device=view.device, pin_memory=pinned)
+            found.append(torch.index_select(view, 0, samples.to(view.device), out=out))
+        return tuple(found)
 
     def with_features(self, features: Mapping[str, Tensor]) -> "MicroBatch":
         """With what frozen towers gave for all views, (b (1 + V), width) by side, instead of these."""

@@ -15,12 +15,12 @@ import torch.nn.functional as F
 from amclr_scale import objectives
 from amclr_scale.distributed.process_group import keep_float32
 from amclr_scale.engine.deepspeed_setup import build_engine
-from amclr_scale.engine.micro_batches import MicroBatch, on_device
+from amclr_scale.engine.micro_batches import MicroBatch, on_device, split
 from amclr_scale.engine.optimizers import build_optimizer, parameter_groups
 from amclr_scale.engine.random_state import RandomState
 from amclr_scale.engine.step import OutOfMemoryError, TrainStep
 from amclr_scale.metrics.phases import Phases
-from amclr_scale.types import Embeddings, Loss
+from amclr_scale.types import Batch, Embeddings, Loss
 from tests.engine.test_alignment import layout
 from tests.engine.test_teacher import close, taught
 from tests.engine.towers import config, differences, engine_run, local_batch, plain_run, towers
@@ -165,6 +165,22 @@ def test_copies_are_whole_and_few(gpu):
     whole, at_once = gpu(copied)
     assert whole
     assert at_once < 4
+
+
+def reordered(device: torch.device = CUDA) -> list[bool]:
+    """Whether micro-batches hold the rows of an order, of views in pinned or plain memory, and on the device."""
+    g, order = torch.Generator().manual_seed(0), torch.randperm(64, generator=torch.Generator().manual_seed(1))
+    plain = torch.randint(0, 256, (64, 3, 32, 32), generator=g, dtype=torch.uint8)
+    views = (plain.pin_memory(), plain, plain.to(device))
+    parts = on_device(split(Batch(torch.arange(64), views, (plain.flatten(1),)), 8, 8, order), device)
+    found = [(part.rows, *part.images, *part.texts) for part in parts]
+    return [torch.equal(view.cpu().flatten(1), plain[order[rows]].flatten(1)) for rows, *each in found for view in each]
+
+
+def test_micro_batches_in_another_order(gpu):
+    same = gpu(reordered)
+    assert len(same) == 4 * 8
+    assert all(same)
 
 
 def float32_errors(device: torch.device = CUDA) -> tuple[float, float]:

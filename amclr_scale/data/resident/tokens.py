@@ -55,10 +55,9 @@ class ResidentTokens:
         self._tokens = _mapped(folder / _TOKENS).reshape(-1, length)
         self._rows, self._bounds = _mapped(folder / _ROWS), _mapped(folder / _BOUNDS)
         self._base, self._places, self._views = len(text.base), len(text.base) + len(text.further), text.views
-        ends = np.arange(0, len(self._bounds), self._places)
-        has = np.diff(self._bounds[ends])
-        self.bad: NDArray[np.bool_] = has == 0
-        self._one_each = bool((has <= 1).all())
+        ends = self._bounds[:: self._places]
+        self.bad: NDArray[np.bool_] = ends[1:] == ends[:-1]
+        self._one_each = len(self._rows) == int((~self.bad).sum())
 
     def __call__(self, visits: Visits, seed: int) -> tuple[Tensor, ...]:
         if self._one_each:
