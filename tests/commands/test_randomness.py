@@ -1,6 +1,7 @@
 """Dropout is the steps' alone: workers, measurements and interruptions leave every bit of what is trained as it was.
 
-The command's own flow, run inside a rank, with towers that drop units, whole blocks, and what transformers drops.
+The command's own flow, run inside a rank, with towers that drop units, whole blocks, and what transformers drops; and
+behind features of a frozen tower, where views are rows of a table and captions of like length are encoded together.
 """
 
 import json
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from amclr_scale.checkpoint.signals import Signals
 from amclr_scale.commands import train
+from amclr_scale.commands.embedding.of_towers import write_features
 from amclr_scale.config.load import load
 from amclr_scale.distributed.collectives import rank, world_size
 from amclr_scale.distributed.launcher import RankInfo
@@ -35,7 +37,13 @@ TOWERS = {
     "own": ["model.image.width=8", "model.image.dropout=0.2", "model.text.width=16", "model.text.dropout=0.2"],
     "transformers": ["model.image.width=8", "model.text.name=transformers/{folder}/distilbert"],
     "timm": ["model.image.name=timm/test_vit", "model.text.width=16"],
-}
+    "features": [
+        "model.image.width=8", "model.image.frozen=true", "model.text.width=16", "model.text.dropout=0.2",
+        "objective.name=amclr", "objective.omega=1", "data.resident=host", "data.features.image={folder}/image.npy",
+        "data.augmentation={crop_scale: [1, 1], flip: 0}", "data.image_views=1", "data.image_view_from=group",
+        "data.image_group=json.concept", "data.text_views=1", "execution.trim_texts=true",
+    ],
+}  # fmt: skip
 DISTILBERT = {"model_type": "distilbert", "dim": 16, "hidden_dim": 32, "n_layers": 2, "n_heads": 2, "dropout": 0.2}
 
 
@@ -48,10 +56,13 @@ def drop_blocks(stack: ExitStack) -> None:
     stack.enter_context(mock.patch.object(timm, "create_model", lambda *a, **k: plain(*a, **k, drop_path_rate=0.5)))
 
 
+def given_for(folder: str, tower: str) -> list[str]:
+    return [*SMALL, *(word.replace("{folder}", folder) for word in TOWERS[tower])]
+
+
 def run(folder: str, name: str, tower: str, *words: str) -> dict[str, Tensor]:
     """`amclr-scale train` in this process, whose group stays; gives the weights and the state that the run left."""
-    towers = [word.format(folder=folder) for word in TOWERS[tower]]
-    given = [*SMALL, *towers, f"run.folder={folder}", f"run.name={name}", *words]
+    given = [*given_for(folder, tower), f"run.folder={folder}", f"run.name={name}", *words]
     info = RankInfo(rank(), rank(), world_size(), world_size())
     with ExitStack() as stack:
         stack.enter_context(mock.patch.dict(os.environ, MASTER_ADDR="127.0.0.1"))
@@ -87,6 +98,8 @@ def test_workers_and_interruptions(ranks, tmp_path, tower):
     folder = str(tmp_path)
     (tmp_path / "distilbert").mkdir()
     (tmp_path / "distilbert" / "config.json").write_text(json.dumps(DISTILBERT))
+    if tower == "features":
+        list(write_features(load(None, given_for(folder, tower)), device="cpu", batch_size=256))
     whole = [ranks(1, run, folder, f"w{n}", tower, f"execution.workers={n}")[0] for n in (0, 1, 2)]
     assert_equal(whole[1], whole[0])
     assert_equal(whole[2], whole[0])
