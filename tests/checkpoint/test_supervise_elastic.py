@@ -110,8 +110,7 @@ def supervised(tmp_path):
 
 @pytest.mark.launch
 def test_nodes_are_lost_and_come_back(supervised):
-    first = supervised.start()
-    second = supervised.start()
+    first, second = (supervised.start(1, "--gather", "25") for _ in range(2))  # neither begins alone
     supervised.until("0/2", "1/2")
     second.kill()  # with signal 9: its rank is left, and cannot do any harm
     supervised.until("0/1")
