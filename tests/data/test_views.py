@@ -244,9 +244,18 @@ def test_samples_without_further_captions_show_their_own_and_are_counted(tmp_pat
     found = words_of(tmp_path, members, text_views=1)
     assert {int(base.split()[1]) for base, further in found if base == further} == without
     loader = TrainLoader(settings(str(tmp_path), text_views=1, image_views=1), seed=0, global_batch_size=16, workers=1)
-    assert any("12% of 16 samples looked at have no other caption" in note for note in loader.notes), loader.notes
+    assert any("12% of 16 samples looked at have too few captions" in note for note in loader.notes), loader.notes
     next(loader), next(loader)  # every sample twice
     assert loader.repeated()["repeated_texts"] == 2 / 16
+
+
+def test_as_many_further_captions_as_there_are_captions_repeat_one(tmp_path):
+    """Three captions for four views: two further ones are new, which is no reason to refuse the data."""
+    write_tar(tmp_path / "0.tar", [m for i in range(8) for m in pair(i)])
+    loader = TrainLoader(settings(str(tmp_path), text_views=3), seed=0, global_batch_size=8)
+    assert any("100% of 8 samples looked at have too few captions" in note for note in loader.notes), loader.notes
+    next(loader)
+    assert loader.repeated()["repeated_texts"] == 1 / 3
 
 
 @pytest.mark.parametrize(

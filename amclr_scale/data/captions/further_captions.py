@@ -21,7 +21,7 @@ def check_further_captions(pipeline: Pipeline, data: schema.Data, seed: int) -> 
         UserError: no sample that was looked at has a further caption that differs from its first.
     """
     text, total = pipeline.text, pipeline.index.num_samples
-    repeated = looked_at = 0
+    repeated = same = looked_at = 0
     labelled = grouped = with_negatives = with_pictures = 0
     having = dict.fromkeys((*text.base[1:], *text.further), 0)
     for sample in np.unique(np.linspace(0, total - 1, LOOKED_AT).astype(int)).tolist():
@@ -37,7 +37,8 @@ def check_further_captions(pipeline: Pipeline, data: schema.Data, seed: int) -> 
         except BadSampleError:
             continue
         looked_at += 1
-        repeated += any(caption in captions[:view] for view, caption in enumerate(captions))
+        repeated += len({*captions}) < len(captions)
+        same += len({*captions}) == 1
     if not looked_at:
         return []  # training will tell what is wrong with them
     if data.labels and not labelled:
@@ -67,12 +68,12 @@ def check_further_captions(pipeline: Pipeline, data: schema.Data, seed: int) -> 
             f"data.text_view: expected a place where samples have captions, got {_listed(text.further)}: none of "
             f"{looked_at} samples looked at has one there"
         )
-    if text.further and repeated == looked_at:
+    if text.further and same == looked_at:
         raise UserError(repeats(looked_at, text.further))
     notes = [f"data: none of {looked_at} samples looked at has a caption at {place}" for place in missing if asked]
     if text.further and repeated > OFTEN * looked_at:
         notes.append(
-            f"data: {repeated / looked_at:.0%} of {looked_at} samples looked at have no other caption for "
+            f"data: {repeated / looked_at:.0%} of {looked_at} samples looked at have too few captions for "
             f"data.text_views={data.text_views} at {_listed(text.further)}: their views repeat a text"
         )
     return notes

@@ -75,12 +75,14 @@ def test_ranks_workers_and_a_later_start_get_the_same(made):
 
 
 def test_repeated_views_are_counted_as_those_of_pictures(made):
-    loaders = [opened(config(made, sides, **VIEWS)).loader for sides in (NONE, FEATURES)]
+    changed = {**VIEWS, "data__image_views": 3, "data__text_views": 3, "objective": {**AMCLR, "omega": 3}}
+    loaders = [opened(config(made, sides, **changed)).loader for sides in (NONE, FEATURES)]
     for loader in loaders:
         list(islice(loader, 9))
     of_pictures, of_rows = (loader.repeated() for loader in loaders)
     assert of_rows == of_pictures
     assert 0 < of_rows["repeated_images"] < 0.5
+    assert 0 < of_rows["repeated_texts"] < 1
 
 
 @pytest.mark.parametrize(

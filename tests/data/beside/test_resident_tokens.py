@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from amclr_scale.commands.embedding.of_towers import write_features
+from amclr_scale.config.augmentation import TextAugmentation
 from amclr_scale.data import loader
 from amclr_scale.data.pipeline import Pipeline
 from amclr_scale.data.resident import tokens
@@ -36,6 +37,7 @@ def made(tmp_path_factory):
         {"caption": "json.captions"},
         {"caption": ["txt", "json.captions"]},
         {"text_views": 1},
+        {"text_views": 2, "text_augmentation": TextAugmentation(drop=0.3, swap=0.3)},
         {"labels": "json.captions"},
     ],
 )
