@@ -55,6 +55,23 @@ def refusal(file: Path, *words: str) -> str:
     return str(told.value)
 
 
+def test_arms_that_a_table_could_not_tell_apart_have_labels_of_their_own(plan_file: Path) -> None:
+    def labels(arms: str) -> dict[tuple[str, int], str]:
+        cells = plan_cells(plan_file, f"arms=[clip, {arms}]", "seeds=[0]")
+        return {(cell.arm, cell.global_batch_size): cell.label for cell in cells}
+
+    large = "{name: large, like: clip, batch_sizes: [128], words: [optimizer.eps=1e-7]}"
+    assert labels(large) == {("clip", 32): "CLIP", ("clip", 64): "CLIP", ("large", 128): "CLIP"}
+    assert labels(large.replace("128", "64"))["large", 64] == "large"
+    swept = "{name: a, like: sogclr, axes: {objective.gamma: [0.1, 0.2]}}, {name: b, like: sogclr, axes: "
+    assert set(labels(swept + "{objective.gamma: [0.3]}}").values()) == {"CLIP", "SogCLR"}
+    assert set(labels(swept + "{objective.gamma: [0.2]}}").values()) == {"CLIP", "a", "b"}
+
+    told = refusal(plan_file, "arms=[clip, {name: mine, like: dcl, label: CLIP, batch_sizes: [64, 128]}]")
+    assert told.startswith("arms.mine.label: expected another than that of clip at the same batch size, 64,")
+    assert told.endswith(", got CLIP")
+
+
 def test_a_plan_written_out_reads_back_as_the_same_plan(plan_file: Path, tmp_path: Path) -> None:
     plan = load_plan(plan_file, ["arms=[clip, {name: mine, like: sogclr, words: [objective.gamma=0.3]}]"])
     again = tmp_path / "again.yaml"

@@ -118,6 +118,32 @@ def test_the_head_says_which_batch_size_a_method_is_worth(tmp_path):
         assert f"DCL, B = {row['global_batch_size']:,} {same}" in head.partition("**Equivalent batch size.**")[2]
 
 
+@pytest.mark.usefixtures("undrawn")
+def test_arms_of_one_label_are_one_method_at_other_batch_sizes(tmp_path):
+    folder = make_study(tmp_path / "s", arms=("clip", "dcl"), noise=0.0005, items=False)
+    whole = compose(read_study(folder))
+
+    plan = yaml.safe_load((folder / "study.yaml").read_text())
+    plan["arms"].append({"name": "clip_large", "like": "clip"})
+    (folder / "study.yaml").write_text(yaml.safe_dump(plan))
+    listed = json.loads((folder / "cells.json").read_text())
+    for cell in listed["cells"]:
+        if (cell["arm"], cell["global_batch_size"]) == ("clip", 512):
+            cell["arm"] = "clip_large"
+    listed["reference"]["arm"] = "clip_large"
+    (folder / "cells.json").write_text(json.dumps(listed))
+    parted = compose(read_study(folder))
+
+    names = [table.name for table in parted.tables]
+    assert {"equivalent_batch", "sensitivity"} < set(names)
+    assert any("same_batch" in name for name in names)
+    assert [(one.name, one.header, one.rows) for one in parted.tables if one.name != "differences"] == [
+        (one.name, one.header, one.rows) for one in whole.tables if one.name != "differences"
+    ]
+    head, of_whole = (one.markdown.partition("## Question and design")[0] for one in (parted, whole))
+    assert head == of_whole
+
+
 def test_numbers_of_claims_that_were_measured_elsewhere_stand_on_the_pages_that_they_name():
     cited = {}
     for claim in load_claims()["claims"]:

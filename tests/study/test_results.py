@@ -100,7 +100,7 @@ def test_groups_hold_the_seeds_in_the_plans_order(study):
     assert found.seeds(*groups[:2]) == [0, 1, 2]
     assert found.seeds(find(groups, "dcl", 128), groups[0]) == [1, 2]  # the failed seed has no partner
     assert reference_of(study, groups) is find(groups, "clip", 256)
-    assert baseline_of(study, groups, find(groups, "amclr", 128)) is find(groups, "clip", 128)
+    assert baseline_of(groups, "clip", find(groups, "amclr", 128)) is find(groups, "clip", 128)
 
 
 def test_a_metric_is_the_mean_of_its_keys(study):
@@ -202,7 +202,7 @@ def test_an_axis_is_compared_at_its_own_value(tmp_path):
     )
     groups = groups_of(study)
     for group in groups[2:]:
-        base = baseline_of(study, groups, group)
+        base = baseline_of(groups, "clip", group)
         assert (base.arm, base.variant) == ("clip", group.variant)
     assert find(groups, "clip", 128, (("optimizer.weight_decay", 0.3),)) is None
     assert find(groups, "clip", 128, (("objective.gamma", 0.3),)) is groups[0]  # an axis that CLIP has not

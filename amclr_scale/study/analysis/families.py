@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from amclr_scale.study.analysis.comparison import Comparison, Outcome, compare
-from amclr_scale.study.analysis.groups import Group, baseline_of, find, reference_of
+from amclr_scale.study.analysis.groups import Group, baseline_of, find, reference_method, reference_of
 from amclr_scale.study.analysis.results import Metric, Study
 from amclr_scale.study.analysis.units import Unit, unit_of
 
@@ -24,9 +24,11 @@ class Analysed:
 
     @property
     def curve(self) -> list[Group]:
-        """The reference's arm at all its batch sizes."""
+        """The reference's method at all its batch sizes."""
         of = self.reference
-        return [] if of is None else [g for g in self.outcome.groups if (g.arm, g.variant) == (of.arm, of.variant)]
+        if of is None:
+            return []
+        return [group for group in self.outcome.groups if (group.method, group.variant) == (of.method, of.variant)]
 
 
 NEAR_CHANCE = 3.0  # times what guessing scores
@@ -56,13 +58,13 @@ def slug_of(metric: Metric) -> str:
 
 
 def analyse(study: Study, groups: Sequence[Group]) -> list[Analysed]:
-    """Every metric of the plan: all groups against the reference, against its arm at the same batch, and named pairs.
+    """Every metric of the plan: all groups against the reference, its method at the same batch, and named pairs.
 
     Where the first two are the same comparisons (a study of one batch size), the second family is empty.
     """
     reference = reference_of(study, groups)
-    arm = reference.arm if reference else study.reference.get("arm", "clip")
-    same = [(g, base) for g in groups if g.arm != arm and (base := baseline_of(study, groups, g))]
+    method = reference_method(study)
+    same = [(g, base) for g in groups if g.method != method and (base := baseline_of(groups, method, g))]
     far = [(g, reference) for g in groups if reference is not None and g is not reference]
     if [(one.name, base.name) for one, base in same] == [(one.name, base.name) for one, base in far]:
         same = []

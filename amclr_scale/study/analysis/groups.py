@@ -49,12 +49,14 @@ class Group:
 
     Attributes:
         kind: the known arm that this one began as (`like` in the plan), or its own name.
+        method: the first arm of this one's label: arms of one label are one method, at different batch sizes.
         tuning: the cells that chose its learning rate; none where there was nothing to choose, or no tuning.
         criterion: what they chose by; None where they were not to choose.
     """
 
     arm: str
     kind: str
+    method: str
     title: str
     global_batch_size: int
     variant: Axes
@@ -142,17 +144,19 @@ def per_doubling(groups: Sequence[Group]) -> list[tuple[float, Group]]:
 
 def groups_of(study: Study) -> list[Group]:
     """All groups with a finished cell that is scored, in the plan's order of arms, then by batch size."""
-    order = list(dict.fromkeys((cell.arm, cell.variant) for cell in study.cells))
+    methods = {cell.label: cell.arm for cell in reversed(study.cells)}
+    method = {cell.arm: methods[cell.label] for cell in study.cells}
+    order = list(dict.fromkeys((method[cell.arm], cell.variant) for cell in study.cells))
     scored, tuning = _by_group(study.runs), _by_group(study.tuning)
     tuned = {_key(cell) for cell in study.tuning_cells}
     arms = [arm for arm in study.plan.get("arms") or [] if isinstance(arm, Mapping)]
     kinds = {str(arm["name"]): str(arm.get("like") or arm["name"]) for arm in arms}
     return [
         Group(
-            arm, kinds.get(arm, arm), scored[key][0].cell.title, batch, variant, tuple(scored[key]),
+            arm, kinds.get(arm, arm), method[arm], scored[key][0].cell.title, batch, variant, tuple(scored[key]),
             tuple(tuning.get(key, ())), study.criterion if key in tuned else None,
         )
-        for key in sorted(scored, key=lambda key: (order.index(key[:2]), key[2]))
+        for key in sorted(scored, key=lambda key: (order.index((method[key[0]], key[1])), key[2]))
         for arm, variant, batch in (key,)
     ]  # fmt: skip
 
@@ -169,12 +173,18 @@ def _key(cell: Cell) -> tuple[str, Axes, int]:
 
 
 def called(groups: Sequence[Group], name: str) -> list[Group]:
-    """The groups of the arm with that name; where there is none, of the arms that began as it."""
-    return [group for group in groups if group.arm == name] or [group for group in groups if group.kind == name]
+    """The groups of the method that has an arm with that name; where there is none, of the arms that began as it."""
+    methods = {group.method for group in groups if group.arm == name}
+    return [group for group in groups if group.method in methods] or [group for group in groups if group.kind == name]
 
 
 def find(groups: Sequence[Group], arm: str, batch: int | None = None, variant: Axes = ()) -> Group | None:
-    """The group of an arm at a batch size (None: the first) that comes nearest to a variant.
+    """The group of an arm at a batch size (None: the first) that comes nearest to a variant."""
+    return nearest([group for group in groups if group.arm == arm], batch, variant)
+
+
+def nearest(groups: Sequence[Group], batch: int | None, variant: Axes) -> Group | None:
+    """The one at a batch size (None: the first) that comes nearest to a variant.
 
     An axis that both have must have the same value; among those that are left, the one with the fewest other axes, and
     in a grid of batches and groups the one with the largest groups: the whole batch, where the plan has it.
@@ -183,8 +193,7 @@ def find(groups: Sequence[Group], arm: str, batch: int | None = None, variant: A
     fitting = [
         group
         for group in groups
-        if group.arm == arm
-        and batch in (None, group.global_batch_size)
+        if batch in (None, group.global_batch_size)
         and all(wanted.get(key, value) == value for key, value in group.variant)
     ]
 
@@ -204,7 +213,13 @@ def reference_of(study: Study, groups: Sequence[Group]) -> Group | None:
     return find(groups, str(arm), batch)
 
 
-def baseline_of(study: Study, groups: Sequence[Group], group: Group) -> Group | None:
-    """The reference's arm at a group's batch size."""
-    arm = study.reference.get("arm", "clip")
-    return find(groups, str(arm), group.global_batch_size, group.variant)
+def reference_method(study: Study) -> str:
+    """The method of the arm that the plan names as reference, whether or not one of its cells is finished."""
+    arm = str(study.reference.get("arm", "clip"))
+    labels = {cell.arm: cell.label for cell in study.cells}
+    return next((cell.arm for cell in study.cells if cell.label == labels.get(arm)), arm)
+
+
+def baseline_of(groups: Sequence[Group], method: str, group: Group) -> Group | None:
+    """A method, the reference's, at a group's batch size."""
+    return nearest([one for one in groups if one.method == method], group.global_batch_size, group.variant)

@@ -26,6 +26,7 @@ from amclr_scale.metrics.scores import GEOMETRY, describe
 from amclr_scale.study.planning.arms import CONTROLS
 from amclr_scale.study.planning.cost import encoder_cost, encoder_flops, matrices, negatives, pairwise_flops, peak_gib
 from amclr_scale.study.planning.features import Features, taken
+from amclr_scale.study.planning.labels import labels_of
 from amclr_scale.study.planning.lengths import Rates, samples_of
 from amclr_scale.study.planning.plan import RANKS, SWEPT, WARMUP, ArmPlan, Role, StudyPlan
 from amclr_scale.study.planning.variants import (
@@ -252,7 +253,7 @@ def _cell(
     variant = variant_name(arm.name, batch, axes)
     return Planned(
         name=f"{variant}-s{seed}", variant=variant, setting=one.setting, role=one.role, waits=one.waits, arm=arm.name,
-        label=arm.label or CONTROLS[arm.like or arm.name].label, global_batch_size=batch, seed=seed, axes=axes,
+        label=labels_of(plan)[arm.name], global_batch_size=batch, seed=seed, axes=axes,
         words=tuple(words), config=config, samples=run.total_samples, steps=run.total_steps,
         epochs=run.total_samples / epoch, lr=peak_learning_rate(config.optimizer, batch),
         encoder_cost=encoder_cost(config), ranks=ranks, features=features,

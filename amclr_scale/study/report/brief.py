@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 
 from amclr_scale.study.analysis.families import Analysed, few_steps, hardly_trained
-from amclr_scale.study.analysis.groups import Group, find
+from amclr_scale.study.analysis.groups import Group, nearest
 from amclr_scale.study.analysis.results import Study
 from amclr_scale.study.analysis.units import words_of
 from amclr_scale.study.planning.amounts import MOST_OF_EFFECT
@@ -70,8 +70,9 @@ def _scores(first: Analysed) -> str:
             continue
         best, value = (min if lower else max)(here, key=lambda one: one[1])
         said = f"at B = {batch:,} {best.title} {first.unit.score(value)}{first.unit.name and ' ' + first.unit.name}"
-        base = find([group for group, _ in here], first.reference.arm) if first.reference else None
-        if base is not None and best.arm != base.arm:
+        of = first.reference
+        base = nearest([group for group, _ in here if of and group.method == of.method], batch, ())
+        if base is not None and best.method != base.method:
             said += f" ({base.title} {first.unit.score(dict(here)[base])})"
         words.append(said)
     return f"{'Lowest' if lower else 'Highest'} {first.outcome.metric.name}, mean over seeds: {'; '.join(words)}."

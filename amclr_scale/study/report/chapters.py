@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from amclr_scale.study.analysis.comparability import differences, surroundings, uneven_rate
 from amclr_scale.study.analysis.comparison import Outcome
 from amclr_scale.study.analysis.families import Analysed, slug_of
-from amclr_scale.study.analysis.groups import Group
+from amclr_scale.study.analysis.groups import Group, reference_method
 from amclr_scale.study.analysis.results import Metric, Study
 from amclr_scale.study.analysis.units import unit_of
 from amclr_scale.study.report import curves, learning_rates, plots, probe_figures, rank_scaling, tables
@@ -52,8 +52,8 @@ def scores(report: Document, study: Study, analysed: Sequence[Analysed], looks: 
         split, _, name = metric.name.rpartition("/")
         report.say(f"{SCORES[name]}, {split}{', %' if unit_of(metric, study.runs).share else ''}:")
         report.table(tables.matrix(outcome, unit_of(metric, study.runs), f"scores_{slug_of(metric)}"))
-    arm = first.reference.arm if first.reference else str(study.reference.get("arm", "clip"))
-    sensitivity = tables.sensitivity_table(first.outcome, first.unit, arm)
+    method = reference_method(study)
+    sensitivity = tables.sensitivity_table(first.outcome, first.unit, method)
     if sensitivity.rows:
         report.say(
             "### How much the batch size matters",

@@ -14,7 +14,7 @@ import yaml
 from amclr_scale.data.names import known_as
 from amclr_scale.metrics.scores import words_of
 from amclr_scale.study.analysis.comparison import Comparison, Outcome, compare
-from amclr_scale.study.analysis.groups import Group, called, find
+from amclr_scale.study.analysis.groups import Group, baseline_of, called, nearest
 from amclr_scale.study.analysis.results import Metric, Study
 from amclr_scale.study.analysis.units import Unit
 from amclr_scale.study.report import rank_scaling
@@ -74,8 +74,7 @@ class Speaker:
         for first, second in measure["pairs"]:
             for group in called(self.outcome.groups, first):
                 alike = [base for base in called(self.outcome.groups, second) if _optimizer(base) == _optimizer(group)]
-                arm = alike[0].arm if alike else second
-                base = find(alike, arm, group.global_batch_size, group.variant)
+                base = baseline_of(alike, alike[0].method, group) if alike else None
                 if base is not None and base is not group:
                     pairs.append((group, base))
         return pairs
@@ -115,8 +114,9 @@ class Speaker:
 
     def _cost(self, measure: Mapping[str, Any]) -> list[str]:
         batch = min(group.global_batch_size for group in self.outcome.groups)
-        found = [(arm, called(self.outcome.groups, arm)) for arm in measure["arms"]]
-        groups = [group for _, of_arm in found if of_arm and (group := find(of_arm, of_arm[0].arm, batch))]
+        found = [called(self.outcome.groups, arm) for arm in measure["arms"]]
+        first = [[group for group in members if group.method == members[0].method] for members in found]
+        groups = [group for members in first if (group := nearest(members, batch, ()))]
         groups = [group for group in groups if group.runs[0].cell.comparisons is not None]
         if len({group.runs[0].cell.comparisons for group in groups}) < 2:
             return []

@@ -89,17 +89,17 @@ def run_table(outcome: Outcome, unit: Unit) -> Table:
 def matrix(outcome: Outcome, unit: Unit, name: str) -> Table:
     """Methods down, batch sizes across."""
     batches = sorted({group.global_batch_size for group in outcome.groups})
-    methods = dict.fromkeys((group.arm, group.variant, group.title) for group in outcome.groups)
-    at = {(group.arm, group.variant, group.global_batch_size): group for group in outcome.groups}
+    methods = dict.fromkeys((group.method, group.variant, group.title) for group in outcome.groups)
+    at = {(group.method, group.variant, group.global_batch_size): group for group in outcome.groups}
     rows, raw = [], []
-    for arm, variant, title in methods:
+    for method, variant, title in methods:
         line = [title]
         for batch in batches:
-            group = at.get((arm, variant, batch))
+            group = at.get((method, variant, batch))
             mean = outcome.mean(group) if group else None
             line.append(unit.estimate(mean.seeds) if mean else DASH)
-            if mean:
-                raw.append({"metric": outcome.metric.name, "arm": arm, "title": title, "global_batch_size": batch,
+            if group and mean:
+                raw.append({"metric": outcome.metric.name, "arm": group.arm, "title": title, "global_batch_size": batch,
                             **raw_estimate("score", mean)})  # fmt: skip
         rows.append(line)
     return Table(name, ["arm", *(f"B = {batch:,}" for batch in batches)], rows, raw)
@@ -165,20 +165,20 @@ def sensitivity_table(outcome: Outcome, unit: Unit, baseline: str) -> Table:
     """How much a doubling of the batch changes every method's score, and how that differs from the reference's arm.
 
     Args:
-        baseline: the reference's arm.
+        baseline: the reference's method.
     """
     methods: dict[tuple[str, Any], list[Group]] = {}
     for group in outcome.groups:
-        methods.setdefault((group.arm, group.variant), []).append(group)
+        methods.setdefault((group.method, group.variant), []).append(group)
     several = {key: groups for key, groups in methods.items() if len(groups) > 1}
     rows, raw = [], []
-    for (arm, variant), groups in several.items():
+    for (method, variant), groups in several.items():
         terms = per_doubling(groups)
         slope = outcome.contrast(terms)
         others = several.get((baseline, variant)) or several.get((baseline, ()))
         beside = None
         batches = [[group.global_batch_size for group in one or []] for one in (groups, others)]
-        if arm != baseline and others and batches[0] == batches[1]:
+        if method != baseline and others and batches[0] == batches[1]:
             beside = outcome.contrast([*terms, *((-weight, group) for weight, group in per_doubling(others))])
         if slope is None:
             continue
@@ -188,7 +188,7 @@ def sensitivity_table(outcome: Outcome, unit: Unit, baseline: str) -> Table:
             unit.change(slope.seeds), DASH if math.isnan(low) else f"[{unit.difference(low)}, {unit.difference(high)}]",
             unit.change(beside.seeds) if beside else DASH,
         ])  # fmt: skip
-        raw.append({"arm": arm, "title": groups[0].title, **raw_estimate("per_doubling", slope),
+        raw.append({"arm": method, "title": groups[0].title, **raw_estimate("per_doubling", slope),
                     **raw_estimate("beside_reference_arm", beside)})  # fmt: skip
     header = [
         "arm", "B", "seeds", f"{'points ' if unit.share else ''}per doubling [95 %, seeds]", "[95 %, seeds, items]",
