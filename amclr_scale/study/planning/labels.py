@@ -11,7 +11,7 @@ def labels_of(plan: StudyPlan) -> dict[str, str]:
     """The label of every arm whose kind is known: its own; else its kind's; else, where another has that, its name."""
     known = [arm for arm in plan.arms if (arm.like or arm.name) in CONTROLS]
     labels = {arm.name: arm.label or CONTROLS[arm.like or arm.name].label for arm in known}
-    own = {}
+    own: dict[str, str] = {}
     for first, second, _ in clashes(plan, labels):
         own |= {arm.name: arm.name for arm in (first, second) if arm.label is None and arm.like not in (None, arm.name)}
     return labels | own
