@@ -20,8 +20,8 @@ from amclr_scale.commands.words import command_parser, refused
 from amclr_scale.errors import UserError
 
 if TYPE_CHECKING:
-    from amclr_scale.study.planning.cells import Planned
     from amclr_scale.study.planning.plan import StudyPlan
+    from amclr_scale.study.planning.planned import Planned
     from amclr_scale.study.running.folder import StudyFolder
 
 

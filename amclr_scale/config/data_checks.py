@@ -93,6 +93,12 @@ def features(config: Config) -> list[str]:
         read = declared(config.objective).inputs
         if any(name in read for name in (f"{side}_tokens", f"{side}_token_mask")):
             lines.append(f"{key}: objective {config.objective['name']} reads {side}_tokens, which they have not")
+        if side == "text" and "text_content" in read:
+            lines.append(
+                f"{key}: objective {config.objective['name']} asks which captions are the same word for word, which a "
+                "file of features does not say; leave it out, or objective.mask_duplicates and objective.positives "
+                "that compare texts"
+            )
     return lines
 
 

@@ -141,12 +141,13 @@ def paired_average(old: Tensor, log_g: Tensor, average: Average, state: State) -
         log_u = average(old, log_g)
         return log_u, log_u
     if state == "shared_mean":
-        mean = (log_g.logsumexp(1) - log_g.new_tensor(float(log_g.shape[1])).log())[:, None]
+        seen = (~log_g.isneginf()).sum(1).clamp(min=1)  # an entry without keys says nothing
+        mean = (log_g.logsumexp(1) - seen.to(log_g.dtype).log())[:, None]
         log_u = average(old, mean)
         return log_u.expand_as(log_g), log_u
     unseen, left = old.isneginf(), old  # (b, 1)
     columns: list[Tensor] = []
     for g in log_g.split(1, dim=1):
-        left = average(left.masked_fill(unseen, -torch.inf), g)
+        left = average(left.masked_fill(unseen & ~g.isneginf(), -torch.inf), g)
         columns.append(left)
     return torch.cat(columns, 1), left

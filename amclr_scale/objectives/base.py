@@ -295,6 +295,19 @@ def require(condition: bool, key: str, expected: str, got: object, *, fix: str =
         raise UserError(f"{key}: expected {expected}, got {got!r}" + (f"; {fix}" if fix else ""))
 
 
+def refuse_unread(options: Any, keys: typing.Iterable[str], reader: str) -> None:
+    """Raise `UserError` if any of these options is not at its default, which nothing reads.
+
+    Args:
+        reader: the only setting that does, such as "gamma_schedule cosine".
+    """
+    defaults = {option.name: option.default for option in dataclasses.fields(options)}
+    for key in keys:
+        got = getattr(options, key)
+        wanted = "null" if defaults[key] is None else defaults[key]
+        require(got == defaults[key], key, f"{wanted}, the default, for only {reader} reads it", got, fix="remove it")
+
+
 def nearest(word: str, known: typing.Iterable[str]) -> str:
     """`; did you mean 'sogclr'?`, or the known words where none is near."""
     known = sorted(known)

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from amclr_scale.objectives.base import Objective, at_least_float32, global_batch_size, numbers, require
+from amclr_scale.objectives.base import Objective, at_least_float32, global_batch_size, numbers, refuse_unread, require
 from amclr_scale.similarity import softmaxes
 from amclr_scale.types import Embeddings, Loss
 
@@ -42,6 +42,7 @@ class CACR(Objective, name="cacr"):
             require(0 <= self.omega <= 8, "omega", "0 to 8 further views per modality", self.omega)
             for key in ("positive_sharpness", "negative_sharpness", "attraction", "repulsion"):
                 require(getattr(self, key) >= 0, key, "a number of at least 0", getattr(self, key))
+            refuse_unread(self, () if self.omega else ("positive_sharpness",), "an omega of 1 or more")
 
     config: Config
 

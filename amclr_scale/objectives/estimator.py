@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from amclr_scale.declarations import read_by_masks
-from amclr_scale.objectives.base import Layout, Objective, at_least_float32, global_batch_size, require
+from amclr_scale.objectives.base import Layout, Objective, at_least_float32, global_batch_size, refuse_unread, require
 from amclr_scale.objectives.masking import NO_MASK, Masking, MaskOptions
 from amclr_scale.objectives.sample_state import SampleState, Visit
 from amclr_scale.similarity import contrast, map_rows
@@ -62,6 +62,8 @@ class EstimatorOptions(TableOptions):
             self.gamma_epochs,
         )
         check_log_alpha(self.log_alpha)
+        for schedule, key in (("cosine", "gamma_epochs"), ("scent", "log_alpha")):
+            refuse_unread(self, () if self.gamma_schedule == schedule else (key,), f"gamma_schedule {schedule}")
         super().__post_init__()
 
     def columns(self) -> dict[str, float]:

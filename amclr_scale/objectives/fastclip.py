@@ -25,13 +25,13 @@ Numerics: log u, so the published overflow at small temperatures cannot happen; 
 """
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from amclr_scale.objectives.base import Layout, at_least_float32, learned_temperature, numbers, require
+from amclr_scale.objectives.base import Layout, at_least_float32, learned_temperature, numbers, refuse_unread, require
 from amclr_scale.objectives.estimator import (
     Average,
     Centred,
@@ -93,11 +93,7 @@ class FastCLIP(KeepsEstimates, name="fastclip"):
             require(self.radius >= 0, "rho", "a divergence of at least 0", self.rho)
             robust = self.version in ("v2", "v3")
             require(robust or self.rho is None, "rho", f"null for {self.version}, which has no robust loss", self.rho)
-            unused = () if self.version == "v2" else OF_V2
-            defaults = {option.name: option.default for option in fields(self)}
-            for key in unused:
-                got = getattr(self, key)
-                require(got == defaults[key], key, f"{defaults[key]} for {self.version}: only v2 uses it", got)
+            refuse_unread(self, () if self.version == "v2" else OF_V2, "version v2")
 
         @property
         def radius(self) -> float:

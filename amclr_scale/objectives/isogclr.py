@@ -19,7 +19,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from amclr_scale.objectives.base import Layout, at_least_float32, numbers, require
+from amclr_scale.objectives.base import Layout, at_least_float32, numbers, refuse_unread, require
 from amclr_scale.objectives.estimator import (
     EstimatorOptions,
     KeepsEstimates,
@@ -48,6 +48,7 @@ class ISogCLR(KeepsEstimates, name="isogclr"):
         def __post_init__(self) -> None:
             super().__post_init__()
             refuse_masks(self, self.surrogate != "none")
+            refuse_unread(self, ("margin",) if self.surrogate == "none" else (), "surrogate squared_hinge")
 
     config: Config
 

@@ -224,15 +224,17 @@ class Visit:
     def write(self, **columns: Tensor) -> None:
         """Set the named columns of this step's samples, (b,) or (b, width) each, on this rank and on the others.
 
-        Inside of `staged` they are set when the step is committed. A sample of which any number is not finite keeps its
-        row.
+        Inside of `staged` they are set when the step is committed. A sample of which any number is nan or inf keeps its
+        row. Where one is -inf, the logarithm of what nothing has been seen of yet, the sample keeps all columns, but of
+        columns with a width only at that index.
         """
         state, (num_shards, shard) = self._state, self._state.shards
         every = collectives.all_gather(
             torch.stack(list(columns.values()), dim=1)
         )  # (B, columns) or (B, columns, width)
         keep = _last_occurrences(self._every)
-        keep = keep[every[keep].isfinite().flatten(1).all(1)]
+        numbers = every[keep]
+        keep = keep[(numbers.isfinite() | numbers.isneginf()).flatten(1).all(1)]
         if num_shards > 1:
             keep = keep[self._every[keep] % num_shards == shard]
         rows, kept, names = self._every[keep] // num_shards, every[keep], tuple(columns)
@@ -241,9 +243,11 @@ class Visit:
 
 @torch.no_grad()
 def _set_rows(state: SampleState, rows: Tensor, names: tuple[str, ...], kept: Tensor) -> None:
+    there = kept.isfinite().all(1)  # (n,) or (n, width)
     for name, values in zip(names, kept.unbind(1), strict=True):
         table: Tensor = getattr(state, name)
-        table[rows.to(table.device)] = values.to(table)
+        at = rows.to(table.device)
+        table[at] = torch.where(there.to(table.device), values.to(table), table[at])
 
 
 def _at(table: Tensor, rows: Tensor) -> Tensor:

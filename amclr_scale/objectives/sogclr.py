@@ -20,7 +20,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from amclr_scale.declarations import Equal, read_by_masks
-from amclr_scale.objectives.base import Layout, numbers, require
+from amclr_scale.objectives.base import Layout, numbers, refuse_unread, require
 from amclr_scale.objectives.estimator import (
     Average,
     EstimatorOptions,
@@ -51,6 +51,7 @@ class SogCLR(KeepsEstimates, name="sogclr"):
             require(self.temperature > 0, "temperature", "a positive number", self.temperature)
             super().__post_init__()
             refuse_masks(self, self.surrogate != "none")
+            refuse_unread(self, ("margin",) if self.surrogate == "none" else (), "surrogate squared_hinge")
             check_reference(self, self.reference)
 
     config: Config

@@ -17,7 +17,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from amclr_scale.objectives.base import require
+from amclr_scale.objectives.base import refuse_unread, require
 from amclr_scale.objectives.estimator import EstimatorOptions
 
 
@@ -104,6 +104,9 @@ class RobustOptions(EstimatorOptions):
         require(self.temperature > 0, "temperature", "a positive number", self.temperature)
         super().__post_init__()
         self.descent()
+        refuse_unread(self, () if self.eta_schedule == "cosine" else ("eta_epochs",), "eta_schedule cosine")
+        falls = self.eta_schedule != "constant"
+        refuse_unread(self, () if falls else ("eta_min",), "eta_schedule cosine or exponential")
         check_robust(self.rho, self.temperature, self.temperature_min, self.temperature_max)
 
     def descent(self) -> Descent:

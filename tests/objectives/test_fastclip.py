@@ -205,8 +205,11 @@ def test_compat_doubles_the_softmax_part_of_the_temperature_gradient():
         ({"version": "v4"}, "version: expected 'v0' or 'v1' or 'v2' or 'v3', got 'v4'"),
         ({"eps": 0.0}, "eps: expected a positive number"),
         ({"version": "v1", "rho": 2.0}, "rho: expected null for v1, which has no robust loss, got 2.0"),
-        ({"temperature_max": 0.5}, "temperature_max: expected 1.0 for v3: only v2 uses it, got 0.5"),
-        ({"version": "v0", "temperature_lr": 0.0}, "temperature_lr: expected 0.0133 for v0: only v2 uses it"),
+        ({"temperature_max": 0.5}, "temperature_max: expected 1.0, the default, for only version v2 reads it, got 0.5"),
+        (
+            {"version": "v0", "temperature_lr": 0.0},
+            "temperature_lr: expected 0.0133, the default, for only version v2 reads it",
+        ),
     ],
 )
 def test_options_are_checked(options, message):

@@ -112,7 +112,8 @@ def test_frozen_temperatures_are_sogclr():
     ],
 )
 def test_the_step_size_follows_its_schedule_by_whole_epochs(schedule, expected):
-    descent = make("isogclr", eta=0.1, eta_min=0.01, eta_epochs=4, eta_schedule=schedule).descent
+    read = {"constant": {}, "cosine": {"eta_min": 0.01, "eta_epochs": 4}, "exponential": {"eta_min": 0.01}}[schedule]
+    descent = make("isogclr", eta=0.1, eta_schedule=schedule, **read).descent
     for epoch, eta in zip((0.7, 1.2, 9.0), expected, strict=True):
         assert descent.eta_at(epoch) == pytest.approx(eta, abs=1e-12)
 
@@ -194,6 +195,11 @@ def test_generated_temperatures_must_be_there():
         ({"beta": 0.0}, "beta: expected a weight"),
         ({"temperature_min": 0.1, "temperature_max": 0.05}, "temperature_min: expected 0 < temperature_min"),
         ({"eta_schedule": "cosine"}, "eta_epochs: expected a positive number"),
+        (
+            {"eta_schedule": "exponential", "eta_epochs": 4.0},
+            "eta_epochs: expected null, the default, for only eta_sche",
+        ),
+        ({"eta_min": 0.01}, "eta_min: expected 0.0001, the default, for only eta_schedule cosine or exponential reads"),
         ({"gradient_clip": 0.0}, "gradient_clip: expected a positive bound"),
     ],
 )

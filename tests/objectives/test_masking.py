@@ -91,6 +91,67 @@ def test_the_option_is_a_hole_in_the_matrix(name, options):
         assert_same(run(name, options, chunk=chunk, batch=batch_of(name)), want)
 
 
+def pairings(state: str, t: float = 0.1, gamma: float = 0.6, margin: float = 0.0):
+    """AmCLR where a pairing of an anchor may have no key: it has no term and leaves its average as it was."""
+
+    def loss(tables, e: Embeddings, step: int):
+        value: Tensor | float = 0.0
+        images, texts = (e.image, *e.image_views), (e.text, *e.text_views)
+        lists = {"image": [(z, x) for z in images for x in texts], "text": [(x, z) for x in texts for z in images]}
+        for side, entries in lists.items():
+            width = len(entries) if state == "per_pair" else 1
+            table = tables.setdefault(
+                f"{side}_state.log_u", torch.full((NUM_SAMPLES, width), -torch.inf, dtype=torch.float64)
+            )
+            for i, row in enumerate(e.ids.tolist()):
+                gs = {}
+                for k, (anchors, keys) in enumerate(entries):
+                    s = anchors[i] @ keys.T
+                    near = [j for j in range(B) if j != i and s[j] <= s[i] + margin]
+                    if near:
+                        gs[k] = ((s[near] - s[i]) / t).exp().sum() / (B - 1)
+                before = table[row].exp().tolist()
+                us = list(before)
+                for k, g in gs.items():
+                    at = k if width > 1 else 0
+                    new = sum(gs.values()) / len(gs) if state == "shared_mean" else g
+                    last = us[at] if state == "shared_sequential" else before[at]
+                    us[at] = new.item() if before[at] == 0 else (1 - gamma) * last + gamma * new.item()
+                    value = value + t * g / us[at] / B
+                table[row] = torch.tensor(us, dtype=torch.float64).log()
+        return value, value
+
+    return loss
+
+
+def turned(step: int) -> Embeddings:
+    """Half of the texts turned away from their images, further than all others, and of the other half the views."""
+    e = global_batch(step, views=1)
+    even = torch.where(torch.arange(B) % 2 == 0, -1.0, 1.0)[:, None]
+    text, view = even * e.text.detach(), -even * e.text_views[0].detach()
+    return dataclasses.replace(e, text=text.requires_grad_(), text_views=(view.requires_grad_(),))
+
+
+@pytest.mark.parametrize("state", ["per_pair", "shared_sequential", "shared_mean"])
+def test_a_pairing_without_keys_says_nothing(state):
+    objective = make("amclr", temperature=0.1, gamma=0.6, state=state, false_negative_margin=0.0)
+    define, tables = pairings(state), {}
+    for step in range(4):
+        ours, theirs = turned(step), turned(step)
+        got, (want, _) = objective(ours).value, define(tables, theirs, step)
+        got.backward()
+        want.backward()
+        assert got.item() == pytest.approx(want.item(), rel=1e-10)
+        rows, wanted_rows = ((e.image, e.text, *e.image_views, *e.text_views) for e in (ours, theirs))
+        for x, y in zip(rows, wanted_rows, strict=True):
+            close(x.grad, y.grad, 1e-10, "gradient")
+    kept = objective.state_dict()
+    for name, wanted in tables.items():
+        torch.testing.assert_close(kept[name].double(), wanted, rtol=1e-10, atol=1e-10)
+    unknown = tables["image_state.log_u"].isneginf()
+    assert (unknown.any(1) & ~unknown.all(1)).any() == (state == "per_pair")
+
+
 @pytest.mark.parametrize("world_size", [2])
 def test_ranks_are_one_batch(ranks, world_size):
     for name, options in MASKED:

@@ -7,9 +7,10 @@ import math
 import sys
 from pathlib import Path
 
-from amclr_scale.study.planning.cells import Planned, base_tree, make_cells
+from amclr_scale.study.planning.cells import base_tree, make_cells
 from amclr_scale.study.planning.load import load_plan
 from amclr_scale.study.planning.plan import StudyPlan
+from amclr_scale.study.planning.planned import Planned
 from amclr_scale.study.running.folder import StudyFolder
 from amclr_scale.study.running.run import Outcome, Runner
 

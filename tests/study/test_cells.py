@@ -10,9 +10,10 @@ from amclr_scale.config.schema import Momentum
 from amclr_scale.errors import UserError
 from amclr_scale.study.planning import cells as cells_module
 from amclr_scale.study.planning.arms import ABSENT, CONTROLS
-from amclr_scale.study.planning.cells import Planned, base_tree, make_cells, reference_of
+from amclr_scale.study.planning.cells import base_tree, make_cells
 from amclr_scale.study.planning.cost import encoder_cost, encoder_flops, pairwise_flops
 from amclr_scale.study.planning.load import load_plan
+from amclr_scale.study.planning.planned import Planned, reference_of
 from amclr_scale.study.planning.warnings import warnings
 from tests.study.test_plan import PLAN
 

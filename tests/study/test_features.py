@@ -16,8 +16,9 @@ from amclr_scale.commands.main import main
 from amclr_scale.config.load import dump
 from amclr_scale.data.tokenizers import load_tokenizer
 from amclr_scale.encoders.build import build_model
-from amclr_scale.study.planning.cells import Planned, base_tree
+from amclr_scale.study.planning.cells import base_tree
 from amclr_scale.study.planning.load import load_plan
+from amclr_scale.study.planning.planned import Planned
 from amclr_scale.study.running import features as features_module
 from amclr_scale.study.running import run as run_module
 from amclr_scale.study.running.folder import StudyFolder

@@ -8,10 +8,11 @@ import pytest
 
 from amclr_scale.config.shipped import shipped
 from amclr_scale.errors import UserError
-from amclr_scale.study.planning.cells import Planned, base_tree, make_cells
+from amclr_scale.study.planning.cells import base_tree, make_cells
 from amclr_scale.study.planning.lengths import samples_per_epoch
 from amclr_scale.study.planning.load import dump_plan, load_plan
 from amclr_scale.study.planning.plan import StudyPlan
+from amclr_scale.study.planning.planned import Planned
 from amclr_scale.study.planning.warnings import warnings
 from amclr_scale.study.running.folder import StudyFolder
 from amclr_scale.study.running.preview import expectation, preview
@@ -55,21 +56,34 @@ def refusal(file: Path, *words: str) -> str:
     return str(told.value)
 
 
-def test_arms_that_a_table_could_not_tell_apart_have_labels_of_their_own(plan_file: Path) -> None:
-    def labels(arms: str) -> dict[tuple[str, int], str]:
-        cells = plan_cells(plan_file, f"arms=[clip, {arms}]", "seeds=[0]")
-        return {(cell.arm, cell.global_batch_size): cell.label for cell in cells}
+def test_arms_of_one_label_are_one_method_by_choice_alone(plan_file: Path) -> None:
+    def labels(arms: str, *words: str) -> dict[str, str]:
+        return {cell.arm: cell.label for cell in plan_cells(plan_file, f"arms=[clip, {arms}]", *words)}
 
     large = "{name: large, like: clip, batch_sizes: [128], words: [optimizer.eps=1e-7]}"
-    assert labels(large) == {("clip", 32): "CLIP", ("clip", 64): "CLIP", ("large", 128): "CLIP"}
-    assert labels(large.replace("128", "64"))["large", 64] == "large"
-    swept = "{name: a, like: sogclr, axes: {objective.gamma: [0.1, 0.2]}}, {name: b, like: sogclr, axes: "
-    assert set(labels(swept + "{objective.gamma: [0.3]}}").values()) == {"CLIP", "SogCLR"}
-    assert set(labels(swept + "{objective.gamma: [0.2]}}").values()) == {"CLIP", "a", "b"}
+    assert labels(large) == {"clip": "CLIP", "large": "large"}
+    assert labels(large.replace("like: clip", "like: clip, label: CLIP")) == {"clip": "CLIP", "large": "CLIP"}
+    assert labels("{name: mine, like: dcl}") == {"clip": "CLIP", "mine": "DCL"}
+    assert labels("dcl, {name: mine, like: dcl}") == {"clip": "CLIP", "dcl": "DCL", "mine": "mine"}
+    own = "{name: a, like: sogclr, label: S, axes: {objective.gamma: [0.1, 0.2]}}, {name: b, like: sogclr, label: S"
+    assert labels(f"{own}, axes: {{objective.gamma: [0.3]}}}}") == {"clip": "CLIP", "a": "S", "b": "S"}
 
-    told = refusal(plan_file, "arms=[clip, {name: mine, like: dcl, label: CLIP, batch_sizes: [64, 128]}]")
-    assert told.startswith("arms.mine.label: expected another than that of clip at the same batch size, 64,")
-    assert told.endswith(", got CLIP")
+
+@pytest.mark.parametrize(
+    ("arms", "words", "told"),
+    [
+        ("{name: mine, like: dcl, label: CLIP, batch_sizes: [64, 128]}", [], "mine.label: .* that of clip, .*(64)"),
+        ("{name: a, like: sogclr, label: S}, {name: b, like: sogclr, label: S, axes: {objective.gamma: [0.5]}}",
+         ["axes={objective.gamma: [0.5, 0.8]}"], "b.label: .* that of a, .*(32, 64)"),
+        ("{name: a, like: clip, label: CLIP, axes: {objective.group_size: [32]}}",
+         ["held_equal=grid", "group_sizes=[32, 64]"], "a.label: .* that of clip, .*(32, 64)"),
+    ],
+)  # fmt: skip
+def test_arms_that_no_table_could_tell_apart_are_refused(
+    plan_file: Path, arms: str, words: list[str], told: str
+) -> None:
+    answer = refusal(plan_file, f"arms=[clip, {arms}]", *words)
+    assert re.search(rf"^arms\.{told.replace('(', '[(]').replace(')', '[)]')} that no table could", answer)
 
 
 def test_a_plan_written_out_reads_back_as_the_same_plan(plan_file: Path, tmp_path: Path) -> None:

@@ -121,9 +121,10 @@ def test_the_head_says_which_batch_size_a_method_is_worth(tmp_path):
 @pytest.mark.usefixtures("undrawn")
 def test_arms_of_one_label_are_one_method_at_other_batch_sizes(tmp_path):
     folder = make_study(tmp_path / "s", arms=("clip", "dcl"), noise=0.0005, items=False)
+    plan = yaml.safe_load((folder / "study.yaml").read_text()) | {"pairs": [["dcl", "clip"], ["clip", "dcl"]]}
+    (folder / "study.yaml").write_text(yaml.safe_dump(plan))
     whole = compose(read_study(folder))
 
-    plan = yaml.safe_load((folder / "study.yaml").read_text())
     plan["arms"].append({"name": "clip_large", "like": "clip"})
     (folder / "study.yaml").write_text(yaml.safe_dump(plan))
     listed = json.loads((folder / "cells.json").read_text())
@@ -142,6 +143,45 @@ def test_arms_of_one_label_are_one_method_at_other_batch_sizes(tmp_path):
     ]
     head, of_whole = (one.markdown.partition("## Question and design")[0] for one in (parted, whole))
     assert head == of_whole
+
+
+@pytest.mark.usefixtures("undrawn")
+@pytest.mark.parametrize("shared", ["DCL", "CLIP"])
+def test_arms_of_one_label_at_one_batch_size_stay_apart(tmp_path, shared):
+    """Folders of earlier versions have them."""
+    folder = make_study(tmp_path / "s", arms=("clip", "dcl", "sogclr"), batches=(128, 256), items=False)
+    before = {row["arm"]: row for row in read_tables(folder)["sensitivity"]}
+    listed = json.loads((folder / "cells.json").read_text())
+    for cell in listed["cells"]:
+        cell["label"] = shared if cell["arm"] in ("sogclr", shared.lower()) else cell["label"]
+    (folder / "cells.json").write_text(json.dumps(listed))
+    tables = read_tables(folder)
+    scores = {(row["arm"], row["global_batch_size"]) for row in tables["scores_R_1_both_ways"]}
+    assert scores == {(arm, batch) for arm in ("clip", "dcl", "sogclr") for batch in (128, 256)}
+    assert {row["arm"]: row["per_doubling"] for row in tables["sensitivity"]} == {
+        arm: row["per_doubling"] for arm, row in before.items()
+    }
+
+
+def read_tables(folder: Path):
+    return {table.name: table.raw for table in compose(read_study(folder)).tables}
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_an_outcome_on_several_splits_has_seeds_alone(tmp_path):
+    folder = make_study(tmp_path / "s", arms=("clip", "dcl"), batches=(128,))
+    whole = compose(read_study(folder))
+    listed = json.loads((folder / "cells.json").read_text())
+    other = "emoji/val_pairs/image_to_text_R@1"
+    listed["metrics"][0]["keys"][1] = other
+    (folder / "cells.json").write_text(json.dumps(listed))
+    for run in (folder / "runs").iterdir():
+        results = json.loads((run / "evaluation.json").read_text())
+        results[other] = results[listed["metrics"][0]["keys"][0]]
+        (run / "evaluation.json").write_text(json.dumps(results))
+    tables = {table.name: table.raw for table in compose(read_study(folder)).tables}
+    assert all(row["score_low"] is not None and row["score_low_with_items"] is None for row in tables["runs"])
+    assert all(row["score_low_with_items"] is not None for row in next(t.raw for t in whole.tables if t.name == "runs"))
 
 
 def test_numbers_of_claims_that_were_measured_elsewhere_stand_on_the_pages_that_they_name():

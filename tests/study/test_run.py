@@ -15,9 +15,10 @@ import pytest
 from amclr_scale.checkpoint import lock
 from amclr_scale.config.load import dump
 from amclr_scale.errors import UserError
-from amclr_scale.study.planning.cells import Planned, base_tree, make_cells
+from amclr_scale.study.planning.cells import base_tree, make_cells
 from amclr_scale.study.planning.load import load_plan
 from amclr_scale.study.planning.plan import StudyPlan
+from amclr_scale.study.planning.planned import Planned
 from amclr_scale.study.running import pilot
 from amclr_scale.study.running import run as run_module
 from amclr_scale.study.running.folder import StudyFolder

@@ -11,9 +11,10 @@ from amclr_scale.errors import UserError
 from amclr_scale.study.analysis.comparison import Outcome, compare
 from amclr_scale.study.analysis.groups import find, groups_of
 from amclr_scale.study.analysis.reading import read_study
-from amclr_scale.study.planning.cells import Planned, base_tree
+from amclr_scale.study.planning.cells import base_tree
 from amclr_scale.study.planning.load import load_plan
 from amclr_scale.study.planning.plan import StudyPlan
+from amclr_scale.study.planning.planned import Planned
 from amclr_scale.study.report.compose import compose
 from amclr_scale.study.running import run as run_module
 from amclr_scale.study.running.folder import StudyFolder

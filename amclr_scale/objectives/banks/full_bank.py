@@ -162,7 +162,7 @@ class FullBank(Objective, name="full_bank"):
             self.steps.add(1)
         metrics = {
             "bank_seen": (seen_images + seen_texts) / 2,
-            "bank_drift": (drift(image, own[0]) + drift(text, own[1])) / 2,
+            "bank_drift": drift((image, own[0]), (text, own[1])),
         }
         return Loss(loss, numbers(objective=loss, temperature=t, **metrics))
 

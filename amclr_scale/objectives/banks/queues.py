@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from amclr_scale.objectives.banks.bank import Bank, Contents, Own
 from amclr_scale.objectives.base import Layout, Objective, at_least_float32, require
-from amclr_scale.similarity import ExtraKeys
+from amclr_scale.similarity import ExtraKeys, all_sum
 from amclr_scale.types import Embeddings
 
 
@@ -90,7 +90,7 @@ class Queues(nn.Module):
             "bank_age": images.age(),
             "bank_same_id": same,
             "bank_masked": same / max(1, filled) if self.exclude_same_id else 0.0,
-            "bank_drift": (drift(image, of_image) + drift(text, of_text)) / 2,
+            "bank_drift": drift((image, of_image), (text, of_text)),
         }
         if not filled or epoch < self.wait_epochs:
             return Look(None, None, of_image, of_text, metrics)
@@ -131,11 +131,21 @@ class KeepsQueues(Objective):
 
 
 @torch.no_grad()
-def drift(rows: Tensor, own: Own) -> Tensor:
-    """Mean over the samples that have stored something of 1 - cosine between that and what they are now; 0 if none."""
-    x = at_least_float32(rows)
-    moved = 1 - F.cosine_similarity(x, own.rows.to(x.dtype), dim=1)
-    return moved.masked_fill(~own.there, 0.0).sum() / own.there.sum().clamp(min=1)
+def drift(*sides: tuple[Tensor, Own]) -> Tensor:
+    """Of the global batch's samples that have stored something, the mean of 1 - cosine between that and what they are
+    now, (), the mean over sides; 0 of a side where none has. Every rank calls it.
+
+    Args:
+        sides: this rank's rows (b, D), and what their samples have stored.
+    """
+    found = []
+    for rows, own in sides:
+        x = at_least_float32(rows)
+        turned = 1 - F.cosine_similarity(x, own.rows.to(x.dtype), dim=1)
+        found.append(torch.stack([turned.masked_fill(~own.there, 0.0).sum(), own.there.sum().to(x.dtype)]))
+    sums = all_sum(torch.stack(found))  # (sides, 2)
+    moved: Tensor = sums[:, 0] / sums[:, 1].clamp(min=1)
+    return moved.mean()
 
 
 def proximal(rows: Tensor, own: Own | None) -> Tensor | float:

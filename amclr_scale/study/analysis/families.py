@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from amclr_scale.study.analysis.comparison import Comparison, Outcome, compare
-from amclr_scale.study.analysis.groups import Group, baseline_of, find, reference_method, reference_of
+from amclr_scale.study.analysis.groups import Group, baseline_of, methods_of, reference_method, reference_of
 from amclr_scale.study.analysis.results import Metric, Study
 from amclr_scale.study.analysis.units import Unit, unit_of
 
@@ -63,17 +63,18 @@ def analyse(study: Study, groups: Sequence[Group]) -> list[Analysed]:
     Where the first two are the same comparisons (a study of one batch size), the second family is empty.
     """
     reference = reference_of(study, groups)
-    method = reference_method(study)
+    method, methods = reference_method(study), methods_of(study.cells)
     same = [(g, base) for g in groups if g.method != method and (base := baseline_of(groups, method, g))]
     far = [(g, reference) for g in groups if reference is not None and g is not reference]
     if [(one.name, base.name) for one, base in same] == [(one.name, base.name) for one, base in far]:
         same = []
-    named = [
+    named = dict.fromkeys(
         (one, base)
         for first, second in study.plan.get("pairs") or ()
         for one in groups
-        if one.arm == first and (base := find(groups, second, one.global_batch_size, one.variant))
-    ]
+        if one.method == methods.get(first) and (base := baseline_of(groups, methods.get(second, second), one))
+        if base is not one
+    )
     found = []
     for metric in study.metrics:
         outcome = Outcome(metric, groups)
@@ -81,7 +82,7 @@ def analyse(study: Study, groups: Sequence[Group]) -> list[Analysed]:
             Analysed(
                 outcome, unit_of(metric, study.runs), slug_of(metric), reference,
                 compare(outcome, far, study.margin), compare(outcome, same, study.margin),
-                compare(outcome, named, study.margin),
+                compare(outcome, list(named), study.margin),
             )
         )  # fmt: skip
     return found

@@ -144,8 +144,7 @@ def per_doubling(groups: Sequence[Group]) -> list[tuple[float, Group]]:
 
 def groups_of(study: Study) -> list[Group]:
     """All groups with a finished cell that is scored, in the plan's order of arms, then by batch size."""
-    methods = {cell.label: cell.arm for cell in reversed(study.cells)}
-    method = {cell.arm: methods[cell.label] for cell in study.cells}
+    method = methods_of(study.cells)
     order = list(dict.fromkeys((method[cell.arm], cell.variant) for cell in study.cells))
     scored, tuning = _by_group(study.runs), _by_group(study.tuning)
     tuned = {_key(cell) for cell in study.tuning_cells}
@@ -159,6 +158,19 @@ def groups_of(study: Study) -> list[Group]:
         for key in sorted(scored, key=lambda key: (order.index((method[key[0]], key[1])), key[2]))
         for arm, variant, batch in (key,)
     ]  # fmt: skip
+
+
+def methods_of(cells: Sequence[Cell]) -> dict[str, str]:
+    """Of every arm the first arm of its label; itself where two of that label have cells of one kind.
+
+    Plans are refused for such labels; folders of earlier versions may have them.
+    """
+    arms: dict[tuple[str, Axes, int], set[str]] = {}
+    for cell in cells:
+        arms.setdefault((cell.label, cell.variant, cell.global_batch_size), set()).add(cell.arm)
+    apart = {label for (label, _, _), alike in arms.items() if len(alike) > 1}
+    first = {cell.label: cell.arm for cell in reversed(cells)}
+    return {cell.arm: cell.arm if cell.label in apart else first[cell.label] for cell in cells}
 
 
 def _by_group(runs: Sequence[Run]) -> dict[tuple[str, Axes, int], list[Run]]:
@@ -216,8 +228,7 @@ def reference_of(study: Study, groups: Sequence[Group]) -> Group | None:
 def reference_method(study: Study) -> str:
     """The method of the arm that the plan names as reference, whether or not one of its cells is finished."""
     arm = str(study.reference.get("arm", "clip"))
-    labels = {cell.arm: cell.label for cell in study.cells}
-    return next((cell.arm for cell in study.cells if cell.label == labels.get(arm)), arm)
+    return methods_of(study.cells).get(arm, arm)
 
 
 def baseline_of(groups: Sequence[Group], method: str, group: Group) -> Group | None:

@@ -20,7 +20,7 @@ Axes = tuple[tuple[str, Any], ...]
 
 @dataclass(frozen=True)
 class Metric:
-    """An outcome: one result of evaluation.json, or the mean of several over the same items."""
+    """An outcome: one result of evaluation.json, or the mean of several."""
 
     name: str
     keys: tuple[str, ...]
@@ -38,7 +38,9 @@ class Metric:
         return sum(results[key] for key in self.keys) / len(self.keys)
 
     def number(self, items: Mapping[str, Number]) -> Number | None:
-        """The same with its items; None where they were not kept."""
+        """The same with its items; None where they were not kept, or several splits have no one set to draw from."""
+        if len(self.splits) > 1:
+            return None
         found = [items[key] for key in self.keys if key in items]
         return mean_of(*found) if len(found) == len(self.keys) else None
 

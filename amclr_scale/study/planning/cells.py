@@ -6,29 +6,26 @@ that all arms share. Every cell's configuration is checked before the first one 
 
 import fnmatch
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from amclr_scale.config.load import build, from_words, merge, read_file, recipe_hash
+from amclr_scale.config.load import build, from_words, merge, read_file
 from amclr_scale.config.objective_options import find
 from amclr_scale.config.schema import Config
-from amclr_scale.data.names import probe_name, split_names
-from amclr_scale.data.sources import embedded_splits
 from amclr_scale.encoders.start.hub_names import parse
 from amclr_scale.encoders.start.taken import resolve
 from amclr_scale.engine.batch_plan import make_plan
 from amclr_scale.engine.schedules import peak_learning_rate
-from amclr_scale.errors import UserError, did_you_mean
-from amclr_scale.evaluation.suites.of_runs import outcomes
-from amclr_scale.metrics.scores import GEOMETRY, describe
+from amclr_scale.errors import UserError
 from amclr_scale.study.planning.arms import CONTROLS
-from amclr_scale.study.planning.cost import encoder_cost, encoder_flops, matrices, negatives, pairwise_flops, peak_gib
-from amclr_scale.study.planning.features import Features, taken
+from amclr_scale.study.planning.checks import check_metrics, check_together
+from amclr_scale.study.planning.cost import encoder_cost, peak_gib
+from amclr_scale.study.planning.features import taken
 from amclr_scale.study.planning.labels import labels_of
 from amclr_scale.study.planning.lengths import Rates, samples_of
-from amclr_scale.study.planning.plan import RANKS, SWEPT, WARMUP, ArmPlan, Role, StudyPlan
+from amclr_scale.study.planning.plan import RANKS, SWEPT, WARMUP, ArmPlan, StudyPlan
+from amclr_scale.study.planning.planned import Planned
 from amclr_scale.study.planning.variants import (
     Combination,
     combinations,
@@ -38,81 +35,6 @@ from amclr_scale.study.planning.variants import (
     without_places,
     words_of,
 )
-
-
-@dataclass(frozen=True)
-class Planned:
-    """One cell, and the numbers that follow from it.
-
-    Attributes:
-        name: unique; also its run folder's.
-        variant: the name without the seed.
-        setting: the variant without a swept learning rate.
-        role: whether it is scored, or chooses a learning rate for those that are.
-        waits: it is scored at a learning rate that its tuning cells have yet to choose; `config` has another one.
-        words: overrides of the study's configuration, all of them part of the recipe.
-        config: with its `execution`, which is no part of the recipe.
-        encoder_cost: forward passes of both towers per sample, relative to plain CLIP.
-        ranks: it runs on.
-        features: of another cell that it reads, which runs before it.
-    """
-
-    name: str
-    variant: str
-    setting: str
-    role: Role
-    waits: bool
-    arm: str
-    label: str
-    global_batch_size: int
-    seed: int
-    axes: Mapping[str, Any]
-    words: tuple[str, ...]
-    config: Config = field(repr=False)
-    samples: int
-    steps: int
-    epochs: float
-    lr: float
-    encoder_cost: float
-    ranks: int
-    features: Features | None = None
-
-    @property
-    def recipe_hash(self) -> str:
-        return recipe_hash(self.config)
-
-    @property
-    def num_samples(self) -> int:
-        """Of the data set."""
-        return round(self.samples / self.epochs)
-
-    @property
-    def negatives(self) -> int:
-        """Per anchor and term."""
-        return negatives(self.config, self.num_samples)
-
-    @property
-    def comparisons(self) -> int:
-        """Per anchor over all terms."""
-        return matrices(self.config, self.num_samples) * self.negatives
-
-    @property
-    def flops(self) -> tuple[float, float]:
-        """Useful operations of the whole cell: both towers, and the similarities."""
-        pairs = pairwise_flops(self.config, self.num_samples)
-        return encoder_flops(self.config) * self.samples, pairs * self.samples
-
-    def entry(self) -> dict[str, Any]:
-        """Its line in cells.json."""
-        return {
-            "cell": self.name, "role": self.role, "waits": self.waits, "arm": self.arm,
-            "label": self.label, "global_batch_size": self.global_batch_size,
-            "seed": self.seed, "axes": dict(self.axes), "recipe_hash": "" if self.waits else self.recipe_hash,
-            "words": [] if self.waits else list(self.words), "samples": self.samples, "steps": self.steps,
-            "epochs": round(self.epochs, 4), "lr": None if self.waits else self.lr,
-            "encoder_cost": self.encoder_cost, "negatives": self.negatives, "comparisons": self.comparisons,
-            "flops": sum(self.flops), "ranks": self.ranks, "features_of": self.features and self.features.of,
-        }  # fmt: skip
 
 
 def base_tree(plan: StudyPlan) -> dict[str, Any]:
@@ -143,9 +65,9 @@ def make_cells(
     """
     cells, lines = _collect(plan, plan.arms, tree, epoch, rates or {}, steps, chosen or {})
     if not lines:
-        lines += list(_check(plan, cells))
+        lines += list(check_together(plan, cells))
     elif cells:
-        lines += list(_check_metrics(plan, cells[0].config))
+        lines += list(check_metrics(plan, cells[0].config))
     if lines:
         raise UserError("\n".join(lines))
     return cells
@@ -160,7 +82,7 @@ def configuration_mistakes(plan: StudyPlan) -> list[str]:
     known = [arm for arm in plan.arms if (arm.like or arm.name) in CONTROLS]
     any_length = plan.model_copy(update={"held_equal": "samples"})
     cells, lines = _collect(any_length, known, tree, 1e6, {}, 1, {})
-    return lines + (list(_check_metrics(plan, cells[0].config)) if cells else [])
+    return lines + (list(check_metrics(plan, cells[0].config)) if cells else [])
 
 
 def _collect(
@@ -186,13 +108,6 @@ def _collect(
         except UserError as error:
             mistakes.setdefault(str(error), []).append(arm.name)
     return cells, [f"{line} (in {where[0]}{_more(where)})" for line, where in mistakes.items()]
-
-
-def reference_of(plan: StudyPlan, cells: Sequence[Planned]) -> tuple[str, int]:
-    """The arm and batch size that everything is compared with."""
-    arm = plan.reference.arm
-    batches = [cell.global_batch_size for cell in cells if cell.arm == arm]
-    return arm, plan.reference.global_batch_size or max(batches, default=0)
 
 
 def _more(where: Sequence[str]) -> str:
@@ -292,58 +207,3 @@ def _that_fit(plan: StudyPlan, arm: ArmPlan, cells: Sequence[Planned], epoch: fl
 def predicted_gib(plan: StudyPlan, cell: Planned, epoch: float) -> float:
     """Peak memory per rank, predicted."""
     return peak_gib(cell.config, ranks=cell.ranks, num_samples=round(epoch), device=plan.execution.device)
-
-
-def _check(plan: StudyPlan, cells: Sequence[Planned]) -> Iterator[str]:
-    """What only all cells together show."""
-    if not cells:
-        yield "skip: leaves no cell to run"
-        return
-    for name in sorted({cell.name for cell in cells if sum(other.name == cell.name for other in cells) > 1}):
-        yield f"axes: two cells are called {name}; the values differ too little to be told apart in a name"
-    for key in plan.axes:
-        if not any(key in cell.axes for cell in cells):
-            yield f"axes.{key}: no arm's objective has this option"
-    arm, batch = reference_of(plan, cells)
-    if not any(cell.arm == arm and cell.global_batch_size == batch for cell in cells):
-        there = sorted({f"{cell.arm} at {cell.global_batch_size}" for cell in cells if cell.arm == arm})
-        yield f"reference: expected one of the cells ({', '.join(there) or 'none of this arm'}), got {arm} at {batch}"
-    if any(cell.features and not isinstance(cell.config.data.train, str) for cell in cells):
-        yield "data.train: expected one data set where an arm has features_of, got several"
-    sets: dict[Path, dict[str, None]] = {}
-    for cell in cells:
-        if cell.features:
-            sets.setdefault(cell.features.folder, {})[str(cell.config.data.train)] = None
-    for names in dict.fromkeys(tuple(found) for found in sets.values() if len(found) > 1):
-        yield f"data.train: expected one data set for all that read features of one cell, got {', '.join(names)}"
-    yield from _check_metrics(plan, cells[0].config)
-
-
-def _check_metrics(plan: StudyPlan, config: Config) -> Iterator[str]:
-    """Outcomes that no evaluation of the configuration can have."""
-    evaluation = config.evaluation
-    splits = split_names(evaluation)
-    tests = [*splits, *(probe_name(probe, evaluation) for probe in evaluation.probes)]
-    asked = [("metrics", metric) for metric in plan.metrics]
-    asked += [("tuning.metric", plan.tuning.metric)] if plan.tuning.metric else []
-    for where, metric in asked:
-        for key in metric.keys:
-            suite, _, number = key.partition("/")
-            if suite in evaluation.suites:
-                known_numbers = outcomes(suite)
-                if number not in known_numbers:
-                    yield f"{where}: {key}: {suite} has no such number{did_you_mean(number, known_numbers)}"
-                continue
-            split = max((one for one in tests if key.startswith(f"{one}/")), key=len, default=None)
-            if split is None:
-                held = ", ".join(tests) or "none"
-                yield f"{where}: {key}: the configuration measures no such split; those of evaluation.splits: {held}"
-                continue
-            name = key.removeprefix(f"{split}/")
-            known = describe(name)
-            if known is None and not evaluation.evaluators:
-                yield f"{where}: {key}: expected a number such as {split}/image_to_text_R@1 or {split}/zero_shot_top1"
-            elif known is not None and known[0] is GEOMETRY and not evaluation.geometry:
-                yield f"{where}: {key}: evaluation.geometry is false, so it is not measured"
-            elif name.startswith("zero_shot") and evaluation.classes is None and splits.get(split) in embedded_splits():
-                yield f"{where}: {key}: evaluation.classes is null, so there is no zero-shot classification"

@@ -15,7 +15,6 @@ from amclr_scale.config.shipped import find, find_from
 from amclr_scale.errors import UserError, did_you_mean
 from amclr_scale.study.planning.amounts import MOST_OF_EFFECT, POINTS, amount, unit_of_keys, written
 from amclr_scale.study.planning.arms import ABSENT, CONTROLS
-from amclr_scale.study.planning.labels import clashes, labels_of
 from amclr_scale.study.planning.plan import RANKS, SWEPT, Budget, StudyPlan
 
 
@@ -192,15 +191,6 @@ def _check_arms(plan: StudyPlan) -> Iterator[str]:
             yield f"pairs: expected two arms, got {first} twice"
 
 
-def _check_labels(plan: StudyPlan) -> Iterator[str]:
-    labels = labels_of(plan)
-    for first, second, batches in clashes(plan, labels):
-        yield (
-            f"arms.{second.name}.label: expected another than that of {first.name} at the same batch size, "
-            f"{', '.join(map(str, batches))}, for no table could tell them apart, got {labels[second.name]}"
-        )
-
-
 # What the plan says itself; a word would be overruled in silence.
 _DERIVED = {
     "seed": "seeds",
@@ -257,7 +247,6 @@ def _check_budget(plan: StudyPlan) -> Iterator[str]:
 # Each with the keys that it reads: where one of them is wrong, the check would say nothing new.
 _CHECKS: tuple[tuple[Callable[[StudyPlan], Iterator[str]], tuple[str, ...]], ...] = (
     (_check_arms, ("arms", "reference", "pairs")),
-    (_check_labels, ("arms", "batch_sizes")),
     (_check_budget, ("held_equal", "budget", "group_sizes", "arms")),
     (_check_words, ("words", "axes", "arms", "execution")),
     (_check_numbers, ("expected", "batch_sizes", "seeds", "tuning", "warmup_samples", "warmup_share")),

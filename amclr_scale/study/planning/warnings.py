@@ -3,8 +3,8 @@
 from collections.abc import Iterator, Mapping, Sequence
 
 from amclr_scale.study.planning.amounts import amount, written
-from amclr_scale.study.planning.cells import Planned
 from amclr_scale.study.planning.plan import SWEPT, StudyPlan
+from amclr_scale.study.planning.planned import Planned
 
 FEW_STEPS = 500
 POWER = 0.8
@@ -50,6 +50,12 @@ def warnings(
             f"{', '.join(pretrained)}: towers that were trained before may have seen the test set; results are no "
             "longer zero-shot, and differences between arms shrink"
         )
+    for metric in plan.metrics:
+        if len(metric.splits) > 1:
+            yield (
+                f"metrics: {metric.name} is the mean of results on {len(metric.splits)} splits, so nothing is said "
+                "about new items; name one outcome per split"
+            )
     yield from _memory(plan, gib or {})
     yield from _seeds(plan)
     yield from _tuning(plan)

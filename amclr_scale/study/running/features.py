@@ -13,9 +13,9 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 
-from amclr_scale.study.planning.cells import Planned
 from amclr_scale.study.planning.features import IMAGE, TEXT, Features
 from amclr_scale.study.planning.plan import StudyPlan
+from amclr_scale.study.planning.planned import Planned
 from amclr_scale.study.running.folder import StudyFolder
 from amclr_scale.study.running.run import FOLLOW, Outcome
 

@@ -27,9 +27,9 @@ from amclr_scale.checkpoint.lock import RunLock
 from amclr_scale.config.load import build, recipe
 from amclr_scale.errors import UserError
 from amclr_scale.study.planning.amounts import amount, written
-from amclr_scale.study.planning.cells import Planned, reference_of
 from amclr_scale.study.planning.load import dump_plan
 from amclr_scale.study.planning.plan import StudyPlan
+from amclr_scale.study.planning.planned import Planned, reference_of
 
 CELLS, PLAN, CONFIG, ATTEMPTS = "cells.json", "study.yaml", "config.yaml", "attempts.jsonl"
 RUNNING, RATES = "running.json", "rates.json"

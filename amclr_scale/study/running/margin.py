@@ -6,8 +6,8 @@ from pathlib import Path
 
 from amclr_scale.errors import UserError
 from amclr_scale.study.planning.amounts import MOST_OF_EFFECT, amount, written
-from amclr_scale.study.planning.cells import Planned, reference_of
 from amclr_scale.study.planning.plan import StudyPlan
+from amclr_scale.study.planning.planned import Planned, reference_of
 from amclr_scale.study.running.folder import StudyFolder
 
 

@@ -5,8 +5,8 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from amclr_scale.study.planning.cells import Planned
 from amclr_scale.study.planning.plan import StudyPlan
+from amclr_scale.study.planning.planned import Planned
 from amclr_scale.study.running.features import device_of, make_features, needed, parted
 from amclr_scale.study.running.folder import StudyFolder
 from amclr_scale.study.running.margin import check_margin

@@ -5,8 +5,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from amclr_scale.config.schema import Config
 from amclr_scale.data.names import known_as
-from amclr_scale.study.planning.cells import Planned, predicted_gib, reference_of
+from amclr_scale.study.planning.cells import predicted_gib
 from amclr_scale.study.planning.plan import Expected, StudyPlan
+from amclr_scale.study.planning.planned import Planned, reference_of
 from amclr_scale.study.planning.warnings import warnings
 from amclr_scale.study.running.folder import StudyFolder
 from amclr_scale.study.running.pilot import unmeasured

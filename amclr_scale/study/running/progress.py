@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, TextColumn
 from rich.progress import Progress as Bar
 
-from amclr_scale.study.planning.cells import Planned
+from amclr_scale.study.planning.planned import Planned
 from amclr_scale.study.running.folder import StudyFolder
 
 

@@ -23,8 +23,8 @@ from typing import Any, BinaryIO
 
 from amclr_scale.checkpoint.signals import EXIT_RESUMABLE
 from amclr_scale.distributed.launcher import free_port
-from amclr_scale.study.planning.cells import Planned
 from amclr_scale.study.planning.plan import Execution, StudyPlan
+from amclr_scale.study.planning.planned import Planned
 from amclr_scale.study.running.folder import StudyFolder
 from amclr_scale.study.running.progress import Progress
 

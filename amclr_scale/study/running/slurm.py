@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from amclr_scale.errors import UserError
-from amclr_scale.study.planning.cells import Planned
 from amclr_scale.study.planning.plan import StudyPlan
+from amclr_scale.study.planning.planned import Planned
 from amclr_scale.study.running.folder import StudyFolder
 from amclr_scale.study.running.run import cell_words
 

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from amclr_scale.errors import UserError
-from amclr_scale.study.planning.cells import Planned, make_cells
+from amclr_scale.study.planning.cells import make_cells
 from amclr_scale.study.planning.plan import SWEPT, StudyPlan
+from amclr_scale.study.planning.planned import Planned
 from amclr_scale.study.running.folder import StudyFolder
 
 

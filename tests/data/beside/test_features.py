@@ -206,6 +206,10 @@ OTHERS = {  # what a run has otherwise than the features' maker: the words
     r"data\.image_view_from: expected group beside data\.features\.image": {"data__image_views": 1},
     r"data\.resident: expected host or none beside data\.features\.image": {"data__resident": "device"},
     r"features\.image: objective filip reads image_tokens, which they": {"objective": {"name": "filip"}},
+    r"features\.text: objective clip asks which captions are the same word for word.*mask_duplicates": {
+        "objective": {"name": "clip", "mask_duplicates": "both"}
+    },
+    r"features\.text: objective supcon asks which captions": {"objective": {"name": "supcon", "positives": "text"}},
     r"features\.image: nowhere\.npy: expected a .npy file, got: .*; .*embed --config": {
         "data__features__image": "nowhere.npy"
     },

@@ -96,6 +96,20 @@ def test_what_it_says_of_the_bank_is_so(exclude_same_id):
 ON_RANKS = [SETTINGS[0], SETTINGS[2], SETTINGS[3]]
 
 
+def drifts():
+    """The logged drift of steps in which ranks have stored different shares of their samples."""
+    objective = make("fifo_bank", size=13)
+    return [objective(my_rows(global_batch(step, **BATCH))).metrics["bank_drift"] for step in range(STEPS)]
+
+
+def test_what_has_moved_is_a_mean_over_all_ranks(ranks):
+    want = drifts()
+    assert len(set(want)) > 2
+    for world_size in (2, 4):
+        for got in ranks(world_size, drifts):
+            assert got == pytest.approx(want, rel=1e-6)
+
+
 def every_setting(layout):
     return [run("fifo_bank", options, chunk=3, batch=BATCH, sample_state=layout, epochs=EPOCHS) for options in ON_RANKS]
 
