@@ -38,8 +38,8 @@ class ArmPlan(Section):
     like: str | None = None
     """The known arm it begins as; null: the one with this name."""
     label: str | None = None
-    """As tables and plots have it; null: the known arm's, or its name where another arm has that. Arms that are given one
-    label are one method at different batch sizes, such as CLIP with words of its own at a large one: one row, one
+    """As tables and plots have it; null: the known arm's, or its name where another arm has that. Arms that are given
+    one label are one method at different batch sizes, such as CLIP with words of its own at a large one: one row, one
     curve."""
     words: tuple[str, ...] = ()
     """Further overrides of the configuration, section.key=value; B, B/k and smallest stand for batch sizes."""
