@@ -19,7 +19,7 @@ from rich.progress import track
 
 from amclr_scale.addresses import masked
 from amclr_scale.config import schema
-from amclr_scale.data.formats.members import ChangedShardError, Members
+from amclr_scale.data.formats.members import ChangedShardError, Flag, Members
 from amclr_scale.data.formats.shards import format_of, is_packed
 from amclr_scale.data.formats.tar import RULE
 from amclr_scale.data.index import Index, check_files, check_table
@@ -229,6 +229,7 @@ def _index_shard(job: tuple[str, Path, Storage]) -> Shard:
         file_size=members.length if is_remote(url) else os.stat(url).st_size,
         sha256=file_sha256(url) if is_packed(url) and not is_remote(url) else None,  # it names the unpacked copy
         damage=tuple(members.damage),
+        repeated=int((members.flag == Flag.DUPLICATE_KEY).sum()),
     )
 
 
