@@ -17,6 +17,10 @@ class UserError(ValueError):
         super().__init__(*(masked(word) if isinstance(word, str) else word for word in words))
 
 
+class AbsentDataError(UserError):
+    """Data that a key names are not here: no such file, or its store does not give it."""
+
+
 class AgreedError(UserError):
     """A mistake that all ranks know of, and raise at the same place: each of them can end with it, in good order."""
 

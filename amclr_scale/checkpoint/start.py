@@ -19,6 +19,7 @@ from amclr_scale.data.tokenizers import Tokenizer
 from amclr_scale.distributed.launcher import where
 from amclr_scale.distributed.process_group import broadcast_object, gather_objects
 from amclr_scale.errors import AgreedError, UserError
+from amclr_scale.metrics.run_folder import name_run
 
 RECORDS = "metrics.jsonl"
 SHARE = "; put it on a file system that all nodes mount at the same place, or set run.shared=false"
@@ -54,6 +55,19 @@ def agree_on_start(
     if found and config.run.shared:
         _check_seen(found, mark)
     return found, folder, lock
+
+
+def goes_on(config: Config) -> bool:
+    """Whether there is a checkpoint that the run would go on from. Nothing is locked, fetched or agreed upon.
+
+    Raises:
+        UserError: what is there cannot be used.
+    """
+    newest = cache(files.newest_valid)
+    try:
+        return source_of(config, name_run(config, None), newest) is not None or find(config, newest) is not None
+    except RemoteError as error:
+        raise UserError(f"resume: {error}") from error
 
 
 class _Search:

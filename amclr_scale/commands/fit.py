@@ -22,7 +22,7 @@ import psutil
 from amclr_scale.commands.words import command_parser, refused
 from amclr_scale.config.load import from_words, load
 from amclr_scale.config.schema import Config
-from amclr_scale.errors import UserError
+from amclr_scale.errors import AbsentDataError, UserError
 
 CUDA_RESERVE = 3 * 2**29  # bytes of a GPU that tensors cannot have: CUDA's context, NCCL's buffers
 CPU_SHARE = 0.9  # of what the host has available
@@ -65,7 +65,7 @@ def samples_of(config: Config) -> int:
 
     try:
         loader = TrainLoader(config.data, seed=config.seed, global_batch_size=config.data.lanes)
-    except UserError as error:
+    except AbsentDataError as error:
         raise UserError(f"{error}\n--num-samples: with it, the data need not be here") from error
     loader.close()
     return loader.num_samples

@@ -5,8 +5,8 @@
     amclr-scale shards index 'https://host/{00000..00331}.tar' --out index/index.json
 
 Shards may be .tar or .tar.gz, local or remote. Each is read once, its member table is written at once (members/ beside
-the index), and an interrupted run goes on where it stopped. Damage is listed and does not stop the run: what is whole
-can be trained on, and data.max_bad_fraction judges the rest.
+the index), and an interrupted run goes on where it stopped. Damage and repeated keys are listed and do not stop the
+run: what is whole can be trained on, and data.max_bad_fraction judges the rest.
 
 More than 10,000 shards are written in a binary form, of which each rank reads a part; the ending of --out (.json or
 .bin) says otherwise. Both give the same order and ids.
@@ -14,13 +14,14 @@ More than 10,000 shards are written in a binary form, of which each rank reads a
 
 import re
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 from amclr_scale.commands.words import command_parser, run_command
 from amclr_scale.config import schema
 from amclr_scale.data.index import Index
 from amclr_scale.data.indexes.binary import BINARY, MANY, write_binary_index
-from amclr_scale.data.indexes.entries import write_index
+from amclr_scale.data.indexes.entries import Shard, write_index
 from amclr_scale.data.indexing import build
 from amclr_scale.data.sources import INDEX_NAMES, is_remote, resolve_all, shards_in
 from amclr_scale.data.storage import make_storage
@@ -47,6 +48,16 @@ def table_name(url: str) -> str:
 def index_name(shards: int) -> str:
     """What an index of so many shards is called if nobody says otherwise."""
     return INDEX_NAMES[shards > MANY]
+
+
+def repeated(shard: Shard) -> Iterator[str]:
+    """How many samples of a shard have a key that it had before, in words."""
+    if n := shard.repeated:
+        yield (
+            f"{n:,} of {shard.num_samples:,} samples {'have keys' if n > 1 else 'has a key'} that the shard had "
+            "before: training counts them as bad (data.max_bad_fraction), and evaluation refuses them; give each its "
+            "own key"
+        )
 
 
 def work(argv: list[str]) -> None:
@@ -78,7 +89,7 @@ def work(argv: list[str]) -> None:
         write_index(out, out.parent.name, shards)
     index = Index(shards, storage)
     for shard in shards:
-        for words in shard.damage:
+        for words in [*shard.damage, *repeated(shard)]:
             print(f"{shard.url}: {words}", file=sys.stderr)
     for other in (out.with_name(name) for name in INDEX_NAMES if out.name in INDEX_NAMES and name != out.name):
         if other.is_file():

@@ -5,7 +5,7 @@ import platform
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 
@@ -15,8 +15,9 @@ from amclr_scale.checkpoint.lock import RunLock
 from amclr_scale.checkpoint.remote_copy import RemoteCopy
 from amclr_scale.checkpoint.resume import Found
 from amclr_scale.checkpoint.signals import Signals
-from amclr_scale.checkpoint.start import agree_on_start, lock_new
+from amclr_scale.checkpoint.start import agree_on_start, goes_on, lock_new
 from amclr_scale.config.schema import Config
+from amclr_scale.data.indexing import UnlistedShardsError
 from amclr_scale.data.names import probe_name
 from amclr_scale.distributed.launcher import RankInfo, export
 from amclr_scale.distributed.process_group import device_type, seed_everything
@@ -47,6 +48,8 @@ if TYPE_CHECKING:
     from amclr_scale.memory.account import Account
     from amclr_scale.planner.auto_execution import AutoExecution
 
+T = TypeVar("T")
+
 
 @dataclass(frozen=True)
 class Prepared:
@@ -65,7 +68,7 @@ def prepare(config: Config, rank_info: RankInfo) -> Prepared:
     Raises:
         UserError: data, tokenizer or evaluation are not usable.
     """
-    inputs = open_data(config, rank_info)
+    inputs = with_shards_since(config, lambda begun: open_data(config, rank_info, begun=begun))
     probed = read_probe(config, rank_info)
     measured = config.evaluation.splits or config.evaluation.probes
     evaluator = Evaluator(config, rank=rank_info.rank, world_size=rank_info.world_size) if measured else None
@@ -79,6 +82,23 @@ def prepare(config: Config, rank_info: RankInfo) -> Prepared:
     elif config.execution.memory_report and rank_info.rank == 0:  # remembered: ranks can be pretended only now
         predict_memory(config, rank_info, inputs.loader.num_samples)
     return Prepared(inputs, probed, evaluator, suites, auto_keys)
+
+
+def with_shards_since(config: Config, opened: Callable[[bool], T]) -> T:
+    """Open the training data of a run: shards that its folder has got since it began do not keep it from going on.
+
+    Args:
+        opened: opens them, told whether the run has begun.
+
+    Raises:
+        UserError: the data are not usable, or a run that begins would leave shards out.
+    """
+    try:
+        return opened(False)
+    except UnlistedShardsError:  # only then are checkpoints looked at, which takes as long as reading the newest
+        if not goes_on(config):
+            raise
+        return opened(True)
 
 
 def check_best(config: Config, evaluator: Evaluator | None) -> None:

@@ -141,9 +141,7 @@ def write_shard(job: Job) -> tuple[int, int]:
             content: dict[str, Any] = {"key": key, "captions": captions, "source": record.image, "row": record.row}
             content |= {"width": width, "height": height, **record.fields}
             content |= {} if record.image_id is None else {"image_id": record.image_id}
-            text = json.dumps(content, ensure_ascii=False)
-            raw = text.encode("utf-8", "backslashreplace")  # JSON's own escapes, for paths that are not UTF-8
-            for kind, member in ((extension, data), ("txt", captions[0].encode()), ("json", raw)):
+            for kind, member in ((extension, data), ("txt", captions[0].encode()), ("json", as_json(content))):
                 info = tarfile.TarInfo(f"{key}.{kind}")
                 info.size = len(member)
                 tar.addfile(info, io.BytesIO(member))
@@ -153,8 +151,17 @@ def write_shard(job: Job) -> tuple[int, int]:
     return row, len(rejects)
 
 
+def as_json(content: dict[str, Any]) -> bytes:
+    """A sample's JSON."""
+    text = json.dumps(content, ensure_ascii=False)
+    return text.encode("utf-8", "backslashreplace")  # JSON's own escapes, for paths that are not UTF-8
+
+
 def number_images(records: list[Record]) -> list[Record]:
-    """Give images dense numbers, in the order of their first appearance, where several records share one."""
+    """Give images dense numbers, in the order of their first appearance, where several records share one.
+
+    `data.image_id` reads numbers below that of the samples, for which there is memory: `close_gaps` sees to it.
+    """
     names = [record.image if record.image_id is None else str(record.image_id) for record in records]
     numbers: dict[str, int] = {}
     dense = [numbers.setdefault(name, len(numbers)) for name in names]
@@ -167,6 +174,50 @@ def number_images(records: list[Record]) -> list[Record]:
 
 def _original(record: Record) -> dict[str, Any]:
     return {} if record.image_id is None else {"source_image_id": record.image_id}
+
+
+Numbers = dict[tuple[int, str], int]  # (row, image) of what a shard holds -> its image's number
+
+
+def numbers_left(job: Job) -> Numbers:
+    """Of the records of a shard that were written, the numbers that images were given at first."""
+    lines = (job.out / "rejects" / f"{job.number:05d}.jsonl").read_text().splitlines()
+    rejected = Counter((reject["row"], reject["image"]) for reject in map(json.loads, lines))
+    there = Counter((record.row, record.image) for record in job.records)  # several, of a row with several captions
+    numbers = {(record.row, record.image): record.image_id for record in job.records}
+    return {one: int(number) for one, number in numbers.items() if number is not None and there[one] > rejected[one]}
+
+
+def renumber(path: Path, numbers: Numbers) -> None:
+    """Give the images of a shard other numbers, none of them longer: every byte but theirs stays where it is."""
+    with path.open("r+b") as file, tarfile.open(path) as tar:
+        for member in tar:
+            if not member.name.endswith(".json"):
+                continue
+            file.seek(member.offset_data)
+            content = json.loads(file.read(member.size))
+            number = numbers[content["row"], content["source"]]
+            if content["image_id"] != number:  # not yet, if an earlier run was interrupted here
+                file.seek(member.offset_data)
+                file.write(as_json(content | {"image_id": number}).ljust(member.size))
+
+
+def close_gaps(jobs: list[Job], written: int) -> None:
+    """Number images anew, in the same order, where those that are left have numbers beyond the number of samples.
+
+    Which pictures are broken is known once all are written. Numbers follow from what is in the file and was rejected,
+    so that a run which is interrupted in between comes to the same ones.
+    """
+    given = (record.image_id for job in jobs for record in job.records)
+    if max((number for number in given if isinstance(number, int)), default=-1) < written:
+        return  # as a rule; else rejects are read
+    left = [numbers_left(job) for job in jobs]
+    numbers = sorted({number for shard in left for number in shard.values()})
+    if numbers[-1:] < [written]:
+        return
+    dense = {number: i for i, number in enumerate(numbers)}
+    for job, shard in zip(jobs, left, strict=True):
+        renumber(job.out / f"{job.number:05d}.tar", {one: dense[number] for one, number in shard.items()})
 
 
 def check_plan(out: Path, plan: dict[str, Any]) -> None:
@@ -251,20 +302,20 @@ def work(argv: list[str]) -> None:
             done = list(track(pool.map(write_shard, jobs), "Writing shards", total=len(jobs), console=console))
     else:
         done = [write_shard(job) for job in track(jobs, "Writing shards", console=console)]
-    numbers = 1 + max((record.image_id for record in records if isinstance(record.image_id, int)), default=-1)
-    finish(arguments.out, len(records), sum(n for n, _ in done), numbers, found.rejects)
+    written = sum(n for n, _ in done)
+    close_gaps(jobs, written)
+    finish(arguments.out, len(records), written, found.rejects)
 
 
-def finish(out: Path, read: int, written: int, images: int, unread: list[Reject]) -> None:
+def finish(out: Path, read: int, written: int, unread: list[Reject]) -> None:
     """Join the lists of rejects, index the shards, say what was done: read = written + rejected.
 
     Args:
         read: records that were to be written.
-        images: largest image number + 1.
         unread: rows and captions of the annotation file that are no records.
 
     Raises:
-        UserError: nothing is left, or so little that image numbers do not fit below the number of samples.
+        UserError: nothing is left.
     """
     lines = [json.dumps(asdict(reject), ensure_ascii=False) for reject in unread]
     parts = [line for part in sorted((out / "rejects").glob("*.jsonl")) for line in part.read_text().splitlines()]
@@ -279,11 +330,6 @@ def finish(out: Path, read: int, written: int, images: int, unread: list[Reject]
     )
     if not written:
         raise UserError(f"--annotations: all {rejected:,} of {rejected:,} records were rejected{why}")
-    if images > written:
-        raise UserError(
-            f"--annotations: {rejected:,} records were rejected, which leaves {written:,} samples for image numbers up "
-            f"to {images - 1:,}; take what {out / 'rejects.jsonl'} lists out of the file, and start in a new folder"
-        )
     urls = [str(path.absolute()) for path in sorted(out.glob("*.tar"))]
     tables = [out.absolute() / "members" / f"{Path(url).name}.npz" for url in urls]
     write_index(out.absolute() / "index.json", out.name, build(urls, tables, make_storage(schema.Data())))

@@ -13,7 +13,7 @@ from amclr_scale.checkpoint import files
 from amclr_scale.checkpoint.fetch import source_of
 from amclr_scale.checkpoint.remote import RemoteError
 from amclr_scale.checkpoint.resume import find
-from amclr_scale.commands.job import check_best, predict_memory
+from amclr_scale.commands.job import check_best, predict_memory, with_shards_since
 from amclr_scale.config.schema import Config
 from amclr_scale.data.beside.features import Features
 from amclr_scale.data.loader import TrainLoader
@@ -24,7 +24,7 @@ from amclr_scale.engine.batch_plan import Plan, make_plan
 from amclr_scale.engine.build import model_of
 from amclr_scale.engine.features import rest_towers
 from amclr_scale.engine.schedules import peak_learning_rate
-from amclr_scale.errors import UserError
+from amclr_scale.errors import AbsentDataError, UserError
 from amclr_scale.evaluation.run import Evaluator
 from amclr_scale.evaluation.suites.of_runs import RunSuites
 from amclr_scale.memory.account import account
@@ -73,8 +73,10 @@ def _read_data(config: Config) -> tuple[TrainLoader, str]:
     lanes = config.data.lanes
     try:
         data = config.data.model_copy(update={"resident": "none"})  # a few samples need not be decoded with the rest
-        loader = TrainLoader(data, seed=config.seed, global_batch_size=lanes)
-    except UserError as error:
+        loader = with_shards_since(
+            config, lambda begun: TrainLoader(data, seed=config.seed, global_batch_size=lanes, begun=begun)
+        )
+    except AbsentDataError as error:
         raise UserError(f"{error}\n--num-samples: with it, the data need not be here") from error
     batch = next(loader)
     loader.close()

@@ -23,7 +23,7 @@ from amclr_scale.data.indexes.shard_lists import Joined, Shards
 from amclr_scale.data.sources import is_remote
 from amclr_scale.data.storage import Storage
 from amclr_scale.distributed import preparing
-from amclr_scale.errors import UserError
+from amclr_scale.errors import AbsentDataError, UserError
 
 _FEW, _PER_BYTE = 10_000, 10  # samples of a small table; and for each byte of a larger one, where honest ones have 0.2
 _OPEN_SHARDS = 128  # of which a process keeps the member table and the file,
@@ -123,7 +123,7 @@ def check_files(shards: Iterable[Shard], key: str) -> None:
             status = os.stat(shard.url)
             size = status.st_size
         except OSError as error:
-            raise UserError(f"{key}: no such shard: {shard.url} ({error.strerror})") from error
+            raise AbsentDataError(f"{key}: no such shard: {shard.url} ({error.strerror})") from error
         if not stat.S_ISREG(status.st_mode):
             raise UserError(f"{key}: {shard.url}: expected a regular file, got a folder, a named pipe or a device")
         if shard.file_size is not None and size != shard.file_size:

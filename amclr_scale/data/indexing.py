@@ -19,19 +19,24 @@ from rich.progress import track
 
 from amclr_scale.addresses import masked
 from amclr_scale.config import schema
-from amclr_scale.data.formats.members import ChangedShardError, Members
+from amclr_scale.data.formats.members import ChangedShardError, Flag, Members
 from amclr_scale.data.formats.shards import format_of, is_packed
 from amclr_scale.data.formats.tar import RULE
 from amclr_scale.data.index import Index, check_files, check_table
 from amclr_scale.data.indexes.binary import BINARY, MANY, BinaryShards
 from amclr_scale.data.indexes.entries import Shard, absolute, read_entries, shard_of
 from amclr_scale.data.indexes.shard_lists import Shards
-from amclr_scale.data.sources import Given, Source, is_remote, resolve_all
+from amclr_scale.data.sources import Given, Source, is_remote, resolve_all, shards_in, unlisted
 from amclr_scale.data.storage import Storage, address_key, locked, make_storage
 from amclr_scale.distributed import preparing
-from amclr_scale.errors import UserError
+from amclr_scale.errors import AbsentDataError, UserError
 
 log = logging.getLogger(__name__)
+
+
+class UnlistedShardsError(UserError):
+    """A folder holds shards that its index does not name: they would be left out without a word."""
+
 
 # What pictures are called; what they are, their bytes say.
 IMAGE_EXTENSIONS = (
@@ -47,6 +52,7 @@ def open_index(
     *,
     captioned: bool = True,
     share: tuple[int, int] = (0, 1),
+    begun: bool = False,
 ) -> Index:
     """The index of `data.train` (or of `names`), built first where there is none.
 
@@ -54,14 +60,16 @@ def open_index(
         captioned: whether samples have to have images and captions.
         share: rank and ranks. Of very many shards each looks at its part of the files; each file is looked at again
             when it is opened.
+        begun: these samples were read before, by a run that goes on: shards that lie beside them since are reported.
 
     Raises:
+        UnlistedShardsError: a folder has shards that its index does not name.
         UserError: a name stands for nothing, a shard is missing, has changed, or has no images or captions.
     """
     storage = make_storage(data)
     parts = list[Shards]()
     for source in resolve_all(data.train if names is None else names, key):
-        found = _indexed(source, storage, key, share)
+        found = _indexed(source, storage, key, share, begun=begun)
         if captioned:
             check_content(found.looked_at(), data.caption if isinstance(data.caption, str) else data.caption[0], key)
         parts.append(found)
@@ -81,17 +89,22 @@ def share_of(shards: int, share: tuple[int, int]) -> range:
     return range(rank * shards // ranks, (rank + 1) * shards // ranks)
 
 
-def _indexed(source: Source, storage: Storage, key: str, share: tuple[int, int]) -> Shards:
+def _indexed(source: Source, storage: Storage, key: str, share: tuple[int, int], *, begun: bool) -> Shards:
     if source.index is None:
         return Shards(_build_in_cache(source.name, source.urls, storage, key))
+    look = source.folder and share[0] == 0  # one listing, and other ranks cannot see shards that come meanwhile
     if source.index.suffix == BINARY:
         binary = BinaryShards(source.index)
+        if look and len(shards_in(source.index.parent)) > len(binary):  # names are only read where they must differ
+            _check_listed(source.index, (shard.url for shard in binary), key, begun=begun)
         check_table(binary[int(binary.counts.argmax())])  # before memory is taken for so many samples
         own = share_of(len(binary), share)
         check_files((binary[number] for number in own if not binary.remote[number]), key)
         return binary
     folder = source.index.parent.absolute()
     entries = read_entries(source.index)
+    if look:
+        _check_listed(source.index, (entry["url"] for entry in entries), key, begun=begun)
     own = share_of(len(entries), share)
     shards = [_from_entry(entry, folder, look=number in own) for number, entry in enumerate(entries)]
     largest = max((shard for shard in shards if shard), key=lambda shard: shard.num_samples, default=None)
@@ -112,6 +125,26 @@ def _indexed(source: Source, storage: Storage, key: str, share: tuple[int, int])
     return Shards(whole)
 
 
+def _check_listed(index: Path, urls: Iterable[str], key: str, *, begun: bool) -> None:
+    """No shard of a folder is left out because it came after the index was written.
+
+    Raises:
+        UnlistedShardsError: one is.
+    """
+    left = unlisted(index.parent, urls)
+    if not left:
+        return
+    some = f"{left[0]}{f' and {len(left) - 1:,} more' if left[1:] else ''}"
+    if begun:
+        log.warning("%s: %s does not name %s: this run goes on with what it began with", key, masked(str(index)), some)
+        return
+    raise UnlistedShardsError(
+        f"{key}: {index.parent}: expected every shard of the folder in its {index.name}, got {len(left):,} that "
+        f"{'are' if left[1:] else 'is'} not ({some}); run amclr-scale shards index {index.parent}, after which samples "
+        f"may have other ids, move what is not meant out of the folder, or name {index} instead of the folder"
+    )
+
+
 def _from_entry(entry: dict[str, Any], folder: Path, *, look: bool) -> Shard | None:
     """None where its member table is not there (whether the file is, is looked at if asked to)."""
     table = entry.get("members")
@@ -124,7 +157,9 @@ def _build_in_cache(name: str, urls: Sequence[str], storage: Storage, key: str) 
     """Index the shards below the cache folder; of several processes one does it, and the others read the tables."""
     missing = [url for url in urls if not is_remote(url) and not os.path.exists(url)]
     if missing:
-        raise UserError(f"{key}: {name}: no such shard: {missing[0]} ({len(missing):,} of {len(urls):,} are missing)")
+        raise AbsentDataError(
+            f"{key}: {name}: no such shard: {missing[0]} ({len(missing):,} of {len(urls):,} are missing)"
+        )
     folder = storage.cache / "indexes"
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder / hashlib.sha256("\n".join(urls).encode("utf-8", "surrogateescape")).hexdigest()[:32]):
@@ -194,6 +229,7 @@ def _index_shard(job: tuple[str, Path, Storage]) -> Shard:
         file_size=members.length if is_remote(url) else os.stat(url).st_size,
         sha256=file_sha256(url) if is_packed(url) and not is_remote(url) else None,  # it names the unpacked copy
         damage=tuple(members.damage),
+        repeated=int((members.flag == Flag.DUPLICATE_KEY).sum()),
     )
 
 

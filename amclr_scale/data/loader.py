@@ -120,6 +120,7 @@ class TrainLoader:
         rank, world_size: whose share; `data.lanes` is a multiple of the ranks.
         workers: processes that read and decode; 0: this one. The batches do not depend on them.
         start_step: the position to resume at, in steps of this batch size.
+        begun: as in `open_index`, where the position is only known later (`seek`).
 
     Attributes:
         num_samples: N.
@@ -143,6 +144,7 @@ class TrainLoader:
         world_size: int = 1,
         workers: int = 0,
         start_step: int = 0,
+        begun: bool = False,
     ):
         if data.lanes % world_size:
             raise UserError(f"data.lanes: expected a multiple of the {world_size} ranks, got {data.lanes}")
@@ -150,8 +152,8 @@ class TrainLoader:
             raise UserError(
                 f"train.global_batch_size: expected a multiple of data.lanes = {data.lanes}, got {global_batch_size}"
             )
-        self.data, self.start_step = data, start_step
-        self.index = open_index(data, share=(rank, world_size))
+        self.data, self.start_step, self._step = data, start_step, start_step
+        self.index = open_index(data, share=(rank, world_size), begun=begun or start_step > 0)
         self.tokenizer = load_tokenizer(data.tokenizer, data.context_length)
         self.num_samples, self.fingerprint = self.index.num_samples, self.index.fingerprint
         self.order: BatchOrder
@@ -171,10 +173,8 @@ class TrainLoader:
         pipeline = Pipeline(self.index, data, seed, self.tokenizer)
         self.features, self.fingerprint = pipeline.features, joined(self.fingerprint, pipeline.digests())
         self.notes, self._repeated = list[str](), Counter[str]()
-        self._local = global_batch_size // world_size
+        self._local, self._workers = global_batch_size // world_size, workers
         self._parts = _Parts(self.order, pipeline, (global_batch_size, rank, world_size), _PART)
-        self._workers = workers
-        self._step = start_step
         self._prefetcher: Prefetcher | None = None
         self._pictures: ResidentPictures | None = None
         if not self.index.shards.remote.any():

@@ -27,7 +27,7 @@ from amclr_scale.addresses import masked
 from amclr_scale.data.sources import names_protocol
 from amclr_scale.disk import check_room, is_full, unwritten
 from amclr_scale.distributed import preparing
-from amclr_scale.errors import UserError
+from amclr_scale.errors import AbsentDataError, UserError
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -226,7 +226,7 @@ def fetch(url: str, target: Path, largest: int = LARGEST, key: str = "data.cache
             raise error.__cause__ from None
         if isinstance(error.__cause__, OSError) and is_full(error.__cause__):
             raise unwritten(error.__cause__, key, target.parent, ", or lower data.cache_gib") from error
-        raise UserError(
+        raise AbsentDataError(
             f"{url}: cannot be fetched{error}; check the address, the permissions and the network"
         ) from error
 

@@ -1,7 +1,8 @@
 """What `data.train` and `evaluation.splits` may name: a split of the embedded corpus, an index, a folder, shards."""
 
+import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,7 +10,7 @@ from braceexpand import braceexpand
 
 from amclr_scale.addresses import refusal
 from amclr_scale.data.formats.shards import SHARD_FORMATS, shard_suffixes
-from amclr_scale.errors import UserError, one_of
+from amclr_scale.errors import AbsentDataError, UserError, one_of
 
 CORPORA = Path(__file__).parent / "corpora"
 INDEX_NAMES = ("index.json", "index.bin")  # in a folder of shards: the form that others read, and that of very many
@@ -23,6 +24,7 @@ class Source:
     name: str
     index: Path | None
     urls: tuple[str, ...] = ()
+    folder: bool = False  # whether the index was found in a folder that was named, and not named itself
 
 
 def is_remote(url: str) -> bool:
@@ -50,6 +52,20 @@ def shards_in(folder: Path) -> list[str]:
     return [str(path) for path in sorted(found, key=lambda path: numbers(path.name))]
 
 
+def unlisted(folder: Path, urls: Iterable[str]) -> list[str]:
+    """The names of a folder's shards that none of an index's addresses stands for.
+
+    An address elsewhere stands for any shard of its name: an index of a store may lie beside copies of its shards, and
+    one with absolute paths may have been moved along with them. Hidden files are what file systems leave (`._0.tar`).
+    """
+    home = os.path.join(os.path.abspath(folder), "")
+    known = set[str]()
+    for url in urls:
+        path = url.partition("?")[0] if is_remote(url) else os.path.normpath(os.path.join(home, url))
+        known.add(path.removeprefix(home) if path.startswith(home) else path.rpartition("/")[2])
+    return [name for name in map(os.path.basename, shards_in(folder)) if name not in known and name[0] != "."]
+
+
 def resolve(name: str, key: str) -> Source:
     """Say what one name stands for; `key` is the configuration key it came from, for messages.
 
@@ -66,7 +82,7 @@ def resolve(name: str, key: str) -> Source:
             return _folder(name, path, key)
         if path.suffix in _INDEXES:
             if not path.is_file():
-                raise UserError(f"{key}: no such index: {name}")
+                raise AbsentDataError(f"{key}: no such index: {name}")
             return Source(name, path)
     try:
         urls = tuple(str(url) for url in braceexpand(name))
@@ -84,13 +100,14 @@ def resolve(name: str, key: str) -> Source:
     if is_remote(name):
         return Source(name, None, urls)
     if not all(url.endswith(shard_suffixes()) for url in urls):
-        raise UserError(
+        kind = UserError if os.path.exists(os.path.expanduser(name)) else AbsentDataError
+        raise kind(
             f"{key}: expected a split of the embedded corpus ({', '.join(embedded_splits())}), an index (.json, .bin), "
             f"a folder of shards, or paths of {one_of(shard_suffixes())} shards, got {name!r}, which is none of them"
         )
     missing = [url for url in urls if not Path(url).expanduser().is_file()]
     if missing:
-        raise UserError(f"{key}: no such shard: {missing[0]} ({len(missing):,} of {len(urls):,} are missing)")
+        raise AbsentDataError(f"{key}: no such shard: {missing[0]} ({len(missing):,} of {len(urls):,} are missing)")
     return Source(name, None, tuple(str(Path(url).expanduser()) for url in urls))
 
 
@@ -99,15 +116,14 @@ def _folder(name: str, folder: Path, key: str) -> Source:
     if len(indexes) > 1:
         raise UserError(f"{key}: {name}: expected one index, found {' and '.join(INDEX_NAMES)}; remove or name one")
     if indexes:
-        return Source(name, indexes[0])
+        return Source(name, indexes[0], folder=True)
     urls = shards_in(folder)
     if not urls and (folder / "test").is_dir():  # CLIP_benchmark's layout: test/0.tar, test/1.tar, ...
         return _folder(name, folder / "test", key)
     if not urls:
         shards = one_of(SHARD_FORMATS)
-        raise UserError(
-            f"{key}: {name}: expected a folder with an index.json or with {shards} shards, found neither in it"
-        )
+        kind = UserError if any(folder.iterdir()) else AbsentDataError  # a disk that is not mounted
+        raise kind(f"{key}: {name}: expected a folder with an index.json or with {shards} shards, found neither in it")
     return Source(name, None, tuple(urls))
 
 

@@ -28,7 +28,7 @@ from amclr_scale.data.sources import is_remote
 from amclr_scale.data.streaming import Stream
 from amclr_scale.disk import FullDiskError, check_room, free_at, is_full, unwritten
 from amclr_scale.distributed import preparing
-from amclr_scale.errors import UserError
+from amclr_scale.errors import AbsentDataError, UserError
 
 _COPY = 1 << 20  # bytes per read while copying
 FETCHED, UNPACKED = "fetched", "unpacked"  # folders in the cache
@@ -167,7 +167,7 @@ class Storage:
         if is_remote(url):
             return self._fetched(url)
         if not os.path.exists(url):
-            raise UserError(f"{url}: no such shard; check data.train and the index that names it")
+            raise AbsentDataError(f"{url}: no such shard; check data.train and the index that names it")
         check_regular(url)
         if not is_packed(url):
             return Path(url)

@@ -48,7 +48,7 @@ def read_probe(config: Config, rank_info: RankInfo) -> Batch | None:
         return None
     loader = TrainLoader(
         config.data, seed=config.seed + ANOTHER_SEED, global_batch_size=K,
-        rank=rank_info.rank, world_size=rank_info.world_size, workers=config.execution.workers,
+        rank=rank_info.rank, world_size=rank_info.world_size, workers=config.execution.workers, begun=True,
     )  # fmt: skip
     if loader.num_samples < K:
         raise UserError(f"run.probe.samples: expected at most the {loader.num_samples} samples of the data, got {K}")

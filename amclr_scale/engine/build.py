@@ -44,15 +44,18 @@ class Inputs:
     plan: Plan
 
 
-def open_data(config: Config, rank_info: RankInfo) -> Inputs:
+def open_data(config: Config, rank_info: RankInfo, *, begun: bool = False) -> Inputs:
     """Open the training data; no process group yet.
+
+    Args:
+        begun: the run goes on from a checkpoint (`open_index`).
 
     Raises:
         UserError: shards, captions or the tokenizer are not usable.
     """
     loader = TrainLoader(
         config.data, seed=config.seed, global_batch_size=config.train.global_batch_size,
-        rank=rank_info.rank, world_size=rank_info.world_size, workers=config.execution.workers,
+        rank=rank_info.rank, world_size=rank_info.world_size, workers=config.execution.workers, begun=begun,
     )  # fmt: skip
     tokenizer = load_tokenizer(config.data.tokenizer, config.data.context_length)
     return Inputs(loader, tokenizer, make_plan(config, loader.samples_per_epoch, rank_info.world_size))

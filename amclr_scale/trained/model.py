@@ -57,7 +57,10 @@ class Model:
         rows = []
         for start in range(0, len(images), batch_size):
             part = images[start : start + batch_size]
-            batch = part if isinstance(part, Tensor) else torch.stack([self.pixels(image) for image in part])
+            if isinstance(part, Tensor):
+                batch = part
+            else:
+                batch = torch.stack([self.pixels(image, start + i) for i, image in enumerate(part)])
             rows.append(self.module(images=(batch.to(self.device),))["image"].cpu())
         return torch.cat(rows) if rows else torch.empty(0, self.config.model.embedding_width)
 
@@ -77,22 +80,30 @@ class Model:
             rows.append(self.module(texts=(tokens.to(self.device),))["text"].cpu())
         return torch.cat(rows) if rows else torch.empty(0, self.config.model.embedding_width)
 
-    def pixels(self, image: Any) -> Tensor:
+    def pixels(self, image: Any, position: int = 0) -> Tensor:
         """One picture as the image tower takes it, uint8 (3, H, W).
+
+        Args:
+            position: of several, from 0, for messages about what has no name.
 
         Raises:
             UserError: it cannot be used, and why.
         """
         data = self.config.data
+        name = (
+            image if isinstance(image, str | Path) else getattr(image, "filename", "")
+        ) or f"number {position} (from 0)"
         try:
             if isinstance(image, str | Path):
                 content = {"jpg": Path(image).read_bytes()}
-                image = Sample(content, data.max_image_pixels, data.max_caption_characters, data.max_image_mib).image()
+                opened = Sample(content, data.max_image_pixels, data.max_caption_characters, data.max_image_mib).image()
             elif not isinstance(image, Image.Image):
                 raise UserError(f"images: expected files, PIL images or one tensor of all, got {type(image).__name__}")
-            return self.reading.view(decode(image))
+            else:
+                opened = image
+            return self.reading.view(decode(opened))
         except (OSError, BadSampleError) as error:
-            raise UserError(f"images: {image} cannot be used: {error}") from error
+            raise UserError(f"images: {name} cannot be used: {error}") from error
 
 
 def open_model(name: str) -> Loaded:

@@ -1,14 +1,19 @@
 """A dry run reads one sample of everything that the run would read, and says what it will need."""
 
 import re
+import shutil
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
+from amclr_scale.commands import index_shards
+from amclr_scale.commands.fit import samples_of
+from amclr_scale.commands.job import prepare
 from amclr_scale.commands.preview import preview
 from amclr_scale.commands.train import arguments, check_dry_run
 from amclr_scale.config.load import build
+from amclr_scale.data.indexing import UnlistedShardsError
 from amclr_scale.data.loader import TrainLoader
 from amclr_scale.data.tokenizers import load_tokenizer
 from amclr_scale.distributed.launcher import RankInfo
@@ -80,6 +85,21 @@ def test_ranks_and_a_device_are_pretended_and_the_data_need_not_be_here():
         said(tree, "--num-samples", "10", "--device", "h1000x")
 
 
+@pytest.mark.parametrize("asked", [said, lambda tree: samples_of(build(tree))])
+def test_that_the_data_need_not_be_here_is_only_said_where_they_are_not(tmp_path, asked):
+    tree = with_data(tmp_path)
+    (tmp_path / "empty").mkdir()
+    absent = [{"train": name} for name in ("/nowhere/index.json", "/nowhere/{0..3}.tar", str(tmp_path / "empty"))]
+    absent.append({"batches": "similar", "communities": "/nowhere/communities.npy"})
+    for change in absent:
+        with pytest.raises(UserError, match=rf"^data.{list(change)[-1]}: .*\n--num-samples: "):
+            asked({**tree, "data": {**tree["data"], **change}})
+    for change in ({"caption": "cls"}, {"tokenizer": "none"}):
+        with pytest.raises(UserError, match=f"^data.{list(change)[-1]}: ") as told:
+            asked({**tree, "data": {**tree["data"], **change}})
+        assert "--num-samples" not in str(told.value)
+
+
 def test_what_training_could_not_read_is_told(tmp_path):
     """The picture behind a whole index, of training and of a split; the file of weights."""
     bad = {"png": b"no picture", "txt": "c", "json": {}}
@@ -141,6 +161,35 @@ def test_the_checkpoint_to_go_on_from_is_checked(tmp_path):
     tree["resume"] = str(last)
     with pytest.raises(UserError, match=r"^resume: .*step_00000006 cannot be used: rank_00000.safetensors"):
         said(tree)
+
+
+def test_a_run_goes_on_beside_shards_that_have_come_since_and_none_begins(tmp_path, caplog):
+    train = write_split(tmp_path / "train", 40).parent
+    tree = {**TREE, "data": {**TREE["data"], "train": str(train)}, "resume": "auto"}
+    tree["run"] = {"folder": str(tmp_path / "runs"), "name": "a"}
+    assert index_shards.main([str(train)]) == 0
+    content = TrainLoader(build(tree).data, seed=0, global_batch_size=4).fingerprint
+    about = {"data_fingerprint": content, "tokenizer_fingerprint": load_tokenizer("emoji", 12).fingerprint()}
+    shutil.copy(next(train.glob("*.tar")), train / "later.tar")
+    with pytest.raises(UserError, match=r"^data.train: .* got 1 that is not \(later.tar\)"):
+        said(tree)
+    assert prepared_by(build(tree)) is None
+    write(tmp_path / "runs", 4, build(tree), **about)
+    assert "resume: 256 samples seen, 6 of 10 steps left" in said(tree)
+    assert f"data.train: {train}/index.json does not name later.tar" in caplog.text
+    assert prepared_by(build(tree)) == 40
+    with pytest.raises(UserError, match=r"^data.train: .* got 1 that is not"):
+        said({**tree, "resume": "never"})
+
+
+def prepared_by(config):
+    """How many samples a run of it would train on; None: it is refused."""
+    try:
+        prepared = prepare(config, RankInfo())
+    except UnlistedShardsError:
+        return None
+    prepared.inputs.loader.close()
+    return prepared.inputs.loader.num_samples
 
 
 @pytest.mark.parametrize("words", [["--ranks", "4"], ["--device", "h100"], ["--num-samples", "9"], ["--verbose"]])

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from amclr_scale.commands import index_shards
 from amclr_scale.config import schema
 from amclr_scale.data.formats.members import ChangedShardError
 from amclr_scale.data.indexes.entries import write_index
@@ -247,6 +248,17 @@ def test_a_home_that_cannot_be_written_or_is_not_there(tmp_path, monkeypatch):
 def _open(data, start, answers):
     start.wait()
     answers.put(captions(open_index(data)))
+
+
+def test_the_index_command_says_how_many_keys_come_again(tmp_path, capsys):
+    write_shards(tmp_path, [2])
+    write_tar(tmp_path / "1.tar", [m for key in (5, 6, 5, 7, 6) for m in pair(key)])
+    write_tar(tmp_path / "2.tar", [m for key in (8, 9, 8) for m in pair(key)])
+    for _ in range(2):  # the second time from the member tables of the first
+        assert index_shards.main([str(tmp_path)]) == 0
+        assert [line.partition(" that")[0] for line in capsys.readouterr().err.splitlines() if "tar:" in line] == [
+            f"{tmp_path}/1.tar: 2 of 5 samples have keys", f"{tmp_path}/2.tar: 1 of 3 samples has a key",
+        ]  # fmt: skip
 
 
 def test_processes_that_start_at_once_agree(tmp_path):

@@ -1,5 +1,6 @@
 """From a folder of pictures to what is nearest to a picture or a text, by the commands alone."""
 
+import io
 import json
 
 import numpy as np
@@ -9,6 +10,7 @@ from PIL import Image
 
 import amclr_scale
 from amclr_scale.commands import embed, search
+from amclr_scale.errors import UserError
 from tests.evaluation.shards import picture
 from tests.evaluation.test_models import write_run
 from tests.evaluation.test_run import model, recipe
@@ -49,6 +51,19 @@ def test_a_picture_is_nearest_to_itself_and_a_text_has_neighbours(folder, capsys
     assert [float(score) for score, _ in found] == pytest.approx(want.tolist(), abs=6e-4)
     assert bool((want[:-1] >= want[1:]).all())
     assert Image.open("found.png").size[1] > 2 * 160
+
+
+def test_a_picture_that_cannot_be_used_is_told_by_its_name_or_its_place(folder):
+    good, cut = folder / "good.jpg", folder / "cut.jpg"
+    Image.effect_noise((64, 64), 50).save(good)
+    cut.write_bytes(good.read_bytes()[:1000])
+    trained = amclr_scale.load(folder / "run")
+    for given in ([good, cut], [good, str(cut)], cut, [good, Image.open(cut)]):
+        with pytest.raises(UserError, match=f"^images: {cut} cannot be used: corrupt image"):
+            trained.encode_image(given)
+    nameless = Image.open(io.BytesIO(cut.read_bytes()))
+    with pytest.raises(UserError, match=r"^images: number 2 \(from 0\) cannot be used: corrupt image"):
+        trained.encode_image([good, good, nameless], batch_size=2)
 
 
 def test_a_picture_that_cannot_be_used_has_no_row(folder, capsys):

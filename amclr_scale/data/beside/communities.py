@@ -27,7 +27,7 @@ from amclr_scale.data.formats.npy import map_npy
 from amclr_scale.data.index import Index
 from amclr_scale.data.order import BatchOrder, LastVisits, Visits
 from amclr_scale.data.randomness import Purpose, permutation
-from amclr_scale.errors import UserError
+from amclr_scale.errors import AbsentDataError, UserError
 
 KEY = "data.communities"
 MADE_BY = "amclr-scale shards communities writes them"
@@ -131,11 +131,12 @@ def read_communities(file: Path) -> NDArray[np.integer[Any]]:
     try:
         found = map_npy(file)
     except (OSError, ValueError) as error:
-        raise UserError(f"{KEY}: {file}: expected a .npy file of communities, got: {error}; {MADE_BY}") from error
+        kind = AbsentDataError if isinstance(error, FileNotFoundError) else UserError
+        raise kind(f"{KEY}: {file}: expected a .npy file of communities, got: {error}; {MADE_BY}") from error
     right = isinstance(found, np.memmap) and found.ndim == 1 and found.dtype.kind in "iu" and len(found)
     if not right or found.min() < 0:
-        kind = f"{getattr(found, 'dtype', type(found).__name__)} of shape {getattr(found, 'shape', '?')}"
+        form = f"{getattr(found, 'dtype', type(found).__name__)} of shape {getattr(found, 'shape', '?')}"
         smallest = f" with {found.min()} among them" if right else ""
-        raise UserError(f"{KEY}: {file}: expected integers of at least 0, one for each sample, got {kind}{smallest}")
+        raise UserError(f"{KEY}: {file}: expected integers of at least 0, one for each sample, got {form}{smallest}")
     communities: NDArray[np.integer[Any]] = np.array(found)
     return communities

@@ -20,7 +20,7 @@ from torch import Tensor
 from amclr_scale.config import schema
 from amclr_scale.data.formats.npy import map_npy
 from amclr_scale.data.index import Index
-from amclr_scale.errors import UserError
+from amclr_scale.errors import AbsentDataError, UserError
 
 SIDES = ("image", "text")
 _SMALL = 2**24  # bytes of a file whose rows all count in its digest
@@ -136,10 +136,11 @@ def open_table(key: str, file: Path, kinds: str = "f", writes: str = References.
     try:
         table = map_npy(file)
     except (OSError, ValueError) as error:
-        raise UserError(f"{key}: {file}: expected a .npy file, got: {error}; {writes}") from error
+        kind = AbsentDataError if isinstance(error, FileNotFoundError) else UserError
+        raise kind(f"{key}: {file}: expected a .npy file, got: {error}; {writes}") from error
     if not isinstance(table, np.memmap) or table.ndim != 2 or table.dtype.kind not in kinds or not table.shape[1]:
-        kind = f"{getattr(table, 'dtype', type(table).__name__)} of shape {getattr(table, 'shape', '?')}"
-        raise UserError(f"{key}: {file}: expected rows of floating-point numbers, (samples, width), got {kind}")
+        form = f"{getattr(table, 'dtype', type(table).__name__)} of shape {getattr(table, 'shape', '?')}"
+        raise UserError(f"{key}: {file}: expected rows of floating-point numbers, (samples, width), got {form}")
     return table
 
 

@@ -14,7 +14,7 @@ import json
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,7 @@ class Shard:
     file_size: int | None = None
     sha256: str | None = None
     damage: tuple[str, ...] = ()
+    repeated: int = field(default=0, compare=False)  # samples with a key that it had before; known where it is indexed
 
     @property
     def kind(self) -> tuple[tuple[str, bool], ...]:
