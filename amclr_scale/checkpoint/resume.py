@@ -158,19 +158,38 @@ def opened(checkpoint: Path, complaints: list[str], config: Config, called: str 
     """
     state = _state(checkpoint, "config", "samples", "number", "data_fingerprint")
     changed = differences(state["config"], config)
-    refused = [words for key, words in changed.items() if not _allowed(key, config.resume_changed)]
+    obstacles = _obstacles(state["config"], config, changed, called or str(checkpoint))
+    # An objective of another name has other options, and none of them is to be accepted by itself.
+    settled = [*config.resume_changed, *(["objective"] if "objective.name" in obstacles else obstacles)]
+    refused = {key: words for key, words in changed.items() if not _allowed(key, settled)}
+    lines = list(obstacles.values())
     if refused:
-        keys = ",".join(key for key in changed if not _allowed(key, config.resume_changed))
-        raise UserError(
+        lines.append(
             f"resume: {called or checkpoint} was made by another recipe; go back to it, or accept the changes with "
-            f"resume_changed={keys}\n" + "\n".join(refused)
+            f"resume_changed={','.join(refused)}"
         )
+    if lines:
+        raise UserError("\n".join([*lines, *refused.values()]))
     said, data = parts(state["data_fingerprint"]), state["config"].get("data", {})
     unsaid = tuple(key for key in ("image_reference", "text_reference") if data.get(key) and key not in said)
     return Found(
         checkpoint, checkpoint.parent.parent, state["samples"], state["number"], state["data_fingerprint"],
         state.get("tokenizer_fingerprint"), tuple(changed.values()), tuple(complaints), unsaid,
     )  # fmt: skip
+
+
+def _obstacles(saved: dict[str, Any], config: Config, changed: dict[str, str], address: str) -> dict[str, str]:
+    """Changed keys that nobody can accept, because the objective's state does not carry over, with words for each."""
+    if not any(key.startswith("objective.") for key in changed):
+        return {}
+    from amclr_scale.checkpoint.objective_state import obstacles  # needs torch, as a run with objectives does
+
+    never = "" if config.resume == "auto" else ", resume=never"
+    fix = (
+        "go back to it, or start a run of its own from these weights: "
+        f"amclr-scale export {address} --out FOLDER, then model.init=FOLDER{never} and another run.name"
+    )
+    return obstacles(saved, config, changed, fix)
 
 
 def differences(saved: dict[str, Any], config: Config) -> dict[str, str]:

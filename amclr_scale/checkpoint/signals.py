@@ -5,13 +5,16 @@ minutes inside one: waiting for others, or in a kernel. So the system's notice (
 thread, which can always say what will happen, and end the process. Imports no torch.
 """
 
+import atexit
 import os
 import select
 import signal
+import sys
 import threading
 import time
+from contextlib import suppress
 from types import FrameType, TracebackType
-from typing import Any
+from typing import Any, NoReturn
 
 EXIT_RESUMABLE = 75  # EX_TEMPFAIL of sysexits.h: the state is saved, start the same command again
 ENDING = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
@@ -32,7 +35,8 @@ class Signals:
     """While it is entered, a request to end is remembered, for the run to save at a step that all ranks agree on.
 
     Where nothing would be lost (`saves` is False: before the first step, and after the last one is saved) the process
-    ends at once, with the exit code of a run that can go on. A second request ends it at once, whatever it does.
+    ends at once, with the exit code of a run that can go on. A second request ends it at once, whatever it does: with
+    that exit code too, if the state is saved by then.
 
     Args:
         speaks: whether to say so, on stderr; one rank does.
@@ -68,11 +72,24 @@ class Signals:
             self._asked_at = time.monotonic()
             if again:
                 self._say(f"{why}, again: the run ends at once")
-                os._exit(128 + number)
+                os._exit(128 + number if self.saves else EXIT_RESUMABLE)
             if not self.saves:
                 self._say(f"{why}: the run ends; nothing was trained since the last save, so nothing is lost")
                 os._exit(EXIT_RESUMABLE)
             self._say(f"{why}: the run saves after the present step and ends; once more, and it ends at once, unsaved")
+
+    def leave(self, code: int) -> NoReturn:
+        """End the process with this code, whatever signals come meanwhile; inside of `with`.
+
+        Python gives signals their own effect back before the libraries' farewell, which takes a while, is over: one
+        that came then ended a saved run as if it were not. So what is registered with `atexit` is done, and no more.
+        """
+        self.saves = False
+        atexit._run_exitfuncs()
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(OSError):  # nobody reads it any more
+                stream.flush()
+        os._exit(code)
 
     def _say(self, words: str) -> None:
         if self.speaks:  # not through sys.stderr, which the main thread may hold

@@ -24,7 +24,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from amclr_scale.checkpoint import pieces
+from amclr_scale.checkpoint import objective_state, pieces
 from amclr_scale.checkpoint.files import STATE, Written, describe, read_state, write_json
 from amclr_scale.checkpoint.rows import stored_rows
 from amclr_scale.engine.teacher import Teacher
@@ -166,7 +166,7 @@ def restore(
         pieces.restore(engine, reader, rank)
         if teacher:
             pieces.restore_average(teacher, reader, rank, int(engine.world_size))
-        objective.load_state_dict(_load(checkpoint / OBJECTIVE) | stored_rows(reader))
+        objective_state.load(objective, _load(checkpoint / OBJECTIVE) | stored_rows(reader))
         _restore_random(reader, rank, device)
     except (ValueError, RuntimeError, SafetensorError) as error:
         words = str(error).removeprefix("checkpoint: ")

@@ -176,7 +176,10 @@ def conclude(job: "Job", results: dict[str, float]) -> None:
 
 
 def run_to_end(config: Config, source: str | None, rank_info: RankInfo, stopwatch: Stopwatch, signals: Signals) -> int:
-    """Run; the exit code, with what all ranks end for together told once: by rank 0, or once per node."""
+    """Run; the exit code, with what all ranks end for together told once: by rank 0, or once per node.
+
+    A run that was asked to end and is saved ends the process here, so that no signal can change its exit code.
+    """
     from amclr_scale.distributed.process_group import stop
 
     try:
@@ -193,6 +196,8 @@ def run_to_end(config: Config, source: str | None, rank_info: RankInfo, stopwatc
     if speaks:
         print(f"\n{words}", file=sys.stderr, flush=True)
     stop()  # together: a launcher ends the others as soon as one has left
+    if code == EXIT_RESUMABLE:
+        signals.leave(code)
     return code
 
 

@@ -3,6 +3,7 @@
 import math
 from typing import Any
 
+from amclr_scale.config.changed_keys import changed_keys
 from amclr_scale.config.data_checks import augmentation, batches, features, text_negatives, unread_places
 from amclr_scale.config.objective_options import declared
 from amclr_scale.config.optimizers import RULES
@@ -31,6 +32,7 @@ def check(config: Config, world_size: int, *, objective: bool = True) -> list[st
         *_shares(config, world_size),
         *(_objective(config, world_size) if objective else ()),
         *(features(config) if objective else ()),
+        *(changed_keys(config) if objective else ()),
         *_same_images(config),
         *_probe(config),
         *_execution(config, world_size),

@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 import time
 from unittest import mock
 
@@ -42,6 +44,50 @@ def test_a_second_request_ends_at_once_but_an_echo_does_not(clock):
         asked.ask("SIGINT came", signal.SIGINT)
     assert ended.value.args == (128 + signal.SIGINT,)
     assert asked.received == "SIGTERM came"  # why the run was asked to end
+
+
+def test_once_the_state_is_saved_a_second_request_does_not_say_otherwise(clock):
+    asked = Signals(speaks=False)
+    asked.saves = True
+    asked.ask("SIGINT came", signal.SIGINT)
+    asked.saves = False
+    clock[0] += SAME / 2
+    asked.ask("SIGINT came", signal.SIGINT)  # the run is about to end by itself
+    clock[0] += SAME
+    with pytest.raises(EndedError) as ended:  # it hangs
+        asked.ask("SIGINT came", signal.SIGINT)
+    assert ended.value.args == (EXIT_RESUMABLE,)
+
+
+LEAVES = """
+import atexit, time
+from amclr_scale.checkpoint.signals import EXIT_RESUMABLE, Signals
+
+class Slow:  # a library's farewell, after Python's own
+    def __del__(self):
+        time.sleep(1)
+
+slow = Slow()
+atexit.register(lambda: (print("leaves", flush=True), time.sleep(0.3), print("left")))
+with Signals(speaks=False) as signals:
+    signals.saves = True
+    print("began", flush=True)
+    while not signals.received:
+        time.sleep(0.01)
+    signals.leave(EXIT_RESUMABLE)
+"""
+
+
+def test_a_run_that_leaves_keeps_its_exit_code_and_does_what_is_registered():
+    with subprocess.Popen([sys.executable, "-c", LEAVES], stdout=subprocess.PIPE, text=True) as run:
+        assert run.stdout.readline() == "began\n"
+        run.send_signal(signal.SIGINT)
+        assert run.stdout.readline() == "leaves\n"
+        while run.poll() is None:
+            run.send_signal(signal.SIGINT)
+            time.sleep(0.02)
+        assert run.stdout.read() == "left\n"
+    assert run.returncode == EXIT_RESUMABLE
 
 
 def test_where_nothing_is_to_be_saved_the_first_ends_at_once(clock):

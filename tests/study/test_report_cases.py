@@ -13,6 +13,7 @@ from amclr_scale.study.analysis.groups import groups_of, reference_of
 from amclr_scale.study.analysis.reading import read_study
 from amclr_scale.study.analysis.units import unit_of
 from amclr_scale.study.report import plots
+from amclr_scale.study.report.brief import brief
 from amclr_scale.study.report.claims import load_claims
 from amclr_scale.study.report.compose import compose
 from amclr_scale.study.statistics.decisions import estimate
@@ -316,3 +317,22 @@ def test_a_swept_rate_stands_in_the_runs_as_it_was_trained_at(tmp_path):
     file.write_text(json.dumps({**content, "cells": [{**cell, "lr": 4e-3} for cell in content["cells"]]}))
     (row,) = next(one.raw for one in compose(read_study(folder)).tables if one.name == "runs")
     assert row["learning_rates"] == "0.004"
+
+
+@pytest.mark.parametrize(
+    ("unfinished", "said"),
+    [
+        ([], "2 seeds each"),
+        (["clip-B128-s1", "sogclr-B128-s1"], "1 of 2 seeds each"),
+        (["clip-B128-s0", "clip-B128-s1", "sogclr-B128-s1"], "0 to 1 of 2 seeds each"),
+    ],
+)
+def test_the_head_of_a_partial_report_counts_the_seeds_that_have_run(tmp_path, unfinished, said):
+    study = read_study(
+        make_study(
+            tmp_path / "s", arms=("clip", "sogclr"), batches=(128,), seeds=(0, 1), unfinished=unfinished, items=False
+        )
+    )
+    text = brief(study, "", [], [])
+    assert f" 128, {said}, with equal" in text
+    assert ("one seed has no interval" in text) == bool(unfinished)

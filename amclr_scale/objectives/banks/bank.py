@@ -188,7 +188,7 @@ class Bank(Table):
         local: Tensor = getattr(self, name)
         num_shards, _ = self.shards
         if num_shards == 1:
-            return local.detach().cpu()
+            return local.detach() if local.is_meta else local.detach().cpu()  # which has shapes only
         rows = -(-self.size // num_shards)
         padded = local.new_zeros(rows, *local.shape[1:])
         padded[: len(local)] = local

@@ -1,11 +1,12 @@
 """The head of a report: what was asked, what was found and what that cannot say, for a reader with one minute."""
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 
 from amclr_scale.study.analysis.families import Analysed, few_steps, hardly_trained
 from amclr_scale.study.analysis.groups import Group, nearest
-from amclr_scale.study.analysis.results import Study
+from amclr_scale.study.analysis.results import Cell, Study
 from amclr_scale.study.analysis.units import words_of
 from amclr_scale.study.planning.amounts import MOST_OF_EFFECT
 from amclr_scale.study.report import learning_rates, probe_figures, rank_scaling, tables
@@ -23,7 +24,7 @@ MEANING = {
 
 def brief(study: Study, question: str, analysed: Sequence[Analysed], groups: Sequence[Group]) -> str:
     """A few points, as Markdown."""
-    lines = [f"- **Asked.** {question}", f"- **Run.** {_ran(study, groups)}"]
+    lines = [f"- **Asked.** {question}", f"- **Run.** {_ran(study)}"]
     if analysed:
         first = analysed[0]
         lines.append(f"- **Scores.** {_scores(first)}")
@@ -40,8 +41,8 @@ def brief(study: Study, question: str, analysed: Sequence[Analysed], groups: Seq
     return "\n".join(lines)
 
 
-def _ran(study: Study, groups: Sequence[Group]) -> str:
-    seeds = len({cell.seed for cell in study.cells})
+def _ran(study: Study) -> str:
+    seeds = _seeds(study)
     batches = ", ".join(f"{batch:,}" for batch in sorted({cell.global_batch_size for cell in study.cells}))
     sizes = "sizes" if "," in batches else "size"
     methods = len(dict.fromkeys(cell.title for cell in study.cells))
@@ -50,11 +51,25 @@ def _ran(study: Study, groups: Sequence[Group]) -> str:
     tuning = len({cell.seed for cell in study.tuning_cells})
     missing = f"{f', learning rates chosen on {tuning} others' if tuning else ''}{missing}"
     return (
-        f"{methods} {'method' if methods == 1 else 'methods'} at global batch {sizes} {batches}, {seeds} "
-        f"{'seed' if seeds == 1 else 'seeds'} each, with equal {study.held_equal.replace('_', ' ')}{missing}."
+        f"{methods} {'method' if methods == 1 else 'methods'} at global batch {sizes} {batches}, {seeds}, "
+        f"with equal {study.held_equal.replace('_', ' ')}{missing}."
         if study.held_equal != "grid"
-        else f"{methods} methods over a grid of gradient batches and negatives, {seeds} seeds each{missing}."
+        else f"{methods} methods over a grid of gradient batches and negatives, {seeds}{missing}."
     )
+
+
+def _seeds(study: Study) -> str:
+    """How many seeds everything has, or has so far."""
+    planned = len({cell.seed for cell in study.cells})
+    wanted = Counter(_without_seed(cell) for cell in study.cells)
+    there = Counter(_without_seed(run.cell) for run in study.runs)
+    low, high = (end((there[one] for one in wanted), default=0) for end in (min, max))
+    so_far = f"{low} of " if low == high else f"{low} to {high} of "
+    return f"{so_far if there != wanted else ''}{planned} {'seed' if planned == 1 else 'seeds'} each"
+
+
+def _without_seed(cell: Cell) -> str:
+    return cell.cell.removesuffix(f"-s{cell.seed}")
 
 
 def _scores(first: Analysed) -> str:
@@ -194,7 +209,7 @@ def _agreement(first: Analysed) -> str:
 
 
 def _cannot(study: Study) -> str:
-    seeds = len({cell.seed for cell in study.cells})
+    seeds = len({run.cell.seed for run in study.runs})  # so far
     lines = [f"Anything at another scale than this one: {scale_of(study)}."]
     if seeds < 2:
         lines.append("Any difference: one seed has no interval.")
