@@ -118,6 +118,8 @@ def read_front_to_back(index: Index) -> int:
 def ours(data: schema.Data, batch: int, steps: int, workers: int) -> int:
     loader = TrainLoader(data, seed=0, global_batch_size=batch, workers=workers)
     samples = sum(len(next(loader)) for _ in range(steps))
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
     loader.close()
     return samples
 
@@ -217,6 +219,8 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--json", type=Path, help="file for the figures")
     arguments = parser.parse_args(argv)
     torch.set_num_threads(1)
+    if torch.cuda.is_available():
+        torch.cuda.init()  # which a run has done by then: data.resident=device is the GPU
     if arguments.shuffle:
         shards, _, samples = arguments.shuffle.partition("x")
         quality = shuffle_quality(int(shards), int(samples), arguments.lanes, arguments.window, arguments.batch)
