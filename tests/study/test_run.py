@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
@@ -65,10 +66,18 @@ def test_all_arms_of_a_seed_come_before_the_next_seed_and_finished_cells_are_ski
 
 
 @pytest.mark.usefixtures("quick")
-def test_a_piece_of_a_study_saves_when_its_time_is_over_and_the_next_one_goes_on(tmp_path: Path) -> None:
+def test_a_piece_of_a_study_saves_when_its_time_is_over_and_the_next_one_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     plan, cells = make(tmp_path)
-    said: list[str] = []
-    outcome = run_fakes(plan, cells, {"sogclr-B32-s0": "slow"}, said, until=time.monotonic() + 3)
+    ready, said = plan.place / "runs" / "sogclr-B32-s0" / "ready", list[str]()
+
+    def clock() -> float:
+        """Its time is over as soon as the slow cell would save, however long this machine takes to start it."""
+        return time.monotonic() + 1000 * ready.exists()
+
+    monkeypatch.setattr(run_module, "time", SimpleNamespace(**{**vars(time), "monotonic": clock}))
+    outcome = run_fakes(plan, cells, {"sogclr-B32-s0": "slow"}, said, until=time.monotonic() + 500)
     assert (outcome.done, outcome.interrupted, outcome.exit_code) == (1, True, 75)
     assert attempts(plan)[-1] == ("sogclr-B32-s0", "interrupted", 75)
     assert said[-1] == "--minutes: 1 cells save their state; the same command goes on"
