@@ -232,5 +232,5 @@ def reference_method(study: Study) -> str:
 
 
 def baseline_of(groups: Sequence[Group], method: str, group: Group) -> Group | None:
-    """A method, the reference's, at a group's batch size."""
+    """What a group is compared with: a method at its batch size and, where both have an axis, its value of that."""
     return nearest([one for one in groups if one.method == method], group.global_batch_size, group.variant)
