@@ -321,6 +321,15 @@ def test_warnings_name_what_the_study_cannot_say(tmp_path: Path) -> None:
     )
 
 
+def test_two_arms_of_one_recipe_are_told_before_both_are_paid(tmp_path: Path) -> None:
+    again = "{name: again, like: clip, label: CLIP again, words: [%s]}"
+    twice = "arms: clip-B64 and again-B64 are one recipe, run in one way, so 2 of their cells are paid twice"
+    assert twice in told(tmp_path, f"arms=[clip, {again % ''}]")
+    assert "one recipe" not in told(tmp_path, f"arms=[clip, {again % 'optimizer.weight_decay=0.2'}]")
+    ways = "axes={execution.micro_batch_size: [8, 16]}"  # one recipe in two ways: that they agree is the question
+    assert "one recipe" not in told(tmp_path, "arms=[clip]", ways)
+
+
 def test_too_few_seeds_for_the_margin_are_told(tmp_path: Path) -> None:
     assert "takes" in told(tmp_path, "sigma=1 point", "margin=1 point")
     assert "seeds" not in told(tmp_path, "sigma=0.01 points", "margin=1 point", "seeds=[0, 1, 2, 3, 4]")

@@ -21,6 +21,7 @@ def warnings(
         epoch: samples per epoch.
         gib: predicted peak memory per rank, by variant.
     """
+    yield from _twice(cells)
     few = min(cells, key=lambda cell: cell.steps)
     if few.steps < FEW_STEPS:
         yield (
@@ -66,6 +67,26 @@ def warnings(
         yield (
             f"{have}: an arm may win because it suits them; the fair curve takes the best of {LEARNING_RATES} or more "
             "per cell (axes: {optimizer.lr: [...]})"
+        )
+
+
+def _twice(cells: Sequence[Planned]) -> Iterator[str]:
+    """Cells that compute what another one computes, in the same way."""
+    first: dict[tuple[object, ...], Planned] = {}
+    pairs: dict[tuple[str, str], int] = {}
+    for cell in cells:
+        if cell.waits:  # for a learning rate that may differ
+            continue
+        features = cell.features and cell.features.of
+        how = cell.config.execution.model_dump_json()
+        other = first.setdefault((cell.recipe_hash, how, cell.ranks, features), cell)
+        if other is not cell:
+            pair = (other.variant, cell.variant)
+            pairs[pair] = pairs.get(pair, 0) + 1
+    for (one, other), times in pairs.items():
+        yield (
+            f"arms: {one} and {other} are one recipe, run in one way, so {times} of their cells are paid twice and show "
+            "nothing; take one of them out"
         )
 
 
