@@ -122,8 +122,9 @@ def test_the_head_says_which_batch_size_a_method_is_worth(tmp_path):
 
 
 @pytest.mark.usefixtures("undrawn")
-def test_arms_of_one_label_are_one_method_at_other_batch_sizes(tmp_path):
-    folder = make_study(tmp_path / "s", arms=("clip", "dcl"), noise=0.0005, items=False)
+@pytest.mark.parametrize("axes", [None, {"execution.ranks": [1, 2, 4]}], ids=["plain", "ranks"])
+def test_arms_of_one_label_are_one_method_at_other_batch_sizes(tmp_path, axes):
+    folder = make_study(tmp_path / "s", arms=("clip", "dcl"), noise=0.0005, items=False, axes=axes)
     plan = yaml.safe_load((folder / "study.yaml").read_text()) | {"pairs": [["dcl", "clip"], ["clip", "dcl"]]}
     (folder / "study.yaml").write_text(yaml.safe_dump(plan))
     whole = compose(read_study(folder))
@@ -139,7 +140,7 @@ def test_arms_of_one_label_are_one_method_at_other_batch_sizes(tmp_path):
     parted = compose(read_study(folder))
 
     names = [table.name for table in parted.tables]
-    assert {"equivalent_batch", "sensitivity"} < set(names)
+    assert {"scaling"} < set(names) if axes else {"equivalent_batch", "sensitivity"} < set(names)
     assert any("same_batch" in name for name in names)
     assert [(one.name, one.header, one.rows) for one in parted.tables if one.name != "differences"] == [
         (one.name, one.header, one.rows) for one in whole.tables if one.name != "differences"

@@ -29,7 +29,8 @@ class Point:
     """One recipe on W ranks.
 
     Attributes:
-        method: the arm with its axes, ranks left out.
+        method: its title, with its axes, ranks left out.
+        arm: the first one of the method.
         rates: samples per second by seed.
     """
 
@@ -65,7 +66,7 @@ def points(groups: Sequence[Group]) -> list[Point]:
         for run in group.runs:
             ranks, rate = ranks_of(run), run.samples_per_second
             if ranks and rate:
-                key = (group.arm, variant, group.global_batch_size, ranks)
+                key = (group.method, variant, group.global_batch_size, ranks)
                 found.setdefault(key, (titled(run.cell.label, variant), {}))[1][run.cell.seed] = rate
     several = {
         key[:2] for key in found for other in found if key[:2] == other[:2] and key[3] != other[3]
