@@ -18,7 +18,7 @@ from amclr_scale.config.load import dump
 from amclr_scale.errors import UserError
 from amclr_scale.study.planning.cells import base_tree, make_cells
 from amclr_scale.study.planning.load import load_plan
-from amclr_scale.study.planning.plan import StudyPlan
+from amclr_scale.study.planning.plan import Expected, StudyPlan
 from amclr_scale.study.planning.planned import Planned
 from amclr_scale.study.running import pilot
 from amclr_scale.study.running import run as run_module
@@ -101,6 +101,10 @@ def test_what_a_piece_will_finish_is_said(tmp_path: Path) -> None:
     assert "finish 2 of 4" in piece(twice, folder, cells, 2.25 * minutes)  # the rate is that of all jobs
     blind = plan.model_copy(update={"expected": None})
     assert "unknown until a cell has run" in piece(blind, folder, cells, 5)
+    on_cpu = plan.model_copy(update={"expected": Expected(device="H100")})
+    assert "unknown until a cell has run" in piece(on_cpu, folder, cells, 5)  # an H100 says nothing of a CPU
+    on_gpu = on_cpu.model_copy(update={"execution": plan.execution.model_copy(update={"device": "cuda"})})
+    assert "finish 4 of 4" in piece(on_gpu, folder, cells, 5)
 
 
 @pytest.mark.usefixtures("quick")

@@ -169,14 +169,17 @@ def piece(plan: StudyPlan, folder: StudyFolder, cells: Sequence[Planned], minute
     """What so many minutes will finish: by cells that have run, else the pilot's rates, else as the plan expects."""
     if math.isinf(minutes):
         return "in one piece; --minutes N runs so many minutes and saves"
+    expected = plan.expected
+    if expected and expected.device and plan.execution.device == "cpu":  # which says nothing of this machine
+        expected = None
     rates, left = Rates(folder, cells), 60.0 * minutes * plan.execution.jobs
     finished, order = list[str](), waiting(plan, folder, cells)
     for cell in order:
         seconds = rates.predict(cell)
         if seconds is None and cell.setting in folder.rates:
             seconds = cell.samples / folder.rates[cell.setting]
-        if seconds is None and plan.expected:
-            seconds = plan.execution.jobs * expected_seconds(plan.expected, [cell])
+        if seconds is None and expected:
+            seconds = plan.execution.jobs * expected_seconds(expected, [cell])
         if seconds is None:
             return f"{minutes:g} minutes: unknown until a cell has run, or --pilot"
         if seconds > left:
