@@ -15,7 +15,7 @@ from torch import Tensor
 
 from amclr_scale.errors import UserError
 from amclr_scale.evaluation.chance import guessed
-from amclr_scale.evaluation.numbers import Number, number
+from amclr_scale.evaluation.numbers import Number, mean_of_groups, number
 from amclr_scale.evaluation.retrieval import tie
 from amclr_scale.evaluation.shares import gather_rows
 from amclr_scale.metrics.scores import CLASSIFICATION, Score
@@ -81,20 +81,5 @@ def accuracies(ranks: Tensor, labels: Tensor, num_classes: int, *, name: str = "
         for column, score in CLASSIFICATION.scores.items()
         if _fits(score, num_classes)
     }
-    numbers[f"{name}_mean_per_class"] = _mean_per_class((ranks <= 1).double().cpu(), labels.cpu(), num_classes)
+    numbers[f"{name}_mean_per_class"] = mean_of_groups((ranks <= 1).double(), labels, chance=1 / num_classes)
     return numbers
-
-
-def _mean_per_class(right: Tensor, labels: Tensor, num_classes: int) -> Number:
-    """The mean over classes of the mean of each one's images, whose error is that within classes alone.
-
-    Each image weighs 1 / (images of its class), and a resample holds more images of some classes than the test set.
-    With values `right` the mean of a resample would go up with the share of easy classes in it, which a mean per class
-    does not. So images have, in place of their values, those values' distances from their class's mean, beside the
-    mean over classes.
-    """
-    sizes = torch.bincount(labels, minlength=num_classes).double()
-    hits = torch.bincount(labels, weights=right, minlength=num_classes)
-    of_class = hits / sizes.clamp(min=1)
-    mean = of_class[sizes > 0].mean()
-    return number(right - of_class[labels] + mean, weights=1 / sizes[labels], chance=1 / num_classes)
