@@ -8,6 +8,8 @@ captions of one image) form a cluster, and clusters, not items, are what another
     interval          percentiles of m under resampling of clusters with replacement (Efron, "Bootstrap Methods:
                       Another Look at the Jackknife", Annals of Statistics, 1979), seeded
 
+A mean over groups of items (`mean_of_groups`) has no error from how many items of each group are drawn.
+
 Two models are compared on the same items with the same resamples, so that what is hard for both cancels.
 Sums are float64.
 """
@@ -73,6 +75,30 @@ def number(
     empty = torch.zeros(int(clusters.max()) + 1, dtype=torch.float64)
     sums, totals = empty.index_add(0, clusters, values * weights), empty.index_add(0, clusters, weights)
     return Number((Part(sums, totals),), chance)
+
+
+def mean_of_groups(
+    values: Tensor, groups: Tensor, *, kept: Tensor | None = None, clusters: Tensor | None = None,
+    chance: float | None = None,
+) -> Number:  # fmt: skip
+    """The mean over groups of items (classes, say) of the mean of each one's items.
+
+    It is a weighted mean, where an item weighs 1 / (items of its group). But a resample has more items of some groups
+    than there are, and a mean of their values would go up with the easy ones among them, as a mean over groups does
+    not. So an item has, in place of its value, that value's distance from the mean of its group, beside the number.
+
+    Args:
+        values: (n,).
+        groups: (n,) int64; those without items do not count.
+        kept: (n,) bool: items of groups that count, whole groups; None: all.
+        clusters: (n,) int64, as of `number`.
+    """
+    values, groups = values.detach().cpu().double(), groups.cpu()
+    sizes, sums = torch.bincount(groups).double(), torch.bincount(groups, weights=values)
+    of_group = (sums / sizes)[groups]
+    weights = 1 / sizes[groups] if kept is None else kept.cpu() / sizes[groups]
+    mean = (of_group * weights).sum() / weights.sum()
+    return number(values - of_group + mean, clusters=clusters, weights=weights, chance=chance)
 
 
 def mean_of(*numbers: Number) -> Number:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from amclr_scale.errors import UserError
 from amclr_scale.evaluation.chance import guessed
-from amclr_scale.evaluation.numbers import Number, number
+from amclr_scale.evaluation.numbers import Number, mean_of_groups, number
 from amclr_scale.evaluation.retrieval import tie
 from amclr_scale.evaluation.shares import gather_rows
 from amclr_scale.metrics.scores import CLASSIFICATION, Score
@@ -81,8 +81,5 @@ def accuracies(ranks: Tensor, labels: Tensor, num_classes: int, *, name: str = "
         for column, score in CLASSIFICATION.scores.items()
         if _fits(score, num_classes)
     }
-    sizes = torch.bincount(labels, minlength=num_classes)
-    numbers[f"{name}_mean_per_class"] = number(
-        (ranks <= 1).double(), weights=1 / sizes[labels].double(), chance=1 / num_classes
-    )
+    numbers[f"{name}_mean_per_class"] = mean_of_groups((ranks <= 1).double(), labels, chance=1 / num_classes)
     return numbers

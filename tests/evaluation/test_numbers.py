@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from amclr_scale.evaluation.numbers import compare, intervals, mean_of, number
+from amclr_scale.evaluation.numbers import compare, intervals, mean_of, mean_of_groups, number
 
 
 def hits(n: int, p: float, seed: int) -> torch.Tensor:
@@ -30,6 +30,27 @@ def test_clusters_that_agree_count_once():
 def test_weights_are_a_weighted_mean():
     values, weights = torch.tensor([1.0, 0.0, 1.0, 1.0]), torch.tensor([0.5, 0.5, 1.0, 2.0])
     assert number(values, weights=weights).value == pytest.approx(3.5 / 4)
+
+
+def test_a_mean_over_groups_has_the_error_of_resampled_clusters():
+    """Groups of different size and difficulty, one of which does not count; pictures with one to three items."""
+    g = torch.Generator().manual_seed(0)
+    clusters = torch.arange(400).repeat_interleave(1 + torch.randint(3, (400,), generator=g))
+    groups = torch.multinomial(torch.tensor([0.1, 0.2, 0.3, 0.4]), len(clusters), replacement=True, generator=g)
+    values = (torch.rand(len(clusters), generator=g) < torch.tensor([0.05, 0.95, 0.5, 0.9])[groups]).double()
+    found = mean_of_groups(values, groups, kept=groups != 2, clusters=clusters)
+
+    def mean(counts):
+        weights = counts[clusters]
+        own = [(weights * values)[groups == k].sum() / weights[groups == k].sum() for k in (0, 1, 3)]
+        return torch.stack(own).mean()
+
+    draws = torch.randint(400, (2000, 400), generator=g)
+    drawn = torch.stack([mean(torch.bincount(draw, minlength=400).double()) for draw in draws])
+    assert found.value == pytest.approx(float(mean(torch.ones(400))), abs=1e-12)
+    assert found.standard_error == pytest.approx(float(drawn.std()), rel=0.07)
+    ends = drawn.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    assert intervals({"x": found}, resamples=2000)["x"] == pytest.approx(ends, abs=0.3 * found.standard_error)
 
 
 def test_a_mean_of_numbers_knows_that_they_move_together():

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from amclr_scale.errors import UserError
+from amclr_scale.evaluation.numbers import intervals
 from amclr_scale.evaluation.shares import share
 from amclr_scale.evaluation.zero_shot import accuracies, class_ranks, ensemble, prompts
 from amclr_scale.torchvision_ops import import_torchvision
@@ -72,6 +73,31 @@ def test_agrees_with_torchmetrics():
     of_class = multiclass_accuracy(scores, labels, num_classes=K, average="none")
     want = of_class[labels.unique()].mean()  # a class without images has no accuracy
     assert numbers["zero_shot_mean_per_class"].value == pytest.approx(float(want), abs=1e-6)
+
+
+@pytest.mark.parametrize("spread", [0.0, 0.9])
+def test_the_error_of_a_mean_per_class_is_that_of_resampled_images(spread):
+    """Classes of very different size and difficulty: how many images of an easy class are drawn is no error."""
+    g = torch.Generator().manual_seed(0)
+    labels = torch.cat([torch.full((60 * (c + 1),), c) for c in range(5)])
+    right = torch.rand(len(labels), generator=g) < 0.05 + spread * (labels + 1) / 5
+    found = accuracies(torch.where(right, 1, 2), labels, 6)["zero_shot_mean_per_class"]
+
+    def mean(rows):
+        return torch.stack([right[rows][labels[rows] == c].double().mean() for c in range(5)]).mean()
+
+    drawn = torch.stack([mean(torch.randint(len(labels), (len(labels),), generator=g)) for _ in range(2000)])
+    assert found.value == pytest.approx(float(mean(torch.arange(len(labels)))), abs=1e-12)
+    assert found.standard_error == pytest.approx(float(drawn.std()), rel=0.07)
+    want = drawn.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64))
+    (low, high) = intervals({"mean": found}, resamples=2000)["mean"]
+    assert [low, high] == pytest.approx(want.tolist(), abs=0.1 * float(drawn.std()) * 4)
+
+
+def test_classes_that_are_all_right_or_all_wrong_leave_no_error():
+    labels = torch.arange(40) % 4
+    found = accuracies(torch.where(labels < 2, 1, 2), labels, 4)["zero_shot_mean_per_class"]
+    assert (found.value, found.standard_error) == (0.5, 0.0)
 
 
 def test_a_class_that_is_listed_twice_ties():

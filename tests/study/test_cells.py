@@ -331,12 +331,13 @@ def test_two_arms_of_one_recipe_are_told_before_both_are_paid(tmp_path: Path) ->
 
 
 def test_too_few_seeds_for_the_margin_are_told(tmp_path: Path) -> None:
-    assert "takes" in told(tmp_path, "sigma=1 point", "margin=1 point")
+    told_of = told(tmp_path, "sigma=1 point", "margin=1 point")
+    assert "takes 11 seeds at 80% power, and more in a table of several comparisons" in told_of
     assert "seeds" not in told(tmp_path, "sigma=0.01 points", "margin=1 point", "seeds=[0, 1, 2, 3, 4]")
     assert (
-        "2 seeds show a match within 1 point, at 80% power, only where paired differences spread by at most 0.16 points"
-        in (told(tmp_path))
-    )
+        "2 seeds show a match within 1 point, at 80% power in a single comparison, only where paired differences "
+        "spread by at most 0.16 points"
+    ) in told(tmp_path)
     assert "1 seed: no spread" in told(tmp_path, "seeds=[3]")
 
 

@@ -102,6 +102,11 @@ def test_chapters(markdown):
     assert "\n# not a heading" in markdown
 
 
+def test_the_power_of_the_seeds_needed_is_that_of_a_single_comparison(markdown):
+    words = " ".join(markdown.split())
+    assert "no difference, in a single comparison (Holm asks for more in a table of several)" in words
+
+
 def test_the_head_says_what_was_asked_found_and_cannot_be_said(folder, markdown):
     head = markdown.partition("## In brief")[2].partition("## Question and design")[0]
     scores = {

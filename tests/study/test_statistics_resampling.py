@@ -141,12 +141,24 @@ def test_a_number_between_distant_sizes_carries_a_warning():
     assert near.warning() == "the curve's bend alone leaves 176 to 203"  # 128 * 2^w, 0.11 w - 0.05 w^2 = 0.04
     far = equivalent_batch([128, 512, 2048, 8192], concave, 0.24 + noise[::-1])
     assert far.gap == pytest.approx(4)
-    assert far.warning() == "between sizes 4 times apart; the curve's bend alone leaves 243 to 323"
+    # 128 * 4^w at the same w
+    assert far.warning() == "between sizes 4 times apart; the curve's bend alone leaves 242 to 323"
     assert far.low < far.bend[0] < far.bend[1] < far.high  # noise comes on top of it
     straight = np.array([[0.2], [0.24], [0.28], [0.32]]) + noise
     assert equivalent_batch([128, 256, 512, 1024], straight, 0.25 + noise).warning() == ""
     two = equivalent_batch([128, 512], straight[:2], 0.22 + noise)
     assert (two.bend, two.warning()) == (None, "between sizes 4 times apart; two sizes say nothing about a bend")
+
+
+@pytest.mark.parametrize("noise", [0.0, 1e-5, 1e-3])
+def test_an_interval_of_any_width_ends_where_the_test_does(noise):
+    """On a straight line the ends are known: where Student's interval of the arm's differences leaves zero."""
+    x, n = np.array([7.0, 9.0, 11.0]), 4
+    spread = noise * np.array([1.0, -1.0, 0.5, -0.5])
+    found = equivalent_batch([128, 512, 2048], np.repeat(0.02 * x[:, None], n, 1), 0.02 * 9.7777 + spread)
+    half = stats.t.ppf(0.975, n - 1) * spread.std(ddof=1) / np.sqrt(n) / 0.02
+    assert [found.low, found.high] == pytest.approx([2 ** (9.7777 - half), 2 ** (9.7777 + half)], rel=1e-9)
+    assert found.bend == pytest.approx((2**9.7777, 2**9.7777), rel=1e-9)
 
 
 def test_items_widen_the_equivalent_batch():

@@ -24,7 +24,7 @@ from torch import Tensor
 from amclr_scale.data.formats.annotation_files import read_json
 from amclr_scale.errors import UserError
 from amclr_scale.evaluation.encode import Encode
-from amclr_scale.evaluation.numbers import number
+from amclr_scale.evaluation.numbers import mean_of_groups, number
 from amclr_scale.evaluation.suites.aro_relations import LEFT_OUT
 from amclr_scale.evaluation.suites.opened import Measured, Opened, Place
 from amclr_scale.evaluation.suites.pairs import Box, Pairs, above, entries, entry, scores
@@ -121,10 +121,11 @@ def _opened(pairs: Pairs, cases: list[Case], kept: set[str] | None = None) -> Op
         numbers = {"right": number(hits, clusters=pictures, chance=float(chances.mean()))}
         if kept is not None:
             sizes = Counter(case.kind for case in cases)
-            shares = [1 / sizes[case.kind] if case.kind in kept else 0.0 for case in cases]
-            weights = torch.tensor(shares, dtype=torch.float64)
-            chance = float((weights * chances).sum() / weights.sum())
-            numbers["macro_right"] = number(hits, clusters=pictures, weights=weights, chance=chance)
+            places = {kind: place for place, kind in enumerate(sizes)}
+            of_kind = torch.tensor([places[case.kind] for case in cases])
+            counts = torch.tensor([case.kind in kept for case in cases])
+            chance = mean_of_groups(chances, of_kind, kept=counts).value
+            numbers["macro_right"] = mean_of_groups(hits, of_kind, kept=counts, clusters=pictures, chance=chance)
         return numbers, {} if kept is None else {"kinds": float(len(kept))}
 
     return Opened(pairs.files(), len(cases), pairs.encoded_here(), measure)

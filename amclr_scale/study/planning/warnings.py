@@ -147,7 +147,8 @@ def _seeds(plan: StudyPlan) -> Iterator[str]:
         if needed is None or needed > seeds:
             yield (
                 f"{seeds} seeds: to show that two arms match within {plan.margin}, when they do and differences "
-                f"spread by {plan.sigma} over seeds, takes {needed or 'more than 100,000'} seeds at {POWER:.0%} power"
+                f"spread by {plan.sigma} over seeds, takes {needed or 'more than 100,000'} seeds at {POWER:.0%} power, "
+                "and more in a table of several comparisons"
             )
         return
     # the largest spread that so many seeds can deal with, by halving an interval
@@ -156,6 +157,6 @@ def _seeds(plan: StudyPlan) -> Iterator[str]:
         middle = (low + high) / 2
         low, high = (middle, high) if power_of_equivalence(middle, margin, seeds) >= POWER else (low, middle)
     yield (
-        f"{seeds} seeds show a match within {plan.margin}, at {POWER:.0%} power, only where paired differences "
-        f"spread by at most {written(float(f'{low:.2g}'), unit)} over seeds"
+        f"{seeds} seeds show a match within {plan.margin}, at {POWER:.0%} power in a single comparison, only where "
+        f"paired differences spread by at most {written(float(f'{low:.2g}'), unit)} over seeds"
     )

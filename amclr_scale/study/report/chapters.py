@@ -88,8 +88,8 @@ def verdicts(report: Document, study: Study, analysed: Sequence[Analysed], looks
         "or more) are adjusted by Holm within each table and kind of test, at level 5 %; intervals are not adjusted. "
         "No match is said with a method when the margin is more than half of what it scores above guessing. The "
         "verdict holds for this test set; *with new items* also lets the test items vary. *Seeds needed*: to show a "
-        "match with 80 % power if there is no difference, at the spread measured here and at both ends of that "
-        "spread's own 95 % interval.",
+        "match with 80 % power if there is no difference, in a single comparison (Holm asks for more in a table of "
+        "several), at the spread measured here and at both ends of that spread's own 95 % interval.",
         learning_rates.IN_VERDICTS if study.criterion else "",
         learning_rates.too_narrow(analysed[0].outcome.groups),
         learning_rates.items_unknown(analysed[0].outcome),

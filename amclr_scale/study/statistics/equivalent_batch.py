@@ -43,6 +43,7 @@ POINTS = 128  # per segment of the curve
 MOST_BEND = 2.0  # times the bend that neighbours show
 FAR_APART = 2.0  # ratio of neighbouring batch sizes above which a number between them carries a warning
 MOST_OPEN = 1.1  # ratio of the ends that the bend alone leaves open, above which they are told
+FAR = 1e30  # in place of infinity, in a metric's unit
 FARTHEST = 6.0  # doublings beyond the range that a line is prolonged at most
 
 
@@ -141,7 +142,7 @@ def equivalent_batch(
     curves = _curves(x)  # (V, G, K)
     at = curves[0] @ x  # (G,)
 
-    inside = np.ones(len(at), bool)
+    least, most = np.full(len(at), -np.inf), np.full(len(at), np.inf)  # of the difference there
     n = arm.shape[0]
     if n > 1:
         differences = arm - curves @ reference  # (V, G, n)
@@ -157,23 +158,23 @@ def equivalent_batch(
         squares += (np.multiply(curves, regrets, where=curves != 0, out=np.zeros_like(curves)) ** 2).sum(2)
         squares += special.stdtrit(max(clusters - 1, 1), tail) ** 2 * of_items
         middle, half = differences.mean(2), np.sqrt(squares)
-        inside = ((middle - half).min(0) <= 0) & ((middle + half).max(0) >= 0)
-    found = at[inside]
+        least, most = (middle - half).min(0), (middle + half).max(0)
+    found = _where_zero(at, least, most)
     crossings = _crossings(x, curve, score)
     above, below = score > curve.max(), score < curve.min()
     without_noise = curves @ curve  # (V, G)
-    allowed = 2 ** at[(without_noise.min(0) <= score) & (score <= without_noise.max(0))]
-    ends = [*crossings, *allowed]
+    allowed = _where_zero(at, without_noise.min(0) - score, without_noise.max(0) - score)
+    ends = [*crossings, *(2**place for place in allowed)]
     steps = np.diff(x)
     between = [
         float(2 ** steps[k]) for k in range(len(steps)) if min(curve[k : k + 2]) <= score <= max(curve[k : k + 2])
     ]
     return EquivalentBatch(
         crossings=crossings,
-        low=float(2 ** found[0]) if len(found) else None,
-        high=float(2 ** found[-1]) if len(found) else None,
-        low_open=bool(inside[0]),
-        high_open=bool(inside[-1]),
+        low=float(2 ** found[0]) if found else None,
+        high=float(2 ** found[-1]) if found else None,
+        low_open=bool(least[0] <= 0 <= most[0]),
+        high_open=bool(least[-1] <= 0 <= most[-1]),
         measured=(float(batches[0]), float(batches[-1])),
         above=bool(above),
         below=bool(below),
@@ -181,6 +182,31 @@ def equivalent_batch(
         gap=max(between, default=1.0),
         bend=(float(min(ends)), float(max(ends))) if len(x) > 2 and ends else None,
     )
+
+
+def _where_zero(at: Array, least: Array, most: Array) -> tuple[float, ...]:
+    """The first and the last place where zero lies between two curves, () where it does nowhere.
+
+    Between two points both curves are taken as straight. Were points alone looked at, an interval would end at the last
+    one inside it, too early, and one that is narrower than their distance would be none.
+
+    Args:
+        at: (G,), ascending.
+        least, most: (G,), the curves at these points; infinite where nothing is known.
+    """
+    begin: Array = np.zeros(len(at) - 1)  # shares of each step
+    end: Array = np.ones(len(at) - 1)
+    for side in (np.maximum(least, -FAR), np.maximum(-most, -FAR)):  # where these are at most 0
+        before, slope = side[:-1], np.diff(side)
+        zero = np.divide(-before, slope, where=slope != 0, out=np.where(before <= 0, np.inf, -np.inf))
+        begin = np.where(slope < 0, np.maximum(begin, zero), begin)
+        end = np.where(slope < 0, end, np.minimum(end, zero))
+    steps = np.flatnonzero(begin <= end)
+    if not len(steps):
+        return ()
+    first, last = steps[0], steps[-1]
+    step = np.diff(at)
+    return float(at[first] + begin[first] * step[first]), float(at[last] + end[last] * step[last])
 
 
 def _curves(x: Array) -> Array:

@@ -98,6 +98,11 @@ def test_aro_relation_is_a_macro_accuracy_over_the_boxes(tmp_path):
     assert numbers["macro_right"].value == pytest.approx(want, abs=1e-12)
     assert numbers["right"].value == pytest.approx(hits.mean(), abs=1e-12)
     assert numbers["macro_right"].value != numbers["right"].value
+    rows = {kind: np.array([k == kind for k in kinds]) for kind in kept}
+    moves = sum(np.where(mine, hits - hits[mine].mean(), 0) / mine.sum() / 3 for mine in rows.values())
+    pictures = np.array([(one["image_path"], one["bbox_x"], one["bbox_y"]) for one in told])
+    by_picture = [moves[(pictures == one).all(1)].sum() for one in np.unique(pictures, axis=0)]
+    assert numbers["macro_right"].standard_error == pytest.approx(np.linalg.norm(by_picture), abs=1e-12)
     assert (numbers["macro_right"].chance, plain) == (pytest.approx(0.5), {"kinds": 3.0})
     assert len(LEFT_OUT) == 157
     assert {"near", "next to", "in front of"} & LEFT_OUT == {"near", "next to"}
