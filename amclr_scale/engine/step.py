@@ -162,11 +162,12 @@ class TrainStep:
             if self.stage == 0 and not math.isfinite(grad_norm):  # DeepSpeed checks at the other stages
                 self._fail(done, batch)
             self.engine.set_gradient_accumulation_boundary(True)
+            may_skip = self.stage > 0 and self._may_skip()  # at the scale that this step has: DeepSpeed lowers it
             self.engine.step()
             if self.stage > 0:
                 grad_norm = float(self.engine.get_global_grad_norm())
                 overflowed = not math.isfinite(grad_norm) or not self.engine.was_step_applied()
-                if overflowed and not self._may_skip():
+                if overflowed and not may_skip:
                     self._fail(done, batch)
             if self.stage == 0 or self.engine.was_step_applied():
                 commit()  # the objective's state: a skipped step leaves no trace in it
@@ -198,7 +199,11 @@ class TrainStep:
 
     def _may_skip(self) -> bool:
         """fp16: a scaled loss that overflows is skipped and scaled down, until the scale has nothing left to give."""
-        return bool(self.engine.fp16_enabled()) and float(self.engine.optimizer.cur_scale) > 1
+        if not self.engine.fp16_enabled():
+            return False
+        scaler = self.engine.optimizer.loss_scaler
+        scaler.raise_error_at_min_scale = False  # what then fails is told with its samples, by `_fail`
+        return float(scaler.cur_scale) > getattr(scaler, "min_scale", 1)
 
     def _complete_gradients(self) -> None:
         """What nothing depended on has a gradient of 0, as on several ranks: its moments and decay go on."""

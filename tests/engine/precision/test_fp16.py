@@ -114,9 +114,14 @@ def test_a_skipped_step_leaves_no_trace_in_the_objectives_state_and_the_teacher(
             assert moved == (list(after) if was_applied else [])
 
 
+@pytest.mark.parametrize("stage", [1, 3])
+def test_every_scale_down_to_1_is_tried(ranks, stage):
+    for _, told in ranks(2, half_run, stage, 1, 3, 0):
+        assert [(applied, scale) for applied, scale, *_ in told] == [(False, 1.0), (True, 1.0), (True, 1.0)]
+
+
 @pytest.mark.parametrize("stage", [2, 3])
 def test_a_loss_that_no_scale_mends_ends_the_run(ranks, stage):
-    for weights, told in ranks(2, half_run, stage, 1, 4, 0):
-        del weights
+    for _, told in ranks(2, half_run, stage, 0, 4, 0):
         assert isinstance(told[-1], str)
         assert "the gradient is not finite" in told[-1]
