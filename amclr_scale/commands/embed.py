@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 import amclr_scale
-from amclr_scale.commands.words import command_parser, run_command
+from amclr_scale.commands.words import check_at_least, command_parser, run_command
 from amclr_scale.data.beside.references import FINGERPRINT
 from amclr_scale.data.evaluation_split import EvaluationSplit
 from amclr_scale.data.formats.picture_files import find_pictures
@@ -217,8 +217,7 @@ def work(argv: list[str]) -> None:
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--device", default="cpu")
     args = parser.parse_intermixed_args(argv)
-    if args.batch_size < 1:
-        raise UserError(f"--batch-size: expected at least 1, got {args.batch_size}")
+    check_at_least(args, 1, "batch_size")
     if args.config:
         of_recipe(args)
         return

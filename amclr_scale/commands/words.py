@@ -27,6 +27,21 @@ def command_parser(verb: str, doc: str | None, epilog: str | None = None) -> arg
     return argparse.ArgumentParser(f"amclr-scale {verb}", description=doc, epilog=epilog, formatter_class=plain)
 
 
+def check_at_least(args: argparse.Namespace, least: int, *names: str) -> None:
+    """Refuse options that are smaller numbers; those that were not given pass.
+
+    Args:
+        names: of options, as argparse keeps them.
+
+    Raises:
+        UserError: naming the option.
+    """
+    for name in names:
+        value = getattr(args, name)
+        if value is not None and value < least:
+            raise UserError(f"--{name.replace('_', '-')}: expected at least {least}, got {value}")
+
+
 def refused(error: BaseException, writes: str) -> tuple[int, str] | None:
     """What a file system refuses, in words, behind the exit code: 1 of a full or closed disk, 2 of an impossible name.
 
