@@ -152,3 +152,19 @@ def test_a_number_that_is_none_is_a_mistake(
     assert main.main(words.split()) == 2
     assert capsys.readouterr().err == f"{told}\n"
     assert not [*tmp_path.iterdir()]
+
+
+@pytest.mark.parametrize(
+    ("missing", "package"),
+    [("open_clip.factory", "open_clip_torch"), ("timm", "timm"), ("deepspeed.ops", "'amclr_scale[train]'")],
+)
+def test_a_package_that_a_part_of_a_command_lacks_is_named(
+    missing: str, package: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def lacking(argv: list[str]) -> None:
+        raise ModuleNotFoundError(f"No module named {missing!r}", name=missing)
+
+    monkeypatch.setattr(export, "main", lacking)
+    assert main.main(["export", "runs/a", "--to", "open_clip", "--out", "o"]) == 2
+    told = f"amclr-scale export needs {missing}, which is not installed: pip install {package}\n"
+    assert capsys.readouterr().err == told
