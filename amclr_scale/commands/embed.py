@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 import amclr_scale
-from amclr_scale.commands.words import check_at_least, command_parser, run_command
+from amclr_scale.commands.words import check_at_least, check_place, command_parser, run_command
 from amclr_scale.data.beside.references import FINGERPRINT
 from amclr_scale.data.evaluation_split import EvaluationSplit
 from amclr_scale.data.formats.picture_files import find_pictures
@@ -240,8 +240,7 @@ def work(argv: list[str]) -> None:
         raise UserError(f"--images: expected a folder, got {args.images}")
     if args.out.suffix not in (".npy", ".parquet"):
         raise UserError(f"--out: expected a name that ends in .npy or .parquet, got {args.out}")
-    if not args.out.absolute().parent.is_dir():
-        raise UserError(f"--out: expected a name in a folder that is there, got {args.out}")
+    check_place("--out", args.out)
     if args.out.suffix == ".parquet":
         _pyarrow(args.out)  # before the work
     model = amclr_scale.load(args.model, args.device)

@@ -21,7 +21,7 @@ import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont
 
 import amclr_scale
-from amclr_scale.commands.words import command_parser, run_command
+from amclr_scale.commands.words import check_place, command_parser, run_command
 from amclr_scale.data.decoding import BadSampleError, Sample, decode
 from amclr_scale.data.formats.npy import map_npy
 from amclr_scale.data.indexing import IMAGE_EXTENSIONS
@@ -128,6 +128,9 @@ def work(argv: list[str]) -> None:
     args = parser.parse_args(argv)
     if args.count < 1:
         raise UserError(f"--count: expected at least 1, got {args.count}")
+    check_place("--sheet", args.sheet)
+    if args.sheet and args.sheet.suffix.lower() not in Image.registered_extensions():
+        raise UserError(f"--sheet: expected the name of a picture, such as found.png, got {args.sheet}")
     picture = Path(args.query).is_file()
     if not picture and Path(args.query).suffix[1:].lower() in IMAGE_EXTENSIONS:
         raise UserError(f"query: expected a text, or the path of a picture, got {args.query}, where no file is")

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-from amclr_scale.commands.words import command_parser, run_command
+from amclr_scale.commands.words import check_place, command_parser, run_command
 from amclr_scale.config import schema
 from amclr_scale.data.decoding import BadSampleError, Field, Sample, check_whole
 from amclr_scale.data.index import Index
@@ -67,8 +67,7 @@ def work(argv: list[str]) -> None:
     arguments = parser.parse_args(argv)
     if arguments.entries < LEAST:
         raise UserError(f"--entries: expected at least {LEAST}, of bytes and marks alone, got {arguments.entries}")
-    if not arguments.out.absolute().parent.is_dir():
-        raise UserError(f"--out: expected a name in a folder that is there, got {arguments.out}")
+    check_place("--out", arguments.out)
     settings = schema.Data(train=arguments.data, caption=arguments.captions[0])
     index = open_index(settings, key="data")
     counts, found = Counter[str](), set[int]()

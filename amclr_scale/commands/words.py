@@ -7,6 +7,7 @@ import os
 import re
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 from amclr_scale.errors import UserError
 
@@ -40,6 +41,16 @@ def check_at_least(args: argparse.Namespace, least: int, *names: str) -> None:
         value = getattr(args, name)
         if value is not None and value < least:
             raise UserError(f"--{name.replace('_', '-')}: expected at least {least}, got {value}")
+
+
+def check_place(option: str, file: Path | None) -> None:
+    """Refuse a file to write in a folder that is not there, before the work; one that is not asked for passes.
+
+    Raises:
+        UserError: naming the option.
+    """
+    if file is not None and not file.absolute().parent.is_dir():
+        raise UserError(f"{option}: expected a name in a folder that is there, got {file}")
 
 
 def refused(error: BaseException, writes: str) -> tuple[int, str] | None:

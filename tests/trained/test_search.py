@@ -192,6 +192,17 @@ def test_numbers_and_devices_that_are_none_are_told(folder, capsys):
     assert not [*folder.glob("photos.*")]
 
 
+def test_a_place_that_no_sheet_can_have_is_told_before_the_search(folder, capsys):
+    assert embed.main(["run", "photos"]) == 0
+    capsys.readouterr()
+    for sheet, told in (
+        ("nowhere/x.png", "--sheet: expected a name in a folder that is there, got nowhere/x.png"),
+        ("x.nope", "--sheet: expected the name of a picture, such as found.png, got x.nope"),
+    ):
+        assert search.main(["photos.npy", "red", "--sheet", sheet]) == 2
+        assert capsys.readouterr() == ("", f"{told}\n")
+
+
 def test_a_picture_that_is_not_there_is_no_text(folder, capsys):
     assert embed.main(["run", "photos"]) == 0
     assert search.main(["photos.npy", "photos/mistyped.JPG"]) == 2
