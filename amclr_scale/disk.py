@@ -2,8 +2,11 @@
 
 import errno
 import shutil
+import stat
 import sys
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from amclr_scale.errors import UserError
 
@@ -22,6 +25,36 @@ class FullError(OSError):
 
     def __str__(self) -> str:
         return str(self.strerror)
+
+
+def save_tensors(tensors: dict[str, Any], file: Path, metadata: dict[str, str] | None = None) -> None:
+    """Write a safetensors file that others may read as they may read the files beside it.
+
+    The library gives its files to their owner alone, whatever the umask says: a group that shares a folder of runs
+    could then read everything of a run but its weights.
+
+    Raises:
+        OSError, SafetensorError: the disk does not take it.
+    """
+    from safetensors.torch import save_file
+
+    save_file(tensors, file, metadata=metadata)
+    give_usual_mode(file)
+
+
+def give_usual_mode(file: Path) -> None:
+    """Let a file be read by those who may read a new file beside it.
+
+    Raises:
+        OSError: the disk takes no file beside it.
+    """
+    beside = file.with_name(f".{file.name}.mode")  # a new file has the mode that the umask leaves, in any thread
+    try:
+        beside.touch()
+        with suppress(PermissionError):  # a file system without modes has its own rule
+            file.chmod(stat.S_IMODE(beside.stat().st_mode))
+    finally:
+        beside.unlink(missing_ok=True)
 
 
 def _size(size: int) -> str:

@@ -21,12 +21,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from amclr_scale.checkpoint import objective_state, pieces
 from amclr_scale.checkpoint.files import STATE, Written, describe, read_state, write_json
 from amclr_scale.checkpoint.rows import stored_rows
+from amclr_scale.disk import save_tensors
 from amclr_scale.engine.teacher import Teacher
 from amclr_scale.errors import UserError
 from amclr_scale.objectives.table import ROWS, own_rows, rows_apart
@@ -62,12 +63,12 @@ class Snapshot:
             OSError, SafetensorError: the disk does not take them.
         """
         file = folder / file_of(self.rank)
-        save_file(self.tensors, file, metadata={"notes": json.dumps(self.notes)})
+        save_tensors(self.tensors, file, metadata={"notes": json.dumps(self.notes)})
         written = [describe(file)]
         if self.rank == 0:
             for name, tensors in self.shared.items():
                 if tensors:
-                    save_file(tensors, folder / name)
+                    save_tensors(tensors, folder / name)
                     written.append(describe(folder / name))
             for name, content in self.tokenizer.items():
                 path = folder / TOKENIZER / name

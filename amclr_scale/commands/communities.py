@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 
 from amclr_scale.commands.embed import unfinished
-from amclr_scale.commands.words import command_parser, run_command
+from amclr_scale.commands.words import check_place, command_parser, run_command
 from amclr_scale.config import schema
 from amclr_scale.data.beside.partition import communities_of, graph_of, inside
 from amclr_scale.data.beside.references import FINGERPRINT, References
@@ -45,8 +45,7 @@ def work(argv: list[str]) -> None:
     arguments = parser.parse_args(argv)
     if arguments.out.suffix != ".npy":
         raise UserError(f"--out: expected a name that ends in .npy, got {arguments.out}")
-    if not arguments.out.absolute().parent.is_dir():  # before the work
-        raise UserError(f"--out: expected a name in a folder that is there, got {arguments.out}")
+    check_place("--out", arguments.out)  # before the work
     index = open_index(schema.Data(train=arguments.shards), key="shards", captioned=False)
     N = index.num_samples
     for name, least, most in (("size", 2, N), ("skip", 0, N - 2), ("neighbours", 1, N - 1 - max(0, arguments.skip))):

@@ -31,13 +31,13 @@ import torch
 from torch import Tensor
 
 import amclr_scale
-from amclr_scale.commands.words import command_parser, run_command
+from amclr_scale.commands.words import check_at_least, check_place, command_parser, run_command
 from amclr_scale.data.beside.references import FINGERPRINT
 from amclr_scale.data.evaluation_split import EvaluationSplit
 from amclr_scale.data.formats.picture_files import find_pictures
 from amclr_scale.data.names import short_names
 from amclr_scale.errors import UserError
-from amclr_scale.trained.model import Model
+from amclr_scale.trained.model import DIGEST, Model
 
 SHOWN = 10  # pictures that cannot be used, told by name
 Rows = Iterator[tuple[list[str], npt.NDArray[np.float32]]]
@@ -56,6 +56,7 @@ def listed(model: Model, args: argparse.Namespace) -> tuple[int, Rows]:
     if not names:
         kind, what = ("--texts", "a file with lines") if args.texts else ("--images", "a folder with images")
         raise UserError(f"{kind}: expected {what}, got {args.texts or args.images}")
+    check_names(args.out, names)
     parts = (names[start : start + size] for start in range(0, len(names), size))
     if args.texts:
         return len(names), ((part, model.encode_text(part, size).numpy()) for part in parts)
@@ -115,6 +116,24 @@ def of_shards(model: Model, args: argparse.Namespace) -> tuple[int, Rows, str]:
     return split.num_samples, rows(), split.index.fingerprint
 
 
+def check_names(out: Path, names: Iterable[str]) -> None:
+    """Refuse names of rows that the file of names cannot hold: a line each, or a column of UTF-8.
+
+    Raises:
+        UserError: which one, and what to do.
+    """
+    for name in names:
+        if out.suffix == ".npy" and "\n" in name:
+            raise UserError(
+                f"--out: expected names without a line break, since {out.with_suffix('.txt')} has one a line, got "
+                f"{name!r}; rename it, or write NAME.parquet"
+            )
+        if out.suffix != ".npy" and any("\ud800" <= one <= "\udfff" for one in name):
+            raise UserError(
+                f"--out: expected names in UTF-8, as {out} holds them, got {name!r}; rename it, or write NAME.npy"
+            )
+
+
 def write(out: Path, total: int, width: int, rows: Rows) -> int:
     """One file or two, by the ending, batch by batch; they get their names when all is written. Returns the rows.
 
@@ -138,6 +157,7 @@ def write(out: Path, total: int, width: int, rows: Rows) -> int:
             done = 0
             header(file, total, width)
             for names, embedded in rows:
+                check_names(out, names)
                 file.write(np.asarray(embedded, np.float32).tobytes())
                 done += len(names)
                 names_file.write("".join(f"{name}\n" for name in names))
@@ -197,6 +217,7 @@ def work(argv: list[str]) -> None:
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--device", default="cpu")
     args = parser.parse_intermixed_args(argv)
+    check_at_least(args, 1, "batch_size")
     if args.config:
         of_recipe(args)
         return
@@ -207,24 +228,29 @@ def work(argv: list[str]) -> None:
     given = args.images or args.texts or args.shards
     stem = short_names([given])[given].replace("/", "_")
     args.out = args.out or Path(f"{Path(stem).stem}_embedded.npy" if args.texts else f"{stem}.npy")
-    if args.texts and args.out.with_suffix(".txt").absolute() == Path(args.texts).absolute():
+    described, rows_named = args.out.with_name(f"{args.out.name}.json"), args.out.with_suffix(".txt")
+    if args.texts and rows_named.absolute() == Path(args.texts).absolute():
         raise UserError(f"--out: {args.out} would write names of rows over {args.texts}; choose another name")
+    if args.out.suffix == ".npy" and rows_named.exists() and not described.exists():
+        raise UserError(
+            f"--out: {args.out} would write names of rows over {rows_named}, which is of no earlier embeddings "
+            f"({described.name} is not there); choose another name"
+        )
     if args.images and not Path(args.images).is_dir():
         raise UserError(f"--images: expected a folder, got {args.images}")
     if args.out.suffix not in (".npy", ".parquet"):
         raise UserError(f"--out: expected a name that ends in .npy or .parquet, got {args.out}")
-    if not args.out.absolute().parent.is_dir():
-        raise UserError(f"--out: expected a name in a folder that is there, got {args.out}")
+    check_place("--out", args.out)
     if args.out.suffix == ".parquet":
         _pyarrow(args.out)  # before the work
     model = amclr_scale.load(args.model, args.device)
-    about = {"model": str(Path(args.model).absolute()), "folder": str(Path.cwd())}
+    about = {"model": str(Path(args.model).absolute()), DIGEST: model.digest(), "folder": str(Path.cwd())}
     if args.shards:
         total, rows, about[FINGERPRINT] = of_shards(model, args)
     else:
         total, rows = listed(model, args)
     total = write(args.out, total, model.config.model.embedding_width, rows)
-    args.out.with_name(f"{args.out.name}.json").write_text(json.dumps(about, indent=1) + "\n", "utf-8")
+    described.write_text(json.dumps(about, indent=1) + "\n", "utf-8")
     print(f"{total:,} rows -> {args.out}")
 
 

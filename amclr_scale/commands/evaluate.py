@@ -122,7 +122,7 @@ def _run_suites(options: argparse.Namespace, device: Any) -> None:
     measure(
         options.checkpoints, [suite(name) for name in dict.fromkeys(options.suite)], Path(options.data).expanduser(),
         opens=open_model, device=device, words=options.set, precision=options.precision,
-        output=Path(options.output) if options.output else None,
+        output=Path(options.output).expanduser() if options.output else None,
     )  # fmt: skip
 
 
@@ -145,6 +145,8 @@ def run(options: argparse.Namespace, rank_info: RankInfo) -> None:
     device = torch.device(device_type())
     if rank_info.world_size > 1:
         device = start(rank_info)
+    if options.sheet < 0:
+        raise UserError(f"--sheet: expected 0 or more, got {options.sheet}")
     if options.data:
         _run_suites(options, device)
     else:
@@ -157,7 +159,7 @@ def _run_splits(options: argparse.Namespace, rank_info: RankInfo, device: Any) -
     """The flow: models -> splits -> numbers -> table, files, sheets."""
     from amclr_scale.evaluation.models import check_reading, compute_in, use_statistics
     from amclr_scale.evaluation.progress import EvaluationProgress
-    from amclr_scale.evaluation.report import comparison_lines, comparisons, histogram_lines, write
+    from amclr_scale.evaluation.report import comparison_lines, comparisons, histogram_lines, made, write
     from amclr_scale.evaluation.run import Evaluator
     from amclr_scale.evaluation.sheet import NOTHING, text_to_image_sheet
     from amclr_scale.evaluation.table import side_by_side, table
@@ -171,7 +173,7 @@ def _run_splits(options: argparse.Namespace, rank_info: RankInfo, device: Any) -
     learned: dict[str, dict[str, Histogram]] = {}
     precision: dict[str, str] = {}
     prompts: list[str] = []
-    folder: Path | None = Path(options.output) if options.output else None
+    folder: Path | None = Path(options.output).expanduser() if options.output else None
     resamples = 0
     first_config: Config | None = None
     suites = suites_by_name(options.suite)
@@ -185,6 +187,8 @@ def _run_splits(options: argparse.Namespace, rank_info: RankInfo, device: Any) -
         check_same_measure(first_config, config)
         folder = folder or (loaded.folder or Path("runs")) / "evaluation" / loaded.step
         check_reading(loaded, config.data)
+        if speaks and not results:
+            made(folder)
         evaluator = Evaluator(config, rank=rank_info.rank, world_size=rank_info.world_size, reading=loaded.reading)
         use_statistics(loaded, config.data)
         name = checkpoint if loaded.name in results else loaded.name
@@ -200,7 +204,6 @@ def _run_splits(options: argparse.Namespace, rank_info: RankInfo, device: Any) -
                 progress.more(task.pairs_here())
                 sheet = text_to_image_sheet(encode, task, config.evaluation.batch_size, options.sheet)
                 if speaks:
-                    folder.mkdir(parents=True, exist_ok=True)
                     sheet.save(folder / f"sheet_{len(results)}_{number}.png")
         if speaks:
             if options.sheet and not drawable:

@@ -17,7 +17,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from amclr_scale.commands.words import command_parser, run_command
+from amclr_scale.commands.words import check_at_least, command_parser, run_command
 from amclr_scale.config import schema
 from amclr_scale.data.index import Index
 from amclr_scale.data.indexes.binary import BINARY, MANY, write_binary_index
@@ -69,6 +69,7 @@ def work(argv: list[str]) -> None:
     parser.add_argument("--cache", help="folder for fetched and unpacked shards, as data.cache")
     parser.add_argument("--allow-pipe", action="store_true", help="run the commands of pipe: urls")
     arguments = parser.parse_args(argv)
+    check_at_least(arguments, 0, "workers")
     urls = shards_of(arguments.shards)
     if arguments.out is None and is_remote(urls[0]):
         raise UserError("--out: expected a file to write, since the shards are remote")

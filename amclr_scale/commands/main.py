@@ -39,6 +39,12 @@ VERBS = {
 OF_DATA = ("braceexpand", "webdataset", "tokenizers", "pydantic", "yaml", "numpy", "PIL", "psutil", "pyarrow", "rich")
 PACKAGES = (*OF_DATA, "torchvision", "deepspeed", "transformers", "accelerate", "safetensors")
 
+# What a part of a command imports beside them: the package that brings it.
+FURTHER = {
+    "open_clip": "open_clip_torch", "timm": "timm", "matplotlib": "matplotlib", "scipy": "scipy", "fsspec": "fsspec",
+    "huggingface_hub": "huggingface_hub", "resvg_py": "resvg-py",
+}  # fmt: skip
+
 
 def usage() -> str:
     """The verbs, a line each."""
@@ -73,11 +79,13 @@ def main(argv: list[str] | None = None) -> int:
             except KeyboardInterrupt:  # Ctrl-C where nothing has to be saved
                 return 128 + signal.SIGINT
             except ModuleNotFoundError as error:
-                if error.name is None or error.name.partition(".")[0] not in PACKAGES:
+                missing = (error.name or "").partition(".")[0]
+                if missing not in PACKAGES and missing not in FURTHER:
                     raise
-                extra = "data" if words[0] == "shards" and error.name.partition(".")[0] in OF_DATA else "train"
+                extra = "data" if words[0] == "shards" and missing in OF_DATA else "train"
+                install = FURTHER.get(missing, f"'amclr_scale[{extra}]'")
                 told = f"amclr-scale {verb} needs {error.name}, which is not installed"
-                print(f"{told}: pip install 'amclr_scale[{extra}]'", file=sys.stderr)
+                print(f"{told}: pip install {install}", file=sys.stderr)
                 return 2
             return code
     wanted = " ".join(words[:2]) if any(verb.startswith(f"{words[0]} ") for verb in VERBS) else words[0]

@@ -29,7 +29,7 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import track
 
-from amclr_scale.commands.words import command_parser, run_command
+from amclr_scale.commands.words import check_at_least, command_parser, run_command
 from amclr_scale.config import schema
 from amclr_scale.data.decoding import BadSampleError, Sample, decode
 from amclr_scale.data.formats.tables import SEPARATORS
@@ -268,6 +268,8 @@ def work(argv: list[str]) -> None:
     )
     parser.add_argument("--workers", type=int, default=0, help="processes (default: this one)")
     arguments = parser.parse_args(argv)
+    check_at_least(arguments, 1, "per_shard", "resize", "quality")
+    check_at_least(arguments, 0, "workers")
 
     if arguments.images is None and arguments.annotations is None:
         raise UserError("--images: expected the folder of the images, got none")

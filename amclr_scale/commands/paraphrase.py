@@ -24,16 +24,22 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 
-from amclr_scale.commands.words import command_parser, run_command
+from amclr_scale.commands.words import check_at_least, command_parser, run_command
 from amclr_scale.config import schema
 from amclr_scale.data.beside.paraphrases import ParaphraseReader, paraphrase_file, write_paraphrases
 from amclr_scale.data.decoding import BadSampleError, Field, Sample, check_whole
 from amclr_scale.data.index import Index
 from amclr_scale.data.indexing import open_index
 from amclr_scale.data.tokenizers import well_formed
+from amclr_scale.distributed.process_group import named_device
 from amclr_scale.errors import UserError
 from amclr_scale.torchvision_ops import import_torchvision
 
+# Options that paraphrases depend on, kept beside them: those that are there already must have been made by the same.
+KEPT = (
+    "model", "filter", "caption", "count", "prefix", "top_k", "top_p", "temperature", "max_tokens", "min_cosine",
+    "max_cosine", "seed",
+)  # fmt: skip
 Generate = Callable[[Sequence[str]], list[list[str]]]
 Similarity = Callable[[Sequence[str], Sequence[str]], Tensor]
 
@@ -146,11 +152,27 @@ def paraphrase_shard(
     return rows, asked, kept
 
 
-def finished(out: Path, index: Index, shard: int) -> bool:
-    """Whether a shard has its paraphrases already."""
-    if not paraphrase_file(out, index.shards[shard]).is_file():
+def finished(out: Path, index: Index, shard: int, asked: dict[str, Any]) -> bool:
+    """Whether a shard has its paraphrases already.
+
+    Args:
+        asked: the options that they are to be made by.
+
+    Raises:
+        UserError: it has some that were made by other options.
+    """
+    file = paraphrase_file(out, index.shards[shard])
+    if not file.is_file():
         return False
     ParaphraseReader(out, index.shards[shard]).close()
+    with file.open(encoding="utf-8") as lines:
+        made = json.loads(next(lines))
+    for name in asked.keys() & made.keys():
+        if asked[name] != made[name]:
+            raise UserError(
+                f"--{name.replace('_', '-')}: expected {made[name]!r}, by which {file} was made, got {asked[name]!r}; "
+                "go on with that, or choose another --out"
+            )
     return True
 
 
@@ -178,6 +200,9 @@ def work(argv: list[str]) -> None:
     arguments = parser.parse_args(argv)
     if not 0 <= arguments.rank < arguments.ranks:
         raise UserError(f"--rank: expected 0 .. {arguments.ranks - 1}, got {arguments.rank}")
+    check_at_least(arguments, 1, "count", "top_k", "max_tokens", "batch")
+    if arguments.device:
+        named_device(arguments.device)  # before the shards are opened
 
     index = open_index(schema.Data(train=arguments.data, caption=arguments.caption), key="data")
     names = [paraphrase_file(arguments.out, shard).name for shard in index.shards]
@@ -187,17 +212,18 @@ def work(argv: list[str]) -> None:
         )
     arguments.out.mkdir(parents=True, exist_ok=True)
     own = range(arguments.rank, len(index.shards), arguments.ranks)
-    todo = [shard for shard in own if not finished(arguments.out, index, shard)]
+    asked = {name: getattr(arguments, name) for name in KEPT}
+    todo = [shard for shard in own if not finished(arguments.out, index, shard, asked)]
     if todo:
         gpus = torch.cuda.device_count()
-        device = torch.device(arguments.device or (f"cuda:{arguments.rank % gpus}" if gpus else "cpu"))
+        device = named_device(arguments.device or (f"cuda:{arguments.rank % gpus}" if gpus else "cpu"))
         generate = generator(arguments.model, arguments, device)
         alike = similarity(arguments.filter, device) if arguments.filter else None
         field = Field.parse(arguments.caption)
         for shard in track(todo, "Paraphrasing", console=Console(stderr=True)):
             torch.manual_seed(arguments.seed * 1_000_003 + shard)  # of the shard, not of the history
-            rows, asked, kept = paraphrase_shard(list(captions_of(index, shard, field)), generate, alike, arguments)
-            origin = {"model": str(arguments.model), "filter": arguments.filter, "candidates": asked, "kept": kept}
+            rows, number, kept = paraphrase_shard(list(captions_of(index, shard, field)), generate, alike, arguments)
+            origin = {**asked, "candidates": number, "kept": kept}
             write_paraphrases(arguments.out, index.shards[shard], origin, rows)
     report(arguments.out, index, own)
 

@@ -120,6 +120,7 @@ def carry_out(job: "Job") -> None:
     from amclr_scale.checkpoint.state import restore
     from amclr_scale.commands.job import hooks_of
     from amclr_scale.engine.loop import train
+    from amclr_scale.metrics.run_folder import set_aside_results
 
     hooks = hooks_of(job)
     if job.found:
@@ -136,6 +137,8 @@ def carry_out(job: "Job") -> None:
             for words in job.introduction():
                 job.log.say(words)
             job.signals.saves = job.begin < job.inputs.plan.total_steps
+            if job.signals.saves and job.speaks and (aside := set_aside_results(job.folder)):
+                job.log.say(f"note: results of this run's earlier end are in {aside} now")
             conclude(job, train(job.step, iter(job.inputs.loader), job.inputs.plan, hooks, begin=job.begin))
         if job.delivery:
             job.delivery.finish()

@@ -14,18 +14,20 @@ from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-from amclr_scale.commands.words import command_parser, run_command
+from amclr_scale.commands.words import check_place, command_parser, run_command
 from amclr_scale.config import schema
 from amclr_scale.data.decoding import BadSampleError, Field, Sample, check_whole
 from amclr_scale.data.index import Index
 from amclr_scale.data.indexing import open_index
 from amclr_scale.data.tokenizers import well_formed
+from amclr_scale.errors import UserError
 
 SPECIAL = ["[PAD]", "[CLS]", "[SEP]"]
+LEAST = 256 + len(SPECIAL)  # entries: every byte has one
 
 
-def captions_of(index: Index, fields: list[Field], limits: schema.Data) -> Iterator[str]:
-    """Every caption of every readable sample."""
+def captions_of(index: Index, fields: list[Field], limits: schema.Data) -> Iterator[tuple[int, str]]:
+    """Every caption of every readable sample, behind the number of its field."""
     wanted = frozenset(field.member for field in fields)
     for shard, entry in enumerate(index.shards):
         reader = index.reader(shard)
@@ -33,9 +35,9 @@ def captions_of(index: Index, fields: list[Field], limits: schema.Data) -> Itera
             with suppress(BadSampleError):
                 check_whole(reader, row)
                 sample = Sample(reader.read(row, wanted), limits.max_image_pixels, limits.max_caption_characters)
-                for field in fields:
+                for number, field in enumerate(fields):
                     with suppress(BadSampleError):
-                        yield from map(well_formed, sample.captions(field))
+                        yield from ((number, well_formed(caption)) for caption in sample.captions(field))
 
 
 def train(captions: Counter[str], entries: int) -> Tokenizer:
@@ -63,9 +65,19 @@ def work(argv: list[str]) -> None:
     parser.add_argument("--entries", type=int, default=4096, help="largest size of the vocabulary")
     parser.add_argument("--out", type=Path, required=True, help="file to write")
     arguments = parser.parse_args(argv)
+    if arguments.entries < LEAST:
+        raise UserError(f"--entries: expected at least {LEAST}, of bytes and marks alone, got {arguments.entries}")
+    check_place("--out", arguments.out)
     settings = schema.Data(train=arguments.data, caption=arguments.captions[0])
     index = open_index(settings, key="data")
-    counts = Counter(captions_of(index, [Field.parse(words) for words in arguments.captions], settings))
+    counts, found = Counter[str](), set[int]()
+    for number, text in captions_of(index, [Field.parse(words) for words in arguments.captions], settings):
+        counts[text] += 1
+        found.add(number)
+    if empty := [words for number, words in enumerate(arguments.captions) if number not in found]:
+        raise UserError(
+            f"--captions: expected txt or json.FIELD that samples have, got {', '.join(empty)}: none has it"
+        )
     tokenizer = train(counts, arguments.entries)
     tokenizer.save(str(arguments.out))
     entries, captions = tokenizer.get_vocab_size(), counts.total()

@@ -7,6 +7,7 @@ import os
 import re
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 from amclr_scale.errors import UserError
 
@@ -25,6 +26,31 @@ def command_parser(verb: str, doc: str | None, epilog: str | None = None) -> arg
     """
     plain = argparse.RawDescriptionHelpFormatter
     return argparse.ArgumentParser(f"amclr-scale {verb}", description=doc, epilog=epilog, formatter_class=plain)
+
+
+def check_at_least(args: argparse.Namespace, least: int, *names: str) -> None:
+    """Refuse options that are smaller numbers; those that were not given pass.
+
+    Args:
+        names: of options, as argparse keeps them.
+
+    Raises:
+        UserError: naming the option.
+    """
+    for name in names:
+        value = getattr(args, name)
+        if value is not None and value < least:
+            raise UserError(f"--{name.replace('_', '-')}: expected at least {least}, got {value}")
+
+
+def check_place(option: str, file: Path | None) -> None:
+    """Refuse a file to write in a folder that is not there, before the work; one that is not asked for passes.
+
+    Raises:
+        UserError: naming the option.
+    """
+    if file is not None and not file.absolute().parent.is_dir():
+        raise UserError(f"{option}: expected a name in a folder that is there, got {file}")
 
 
 def refused(error: BaseException, writes: str) -> tuple[int, str] | None:

@@ -192,6 +192,7 @@ def _explain(error: ErrorDetails, prefix: str, root: type[BaseModel]) -> str:
         return f"{key}: this key is needed, and there is none"
     message = error["msg"].replace("Input should be", "expected").replace("Value error, ", "")
     message = "expected true or false" if error["type"].startswith("bool_") else message
+    message = re.sub(r"^String should match pattern '\^(\[.*\])\+\$'$", r"expected characters of \1 alone", message)
     got = error["input"]
     message, semicolon, fix = message.partition("; ")  # a hint comes last
     fix = semicolon + fix

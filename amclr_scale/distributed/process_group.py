@@ -27,6 +27,21 @@ def device_type() -> Literal["cuda", "cpu"]:
     return "cuda" if torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu" else "cpu"
 
 
+def named_device(name: str | torch.device) -> torch.device:
+    """A device by torch's name for it, such as cpu or cuda:1.
+
+    Raises:
+        UserError: torch knows no such name, or has no such device here.
+    """
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device).cpu()
+    except (RuntimeError, AssertionError) as error:  # the latter where torch was built without CUDA
+        here = "cpu, cuda" if torch.cuda.is_available() else "cpu"
+        raise UserError(f"device: expected one that torch has here ({here}), got {name}") from error
+    return device
+
+
 def start(
     rank_info: RankInfo, threads: int | None = None, run: Run | None = None, announcer: Announcer | None = None
 ) -> torch.device:

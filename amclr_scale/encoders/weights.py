@@ -1,6 +1,7 @@
 """A tower's weights from a local file: a library's, or one of our own checkpoints. Nothing is ever downloaded."""
 
 import argparse
+import os
 import zipfile
 from collections import Counter
 from collections.abc import Iterable
@@ -125,6 +126,8 @@ def read_weights(path: str, key: str, *, mapped: bool = False) -> dict[str, Tens
     """The tensors of a file, by name. mapped: those of torch.save stay on the disk until they are used."""
     if not Path(path).is_file():
         raise UserError(f"{key}: expected a local file with weights, got {path}, which does not exist")
+    if not os.access(path, os.R_OK):
+        raise UserError(f"{key}: expected a file that this user can read, got {path}: no permission")
     try:
         if path.endswith(".safetensors"):
             from safetensors.torch import load_file

@@ -13,8 +13,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from safetensors import safe_open
-from safetensors.torch import save_file
 
+from amclr_scale.disk import save_tensors
 from amclr_scale.errors import UserError
 from amclr_scale.evaluation.numbers import Number, Part
 
@@ -37,7 +37,7 @@ def save_items(path: Path, numbers: Mapping[str, Mapping[str, Number]]) -> None:
     }
     about = {name: [len(one.parts), one.chance] for name, one in flat.items()}
     beside = path.with_name(path.name + ".new")
-    save_file(tensors, beside, metadata={"numbers": json.dumps(about)})
+    save_tensors(tensors, beside, metadata={"numbers": json.dumps(about)})
     beside.replace(path)
 
 

@@ -1,9 +1,11 @@
 """Results of one or several models as JSON and Markdown, and their paired comparisons."""
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from amclr_scale.errors import UserError
 from amclr_scale.evaluation.numbers import Comparison, Number, compare
 from amclr_scale.evaluation.table import DETAILS
 from amclr_scale.evaluation.temperatures import Histogram
@@ -100,6 +102,21 @@ def in_words(results: Mapping[str, float]) -> list[str]:
             split, percent = name.rpartition("/")[0], ", %" if is_share(name, results) else ""
             rows.append(f"| {split} | {words_of(name)}{percent} | {_cell(results, name)} | {_chance(results, name)} |")
     return ["| held out | measure | value | chance |", "|---|---|---|---|", *rows]
+
+
+def made(folder: Path) -> None:
+    """Make the folder of the results, before there are any.
+
+    Raises:
+        UserError: it cannot be made, or not be written.
+    """
+    wanted = f"--output: expected a folder that can be written, got {folder}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{wanted}: {error.strerror}; name another place") from error
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise UserError(f"{wanted}: no permission; name another place")
 
 
 def write(

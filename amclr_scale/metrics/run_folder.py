@@ -5,6 +5,7 @@ An objective that is in a file outside the package leaves a copy of it there, ob
 Imports no torch: whether the folder can be written is checked before any process group starts.
 """
 
+import itertools
 import json
 import os
 import platform
@@ -27,6 +28,12 @@ PACKAGES = ("amclr_scale", "torch", "torchvision", "deepspeed", "transformers", 
 METRICS = "metrics.jsonl"
 MODULE = "objective.py"
 DROPPED = "metrics_dropped.jsonl"
+# What a run leaves at its end, that which says so first.
+RESULTS = (
+    "evaluation.json", "evaluation_items.safetensors", "weights.safetensors", "momentum.safetensors",
+    "objective.safetensors",
+)  # fmt: skip
+ASIDE = "set_aside_results"
 _CHUNK = 1 << 16  # bytes read at once from the end of a file
 
 
@@ -137,6 +144,35 @@ def create(
         file.write_text(json.dumps(now, indent=1) + "\n")
     except OSError as error:
         raise UserError(f"run.folder: {folder} cannot be written: {error}") from error
+
+
+def set_aside_results(folder: Path) -> Path | None:
+    """Take the results of an earlier end out of the way of a run that trains on: they are of other weights.
+
+    Until it ends again the folder is then that of an unfinished run, of which the newest checkpoint is read. Nothing is
+    deleted. What was measured of single checkpoints (evaluation/step_...) stays. Rank 0 calls it.
+
+    Returns:
+        Where they are now; None where there were none.
+
+    Raises:
+        OSError: they cannot be moved.
+    """
+    found = [folder / name for name in RESULTS if (folder / name).exists()]
+    measured = folder / "evaluation"
+    if measured.is_dir():
+        found += [path for path in sorted(measured.iterdir()) if not path.name.startswith("step_")]
+    if not found:
+        return None
+    numbers = itertools.count(2)
+    aside = folder / ASIDE
+    while aside.exists():
+        aside = folder / f"{ASIDE}_{next(numbers)}"
+    for path in found:
+        target = aside / path.relative_to(folder)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        path.rename(target)
+    return aside
 
 
 def keep_module(folder: Path, config: Config) -> Config:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from amclr_scale.config.schema import Config
+from amclr_scale.disk import give_usual_mode
 from amclr_scale.encoders.dual_encoder import DualEncoder
 from amclr_scale.encoders.libraries.transformers_vision import VisionModel
 from amclr_scale.encoders.text_towers import PooledTower, TransformersModel
@@ -83,6 +84,8 @@ def write(folder: Path) -> None:
     made = getattr(transformers, f"{family.model}Model")(described).eval()
     _fill(made, model)
     made.save_pretrained(folder)
+    for file in folder.glob("*.safetensors"):
+        give_usual_mode(file)
     _image_processor(family, config).save_pretrained(folder)
     words = transformers.AutoTokenizer.from_pretrained(
         str(folder / "tokenizer"), local_files_only=True, trust_remote_code=False

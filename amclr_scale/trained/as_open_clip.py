@@ -11,10 +11,10 @@ import json
 from pathlib import Path
 from typing import Any, cast
 
-from safetensors.torch import save_file
 from torch import Tensor
 
 from amclr_scale.config.schema import Config
+from amclr_scale.disk import save_tensors
 from amclr_scale.encoders.dual_encoder import DualEncoder
 from amclr_scale.encoders.libraries.open_clip_towers import CONFIG, OpenClipText, OpenClipVision
 from amclr_scale.encoders.libraries.transformers_parts import TOWERS
@@ -58,7 +58,7 @@ def write(folder: Path) -> None:
         for ours, theirs in names.items():
             if name.startswith(ours):
                 weights[theirs + name.removeprefix(ours)] = value.contiguous()
-    save_file(weights, folder / "open_clip_model.safetensors", metadata={"format": "pt"})
+    save_tensors(weights, folder / "open_clip_model.safetensors", metadata={"format": "pt"})
     try:
         _compare(
             open_clip.create_model(f"local-dir:{folder}", load_weights=True, weights_only=True).state_dict(), weights

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from amclr_scale.config.load import build
 from amclr_scale.data.tokenizers import load_tokenizer
+from amclr_scale.disk import save_tensors
 from amclr_scale.encoders.build import build_model
 from amclr_scale.encoders.libraries.open_clip_towers import architecture_of
 from amclr_scale.encoders.libraries.transformers_parts import TOWERS
@@ -94,8 +95,6 @@ AutoModel.register(DualEncoderConfig, DualEncoderModel, exist_ok=True)
 
 def write(folder: Path) -> None:
     """Add transformers' files to an exported folder."""
-    from safetensors.torch import save_file
-
     loaded = load_model(str(folder))
     config = build(yaml.safe_load((folder / "config.yaml").read_text("utf-8")), trusted=False)
     words = load_tokenizer(loaded.config.data.tokenizer, config.data.context_length)
@@ -106,4 +105,4 @@ def write(folder: Path) -> None:
     )
     (folder / "config.json").write_text(json.dumps(described.to_dict(), indent=1) + "\n")
     weights = {f"model.{name}": value.clone() for name, value in loaded.model.state_dict().items()}
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    save_tensors(weights, folder / "model.safetensors", metadata={"format": "pt"})

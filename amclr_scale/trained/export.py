@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from amclr_scale.checkpoint import files
@@ -29,6 +28,7 @@ from amclr_scale.config.schema import Config
 from amclr_scale.data.beside.features import sides_of
 from amclr_scale.data.names import known_as, short_names
 from amclr_scale.data.tokenizers import load_tokenizer
+from amclr_scale.disk import save_tensors
 from amclr_scale.distributed.process_group import seed_everything
 from amclr_scale.encoders.libraries.transformers_parts import TOWERS, read_config
 from amclr_scale.engine.build import model_of
@@ -101,7 +101,7 @@ def _write(checkpoint: Path, out: Path, which: Which, *, leaves: bool) -> None:
     state = read_state(checkpoint)
     config = build(state["config"], trusted=False)
     weights = weights_of(checkpoint, which) | _at_rest(config)
-    save_file(weights, out / "weights.safetensors", metadata={"format": "pt"})
+    save_tensors(weights, out / "weights.safetensors", metadata={"format": "pt"})
     module = checkpoint.parent.parent / MODULE
     if config.objective.get("module") is not None and module.is_file():
         shutil.copyfile(module, out / MODULE)

@@ -16,10 +16,14 @@ from amclr_scale.checkpoint.remote import is_url, name_in
 from amclr_scale.checkpoint.state import OBJECTIVE, TOKENIZER
 from amclr_scale.data.decoding import BadSampleError, Sample, decode
 from amclr_scale.data.reading import reading_of
+from amclr_scale.distributed.process_group import named_device
 from amclr_scale.errors import UserError
 from amclr_scale.evaluation.models import Loaded, load_model
+from amclr_scale.evaluation.suites.files import of_model
 from amclr_scale.trained.export import export
 
+DIGEST = "model_sha256"  # what is written down of a model beside embeddings that it made
+ROUNDING = 0.01  # by which floats may leave [0, 1]: of a resizing, of bf16
 Images = Sequence[Any] | Tensor | str | Path | Image.Image
 
 
@@ -39,6 +43,10 @@ class Model:
         self.reading = loaded.reading or reading_of(self.config.data, squash=squash)
         self.tokenizer = self.reading.tokenizer
 
+    def digest(self) -> str:
+        """SHA-256 of the weights, and of how pictures and captions are read: the same for an export and its run."""
+        return of_model(self.module, self.reading)
+
     @torch.no_grad()
     def encode_image(self, images: Images, batch_size: int = 64) -> Tensor:
         """Embed pictures, (n, D), unit length, on the CPU.
@@ -50,8 +58,10 @@ class Model:
         Raises:
             UserError: a file is no image that can be read, or something else was given.
         """
+        _check_batch_size(batch_size)
         if isinstance(images, Tensor):
             images = images[None] if images.dim() == 3 else images
+            _check_pixels(images, self.config.data.image_size)
         else:
             images = [images] if isinstance(images, str | Path | Image.Image) else list(images)
         rows = []
@@ -71,6 +81,7 @@ class Model:
         Raises:
             UserError: something else than strings was given.
         """
+        _check_batch_size(batch_size)
         texts = [texts] if isinstance(texts, str) else list(texts)
         if strange := [text for text in texts if not isinstance(text, str)]:
             raise UserError(f"texts: expected strings, got {strange[0]!r}")
@@ -106,6 +117,31 @@ class Model:
             raise UserError(f"images: {name} cannot be used: {error}") from error
 
 
+def _check_batch_size(size: int) -> None:
+    if size < 1:
+        raise UserError(f"batch_size: expected at least 1, got {size}")
+
+
+def _check_pixels(images: Tensor, size: int) -> None:
+    """Pixels in another form would be embedded as well, and as something else.
+
+    Raises:
+        UserError: they are no (n, 3, size, size) of uint8 or of floats in [0, 1].
+    """
+    wanted = f"images: expected a tensor (n, 3, {size}, {size}), uint8 or float in [0, 1]"
+    if tuple(images.shape[1:]) != (3, size, size):
+        raise UserError(f"{wanted}, got one of shape {tuple(images.shape)}; files and PIL images are resized")
+    if images.dtype != torch.uint8 and not images.is_floating_point():
+        raise UserError(f"{wanted}, got {str(images.dtype).removeprefix('torch.')}; .to(torch.uint8), if it is bytes")
+    if images.is_floating_point() and images.numel():
+        low, high = (float(one) for one in images.aminmax())
+        if not (low >= -ROUNDING and high <= 1 + ROUNDING):
+            raise UserError(
+                f"{wanted}, got floats from {low:g} to {high:g}; the model subtracts its own mean, so give pixels as "
+                "they are, divided by 255"
+            )
+
+
 def open_model(name: str) -> Loaded:
     """What `load_model` opens; and a checkpoint, or the newest one of a run, also one in a store, by its address.
 
@@ -136,6 +172,7 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> Model:
     """A model from a run folder, one of its checkpoints, or a folder that amclr-scale export wrote.
 
     Raises:
-        UserError: there is no such model, or it is damaged.
+        UserError: there is no such model, it is damaged, or torch has no such device here.
     """
-    return Model(open_model(str(path)), torch.device(device))
+    there = named_device(device)
+    return Model(open_model(str(path)), there)

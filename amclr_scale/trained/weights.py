@@ -3,9 +3,9 @@
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import nn
 
+from amclr_scale.disk import save_tensors
 from amclr_scale.encoders.rank_buffers import averaged_buffers
 from amclr_scale.encoders.resting import resting_weights
 from amclr_scale.encoders.weights import saved_parts
@@ -46,8 +46,8 @@ def save_weights(
         }
     if not speaks:
         return
-    save_file({name: value.contiguous() for name, value in weights.items()}, folder / "weights.safetensors")
+    save_tensors({name: value.contiguous() for name, value in weights.items()}, folder / "weights.safetensors")
     if average:
-        save_file({name: value.contiguous() for name, value in average.items()}, folder / MOMENTUM)
+        save_tensors({name: value.contiguous() for name, value in average.items()}, folder / MOMENTUM)
     if state:
-        save_file(state, folder / "objective.safetensors")
+        save_tensors(state, folder / "objective.safetensors")

@@ -114,3 +114,57 @@ def test_what_trains_nothing_imports_no_deepspeed() -> None:
     imports = "; ".join(f"import amclr_scale.commands.{name}" for name in names)
     code = f"import sys; {imports}; import amclr_scale.evaluation.run; print('deepspeed' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ("--entries -5 --out t.json", "--entries: expected at least 259, of bytes and marks alone, got -5"),
+        ("--out nowhere/t.json", "--out: expected a name in a folder that is there, got nowhere/t.json"),
+        ("--captions txt json.nope --out t.json", "--captions: expected txt or json.FIELD that samples have, got"),
+    ],
+)  # fmt: skip
+def test_a_vocabulary_of_nothing_is_a_mistake(
+    words: str, told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main.main(["shards", "tokenizer", "emoji/val_concept", *words.split()]) == 2
+    assert told in capsys.readouterr().err
+    assert not [*tmp_path.iterdir()]
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ("embed run photos --batch-size 0", "--batch-size: expected at least 1, got 0"),
+        ("shards make folder --images . --out o --per-shard -1", "--per-shard: expected at least 1, got -1"),
+        ("shards make folder --images . --out o --resize -3", "--resize: expected at least 1, got -3"),
+        ("shards make folder --images . --out o --quality 0", "--quality: expected at least 1, got 0"),
+        ("shards make folder --images . --out o --workers -2", "--workers: expected at least 0, got -2"),
+        ("shards index emoji/val_concept --workers -1", "--workers: expected at least 0, got -1"),
+        ("shards paraphrase emoji/val_concept --model m --out o --batch -1", "--batch: expected at least 1, got -1"),
+    ],
+)
+def test_a_number_that_is_none_is_a_mistake(
+    words: str, told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main.main(words.split()) == 2
+    assert capsys.readouterr().err == f"{told}\n"
+    assert not [*tmp_path.iterdir()]
+
+
+@pytest.mark.parametrize(
+    ("missing", "package"),
+    [("open_clip.factory", "open_clip_torch"), ("timm", "timm"), ("deepspeed.ops", "'amclr_scale[train]'")],
+)
+def test_a_package_that_a_part_of_a_command_lacks_is_named(
+    missing: str, package: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def lacking(argv: list[str]) -> None:
+        raise ModuleNotFoundError(f"No module named {missing!r}", name=missing)
+
+    monkeypatch.setattr(export, "main", lacking)
+    assert main.main(["export", "runs/a", "--to", "open_clip", "--out", "o"]) == 2
+    told = f"amclr-scale export needs {missing}, which is not installed: pip install {package}\n"
+    assert capsys.readouterr().err == told

@@ -51,6 +51,29 @@ def runs(tmp_path_factory) -> Path:
     return root
 
 
+@pytest.mark.parametrize("words", [["--set", "evaluation.resamples=0"], ["--suite", "sugarcrepe"]])
+def test_a_place_that_cannot_take_results_is_told_before_anything_is_measured(runs, tmp_path, capsys, words):
+    (tmp_path / "file").touch()
+    if "sugarcrepe" in words:
+        (tmp_path / "sugarcrepe").mkdir()
+        told = {"0": {"filename": "a.jpg", "caption": "a", "negative_caption": "b"}}
+        (tmp_path / "sugarcrepe" / "swap_obj.json").write_text(json.dumps(told))
+        (tmp_path / "val2017").mkdir()
+        (tmp_path / "val2017" / "a.jpg").write_bytes(picture(0))
+        words = [*words, "--data", str(tmp_path)]
+    for place in (tmp_path / "file", tmp_path / "file" / "out", Path("/proc/results")):
+        assert main([str(runs / "first"), *words, "--output", str(place)]) == 2
+        said = capsys.readouterr()
+        assert f"--output: expected a folder that can be written, got {place}: " in said.err
+        assert "R@1" not in said.out
+        assert "Swap" not in said.out
+
+
+def test_a_number_of_captions_that_is_none(runs, capsys):
+    assert main([str(runs / "first"), "--sheet", "-1"]) == 2
+    assert "--sheet: expected 0 or more, got -1" in capsys.readouterr().err
+
+
 def test_two_runs_beside_one_another(runs, tmp_path, capsys):
     suite = tmp_path / "suite.yaml"
     suite.write_text("evaluation:\n  geometry: true\n")

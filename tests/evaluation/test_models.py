@@ -114,6 +114,14 @@ def test_an_open_clip_model(tiny_clip):
         loaded.model(images=(pixels(),), features=True)
     with pytest.raises(UserError, match=r"^checkpoint: .*does not hold weights of wider"):
         load_model(f"open_clip/wider:{file}")
+    other = file.with_name("other.pt")
+    for content in (b"\xff\xd8\xff\xe0 a picture", b"", b"{}"):
+        other.write_bytes(content)
+        with pytest.raises(UserError, match=r"^checkpoint: .*other.pt does not hold weights of tiny: ."):
+            load_model(f"open_clip/tiny:{other}")
+    torch.save([1, 2], other)
+    with pytest.raises(UserError, match=r"^checkpoint: .*other.pt does not hold weights of tiny: ."):
+        load_model(f"open_clip/tiny:{other}")
 
 
 @pytest.mark.parametrize(

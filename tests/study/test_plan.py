@@ -236,6 +236,7 @@ def test_what_decides_the_answer_has_no_default(plan_file: Path, key: str, tmp_p
             ["held_equal=wall_clock", "budget.samples=null", "budget.hours=1"],
             "budget.hours: held_equal wall_clock needs samples per second",
         ),
+        (["name='a study'"], "name: expected characters of [A-Za-z0-9_.-] alone, got 'a study'"),
     ],
 )
 def test_a_bad_plan_is_refused_in_words(plan_file: Path, words: list[str], told: str) -> None:

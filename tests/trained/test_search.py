@@ -2,6 +2,8 @@
 
 import io
 import json
+import os
+import shutil
 
 import numpy as np
 import pytest
@@ -106,6 +108,126 @@ def test_mistakes_are_told(folder, capsys):
     refused("--model: expected the model that photos.npy was made with", search, "photos.npy", "x")
     np.save("photos.npy", np.zeros((8, 3), dtype=np.float32))
     refused("--model: expected one whose embeddings are 3 wide", search, "photos.npy", "x", "--model", "run")
+
+
+@pytest.mark.parametrize("kind", ["npy", "parquet"])
+def test_a_mark_inside_a_text_shifts_no_names(folder, capsys, kind):
+    (folder / "said.txt").write_bytes("one\na\rb\u2028c\x0bd\nthree\n".encode())
+    out = f"rows.{kind}"
+    assert embed.main(["run", "--texts", "said.txt", "--out", out]) == 0
+    assert len(search.read_index(folder / out)[0]) == 3
+    capsys.readouterr()
+    assert search.main([out, "three", "--count", "1"]) == 0
+    assert capsys.readouterr().out == "1.000  three\n"
+
+
+def test_names_that_the_file_of_names_cannot_hold_are_refused(folder, capsys):
+    broken, no_utf8 = folder / "broken", folder / "no_utf8"
+    for place, name in ((broken, b"a\nb.png"), (no_utf8, b"\xff.png")):
+        place.mkdir()
+        (place / "0.png").write_bytes(picture(0))
+        with open(os.path.join(os.fsencode(place), name), "wb") as file:
+            file.write(picture(1))
+    assert embed.main(["run", "broken"]) == 2
+    assert "--out: expected names without a line break, since broken.txt has one a line" in capsys.readouterr().err
+    assert embed.main(["run", "no_utf8", "--out", "no_utf8.parquet"]) == 2
+    assert "--out: expected names in UTF-8, as no_utf8.parquet holds them" in capsys.readouterr().err
+    assert not [*folder.glob("broken.*"), *folder.glob("no_utf8.*"), *folder.glob(".*unfinished")]
+    for name, out in (("broken", "broken.parquet"), ("no_utf8", "no_utf8.npy")):
+        assert embed.main(["run", name, "--out", out]) == 0
+        capsys.readouterr()
+        assert search.main([out, str(folder / "run" / ".." / name / "0.png")]) == 0
+        printed = capsys.readouterr().out
+        printed.encode("utf-8")  # as a terminal wants it
+        assert printed.startswith(f"1.000  {name}/0.png\n")
+
+
+def test_an_index_of_another_number_of_names_is_refused(folder, capsys):
+    assert embed.main(["run", "photos"]) == 0
+    names = (folder / "photos.txt").read_text()
+    (folder / "photos.txt").write_text(names + "one more\n")
+    assert search.main(["photos.npy", "x"]) == 2
+    assert "8 rows, and 9 names in photos.txt" in capsys.readouterr().err
+    (folder / "photos.txt").write_text(names)
+    np.save("photos.npy", np.zeros(8, dtype=np.float32))
+    assert search.main(["photos.npy", "x"]) == 2
+    assert "it holds no table of numbers" in capsys.readouterr().err
+
+
+def test_a_model_that_has_changed_since_is_refused(folder, capsys):
+    assert embed.main(["run", "photos"]) == 0
+    assert search.main(["photos.npy", "a red apple"]) == 0
+    other = model(recipe())
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.add_(0.01)
+    write_run(folder / "other", other, recipe())  # as wide, another space
+    shutil.copytree(folder / "run", folder / "moved")
+    assert search.main(["photos.npy", "a red apple", "--model", "moved"]) == 0
+    capsys.readouterr()
+    assert search.main(["photos.npy", "a red apple", "--model", "other"]) == 2
+    told = "--model: expected the model that photos.npy was made with, got {}, which has other weights"
+    assert told.format("other") in capsys.readouterr().err
+    shutil.copy(folder / "other" / "weights.safetensors", folder / "run")  # it was trained on
+    assert search.main(["photos.npy", "a red apple"]) == 2
+    assert told.format(folder / "run") in capsys.readouterr().err
+
+
+def test_a_file_that_embed_did_not_write_is_not_written_over(folder, capsys):
+    (folder / "photos.txt").write_text("my own notes\n")
+    assert embed.main(["run", "photos"]) == 2
+    assert "--out: photos.npy would write names of rows over photos.txt" in capsys.readouterr().err
+    assert (folder / "photos.txt").read_text() == "my own notes\n"
+    assert embed.main(["run", "photos", "--out", "other.npy"]) == 0
+    assert embed.main(["run", "photos", "--out", "other.npy"]) == 0  # its own names
+
+
+def test_numbers_and_devices_that_are_none_are_told(folder, capsys):
+    for size in ("0", "-1"):
+        assert embed.main(["run", "photos", "--batch-size", size]) == 2
+        assert f"--batch-size: expected at least 1, got {size}" in capsys.readouterr().err
+    for device in ("gpu", "cuda:99"):
+        assert embed.main(["run", "photos", "--device", device]) == 2
+        assert "device: expected one that torch has here (cpu" in capsys.readouterr().err
+    assert not [*folder.glob("photos.*")]
+
+
+def test_a_place_that_no_sheet_can_have_is_told_before_the_search(folder, capsys):
+    assert embed.main(["run", "photos"]) == 0
+    capsys.readouterr()
+    for sheet, told in (
+        ("nowhere/x.png", "--sheet: expected a name in a folder that is there, got nowhere/x.png"),
+        ("x.nope", "--sheet: expected the name of a picture, such as found.png, got x.nope"),
+    ):
+        assert search.main(["photos.npy", "red", "--sheet", sheet]) == 2
+        assert capsys.readouterr() == ("", f"{told}\n")
+
+
+def test_a_picture_that_is_not_there_is_no_text(folder, capsys):
+    assert embed.main(["run", "photos"]) == 0
+    assert search.main(["photos.npy", "photos/mistyped.JPG"]) == 2
+    assert "query: expected a text, or the path of a picture, got photos/mistyped.JPG" in capsys.readouterr().err
+
+
+def test_pixels_in_another_form_are_refused(folder):
+    trained = amclr_scale.load(folder / "run")
+    size = trained.config.data.image_size
+    good = torch.rand(2, 3, size, size)
+    for pixels in (good, good.bfloat16(), (good * 255).to(torch.uint8), good[0]):
+        assert trained.encode_image(pixels).isfinite().all()
+    for bad, words in (
+        (good * 255, "floats from"),
+        (good - 0.5, "floats from"),
+        (good * float("nan"), "floats from nan"),
+        ((good * 255).long(), "got int64"),
+        (good[:, :1], "got one of shape"),
+        (torch.rand(2, 3, size, 2 * size), "got one of shape"),
+    ):
+        with pytest.raises(UserError, match=f"^images: expected a tensor .*{words}"):
+            trained.encode_image(bad)
+    for encode, what in ((trained.encode_image, good), (trained.encode_text, ["a"])):
+        with pytest.raises(UserError, match=r"^batch_size: expected at least 1, got -1"):
+            encode(what, -1)
 
 
 def test_of_equals_the_earlier_one_comes_first():

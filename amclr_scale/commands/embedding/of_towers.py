@@ -25,7 +25,7 @@ from amclr_scale.data.decoding import BadSampleError
 from amclr_scale.data.indexing import open_index
 from amclr_scale.data.pipeline import Pipeline
 from amclr_scale.data.tokenizers import Tokenizer, load_tokenizer
-from amclr_scale.distributed.process_group import seed_everything
+from amclr_scale.distributed.process_group import named_device, seed_everything
 from amclr_scale.encoders.dual_encoder import DualEncoder
 from amclr_scale.encoders.resting import digest, in_precision
 from amclr_scale.engine.build import model_of
@@ -84,8 +84,9 @@ def write_features(config: schema.Config, *, device: str, batch_size: int) -> It
     seed_everything(config.seed)
     model = model_of(config, tokenizer).eval()
     about = {side: _about(side, config, model, pipeline, tokenizer) for side in sides}
-    check_tf32(config.execution, torch.device(device))
-    in_precision(model, torch.device(device), DTYPES[config.execution.precision])
+    there = named_device(device)
+    check_tf32(config.execution, there)
+    in_precision(model, there, DTYPES[config.execution.precision])
     model.computes_in = config.execution.precision
     for side in sides:
         file = Path(getattr(config.data.features, side)).expanduser()

@@ -8,6 +8,7 @@ taken, otherwise CLIP's, with a warning.
 import json
 from collections.abc import Callable
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -53,9 +54,10 @@ def open_open_clip(name: str, rest: str) -> tuple[Foreign, Config, Reading]:
             tokenizer = _tokenizer(name, text, Path(file).parent)
     except UserError:
         raise
-    except (RuntimeError, KeyError, ValueError, AssertionError, OSError) as error:
+    except Exception as error:  # open_clip and torch raise many kinds, of files that are something else
         what = f"weights of {architecture}" if file else "a model of open_clip"
-        raise UserError(f"checkpoint: {file or folder} does not hold {what}: {error}") from error
+        told = "it holds no tensors alone" if isinstance(error, UnpicklingError) else str(error) or type(error).__name__
+        raise UserError(f"checkpoint: {file or folder} does not hold {what}: {told}") from error
     inner.eval()
     mean, std = tuple(inner.visual.preprocess_cfg["mean"]), tuple(inner.visual.preprocess_cfg["std"])
     model = Foreign(inner, inner.encode_image, inner.encode_text, mean, std)

@@ -11,6 +11,7 @@ from amclr_scale.config.schema import Config
 from amclr_scale.distributed.collectives import rank
 from amclr_scale.errors import UserError
 from amclr_scale.evaluation.models import Loaded, check_reading, compute_in, use_statistics
+from amclr_scale.evaluation.report import made
 from amclr_scale.evaluation.suites.catalogue import Suite
 from amclr_scale.evaluation.suites.run import FIXED, check, measured_table, prepared
 from amclr_scale.evaluation.suites.summary import in_terminal
@@ -79,6 +80,8 @@ def measure(
         chosen = compute_in(loaded, precision, device)
         folder = _folder(output, loaded, name, several=len(checkpoints) > 1)
         folders.append(folder)
+        if not rank():
+            made(folder)
         on = prepared(name, loaded.model.to(device), config, loaded.reading, chosen, folder)
         for suite in suites:
             tables[suite.name][name] = measured_table(suite, data, on)

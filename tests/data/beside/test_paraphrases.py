@@ -132,6 +132,12 @@ def test_the_tool_goes_on_where_it_stopped_and_shares_its_work(models, run, data
     assert run(shards, *options, "--out", tmp_path / "whole").returncode == 0
     assert files[0].read_bytes() == kept
     assert files[1].stat().st_mtime_ns == times
+    for other in (["--seed", "1"], ["--max-tokens", "5"], ["--model", models / "bert"]):
+        changed = run(shards, *options, *other, "--out", tmp_path / "whole")
+        assert changed.returncode == 2
+        assert changed.stderr.startswith(f"{other[0]}: expected ")
+        assert "choose another --out" in changed.stderr
+    assert files[0].read_bytes() == kept
     reader = ParaphraseReader(tmp_path / "whole", index.shards[2])
     rows = [json.loads(reader.read(row)) for row in range(6)]
     assert all(len(row) <= 2 for row in rows)
@@ -149,6 +155,13 @@ def test_the_filter_of_meaning(models, run, data, tmp_path):
     assert wrong.returncode == 2
     assert wrong.stderr.splitlines()[-1].startswith("--model:")
     assert "Traceback" not in wrong.stderr
+
+
+@pytest.mark.parametrize("option", ["--count", "--top-k", "--max-tokens", "--batch"])
+def test_numbers_that_are_none(run, data, tmp_path, option):
+    refused = run(data.train, "--model", "x", "--out", tmp_path / "out", option, "0")
+    assert (refused.returncode, refused.stderr) == (2, f"{option}: expected at least 1, got 0\n")
+    assert not (tmp_path / "out").exists()
 
 
 def test_only_new_and_close_ones_are_kept(run):
