@@ -12,6 +12,7 @@ import pytest
 from amclr_scale.errors import UserError
 from amclr_scale.study.analysis.reading import read_study
 from amclr_scale.study.report.claims import NOT_MEASURED, load_claims, measures_of
+from amclr_scale.study.report.compose import compose
 from amclr_scale.study.report.document import csv_text, escape, page
 from amclr_scale.study.report.probe_figures import show_means
 from amclr_scale.study.report.write import write_report
@@ -151,6 +152,14 @@ def test_failures_and_checks_are_shown(markdown):
     assert "Few optimizer steps" in markdown
     assert "Hardly trained" not in markdown
     assert "`objective.temperature`" in markdown  # CLIP learns it, AmCLR's default is another
+
+
+@pytest.mark.usefixtures("undrawn")
+@pytest.mark.parametrize(("held_equal", "told"), [("samples", True), ("compute", True), ("steps", False)])
+def test_the_head_tells_few_steps_where_a_larger_batch_has_fewer(tmp_path, held_equal, told):
+    folder = make_study(tmp_path / "s", arms=("clip",), held_equal=held_equal, items=False)
+    head = compose(read_study(folder)).markdown.partition("## Question and design")[0]
+    assert ("**Beware.** Few optimizer steps" in head) is told
 
 
 def test_the_probe_is_drawn_over_epochs_and_batch_sizes(folder, markdown):

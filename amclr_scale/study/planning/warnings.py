@@ -83,10 +83,10 @@ def _twice(cells: Sequence[Planned]) -> Iterator[str]:
         if other is not cell:
             pair = (other.variant, cell.variant)
             pairs[pair] = pairs.get(pair, 0) + 1
-    for (one, other), times in pairs.items():
+    for (one, again), times in pairs.items():
         yield (
-            f"arms: {one} and {other} are one recipe, run in one way, so {times} of their cells are paid twice and show "
-            "nothing; take one of them out"
+            f"arms: {one} and {again} are one recipe, run in one way, so {times} of their cells are paid twice and "
+            "show nothing; take one of them out"
         )
 
 

@@ -127,7 +127,7 @@ def _beware(study: Study, first: Analysed) -> str:
         words.append(f"Hardly trained{reference}: {listed(found)}. What is said of these says little about methods.")
     words += [wide] if (wide := wide_margin(study, first)) else []
     words += [narrow] if (narrow := learning_rates.too_narrow(first.outcome.groups)) else []
-    if study.held_equal == "samples" and (steps := few_steps(study)):
+    if study.held_equal != "steps" and (steps := few_steps(study)):
         words.append(f"Few optimizer steps ({steps}): there, a low score may be too little training.")
     return " ".join(words)
 
