@@ -48,15 +48,22 @@ def test_equivalent_batch_sizes_of_committed_reports_tell_what_was_not_measured(
     assert not rows or "what was not measured" in text
 
 
-def test_the_page_on_estimators_has_the_numbers_of_its_study():
-    tables = json.loads((STUDIES / "mini_rivals" / "report.json").read_text())
+@pytest.mark.parametrize(
+    ("study", "heading", "outcome"),
+    [
+        ("mini_rivals", "### Every estimator", "scores_mean_R_1"),
+        ("icons_frozen_probe_cpu", "### Batches against 32,768", "scores_mean_R_1_held_out_concepts"),
+    ],
+)
+def test_the_page_on_estimators_has_the_numbers_of_its_study(study, heading, outcome):
+    tables = json.loads((STUDIES / study / "report.json").read_text())
     lasts = {(row["title"], row["global_batch_size"]): row for row in tables["probe_last"]}
-    scores = {(row["title"], row["global_batch_size"]): row["score"] for row in tables["scores_mean_R_1"]}
+    scores = {(row["title"], row["global_batch_size"]): row["score"] for row in tables[outcome]}
     ages = {
         (row["title"], row["global_batch_size"], row["age"]): row["estimator_error"]
         for row in tables["probe_error_by_age"]
     }
-    page = (STUDIES.parent / "estimators.md").read_text().partition("### Every estimator")[2]
+    page = (STUDIES.parent / "estimators.md").read_text().partition(heading)[2]
     columns = (
         "estimator_error", "expected_gradient_cosine", "gradient_bias", "gradient_noise",
         "layer_expected_gradient_cosine",
