@@ -131,7 +131,10 @@ def test_an_open_clip_model(tiny_clip):
         ("nowhere", r"^checkpoint: expected a run folder .*nowhere.*does not exist"),
         ("open_clip/ViT-B-33:x.pt", r"^checkpoint: open_clip has no architecture ViT-B-33"),
         ("open_clip/ViT-B-32", r"^checkpoint: expected open_clip/ViT-B-32:FILE with local weights"),
-        ("open_clip/tests/encoders", r"^checkpoint: expected open_clip_config.json in tests/encoders, as open_clip pub"),
+        (
+            "open_clip/tests/encoders",
+            r"^checkpoint: expected open_clip_config.json in tests/encoders, as open_clip pub",
+        ),
         ("transformers/clip-vit-base-patch32", r"^checkpoint: expected a folder saved by transformers"),
         ("transformers/openai/clip-vit-base-patch32", r"^checkpoint: .*: HF_HUB_OFFLINE is set, and the cache has not"),
     ],

@@ -74,7 +74,11 @@ def test_groups_that_do_not_count_move_neither_the_mean_nor_its_error():
     values, groups = torch.tensor([1.0, 0.0, 1.0, 0.0, 1.0]), torch.tensor([0, 1, 2, 3, 3])
     kept = mean_of_groups(values, groups, kept=groups != 2)
     without = mean_of_groups(values[groups != 2], groups[groups != 2])
-    assert (kept.value, kept.standard_error) == (without.value, without.standard_error) == (0.5, pytest.approx(0.75**0.5 / 3))
+    assert (
+        (kept.value, kept.standard_error)
+        == (without.value, without.standard_error)
+        == (0.5, pytest.approx(0.75**0.5 / 3))
+    )
 
 
 def test_a_mean_of_numbers_knows_that_they_move_together():
