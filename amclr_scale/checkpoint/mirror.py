@@ -23,6 +23,7 @@ from amclr_scale.checkpoint.files import BEST, CHECKPOINTS, LATEST, MANIFEST, ST
 from amclr_scale.checkpoint.remote import ENVIRONMENT, HOLDER, RemoteError, RemoteRun, identity_in, is_record
 from amclr_scale.config.schema import Checkpoint, Config
 from amclr_scale.errors import UserError
+from amclr_scale.metrics.run_folder import ASIDE
 
 
 def remote_of(config: Config, name: str) -> RemoteRun:
@@ -83,6 +84,7 @@ class Mirror:
         self._whole: dict[int, bytes] = {}  # steps that are whole there, with their manifests
         self._half: set[int] = set()
         self._sent: dict[str, tuple[int, int]] = {}  # size and time of files as they were uploaded
+        self._gone: set[str] = set()  # files that were set aside, and are not in their old place there
         self._asked = self._answered = 0
         self._changed = threading.Condition()
 
@@ -243,12 +245,20 @@ class Mirror:
             return True  # nothing is removed on a guess
 
     def _upload_records(self) -> None:
-        """What else is in the run's folder, where it has changed, without weights."""
+        """What else is in the run's folder, where it has changed, without weights.
+
+        Results of an earlier end, which a run that trains on has set aside, leave their old place in the store too.
+        """
         self._check_holder()
         for path in sorted(self.folder.rglob("*")):
             name = path.relative_to(self.folder).as_posix()
             if is_record(name) and path.is_file():
                 self._send(path, name)
+                _, mark, before = name.partition("/") if name.startswith(ASIDE) else ("", "", "")
+                if mark and before not in self._gone and not (self.folder / before).exists():
+                    self.remote.remove(before)
+                    self._gone.add(before)
+                    self._sent.pop(before, None)
 
     def _send(self, path: Path, name: str) -> None:
         status = os.stat(path)
@@ -256,3 +266,4 @@ class Mirror:
         if self._sent.get(name) != seen:
             self.remote.put(path, name)
             self._sent[name] = seen
+            self._gone.discard(name)

@@ -171,6 +171,10 @@ class RemoteRun:
         self._remove(f"{CHECKPOINTS}/{files.name_of(step)}/{MANIFEST}")
         self._remove(f"{CHECKPOINTS}/{files.name_of(step)}", folder=True)
 
+    def remove(self, name: str) -> None:
+        """Delete a file; nothing happens where there is none."""
+        self._remove(name)
+
     def _remove(self, name: str, folder: bool = False) -> None:
         def remove() -> None:
             try:

@@ -157,7 +157,7 @@ def run(options: argparse.Namespace, rank_info: RankInfo) -> None:
 
 def _run_splits(options: argparse.Namespace, rank_info: RankInfo, device: Any) -> None:
     """The flow: models -> splits -> numbers -> table, files, sheets."""
-    from amclr_scale.evaluation.models import check_reading, compute_in, use_statistics
+    from amclr_scale.evaluation.models import check_reading, compute_in, name_beside, use_statistics
     from amclr_scale.evaluation.progress import EvaluationProgress
     from amclr_scale.evaluation.report import comparison_lines, comparisons, histogram_lines, made, write
     from amclr_scale.evaluation.run import Evaluator
@@ -191,7 +191,7 @@ def _run_splits(options: argparse.Namespace, rank_info: RankInfo, device: Any) -
             made(folder)
         evaluator = Evaluator(config, rank=rank_info.rank, world_size=rank_info.world_size, reading=loaded.reading)
         use_statistics(loaded, config.data)
-        name = checkpoint if loaded.name in results else loaded.name
+        name = name_beside(loaded, checkpoint, results)
         precision[name] = compute_in(loaded, options.precision, device)
         prompts = prompts or evaluator.prompts()
         model = loaded.model.to(device)

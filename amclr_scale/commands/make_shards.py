@@ -269,6 +269,8 @@ def work(argv: list[str]) -> None:
     parser.add_argument("--workers", type=int, default=0, help="processes (default: this one)")
     arguments = parser.parse_args(argv)
     check_at_least(arguments, 1, "per_shard", "resize", "quality")
+    if arguments.quality > 100:
+        raise UserError(f"--quality: expected at most 100, got {arguments.quality}")
     check_at_least(arguments, 0, "workers")
 
     if arguments.images is None and arguments.annotations is None:

@@ -36,7 +36,7 @@ def named_device(name: str | torch.device) -> torch.device:
     try:
         device = torch.device(name)
         torch.zeros(1, device=device).cpu()
-    except (RuntimeError, AssertionError) as error:  # the latter where torch was built without CUDA
+    except (RuntimeError, AssertionError, ImportError) as error:  # no CUDA, no plug-in
         here = "cpu, cuda" if torch.cuda.is_available() else "cpu"
         raise UserError(f"device: expected one that torch has here ({here}), got {name}") from error
     return device

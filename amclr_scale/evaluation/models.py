@@ -10,6 +10,8 @@ All are called alike: `model(images=(uint8,), texts=(ids,)) -> {"image": (b, D),
 normalise pixels themselves. Only what is named on the hub is downloaded.
 """
 
+import itertools
+from collections.abc import Container
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -30,6 +32,8 @@ from amclr_scale.encoders.start.hub_names import hint, parse
 from amclr_scale.encoders.weights import OF_OBJECTIVES, load_weights
 from amclr_scale.errors import UserError
 from amclr_scale.precision import DTYPES, has_tf32
+
+SHOWN = 5  # runs of a folder, told by name
 
 
 @dataclass(frozen=True)
@@ -81,7 +85,7 @@ def _ours(name: str) -> Loaded:
         raise UserError(
             f"checkpoint: expected a run folder with config.yaml and weights.safetensors, open_clip/ARCHITECTURE:FILE, "
             f"transformers/FOLDER, or OWNER/NAME of the Hugging Face hub, got {name}: {missing[0]} does not exist"
-            f"{hint(name)}"
+            f"{hint(name)}{_runs_in(path)}"
         )
     config = with_own_files(load(folder / "config.yaml", trusted=False), folder)
     data = config.data
@@ -101,6 +105,15 @@ def _ours(name: str) -> Loaded:
     load_weights(model, str(weights), key="checkpoint", prefix="", extra=OF_OBJECTIVES)
     name = folder.name if weights.stem == "weights" else f"{folder.name}/{weights.stem}"
     return Loaded(name, model, config, folder, state=folder / "objective.safetensors")
+
+
+def _runs_in(folder: Path) -> str:
+    """That a folder is one of runs, in words; "": it is not."""
+    runs = sorted(file.parent.name for file in folder.glob("*/config.yaml"))
+    if not runs:
+        return ""
+    further = f", ... ({len(runs):,} of them)" if len(runs) > SHOWN else ""
+    return f"; name the runs in it: {', '.join(str(folder / run) for run in runs[:SHOWN])}{further}"
 
 
 def with_own_files(config: Config, folder: Path) -> Config:
@@ -146,6 +159,17 @@ def check_reading(loaded: Loaded, data: Data) -> None:
                 f"data.{key}: expected {own!r}, as {loaded.name} was saved, got {here!r}; leave it away: models of "
                 "other libraries read by their own processor and tokenizer"
             )
+
+
+def name_beside(loaded: Loaded, given: str, others: Container[str]) -> str:
+    """What a model is called beside others: its own name, else as it was given, else that with a number.
+
+    Args:
+        given: the words that it was opened by.
+        others: names that are taken.
+    """
+    numbered = (f"{given} ({number})" for number in itertools.count(2))
+    return next(name for name in itertools.chain((loaded.name, given), numbered) if name not in others)
 
 
 def use_statistics(loaded: Loaded, data: Data) -> None:

@@ -8,7 +8,8 @@ captions of one image) form a cluster, and clusters, not items, are what another
     interval          percentiles of m under resampling of clusters with replacement (Efron, "Bootstrap Methods:
                       Another Look at the Jackknife", Annals of Statistics, 1979), seeded
 
-A mean over groups of items (`mean_of_groups`) has no error from how many items of each group are drawn.
+A mean over groups of items (`mean_of_groups`) has no error from how many items of each group are drawn, and groups of
+few clusters, whose spread is seen too small or not at all, do not narrow it.
 
 Two models are compared on the same items with the same resamples, so that what is hard for both cancels.
 Sums are float64.
@@ -87,6 +88,10 @@ def mean_of_groups(
     than there are, and a mean of their values would go up with the easy ones among them, as a mean over groups does
     not. So an item has, in place of its value, that value's distance from the mean of its group, beside the number.
 
+    Distances from the mean of m clusters are too small, by sqrt((m - 1) / m) as a rule, and are enlarged by that. A
+    group of one cluster shows no spread: its distance is that from the mean of all such groups ("collapsed strata",
+    Cochran, "Sampling Techniques", 1977, section 5A.12), which is rather too large.
+
     Args:
         values: (n,).
         groups: (n,) int64; those without items do not count.
@@ -98,7 +103,13 @@ def mean_of_groups(
     of_group = (sums / sizes)[groups]
     weights = 1 / sizes[groups] if kept is None else kept.cpu() / sizes[groups]
     mean = (of_group * weights).sum() / weights.sum()
-    return number(values - of_group + mean, clusters=clusters, weights=weights, chance=chance)
+    drawn = groups if clusters is None else torch.stack([groups, clusters.cpu()]).unique(dim=1)[0]
+    several = torch.bincount(drawn, minlength=len(sizes)).double()[groups]  # clusters of the item's group
+    lone = several == 1
+    of_lone = (values * weights)[lone].sum() / weights[lone].sum().clamp(min=torch.finfo(torch.float64).tiny)
+    enlarged = (values - of_group) * (several / (several - 1).clamp(min=1)).sqrt()
+    distance = torch.where(lone, values - of_lone, enlarged)
+    return number(distance + mean, clusters=clusters, weights=weights, chance=chance)
 
 
 def mean_of(*numbers: Number) -> Number:

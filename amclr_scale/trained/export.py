@@ -118,7 +118,7 @@ def _write(checkpoint: Path, out: Path, which: Which, *, leaves: bool) -> None:
             shutil.copytree(own, out / folder)
         elif library == "transformers" and (Path(name) / "config.json").is_file():  # perhaps of a whole dual encoder
             read_config(name, side).save_pretrained(out / folder)
-    (out / "README.md").write_text(card(state, config, _results(checkpoint.parent.parent, which), which))
+    (out / "README.md").write_text(card(state, config, _results(checkpoint, state, which), which))
 
 
 def _at_rest(config: Config) -> dict[str, Tensor]:
@@ -133,10 +133,11 @@ def _at_rest(config: Config) -> dict[str, Tensor]:
     return {name: value.contiguous() for name, value in state.items() if name.startswith(towers)}
 
 
-def _results(run: Path, which: Which) -> dict[str, Any]:
-    """What was measured of these weights."""
-    file = run / "evaluation.json"
-    found: dict[str, Any] = json.loads(file.read_text("utf-8")) if file.is_file() else {}
+def _results(checkpoint: Path, state: dict[str, Any], which: Which) -> dict[str, Any]:
+    """What was measured of these weights: a run leaves evaluation.json of those that its last step has made."""
+    file = checkpoint.parent.parent / "evaluation.json"
+    ended = state["step"] >= state["total_steps"] and file.is_file()
+    found: dict[str, Any] = json.loads(file.read_text("utf-8")) if ended else {}
     of_average = {name.removeprefix(MOMENTUM): value for name, value in found.items() if name.startswith(MOMENTUM)}
     return of_average if which == "momentum" else {n: v for n, v in found.items() if not n.startswith(MOMENTUM)}
 

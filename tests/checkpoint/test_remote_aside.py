@@ -7,6 +7,7 @@ import pytest
 
 from amclr_scale.checkpoint import files
 from amclr_scale.checkpoint.remote import RemoteRun
+from amclr_scale.metrics.run_folder import set_aside_results
 from tests.checkpoint import test_remote
 from tests.checkpoint.test_files import write
 from tests.checkpoint.test_remote import Killed, fetched_aside, mirror, there
@@ -63,6 +64,39 @@ def test_stores_that_copy_nothing_themselves(place, monkeypatch):
     one.remote.set_aside(10)
     assert there(url) == ([], {})
     assert len(one.remote.sizes("checkpoints/set_aside_step_00000010")) == 6
+
+
+@pytest.mark.parametrize("cut", [False, True])
+def test_results_of_an_earlier_end_leave_their_place_in_the_store(place, cut):
+    """A run that had ended trains on: who reads the store does not take its numbers for those of now."""
+    folder, url, _ = place
+    (folder / "evaluation").mkdir()
+    for name in ("evaluation.json", "evaluation/results.json", "evaluation/step_00000010.json"):
+        (folder / name).write_text(f"of {name}")
+    one = mirror(place)
+    one.claim()
+    one._bring_up_to_date()
+    set_aside_results(folder)
+    if cut:  # between upload and removal; what goes on is another process
+        two = mirror(place, lambda number, path: Killed() if path.endswith("first/evaluation.json") else None)
+        two.claim()
+        with pytest.raises(Killed):
+            two._bring_up_to_date()
+        one = mirror(place)
+        one.claim()
+    one._bring_up_to_date()
+    remote = RemoteRun(url, "resume")
+    for name in ("evaluation.json", "evaluation/results.json"):
+        assert remote.read(name) is None
+        assert remote.read(f"set_aside_results/{name}") == f"of {name}".encode()
+    assert remote.read("evaluation/step_00000010.json") is not None
+    (folder / "evaluation.json").write_text("of now")  # it ends again
+    one._bring_up_to_date()
+    assert remote.read("evaluation.json") == b"of now"
+    set_aside_results(folder)  # and trains on again
+    one._bring_up_to_date()
+    assert remote.read("evaluation.json") is None
+    assert remote.read("set_aside_results_2/evaluation.json") == b"of now"
 
 
 def test_what_is_removed_in_the_store_and_what_is_not(place, tmp_path):

@@ -140,6 +140,7 @@ def test_a_vocabulary_of_nothing_is_a_mistake(
         ("shards make folder --images . --out o --per-shard -1", "--per-shard: expected at least 1, got -1"),
         ("shards make folder --images . --out o --resize -3", "--resize: expected at least 1, got -3"),
         ("shards make folder --images . --out o --quality 0", "--quality: expected at least 1, got 0"),
+        ("shards make folder --images . --out o --quality 1000", "--quality: expected at most 100, got 1000"),
         ("shards make folder --images . --out o --workers -2", "--workers: expected at least 0, got -2"),
         ("shards index emoji/val_concept --workers -1", "--workers: expected at least 0, got -1"),
         ("shards paraphrase emoji/val_concept --model m --out o --batch -1", "--batch: expected at least 1, got -1"),

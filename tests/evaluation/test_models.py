@@ -1,6 +1,7 @@
 """Models from files give the features they gave where they came from; what is not there is said in one line."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -130,11 +131,16 @@ def test_an_open_clip_model(tiny_clip):
         ("nowhere", r"^checkpoint: expected a run folder .*nowhere.*does not exist"),
         ("open_clip/ViT-B-33:x.pt", r"^checkpoint: open_clip has no architecture ViT-B-33"),
         ("open_clip/ViT-B-32", r"^checkpoint: expected open_clip/ViT-B-32:FILE with local weights"),
+        (
+            "open_clip/tests/encoders",
+            r"^checkpoint: expected open_clip_config.json in tests/encoders, as open_clip pub",
+        ),
         ("transformers/clip-vit-base-patch32", r"^checkpoint: expected a folder saved by transformers"),
         ("transformers/openai/clip-vit-base-patch32", r"^checkpoint: .*: HF_HUB_OFFLINE is set, and the cache has not"),
     ],
 )
 def test_what_is_not_there(name, message, monkeypatch, tmp_path):
+    monkeypatch.chdir(Path(__file__).parents[2])
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(UserError, match=message):

@@ -53,6 +53,34 @@ def test_a_mean_over_groups_has_the_error_of_resampled_clusters():
     assert intervals({"x": found}, resamples=2000)["x"] == pytest.approx(ends, abs=0.3 * found.standard_error)
 
 
+@pytest.mark.parametrize("size", [1, 2, 3])
+@pytest.mark.parametrize("items", [1, 2])
+def test_a_mean_over_small_groups_is_as_uncertain_as_other_items_make_it(size, items):
+    """Groups of few clusters, of equal difficulty: the error is that over other draws of the items, not less."""
+    g = torch.Generator().manual_seed(0)
+    clusters = torch.arange(200 * size).repeat_interleave(items)  # items of a cluster are alike
+    groups = clusters // size
+    drawn = [(torch.rand(200 * size, generator=g) < 0.4).double()[clusters] for _ in range(400)]
+    found = [mean_of_groups(values, groups, clusters=clusters) for values in drawn]
+    spread = torch.tensor([one.value for one in found]).std()
+    assert [one.value for one in found] == pytest.approx([float(values.mean()) for values in drawn], abs=1e-12)
+    error = torch.tensor([one.standard_error for one in found]).mean()
+    assert float(error) == pytest.approx(float(spread), rel=0.1)
+    low, high = intervals({"x": found[0]})["x"]
+    assert high - low == pytest.approx(4 * float(spread), rel=0.2)
+
+
+def test_groups_that_do_not_count_move_neither_the_mean_nor_its_error():
+    values, groups = torch.tensor([1.0, 0.0, 1.0, 0.0, 1.0]), torch.tensor([0, 1, 2, 3, 3])
+    kept = mean_of_groups(values, groups, kept=groups != 2)
+    without = mean_of_groups(values[groups != 2], groups[groups != 2])
+    assert (
+        (kept.value, kept.standard_error)
+        == (without.value, without.standard_error)
+        == (0.5, pytest.approx(0.75**0.5 / 3))
+    )
+
+
 def test_a_mean_of_numbers_knows_that_they_move_together():
     a, b = hits(300, 0.5, 2), hits(300, 0.5, 3)
     both = mean_of(number(a, chance=0.1), number(b, chance=0.3))

@@ -186,7 +186,7 @@ def test_numbers_and_devices_that_are_none_are_told(folder, capsys):
     for size in ("0", "-1"):
         assert embed.main(["run", "photos", "--batch-size", size]) == 2
         assert f"--batch-size: expected at least 1, got {size}" in capsys.readouterr().err
-    for device in ("gpu", "cuda:99"):
+    for device in ("gpu", "cuda:99", "hpu"):
         assert embed.main(["run", "photos", "--device", device]) == 2
         assert "device: expected one that torch has here (cpu" in capsys.readouterr().err
     assert not [*folder.glob("photos.*")]

@@ -78,6 +78,12 @@ def _known(name: str, architecture: str, file: str) -> dict[str, Any]:
     import open_clip
 
     if architecture not in open_clip.list_models():
+        folder = Path(name.partition("/")[2]).expanduser()
+        if folder.is_dir():
+            raise UserError(
+                f"checkpoint: expected {CONFIG} in {folder}, as open_clip publishes its models, got {name}; weights "
+                "without it are named open_clip/ARCHITECTURE:FILE"
+            )
         raise UserError(f"checkpoint: open_clip has no architecture {architecture}, got {name}")
     if not Path(file).is_file():
         raise UserError(f"checkpoint: expected open_clip/{architecture}:FILE with local weights, got {name}")

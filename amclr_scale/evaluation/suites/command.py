@@ -10,7 +10,7 @@ from amclr_scale.config.load import build, from_words, merge
 from amclr_scale.config.schema import Config
 from amclr_scale.distributed.collectives import rank
 from amclr_scale.errors import UserError
-from amclr_scale.evaluation.models import Loaded, check_reading, compute_in, use_statistics
+from amclr_scale.evaluation.models import Loaded, check_reading, compute_in, name_beside, use_statistics
 from amclr_scale.evaluation.report import made
 from amclr_scale.evaluation.suites.catalogue import Suite
 from amclr_scale.evaluation.suites.run import FIXED, check, measured_table, prepared
@@ -73,7 +73,7 @@ def measure(
     folders = []
     for checkpoint in checkpoints:
         loaded = opens(checkpoint)
-        name = checkpoint if any(loaded.name in table for table in tables.values()) else loaded.name
+        name = name_beside(loaded, checkpoint, {name for table in tables.values() for name in table})
         config = configured(loaded.config, words)
         check_reading(loaded, config.data)
         use_statistics(loaded, config.data)

@@ -93,6 +93,9 @@ def test_several_models_have_a_row_and_a_folder_each(made, tmp_path, capsys):
     run, data = str(made / "runs" / "first"), str(made / "data")
     again = f"{run}/weights.safetensors"  # called first too: the second is called as it was given
     words = ["--suite", "sugarcrepe", "--data", data, "--set", "evaluation.resamples=0"]
+    assert main([run, run, run, *words, "--output", str(tmp_path / "three")]) == 0
+    assert len([*tmp_path.glob("three/*/sugarcrepe.json")]) == 3
+    capsys.readouterr()
     assert main([run, again, *words, "--output", str(tmp_path)]) == 0
     said = capsys.readouterr().out
     kept = sorted(path.parent.name for path in tmp_path.glob("*/sugarcrepe.json"))

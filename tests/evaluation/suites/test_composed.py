@@ -99,8 +99,13 @@ def test_aro_relation_is_a_macro_accuracy_over_the_boxes(tmp_path):
     assert numbers["right"].value == pytest.approx(hits.mean(), abs=1e-12)
     assert numbers["macro_right"].value != numbers["right"].value
     rows = {kind: np.array([k == kind for k in kinds]) for kind in kept}
-    moves = sum(np.where(mine, hits - hits[mine].mean(), 0) / mine.sum() / 3 for mine in rows.values())
     pictures = np.array([(one["image_path"], one["bbox_x"], one["bbox_y"]) for one in told])
+    drawn = {kind: len(np.unique(pictures[mine], axis=0)) for kind, mine in rows.items()}
+    assert min(drawn.values()) > 1
+    moves = sum(
+        np.where(mine, hits - hits[mine].mean(), 0) / mine.sum() / 3 * (drawn[kind] / (drawn[kind] - 1)) ** 0.5
+        for kind, mine in rows.items()
+    )
     by_picture = [moves[(pictures == one).all(1)].sum() for one in np.unique(pictures, axis=0)]
     assert numbers["macro_right"].standard_error == pytest.approx(np.linalg.norm(by_picture), abs=1e-12)
     assert (numbers["macro_right"].chance, plain) == (pytest.approx(0.5), {"kinds": 3.0})
