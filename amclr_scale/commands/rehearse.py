@@ -17,6 +17,8 @@ import yaml
 from amclr_scale.config.load import build, dump
 from amclr_scale.config.schema import Config
 
+STEPS = 4  # that a rehearsal takes
+
 
 def verify(options: argparse.Namespace, fit: Any, choice: Any) -> bool:
     """Run a choice, and one with a batch 15 % larger: what tensors held against the limit, and a step under it.
@@ -59,7 +61,10 @@ def rehearse(config: Config, world_size: int, limit: int) -> tuple[dict[str, flo
     """
     with tempfile.TemporaryDirectory() as folder:
         path, out = Path(folder) / "config.yaml", Path(folder) / "found"
-        path.write_text(dump(config))
+        train = config.train  # the largest batch may be more than the run is to see at all
+        if train.samples is not None:
+            train = train.model_copy(update={"samples": max(train.samples, STEPS * train.global_batch_size)})
+        path.write_text(dump(config.model_copy(update={"train": train})))
         launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world_size}"]
         command = [*launcher, "-m", "amclr_scale", "fit", "--gpus", str(world_size), "--config", str(path),
                    "--rehearse", str(out), "--limit", str(limit)]  # fmt: skip
