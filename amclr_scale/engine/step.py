@@ -198,12 +198,15 @@ class TrainStep:
         return told if self.advice is None else f"{told}\n{self.advice(self.phases.current)}"
 
     def _may_skip(self) -> bool:
-        """fp16: a scaled loss that overflows is skipped and scaled down, until the scale has nothing left to give."""
+        """fp16: a scaled loss that overflows is skipped and scaled down, until the scale has nothing left to give.
+
+        A scale that is fixed (deepspeed.fp16.loss_scale) has nothing to give: every further step might be skipped.
+        """
         if not self.engine.fp16_enabled():
             return False
         scaler = self.engine.optimizer.loss_scaler
         scaler.raise_error_at_min_scale = False  # what then fails is told with its samples, by `_fail`
-        return float(scaler.cur_scale) > getattr(scaler, "min_scale", 1)
+        return bool(scaler.dynamic) and float(scaler.cur_scale) > scaler.min_scale
 
     def _complete_gradients(self) -> None:
         """What nothing depended on has a gradient of 0, as on several ranks: its moments and decay go on."""

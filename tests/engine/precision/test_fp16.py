@@ -27,18 +27,20 @@ CPU = torch.device("cpu")
 
 
 def half_run(
-    stage: int, power: int, steps: int, poison: int | None = None, **options: Any
+    stage: int, power: int | None, steps: int, poison: int | None = None, **options: Any
 ) -> tuple[dict[str, Tensor], list[Any]]:
     """Train; returns the fp32 weights, and per step what it left, or what was raised.
 
     Args:
+        power: the scale begins with 2**power; None: it is fixed.
         options: name and options of the objective, clip if there are none.
 
     Returns:
         Of a step: was it applied, the loss scale, a weight, and the objective's state with the teacher's weight.
     """
     tree = config(SIZE, execution__zero_stage=stage, execution__precision="fp16", optimizer__lr=0.002)
-    settings = tree.model_copy(update={"deepspeed": {"fp16": {"initial_scale_power": power, "hysteresis": 1}}})
+    scale = {"loss_scale": 128} if power is None else {"initial_scale_power": power, "hysteresis": 1}
+    settings = tree.model_copy(update={"deepspeed": {"fp16": scale}})
     model = towers()
     accelerator = type(deepspeed.accelerator.get_accelerator())
     with mock.patch.object(accelerator, "is_fp16_supported", return_value=True):
@@ -120,8 +122,9 @@ def test_every_scale_down_to_1_is_tried(ranks, stage):
         assert [(applied, scale) for applied, scale, *_ in told] == [(False, 1.0), (True, 1.0), (True, 1.0)]
 
 
+@pytest.mark.parametrize("power", [0, None])
 @pytest.mark.parametrize("stage", [2, 3])
-def test_a_loss_that_no_scale_mends_ends_the_run(ranks, stage):
-    for _, told in ranks(2, half_run, stage, 0, 4, 0):
+def test_a_loss_that_no_scale_mends_ends_the_run(ranks, stage, power):
+    for _, told in ranks(2, half_run, stage, power, 4, 0):
         assert isinstance(told[-1], str)
         assert "the gradient is not finite" in told[-1]
