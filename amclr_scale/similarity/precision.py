@@ -7,11 +7,12 @@ m  rows of a matrix of features    D  width    P  width of what products read
     fp32     float32 (IEEE: no TF32)                         float32
     bf16     bfloat16                                        both bfloat16
     fp16     float16, for features of this type              both bfloat16: weights may be smaller than float16's least
-    split    x = high + low, both bfloat16: high high + high low + low high, 16 bits of x's 24
+    split    x = high + low, both bfloat16: low high + high low + high high, 16 bits of x's 24
 
-Products of 16-bit operands are exact, and summed in float32. Similarities, exponents and sums are never narrower than
-float32, whatever the form. Where a machine has no product of 16-bit matrices with a float32 result (CPUs), operands are
-rounded as the form says and then multiplied as float32: the same numbers.
+Products of 16-bit operands are exact, and summed in float32. Tensor cores cut each partial sum off instead of rounding
+it, which costs in proportion to the sum: so the small products come first. Similarities, exponents and sums are never
+narrower than float32, whatever the form. Where a machine has no product of 16-bit matrices with a float32 result
+(CPUs), operands are rounded as the form says and then multiplied as float32: the same numbers.
 """
 
 from collections.abc import Sequence
@@ -65,7 +66,7 @@ def operand(x: Tensor, form: Form, *, left: bool, multiple: int = 1, widen: torc
     """Features (m, D) as one side of products.
 
     Args:
-        left: anchors; the other side are keys. `split` arranges the three products along the width.
+        left: anchors; the other side are keys. `split` has three products along the width, small ones first.
         multiple: P is a multiple of this, filled with zeros.
         widen: multiply in this type what was rounded as `form` says; None: in the form's own.
     """
@@ -74,7 +75,7 @@ def operand(x: Tensor, form: Form, *, left: bool, multiple: int = 1, widen: torc
         high = x.bfloat16()
         low = (x.to(torch.float32) - high.to(torch.float32)).bfloat16()
         high, low = _padded(high, multiple), _padded(low, multiple)
-        product = torch.cat((high, high, low) if left else (high, low, high), dim=1)
+        product = torch.cat((low, high, high) if left else (high, low, high), dim=1)
         parts: tuple[Tensor, ...] = (high[:, :D],) if x.dtype == torch.bfloat16 else (high[:, :D], low[:, :D])
     elif form == "fp16":
         product, parts = _padded(x.half(), multiple), (x.bfloat16(),)

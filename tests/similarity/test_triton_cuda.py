@@ -15,7 +15,9 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
 ]
 B = 4100
-OUTPUTS = {torch.float32: 2e-6, torch.bfloat16: 2e-6, torch.float16: 2e-6}
+# Tensor cores cut sums of 16-bit products off, which costs up to 3.3e-6 here (tools/precision/tensor_cores.py).
+OUTPUTS = {torch.float32: 2e-6, torch.bfloat16: 4e-6, torch.float16: 4e-6}
+SPLIT = 4e-6
 GRADIENTS = {torch.float32: 4e-6, torch.bfloat16: 4e-3, torch.float16: 4e-3}
 
 
@@ -44,8 +46,8 @@ def dense(image, text, t_image, t_text, extra, *, exclude_positive, centred):
     return out
 
 
-def errors(D, dtype, *, per_anchor=False, extra=0, exclude_positive=False, centred=True, **settings):
-    """Largest relative errors of log-sums, and of gradients."""
+def errors(D, dtype, *, per_anchor=False, extra=0, exclude_positive=False, centred=True, rounded=False, **settings):
+    """Largest relative errors of log-sums, and of gradients; `rounded`: against those of the rows in bfloat16."""
     image, text = draw(D, dtype)
     t = [torch.full((1,), 0.03, device="cuda") for _ in range(2)]
     if per_anchor:
@@ -57,7 +59,8 @@ def errors(D, dtype, *, per_anchor=False, extra=0, exclude_positive=False, centr
         c = contrast(image, text, temperature=(t[0], t[1]), extra_text_keys=queue, **options)
     got = [c.image.log_sum, c.text.log_sum]
     gradients = torch.autograd.grad(sum(x.mean() for x in got), (image, text, *t))
-    exact = [x.detach().double().requires_grad_() for x in (image, text, *t)]
+    rows = [x.bfloat16() if rounded else x for x in (image, text)]
+    exact = [x.detach().double().requires_grad_() for x in (*rows, *t)]
     full = [x.expand(B) for x in exact[2:]]
     want = dense(*exact[:2], *full, None if queue is None else queue.double(), **options)
     wanted = torch.autograd.grad(sum(x.mean() for x in want), exact)
@@ -97,14 +100,18 @@ def test_temperatures_per_anchor_extra_keys_and_spans(dtype):
 
 def test_split_operands_are_nearly_as_good_as_float32():
     outputs, gradients = errors(512, torch.float32, run_precision="bf16")
-    assert outputs < 4e-6
+    assert outputs < SPLIT
     assert gradients < 4e-5
 
 
-def test_rounded_rows_cost_no_more_than_their_rounding():
+def test_rounded_rows_are_exact_for_the_rows_that_they_are_rounded_to():
+    check(torch.bfloat16, errors(512, torch.float32, precision="bf16", rounded=True))
+
+
+def test_rounded_rows_cost_what_their_rounding_costs():
     outputs, gradients = errors(512, torch.float32, precision="bf16")
-    assert outputs < 1e-3
-    assert 1e-4 < gradients < 1e-2
+    assert 3e-4 < outputs < 3e-3
+    assert 3e-4 < gradients < 1e-2
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])

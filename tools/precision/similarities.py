@@ -2,7 +2,7 @@
 
     amclr-scale embed RUN --shards emoji/train --side image --out image.npy
     amclr-scale embed RUN --shards emoji/train --side text --out text.npy
-    python tools/similarity_precision.py image.npy text.npy --temperatures 0.07 0.01
+    python tools/precision/similarities.py image.npy text.npy --temperatures 0.07 0.01
 
 Relative errors |g - e| / |e| of the gradients g of image rows, text rows and scale, on the torch backend; e is autograd
 of the dense loss in float64, on the same float32 rows. Two rows more than `execution.similarity.precision` has:
@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from amclr_scale.similarity import contrast, using
 
