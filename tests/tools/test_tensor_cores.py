@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.similarity.test_triton_cuda import OUTPUTS, SPLIT
+from tests.similarity.test_at_size import OUTPUTS, SPLIT
 from tools.precision.tensor_cores import cut_off_product, draw, errors
 
 

@@ -9,7 +9,7 @@ of NVIDIA Tensor Cores", 2025, arXiv:2512.07004, say how such models are found.
 
 Printed are relative errors |x - e| / |e| of the log-sums x of image anchors, against the float64 similarities of the
 same rows: with products of these operands added up exactly, and cut off. Rows are drawn as those of
-tests/similarity/test_triton_cuda.py: pairs with a similarity of 0.24, temperature 0.03, centred.
+tests/similarity/test_at_size.py: pairs with a similarity of 0.24, temperature 0.03, centred.
 """
 
 import argparse
