@@ -14,6 +14,7 @@ import re
 import tempfile
 import traceback
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from multiprocessing import forkserver
 from multiprocessing.connection import Connection
 from multiprocessing.connection import wait as wait_for
@@ -184,30 +185,37 @@ class RankPool:
             process.join()
 
 
-@pytest.fixture(scope="session")
-def ranks() -> Iterator[Callable[..., list[Any]]]:
-    """`ranks(n, fn, *args, **kwargs)`: fn on n gloo ranks; a list of answers in rank order."""
+@contextmanager
+def _pools(device: str) -> Iterator[Callable[..., list[Any]]]:
+    """A function that runs functions on any number of ranks, in processes that it keeps."""
     with tempfile.TemporaryDirectory() as folder:
         pools: dict[int, RankPool] = {}
 
         def run(world_size: int, fn: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Any]:
             if world_size not in pools:
-                pools[world_size] = RankPool(world_size, tempfile.mkdtemp(dir=folder))
+                pools[world_size] = RankPool(world_size, tempfile.mkdtemp(dir=folder), device)
             try:
                 return pools[world_size](fn, *args, **kwargs)
             except BaseException:  # also what ends a test whose time is over, or the next one would read its answers
                 pools.pop(world_size).close()  # its ranks may be out of step with one another: start afresh
                 raise
 
+        try:
+            yield run
+        finally:
+            for pool in pools.values():
+                pool.close()
+
+
+@pytest.fixture(scope="session")
+def ranks() -> Iterator[Callable[..., list[Any]]]:
+    """`ranks(n, fn, *args, **kwargs)`: fn on n gloo ranks; a list of answers in rank order."""
+    with _pools("cpu") as run:
         yield run
-        for pool in pools.values():
-            pool.close()
 
 
 @pytest.fixture(scope="module")
 def gpu() -> Iterator[Callable[..., Any]]:
     """`gpu(fn, *args, **kwargs)`: fn in a process with a GPU, the only rank over NCCL."""
-    with tempfile.TemporaryDirectory() as folder:
-        pool = RankPool(1, folder, "cuda")
-        yield lambda fn, *args, **kwargs: pool(fn, *args, **kwargs)[0]
-        pool.close()
+    with _pools("cuda") as run:
+        yield lambda fn, *args, **kwargs: run(1, fn, *args, **kwargs)[0]
