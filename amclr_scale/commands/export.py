@@ -14,7 +14,8 @@ out. No pickles, no code in any of them.
 
 --push OWNER/NAME publishes the same, with its card, as a repository of the Hugging Face hub; a folder that export wrote
 can be pushed too. A repository that is not there is made, private unless --public is given; in one that is, files of
-other names stay. Hidden files are not pushed, and links out of the folder are refused. The token is that of
+other names stay. Hidden files are not pushed, nor is what `evaluate` left in the folder's evaluation/, unless the card
+names it; links out of the folder are refused. The token is that of
 `hf auth login`, or HF_TOKEN. Needs huggingface_hub, which transformers brings.
 """
 
@@ -63,8 +64,15 @@ def push(args: argparse.Namespace) -> None:
     check_name(args.push)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        if hidden := prepare(args.checkpoint, folder, args.push, FORMS[args.to](), args.which):
-            print(f"--push: hidden files stay here: {', '.join(hidden)}", file=sys.stderr)
+        stays = prepare(args.checkpoint, folder, args.push, FORMS[args.to](), args.which)
+        if stays.hidden:
+            print(f"--push: hidden files stay here: {', '.join(stays.hidden)}", file=sys.stderr)
+        if stays.measured:
+            print(
+                f"--push: results of evaluate stay here: {', '.join(stays.measured)}; those that the card, README.md, "
+                "names are pushed with it",
+                file=sys.stderr,
+            )
         tell_of_taps(folder, args.to)
         if args.dry_run:
             files = files_of(folder)

@@ -70,8 +70,10 @@ def prepare(config: Config, rank_info: RankInfo) -> Prepared:
     """
     inputs = with_shards_since(config, lambda begun: open_data(config, rank_info, begun=begun))
     probed = read_probe(config, rank_info)
-    measured = config.evaluation.splits or config.evaluation.probes
-    evaluator = Evaluator(config, rank=rank_info.rank, world_size=rank_info.world_size) if measured else None
+    evaluator = None
+    if config.evaluation.splits or config.evaluation.probes:
+        rank, ranks = rank_info.rank, rank_info.world_size
+        evaluator = with_shards_since(config, lambda begun: Evaluator(config, rank=rank, world_size=ranks, begun=begun))
     check_best(config, evaluator)
     suites = RunSuites(config)
     auto_keys = None
@@ -85,7 +87,9 @@ def prepare(config: Config, rank_info: RankInfo) -> Prepared:
 
 
 def with_shards_since(config: Config, opened: Callable[[bool], T]) -> T:
-    """Open the training data of a run: shards that its folder has got since it began do not keep it from going on.
+    """Open what a run reads: shards that a folder has got since it began do not keep it from going on.
+
+    It trains and measures on what it began with, so that its numbers before and after are of the same samples.
 
     Args:
         opened: opens them, told whether the run has begun.

@@ -9,8 +9,9 @@ The sampling defaults are those of AmCLR's authors (prefix "paraphrase: ", top-k
 runs the model in every step; here it runs once. A candidate is kept when it differs from the caption and from those
 kept before it, and, with --filter, when the cosine of its sentence embedding with the caption's is between --min-
 cosine and --max-cosine. The share that was kept is printed and stored. Each shard appears whole or not at all; an
-interrupted run goes on, and several processes (--rank of --ranks, one per GPU) share the shards. The same seed gives
-the same paraphrases on the same hardware, whatever was interrupted.
+interrupted run goes on, and several processes (--rank of --ranks, one per GPU) share the shards. It goes on with the
+options that it began with; a model is known by its files, wherever it lies (one of a hub: by its name). The same seed
+gives the same paraphrases on the same hardware, whatever was interrupted.
 """
 
 import argparse
@@ -33,13 +34,15 @@ from amclr_scale.data.indexing import open_index
 from amclr_scale.data.tokenizers import well_formed
 from amclr_scale.distributed.process_group import named_device
 from amclr_scale.errors import UserError
+from amclr_scale.evaluation.suites.files import content
 from amclr_scale.torchvision_ops import import_torchvision
 
 # Options that paraphrases depend on, kept beside them: those that are there already must have been made by the same.
-KEPT = (
-    "model", "filter", "caption", "count", "prefix", "top_k", "top_p", "temperature", "max_tokens", "min_cosine",
-    "max_cosine", "seed",
-)  # fmt: skip
+MODELS = ("model", "filter")  # known by their files, not by how a folder is written
+KEPT = (*MODELS, "caption", "count", "prefix", "top_k", "top_p", "temperature", "max_tokens", "seed")
+LIMITS = {"min_cosine": 0.8, "max_cosine": 0.995}  # kept too, with a filter; nothing reads them without one
+SHA256 = "_sha256"
+FILES = (".json", ".txt", ".model", ".safetensors", ".bin")  # of a model's folder: what transformers reads
 Generate = Callable[[Sequence[str]], list[list[str]]]
 Similarity = Callable[[Sequence[str], Sequence[str]], Tensor]
 
@@ -152,6 +155,22 @@ def paraphrase_shard(
     return rows, asked, kept
 
 
+def asked_of(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The options that paraphrases are made by, and digests of the models' files, as they are kept."""
+    names = [*KEPT, *(LIMITS if arguments.filter else ())]
+    places = {name: getattr(arguments, name) for name in MODELS}
+    digests = {name + SHA256: digest_of(place) for name, place in places.items() if place is not None}
+    return {**{name: getattr(arguments, name) for name in names}, **digests}
+
+
+def digest_of(place: str) -> str | None:
+    """Of the files that a model in a local folder consists of; None of a hub's, whose files transformers finds."""
+    folder = Path(place)
+    if not folder.is_dir():
+        return None
+    return content({path.name: path for path in folder.iterdir() if path.suffix in FILES and path.is_file()})
+
+
 def finished(out: Path, index: Index, shard: int, asked: dict[str, Any]) -> bool:
     """Whether a shard has its paraphrases already.
 
@@ -167,13 +186,30 @@ def finished(out: Path, index: Index, shard: int, asked: dict[str, Any]) -> bool
     ParaphraseReader(out, index.shards[shard]).close()
     with file.open(encoding="utf-8") as lines:
         made = json.loads(next(lines))
-    for name in asked.keys() & made.keys():
-        if asked[name] != made[name]:
+    for name in (name for name in (*KEPT, *LIMITS) if name in asked and name in made):
+        if same_model(name, asked, made) if name in MODELS else asked[name] == made[name]:
+            continue
+        if asked[name] == made[name]:
             raise UserError(
-                f"--{name.replace('_', '-')}: expected {made[name]!r}, by which {file} was made, got {asked[name]!r}; "
-                "go on with that, or choose another --out"
+                f"--{name}: expected the files that {made[name]} had when {file} was made, got others; put those back, "
+                "or choose another --out"
             )
+        raise UserError(
+            f"--{name.replace('_', '-')}: expected {made[name]!r}, by which {file} was made, got {asked[name]!r}; "
+            "go on with that, or choose another --out"
+        )
     return True
+
+
+def same_model(name: str, asked: dict[str, Any], made: dict[str, Any]) -> bool:
+    """Whether a model is the one that was used: by its files, or, where their digest was not kept, by its place."""
+    digests = [one.get(name + SHA256) for one in (asked, made)]
+    if None not in digests:
+        return bool(digests[0] == digests[1])
+    here, there = asked[name], made[name]
+    if here is None or there is None or not Path(here).is_dir():
+        return bool(here == there)  # no filter, or a hub's name
+    return Path(here).resolve() == Path(there).resolve()
 
 
 def work(argv: list[str]) -> None:
@@ -191,8 +227,10 @@ def work(argv: list[str]) -> None:
     parser.add_argument("--max-tokens", type=int, default=64, help="longest paraphrase")
     parser.add_argument("--batch", type=int, default=64, help="captions at once")
     parser.add_argument("--filter", help="sentence encoder for the filter of meaning: a local folder or a hub name")
-    parser.add_argument("--min-cosine", type=float, default=0.8, help="with --filter: least similarity to the caption")
-    parser.add_argument("--max-cosine", type=float, default=0.995, help="with --filter: largest (copies are above)")
+    parser.add_argument(
+        "--min-cosine", type=float, help="with --filter: least similarity to the caption (default: 0.8)"
+    )
+    parser.add_argument("--max-cosine", type=float, help="with --filter: largest; copies are above (default: 0.995)")
     parser.add_argument("--rank", type=int, default=0, help="of --ranks processes, each with its own shards")
     parser.add_argument("--ranks", type=int, default=1, help="processes that share the work")
     parser.add_argument("--device", help="default: a GPU by --rank, or the CPU where there is none")
@@ -201,6 +239,12 @@ def work(argv: list[str]) -> None:
     if not 0 <= arguments.rank < arguments.ranks:
         raise UserError(f"--rank: expected 0 .. {arguments.ranks - 1}, got {arguments.rank}")
     check_at_least(arguments, 1, "count", "top_k", "max_tokens", "batch")
+    for name, limit in LIMITS.items():
+        if getattr(arguments, name) is None:
+            setattr(arguments, name, limit)
+        elif not arguments.filter:
+            option = f"--{name.replace('_', '-')}"
+            raise UserError(f"{option}: expected --filter beside it, whose cosines it limits, got none; leave it out")
     if arguments.device:
         named_device(arguments.device)  # before the shards are opened
 
@@ -212,7 +256,7 @@ def work(argv: list[str]) -> None:
         )
     arguments.out.mkdir(parents=True, exist_ok=True)
     own = range(arguments.rank, len(index.shards), arguments.ranks)
-    asked = {name: getattr(arguments, name) for name in KEPT}
+    asked = asked_of(arguments)
     todo = [shard for shard in own if not finished(arguments.out, index, shard, asked)]
     if todo:
         gpus = torch.cuda.device_count()

@@ -90,7 +90,7 @@ def _read_data(config: Config) -> tuple[TrainLoader, str]:
 
 def _read_splits(config: Config) -> Iterator[str]:
     """The first sample of everything that is measured on."""
-    evaluator = Evaluator(config)
+    evaluator = with_shards_since(config, lambda begun: Evaluator(config, begun=begun))
     check_best(config, evaluator if evaluator.tasks or evaluator.probes else None)
     suites = RunSuites(config)
     pairs = [(f"evaluation.splits: {task.name}", task) for task in evaluator.tasks]

@@ -72,6 +72,7 @@ def study(options: argparse.Namespace) -> int:
     """The flow: plan -> cells -> run those that choose learning rates -> run those that are scored -> report."""
     from amclr_scale.study.planning.cells import base_tree
     from amclr_scale.study.planning.load import load_plan
+    from amclr_scale.study.running.corpora import check_corpora, keep_corpora
     from amclr_scale.study.running.folder import StudyFolder
     from amclr_scale.study.running.margin import check_margin
     from amclr_scale.study.running.phases import called, run_phases
@@ -101,6 +102,7 @@ def study(options: argparse.Namespace) -> int:
         if not chosen:
             raise UserError(f"--cells: no cell is called {options.cells}; names are such as {cells[0].name}")
         folder.check(plan, cells)
+        corpora = check_corpora(plan, folder, cells)
         check_margin(plan, folder, cells)
         say(preview(plan, folder, cells, epoch, memory=options.dry_run))
         say(piece(plan, folder, chosen, options.minutes))
@@ -110,6 +112,7 @@ def study(options: argparse.Namespace) -> int:
             return 0
 
         folder.write(plan, tree, cells)
+        keep_corpora(folder, corpora)
         if options.slurm:
             return arrays(plan, folder, chosen, cells, Path(options.slurm))
         outcome = run_phases(plan, tree, epoch, folder, cells, say, pattern=options.cells, until=until)

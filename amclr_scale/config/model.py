@@ -28,8 +28,28 @@ class Tap(Section):
         return {"module": value} if isinstance(value, str) else value
 
 
-class ImageTower(Section):
-    """The image encoder."""
+class Trained(Section):
+    """What of a tower trains, and what of it objectives see: the last keys of both towers.
+
+    A class has the keys of its last base first. So a tower names this one before the base with its own keys.
+    """
+
+    frozen: bool = False
+    """Whether the tower keeps its weights: no gradient, no moments, no decay, no second pass of the gradient cache, and
+    in evaluation mode, without dropout and with stored statistics. All of it, but for these:"""
+    unfrozen_blocks: Annotated[int, Field(ge=0)] = 0
+    """Of a frozen tower, the last so many blocks are trained all the same, with what comes after them."""
+    unfrozen_norms: bool = False
+    """Whether gains and biases of all norms of a frozen tower are trained all the same."""
+    frozen_head: bool = False
+    """Whether the head keeps its weights."""
+    taps: list[Tap] = Field([])
+    """Inner layers whose features objectives get beside the embeddings: names of modules, or sections with module, of,
+    pooling and head. As many for images as for texts; objective.layers gives their weights."""
+
+
+class OfImages(Section):
+    """The image encoder's own keys."""
 
     name: str = "small_resnet"
     """small_resnet (for CPU), torchvision/NAME (such as torchvision/resnet50), timm/NAME, transformers/PATH (a local
@@ -54,22 +74,14 @@ class ImageTower(Section):
     """Head from the tower's features to the embedding. none: these are the embedding."""
     dropout: Fraction = 0.0
     """Dropout before the head."""
-    frozen: bool = False
-    """Whether the tower keeps its weights: no gradient, no moments, no decay, no second pass of the gradient cache, and
-    in evaluation mode, without dropout and with stored statistics. All of it, but for these:"""
-    unfrozen_blocks: Annotated[int, Field(ge=0)] = 0
-    """Of a frozen tower, the last so many blocks are trained all the same, with what comes after them."""
-    unfrozen_norms: bool = False
-    """Whether gains and biases of all norms of a frozen tower are trained all the same."""
-    frozen_head: bool = False
-    """Whether the head keeps its weights."""
-    taps: list[Tap] = Field([])
-    """Inner layers whose features objectives get beside the embeddings: names of modules, or sections with module, of,
-    pooling and head. As many for images as for texts; objective.layers gives their weights."""
 
 
-class TextTower(Section):
-    """The text encoder."""
+class ImageTower(Trained, OfImages):
+    """The image encoder."""
+
+
+class OfTexts(Section):
+    """The text encoder's own keys."""
 
     name: str = "small_transformer"
     """small_transformer (for CPU), or transformers/PATH: a local folder with config.json (and weights, used when
@@ -90,18 +102,10 @@ class TextTower(Section):
     """Head from the tower's features to the embedding. none: these are the embedding."""
     dropout: Fraction = 0.0
     """Dropout inside small_transformer and before the head."""
-    frozen: bool = False
-    """Whether the tower keeps its weights: no gradient, no moments, no decay, no second pass of the gradient cache, and
-    in evaluation mode, without dropout and with stored statistics. All of it, but for these:"""
-    unfrozen_blocks: Annotated[int, Field(ge=0)] = 0
-    """Of a frozen tower, the last so many blocks are trained all the same, with what comes after them."""
-    unfrozen_norms: bool = False
-    """Whether gains and biases of all norms of a frozen tower are trained all the same."""
-    frozen_head: bool = False
-    """Whether the head keeps its weights."""
-    taps: list[Tap] = Field([])
-    """Inner layers whose features objectives get beside the embeddings: names of modules, or sections with module, of,
-    pooling and head. As many for images as for texts; objective.layers gives their weights."""
+
+
+class TextTower(Trained, OfTexts):
+    """The text encoder."""
 
 
 class Momentum(Section):

@@ -58,9 +58,10 @@ class EvaluationSplit:
         reading: Reading | None = None,
         clean: bool = False,
         key: str = _KEY,
+        begun: bool = False,
     ):
         self.name, self.data, self.clean, self._called = name, data, clean, key
-        self.index = open_index(data, name, key)
+        self.index = open_index(data, name, key, begun=begun)
         self.reading = reading or reading_of(data)
         self.num_samples = n = self.index.num_samples
         self.share = (rank * n // world_size, (rank + 1) * n // world_size)
@@ -166,7 +167,7 @@ class EvaluationSplit:
         return value
 
 
-def class_names(name: str, data: schema.Data, classes: str) -> list[str]:
+def class_names(name: str, data: schema.Data, classes: str, *, begun: bool = False) -> list[str]:
     """The class names behind a split's labels, in the order of the labels.
 
     The embedded corpus has them in classes.json, by field; other data sets in a classnames.txt beside their index or
@@ -187,7 +188,7 @@ def class_names(name: str, data: schema.Data, classes: str) -> list[str]:
     for file in (folder / "classnames.txt", folder.parent / "classnames.txt"):
         if file.is_file():
             return [line.strip() for line in file.read_text("utf-8").splitlines() if line.strip()]
-    labels = EvaluationSplit(name, data, classes=classes).labels or []
+    labels = EvaluationSplit(name, data, classes=classes, begun=begun).labels or []
     if not all(isinstance(label, str) for label in labels):
         raise UserError(
             f"evaluation.classes: {name}: expected a classnames.txt beside the index (one name a line), found none, "

@@ -66,6 +66,11 @@ def unlisted(folder: Path, urls: Iterable[str]) -> list[str]:
     return [name for name in map(os.path.basename, shards_in(folder)) if name not in known and name[0] != "."]
 
 
+def read_from(path: str) -> str:
+    """Where a relative path was looked for, for messages: whoever starts a command elsewhere sees why it finds none."""
+    return "" if Path(path).expanduser().is_absolute() else f"; relative paths are read from {Path.cwd()}"
+
+
 def resolve(name: str, key: str) -> Source:
     """Say what one name stands for; `key` is the configuration key it came from, for messages.
 
@@ -82,7 +87,7 @@ def resolve(name: str, key: str) -> Source:
             return _folder(name, path, key)
         if path.suffix in _INDEXES:
             if not path.is_file():
-                raise AbsentDataError(f"{key}: no such index: {name}")
+                raise AbsentDataError(f"{key}: no such index: {name}{read_from(name)}")
             return Source(name, path)
     try:
         urls = tuple(str(url) for url in braceexpand(name))
@@ -103,11 +108,13 @@ def resolve(name: str, key: str) -> Source:
         kind = UserError if os.path.exists(os.path.expanduser(name)) else AbsentDataError
         raise kind(
             f"{key}: expected a split of the embedded corpus ({', '.join(embedded_splits())}), an index (.json, .bin), "
-            f"a folder of shards, or paths of {one_of(shard_suffixes())} shards, got {name!r}, which is none of them"
+            f"a folder of shards, or paths of {one_of(shard_suffixes())} shards, got {name!r}, which is none of "
+            f"them{read_from(name)}"
         )
     missing = [url for url in urls if not Path(url).expanduser().is_file()]
     if missing:
-        raise AbsentDataError(f"{key}: no such shard: {missing[0]} ({len(missing):,} of {len(urls):,} are missing)")
+        how_many = f"{len(missing):,} of {len(urls):,} are missing"
+        raise AbsentDataError(f"{key}: no such shard: {missing[0]} ({how_many}){read_from(missing[0])}")
     return Source(name, None, tuple(str(Path(url).expanduser()) for url in urls))
 
 

@@ -35,6 +35,7 @@ class Evaluator:
         config: the sections `data` and `evaluation` of a recipe. All ranks of the process group make one.
         rank, world_size: those of the process group.
         reading: how the model reads pictures and captions, where it is not as `config` says.
+        begun: a run that goes on makes it: shards that lie beside a split since are reported, and not measured.
 
     Attributes:
         tasks: the splits, opened.
@@ -44,7 +45,9 @@ class Evaluator:
         UserError: a split, a class field or a template is not usable.
     """
 
-    def __init__(self, config: Config, *, rank: int = 0, world_size: int = 1, reading: Reading | None = None):
+    def __init__(
+        self, config: Config, *, rank: int = 0, world_size: int = 1, reading: Reading | None = None, begun: bool = False
+    ):
         self.options = options = config.evaluation
         for name in options.evaluators:
             if name not in EVALUATORS:
@@ -52,7 +55,9 @@ class Evaluator:
                 raise UserError(f"evaluation.evaluators: {expected}, got {name!r}{did_you_mean(name, EVALUATORS)}")
         self.evaluators = list(dict.fromkeys([*ALWAYS, *options.evaluators]))
         data = config.data.model_copy(update={"caption": options.caption or config.data.caption})
-        opened = partial(open_task, data=data, options=options, rank=rank, world_size=world_size, reading=reading)
+        opened = partial(
+            open_task, data=data, options=options, rank=rank, world_size=world_size, reading=reading, begun=begun
+        )
         self.tasks = [opened(path, name=name) for name, path in split_names(options).items()]
         self.probes = [(one, *probe_tasks(one, opened)) for one in options.probes]
         self.numbers: dict[str, dict[str, Number]] = {}

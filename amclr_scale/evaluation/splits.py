@@ -87,6 +87,7 @@ class NamedSplit:
         part: PART, or `test`.
         classes: where a sample's class is.
         reading: how the model reads pictures and captions.
+        begun: a run that goes on has measured on it (`open_index`).
     """
 
     given: str
@@ -98,6 +99,7 @@ class NamedSplit:
     reading: Reading
     rank: int
     world_size: int
+    begun: bool = False
 
     def of_files(self, items: list[Item]) -> ImageFiles:
         """A split of image files."""
@@ -108,7 +110,7 @@ class NamedSplit:
         """A split of shards."""
         return EvaluationSplit(
             name, data, rank=self.rank, world_size=self.world_size, classes=classes, reading=self.reading,
-            clean=self.options.clean_captions,
+            clean=self.options.clean_captions, begun=self.begun,
         )  # fmt: skip
 
 
@@ -138,6 +140,7 @@ def open_task(
     name: str = "",
     classes: str | None = None,
     reading: Reading | None = None,
+    begun: bool = False,
 ) -> Task:
     """Open one of `evaluation.splits`, whatever its format. All ranks call it.
 
@@ -146,6 +149,7 @@ def open_task(
         name: what its numbers are called; default: the path.
         classes: overrides options.classes.
         reading: how the model reads pictures and captions; None: as `data` and `options` say.
+        begun: a run that goes on has measured on it (`open_index`).
 
     Raises:
         UserError: it is none of the formats, or something in it cannot be used.
@@ -158,7 +162,7 @@ def open_task(
     file, _, part = given.partition("#")
     named = NamedSplit(
         given, Path(file).expanduser(), part or "test", data, options, classes or options.classes, reading, rank,
-        world_size,
+        world_size, begun,
     )  # fmt: skip
     found = next((opened for one in SPLIT_FORMATS.values() if (opened := one(named))), None) or _shards(named)
     split, names = found.split, found.class_names
@@ -241,7 +245,7 @@ def _own_names(named: NamedSplit, split: EvaluationSplit) -> list[str] | None:
     if named.classes is None or (replaced and any(isinstance(label, str) for label in split.labels or [])):
         return None
     try:
-        return class_names(named.given, named.data, named.classes)
+        return class_names(named.given, named.data, named.classes, begun=named.begun)
     except UserError:
         if replaced is None:
             raise

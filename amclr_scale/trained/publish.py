@@ -15,6 +15,7 @@ from amclr_scale.errors import UserError
 from amclr_scale.trained.export import Which, export
 
 CARD, WEIGHTS = "README.md", "weights.safetensors"
+MEASURED = "evaluation"  # where `evaluate EXPORT` leaves results
 HERE = "'THIS FOLDER'"  # in a card, where a repository stands for the folder
 
 
@@ -43,7 +44,21 @@ def check_name(repository: str) -> None:
         raise UserError(f"--push: expected OWNER/NAME, got {repository}: {error}") from error
 
 
-def prepare(source: str, out: Path, repository: str, further: Callable[[Path], None] | None, which: Which) -> list[str]:
+@dataclass(frozen=True)
+class Stays:
+    """What of an export's folder is not for others to see, by name.
+
+    Attributes:
+        hidden: hidden files and folders.
+        measured: results that `evaluate EXPORT` left, of data and by names of this machine, which the card says nothing
+            of. Results that the card names, a picture that it shows for instance, are for others.
+    """
+
+    hidden: list[str]
+    measured: list[str]
+
+
+def prepare(source: str, out: Path, repository: str, further: Callable[[Path], None] | None, which: Which) -> Stays:
     """Write the files of the repository into a new folder: of an export those there, of anything else an export.
 
     Args:
@@ -51,24 +66,28 @@ def prepare(source: str, out: Path, repository: str, further: Callable[[Path], N
         further: writes more into an export, such as another library's files.
 
     Returns:
-        The hidden files and folders of an export that stay where they are.
+        What of an export stays where it is.
 
     Raises:
         UserError: there is no model, or it has links that lead out of its folder.
     """
-    folder, hidden = Path(source).expanduser(), list[str]()
+    folder, hidden, measured = Path(source).expanduser(), list[str](), list[str]()
     if (folder / WEIGHTS).is_file() and (folder / CARD).is_file():
         if further is not None or which != "weights":
             raise UserError(f"--to, --which: {source} is an export already; leave them away, or name the run")
         names, hidden = own_files(folder)
+        words = (folder / CARD).read_text("utf-8")
+        measured = [name for name in names if name.startswith(f"{MEASURED}/") and name not in words]
         for name in names:
+            if name in measured:
+                continue
             (out / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(folder / name, out / name)
     else:
         export(source, out, further, which)
     card = out / CARD
     card.write_text(_for_the_hub(card.read_text("utf-8"), repository, (out / "config.json").is_file()), "utf-8")
-    return hidden
+    return Stays(hidden, measured)
 
 
 def own_files(folder: Path) -> tuple[list[str], list[str]]:

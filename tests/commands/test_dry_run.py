@@ -182,6 +182,25 @@ def test_a_run_goes_on_beside_shards_that_have_come_since_and_none_begins(tmp_pa
         said({**tree, "resume": "never"})
 
 
+@pytest.mark.parametrize("key", ["splits", "probes"])
+def test_a_run_goes_on_beside_shards_that_have_come_to_what_it_measures(tmp_path, caplog, key):
+    held = write_split(tmp_path / "held", 6).parent
+    probes = [{"train": str(held), "test": str(held), "classes": "json.concept"}]
+    tree = with_data(tmp_path, **{key: probes if key == "probes" else [str(held)]}) | {"resume": "auto"}
+    tree["run"] = {"folder": str(tmp_path / "runs"), "name": "a"}
+    assert index_shards.main([str(held)]) == 0
+    content = TrainLoader(build(tree).data, seed=0, global_batch_size=4).fingerprint
+    about = {"data_fingerprint": content, "tokenizer_fingerprint": load_tokenizer("emoji", 12).fingerprint()}
+    shutil.copy(next(held.glob("*.tar")), held / "later.tar")
+    with pytest.raises(UserError, match=r"^evaluation\.splits: .* got 1 that is not \(later.tar\)"):
+        said(tree)
+    assert prepared_by(build(tree)) is None
+    write(tmp_path / "runs", 4, build(tree), **about)
+    assert "6 images" in said(tree)
+    assert f": {held}/index.json does not name later.tar: this run goes on with what it began with" in caplog.text
+    assert prepared_by(build(tree)) == 40
+
+
 def prepared_by(config):
     """How many samples a run of it would train on; None: it is refused."""
     try:

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 
 from amclr_scale.evaluation.frozen_features import linear, neighbours
 from amclr_scale.evaluation.frozen_features.measure import held_out
+from amclr_scale.evaluation.frozen_features.places import places
 from amclr_scale.evaluation.shares import gather_rows, share
 
 N, D, K = 203, 6, 4
@@ -87,6 +88,20 @@ def test_of_equally_good_settings_the_largest_penalty_and_the_first_vote_are_tak
     pair, scores = neighbours.sweep(x, y, validation, 2, ks=(3, 1), temperatures=(0.1, 0.02))
     assert set(scores.values()) == {1.0}
     assert pair == (3, 0.1)
+
+
+def test_settings_are_chosen_as_they_are_measured_ties_count_against():
+    """Pictures that are there twice, in two classes, and a model that maps everything to one point."""
+    x = F.normalize(torch.tensor([[3.0, 1.0], [-3.0, 1.0]], dtype=torch.float64), dim=1).repeat(3, 1)
+    y, validation = torch.tensor([0, 0, 1, 2, 0, 1]), torch.arange(6) > 3  # twins of classes 0 and 1, and of 0 and 2
+    votes = neighbours.vote(*neighbours.nearest(x[validation], x[~validation], y[~validation], 2), 3, 0.1)
+    assert places(votes, y[validation]).tolist() == [2, 3]
+    for names in (torch.tensor([0, 1, 2]), torch.tensor([2, 1, 0])):  # whichever class has the smallest number
+        _, scores = neighbours.sweep(x, names[y], validation, 3, ks=(2,), temperatures=(0.1,))
+        assert scores == {(2, 0.1): 0.0}
+    _, scores = linear.sweep(torch.ones_like(x), torch.arange(6) % 2, validation, 2, (1e-2,))
+    assert scores == {1e-2: 0.0}
+    assert places(torch.tensor([[1.0, torch.nan], [torch.nan, 1.0]]), torch.tensor([0, 0])).tolist() == [2, 2]
 
 
 def test_any_number_of_ranks_gives_the_same(ranks, here):

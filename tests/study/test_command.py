@@ -1,6 +1,7 @@
 """What `amclr-scale study` answers before a cell runs: mistakes, margins beside scores, what a report would ignore."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -11,9 +12,11 @@ from amclr_scale.study.planning.cells import base_tree, make_cells
 from amclr_scale.study.planning.load import load_plan
 from amclr_scale.study.planning.plan import StudyPlan
 from amclr_scale.study.planning.planned import Planned
+from amclr_scale.study.running.corpora import FILE, check_corpora, keep_corpora
 from amclr_scale.study.running.folder import StudyFolder
 from amclr_scale.study.running.margin import check_margin
 from amclr_scale.study.running.preview import hours
+from tests.data.shards import write_shards
 from tests.study.synthetic import make_study
 from tests.study.test_plan import PLAN
 
@@ -113,3 +116,59 @@ def test_a_first_preview_offers_a_pilot_for_its_hours(file: Path) -> None:
         "time: unknown until a cell has run",
         "by the pilot's samples/s: 51 s of training, 1 at once; start and evaluation of every cell come on top",
     ]
+
+
+FROM_HERE = [
+    "num_samples=null", "budget={samples: 128, epochs: null}", "lr={rule: none, base: 1e-3}",
+    "words=['evaluation.splits=[emoji/val_style]', data.train=corpus, 'data.cache=null']",
+]  # fmt: skip
+
+
+@pytest.fixture
+def begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A plan whose first cell has read one/corpus; two/ has another corpus of that name, and three/ none."""
+    for name, first in (("one", 0), ("two", 100)):
+        write_shards(tmp_path / name / "corpus", [5, 3], first)
+    (tmp_path / "three").mkdir()
+    file = tmp_path / "tiny.yaml"
+    file.write_text(PLAN + f"folder: {tmp_path / 'study'}\n")
+    monkeypatch.chdir(tmp_path / "one")
+    plan = load_plan(file, FROM_HERE)
+    folder, cells = StudyFolder(plan.place), make_cells(plan, base_tree(plan), 8.0)
+    folder.write(plan, base_tree(plan), cells)
+    keep_corpora(folder, check_corpora(plan, folder, cells))
+    run = folder.runs / cells[0].name
+    run.mkdir()
+    (run / "config.yaml").write_text(f"# recipe {cells[0].recipe_hash}\n")
+    return file
+
+
+def test_another_corpus_of_the_same_name_is_refused(
+    begun: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([str(begun), *FROM_HERE, "--dry-run"]) == 0
+    monkeypatch.chdir(tmp_path / "two")
+    capsys.readouterr()
+    assert main([str(begun), *FROM_HERE, "--dry-run"]) == 2
+    told = capsys.readouterr().err.strip()
+    assert told.startswith(f'data.train: expected the samples that runs in {tmp_path / "study"} have read as "corpus"')
+    assert f"now {tmp_path / 'two'}, then {tmp_path / 'one'}: go on from there, or begin another study" in told
+    monkeypatch.chdir(tmp_path / "three")
+    assert main([str(begun), *FROM_HERE, "--dry-run"]) == 2
+    assert f"got 'corpus', which is none of them; relative paths are read from {tmp_path / 'three'}" in (
+        capsys.readouterr().err
+    )
+    shutil.copytree(tmp_path / "one" / "corpus", tmp_path / "three" / "corpus")  # the same samples, elsewhere
+    assert main([str(begun), *FROM_HERE, "--dry-run"]) == 0
+
+
+def test_what_no_run_has_read_may_change_and_an_older_study_goes_on(
+    begun: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.move(tmp_path / "study" / FILE, tmp_path / "kept.json")
+    monkeypatch.chdir(tmp_path / "two")
+    assert main([str(begun), *FROM_HERE, "--dry-run"]) == 0
+    shutil.move(tmp_path / "kept.json", tmp_path / "study" / FILE)
+    assert main([str(begun), *FROM_HERE, "--dry-run"]) == 2
+    shutil.rmtree(tmp_path / "study" / "runs")
+    assert main([str(begun), *FROM_HERE, "--dry-run"]) == 0

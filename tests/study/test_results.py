@@ -4,8 +4,13 @@ import json
 
 import numpy as np
 import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from amclr_scale.errors import UserError
+from amclr_scale.evaluation.items import FILE, save_items
+from amclr_scale.evaluation.numbers import number
 from amclr_scale.study.analysis.comparability import differences, surroundings, uneven_rate
 from amclr_scale.study.analysis.comparison import Outcome, compare
 from amclr_scale.study.analysis.families import analyse
@@ -17,7 +22,7 @@ from amclr_scale.study.report.brief import brief
 from amclr_scale.study.report.tables import needed_seeds, same_mathematics, sensitivity_table
 from amclr_scale.study.statistics.decisions import Verdict, paired
 from amclr_scale.study.statistics.selection import select
-from tests.study.synthetic import ITEMS, KEYS, SAMPLES, make_study
+from tests.study.synthetic import ITEMS, KEYS, SAMPLES, SPLIT, make_study
 
 
 @pytest.fixture(scope="module")
@@ -74,6 +79,28 @@ def test_a_damaged_run_is_missing_not_fatal(tmp_path):
     (folder / "runs/clip-B128-s1/config.yaml").unlink()
     (folder / "runs/clip-B128-s2/evaluation_items.safetensors").write_bytes(b"torn")
     assert [one.status for one in read_study(folder).missing] == ["unreadable"] * 3
+
+
+@pytest.mark.parametrize("outcome", [KEYS[0], f"{SPLIT}/zero_shot_mean_per_class"])
+def test_items_of_an_older_format_are_refused_where_an_outcome_is_compared_by_them(tmp_path, outcome):
+    folder = make_study(tmp_path / "s", arms=("clip",), batches=(128,), seeds=(0, 1))
+    for run in (folder / "runs").iterdir():
+        results = json.loads((run / "evaluation.json").read_text())
+        (run / "evaluation.json").write_text(json.dumps(results | {f"{SPLIT}/zero_shot_mean_per_class": 0.25}))
+        hits = number(torch.tensor([0.0, 0.0, 0.0, 1.0]))
+        save_items(run / FILE, {SPLIT: {KEYS[0].rpartition("/")[2]: hits, "zero_shot_mean_per_class": hits}})
+    first = folder / "runs/clip-B128-s0" / FILE
+    with safe_open(first, framework="pt") as file:
+        metadata = {"numbers": file.metadata()["numbers"]}  # as it was before there were formats
+    save_file(load_file(first), first, metadata=metadata)
+    listed = json.loads((folder / "cells.json").read_text())
+    (folder / "cells.json").write_text(json.dumps(listed | {"metrics": [outcome]}))
+    found = read_study(folder)
+    assert [one.items.keys() for one in found.runs] == [{outcome}] * (2 if outcome in KEYS else 1)
+    if outcome not in KEYS:
+        (missing,) = found.missing
+        assert (missing.cell.cell, missing.status) == ("clip-B128-s0", "unreadable")
+        assert "evaluate the run again: remove its evaluation.json" in missing.message
 
 
 @pytest.mark.parametrize(

@@ -84,6 +84,24 @@ def test_hidden_files_stay_and_links_lead_nowhere_else(hub, exported, tmp_path, 
     assert len(hub.commits) == 1
 
 
+def test_results_of_an_evaluation_stay_unless_the_card_names_them(hub, exported, capsys):
+    for name in ("results.json", "results.md", "sheet_1_0.png", "emoji/val.json"):
+        (exported / "evaluation" / name).parent.mkdir(exist_ok=True)
+        (exported / "evaluation" / name).write_text("measured")
+    assert main([str(exported), "--push", "me/model", "--dry-run"]) == 0
+    said = capsys.readouterr()
+    assert "evaluation" not in said.out
+    listed = ", ".join(
+        f"evaluation/{name}" for name in ("emoji/val.json", "results.json", "results.md", "sheet_1_0.png")
+    )
+    assert f"--push: results of evaluate stay here: {listed}; those that the card, README.md, names" in said.err
+    card = exported / "README.md"
+    card.write_text(card.read_text() + "\n![Captions and what is found for them](evaluation/sheet_1_0.png)\n")
+    assert main([str(exported), "--push", "me/model"]) == 0
+    assert [name for name in hub.commits[0] if name.startswith("evaluation")] == ["evaluation/sheet_1_0.png"]
+    assert content_of(hub.commits[0], "evaluation/sheet_1_0.png", hub.large) == b"measured"
+
+
 @pytest.mark.slow
 def test_a_run_is_exported_first(hub, run, capsys):
     folder, *_ = run

@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from amclr_scale.evaluation.frozen_features.places import places
 from amclr_scale.evaluation.shares import sum_over_ranks
 
 MAX_STEPS = 2000
@@ -96,7 +97,7 @@ def sweep(
     best: LinearClassifier | None = None
     for penalty in sorted(l2, reverse=True):
         found = fit(x[~validation], y[~validation], num_classes, penalty, start=found)
-        right = (found(x[validation]).argmax(1) == y[validation]).double()
+        right = (places(found(x[validation]), y[validation]) == 1).double()
         hits, count = sum_over_ranks(torch.stack([right.sum(), right.new_tensor(float(len(right)))])).tolist()
         scores[penalty] = hits / count
         if best is None or scores[penalty] > scores[best.l2]:

@@ -12,6 +12,7 @@ from amclr_scale.data.sources import paths_of
 from amclr_scale.errors import UserError
 from amclr_scale.evaluation.encode import Encode, encode_images
 from amclr_scale.evaluation.frozen_features import linear, neighbours
+from amclr_scale.evaluation.frozen_features.places import places
 from amclr_scale.evaluation.numbers import Number
 from amclr_scale.evaluation.shares import gather_rows, share
 from amclr_scale.evaluation.splits import Task
@@ -95,6 +96,5 @@ def numbers_of_probe(options: Probe, train: Task) -> set[str]:
 
 
 def _accuracy(scores: Tensor, target: Tensor, test: Task, name: str) -> dict[str, Number]:
-    """Places by score; ties, and scores that are no numbers, count against the classifier."""
-    places = gather_rows((~(scores < scores.gather(1, target[:, None]))).sum(1)).cpu()
-    return accuracies(places, test.labels, len(test.class_names), name=name)
+    """Of all ranks' images."""
+    return accuracies(gather_rows(places(scores, target)).cpu(), test.labels, len(test.class_names), name=name)

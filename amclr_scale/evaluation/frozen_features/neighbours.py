@@ -5,7 +5,7 @@ Wu et al., "Unsupervised Feature Learning via Non-Parametric Instance Discrimina
     score of class k = sum over the K_nn nearest training samples i of class k of exp(x . x_i / t)
 
 x has unit length; customary are K_nn = 200 and t = 0.1. Votes are float64 and taken relative to the nearest sample,
-so that no temperature is too small.
+so that no temperature is too small. A vote that ties is wrong (`places`).
 """
 
 from collections.abc import Sequence
@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from amclr_scale.evaluation.frozen_features.places import places
 from amclr_scale.evaluation.shares import gather_rows, sum_over_ranks
 from amclr_scale.similarity import top_k
 
@@ -49,6 +50,6 @@ def sweep(
     for k in fitting:
         for t in temperatures:
             votes = vote(similarities[:, :k], classes[:, :k], num_classes, t)
-            right = (votes.argmax(1) == y[validation]).sum()
+            right = (places(votes, y[validation]) == 1).sum()
             scores[k, t] = int(sum_over_ranks(right)) / count
     return max(scores, key=lambda pair: scores[pair]), scores

@@ -14,7 +14,7 @@ Nothing is guessed: what a file does not say is None.
 """
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Set
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +55,9 @@ def read_study(folder: Path) -> Study:
     wanted = (*metrics, *([criterion] if criterion else []))
     for cell in cells:
         try:
-            found = _read_run(folder / "runs" / cell.cell, cell, wanted, attempts.get(cell.cell, []))
+            # rates are chosen by scores alone: items are compared of scored cells, and only those of an outcome
+            compared = {key for metric in metrics for key in metric.keys} if cell.role == "scored" else set[str]()
+            found = _read_run(folder / "runs" / cell.cell, cell, wanted, attempts.get(cell.cell, []), compared)
         except (OSError, ValueError, yaml.YAMLError) as error:  # damaged, or being written just now
             found = Missing(cell, "unreadable", str(error))
         if isinstance(found, Run):
@@ -98,7 +100,9 @@ def _attempts(paths: Iterable[Path]) -> dict[str, list[dict[str, Any]]]:
     return {cell: sorted(tried, key=lambda one: one.get("started") or 0) for cell, tried in found.items()}
 
 
-def _read_run(folder: Path, cell: Cell, metrics: tuple[Metric, ...], attempts: list[dict[str, Any]]) -> Run | Missing:
+def _read_run(
+    folder: Path, cell: Cell, metrics: tuple[Metric, ...], attempts: list[dict[str, Any]], compared: Set[str]
+) -> Run | Missing:
     if cell.waits:
         return Missing(cell, "waits", "for the tuning cells that choose its learning rate")
     last = attempts[-1] if attempts else {}
@@ -126,7 +130,7 @@ def _read_run(folder: Path, cell: Cell, metrics: tuple[Metric, ...], attempts: l
     return Run(
         cell=cell,
         results=results,
-        items=load_items(folder / ITEMS) if (folder / ITEMS).exists() else {},
+        items=load_items(folder / ITEMS, compared) if compared and (folder / ITEMS).exists() else {},
         records=tuple(_records(folder / "metrics.jsonl")),
         config=config,
         environment=_json(environment) if environment.exists() else {},

@@ -106,7 +106,7 @@ class Run:
 
     Attributes:
         results: evaluation.json.
-        items: what was measured per item; empty where it was not kept.
+        items: what was measured per item, of the outcomes; empty where it was not kept, and of cells that tune.
         records: metrics.jsonl.
         config: the resolved configuration, flat: {"model.image.name": ...}.
         attempted_seconds: wall clock of all attempts at it; None where none is recorded.

@@ -138,6 +138,12 @@ def test_the_tool_goes_on_where_it_stopped_and_shares_its_work(models, run, data
         assert changed.stderr.startswith(f"{other[0]}: expected ")
         assert "choose another --out" in changed.stderr
     assert files[0].read_bytes() == kept
+    with pytest.MonkeyPatch.context() as patched:  # another spelling of the same folder, and the same folder elsewhere
+        patched.chdir(models)
+        for spelling in ("t5", shutil.copytree(models / "t5", tmp_path / "moved")):
+            again = run(shards, *options[2:], "--model", spelling, "--out", tmp_path / "whole")
+            assert again.returncode == 0, again.stderr
+    assert files[0].read_bytes() == kept
     reader = ParaphraseReader(tmp_path / "whole", index.shards[2])
     rows = [json.loads(reader.read(row)) for row in range(6)]
     assert all(len(row) <= 2 for row in rows)
@@ -155,6 +161,58 @@ def test_the_filter_of_meaning(models, run, data, tmp_path):
     assert wrong.returncode == 2
     assert wrong.stderr.splitlines()[-1].startswith("--model:")
     assert "Traceback" not in wrong.stderr
+
+
+@pytest.fixture
+def made_by(data, tmp_path):
+    """A folder of paraphrases that were made by a model `old`, whose first lines have what is given besides."""
+
+    def make(**origin):
+        (tmp_path / "old").mkdir()
+        (tmp_path / "old" / "config.json").write_text("{}")
+        (tmp_path / "out").mkdir()
+        known = {"candidates": 8, "kept": 1, "count": 3, **origin}
+        for shard in open_index(data).shards:
+            write_paraphrases(tmp_path / "out", shard, known, [[]] * shard.num_samples)
+        return tmp_path / "old"
+
+    return make
+
+
+def test_a_model_whose_digest_was_not_kept_is_known_by_its_place(run, data, tmp_path, made_by, monkeypatch):
+    old = made_by(model=str(tmp_path / "old"), filter=None, min_cosine=0.5, max_cosine=0.9)
+    monkeypatch.chdir(tmp_path)
+    for spelling in (old, "old", "./old/", f"{old}/../old"):
+        same = run(data.train, "--model", spelling, "--out", tmp_path / "out")  # limits without a filter mean nothing
+        assert same.returncode == 0, same.stderr
+    (tmp_path / "new").mkdir()
+    for other in ("new", "owner/old"):
+        told = run(data.train, "--model", other, "--out", tmp_path / "out").stderr
+        assert told.startswith(f"--model: expected {str(old)!r}, by which ")
+
+
+def test_a_folder_whose_model_is_another_now_is_refused(run, data, tmp_path, made_by):
+    old = made_by(model=str(tmp_path / "old"), filter=None, model_sha256="0" * 64)
+    told = run(data.train, "--model", old, "--out", tmp_path / "out")
+    assert (told.returncode, told.stderr.strip().split(" when ")[0]) == (
+        2,
+        f"--model: expected the files that {old} had",
+    )
+    digest = paraphrase.digest_of(str(old))
+    (old / "README.md").write_text("nothing that transformers reads")
+    assert paraphrase.digest_of(str(old)) == digest
+    (old / "generation_config.json").write_text("{}")
+    assert paraphrase.digest_of(str(old)) != digest
+
+
+def test_limits_of_cosines_belong_to_a_filter(run, data, tmp_path, made_by):
+    old = made_by(model=str(tmp_path / "old"), filter=str(tmp_path / "old"), min_cosine=0.5, max_cosine=0.995)
+    told = run(data.train, "--model", old, "--filter", old, "--out", tmp_path / "out").stderr.strip()
+    assert told.startswith("--min-cosine: expected 0.5, by which ")
+    went = run(data.train, "--model", old, "--filter", old, "--min-cosine", "0.5", "--out", tmp_path / "out")
+    assert went.returncode == 0, went.stderr
+    told = run(data.train, "--model", old, "--min-cosine", "0.5", "--out", tmp_path / "out").stderr
+    assert told == "--min-cosine: expected --filter beside it, whose cosines it limits, got none; leave it out\n"
 
 
 @pytest.mark.parametrize("option", ["--count", "--top-k", "--max-tokens", "--batch"])

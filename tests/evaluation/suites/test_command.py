@@ -155,6 +155,18 @@ def test_finished_data_sets_are_measured_once(made, tmp_path, capsys, monkeypatc
     assert again() == []
 
 
+def test_what_was_measured_with_other_errors_is_measured_again(made, tmp_path, capsys, monkeypatch):
+    """Until measure 2, means per class and ARO's macro accuracies had the error of a plain weighted mean."""
+    words = ("--suite", "sugarcrepe", "--set", "evaluation.resamples=0")
+    monkeypatch.setattr(suites_run, "MEASURE", 1)
+    assert evaluate(made, tmp_path, *words) == 0
+    monkeypatch.undo()
+    assert evaluate(made, tmp_path, *words) == 0
+    assert "measured before" not in capsys.readouterr().out
+    assert evaluate(made, tmp_path, *words) == 0
+    assert "measured before" in capsys.readouterr().out
+
+
 def test_other_weights_of_a_run_have_results_of_their_own(made, tmp_path, capsys):
     run = shutil.copytree(made / "runs" / "first", tmp_path / "first")
     shutil.copy(run / "weights.safetensors", run / "momentum.safetensors")
