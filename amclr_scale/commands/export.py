@@ -28,8 +28,6 @@ from pathlib import Path
 from amclr_scale.commands.words import command_parser, run_command
 from amclr_scale.config.load import load
 from amclr_scale.errors import UserError
-from amclr_scale.trained.export import export
-from amclr_scale.trained.publish import check_name, files_of, prepare, publish
 
 
 def _transformers() -> Callable[[Path], None]:
@@ -61,6 +59,8 @@ WITHOUT_TAPS = ("transformers_dual_encoder", "open_clip")
 
 def push(args: argparse.Namespace) -> None:
     """Export into a temporary folder, and publish that; or say what would be published."""
+    from amclr_scale.trained.publish import check_name, files_of, prepare, publish
+
     check_name(args.push)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
@@ -105,6 +105,8 @@ def work(argv: list[str]) -> None:
         return
     if alone := [f"--{name}" for name in ("public", "dry-run") if getattr(args, name.replace("-", "_"))]:
         raise UserError(f"{alone[0]}: expected it beside --push OWNER/NAME")
+    from amclr_scale.trained.export import export  # seconds of imports, after what can be wrong with the command
+
     print(f"{export(args.checkpoint, args.out, FORMS[args.to](), args.which)} -> {args.out}")
     tell_of_taps(args.out, args.to)
 

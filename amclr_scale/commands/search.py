@@ -14,7 +14,7 @@ import json
 import sys
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -26,7 +26,9 @@ from amclr_scale.data.decoding import BadSampleError, Sample, decode
 from amclr_scale.data.formats.npy import map_npy
 from amclr_scale.data.indexing import IMAGE_EXTENSIONS
 from amclr_scale.errors import UserError
-from amclr_scale.trained.model import DIGEST, Model
+
+if TYPE_CHECKING:
+    from amclr_scale.trained.model import Model
 
 Matrix = npt.NDArray[np.float32]
 CELL, GAP, ACROSS = 160, 8, 6  # pixels, pixels, pictures in a row
@@ -73,7 +75,7 @@ def printable(name: str) -> str:
     return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
-def check_model(model: Model, place: str, args: argparse.Namespace, known: dict[str, Any], width: int) -> None:
+def check_model(model: "Model", place: str, args: argparse.Namespace, known: dict[str, Any], width: int) -> None:
     """Refuse a model that an index was not made with: its space is another one, whatever its width.
 
     Args:
@@ -89,6 +91,8 @@ def check_model(model: Model, place: str, args: argparse.Namespace, known: dict[
             f"--model: expected one whose embeddings are {width} wide, as in {args.index}, got "
             f"{model.config.model.embedding_width} of {place}"
         )
+    from amclr_scale.trained.model import DIGEST
+
     if DIGEST in known and known[DIGEST] != model.digest():
         raise UserError(
             f"--model: expected the model that {args.index} was made with, got {place}, which has other weights or "

@@ -61,7 +61,7 @@ class BadSampleError(Exception):
 
 def check_whole(reader: ShardReader, row: int) -> None:
     """Raise `BadSampleError` for a row of which the index knows that it cannot be used."""
-    flag = reader.members.flag[row]
+    flag = int(reader.members.flag[row])  # numpy compares slowly with an enumeration, and this is for every sample
     if flag == Flag.DUPLICATE_KEY:
         raise BadSampleError("duplicate key")
     if flag == Flag.CUT:

@@ -16,12 +16,14 @@ import os
 import re
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from amclr_scale.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 EMOJI = Path(__file__).parent / "corpora" / "emoji" / "tokenizer.json"
 _NAMED = "amclr_scale_tokenizer.json"  # in a saved folder: the name of a tokenizer that comes with a package
@@ -70,7 +72,9 @@ class Tokenizer:
         self._before = [] if start_id is None else [start_id]
         self._encode, self._write, self._vocabulary = encode, write, vocabulary
 
-    def __call__(self, captions: Sequence[str] | str) -> Tensor:
+    def __call__(self, captions: Sequence[str] | str) -> "Tensor":
+        import torch  # here, as commands that make shards or vocabularies read captions without it
+
         captions = [captions] if isinstance(captions, str) else captions
         rows, length = list[list[int]](), self.context_length
         for tokens in self._encode([well_formed(caption) for caption in captions]) if captions else ():
@@ -104,8 +108,12 @@ class Tokenizer:
         """Of what it does to captions, whatever file it came from; 32 hex digits.
 
         It covers the special tokens, every entry of the vocabulary with its number, and the rows of some thousand
-        entries and of captions with all kinds of characters. Takes up to some tenths of a second.
+        entries and of captions with all kinds of characters. The first time takes up to some tenths of a second.
         """
+        return self._digest
+
+    @cached_property
+    def _digest(self) -> str:
         known = sorted(self._vocabulary().items())
         some = [_MARKS.sub("", entry) for entry, _ in known[:: max(1, len(known) // _ENTRIES)]]
         texts = [*_PROBES, *some, *(f"x{entry}" for entry in some)]  # where a word begins, and inside of one

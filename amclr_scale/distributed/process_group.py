@@ -109,11 +109,12 @@ def leave_messages_to_gloo() -> None:
     """Keep DeepSpeed from compiling shared-memory collectives for CPUs at first use.
 
     Minutes of waiting for what gloo does already, and a compile that is killed leaves a lock behind that hangs every
-    later run.
+    later run. Nor does it look for compilers and devices for all of its other operators, as it does the first time that
+    it is asked for this list, from which it reads this entry alone.
     """
     import deepspeed.ops
 
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    vars(deepspeed.ops).setdefault("__compatible_ops__", {})["deepspeed_shm_comm"] = False
 
 
 def keep_float32() -> None:

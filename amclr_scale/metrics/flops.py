@@ -10,11 +10,13 @@ precision used (devices.py). Attention counts its two products in full, masked o
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
+
+if TYPE_CHECKING:
+    from torch.utils.flop_counter import FlopCounterMode
 
 
 @dataclass(frozen=True)
@@ -58,8 +60,10 @@ def _attention(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
     return int(2 * torch.Size(batch).numel() * length * key[-2] * (width + value[-1]))
 
 
-def flop_counter() -> FlopCounterMode:
+def flop_counter() -> "FlopCounterMode":
     """Torch's counter, and the kernel of attention on CPUs that it does not know."""
+    from torch.utils.flop_counter import FlopCounterMode  # imports Triton, which takes half a second
+
     aten: Any = torch.ops.aten
     return FlopCounterMode(display=False, custom_mapping={aten._scaled_dot_product_flash_attention_for_cpu: _attention})
 
@@ -78,7 +82,7 @@ class Frozen:
 
 
 @contextmanager
-def frozen_operations(model: nn.Module, side: Literal["image", "text"], counter: FlopCounterMode) -> Iterator[Frozen]:
+def frozen_operations(model: nn.Module, side: Literal["image", "text"], counter: "FlopCounterMode") -> Iterator[Frozen]:
     """Count what no backward follows while the model encodes one side; known afterwards.
 
     Args:

@@ -116,6 +116,29 @@ def test_what_trains_nothing_imports_no_deepspeed() -> None:
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"
 
 
+def test_a_command_line_is_read_without_torch() -> None:
+    """Help and mistakes then come at once; making shards and vocabularies needs none of it at all."""
+    names = (
+        "corpus", "evaluate", "export", "fit", "index_shards", "leaderboard", "make_shards", "search", "study",
+        "supervise", "train", "train_tokenizer",
+    )  # fmt: skip
+    imports = "; ".join(f"import amclr_scale.commands.{name}" for name in names)
+    code = f"import sys; {imports}; print('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"
+
+
+@pytest.mark.slow
+def test_no_list_of_deepspeed_operators_is_made() -> None:
+    """It starts compilers, and asks devices; nor do the imports of a run bring Triton, before it is needed."""
+    code = (
+        "import sys, deepspeed.ops; from amclr_scale.distributed.process_group import leave_messages_to_gloo; "
+        "leave_messages_to_gloo(); import amclr_scale.commands.job; "
+        "print(deepspeed.ops.__compatible_ops__, 'triton' in sys.modules)"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert ended.stdout.splitlines()[-1] == "{'deepspeed_shm_comm': False} False"
+
+
 @pytest.mark.parametrize(
     ("words", "told"),
     [
