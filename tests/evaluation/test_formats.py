@@ -322,6 +322,9 @@ def test_mistakes_in_files(root, tmp_path):
     with pytest.raises(UserError, match=r"^evaluation.classes: .*sample 0 has the class 7, which is none of the 2"):
         Evaluator(recipe(str(tmp_path / "wds")))
     pairs = write_split(tmp_path / "pairs", 4)
+    probe = {"train": str(root / "train"), "test": str(tmp_path / "classes")}
+    with pytest.raises(UserError, match=r"^evaluation.probes.test: .*the class void has no images"):
+        Evaluator(Config.model_validate({"data": {"image_size": 16}, "evaluation": {"probes": [probe]}}))
     probe = {"train": str(root / "train"), "test": str(pairs), "classes": "json.concept"}
     with pytest.raises(UserError, match=r"^evaluation.probes.test: .* has other classes \(4\) than .* \(3\)"):
         Evaluator(Config.model_validate({"data": {"image_size": 16}, "evaluation": {"probes": [probe]}}))

@@ -26,7 +26,11 @@ def probe_tasks(one: Probe, opened: Callable[..., Task]) -> tuple[Task, Task]:
     tasks, named = [], dict[str, str]()
     for key, given in (("train", one.train), ("test", one.test)):
         (path,) = paths_of(given, f"evaluation.probes.{key}")
-        task = opened(path, classes=one.classes)
+        try:
+            task = opened(path, classes=one.classes)
+        except UserError as error:  # whatever opens a split speaks of the key that has most of them
+            error.args = (str(error).replace("evaluation.splits:", f"evaluation.probes.{key}:"),)
+            raise
         named[key] = path
         if not task.class_names:
             raise UserError(
