@@ -8,6 +8,7 @@ import pytest
 from amclr_scale.config.load import build, dump, load
 from amclr_scale.config.schema import Config
 from amclr_scale.errors import UserError
+from amclr_scale.memory.units import in_words
 from amclr_scale.metrics.devices import find_profile
 from amclr_scale.planner.auto_execution import given
 from amclr_scale.planner.search import Fit
@@ -174,6 +175,11 @@ def test_the_command_line_answers_and_says_what_is_wrong(capsys, tmp_path):
     assert best["settings"]["zero_stage"] == 1
     assert f"execution.micro_batch_size={best['settings']['micro_batch_size']}" in out
     assert best["peak_bytes"] <= 250 * MIB
+    needed = f"{in_words(best['host_bytes'])} for a rank, {in_words(2 * best['host_bytes'])} for a node"
+    assert best["host_bytes"] > 0
+    assert f"{needed} (no limit: set one with --host-memory)" in out
+    assert main([*asked, "--host-memory", "2GiB", *WORDS, "execution.zero_stage=1"]) == 0
+    assert f"{needed} (at most 2.00 GiB)" in capsys.readouterr().out
     for wrong, key in (
         (["--gpus", "2", "--device", "h10000"], "--device: expected cpu"),
         (["--gpus", "0"], "--gpus: expected at least 1, got 0"),
