@@ -212,7 +212,9 @@ def main(argv: list[str]) -> int:
 def run(options: argparse.Namespace) -> int:
     """The flow: configuration -> search -> answer."""
     from amclr_scale.commands.rehearse import rehearse_here, verify
+    from amclr_scale.distributed.process_group import device_type
 
+    os.environ.setdefault("DS_ACCELERATOR", device_type())  # DeepSpeed else says amid the answer that it found no GPU
     if options.rehearse:
         rehearse_here(options)
         return 0

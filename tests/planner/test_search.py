@@ -1,12 +1,14 @@
 """What is called the largest batch fits and the next one does not; choices fit, in order of time, and say why."""
 
 import json
+import os
 from functools import cache
 
 import pytest
 
 from amclr_scale.config.load import build, dump, load
 from amclr_scale.config.schema import Config
+from amclr_scale.distributed.process_group import device_type
 from amclr_scale.errors import UserError
 from amclr_scale.memory.units import in_words
 from amclr_scale.metrics.devices import find_profile
@@ -162,6 +164,16 @@ WORDS = [
     "model.text.width=32", "model.text.layers=2", "train.epochs=1",
     "deepspeed.zero_optimization.reduce_bucket_size=100000",
 ]  # fmt: skip
+
+
+def test_the_command_line_tells_deepspeed_what_it_would_look_for(monkeypatch):
+    """It would print a warning of its own in the middle of the answer."""
+    from amclr_scale.commands.fit import main
+
+    monkeypatch.setenv("DS_ACCELERATOR", "")  # so that it is as it was afterwards
+    monkeypatch.delenv("DS_ACCELERATOR")
+    assert main(["--gpus", "0"]) == 2
+    assert os.environ["DS_ACCELERATOR"] == device_type()
 
 
 def test_the_command_line_answers_and_says_what_is_wrong(capsys, tmp_path):
