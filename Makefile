@@ -12,10 +12,15 @@ CPU := CUDA_VISIBLE_DEVICES= DS_ACCELERATOR=cpu
 CONFIG ?= configs/quickstart.yaml
 RANKS ?= 2
 
+# Whatever else is given is a key of the configuration: make quickstart resume=auto train.epochs=3. Training refuses what
+# is no such key; make alone would take it for a variable, and begin a run without it.
+OWN := PYTHON TORCH_INDEX CONFIG RANKS WORKERS PYTEST FAST VENV BIN INSTALLED PIP TORCH CPU SHELL
+KEYS = $(subst <space>,\ ,$(filter-out $(OWN:=%),$(subst \ ,<space>,$(MAKEOVERRIDES))))
+
 .PHONY: quickstart test test-fast check format docs clean
 
 quickstart: $(INSTALLED)
-	$(CPU) $(BIN)/deepspeed -q --num_gpus $(RANKS) launch/train.py --config $(CONFIG) $(WORDS)
+	$(CPU) $(BIN)/deepspeed -q --num_gpus $(RANKS) launch/train.py --config $(CONFIG) $(KEYS)
 
 # Three processes, also for two cores, as the longest files wait for commands. A file's tests stay in one of them, and
 # files are taken in the order of tests/conftest.py: the longest first.

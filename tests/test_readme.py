@@ -1,6 +1,9 @@
 """The examples of the README run as they stand."""
 
+import os
 import re
+import shlex
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -25,3 +28,17 @@ def test_there_are_examples():
 def test_every_file_the_readme_links_to_exists():
     for target in re.findall(r"\]\(([^)#:]+)\)", README):
         assert (Path(__file__).parents[1] / target).exists(), target
+
+
+def test_keys_of_the_configuration_go_through_make_to_training():
+    """make takes `resume=auto` for a variable of its own, and would begin a second run without a word."""
+    given = ["resume=auto", "run.name=two words", "data.weights=[1, 2]", "RANK=4"]  # the last: a slip for RANKS
+    environment = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MAKEOVERRIDES")}
+    printed = subprocess.run(
+        ["make", "-n", "quickstart", "RANKS=1", "PYTEST=-k resume", *given],
+        cwd=Path(__file__).parents[1], env=environment, capture_output=True, text=True, check=True,
+    ).stdout  # fmt: skip
+    words = shlex.split(printed.splitlines()[-1])
+    at = words.index("--config")
+    assert words[at + 1] == "configs/quickstart.yaml"
+    assert sorted(words[at + 2 :]) == sorted(given)

@@ -54,8 +54,10 @@ def listed(model: Model, args: argparse.Namespace) -> tuple[int, Rows]:
             print(pictures.told(), file=sys.stderr)
         names = [str(path) for path in pictures.pictures]
     if not names:
-        kind, what = ("--texts", "a file with lines") if args.texts else ("--images", "a folder with images")
-        raise UserError(f"{kind}: expected {what}, got {args.texts or args.images}")
+        if args.texts:
+            raise UserError(f"--texts: expected a file with lines, got {args.texts}")
+        given = f"got {args.images}; shards are --shards {args.images}"
+        raise UserError(f"--images: expected a folder with images, {given}")
     check_names(args.out, names)
     parts = (names[start : start + size] for start in range(0, len(names), size))
     if args.texts:
@@ -237,7 +239,7 @@ def work(argv: list[str]) -> None:
             f"({described.name} is not there); choose another name"
         )
     if args.images and not Path(args.images).is_dir():
-        raise UserError(f"--images: expected a folder, got {args.images}")
+        raise UserError(f"--images: expected a folder, got {args.images}; shards are --shards {args.images}")
     if args.out.suffix not in (".npy", ".parquet"):
         raise UserError(f"--out: expected a name that ends in .npy or .parquet, got {args.out}")
     check_place("--out", args.out)

@@ -156,6 +156,10 @@ def answer(options: argparse.Namespace, fit: Any) -> list[Any]:
         print(f"note: a global batch of {batch:,} holds {batch / fit.num_samples:.1f} epochs: samples meet themselves")
     choices: list[Any] = fit.fastest(batch, options.top)
     best = choices[0]
+    if in_host := best.account.host_bytes:  # the largest batch of a GPU may be one that no host holds
+        limit = f"at most {in_words(fit.host_memory)}" if fit.host_memory else "no limit: set one with --host-memory"
+        each = f"{in_words(in_host)} for a rank, {in_words(in_host * fit.ranks_per_node)} for a node"
+        print(f"memory of the host for the first settings below: {each} ({limit})")
     print(f"\nfastest settings for a global batch of {batch:,} (predicted):\n{table(choices)}\n")
     ends = between(
         best.config, fit.profile, world_size=fit.world_size, num_samples=fit.num_samples,
@@ -172,7 +176,8 @@ def answer(options: argparse.Namespace, fit: Any) -> list[Any]:
     if options.json:
         found = [
             {
-                "settings": choice.settings, "peak_bytes": choice.account.peak_bytes, "seconds": choice.cost.seconds,
+                "settings": choice.settings, "peak_bytes": choice.account.peak_bytes,
+                "host_bytes": choice.account.host_bytes, "seconds": choice.cost.seconds,
                 "samples_per_second": choice.cost.samples_per_second, "wire_bytes": choice.cost.wire_bytes,
             }
             for choice in choices
@@ -207,7 +212,9 @@ def main(argv: list[str]) -> int:
 def run(options: argparse.Namespace) -> int:
     """The flow: configuration -> search -> answer."""
     from amclr_scale.commands.rehearse import rehearse_here, verify
+    from amclr_scale.distributed.process_group import device_type
 
+    os.environ.setdefault("DS_ACCELERATOR", device_type())  # DeepSpeed else says amid the answer that it found no GPU
     if options.rehearse:
         rehearse_here(options)
         return 0

@@ -193,6 +193,7 @@ def _explain(error: ErrorDetails, prefix: str, root: type[BaseModel]) -> str:
     message = error["msg"].replace("Input should be", "expected").replace("Value error, ", "")
     message = "expected true or false" if error["type"].startswith("bool_") else message
     message = re.sub(r"^String should match pattern '\^(\[.*\])\+\$'$", r"expected characters of \1 alone", message)
+    message = re.sub(r"^\w+ should have at (\w+ \d+ \w+).*", r"expected at \1", message)
     got = error["input"]
     message, semicolon, fix = message.partition("; ")  # a hint comes last
     fix = semicolon + fix

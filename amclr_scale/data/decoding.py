@@ -16,12 +16,16 @@ from typing import Any, Literal
 
 import numpy as np
 from PIL import Image, PngImagePlugin, UnidentifiedImageError
+from PIL import __version__ as pillow_version
 
 from amclr_scale.data.formats.members import Flag, ShardReader
 from amclr_scale.data.indexing import IMAGE_EXTENSIONS
 
 # What a picture may be, whatever its member is called.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "PPM", "TIFF", "AVIF", "JPEG2000", "ICO", "HEIF")
+# What decides, beside a file's bytes, which pixels `decode` makes of it. Pixels that are kept are named by it, so count
+# the number up when the same file becomes other pixels.
+DECODER = (pillow_version, 2)
 PARAPHRASES = "paraphrases"  # a member that lies beside the shard (data/beside/paraphrases.py)
 
 # Our own limits are `data.max_image_pixels` and `data.max_image_mib`, checked before any pixel is decoded.
@@ -131,7 +135,8 @@ class Sample:
     def _check(self, width: int, height: int, each: int) -> None:
         """Raise `BadSampleError` for so many pixels, with so many bytes for each while they are decoded."""
         if width * height > self.max_image_pixels:
-            raise BadSampleError("too many pixels", f"{width} x {height}")
+            limit = f"more than data.max_image_pixels={self.max_image_pixels:,}"
+            raise BadSampleError("too many pixels", f"{width} x {height}: {limit}")
         if width * height * each > self.max_image_bytes:
             words = f"{width} x {height} with {each} bytes for each while it is decoded"
             raise BadSampleError(
@@ -180,7 +185,8 @@ class Sample:
         if not captions:
             raise BadSampleError("missing caption", str(field))
         if max(map(len, captions)) > self.max_caption_characters:
-            raise BadSampleError("huge caption", f"{max(map(len, captions)):,} characters")
+            limit = f"more than data.max_caption_characters={self.max_caption_characters:,}"
+            raise BadSampleError("huge caption", f"{max(map(len, captions)):,} characters: {limit}")
         return captions
 
 
@@ -237,17 +243,26 @@ def decode(image: Image.Image, reduction: int = 1) -> Image.Image:
         BadSampleError: the data is damaged.
     """
     wide = image.mode == "F" or (image.mode == "I" and image.format == "TIFF")
+    # Pillow makes 8 bits of 16 in RGB, and leaves a PNG's transparent colour at 16.
+    cut = image.mode == "RGB" and any("16" in str(tile[3]) for tile in getattr(image, "tile", ()))
     try:
         if reduction > 1 and image.format == "JPEG":
             image.draft("RGB", (image.width // reduction, image.height // reduction))
         image.load()
-        if image.mode == "RGB":
+        keyed = "transparency" in image.info  # a palette's entries, or the one colour or shade that a PNG leaves out
+        if image.mode == "RGB" and not keyed:
             return image
         if wide:
             return _scaled(image)
         if image.mode[0] == "I":  # 16 bits, of which Pillow's own conversion shows all above 255 as white
-            return Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8)).convert("RGB")
-        if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+            shades = np.asarray(image)
+            eight = (shades >> 8).clip(0, 255).astype(np.uint8)
+            if keyed:
+                eight = np.where(shades == image.info["transparency"], np.uint8(255), eight)
+            return Image.fromarray(eight).convert("RGB")
+        if keyed or image.mode in ("RGBA", "LA", "PA"):
+            if keyed and cut:
+                image.info["transparency"] = tuple(part >> 8 for part in image.info["transparency"])
             canvas = Image.new("RGBA", image.size, "white")
             return Image.alpha_composite(canvas, image.convert("RGBA")).convert("RGB")
         return image.convert("RGB")

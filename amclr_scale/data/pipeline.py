@@ -11,7 +11,6 @@ from pathlib import Path
 
 import torch
 from PIL import Image
-from PIL import __version__ as pillow_version
 from torch import Tensor
 
 from amclr_scale.addresses import masked
@@ -122,7 +121,7 @@ class Pipeline:
             self._hold_captions()
             return self._grouped()
         ranges = [(recipe.crop_scale, recipe.crop_ratio) for recipe in self._recipes]  # how far a JPEG is reduced
-        how = (index.fingerprint, data.image_size, ranges, data.max_image_pixels, data.max_image_mib, pillow_version)
+        how = (index.fingerprint, data.image_size, ranges, data.max_image_pixels, data.max_image_mib)
         kept = index.storage.cache, how, self._kept, index.num_samples
         self.resident = open_resident(*kept, self._stored, self._decoded)
         return self._grouped()

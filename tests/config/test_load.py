@@ -278,6 +278,7 @@ def test_what_would_train_wrongly_is_refused(words, said):
         (f"seed={10**22}", f"seed: expected less than or equal to {10**12}, got {10**22}"),
         ("data.image_size=100000", "data.image_size: expected less than or equal to 16384, got 100000"),
         ("data.train=", "or expected names with values, got null; such as data.train={NAME: VALUE}"),
+        ("evaluation.splits={}", "evaluation.splits: expected a valid list, or expected at least 1 item, got {}"),
         ("resume_changed=true", "resume_changed: expected text, got true; put it in quotes"),
         ("seed=true", "seed: expected a value that is not true or false, got true"),
         ("optimizer.max_grad_norm=false", "optimizer.max_grad_norm: expected a value that is not true or false"),

@@ -7,6 +7,8 @@ import json
 import logging
 import os
 import signal
+import struct
+import zlib
 
 import numpy as np
 import psutil
@@ -188,6 +190,35 @@ def test_sixteen_bits_keep_their_shades(form):
     Image.fromarray(shades).save(out, form)
     found = np.asarray(decode(Sample({"png": out.getvalue()}, 1000, 1).image()))
     assert np.array_equal(found, np.repeat(np.arange(256).reshape(16, 16, 1), 3, axis=2))
+
+
+@pytest.mark.parametrize(("colour_type", "bits", "channels"), [(0, 8, 1), (2, 8, 3), (0, 16, 1), (2, 16, 3)])
+def test_the_one_colour_that_a_png_leaves_out_becomes_white(colour_type, bits, channels):
+    """Grey and RGB of 8 and 16 bits name a single transparent colour (tRNS), and have no alpha channel."""
+    shades = np.full((4, 4, channels), 40 << bits - 8)
+    shades[1:3, 1:3] = 90 << bits - 8
+    as_bytes = f">u{bits // 8}"
+    parts = {
+        b"IHDR": struct.pack(">IIBBBBB", 4, 4, bits, colour_type, 0, 0, 0),
+        b"tRNS": shades[0, 0].astype(">u2").tobytes(),
+        b"IDAT": zlib.compress(b"".join(b"\0" + row.astype(as_bytes).tobytes() for row in shades)),
+        b"IEND": b"",
+    }
+    chunks = [struct.pack(">I", len(d)) + n + d + struct.pack(">I", zlib.crc32(n + d)) for n, d in parts.items()]
+    png = b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
+    found = np.asarray(decode(Sample({"png": png}, 1000, 1).image()))
+    expected = np.full((4, 4, 3), 255)
+    expected[1:3, 1:3] = 90
+    assert np.array_equal(found, expected)
+
+
+def test_what_is_over_a_limit_names_the_key_of_the_limit():
+    with pytest.raises(BadSampleError, match=r"3 characters: more than data\.max_caption_characters=2"):
+        Sample({"txt": b"cat"}, 1, 2).captions(Field("txt"))
+    out = io.BytesIO()
+    Image.new("RGB", (4, 4)).save(out, "PNG")
+    with pytest.raises(BadSampleError, match=r"4 x 4: more than data\.max_image_pixels=15"):
+        Sample({"png": out.getvalue()}, 15, 1).image()
 
 
 def test_pictures_of_other_kinds_are_bad_samples():

@@ -97,6 +97,9 @@ def test_it_is_decoded_once_for_all_runs_of_the_same_data(damaged, monkeypatch):
     for other in ({"image_size": 9}, {"image_group": "cls"}):  # other pixels, other members
         with pytest.raises(pytest.fail.Exception, match="decoded again"):
             take(data.model_copy(update=other), 1)
+    monkeypatch.setattr(store, "DECODER", ("a later Pillow, or other rules of ours",))
+    with pytest.raises(pytest.fail.Exception, match="decoded again"):
+        take(data, 1)
 
 
 def test_views_that_repeat_are_counted_on_the_device_too(damaged):

@@ -1,13 +1,16 @@
 """What is called the largest batch fits and the next one does not; choices fit, in order of time, and say why."""
 
 import json
+import os
 from functools import cache
 
 import pytest
 
 from amclr_scale.config.load import build, dump, load
 from amclr_scale.config.schema import Config
+from amclr_scale.distributed.process_group import device_type
 from amclr_scale.errors import UserError
+from amclr_scale.memory.units import in_words
 from amclr_scale.metrics.devices import find_profile
 from amclr_scale.planner.auto_execution import given
 from amclr_scale.planner.search import Fit
@@ -163,6 +166,16 @@ WORDS = [
 ]  # fmt: skip
 
 
+def test_the_command_line_tells_deepspeed_what_it_would_look_for(monkeypatch):
+    """It would print a warning of its own in the middle of the answer."""
+    from amclr_scale.commands.fit import main
+
+    monkeypatch.setenv("DS_ACCELERATOR", "")  # so that it is as it was afterwards
+    monkeypatch.delenv("DS_ACCELERATOR")
+    assert main(["--gpus", "0"]) == 2
+    assert os.environ["DS_ACCELERATOR"] == device_type()
+
+
 def test_the_command_line_answers_and_says_what_is_wrong(capsys, tmp_path):
     from amclr_scale.commands.fit import main
 
@@ -174,6 +187,11 @@ def test_the_command_line_answers_and_says_what_is_wrong(capsys, tmp_path):
     assert best["settings"]["zero_stage"] == 1
     assert f"execution.micro_batch_size={best['settings']['micro_batch_size']}" in out
     assert best["peak_bytes"] <= 250 * MIB
+    needed = f"{in_words(best['host_bytes'])} for a rank, {in_words(2 * best['host_bytes'])} for a node"
+    assert best["host_bytes"] > 0
+    assert f"{needed} (no limit: set one with --host-memory)" in out
+    assert main([*asked, "--host-memory", "2GiB", *WORDS, "execution.zero_stage=1"]) == 0
+    assert f"{needed} (at most 2.00 GiB)" in capsys.readouterr().out
     for wrong, key in (
         (["--gpus", "2", "--device", "h10000"], "--device: expected cpu"),
         (["--gpus", "0"], "--gpus: expected at least 1, got 0"),

@@ -95,7 +95,11 @@ def test_mistakes_are_told(folder, capsys):
         assert command.main(list(argv)) == 2
         assert words in capsys.readouterr().err
 
-    refused("--images: expected a folder, got nowhere", embed, "run", "nowhere")
+    refused("--images: expected a folder, got nowhere; shards are --shards nowhere", embed, "run", "nowhere")
+    (folder / "shards").mkdir()
+    (folder / "shards" / "0.tar").touch()
+    said = "--images: expected a folder with images, got shards; shards are --shards shards"
+    refused(said, embed, "run", "shards", "--out", "shards.npy")
     refused("index: expected NAME.npy with NAME.txt", search, "gone.npy", "x")
     (folder / "said.txt").write_text("a\nb\n")
     refused("--out: said.npy would write names of rows over said.txt", embed, "run", "--texts", "said.txt",

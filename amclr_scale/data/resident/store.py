@@ -20,7 +20,7 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import track
 
-from amclr_scale.data.decoding import BadSampleError, Sample
+from amclr_scale.data.decoding import DECODER, BadSampleError, Sample
 from amclr_scale.data.storage import locked
 from amclr_scale.errors import UserError
 
@@ -113,7 +113,7 @@ def open_resident(
     Raises:
         UserError: there is no room for it.
     """
-    digest = hashlib.sha256(json.dumps([*name, list(members)]).encode()).hexdigest()[:32]
+    digest = hashlib.sha256(json.dumps([*name, list(members), DECODER]).encode()).hexdigest()[:32]
     target = cache / "resident" / digest
     target.parent.mkdir(parents=True, exist_ok=True)
     if not target.is_dir():
