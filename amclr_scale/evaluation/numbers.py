@@ -16,7 +16,7 @@ Sums are float64.
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -41,6 +41,7 @@ class Number:
 
     parts: tuple[Part, ...]
     chance: float | None = None  # what guessing gives
+    bounds: tuple[float, float] | None = None  # where intervals end; None: resamples do by themselves
 
     @property
     def value(self) -> float:
@@ -90,7 +91,8 @@ def mean_of_groups(
 
     Distances from the mean of m clusters are too small, by sqrt((m - 1) / m) as a rule, and are enlarged by that. A
     group of one cluster shows no spread: its distance is that from the mean of all such groups ("collapsed strata",
-    Cochran, "Sampling Techniques", 1977, section 5A.12), which is rather too large.
+    Cochran, "Sampling Techniques", 1977, section 5A.12), which is rather too large. Resamples of such distances may go
+    beyond the smallest and the largest value; intervals end there.
 
     Args:
         values: (n,).
@@ -109,14 +111,18 @@ def mean_of_groups(
     of_lone = (values * weights)[lone].sum() / weights[lone].sum().clamp(min=torch.finfo(torch.float64).tiny)
     enlarged = (values - of_group) * (several / (several - 1).clamp(min=1)).sqrt()
     distance = torch.where(lone, values - of_lone, enlarged)
-    return number(distance + mean, clusters=clusters, weights=weights, chance=chance)
+    found = number(distance + mean, clusters=clusters, weights=weights, chance=chance)
+    counted = values[weights > 0]
+    return replace(found, bounds=(float(counted.min()), float(counted.max())))
 
 
 def mean_of(*numbers: Number) -> Number:
     """The mean of several numbers over the same clusters."""
     chances = [n.chance for n in numbers if n.chance is not None]
     chance = sum(chances) / len(numbers) if len(chances) == len(numbers) else None
-    return Number(tuple(part for n in numbers for part in n.parts), chance)
+    ends = [n.bounds for n in numbers if n.bounds is not None]
+    bounds = (min(low for low, _ in ends), max(high for _, high in ends)) if len(ends) == len(numbers) else None
+    return Number(tuple(part for n in numbers for part in n.parts), chance, bounds)
 
 
 def cluster_counts(clusters: int, resamples: int, seed: int) -> Iterator[Tensor]:
@@ -145,7 +151,10 @@ def intervals(
             for name in names:
                 drawn[name].append(numbers[name].resampled(counts))
         for name in names:
-            low, high = torch.quantile(torch.cat(drawn[name]), tails).tolist()
+            within = torch.cat(drawn[name])
+            if (ends := numbers[name].bounds) is not None:
+                within = within.clamp(*ends)
+            low, high = torch.quantile(within, tails).tolist()
             found[name] = (low, high)
     return {name: found[name] for name in numbers}
 

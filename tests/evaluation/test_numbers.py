@@ -70,6 +70,18 @@ def test_a_mean_over_small_groups_is_as_uncertain_as_other_items_make_it(size, i
     assert high - low == pytest.approx(4 * float(spread), rel=0.2)
 
 
+def test_a_share_by_group_has_an_interval_between_0_and_1():
+    """Few hits in small groups: distances from the groups' means alone would allow a share below 0."""
+    groups = torch.arange(300) // 2
+    few = torch.zeros(300)
+    few[0] = 1
+    found = {"few": mean_of_groups(few, groups), "most": mean_of_groups(1 - few, groups)}
+    found["both"] = mean_of(found["few"], found["few"])
+    ends = intervals(found)
+    assert ends["few"][0] == ends["both"][0] == 0 < ends["few"][1] < 0.02
+    assert 0.98 < ends["most"][0] < 1 == ends["most"][1]
+
+
 def test_groups_that_do_not_count_move_neither_the_mean_nor_its_error():
     values, groups = torch.tensor([1.0, 0.0, 1.0, 0.0, 1.0]), torch.tensor([0, 1, 2, 3, 3])
     kept = mean_of_groups(values, groups, kept=groups != 2)
