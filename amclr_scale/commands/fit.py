@@ -157,7 +157,9 @@ def answer(options: argparse.Namespace, fit: Any) -> list[Any]:
     choices: list[Any] = fit.fastest(batch, options.top)
     best = choices[0]
     if in_host := best.account.host_bytes:  # the largest batch of a GPU may be one that no host holds
-        limit = f"at most {in_words(fit.host_memory)}" if fit.host_memory else "no limit: set one with --host-memory"
+        limit = "no limit: set one with --host-memory"
+        if fit.host_memory is not None:
+            limit = f"at most {in_words(fit.host_memory)} for a rank"
         each = f"{in_words(in_host)} for a rank, {in_words(in_host * fit.ranks_per_node)} for a node"
         print(f"memory of the host for the first settings below: {each} ({limit})")
     print(f"\nfastest settings for a global batch of {batch:,} (predicted):\n{table(choices)}\n")

@@ -203,10 +203,9 @@ def finished(out: Path, index: Index, shard: int, asked: dict[str, Any]) -> bool
 
 def same_model(name: str, asked: dict[str, Any], made: dict[str, Any]) -> bool:
     """Whether a model is the one that was used: by its files, or, where their digest was not kept, by its place."""
-    digests = [one.get(name + SHA256) for one in (asked, made)]
-    if None not in digests:
-        return bool(digests[0] == digests[1])
-    here, there = asked[name], made[name]
+    here, there, digest = asked[name], made[name], name + SHA256
+    if digest in asked and digest in made and (asked[digest] or made[digest]):
+        return bool(asked[digest] == made[digest])  # a folder is no hub's model, whatever it is called
     if here is None or there is None or not Path(here).is_dir():
         return bool(here == there)  # no filter, or a hub's name
     return Path(here).resolve() == Path(there).resolve()

@@ -15,6 +15,7 @@ from importlib import import_module
 from typing import Any, Literal
 
 import numpy as np
+import numpy.typing as npt
 from PIL import Image, PngImagePlugin, UnidentifiedImageError
 from PIL import __version__ as pillow_version
 
@@ -25,7 +26,7 @@ from amclr_scale.data.indexing import IMAGE_EXTENSIONS
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "PPM", "TIFF", "AVIF", "JPEG2000", "ICO", "HEIF")
 # What decides, beside a file's bytes, which pixels `decode` makes of it. Pixels that are kept are named by it, so count
 # the number up when the same file becomes other pixels.
-DECODER = (pillow_version, 2)
+DECODER = (pillow_version, 3)
 PARAPHRASES = "paraphrases"  # a member that lies beside the shard (data/beside/paraphrases.py)
 
 # Our own limits are `data.max_image_pixels` and `data.max_image_mib`, checked before any pixel is decoded.
@@ -243,9 +244,9 @@ def decode(image: Image.Image, reduction: int = 1) -> Image.Image:
         BadSampleError: the data is damaged.
     """
     wide = image.mode == "F" or (image.mode == "I" and image.format == "TIFF")
-    # Pillow makes 8 bits of 16 in RGB, and leaves a PNG's transparent colour at 16.
-    cut = image.mode == "RGB" and any("16" in str(tile[3]) for tile in getattr(image, "tile", ()))
+    stored = next((str(tile[3]) for tile in getattr(image, "tile", ())), "")
     try:
+        low = _low_bytes(image) if stored == _OF_48_BITS and "transparency" in image.info else None
         if reduction > 1 and image.format == "JPEG":
             image.draft("RGB", (image.width // reduction, image.height // reduction))
         image.load()
@@ -260,9 +261,11 @@ def decode(image: Image.Image, reduction: int = 1) -> Image.Image:
             if keyed:
                 eight = np.where(shades == image.info["transparency"], np.uint8(255), eight)
             return Image.fromarray(eight).convert("RGB")
+        if low is not None:
+            return _without_colour(image, low)
         if keyed or image.mode in ("RGBA", "LA", "PA"):
-            if keyed and cut:
-                image.info["transparency"] = tuple(part >> 8 for part in image.info["transparency"])
+            if keyed and stored in _STEPS:  # Pillow spreads shades over 8 bits, and leaves the transparent one
+                image.info["transparency"] *= _STEPS[stored]
             canvas = Image.new("RGBA", image.size, "white")
             return Image.alpha_composite(canvas, image.convert("RGBA")).convert("RGB")
         return image.convert("RGB")
@@ -270,6 +273,31 @@ def decode(image: Image.Image, reduction: int = 1) -> Image.Image:
         raise
     except Exception as error:  # decoders of broken files raise whatever they like
         raise BadSampleError("corrupt image", str(error)) from error
+
+
+_OF_48_BITS, _OTHER_BYTES = "RGB;16B", "RGB;16L"  # how Pillow calls 16 bits a channel, and the other order of bytes
+_STEPS = {"L;2": 85, "L;4": 17}  # between shades of so many bits, of 255
+
+
+def _low_bytes(image: Image.Image) -> npt.NDArray[np.uint8]:
+    """The lower 8 of 16 bits (height, width, 3) of a PNG that is not decoded yet; Pillow keeps the higher ones."""
+    file: Any = image.fp  # type: ignore[attr-defined]  # of an image that was opened
+    at = file.tell()
+    file.seek(0)
+    other: Any = Image.open(io.BytesIO(file.read()), formats=("PNG",))
+    file.seek(at)
+    other.tile = [(kind, box, start, _OTHER_BYTES) for kind, box, start, _ in other.tile]
+    return np.asarray(other)
+
+
+def _without_colour(image: Image.Image, low: npt.NDArray[np.uint8]) -> Image.Image:
+    """White where a pixel has all 48 bits of the colour that is left out: those that share the higher ones stay."""
+    high, here = np.array(image), np.ones(low.shape[:2], dtype=bool)
+    for channel, part in enumerate(image.info["transparency"]):
+        here &= high[..., channel] == part >> 8
+        here &= low[..., channel] == part & 255
+    high[here] = 255
+    return Image.fromarray(high)
 
 
 _SMALLEST, _LARGEST = 340, 341  # TIFF tags SMinSampleValue and SMaxSampleValue

@@ -5,7 +5,9 @@ Through huggingface_hub, with its token, its address (HF_ENDPOINT) and its way o
 
 import importlib
 import os
+import re
 import shutil
+import urllib.parse
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,7 +79,7 @@ def prepare(source: str, out: Path, repository: str, further: Callable[[Path], N
             raise UserError(f"--to, --which: {source} is an export already; leave them away, or name the run")
         names, hidden = own_files(folder)
         words = (folder / CARD).read_text("utf-8")
-        measured = [name for name in names if name.startswith(f"{MEASURED}/") and name not in words]
+        measured = [name for name in names if name.startswith(f"{MEASURED}/") and not _names(words, name)]
         for name in names:
             if name in measured:
                 continue
@@ -88,6 +90,13 @@ def prepare(source: str, out: Path, repository: str, further: Callable[[Path], N
     card = out / CARD
     card.write_text(_for_the_hub(card.read_text("utf-8"), repository, (out / "config.json").is_file()), "utf-8")
     return Stays(hidden, measured)
+
+
+def _names(card: str, name: str) -> bool:
+    """Whether a card names a file, as it is or as in an address: no longer name, and none in another folder."""
+    written = "|".join(re.escape(one) for one in (name, urllib.parse.quote(name)))
+    before = r"(?<![\w./%-])(?:\./|https?://\S+?/(?:resolve|blob|raw)/\w+/)?"
+    return re.search(rf"{before}(?:{written})(?![\w/-]|\.\w)", card) is not None
 
 
 def own_files(folder: Path) -> tuple[list[str], list[str]]:

@@ -192,24 +192,35 @@ def test_sixteen_bits_keep_their_shades(form):
     assert np.array_equal(found, np.repeat(np.arange(256).reshape(16, 16, 1), 3, axis=2))
 
 
-@pytest.mark.parametrize(("colour_type", "bits", "channels"), [(0, 8, 1), (2, 8, 3), (0, 16, 1), (2, 16, 3)])
-def test_the_one_colour_that_a_png_leaves_out_becomes_white(colour_type, bits, channels):
-    """Grey and RGB of 8 and 16 bits name a single transparent colour (tRNS), and have no alpha channel."""
-    shades = np.full((4, 4, channels), 40 << bits - 8)
-    shades[1:3, 1:3] = 90 << bits - 8
-    as_bytes = f">u{bits // 8}"
+def png(samples, colour_type, bits, left_out):
+    """A file of samples (height, width, channels) without alpha, one colour of which is transparent (tRNS)."""
+    rows = samples.reshape(len(samples), -1)
+    wide = (rows[..., None] >> np.arange(bits)[::-1]) & 1  # bits, the highest first; rows begin at whole bytes
+    packed = np.packbits(wide.reshape(len(rows), -1).astype(np.uint8), axis=1)
     parts = {
-        b"IHDR": struct.pack(">IIBBBBB", 4, 4, bits, colour_type, 0, 0, 0),
-        b"tRNS": shades[0, 0].astype(">u2").tobytes(),
-        b"IDAT": zlib.compress(b"".join(b"\0" + row.astype(as_bytes).tobytes() for row in shades)),
+        b"IHDR": struct.pack(">IIBBBBB", samples.shape[1], len(samples), bits, colour_type, 0, 0, 0),
+        b"tRNS": np.asarray(left_out).astype(">u2").tobytes(),
+        b"IDAT": zlib.compress(b"".join(b"\0" + row.tobytes() for row in packed)),
         b"IEND": b"",
     }
     chunks = [struct.pack(">I", len(d)) + n + d + struct.pack(">I", zlib.crc32(n + d)) for n, d in parts.items()]
-    png = b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
-    found = np.asarray(decode(Sample({"png": png}, 1000, 1).image()))
-    expected = np.full((4, 4, 3), 255)
-    expected[1:3, 1:3] = 90
-    assert np.array_equal(found, expected)
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
+
+
+@pytest.mark.parametrize(
+    ("colour_type", "channels", "bits"), [*((0, 1, bits) for bits in (1, 2, 4, 8, 16)), (2, 3, 8), (2, 3, 16)]
+)
+def test_the_one_colour_that_a_png_leaves_out_becomes_white(colour_type, channels, bits):
+    """Grey, and RGB of 8 and 16 bits, name a single transparent colour, in as many bits as they have. No other goes."""
+    samples = np.random.default_rng(0).integers(0, 2**bits, (9, 8, channels))
+    left_out = samples[0, 0] = samples[2:4, 2:6] = 2 ** (bits - 1) + 0x28 % 2 ** (bits - 1)
+    left_out = np.full(channels, left_out)
+    samples[5:7, :, 0] = left_out[0] ^ 1  # 16 bits: as the transparent colour, but for the lowest bit
+    samples[5:7, :, 1:] = left_out[1:]
+    expected = samples >> 8 if bits == 16 else samples * 255 // (2**bits - 1)
+    expected = np.where((samples == left_out).all(-1, keepdims=True), 255, expected)
+    found = np.asarray(decode(Sample({"png": png(samples, colour_type, bits, left_out)}, 1000, 1).image()))
+    assert np.array_equal(found, np.broadcast_to(expected, found.shape))
 
 
 def test_what_is_over_a_limit_names_the_key_of_the_limit():

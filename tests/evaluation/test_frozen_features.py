@@ -5,10 +5,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from amclr_scale.config.schema import Config
+from amclr_scale.errors import UserError
 from amclr_scale.evaluation.frozen_features import linear, neighbours
 from amclr_scale.evaluation.frozen_features.measure import held_out
 from amclr_scale.evaluation.frozen_features.places import places
+from amclr_scale.evaluation.run import Evaluator
 from amclr_scale.evaluation.shares import gather_rows, share
+from tests.data.shards import write_shards
 
 N, D, K = 203, 6, 4
 PENALTIES = (1e-3, 1e-1)
@@ -127,3 +131,12 @@ def test_some_are_chosen_on_and_some_are_left_to_learn_from(n, share, chosen):
     assert torch.equal(rows, held_out(n, share))  # on every rank
     if n == 1000:
         assert 95 < int(rows[500:].sum()) < 155  # not the first ones: classes come one after another
+
+
+@pytest.mark.parametrize("classes", [{}, {"classes": "json.nowhere"}])
+def test_a_class_that_is_not_there_is_told_by_the_probes_key(tmp_path, classes):
+    """evaluation.classes is that of the splits, and changing it would change nothing where the probe has its own."""
+    write_shards(tmp_path, [4])
+    probe = {"train": str(tmp_path), "test": str(tmp_path), **classes}
+    with pytest.raises(UserError, match=r"^evaluation.probes.classes: .* got None; say where classes are$"):
+        Evaluator(Config.model_validate({"evaluation": {"classes": "json.concept", "probes": [probe]}}))

@@ -191,7 +191,7 @@ def test_the_command_line_answers_and_says_what_is_wrong(capsys, tmp_path):
     assert best["host_bytes"] > 0
     assert f"{needed} (no limit: set one with --host-memory)" in out
     assert main([*asked, "--host-memory", "2GiB", *WORDS, "execution.zero_stage=1"]) == 0
-    assert f"{needed} (at most 2.00 GiB)" in capsys.readouterr().out
+    assert f"{needed} (at most 2.00 GiB for a rank)" in capsys.readouterr().out
     for wrong, key in (
         (["--gpus", "2", "--device", "h10000"], "--device: expected cpu"),
         (["--gpus", "0"], "--gpus: expected at least 1, got 0"),

@@ -172,3 +172,51 @@ def test_what_no_run_has_read_may_change_and_an_older_study_goes_on(
     assert main([str(begun), *FROM_HERE, "--dry-run"]) == 2
     shutil.rmtree(tmp_path / "study" / "runs")
     assert main([str(begun), *FROM_HERE, "--dry-run"]) == 0
+
+
+def with_checkpoint(run: Path, fingerprint: str) -> None:
+    """Files of a run that has trained on such samples."""
+    folder = run / "checkpoints" / "step_00000004"
+    folder.mkdir(parents=True)
+    (folder / "state.json").write_text(json.dumps({"step": 4, "data_fingerprint": fingerprint}))
+
+
+def test_a_run_says_itself_what_it_has_read(
+    begun: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Studies from before data.json, and runs that were copied from another study."""
+    one = json.loads((tmp_path / "study" / FILE).read_text())['"corpus"']["fingerprint"]
+    (run,) = (tmp_path / "study" / "runs").iterdir()
+    with_checkpoint(run, f"{one}-0a1b2c3d-image_reference:4e5f6a7b")  # with communities and a file of references
+    assert main([str(begun), *FROM_HERE, "--dry-run"]) == 0
+    (tmp_path / "study" / FILE).unlink()
+    assert main([str(begun), *FROM_HERE, "--dry-run"]) == 0
+    monkeypatch.chdir(tmp_path / "two")
+    assert main([str(begun), *FROM_HERE, "--dry-run"]) == 2
+    told = capsys.readouterr().err.strip()
+    assert f'have read as "corpus" (fingerprint {one}, of {run.name}), got others' in told
+    assert f"now {tmp_path / 'two'}: go on from where those are, or begin another study" in told
+
+
+def test_a_corpus_that_no_run_has_read_may_become_another(begun: Path, tmp_path: Path) -> None:
+    """Of an arm that has not begun, beside one that has."""
+    shutil.copytree("corpus", "other")
+    both = "arms=[{name: clip}, {name: moved, like: clip, words: [data.train=other]}]"
+    plan = load_plan(begun, [*FROM_HERE, both])
+    folder, cells = StudyFolder(plan.place), make_cells(plan, base_tree(plan), 8.0)
+    keep_corpora(folder, check_corpora(plan, folder, cells))
+    kept = json.loads((folder.path / FILE).read_text())
+    assert sorted(kept) == ['"corpus"', '"other"']
+    shutil.rmtree("other")
+    write_shards(Path("other"), [5, 3], 200)
+    now = check_corpora(plan, folder, cells)
+    assert now['"corpus"'] == kept['"corpus"']
+    assert now['"other"']["fingerprint"] != kept['"other"']["fingerprint"]
+
+
+@pytest.mark.parametrize("content", ["[]", "null", '{"a": 1}', '{"a": {}}', "{"])
+def test_a_file_of_data_that_is_none(content: str, begun: Path, tmp_path: Path) -> None:
+    plan = load_plan(begun, FROM_HERE)
+    (tmp_path / "study" / FILE).write_text(content)
+    with pytest.raises(UserError, match=r"data\.json: expected the data of a study"):
+        check_corpora(plan, StudyFolder(plan.place), make_cells(plan, base_tree(plan), 8.0))

@@ -9,6 +9,7 @@ import yaml
 from huggingface_hub import constants
 
 from amclr_scale.commands.export import main
+from amclr_scale.trained.publish import prepare
 from tests.hub import serving
 from tests.trained.test_export import TREE, run
 
@@ -100,6 +101,29 @@ def test_results_of_an_evaluation_stay_unless_the_card_names_them(hub, exported,
     assert main([str(exported), "--push", "me/model"]) == 0
     assert [name for name in hub.commits[0] if name.startswith("evaluation")] == ["evaluation/sheet_1_0.png"]
     assert content_of(hub.commits[0], "evaluation/sheet_1_0.png", hub.large) == b"measured"
+
+
+@pytest.mark.parametrize(
+    ("card", "named"),
+    [
+        ("see evaluation/a b.json.", ["a b.json"]),
+        ("![x](./evaluation/a%20b.json)", ["a b.json"]),
+        ("https://huggingface.co/me/model/resolve/main/evaluation/sheet.png?download=true", ["sheet.png"]),
+        ("`evaluation/emoji/val.json`, evaluation/sheet.png", ["emoji/val.json", "sheet.png"]),
+        ("evaluation/sheet.png.txt, evaluation/sheet.png-old and evaluation/sheet", ["sheet"]),
+        ("my-evaluation/sheet.png, ours/evaluation/sheet.png, evaluation/ and evaluation/emoji", []),
+    ],
+)
+def test_what_a_card_names_is_a_whole_name(exported, tmp_path, card, named):
+    """Part of another file's name would publish results that nobody meant to."""
+    for name in ("sheet", "sheet.png", "a b.json", "emoji/val.json"):
+        (exported / "evaluation" / name).parent.mkdir(parents=True, exist_ok=True)
+        (exported / "evaluation" / name).write_text("measured")
+    (exported / "README.md").write_text(f"# A model\n{card}\n")
+    prepare(str(exported), tmp_path / "out", "me/model", None, "weights")
+    (tmp_path / "out" / "evaluation").mkdir(exist_ok=True)
+    found = (path for path in (tmp_path / "out" / "evaluation").rglob("*") if path.is_file())
+    assert sorted(str(path.relative_to(tmp_path / "out" / "evaluation")) for path in found) == named
 
 
 @pytest.mark.slow

@@ -28,8 +28,10 @@ def probe_tasks(one: Probe, opened: Callable[..., Task]) -> tuple[Task, Task]:
         (path,) = paths_of(given, f"evaluation.probes.{key}")
         try:
             task = opened(path, classes=one.classes)
-        except UserError as error:  # whatever opens a split speaks of the key that has most of them
-            error.args = (str(error).replace("evaluation.splits:", f"evaluation.probes.{key}:"),)
+        except UserError as error:  # whatever opens a split speaks of the keys that most of them have
+            words = str(error).replace("evaluation.splits:", f"evaluation.probes.{key}:")
+            words = words.replace("evaluation.classes:", "evaluation.probes.classes:")
+            error.args = (words.replace(", or null for retrieval alone", ""),)
             raise
         named[key] = path
         if not task.class_names:

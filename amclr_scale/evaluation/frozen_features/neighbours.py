@@ -5,7 +5,8 @@ Wu et al., "Unsupervised Feature Learning via Non-Parametric Instance Discrimina
     score of class k = sum over the K_nn nearest training samples i of class k of exp(x . x_i / t)
 
 x has unit length; customary are K_nn = 200 and t = 0.1. Votes are float64 and taken relative to the nearest sample,
-so that no temperature is too small. A vote that ties is wrong (`places`).
+so that no temperature is too small. A vote that ties is wrong (`places`). Of samples that are equally near, and more
+than may vote, those vote that come first in the data.
 """
 
 from collections.abc import Sequence

@@ -3,14 +3,17 @@
     data.json    by what data.train says, as JSON: the fingerprint of the samples, and the directory it was read from
 
 A path in a plan is read from the current directory, so the same plan names another corpus elsewhere, or none. Recipes
-hold the path as it is written, and two cells of one recipe would be of two corpora.
+hold the path as it is written, and two cells of one recipe would be of two corpora. What a run has read is what its
+checkpoint says, which also those have that are older than data.json, or copied from another study; without a
+checkpoint, what data.json says.
 """
 
 import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from amclr_scale.checkpoint.files import replace_text
+from amclr_scale.checkpoint.files import CHECKPOINTS, newest_named, read_state, replace_text
+from amclr_scale.data.beside.fingerprint import SHARDS, parts
 from amclr_scale.data.indexing import open_index
 from amclr_scale.errors import UserError
 from amclr_scale.study.planning.plan import StudyPlan
@@ -32,21 +35,41 @@ def check_corpora(plan: StudyPlan, folder: StudyFolder, cells: Sequence[Planned]
     """
     if plan.num_samples is not None:
         return {}
-    named = {json.dumps(cell.config.model_dump(mode="json")["data"]["train"]): cell.config.data for cell in cells}
-    here = {name: {"fingerprint": open_index(data).fingerprint, "read_from": str(Path.cwd())}
-            for name, data in named.items()}  # fmt: skip
+    here: Corpora = {}
+    for cell in cells:
+        if (name := _named(cell)) not in here:
+            here[name] = {"fingerprint": open_index(cell.config.data).fingerprint, "read_from": str(Path.cwd())}
     before = _kept(folder)
-    if not any(folder.hash_of(cell) for cell in cells):
-        return here  # nothing was read yet
-    for name, found in here.items():
-        if (known := before.get(name)) and known["fingerprint"] != found["fingerprint"]:
+    begun = [cell for cell in cells if folder.hash_of(cell)]
+    for cell in begun:
+        name = _named(cell)
+        found, known = here[name], before.get(name, {})
+        read = _trained_on(folder.runs / cell.name) or known.get("fingerprint")
+        if read and read != found["fingerprint"]:
+            then = f", then {known['read_from']}: go on from there" if known.get("fingerprint") == read else ""
             raise UserError(
-                f"data.train: expected the samples that runs in {folder.path} have read as {name} (fingerprint "
-                f"{known['fingerprint']}), got others ({found['fingerprint']}). Relative paths are read from the "
-                f"current directory, now {found['read_from']}, then {known['read_from']}: go on from there, or begin "
-                "another study with folder=..."
+                f"data.train: expected the samples that runs in {folder.path} have read as {name} (fingerprint {read}, "
+                f"of {cell.name}), got others ({found['fingerprint']}). Relative paths are read from the current "
+                f"directory, now {found['read_from']}{then or ': go on from where those are'}, or begin another study "
+                "with folder=..."
             )
-    return before | here
+    return before | here if begun else here
+
+
+def _named(cell: Planned) -> str:
+    return json.dumps(cell.config.model_dump(mode="json")["data"]["train"])
+
+
+def _trained_on(run: Path) -> str | None:
+    """The fingerprint of the samples that a run has trained on; None where no checkpoint says so."""
+    checkpoint, _ = newest_named(run / CHECKPOINTS)
+    if checkpoint is None:
+        return None
+    try:
+        shards = parts(read_state(checkpoint).get("data_fingerprint", ""))[SHARDS]
+    except (OSError, UserError):  # damaged: whoever goes on from it says so
+        return None
+    return shards.partition("-")[0] or None  # behind it stands that of communities
 
 
 def keep_corpora(folder: StudyFolder, corpora: Corpora) -> None:
@@ -61,9 +84,11 @@ def keep_corpora(folder: StudyFolder, corpora: Corpora) -> None:
 
 def _kept(folder: StudyFolder) -> Corpora:
     """Nothing where the study began before this file was kept."""
+    file = folder.path / FILE
     try:
-        return dict(json.loads((folder.path / FILE).read_text("utf-8")))
+        kept = json.loads(file.read_text("utf-8"))
+        return {name: {key: str(one[key]) for key in ("fingerprint", "read_from")} for name, one in kept.items()}
     except FileNotFoundError:
         return {}
-    except ValueError as error:
-        raise UserError(f"{folder.path / FILE}: expected the data of a study, got: {error}; remove it") from error
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{file}: expected the data of a study, got what is none ({error!r}); remove it") from error

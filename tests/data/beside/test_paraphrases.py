@@ -198,6 +198,9 @@ def test_a_folder_whose_model_is_another_now_is_refused(run, data, tmp_path, mad
         2,
         f"--model: expected the files that {old} had",
     )
+    hub = {"model": "old", "model_sha256": None, "filter": None}  # a folder of that name came later
+    assert paraphrase.same_model("model", hub, hub)
+    assert not paraphrase.same_model("model", {**hub, "model_sha256": "0" * 64}, hub)
     digest = paraphrase.digest_of(str(old))
     (old / "README.md").write_text("nothing that transformers reads")
     assert paraphrase.digest_of(str(old)) == digest
