@@ -20,6 +20,11 @@ compares reading with data sets that are held decoded; run it twice, for the fir
 
 measures the loader of a recipe alone, with the recipe's own batch, after its first batch (which makes what is held).
 
+    python tools/benchmark_loader.py --photos 500 --image-size 224 --samples 500 --parts
+
+says where a sample's time goes, in one process: each part for all samples, one part after another. Decoding as it is
+done (a JPEG at 1/2 to 1/8 of its size, where crops allow it) stands beside decoding at full size and torchvision.io.
+
     python tools/benchmark_loader.py --shuffle 331x10000 --lanes 8 --window 4 --batch 4096
 
 measures the order alone, for a data set of 331 shards of 10,000 samples: how often two samples of one shard meet in a
@@ -57,6 +62,8 @@ from amclr_scale.data.loader import TrainLoader
 from amclr_scale.data.order import Order
 from amclr_scale.data.randomness import Draws
 from amclr_scale.data.tokenizers import Tokenizer, load_tokenizer
+from amclr_scale.errors import UserError
+from amclr_scale.torchvision_ops import import_torchvision
 
 
 def make_photos(folder: Path, count: int, per_shard: int = 500) -> str:
@@ -180,6 +187,53 @@ def of_recipe(config: Config, samples: int, workers: int) -> tuple[float, float]
     return rates[0], math.nan if workers else rates[1]
 
 
+def parts(data: schema.Data, samples: int, batch: int) -> dict[str, float]:
+    """Milliseconds of a sample by part: of CPU, and for the way out of a worker of the wall."""
+    index, size, recipe = open_index(data), data.image_size, data.augmentation
+    places = [(shard, row) for shard, entry in enumerate(index.shards) for row in range(entry.num_samples)][:samples]
+    if batch > len(places):
+        raise UserError(f"--batch: expected at most the {len(places):,} samples that are measured, got {batch:,}")
+    wanted, tokenizer = frozenset({*IMAGE_EXTENSIONS, "txt"}), load_tokenizer(data.tokenizer, data.context_length)
+    found = dict[str, float]()
+
+    def each(name: str, run: Callable[[Any], Any], over: list[Any]) -> list[Any]:
+        run(over[0])  # whatever a library does once
+        begin = time.process_time()
+        answers = [run(one) for one in over]
+        found[name] = 1e3 * (time.process_time() - begin) / len(places)
+        return answers
+
+    def decoded(content: Sample, *, whole: bool = False) -> Image.Image:
+        opened = content.image()
+        return decode(opened, 1 if whole else reduction_for(opened, size, [recipe]))
+
+    read = each("reading", lambda place: index.reader(place[0]).read(place[1], wanted), places)
+    contents = [Sample(one, data.max_image_pixels, data.max_caption_characters) for one in read]
+    pictures = each("decoding", decoded, contents)
+    each("decoding at full size", lambda one: decoded(one, whole=True), contents)
+    encoded = [bytearray(next(value for key, value in one.items() if key in IMAGE_EXTENSIONS)) for one in read]
+    raw = [torch.frombuffer(one, dtype=torch.uint8) for one in encoded]
+    try:
+        torchvision_io = import_torchvision().io
+        each("decoding by torchvision.io", lambda one: torchvision_io.decode_image(one, mode="RGB"), raw)
+    except (AttributeError, ImportError, RuntimeError) as error:  # a format, or a build, that it has no decoder for
+        print(f"torchvision.io: {str(error).splitlines()[0][:100]}", file=sys.stderr)
+    numbered = list(enumerate(pictures))
+    views = each("crop and flip", lambda one: augmented_view(one[1], size, recipe, Draws(0, one[0])), numbered)
+    tensors = each("to tensors", to_tensor, views)
+    captions = [one.captions(Field("txt"))[0] for one in contents]
+    groups = [slice(start, start + batch) for start in range(0, len(places), batch)]
+    each("tokens", lambda own: tokenizer(captions[own]), groups)
+    (joined, *_) = each("joining a batch", lambda own: torch.stack(tensors[own]), groups)
+    copies: Any = [joined.clone() for _ in range(12)]  # each goes into shared memory when a worker sends it
+    ready = iter(torch.utils.data.DataLoader(copies, batch_size=None, num_workers=1))
+    next(ready)  # the worker has started
+    begin = time.perf_counter()
+    count = sum(len(one) for one in ready)
+    found["out of a worker (wall)"] = 1e3 * (time.perf_counter() - begin) / count
+    return found
+
+
 def shuffle_quality(shards: int, per_shard: int, lanes: int, window: int, batch: int) -> tuple[float, float]:
     """(same-shard pairs, pairs that meet again), relative to a uniform shuffle; over two epochs."""
     n = shards * per_shard
@@ -211,6 +265,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--workers", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--resident", nargs="+", default=["none"], help="data.resident of ours")
+    parser.add_argument("--parts", action="store_true", help="say where a sample's time goes instead")
     parser.add_argument("--config", metavar="RECIPE", help="measure the loader of such a recipe instead")
     parser.add_argument("--words", nargs="*", default=[], metavar="KEY=VALUE", help="with --config: its overrides")
     parser.add_argument("--shuffle", metavar="SHARDSxSAMPLES", help="measure the order of such a data set instead")
@@ -239,6 +294,13 @@ def main(argv: list[str]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         name = make_photos(Path(folder), arguments.photos) if arguments.photos else arguments.data or "emoji/train"
         data = schema.Data(train=name, image_size=arguments.image_size)
+        if arguments.parts:
+            rows = [parts(data, arguments.samples, arguments.batch) for _ in range(arguments.rounds)]
+            medians = {key: statistics.median(row[key] for row in rows) for key in rows[0]}
+            print("\n".join(f"{key:>28} {ms:8.3f} ms per sample" for key, ms in medians.items()), flush=True)
+            if arguments.json:
+                arguments.json.write_text(json.dumps(medians, indent=1) + "\n")
+            return
         held = {
             "ours" if where == "none" else f"ours ({where})": data.model_copy(update={"resident": where})
             for where in arguments.resident

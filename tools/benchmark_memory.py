@@ -321,6 +321,8 @@ def main() -> int:
     parser.add_argument("--phases", action="store_true", help="also every phase's components")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     options = parser.parse_args()
+    if DEVICE == "cuda" and not torch.cuda.is_available():  # the ranks would fail, and be waited for
+        parser.error("--device: expected cpu where no NVIDIA GPU is visible, got cuda")
     torch.set_num_threads(1)
     table = cuda_cases() if DEVICE == "cuda" else cases()
     numbered = [(n, case) for n, case in enumerate(table, 1) if not options.only or n in options.only]

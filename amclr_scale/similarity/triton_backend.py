@@ -299,12 +299,15 @@ def _numbers(side: Weights | None, unused: Tensor) -> tuple[Tensor, Tensor, Tens
 
 
 def _pointers(mask: Mask | None, unused: Tensor) -> list[Tensor]:
-    """The kernels' groups of rows and columns, two times, and limits of rows and of columns."""
+    """The kernels' groups of rows and columns, two times, and limits of rows and of columns.
+
+    Kernels read them one after another, and what is given may be a column, or every W-th number, of something.
+    """
     if mask is None:
         return [unused] * 6
     pairs = list(zip(mask.row_groups, mask.column_groups, strict=True))
-    groups = [x for pair in pairs for x in pair] + [unused] * (4 - 2 * len(pairs))
-    return groups + [unused if x is None else x for x in (mask.row_limit, mask.column_limit)]
+    groups = [x.contiguous() for pair in pairs for x in pair] + [unused] * (4 - 2 * len(pairs))
+    return groups + [unused if x is None else x.contiguous() for x in (mask.row_limit, mask.column_limit)]
 
 
 def _masked(mask: Mask | None) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import pytest
 
 from amclr_scale.config import schema
 from amclr_scale.data.indexing import open_index
+from amclr_scale.errors import UserError
 
 TOOL = Path(__file__).parents[2] / "tools/benchmark_loader.py"
 
@@ -59,6 +60,18 @@ def test_it_runs(tool, capsys, tmp_path):
     assert all(figure["samples_per_s"] > 0 for figure in figures.values())
     assert figures["reading by offset"]["samples_per_cpu_s"] > figures["ours 0 workers"]["samples_per_cpu_s"]
     assert "ours / webdataset" in capsys.readouterr().out
+
+
+def test_where_a_samples_time_goes(tool, capsys, tmp_path):
+    words = ["--photos", "12", "--samples", "12", "--batch", "6", "--rounds", "1", "--image-size", "32", "--parts"]
+    tool.main([*words, "--json", str(tmp_path / "out.json")])
+    found = json.loads((tmp_path / "out.json").read_text())
+    assert {"reading", "decoding", "crop and flip", "tokens", "joining a batch", "out of a worker (wall)"} <= set(found)
+    assert all(ms > 0 for ms in found.values())
+    assert found["decoding"] < found["decoding at full size"]  # JPEGs of 256 pixels, for crops of 32
+    assert capsys.readouterr().out.count("ms per sample") == len(found)
+    with pytest.raises(UserError, match="--batch: expected at most the 12 samples that are measured, got 13"):
+        tool.main(["--photos", "12", "--batch", "13", "--parts"])
 
 
 def test_the_order_of_one_window_is_a_uniform_shuffle(tool):

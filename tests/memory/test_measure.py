@@ -171,3 +171,14 @@ def test_the_report_is_written_after_three_steps(tmp_path):
     assert written["phases"]["optimizer"]["measured"] > 0
     assert written["phases"]["optimizer"]["predicted"] == predicted.by_phase["optimizer"]
     assert "| phase | predicted | measured | error | reserved |" in (tmp_path / "memory.md").read_text()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is visible")
+def test_the_table_of_a_gpu_is_refused_in_words_where_there_is_none(monkeypatch, capsys):
+    monkeypatch.setattr(_tool(), "DEVICE", "cuda")
+    monkeypatch.setattr(_tool(), "measure_all", lambda cases, world_size: pytest.fail("ranks were started"))
+    monkeypatch.setattr(sys, "argv", ["benchmark_memory.py", "--device", "cuda"])
+    with pytest.raises(SystemExit) as ended:
+        _tool().main()
+    assert ended.value.code == 2
+    assert "--device: expected cpu where no NVIDIA GPU is visible, got cuda" in capsys.readouterr().err

@@ -14,11 +14,12 @@ import pytest
 from amclr_scale.similarity import using
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-BOTH = {"test_contrast", "test_masks", "test_contrast_ranks", "test_pairwise", "test_backends"}
+BOTH = {"test_contrast", "test_extra_keys", "test_masks", "test_contrast_ranks", "test_pairwise", "test_backends"}
 TORCH_ONLY = {  # too slow interpreted, or nothing that depends on the backend
     "test_gradcheck", "test_feature_gradients_travel_only_in_reduce_scatter", "test_mistakes_are_named",
     "test_a_ring_gathers_numbers_per_sample_only", "test_an_anchor_without_keys_is_a_constant",
     "test_the_kernels_compile_for_a_card_that_is_not_here",
+    "test_measured_tiles_are_kept_on_disk_for_their_card_and_width",
     "test_which_backend_and_precision_is_in_force", "test_aligned_pairs_give_no_negative_loss",
     "test_float32_is_as_good_as_plain_autograd_at_small_temperatures", "test_groups_contrast_among_themselves",
     "test_backward_holds_features_and_numbers_per_anchor", "test_unequal_numbers_of_keys_are_asked_of_a_side",
@@ -29,7 +30,7 @@ TORCH_ONLY = {  # too slow interpreted, or nothing that depends on the backend
     "test_ranks_that_scale_their_losses_differently_are_refused",
 }  # fmt: skip
 INTERPRETED_VALUES = {  # of parameters whose other values the kernels cannot tell apart
-    "W": {2}, "B": {37}, "temperature": {0.002, 0.004, 0.05},
+    "W": {2}, "world_size": {2}, "B": {37}, "temperature": {0.002, 0.004, 0.05},
     "which": {"image", "text_temperature"},
     "exclude_positive": {True},
     "kind": {"aligned", "positives worst"},

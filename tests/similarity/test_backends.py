@@ -124,6 +124,34 @@ def test_which_backend_and_precision_is_in_force(monkeypatch):
     backends._triton_missing.cache_clear()
 
 
+@pytest.mark.skipif(not backends.importlib.util.find_spec("triton"), reason="needs triton")
+def test_measured_tiles_are_kept_on_disk_for_their_card_and_width(monkeypatch, tmp_path):
+    """What `tools/tune_similarity.py --save` has found, as a later process on the same card reads it."""
+    from amclr_scale.similarity import triton_tiles as tiles
+
+    def forget() -> None:
+        tiles._tuned.cache_clear()
+        tiles._narrow.cache_clear()
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "H100")
+    forget()
+    try:
+        table, found = tiles.tile_of("weights", "bf16", 512, CUDA), tiles.Tile(64, 64, 64, 4, 2)
+        assert tiles.save({tiles.key("weights", 512, CUDA): found}).is_relative_to(tmp_path)
+        tiles.save({tiles.key("accumulate", 768, CUDA): found})  # beside what was kept before
+        forget()
+        assert tiles.tile_of("weights", "bf16", 512, CUDA) == tiles.tile_of("weights", "fp16", 512, CUDA) == found
+        assert tiles.tile_of("accumulate", "bf16", 768, CUDA) == found
+        assert tiles.tile_of("weights", "bf16", 768, CUDA) == table
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "another")
+        forget()
+        assert tiles.tile_of("weights", "bf16", 512, CUDA) == table
+    finally:
+        forget()
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not backends.importlib.util.find_spec("triton"), reason="needs triton")
 def test_the_kernels_compile_for_a_card_that_is_not_here():
