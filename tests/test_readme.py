@@ -34,7 +34,8 @@ def test_every_file_the_readme_links_to_exists():
 
 def through_make(words: list[str]) -> list[str]:
     """What `make quickstart` with these would give the shell to run."""
-    environment = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MAKEOVERRIDES")}
+    of_a_make_around = ("MAKEFLAGS", "MAKEOVERRIDES", "MAKELEVEL", "MFLAGS")
+    environment = {name: value for name, value in os.environ.items() if name not in of_a_make_around}
     printed = subprocess.run(
         ["make", "-n", "quickstart", *words],
         cwd=Path(__file__).parents[1], env=environment, capture_output=True, text=True, check=True,

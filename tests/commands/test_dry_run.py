@@ -192,7 +192,8 @@ def test_a_run_goes_on_beside_shards_that_have_come_to_what_it_measures(tmp_path
     content = TrainLoader(build(tree).data, seed=0, global_batch_size=4).fingerprint
     about = {"data_fingerprint": content, "tokenizer_fingerprint": load_tokenizer("emoji", 12).fingerprint()}
     shutil.copy(next(held.glob("*.tar")), held / "later.tar")
-    with pytest.raises(UserError, match=r"^evaluation\.splits: .* got 1 that is not \(later.tar\)"):
+    named = {"splits": "evaluation.splits", "probes": "evaluation.probes.train"}[key]
+    with pytest.raises(UserError, match=rf"^{named}: .* got 1 that is not \(later.tar\)"):
         said(tree)
     assert prepared_by(build(tree)) is None
     write(tmp_path / "runs", 4, build(tree), **about)
