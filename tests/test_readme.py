@@ -63,4 +63,4 @@ def test_continuous_integration_gives_make_what_training_knows():
     (line,) = re.findall(r"^ *make quickstart (.*)$", (Path(__file__).parents[1] / ".ci" / "run").read_text(), re.M)
     words = through_make(shlex.split(line))
     at = words.index("--config")
-    load(words[at + 1], words[at + 2 :])
+    assert load(words[at + 1], words[at + 2 :]).run.folder == "runs/ci"

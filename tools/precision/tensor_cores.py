@@ -30,7 +30,13 @@ BITS = 24  # of float32's significand
 AT_ONCE = 4  # rows whose products with all keys stay in a cache
 NONE = -900  # the exponent of 0: below all others, and its unit is still a number
 TEMPERATURE = 0.03
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "split": torch.float32}
+OPERANDS: tuple[tuple[str, Form, torch.dtype, bool], ...] = (  # words, form, type of rows, large products first
+    ("bf16", "bf16", torch.bfloat16, False),
+    ("fp16", "fp16", torch.float16, False),
+    ("split, small products first", "split", torch.float32, False),
+    ("split, large products first", "split", torch.float32, True),
+    ("float32 rounded to bf16", "bf16", torch.float32, False),
+)
 
 
 def cut_off_product(left: Tensor, right: Tensor, *, block: int = BLOCK, extra: int = EXTRA) -> Tensor:
@@ -68,10 +74,10 @@ def _cut(x: Tensor, unit: Tensor) -> Tensor:
     return (x * scale).trunc_().div_(scale)
 
 
-def draw(B: int, D: int, form: Form) -> tuple[Tensor, Tensor]:
-    """Rows (B, D) of both sides, of the type that `form` is for."""
+def draw(B: int, D: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Rows (B, D) of both sides."""
     image, noise = torch.randn(2, B, D, generator=torch.Generator().manual_seed(0))
-    return F.normalize(image, dim=1).to(DTYPES[form]), F.normalize(image + 4 * noise, dim=1).to(DTYPES[form])
+    return F.normalize(image, dim=1).to(dtype), F.normalize(image + 4 * noise, dim=1).to(dtype)
 
 
 def large_first(product: Tensor) -> Tensor:
@@ -89,19 +95,21 @@ def log_sums(similarities: Tensor, *, exclude_positive: bool = False) -> Tensor:
 
 
 def errors(
-    D: int, form: Form, *, B: int = 4100, anchors: int = 32, exclude_positive: bool = False, reverse: bool = False
-) -> tuple[float, float]:
+    D: int, form: Form, dtype: torch.dtype, *, B: int = 4100, anchors: int = 32, exclude_positive: bool = False,
+    reverse: bool = False,
+) -> tuple[float, float]:  # fmt: skip
     """Relative errors of log-sums: of these operands with exact sums, and with sums that are cut off.
 
     Args:
         D: width of rows.
         form: of operands, as in `similarity.precision`.
+        dtype: of the rows that operands are made of, and that errors are against.
         B: keys.
         anchors: how many of them are looked at.
         exclude_positive: whether the positive is no key.
         reverse: large products first, not last; `split` alone has two kinds.
     """
-    image, text = draw(B, D, form)
+    image, text = draw(B, D, dtype)
     left, right = operand(image[:anchors], form, left=True).product, operand(text, form, left=False).product
     if reverse:
         left, right = large_first(left), large_first(right)
@@ -119,13 +127,9 @@ def main() -> None:
     args = parser.parse_args()
     print("| D | operands | positive | sums exact | sums cut off |\n|---|---|---|---|---|")
     for D in args.widths:
-        rows: list[tuple[str, Form, bool]] = [
-            ("bf16", "bf16", False), ("fp16", "fp16", False), ("split, small products first", "split", False),
-            ("split, large products first", "split", True),
-        ]  # fmt: skip
-        for name, form, reverse in rows:
+        for name, form, dtype, reverse in OPERANDS:
             for excluded in (False, True):
-                exact, cut = errors(D, form, anchors=args.anchors, exclude_positive=excluded, reverse=reverse)
+                exact, cut = errors(D, form, dtype, anchors=args.anchors, exclude_positive=excluded, reverse=reverse)
                 print(f"| {D} | {name} | {'excluded' if excluded else 'a key'} | {exact:.1e} | {cut:.1e} |", flush=True)
 
 
