@@ -55,6 +55,17 @@ def products_of(precision: str, device: torch.device) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def full_float32() -> Iterator[None]:
+    """Inside it, products of float32 are of float32: no TF32 on CUDA, no bfloat16 on CPUs."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 def has_tf32(device: torch.device) -> bool:
     """Whether a device multiplies in TF32."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= TF32_SINCE

@@ -71,14 +71,6 @@ def _resident(config: Config) -> list[str]:
         lines.append(
             f"data.resident: expected none with data.stream, which holds a window of shards, got {data.resident}"
         )
-    for name in ("augmentation", "image_view") if data.resident == "device" else ():
-        recipe = getattr(data, name) or data.augmentation
-        others = [key for key in ("randaugment", "color_jitter", "amclr") if getattr(recipe, key)]
-        if others and (name == "augmentation" or data.image_views):
-            lines.append(
-                f"data.resident: device crops, flips and greys, expected no data.{name}.{others[0]} with it, got "
-                f"{getattr(recipe, others[0])}; use data.resident=host"
-            )
     return lines
 
 

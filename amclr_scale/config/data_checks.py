@@ -114,6 +114,8 @@ def _views_of_rows(data: Data, key: str) -> list[str]:
     if data.resident == "device":
         held = "host" if data.image_view_from == "group" else "host or none"
         lines.append(f"data.resident: expected {held} beside {key}: no picture is read, got device")
+    if data.augment_on == "device":
+        lines.append(f"data.augment_on: expected workers beside {key}: no picture is read, got device")
     return lines
 
 

@@ -29,7 +29,7 @@ RECIPE = ("seed", "data", "model", "objective", "optimizer", "train", "evaluatio
 # Keys in those sections that say how fast or how long at a time, and change no result.
 NEUTRAL = (
     "data.cache", "data.cache_gib", "data.max_shard_gib", "data.stream", "data.allow_pipe", "data.resident",
-    "evaluation.batch_size", "train.max_hours",
+    "data.augment_on", "evaluation.batch_size", "train.max_hours",
     "objective.module",  # where the file lies; objective.module_sha256 says what is in it
 )  # fmt: skip
 

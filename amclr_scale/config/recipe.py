@@ -113,8 +113,11 @@ class Data(Section):
     """Remote shards go through shared memory instead of the cache: read front to back, two windows per lane held
     at once, fetched again in every epoch. Does not change results."""
     resident: Literal["none", "host", "device"] = "none"
-    """Hold all samples decoded: in memory, or small squares on every device too; captions alone, tokenised, beside
-    features.image. Does not change results."""
+    """Hold all samples decoded: in memory, or on every device too; captions alone, tokenised, beside features.image.
+    Does not change results."""
+    augment_on: Literal["workers", "device"] = "workers"
+    """Who crops, resizes and changes images: the processes that decode them, or the device, to the same bytes. For
+    GPUs that wait for data. Does not change results."""
     allow_pipe: bool = False
     """Whether shards named pipe:COMMAND may run that shell command."""
 

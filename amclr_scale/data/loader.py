@@ -13,7 +13,6 @@ import warnings
 import weakref
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import replace
 from types import FrameType
 from typing import Any
 
@@ -23,6 +22,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from amclr_scale.config import schema
+from amclr_scale.data.augmentation.on_device import DeviceViews
 from amclr_scale.data.beside.communities import order_of_communities
 from amclr_scale.data.beside.fingerprint import joined
 from amclr_scale.data.captions.further_captions import check_further_captions, repeats
@@ -31,7 +31,7 @@ from amclr_scale.data.indexing import open_index
 from amclr_scale.data.order import BatchOrder, Order, Visits
 from amclr_scale.data.pipeline import Fault, Part, Pipeline
 from amclr_scale.data.prefetch import Prefetcher
-from amclr_scale.data.resident.crops import ResidentPictures
+from amclr_scale.data.resident.pictures import pixels_on
 from amclr_scale.data.tokenizers import load_tokenizer
 from amclr_scale.distributed.launcher import ranks_on_node
 from amclr_scale.errors import UserError
@@ -173,10 +173,11 @@ class TrainLoader:
         pipeline = Pipeline(self.index, data, seed, self.tokenizer)
         self.features, self.fingerprint = pipeline.features, joined(self.fingerprint, pipeline.digests())
         self.notes, self._repeated = list[str](), Counter[str]()
+        self._repeated_there: Tensor | int = 0  # images, where the device makes them
         self._local, self._workers = global_batch_size // world_size, workers
         self._parts = _Parts(self.order, pipeline, (global_batch_size, rank, world_size), _PART)
         self._prefetcher: Prefetcher | None = None
-        self._pictures: ResidentPictures | None = None
+        self._device_views: DeviceViews | None = None
         if not self.index.shards.remote.any():
             self.notes = check_further_captions(pipeline, data, seed)
         elif data.resident == "none" and isinstance(self.order, Order):  # another order reads no remote shards
@@ -215,7 +216,8 @@ class TrainLoader:
         self._count([fault for part in parts for fault in part.faults])
         self._count_repeated(parts)
         batch = self._batch(parts)
-        self._repeated["repeated_images"] += count_repeated(batch.images) if self.data.resident == "device" else 0
+        if self._parts.pipeline.on_device and self.data.image_views:  # a number that lies there until it is asked for
+            self._repeated_there = self._repeated_there + count_repeated(batch.images[: 1 + self.data.image_views])
         return batch
 
     def _hold(self) -> None:
@@ -224,23 +226,21 @@ class TrainLoader:
             log.info(note)
 
     def _batch(self, parts: list[Part]) -> Batch:
-        """The parts as one; where this rank's device holds the pictures, views are cut out of them there."""
-        batch = _joined(parts)
-        if self.data.resident != "device":
-            return batch
-        if self._pictures is None:
-            held = self._parts.pipeline.resident
-            assert held is not None
+        """The parts as one, their views made on this rank's device if that is where they are made."""
+        pipeline, data = self._parts.pipeline, self.data
+        if not pipeline.on_device:
+            return _joined(parts, tuple(_join(list(view)) for view in zip(*(part.images for part in parts), strict=True)))
+        if self._device_views is None:
             device = torch.device("cuda" if torch.cuda.is_initialized() else "cpu")
-            self._pictures = ResidentPictures(held, self.data.image_size, device)
-        from_base = self.data.image_view_from == "base"
-        return replace(batch, images=self._pictures.views(batch.images, from_base=from_base))
+            held = pixels_on(device, pipeline.resident, data.image_size) if pipeline.resident and data.resident == "device" else None
+            self._device_views = DeviceViews(data.image_size, device, pipeline.of_base, held)
+        return _joined(parts, self._device_views([(part.images, part.pixels) for part in parts]))
 
     def close(self) -> None:
         """Stop the workers and close the shards."""
         # Not left to garbage collection: the traceback of an error in a worker holds on to what would be collected.
         getattr(self._source, "_shutdown_workers", bool)()
-        self._source = self._pictures = None
+        self._source = self._device_views = None
         if self._prefetcher:
             self._prefetcher.close()
         self.index.close()
@@ -307,7 +307,8 @@ class TrainLoader:
         """
         each = {"repeated_images": self.data.image_views, "repeated_texts": self.data.text_views}
         each |= {"missing_negatives": self.data.text_negatives, "missing_image_negatives": self.data.image_negatives}
-        return {name: self._repeated[name] / max(1, self._seen * n) for name, n in each.items() if n}
+        found = self._repeated + Counter(repeated_images=int(self._repeated_there))
+        return {name: found[name] / max(1, self._seen * n) for name, n in each.items() if n}
 
     def _count_repeated(self, parts: list[Part]) -> None:
         """Count views that repeat another; stop where the texts do nothing else.
@@ -317,7 +318,8 @@ class TrainLoader:
         """
         for part in parts:
             self._repeated.update(part.repeated)
-        if self._seen >= self._patience and self.repeated().get("repeated_texts") == 1:
+        of_texts = self._seen * self.data.text_views
+        if self._seen >= self._patience and of_texts and self._repeated["repeated_texts"] == of_texts:
             raise UserError(repeats(self._seen, self._parts.pipeline.text.further))
 
 
@@ -327,13 +329,13 @@ def _good(part: Part | str) -> Part:
     return part
 
 
-def _joined(parts: list[Part]) -> Batch:
+def _joined(parts: list[Part], images: tuple[Tensor, ...]) -> Batch:
     text_ids = [part.text_ids for part in parts if part.text_ids is not None]
     return Batch(
         ids=_join([part.ids for part in parts]),
         text_ids=_join(text_ids) if text_ids else None,
         given={name: _join([part.given[name] for part in parts]) for name in parts[0].given},
-        images=tuple(_join(list(view)) for view in zip(*(part.images for part in parts), strict=True)),
+        images=images,
         texts=tuple(_join(list(view)) for view in zip(*(part.texts for part in parts), strict=True)),
     )
 

@@ -15,6 +15,8 @@ from torch import Tensor
 
 from amclr_scale.addresses import masked
 from amclr_scale.config import schema
+from amclr_scale.data.augmentation.plans import most_operations
+from amclr_scale.data.augmentation.shipping import COLUMNS, START, Shipment
 from amclr_scale.data.beside.features import open_features
 from amclr_scale.data.beside.hard_pictures import HardPictures
 from amclr_scale.data.beside.paraphrases import ParaphraseReader
@@ -26,7 +28,6 @@ from amclr_scale.data.index import Index
 from amclr_scale.data.indexing import IMAGE_EXTENSIONS
 from amclr_scale.data.order import Visits
 from amclr_scale.data.randomness import Draws, Purpose
-from amclr_scale.data.resident.crops import plan_crop
 from amclr_scale.data.resident.groups import Groups
 from amclr_scale.data.resident.store import ResidentData, open_resident
 from amclr_scale.data.resident.tokens import ResidentTokens, open_tokens, rows_of
@@ -58,11 +59,12 @@ class Part:
 
     ids: Tensor  # (n,) int64
     text_ids: Tensor | None  # (n,) int64, where images have ids of their own
-    images: tuple[Tensor, ...]  # 1 + V of (n, 3, H, W) uint8, and hard negatives; where devices hold them, (n, 7) crops
+    images: tuple[Tensor, ...]  # 1 + V of (n, 3, H, W) uint8, and hard negatives; where devices make them, (n, R) rows
     texts: tuple[Tensor, ...]  # 1 + V of (n, L) int64, and hard negatives
     given: dict[str, Tensor]  # (n, ...) that no tower reads: `Batch.given`
     faults: list[Fault]
     repeated: dict[str, int]  # further images and texts that equal an earlier view; hard negatives that there are not
+    pixels: Tensor | None = None  # (P, 3) uint8, that the rows are about (data/augmentation/shipping.py)
 
 
 # Image id, label, pixels of views (or whose features these are) and of hard negatives, captions, hard ones of these.
@@ -76,6 +78,7 @@ class Pipeline:
         text: which captions the views show.
         resident: the decoded data set, once `hold` has opened it.
         tokens: of all captions, where they are held instead.
+        on_device: whether images are rows, of which `DeviceViews` makes views; `of_base`: views of the base view.
         references: features of frozen models, by the name that objectives know them by.
         features: of frozen towers, by the side whose picture or caption they stand for.
         groups: which samples show the same, where further views are drawn from these.
@@ -103,6 +106,9 @@ class Pipeline:
         self.tokens: ResidentTokens | None = None
         self.groups: Groups | None = None
         self._recipes = [data.augmentation] + [data.image_view or data.augmentation] * data.image_views
+        self._steps = max(map(most_operations, self._recipes))
+        self.on_device = "image" not in self.features and "device" in (data.resident, data.augment_on)
+        self.of_base = range(1, len(self._recipes)) if data.image_view_from == "base" else range(0)
         self._paraphrases = dict[int, ParaphraseReader]()
         if self.text.needs_paraphrases:
             ParaphraseReader(Path(data.paraphrases or ""), index.shards[0]).close()  # a wrong folder is told at once
@@ -167,16 +173,18 @@ class Pipeline:
         if self.tokens and features:
             tables = self.tokens, features, self.groups, data.image_views, self.references
             if rows := rows_of(visits, self.seed, *tables):
-                repeated = {"repeated_images": count_repeated(rows[0]), "repeated_texts": count_repeated(rows[1])}
+                repeated = {"repeated_images": int(count_repeated(rows[0])), "repeated_texts": int(count_repeated(rows[1]))}
                 return Part(torch.from_numpy(visits.ids), None, *rows, [], repeated)
-        pictures = (7,) if data.resident == "device" else (3, data.image_size, data.image_size)
+        rows = COLUMNS + 3 * self._steps
+        pictures = (rows,) if self.on_device else (3, data.image_size, data.image_size)
         shape = pictures if features is None else ()
         kind = torch.uint8 if len(shape) == 3 else torch.int64
         images = tuple(torch.empty(n, *shape, dtype=kind) for _ in range(data.images_each))
         captions, hard, shown = list[list[str]](), list[list[str | None]](), list[list[bool]]()
         ids, image_ids, labels, faults = list[int](), list[int](), list[int](), list[Fault]()
+        shipment = Shipment(data.image_size, self._steps, self.of_base)
         for i, (sample, number) in enumerate(zip(visits.ids.tolist(), visits.passes.tolist(), strict=True)):
-            used, image_id, label, pixels, words, wrong = self._good(sample, number, faults)
+            used, image_id, label, pixels, words, wrong = self._good(sample, number, faults, shipment)
             ids.append(used)
             image_ids.append(image_id)
             labels.append(label)
@@ -189,8 +197,10 @@ class Pipeline:
             images = tuple(features(view.numpy()) for view in images)
         texts = tuple(self.tokenizer(list(view)) for view in zip(*captions, strict=True))
         views = images[: 1 + data.image_views]
-        repeated = {"repeated_images": 0 if data.resident == "device" else count_repeated(views)}
-        repeated["repeated_texts"] = count_repeated(texts)
+        for view in self.of_base if self.on_device else ():  # of the base views, one after another
+            images[view][:, START] += torch.arange(n) * data.image_size**2
+        repeated = {"repeated_images": 0 if self.on_device else int(count_repeated(views))}
+        repeated["repeated_texts"] = int(count_repeated(texts))
         samples = torch.tensor(ids, dtype=torch.int64)
         negatives, there = self._hard(texts[0], hard) if texts else ((), torch.empty(0))
         given = {name: references(ids) for name, references in self.references.items()}
@@ -206,15 +216,16 @@ class Pipeline:
             texts = (self.features["text"](ids),)
         of_images = torch.tensor(image_ids, dtype=torch.int64) if self._image_id else samples
         text_ids = samples if self._image_id else None
-        return Part(of_images, text_ids, images, texts + negatives, given, faults, repeated)
+        pixels = shipment.pixels() if self.on_device and data.resident != "device" else None
+        return Part(of_images, text_ids, images, texts + negatives, given, faults, repeated, pixels)
 
-    def _good(self, sample: int, number: int, faults: list[Fault]) -> tuple[int, *Views]:
+    def _good(self, sample: int, number: int, faults: list[Fault], shipment: Shipment) -> tuple[int, *Views]:
         """The sample, or the first of its replacements that can be used. Only the sample itself counts as a fault."""
         draws = Draws(self.seed, Purpose.REPLACEMENT, number, sample)
         used, fault = sample, None
         for _ in range(_ATTEMPTS):
             try:
-                return used, *self._views(used, number)
+                return used, *self._views(used, number, shipment)
             except BadSampleError as error:
                 if fault is None:
                     shard, row = self.index.locate(used)
@@ -228,8 +239,7 @@ class Pipeline:
             f"{_ATTEMPTS:,} others drawn in its place; is this the right data set?"
         )
 
-    def _views(self, sample: int, number: int) -> Views:
-        size, from_base = self.data.image_size, self.data.image_view_from == "base"
+    def _views(self, sample: int, number: int, shipment: Shipment) -> Views:
         for features in self.features.values():
             features.check(sample)
         content = self.read(sample) if self._wanted else Sample({}, 1, 1)
@@ -237,29 +247,38 @@ class Pipeline:
         hard = self.hard.draw(captions[0], content, self.seed, number, sample) if captions else []
         further = len(self._recipes) - 1
         sources = self.groups.sources(sample, further, self.seed, number) if self.groups else [sample] * (1 + further)
-        if "image" in self.features:
-            return self._image_of(content, sample), self.label_of(content), sources, captions, hard
-        draws = [Draws(self.seed, Purpose.IMAGE, number, sample, view) for view in range(1 + further)]
-        if self.resident and self.data.resident == "device":
-            plans = list[Tensor | None]()
-            for view, recipe in enumerate(self._recipes):
-                width, height = (size, size) if view and from_base else self.resident.size(sources[view])
-                plans.append(torch.tensor([*plan_crop(width, height, recipe, draws[view]), sources[view]]))
-            return self._image_of(content, sample), self.label_of(content), plans, captions, hard
-        picture = self.resident.picture(sample) if self.resident else self._decoded(content)
+        shown: Sequence[Tensor | int | None] = sources
+        if "image" not in self.features:
+            shown = self._images(content, sample, number, sources, shipment)
+        return self._image_of(content, sample), self.label_of(content), shown, captions, hard
+
+    def _images(
+        self, content: Sample, sample: int, number: int, sources: Sequence[int], shipment: Shipment
+    ) -> Sequence[Tensor | None]:
+        """Views of the pictures of some samples, and hard negatives; where devices make them, their rows.
+
+        Args:
+            sources: whose picture each view shows.
+            shipment: what takes the pixels that the rows are about.
+        """
+        data, held = self.data, self.resident
+        draws = [Draws(self.seed, Purpose.IMAGE, number, sample, view) for view in range(len(sources))]
+        recipes = list(zip(self._recipes, draws, strict=True))
+        if held and data.resident == "device":
+            sizes, starts = [held.size(each) for each in sources], [int(held.starts[each]) // 3 for each in sources]
+            return shipment.rows_of_held(sizes, starts, recipes)
+        picture = held.picture(sample) if held else self._decoded(content)
+        shown = [held.picture(each) if held and each != sample else picture for each in sources]
+        hard = self.hard_pictures.draw(content, self.seed, number, sample)
+        if self.on_device:
+            wrong = [shipment.row_of_one(*found, data.augmentation) if found else shipment.blank() for found in hard]
+            return [*shipment.rows(shown, recipes), *wrong]
         views = list[Image.Image]()
-        for view, recipe in enumerate(self._recipes):
-            source = views[0] if view and from_base else picture
-            if self.resident and sources[view] != sample:
-                source = self.resident.picture(sources[view])
-            views.append(augmented_view(source, size, recipe, draws[view]))
-        return (
-            self._image_of(content, sample),
-            self.label_of(content),
-            [*(to_tensor(view) for view in views), *self.hard_pictures.draw(content, self.seed, number, sample)],
-            captions,
-            hard,
-        )
+        for source, recipe, own in zip(shown, self._recipes, draws, strict=True):
+            of = views[0] if views and data.image_view_from == "base" else source
+            views.append(augmented_view(of, data.image_size, recipe, own))
+        wrong = [found and to_tensor(augmented_view(found[0], data.image_size, data.augmentation, found[1])) for found in hard]
+        return [*map(to_tensor, views), *wrong]
 
     def _hard(self, texts: Tensor, captions: list[list[str | None]]) -> tuple[tuple[Tensor, ...], Tensor]:
         """Tokens of hard negatives, and which there are, (n, K): not those that are cut where they would differ."""

@@ -18,8 +18,6 @@ Conventions, so that numbers can be compared:
 The similarity matrix is passed over once, in tiles; each rank holds its images and all texts.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -31,6 +29,7 @@ from amclr_scale.evaluation.chance import guessed
 from amclr_scale.evaluation.numbers import Number, mean_of, number
 from amclr_scale.evaluation.shares import gather_rows, sum_over_ranks
 from amclr_scale.metrics.scores import RETRIEVAL
+from amclr_scale.precision import full_float32
 
 KS = (1, 5, 10)
 TILE = {"cpu": (512, 1024), "cuda": (4096, 16384)}  # on CPU it stays in the cache between product and counting
@@ -169,7 +168,7 @@ def ranked(
 
     tolerance = tie(image.dtype)
     mine = ((owners >= first) & (owners < first + len(image))).nonzero()[:, 0]
-    with _full_float32():
+    with full_float32():  # TF32's rounding is larger than what counts as a tie
         of_image, of_text = scores.of_pairs(owners[mine] - first, mine)
     own = torch.zeros(texts, dtype=image.dtype, device=image.device)
     own[mine] = of_text
@@ -181,7 +180,7 @@ def ranked(
     ahead_of_text = torch.zeros(2, texts, dtype=torch.int64, device=image.device)  # all, filtered
     rivals = torch.zeros(len(image), dtype=torch.int64, device=image.device)
     rows, columns = tile
-    with _full_float32():
+    with full_float32():  # TF32's rounding is larger than what counts as a tie
         for top in range(0, len(image), rows):
             high = slice(top, min(top + rows, len(image)))
             pairs = right.of_images(first + high.start, first + high.stop)
@@ -260,14 +259,3 @@ def _lists(keys: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """Positions sorted by key, and where each key's positions start: (n,), (count + 1,)."""
     sizes = torch.bincount(keys, minlength=count)
     return keys.argsort(stable=True), torch.cat([sizes.new_zeros(1), sizes.cumsum(0)])
-
-
-@contextmanager
-def _full_float32() -> Iterator[None]:
-    """No TF32: its rounding is larger than what counts as a tie."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)

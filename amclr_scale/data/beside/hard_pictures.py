@@ -5,11 +5,11 @@ A sample that has fewer of them than are asked for has no more, which is said, n
 makes the sample one that cannot be used, as a damaged image of its own does.
 """
 
-from torch import Tensor
+from PIL import Image
 
 from amclr_scale.config import schema
 from amclr_scale.data.decoding import Sample, decode
-from amclr_scale.data.image_views import augmented_view, reduction_for, to_tensor
+from amclr_scale.data.image_views import reduction_for
 from amclr_scale.data.randomness import Draws, Purpose
 
 
@@ -25,8 +25,8 @@ class HardPictures:
         """Which of the members a sample has."""
         return [name for name in self.members if name in sample.members]
 
-    def draw(self, sample: Sample, seed: int, number: int, name: int) -> list[Tensor | None]:
-        """So many pictures (3, H, W) uint8, each of another member; None where there are no more.
+    def draw(self, sample: Sample, seed: int, number: int, name: int) -> list[tuple[Image.Image, Draws] | None]:
+        """So many decoded pictures, each of another member, with what their views draw from; None: there are no more.
 
         Args:
             number: of a pass.
@@ -35,13 +35,12 @@ class HardPictures:
         Raises:
             BadSampleError: one cannot be read.
         """
-        left, chosen = self.there(sample), list[Tensor | None]()
+        left, chosen = self.there(sample), list[tuple[Image.Image, Draws] | None]()
         for which in range(self.count):
             draws = Draws(seed, Purpose.NEGATIVE_IMAGE, number, name, which)
             if not left:
                 chosen.append(None)
                 continue
             opened = sample.image(left.pop(draws.below(len(left))))
-            picture = decode(opened, reduction_for(opened, self.size, [self.recipe]))
-            chosen.append(to_tensor(augmented_view(picture, self.size, self.recipe, draws)))
+            chosen.append((decode(opened, reduction_for(opened, self.size, [self.recipe])), draws))
         return chosen
