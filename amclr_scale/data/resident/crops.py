@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from amclr_scale.config import schema
-from amclr_scale.data.image_views import Box, crop_box
+from amclr_scale.data.augmentation.plans import Box, crop_box
 from amclr_scale.data.randomness import Draws
 from amclr_scale.data.resident.store import ResidentData
 from amclr_scale.errors import UserError
