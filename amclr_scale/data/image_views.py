@@ -1,10 +1,6 @@
 """Image views: random crops, flips and colour, per sample, on 8-bit pixels, before any normalisation.
 
-The operations are torchvision's (transforms v2, on PIL images); the random numbers are ours, drawn from (seed, pass,
-id, view) in a fixed order, so that a view does not depend on the worker that makes it or on torchvision's release.
-
-* Random resized crop: Szegedy et al., "Going Deeper with Convolutions", CVPR 2015, arXiv:1409.4842.
-* RandAugment and AmCLR's operations: `data/image_operations.py`.
+What is drawn of a view and by which papers: `data/augmentation/plans.py`.
 
 A large JPEG is decoded at the smallest of 1/1, 1/2, 1/4, 1/8 that leaves the recipe's smallest crop enough pixels.
 """
@@ -18,29 +14,9 @@ from PIL import Image
 from torch import Tensor
 
 from amclr_scale.config import schema
-from amclr_scale.data.image_operations import Picture, amclr_operation, color_jitter, randaugment
+from amclr_scale.data.augmentation.pictures import Picture, apply
+from amclr_scale.data.augmentation.plans import Box, centred_square, plan_view
 from amclr_scale.data.randomness import Draws
-
-Box = tuple[int, int, int, int]  # left, upper, right, lower
-
-
-def random_box(draws: Draws, width: int, height: int, scale: tuple[float, float], ratio: tuple[float, float]) -> Box:
-    """A box with an area share in `scale` and an aspect ratio (log-uniform) in `ratio`.
-
-    After ten misses, the largest centred one with an allowed ratio.
-    """
-    log_ratio = (math.log(ratio[0]), math.log(ratio[1]))
-    for _ in range(10):
-        area = width * height * draws.uniform(*scale)
-        aspect = math.exp(draws.uniform(*log_ratio))
-        w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
-        if 0 < w <= width and 0 < h <= height:
-            left, upper = draws.below(width - w + 1), draws.below(height - h + 1)
-            return left, upper, left + w, upper + h
-    w = min(width, max(1, round(height * ratio[1])))
-    h = min(height, max(1, round(width / ratio[0])))
-    left, upper = (width - w) // 2, (height - h) // 2
-    return left, upper, left + w, upper + h
 
 
 def reduction_for(image: Picture, size: int, recipes: Sequence[schema.ImageAugmentation]) -> int:
@@ -54,42 +30,19 @@ def reduction_for(image: Picture, size: int, recipes: Sequence[schema.ImageAugme
     return reduction
 
 
-def _centred_square(width: int, height: int) -> Box:
-    side = min(width, height)
-    left, upper = (width - side) // 2, (height - side) // 2
-    return left, upper, left + side, upper + side
-
-
-def crop_box(width: int, height: int, recipe: schema.ImageAugmentation, draws: Draws) -> Box:
-    """What a recipe cuts out of a picture of that size: the first thing that is drawn of a view."""
-    if recipe.crop_scale == (1.0, 1.0):
-        return _centred_square(width, height)
-    return random_box(draws, width, height, recipe.crop_scale, recipe.crop_ratio)
-
-
 def _resized(picture: Picture, box: Box, size: int) -> Picture:
     return picture.resize((size, size), Image.Resampling.BICUBIC, box)  # antialiased; the crop costs nothing
 
 
 def evaluation_view(picture: Picture, size: int, *, squash: bool = False) -> Picture:
     """The whole shorter side: the centred square, resized to size x size; `squash`: all of it, proportions lost."""
-    return _resized(picture, (0, 0, *picture.size) if squash else _centred_square(*picture.size), size)
+    return _resized(picture, (0, 0, *picture.size) if squash else centred_square(*picture.size), size)
 
 
 def augmented_view(picture: Picture, size: int, recipe: schema.ImageAugmentation, draws: Draws) -> Picture:
     """One random view of a decoded RGB image, size x size."""
-    picture = _resized(picture, crop_box(*picture.size, recipe, draws), size)
-    if draws.chance(recipe.flip):
-        picture = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    if recipe.randaugment:
-        picture = randaugment(picture, *recipe.randaugment, draws)
-    if recipe.color_jitter:
-        picture = color_jitter(picture, recipe.color_jitter, draws)
-    if draws.chance(recipe.grayscale):
-        picture = picture.convert("L").convert("RGB")
-    if draws.chance(recipe.amclr):
-        picture = amclr_operation(picture, recipe.amclr_strength, draws)
-    return picture
+    box, operations = plan_view(*picture.size, recipe, draws, size)
+    return apply(_resized(picture, box, size), operations)
 
 
 def to_tensor(picture: Picture) -> Tensor:

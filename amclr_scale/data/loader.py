@@ -229,10 +229,16 @@ class TrainLoader:
         """The parts as one, their views made on this rank's device if that is where they are made."""
         pipeline, data = self._parts.pipeline, self.data
         if not pipeline.on_device:
-            return _joined(parts, tuple(_join(list(view)) for view in zip(*(part.images for part in parts), strict=True)))
+            return _joined(
+                parts, tuple(_join(list(view)) for view in zip(*(part.images for part in parts), strict=True))
+            )
         if self._device_views is None:
             device = torch.device("cuda" if torch.cuda.is_initialized() else "cpu")
-            held = pixels_on(device, pipeline.resident, data.image_size) if pipeline.resident and data.resident == "device" else None
+            held = (
+                pixels_on(device, pipeline.resident, data.image_size)
+                if pipeline.resident and data.resident == "device"
+                else None
+            )
             self._device_views = DeviceViews(data.image_size, device, pipeline.of_base, held)
         return _joined(parts, self._device_views([(part.images, part.pixels) for part in parts]))
 

@@ -173,10 +173,13 @@ class Pipeline:
         if self.tokens and features:
             tables = self.tokens, features, self.groups, data.image_views, self.references
             if rows := rows_of(visits, self.seed, *tables):
-                repeated = {"repeated_images": int(count_repeated(rows[0])), "repeated_texts": int(count_repeated(rows[1]))}
+                repeated = {
+                    "repeated_images": int(count_repeated(rows[0])),
+                    "repeated_texts": int(count_repeated(rows[1])),
+                }
                 return Part(torch.from_numpy(visits.ids), None, *rows, [], repeated)
-        rows = COLUMNS + 3 * self._steps
-        pictures = (rows,) if self.on_device else (3, data.image_size, data.image_size)
+        made = (3, data.image_size, data.image_size)
+        pictures = (COLUMNS + 3 * self._steps,) if self.on_device else made
         shape = pictures if features is None else ()
         kind = torch.uint8 if len(shape) == 3 else torch.int64
         images = tuple(torch.empty(n, *shape, dtype=kind) for _ in range(data.images_each))
@@ -197,8 +200,8 @@ class Pipeline:
             images = tuple(features(view.numpy()) for view in images)
         texts = tuple(self.tokenizer(list(view)) for view in zip(*captions, strict=True))
         views = images[: 1 + data.image_views]
-        for view in self.of_base if self.on_device else ():  # of the base views, one after another
-            images[view][:, START] += torch.arange(n) * data.image_size**2
+        for of_base in self.of_base if self.on_device else ():  # of the base views, one after another
+            images[of_base][:, START] += torch.arange(n) * data.image_size**2
         repeated = {"repeated_images": 0 if self.on_device else int(count_repeated(views))}
         repeated["repeated_texts"] = int(count_repeated(texts))
         samples = torch.tensor(ids, dtype=torch.int64)
@@ -216,8 +219,8 @@ class Pipeline:
             texts = (self.features["text"](ids),)
         of_images = torch.tensor(image_ids, dtype=torch.int64) if self._image_id else samples
         text_ids = samples if self._image_id else None
-        pixels = shipment.pixels() if self.on_device and data.resident != "device" else None
-        return Part(of_images, text_ids, images, texts + negatives, given, faults, repeated, pixels)
+        sent = shipment.pixels() if self.on_device and data.resident != "device" else None
+        return Part(of_images, text_ids, images, texts + negatives, given, faults, repeated, sent)
 
     def _good(self, sample: int, number: int, faults: list[Fault], shipment: Shipment) -> tuple[int, *Views]:
         """The sample, or the first of its replacements that can be used. Only the sample itself counts as a fault."""
@@ -277,7 +280,10 @@ class Pipeline:
         for source, recipe, own in zip(shown, self._recipes, draws, strict=True):
             of = views[0] if views and data.image_view_from == "base" else source
             views.append(augmented_view(of, data.image_size, recipe, own))
-        wrong = [found and to_tensor(augmented_view(found[0], data.image_size, data.augmentation, found[1])) for found in hard]
+        wrong = [
+            found and to_tensor(augmented_view(found[0], data.image_size, data.augmentation, found[1]))
+            for found in hard
+        ]
         return [*map(to_tensor, views), *wrong]
 
     def _hard(self, texts: Tensor, captions: list[list[str | None]]) -> tuple[tuple[Tensor, ...], Tensor]:

@@ -9,7 +9,7 @@ from PIL import Image
 from torch import Tensor
 
 from amclr_scale.config.schema import Data
-from amclr_scale.data.image_operations import Picture
+from amclr_scale.data.augmentation.pictures import Picture
 from amclr_scale.data.image_views import evaluation_view, to_tensor
 from amclr_scale.data.tokenizers import load_tokenizer
 

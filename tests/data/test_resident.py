@@ -15,7 +15,7 @@ from amclr_scale.data.image_views import augmented_view, to_tensor
 from amclr_scale.data.loader import TrainLoader
 from amclr_scale.data.randomness import Draws
 from amclr_scale.data.resident import store
-from amclr_scale.data.resident.crops import ResidentPictures, plan_crop
+
 from amclr_scale.errors import UserError
 from tests.data.shards import pair, picture, settings, write_tar
 from tests.data.test_loader import assert_same, joined, take

@@ -1,12 +1,13 @@
 """A batch's views, made where the towers run, out of what workers have sent or of pictures that lie there."""
 
 from collections.abc import Iterator, Sequence
+from itertools import accumulate
 
 import torch
 from torch import Tensor
 
 from amclr_scale.data.augmentation.batched import apply_all
-from amclr_scale.data.augmentation.cropping import check_arithmetic, cropped, to_device
+from amclr_scale.data.augmentation.cropping import check_arithmetic, cropped
 from amclr_scale.data.augmentation.shipping import COLUMNS, START
 
 _AT_ONCE = 1 << 27  # bytes of sent pixels on the device at a time, or the few more of one part
@@ -32,8 +33,20 @@ class DeviceViews:
         self.size, self.device, self.of_base, self._held = size, device, of_base, held
 
     def __call__(self, parts: Sequence[Sent]) -> tuple[Tensor, ...]:
-        found = [self._views(group) for group in self._grouped(parts)]
-        return tuple(torch.cat(view) if len(view) > 1 else view[0] for view in zip(*found, strict=True))
+        count = len(parts[0][0])
+        own = [view for view in range(count) if view not in self.of_base]
+        groups = [self._cropped(group, own) for group in self._grouped(parts)]
+        cropped_views = dict(zip(own, map(_joined, zip(*groups, strict=True)), strict=True))
+        made = list[Tensor]()
+        for view in range(count):
+            rows = _joined([images[view] for images, _ in parts])
+            if view in self.of_base:  # whose pixels are those of the base views, changed
+                before = _before([len(images[0]) * self.size**2 for images, _ in parts])
+                rows = _joined([_moved(images[view], at) for (images, _), at in zip(parts, before, strict=True)])
+                base = made[0].permute(0, 2, 3, 1).reshape(-1, 3)
+                cropped_views[view] = cropped(base, rows[:, :COLUMNS], self.size)
+            made.append(apply_all(cropped_views.pop(view), rows[:, COLUMNS:].unflatten(1, (-1, 3))))
+        return tuple(made)
 
     def _grouped(self, parts: Sequence[Sent]) -> Iterator[list[Sent]]:
         group, size = list[Sent](), 0
@@ -46,33 +59,31 @@ class DeviceViews:
             size += more
         yield group
 
-    def _views(self, parts: list[Sent]) -> list[Tensor]:
+    def _cropped(self, parts: list[Sent], views: list[int]) -> list[Tensor]:
+        """Those views of the samples of some parts, cropped and resized."""
         sent = [pixels for _, pixels in parts if pixels is not None]
-        samples = self._before([len(rows[0]) for rows, _ in parts])
-        pixels = self._held if self._held is not None else self._sent(sent)
-        before = self._before([len(each) for each in sent]) if self._held is None else [0] * len(parts)
-        found = list[Tensor]()
-        for view in range(len(parts[0][0])):
-            of_base = view in self.of_base
-            first = [at * self.size**2 for at in samples] if of_base else before
-            rows = torch.cat([self._moved(part[view], at) for (part, _), at in zip(parts, first, strict=True)])
-            source = found[0].permute(0, 2, 3, 1).reshape(-1, 3) if of_base else pixels
-            made = cropped(source, rows[:, :COLUMNS], self.size)
-            found.append(apply_all(made, rows[:, COLUMNS:].unflatten(1, (-1, 3))) if rows.shape[1] > COLUMNS else made)
-        return found
+        pixels = self._sent(sent) if self._held is None else self._held
+        before = _before(list(map(len, sent))) if self._held is None else [0] * len(parts)
+        rows = ([_moved(images[view], at) for (images, _), at in zip(parts, before, strict=True)] for view in views)
+        return [cropped(pixels, _joined(each)[:, :COLUMNS], self.size) for each in rows]
 
     def _sent(self, pixels: list[Tensor]) -> Tensor:
         pinned = self.device.type == "cuda"
         joined = torch.empty(sum(map(len, pixels)), 3, dtype=torch.uint8, pin_memory=pinned)
         return torch.cat(pixels, out=joined).to(self.device, non_blocking=True)
 
-    @staticmethod
-    def _before(counts: list[int]) -> list[int]:
-        """How many come before each."""
-        return [sum(counts[:k]) for k in range(len(counts))]
 
-    @staticmethod
-    def _moved(rows: Tensor, by: int) -> Tensor:
-        moved = rows.clone()
-        moved[:, START] += by
-        return moved
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    return torch.cat(list(parts)) if len(parts) > 1 else parts[0]
+
+
+def _before(counts: list[int]) -> list[int]:
+    """How many come before each."""
+    return [0, *accumulate(counts)][: len(counts)]
+
+
+def _moved(rows: Tensor, by: int) -> Tensor:
+    """Rows whose pixels lie so many further on."""
+    moved = rows.clone()
+    moved[:, START] += by
+    return moved

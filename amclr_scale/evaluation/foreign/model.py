@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from amclr_scale.config.schema import Config
-from amclr_scale.data.image_operations import Picture
+from amclr_scale.data.augmentation.pictures import Picture
 from amclr_scale.data.reading import Reading
 from amclr_scale.encoders.dual_encoder import Normalise
 from amclr_scale.errors import UserError

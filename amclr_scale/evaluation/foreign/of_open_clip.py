@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from amclr_scale.config.schema import Config
-from amclr_scale.data.image_operations import Picture
+from amclr_scale.data.augmentation.pictures import Picture
 from amclr_scale.data.reading import Reading
 from amclr_scale.encoders.libraries.open_clip_towers import CONFIG
 from amclr_scale.encoders.start.of_open_clip import preprocessing

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from amclr_scale.config.schema import Config
-from amclr_scale.data.image_operations import Picture
+from amclr_scale.data.augmentation.pictures import Picture
 from amclr_scale.data.reading import Reading
 from amclr_scale.data.tokenizers import well_formed
 from amclr_scale.encoders.libraries.transformers_parts import read_folder
