@@ -16,6 +16,10 @@ pictures (256 pixels on the shorter side, quality 90) out of coloured noise with
 
 compares reading with data sets that are held decoded; run it twice, for the first run decodes them.
 
+    python tools/benchmark_loader.py --photos 2000 --image-size 224 --randaugment 2 7 --augment-on workers device
+
+compares workers that make views with workers that decode, and the device makes the views (here a GPU, if there is one).
+
     python tools/benchmark_loader.py --config studies/base/icons_frozen --workers 0 --words data.text_views=1
 
 measures the loader of a recipe alone, with the recipe's own batch, after its first batch (which makes what is held).
@@ -54,6 +58,8 @@ from amclr_scale.commands.words import run_command
 from amclr_scale.config import schema
 from amclr_scale.config.load import load
 from amclr_scale.config.schema import Config
+from amclr_scale.data.augmentation.plans import most_operations
+from amclr_scale.data.augmentation.shipping import Shipment
 from amclr_scale.data.decoding import Field, Sample, decode
 from amclr_scale.data.image_views import augmented_view, reduction_for, to_tensor
 from amclr_scale.data.index import Index
@@ -219,19 +225,32 @@ def parts(data: schema.Data, samples: int, batch: int) -> dict[str, float]:
     except (AttributeError, ImportError, RuntimeError) as error:  # a format, or a build, that it has no decoder for
         print(f"torchvision.io: {str(error).splitlines()[0][:100]}", file=sys.stderr)
     numbered = list(enumerate(pictures))
-    views = each("crop and flip", lambda one: augmented_view(one[1], size, recipe, Draws(0, one[0])), numbered)
+
+    def shipped(one: tuple[int, Image.Image]) -> torch.Tensor:
+        shipment = Shipment(size, most_operations(recipe), range(0))
+        shipment.row_of_one(one[1], Draws(0, one[0]), recipe)
+        return shipment.pixels()
+
+    sent = each("pixels for the device", shipped, numbered)
+    views = each("crop and change", lambda one: augmented_view(one[1], size, recipe, Draws(0, one[0])), numbered)
     tensors = each("to tensors", to_tensor, views)
     captions = [one.captions(Field("txt"))[0] for one in contents]
     groups = [slice(start, start + batch) for start in range(0, len(places), batch)]
     each("tokens", lambda own: tokenizer(captions[own]), groups)
     (joined, *_) = each("joining a batch", lambda own: torch.stack(tensors[own]), groups)
-    copies: Any = [joined.clone() for _ in range(12)]  # each goes into shared memory when a worker sends it
+    found["out of a worker (wall)"] = out_of_a_worker(joined) / len(joined)
+    found["pixels out of a worker (wall)"] = out_of_a_worker(torch.cat(sent[:batch])) / batch
+    return found
+
+
+def out_of_a_worker(tensor: torch.Tensor) -> float:
+    """Milliseconds from a worker process to this one."""
+    copies: Any = [tensor.clone() for _ in range(12)]  # each goes into shared memory when a worker sends it
     ready = iter(torch.utils.data.DataLoader(copies, batch_size=None, num_workers=1))
     next(ready)  # the worker has started
     begin = time.perf_counter()
-    count = sum(len(one) for one in ready)
-    found["out of a worker (wall)"] = 1e3 * (time.perf_counter() - begin) / count
-    return found
+    count = sum(1 for _ in ready)
+    return 1e3 * (time.perf_counter() - begin) / count
 
 
 def shuffle_quality(shards: int, per_shard: int, lanes: int, window: int, batch: int) -> tuple[float, float]:
@@ -265,6 +284,9 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--workers", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--resident", nargs="+", default=["none"], help="data.resident of ours")
+    places = ("workers", "device")
+    parser.add_argument("--augment-on", nargs="+", choices=places, default=places[:1], help="data.augment_on of ours")
+    parser.add_argument("--randaugment", type=int, nargs=2, help="data.augmentation.randaugment; none if left out")
     parser.add_argument("--parts", action="store_true", help="say where a sample's time goes instead")
     parser.add_argument("--config", metavar="RECIPE", help="measure the loader of such a recipe instead")
     parser.add_argument("--words", nargs="*", default=[], metavar="KEY=VALUE", help="with --config: its overrides")
@@ -293,7 +315,8 @@ def main(argv: list[str]) -> None:
         return
     with tempfile.TemporaryDirectory() as folder:
         name = make_photos(Path(folder), arguments.photos) if arguments.photos else arguments.data or "emoji/train"
-        data = schema.Data(train=name, image_size=arguments.image_size)
+        changes = schema.ImageAugmentation(randaugment=arguments.randaugment)
+        data = schema.Data(train=name, image_size=arguments.image_size, augmentation=changes)
         if arguments.parts:
             rows = [parts(data, arguments.samples, arguments.batch) for _ in range(arguments.rounds)]
             medians = {key: statistics.median(row[key] for row in rows) for key in rows[0]}
@@ -302,8 +325,11 @@ def main(argv: list[str]) -> None:
                 arguments.json.write_text(json.dumps(medians, indent=1) + "\n")
             return
         held = {
-            "ours" if where == "none" else f"ours ({where})": data.model_copy(update={"resident": where})
+            "ours" + f" ({where})" * (where != "none") + ", on the device" * (place == "device"): data.model_copy(
+                update={"resident": where, "augment_on": place}
+            )
             for where in arguments.resident
+            for place in arguments.augment_on
         }
         index = open_index(data)
         steps = -(-arguments.samples // arguments.batch)
@@ -314,7 +340,7 @@ def main(argv: list[str]) -> None:
             for key, _ in runs:
                 wall, cpu = (statistics.median(found[key][k] for found in rounds) for k in range(2))
                 figures[f"{key} {label}".strip()] = {"samples_per_s": wall, "samples_per_cpu_s": cpu}
-                print(f"{key:>22} {label:10} {wall:10,.0f} samples/s {cpu:10,.0f} samples/CPU-s", flush=True)
+                print(f"{key:>28} {label:10} {wall:10,.0f} samples/s {cpu:10,.0f} samples/CPU-s", flush=True)
 
         measure(
             "",
@@ -333,7 +359,7 @@ def main(argv: list[str]) -> None:
             first, second = (figures[f"{key} {workers} workers"] for key in (next(iter(held)), "webdataset"))
             ratios = [first[key] / second[key] for key in ("samples_per_s", "samples_per_cpu_s")]
             print(
-                f"{'ours / webdataset':>22} {workers} workers  {ratios[0]:10.2f} {'':9} {ratios[1]:10.2f}", flush=True
+                f"{'ours / webdataset':>28} {workers} workers  {ratios[0]:10.2f} {'':9} {ratios[1]:10.2f}", flush=True
             )
     if arguments.json:
         arguments.json.write_text(json.dumps(figures, indent=1) + "\n")

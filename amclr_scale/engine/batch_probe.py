@@ -46,8 +46,12 @@ def read_probe(config: Config, rank_info: RankInfo) -> Batch | None:
     K = config.run.probe.samples
     if not K:
         return None
+    data = config.data  # the device does not hold so many pictures, and the host's are the same
+    data = data.model_copy(
+        update={"augment_on": "workers", "resident": "host" if data.resident == "device" else data.resident}
+    )
     loader = TrainLoader(
-        config.data, seed=config.seed + ANOTHER_SEED, global_batch_size=K,
+        data, seed=config.seed + ANOTHER_SEED, global_batch_size=K,
         rank=rank_info.rank, world_size=rank_info.world_size, workers=config.execution.workers, begun=True,
     )  # fmt: skip
     if loader.num_samples < K:

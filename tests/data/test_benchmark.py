@@ -46,6 +46,12 @@ def test_it_runs(tool, capsys, tmp_path):
         "--resident",
         "none",
         "host",
+        "--augment-on",
+        "workers",
+        "device",
+        "--randaugment",
+        "1",
+        "7",
     ]
     tool.main([*words, "--json", str(tmp_path / "out.json")])
     figures = json.loads((tmp_path / "out.json").read_text())
@@ -54,6 +60,8 @@ def test_it_runs(tool, capsys, tmp_path):
         "reading front to back",
         "ours 0 workers",
         "ours (host) 0 workers",
+        "ours, on the device 0 workers",
+        "ours (host), on the device 0 workers",
         "webdataset 0 workers",
     )
     assert set(figures) == set(rates)
@@ -66,8 +74,8 @@ def test_where_a_samples_time_goes(tool, capsys, tmp_path):
     words = ["--photos", "12", "--samples", "12", "--batch", "6", "--rounds", "1", "--image-size", "32", "--parts"]
     tool.main([*words, "--json", str(tmp_path / "out.json")])
     found = json.loads((tmp_path / "out.json").read_text())
-    named = {"reading", "decoding", "decoding at full size", "crop and flip", "to tensors", "tokens", "joining a batch"}
-    assert {*named, "out of a worker (wall)"} <= set(found)
+    named = {"reading", "decoding", "decoding at full size", "crop and change", "to tensors", "tokens", "joining a batch"}
+    assert {*named, "pixels for the device", "out of a worker (wall)", "pixels out of a worker (wall)"} <= set(found)
     assert all(ms > 0 for ms in found.values())
     assert capsys.readouterr().out.count("ms per sample") == len(found)
     with pytest.raises(UserError, match="--batch: expected at most the 12 samples that are measured, got 13"):

@@ -11,9 +11,7 @@ from amclr_scale.config import schema
 from amclr_scale.config.checks import check
 from amclr_scale.data import loader
 from amclr_scale.data.decoding import BadSampleError
-from amclr_scale.data.image_views import augmented_view, to_tensor
 from amclr_scale.data.loader import TrainLoader
-from amclr_scale.data.randomness import Draws
 from amclr_scale.data.resident import store
 
 from amclr_scale.errors import UserError
@@ -52,7 +50,7 @@ def damaged(tmp_path):
 @pytest.mark.parametrize("view_from", ["image", "base"])
 def test_batches_are_those_of_the_shards(damaged, view_from, caplog):
     caplog.set_level(logging.WARNING)
-    for resident, recipe in (("host", EVERYTHING), ("host", GEOMETRY), ("device", GEOMETRY)):
+    for resident, recipe in (("host", EVERYTHING), ("host", GEOMETRY), ("device", GEOMETRY), ("device", EVERYTHING)):
         data = settings(damaged, image_view_from=view_from, max_bad_fraction=1.0, **recipe)
         faults = []
         for held in ("none", resident):
@@ -115,37 +113,14 @@ def test_views_that_repeat_are_counted_on_the_device_too(damaged):
     assert shares[0] == shares[1] > 0.3
 
 
-class Held:
-    """A decoded data set of n squares of noise; one of them bad."""
+def test_what_cannot_be_held_is_refused(tmp_path, damaged):
+    long = [member for i in range(8) for member in ((f"{i}.png", picture(i, (900, 2))), (f"{i}.txt", b"a line"))]
+    write_tar(tmp_path / "long" / "0.tar", long)
 
-    def __init__(self, n, side):
-        self.all = np.random.default_rng(1).integers(0, 256, (n, side, side, 3), dtype=np.uint8)
-        self.all[: n // 2] = self.all[: n // 2] // 128 * 255  # hard edges, where the filter overshoots
-        self.sizes = np.full((n + 1, 2), side, np.int32)
-        self.sizes[2] = 0
-        self.pixels = self.all.reshape(-1)
-
-
-@pytest.mark.parametrize(("side", "size"), [(48, 32), (13, 8), (16, 24), (64, 64)])
-def test_crops_are_pillows_bit_for_bit(side, size):
-    n = 200
-    held = Held(n, side)
-    pictures = ResidentPictures(held, size, torch.device("cpu"))
-    recipe = schema.ImageAugmentation(crop_scale=(0.05, 1.0), crop_ratio=(0.3, 3.0), grayscale=0.5)
-    samples = [sample for sample in range(n + 1) if sample != 2]
-    plans = torch.tensor([[*plan_crop(side, side, recipe, Draws(5, sample)), sample] for sample in samples])
-    (found,) = pictures.views((plans,), from_base=False)
-    for row, sample in enumerate(samples):
-        whole = Image.fromarray(held.all[row])
-        assert torch.equal(found[row], to_tensor(augmented_view(whole, size, recipe, Draws(5, sample))))
-
-
-def test_what_a_device_cannot_hold_is_refused(tmp_path, damaged):
-    write_tar(tmp_path / "oblong" / "0.tar", [member for i in range(20) for member in pair(i)])  # 12 x 10
-    with pytest.raises(UserError, match=r"data\.resident: device holds squares of one size.* got 12 x 10; use"):
-        take(settings(str(tmp_path / "oblong"), resident="device"), 1)
-    config = schema.Config(data=settings(damaged, resident="device", **EVERYTHING))
-    assert any(line.startswith("data.resident: device crops, flips and greys") for line in check(config, 1))
+    with pytest.raises(
+        UserError, match=r"data\.resident: device reduces sides of at most 800 pixels to 4, got 900; use"
+    ):
+        take(settings(str(tmp_path / "long"), resident="device", image_size=4, max_bad_fraction=1.0), 1)
     config = schema.Config(data=settings(damaged, resident="host", stream=True))
     assert any(line.startswith("data.resident: expected none with data.stream") for line in check(config, 1))
 

@@ -1,0 +1,160 @@
+"""`data.augment_on: device` gives the batches that workers make, to the last bit, whoever holds the pixels."""
+
+import io
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from amclr_scale.config.checks import check
+from amclr_scale.config.load import load, recipe
+from amclr_scale.config import schema
+from amclr_scale.data.augmentation import on_device, shipping
+from amclr_scale.data.loader import TrainLoader
+from tests.data.shards import pair, settings, write_tar
+from tests.data.test_loader import assert_same, joined, take
+from tests.engine.test_waits import ASKING
+
+EVERYTHING = schema.ImageAugmentation(
+    crop_scale=(0.1, 1.0), randaugment=(2, 9), color_jitter=0.4, grayscale=0.3, amclr=0.5, amclr_strength=1.5
+)
+PLAIN = schema.ImageAugmentation(crop_scale=(0.5, 1.0), flip=0.0)
+FIXED = schema.ImageAugmentation(crop_scale=(1, 1), flip=0, amclr=1.0)
+
+
+def stored(width: int, height: int, i: int, kind: str = "PNG") -> bytes:
+    pixels = np.random.default_rng(i).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    out = io.BytesIO()
+    Image.fromarray(pixels).resize((width, height)).save(out, kind)
+    return out.getvalue()
+
+
+@pytest.fixture
+def shards(tmp_path):
+    """Pictures of many sizes, some much larger than views of 8 pixels; one broken, one without wrong pictures."""
+    random, members = np.random.default_rng(2), []
+    for i in range(40):
+        (name, _), *others = pair(i, concept="abcd"[i % 4])
+        width, height = random.integers(4, 90 if i % 3 else 16, 2).tolist()
+        members += [
+            (name, stored(width, height, i, "JPEG" if i % 5 == 0 else "PNG") if i != 17 else b"broken"),
+            *others,
+        ]
+        if i % 4:
+            members.append((name.replace(".png", ".neg.png").replace(".jpg", ".neg.png"), stored(11, 9, i + 100)))
+    write_tar(tmp_path / "shards" / "0.tar", members)
+    return str(tmp_path / "shards")
+
+
+def on(place, data, **how):
+    return take(data.model_copy(update={"augment_on": place}), 6, **how)
+
+
+CASES = {
+    "crops": {"augmentation": PLAIN},
+    "views of the image": {"augmentation": EVERYTHING, "image_views": 2, "image_view": FIXED},
+    "views of the base view": {
+        "augmentation": EVERYTHING, "image_views": 2, "image_view": FIXED, "image_view_from": "base",
+    },
+    "wrong pictures": {"augmentation": EVERYTHING, "image_negatives": 2, "image_views": 1},
+    "of a group": {
+        "augmentation": EVERYTHING, "image_views": 2, "image_view_from": "group", "image_group": "json.concept",
+        "resident": "host",
+    },
+    "held": {"augmentation": EVERYTHING, "image_views": 1, "image_view_from": "base", "resident": "host"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_batches_are_those_of_the_workers(shards, name):
+    data = settings(shards, max_bad_fraction=1.0, **CASES[name])
+    expected = on("workers", data)
+    assert_same(on("device", data), expected)
+    assert_same(joined([on("device", data, rank=rank, world_size=2) for rank in range(2)]), expected)
+    if data.resident == "host":
+        assert_same(on("workers", data.model_copy(update={"resident": "device"})), expected)
+    if "image_negatives" in CASES[name]:
+        masks = torch.cat([batch.given["image_negative_mask"] for batch in expected])
+        assert 0 < masks.sum() < masks.numel()
+
+
+def test_pictures_are_sent_or_views_of_them_and_the_batches_are_the_same(shards, monkeypatch):
+    """A worker sends a large picture's views in place of its pixels; how large does not show."""
+    data = settings(shards, max_bad_fraction=1.0, **CASES["views of the image"])
+    expected, sizes = on("workers", data), []
+    for most in (0, shipping.MOST_SENT, 10**9):
+        monkeypatch.setattr(shipping, "MOST_SENT", most)
+        loader = TrainLoader(data.model_copy(update={"augment_on": "device"}), seed=0, global_batch_size=8)
+        part = loader._parts[0]
+        sizes.append(len(part.pixels))
+        loader.close()
+        assert_same(on("device", data), expected)
+    assert sizes[0] == 8 * 3 * 64
+    assert sizes[1] <= shipping.MOST_SENT * sizes[0]
+    assert sizes[2] > 2 * sizes[1]
+
+
+def test_workers_and_several_parts(shards, monkeypatch):
+    monkeypatch.setattr("amclr_scale.data.loader._PART", 3)
+    data = settings(shards, max_bad_fraction=1.0, **CASES["views of the base view"])
+    expected = on("workers", data)
+    assert_same(on("device", data, workers=2), expected)
+    monkeypatch.setattr(on_device, "_AT_ONCE", 1)  # one part at a time on the device
+    assert_same(on("device", data), expected)
+    loader = TrainLoader(data.model_copy(update={"augment_on": "device"}), seed=0, global_batch_size=8)
+    assert_same(list(loader.peek(16)), expected[:2])
+    assert_same([next(loader) for _ in range(2)], expected[:2])
+    loader.close()
+
+
+class OfPixels(TorchDispatchMode):
+    """Notes operations on pixels whose answer the host needs before it can go on. Rows and places are the host's."""
+
+    def __init__(self):
+        super().__init__()
+        self.asked = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        pixels = any(isinstance(each, torch.Tensor) and each.dtype in (torch.uint8, torch.float32) for each in args)
+        self.asked += [name] * (name in ASKING and pixels)
+        return func(*args, **(kwargs or {}))
+
+
+def test_the_device_is_not_asked(shards):
+    data = settings(shards, max_bad_fraction=1.0, augment_on="device", **CASES["views of the base view"])
+    loader = TrainLoader(data, seed=0, global_batch_size=8)
+    next(loader)  # tables are made
+    part = loader._parts[1]
+    with OfPixels() as noting:
+        loader._device_views([(part.images, part.pixels)])
+    loader.close()
+    assert not noting.asked
+
+
+def test_views_that_repeat_are_counted(shards):
+    same = schema.ImageAugmentation(crop_scale=(1, 1), flip=0.5)
+    shares = []
+    for place in ("workers", "device"):
+        data = settings(shards, max_bad_fraction=1.0, augment_on=place, image_views=1, augmentation=same)
+        loader = TrainLoader(data, seed=0, global_batch_size=8)
+        for _ in range(5):
+            next(loader)
+        shares.append(loader.repeated()["repeated_images"])
+        loader.close()
+    assert shares[0] == shares[1] > 0.3
+
+
+def test_it_is_no_part_of_the_recipe():
+    """A run goes on either way."""
+    here, there = (recipe(load("quickstart", [f"data.augment_on={place}"])) for place in ("workers", "device"))
+    assert here == there
+
+
+def test_features_in_place_of_pictures_leave_nothing_to_augment(tmp_path):
+    config = schema.Config(
+        data=settings("emoji/train", augment_on="device", features={"image": str(tmp_path / "f.npy")})
+    )
+    assert any(line.startswith("data.augment_on: expected workers beside") for line in check(config, 1))
