@@ -9,10 +9,12 @@ call of its own, so that no compiler fuses two. How each operation gets there is
 `geometry`.
 """
 
+import itertools
 from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from amclr_scale.data.augmentation import colours, geometry
@@ -50,12 +52,12 @@ _OPERATIONS: dict[str, Callable[[Tensor, Rows], Tensor]] = {
 _AMOUNT_BY_ROW = [CODES[name] for name in ("brightness", "color", "contrast", "sharpness", "hue")]
 
 
-def _groups(codes: np.ndarray, amounts: np.ndarray) -> Iterator[tuple[int, int]]:
+def _groups(codes: NDArray[np.int64], amounts: NDArray[np.int64]) -> Iterator[tuple[int, int]]:
     """(first, end) of each run of rows that are changed together, of rows sorted by code and amount."""
     apart = (amounts[1:] != amounts[:-1]) & ~np.isin(codes[1:], _AMOUNT_BY_ROW)
     starts = np.flatnonzero((codes[1:] != codes[:-1]) | apart) + 1
     edges = [0, *starts.tolist(), len(codes)]
-    yield from zip(edges[:-1], edges[1:], strict=True)
+    yield from itertools.pairwise(edges)
 
 
 def apply_all(pictures: Tensor, plans: Tensor) -> Tensor:

@@ -25,14 +25,15 @@ _MULTIPLIERS = (0xBF58476D1CE4E5B9 - 2**64, 0x94D049BB133111EB - 2**64)  # as in
 
 def blend(first: Tensor, second: Tensor, factors: Tensor) -> Tensor:
     """First + factors * (second - first), cut off to uint8; of float32 with integer values."""
-    product = (second - first).mul_(factors)
+    product = (second - first) * factors
     return to_levels(product.add_(first))
 
 
 def luma(pictures: Tensor) -> Tensor:
     """(m, 1, size, size) int32."""
     red, green, blue = pictures.to(torch.int32).split(1, 1)
-    return (red * 19595 + green * 38470 + blue * 7471 + 0x8000) >> 16
+    found: Tensor = (red * 19595 + green * 38470 + blue * 7471 + 0x8000) >> 16
+    return found
 
 
 def _ramp(device: torch.device, dtype: torch.dtype) -> Tensor:
@@ -65,7 +66,7 @@ def saturation(pictures: Tensor, rows: Rows) -> Tensor:
 
 def posterize(pictures: Tensor, rows: Rows) -> Tensor:
     """The upper bits stay."""
-    return pictures & (256 - 2 ** (8 - int(rows.amount)))
+    return torch.bitwise_and(pictures, 256 - 2 ** (8 - int(rows.amount)))
 
 
 def solarize(pictures: Tensor, rows: Rows) -> Tensor:
@@ -168,7 +169,7 @@ def noise(pictures: Tensor, rows: Rows) -> Tensor:
 
 def _shifted(words: Tensor, by: int) -> Tensor:
     """To the right, zeros shifted in."""
-    return (words >> by) & (2 ** (64 - by) - 1)
+    return torch.bitwise_and(words >> by, 2 ** (64 - by) - 1)
 
 
 @lru_cache(maxsize=16)

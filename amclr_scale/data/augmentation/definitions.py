@@ -5,6 +5,7 @@ cosines end differently on CPUs and GPUs. Here their weights and their distribut
 host, and what is left for an executor is to add, to shift and to look up.
 """
 
+import math
 from functools import cache, lru_cache
 from statistics import NormalDist
 
@@ -13,20 +14,24 @@ from numpy.typing import NDArray
 
 from amclr_scale.data.augmentation.plans import Box, centred_box
 
-BLUR_BITS = 11  # two passes over 8 bits stay within 31
+BLUR_BITS = 23  # so many and the 8 of a level stay within 31
 NOISE_BITS = 16  # four places in the table from a word of 64
 
 
-def blur_weights(deviation: float) -> tuple[int, int]:
-    """(of the centre, of each side) of a Gaussian on three pixels; centre + 2 sides = 2**BLUR_BITS.
+def blur_weights(deviation: float) -> tuple[int, int, int]:
+    """(of the centre, of each of four edges, of each of four corners) of a Gaussian on 3 x 3 pixels.
 
-    A blur is the sum with these weights along rows, then along columns, nothing rounded in between, and then divided
-    by 4**BLUR_BITS, half rounded up. Beyond the edge lies the pixel before it, as in a mirror on the edge's pixel (of a
-    single pixel, itself). Within one grey level of a Gaussian with unrounded weights.
+    They sum to 2**BLUR_BITS. A blur is the weighted sum over 2**BLUR_BITS, half rounded up. Beyond the border lie the
+    pixels before it, as in a mirror on the outermost ones (a single pixel mirrors itself). What rounding the weights
+    changes is a 3,000th of a grey level: a last bit, where the sum lies that close to a half.
+
+    Args:
+        deviation: in pixels.
     """
-    side = np.exp(-0.5 / deviation**2)
-    weight = round(float(side / (1 + 2 * side)) * 2**BLUR_BITS)
-    return 2**BLUR_BITS - 2 * weight, weight
+    side = math.exp(-0.5 / deviation**2)
+    unit = 2**BLUR_BITS / (1 + 2 * side) ** 2
+    edge, corner = round(unit * side), round(unit * side * side)
+    return 2**BLUR_BITS - 4 * edge - 4 * corner, edge, corner
 
 
 @cache

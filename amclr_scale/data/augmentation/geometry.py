@@ -58,18 +58,21 @@ def sharpness(pictures: Tensor, rows: Rows) -> Tensor:
 
 def blur(pictures: Tensor, rows: Rows) -> Tensor:
     """A Gaussian on 3 x 3 pixels: `definitions.blur_weights`."""
-    centre, side = blur_weights(rows.amount)
-    sums = pictures.to(torch.int32)
-    for dim in (3, 2):
-        length = sums.shape[dim]
-        if length > 1:
-            inner = sums.narrow(dim, 1, 1), sums.narrow(dim, length - 2, 1)  # mirrored at the first and last pixel
-            before = torch.cat([inner[0], sums.narrow(dim, 0, length - 1)], dim)
-            after = torch.cat([sums.narrow(dim, 1, length - 1), inner[1]], dim)
-        else:
-            before = after = sums
-        sums = centre * sums + side * (before + after)
-    return ((sums + 2 ** (2 * BLUR_BITS - 1)) >> 2 * BLUR_BITS).to(torch.uint8)
+    centre, edge, corner = blur_weights(rows.amount)
+    x = pictures.to(torch.int32)
+    across, down = _neighbours(x, 3), _neighbours(x, 2)
+    sums = centre * x + edge * (across + down) + corner * _neighbours(across, 2)
+    return torch.bitwise_right_shift(sums + 2 ** (BLUR_BITS - 1), BLUR_BITS).to(torch.uint8)
+
+
+def _neighbours(x: Tensor, dim: int) -> Tensor:
+    """The sum of the two pixels beside each, mirrored at the outermost ones."""
+    length = x.shape[dim]
+    if length == 1:
+        return 2 * x
+    before = torch.cat([x.narrow(dim, 1, 1), x.narrow(dim, 0, length - 1)], dim)
+    after = torch.cat([x.narrow(dim, 1, length - 1), x.narrow(dim, length - 2, 1)], dim)
+    return before + after
 
 
 def central_crop_with_border(pictures: Tensor, rows: Rows) -> Tensor:

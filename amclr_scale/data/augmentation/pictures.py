@@ -10,6 +10,7 @@ from functools import cache
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 
 from amclr_scale.data.augmentation.definitions import BLUR_BITS, blur_weights, central_box, noise_table
@@ -40,16 +41,18 @@ def _translate(picture: Picture, x: float, y: float) -> Any:
 
 
 def _blur(picture: Picture, deviation: float) -> Picture:
-    centre, side = blur_weights(deviation)
-    sums = np.asarray(picture).astype(np.int32)
-    for axis in (1, 0):
-        length = sums.shape[axis]
-        before = np.abs(np.arange(length) - 1)
-        after = length - 1 - before[::-1]
-        if length == 1:
-            before = after = np.zeros(1, np.int64)
-        sums = centre * sums + side * (sums.take(before, axis) + sums.take(after, axis))
-    return Image.fromarray(((sums + 2 ** (2 * BLUR_BITS - 1)) >> 2 * BLUR_BITS).astype(np.uint8))
+    centre, edge, corner = blur_weights(deviation)
+    x = np.asarray(picture).astype(np.int32)
+    across, down = _neighbours(x, 1), _neighbours(x, 0)
+    sums = centre * x + edge * (across + down) + corner * _neighbours(across, 0)
+    return Image.fromarray(((sums + 2 ** (BLUR_BITS - 1)) >> BLUR_BITS).astype(np.uint8))
+
+
+def _neighbours(x: NDArray[np.int32], axis: int) -> NDArray[np.int32]:
+    """The sum of the two pixels beside each, mirrored at the outermost ones."""
+    places, last = np.arange(x.shape[axis]), x.shape[axis] - 1
+    before, after = np.abs(places - 1), last - np.abs(last - places - 1)
+    return x.take(np.minimum(before, last), axis) + x.take(np.maximum(after, 0), axis)
 
 
 def _noise(picture: Picture, deviation: float, seed: int) -> Picture:
