@@ -7,29 +7,30 @@ stays near one batch per rank. Parts come back in the order they were asked for,
 import atexit
 import logging
 import multiprocessing
-import os
-import signal
 import warnings
 import weakref
 from collections import Counter
 from collections.abc import Iterator
-from types import FrameType
+from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from amclr_scale.config import schema
-from amclr_scale.data.augmentation.on_device import DeviceViews
+from amclr_scale.data.augmentation.on_device import DeviceViews, Staged
 from amclr_scale.data.beside.communities import order_of_communities
 from amclr_scale.data.beside.fingerprint import joined
 from amclr_scale.data.captions.further_captions import check_further_captions, repeats
 from amclr_scale.data.image_views import count_repeated
 from amclr_scale.data.indexing import open_index
-from amclr_scale.data.order import BatchOrder, Order, Visits
-from amclr_scale.data.pipeline import Fault, Part, Pipeline
+from amclr_scale.data.order import BatchOrder, Order
+from amclr_scale.data.parts.ahead import Ahead
+from amclr_scale.data.parts.joining import batch_of, join
+from amclr_scale.data.parts.part import Fault, Part
+from amclr_scale.data.parts.workers import Numbers, Parts, start_worker
+from amclr_scale.data.pipeline import Pipeline
 from amclr_scale.data.prefetch import Prefetcher
 from amclr_scale.data.resident.pictures import pixels_on
 from amclr_scale.data.tokenizers import load_tokenizer
@@ -42,62 +43,6 @@ log = logging.getLogger(__name__)
 _PART = 64  # samples; about 50 ms of work at 64 px and 0.3 s at 224 px
 _LOGGED_FAULTS = 20  # per kind; all are counted
 _FIRST = 1000  # max_bad_fraction is taken of at least so many samples, or one pass over a smaller data set
-
-
-class _Parts(Dataset[Part | str]):
-    """Part number k of the rank's endless sequence.
-
-    A user's mistake comes back as its words, not as an exception: torch would wrap it in the worker's traceback.
-    """
-
-    def __init__(self, order: BatchOrder, pipeline: Pipeline, batch: tuple[int, int, int], part: int):
-        self.order, self.pipeline, self.batch, self.part = order, pipeline, batch, part
-        self.local = batch[0] // batch[2]
-        self.parts_per_step = -(-self.local // part)
-        self._step, self._visits = -1, Visits(np.zeros(0, np.int64), np.zeros(0, np.int64))
-
-    def __getitem__(self, number: int) -> Part | str:
-        step, k = divmod(number, self.parts_per_step)
-        try:
-            if step != self._step:
-                global_size, rank, world_size = self.batch
-                self._step, self._visits = step, self.order.batch(step, global_size, rank, world_size)
-            rows = slice(k * self.part, (k + 1) * self.part)
-            return self.pipeline(Visits(self._visits.ids[rows], self._visits.passes[rows]))
-        except UserError as error:
-            return str(error)
-
-
-class _Numbers:
-    """first, first + 1, ... without end."""
-
-    def __init__(self, first: int):
-        self.first = first
-
-    def __iter__(self) -> Iterator[int]:
-        number = self.first
-        while True:
-            yield number
-            number += 1
-
-
-def _start_worker(_: int) -> None:
-    """One thread, and no death of signals that mean the rank: it comes to the end of its step, and ends its workers.
-
-    Terminals, schedulers and DeepSpeed's launcher signal whole process trees. The second SIGTERM is the parent's own,
-    to a worker that did not end when it was told so.
-    """
-    torch.set_num_threads(1)
-    asked: list[int] = []
-
-    def second_time(number: int, _: FrameType | None) -> None:
-        asked.append(number)
-        if len(asked) > 1:
-            os._exit(128 + number)
-
-    signal.signal(signal.SIGTERM, second_time)
-    for number in (signal.SIGINT, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)
 
 
 _with_workers: weakref.WeakSet["TrainLoader"] = weakref.WeakSet()
@@ -121,6 +66,7 @@ class TrainLoader:
         workers: processes that read and decode; 0: this one. The batches do not depend on them.
         start_step: the position to resume at, in steps of this batch size.
         begun: as in `open_index`, where the position is only known later (`seek`).
+        in_thread: whether workers' parts are joined in a thread, beside training; None: where there is a GPU.
 
     Attributes:
         num_samples: N.
@@ -145,6 +91,7 @@ class TrainLoader:
         workers: int = 0,
         start_step: int = 0,
         begun: bool = False,
+        in_thread: bool | None = None,
     ):
         if data.lanes % world_size:
             raise UserError(f"data.lanes: expected a multiple of the {world_size} ranks, got {data.lanes}")
@@ -174,10 +121,11 @@ class TrainLoader:
         self.features, self.fingerprint = pipeline.features, joined(self.fingerprint, pipeline.digests())
         self.notes, self._repeated = list[str](), Counter[str]()
         self._repeated_there: Tensor | int = 0  # images, where the device makes them
-        self._local, self._workers = global_batch_size // world_size, workers
-        self._parts = _Parts(self.order, pipeline, (global_batch_size, rank, world_size), _PART)
+        self._local, self._workers, self._in_thread = global_batch_size // world_size, workers, in_thread
+        self._parts = Parts(self.order, pipeline, (global_batch_size, rank, world_size), _PART)
         self._prefetcher: Prefetcher | None = None
         self._device_views: DeviceViews | None = None
+        self._ahead: Ahead[tuple[list[Part], Batch | tuple[Batch, Staged]]] | None = None
         if not self.index.shards.remote.any():
             self.notes = check_further_captions(pipeline, data, seed)
         elif data.resident == "none" and isinstance(self.order, Order):  # another order reads no remote shards
@@ -201,7 +149,9 @@ class TrainLoader:
         self._hold()
         for step in range(self._step, self._step - (-samples // self._parts.batch[0])):
             first = step * self._parts.parts_per_step
-            yield self._batch([_good(self._parts[first + k]) for k in range(self._parts.parts_per_step)])
+            yield self._finished(
+                self._joined([_good(self._parts[first + k]) for k in range(self._parts.parts_per_step)])
+            )
 
     def __iter__(self) -> "TrainLoader":
         return self
@@ -209,44 +159,57 @@ class TrainLoader:
     def __next__(self) -> Batch:
         if self._source is None:
             self._source = self._start()  # workers are forked before any thread is started
+            if self._workers and (torch.cuda.is_initialized() if self._in_thread is None else self._in_thread):
+                self._ahead = Ahead(self._put_together)
         if self._prefetcher:
             self._prefetcher.advance(self._step)
         self._step += 1
-        parts = [self._next_part() for _ in range(self._parts.parts_per_step)]
+        parts, joined = self._ahead.take() if self._ahead else self._put_together()
         self._count([fault for part in parts for fault in part.faults])
         self._count_repeated(parts)
-        batch = self._batch(parts)
+        batch = self._finished(joined)
         if self._parts.pipeline.on_device and self.data.image_views:  # a number that lies there until it is asked for
             self._repeated_there = self._repeated_there + count_repeated(batch.images[: 1 + self.data.image_views])
         return batch
+
+    def _put_together(self) -> tuple[list[Part], Batch | tuple[Batch, Staged]]:
+        """The next batch's parts, and the batch as far as the host makes it; perhaps in a thread."""
+        parts = [self._next_part() for _ in range(self._parts.parts_per_step)]
+        return parts, self._joined(parts)
 
     def _hold(self) -> None:
         pipeline = self._parts.pipeline
         if self.data.resident != "none" and not (pipeline.resident or pipeline.tokens) and (note := pipeline.hold()):
             log.info(note)
 
-    def _batch(self, parts: list[Part]) -> Batch:
-        """The parts as one, their views made on this rank's device if that is where they are made."""
-        pipeline, data = self._parts.pipeline, self.data
-        if not pipeline.on_device:
-            return _joined(
-                parts, tuple(_join(list(view)) for view in zip(*(part.images for part in parts), strict=True))
-            )
+    def _joined(self, parts: list[Part]) -> Batch | tuple[Batch, Staged]:
+        """The parts as one; where the device makes views, without them, and what it makes them of."""
+        if not self._parts.pipeline.on_device:
+            views = zip(*(part.images for part in parts), strict=True)
+            return batch_of(parts, tuple(join(list(view)) for view in views))
+        return batch_of(parts, ()), self._views().stage([(part.images, part.pixels) for part in parts])
+
+    def _finished(self, joined: Batch | tuple[Batch, Staged]) -> Batch:
+        if isinstance(joined, Batch):
+            return joined
+        return replace(joined[0], images=self._views()(joined[1]))
+
+    def _views(self) -> DeviceViews:
+        """What makes views on this rank's device."""
         if self._device_views is None:
+            data, held = self.data, self._parts.pipeline.resident
             device = torch.device("cuda" if torch.cuda.is_initialized() else "cpu")
-            held = (
-                pixels_on(device, pipeline.resident, data.image_size)
-                if pipeline.resident and data.resident == "device"
-                else None
-            )
-            self._device_views = DeviceViews(data.image_size, device, pipeline.of_base, held)
-        return _joined(parts, self._device_views([(part.images, part.pixels) for part in parts]))
+            pixels = pixels_on(device, held, data.image_size) if held and data.resident == "device" else None
+            self._device_views = DeviceViews(data.image_size, device, self._parts.pipeline.of_base, pixels)
+        return self._device_views
 
     def close(self) -> None:
         """Stop the workers and close the shards."""
+        if self._ahead:
+            self._ahead.close()  # while workers still give it what it waits for
         # Not left to garbage collection: the traceback of an error in a worker holds on to what would be collected.
         getattr(self._source, "_shutdown_workers", bool)()
-        self._source = self._device_views = None
+        self._source = self._device_views = self._ahead = None
         if self._prefetcher:
             self._prefetcher.close()
         self.index.close()
@@ -254,7 +217,7 @@ class TrainLoader:
             self.index.storage.stream.close()
 
     def _start(self) -> Iterator[Part | str]:
-        numbers = _Numbers(self.start_step * self._parts.parts_per_step)
+        numbers = Numbers(self.start_step * self._parts.parts_per_step)
         self._hold()  # before workers are forked, who share it
         if not self._workers:
             return (self._parts[number] for number in numbers)
@@ -263,7 +226,7 @@ class TrainLoader:
             "prefetch_factor": max(2, -(-self._parts.parts_per_step // self._workers)),
             # A forked worker starts at once and shares what is open; it only ever reads.
             "multiprocessing_context": "fork" if "fork" in multiprocessing.get_all_start_methods() else None,
-            "worker_init_fn": _start_worker,
+            "worker_init_fn": start_worker,
             # Its own: else starting the workers draws from the generator that dropout draws from.
             "generator": torch.Generator(),
         }
@@ -333,26 +296,3 @@ def _good(part: Part | str) -> Part:
     if isinstance(part, str):
         raise UserError(part)
     return part
-
-
-def _joined(parts: list[Part], images: tuple[Tensor, ...]) -> Batch:
-    text_ids = [part.text_ids for part in parts if part.text_ids is not None]
-    return Batch(
-        ids=_join([part.ids for part in parts]),
-        text_ids=_join(text_ids) if text_ids else None,
-        given={name: _join([part.given[name] for part in parts]) for name in parts[0].given},
-        images=images,
-        texts=tuple(_join(list(view)) for view in zip(*(part.texts for part in parts), strict=True)),
-    )
-
-
-def _join(parts: list[Tensor]) -> Tensor:
-    """One tensor, in pinned memory where this process has a GPU to copy it to.
-
-    Asked of the process, not of the machine: pinning before it has chosen a GPU would open a context on the first one.
-    """
-    pinned = torch.cuda.is_initialized()
-    if len(parts) == 1 and not pinned:
-        return parts[0]
-    shape = (sum(len(part) for part in parts), *parts[0].shape[1:])
-    return torch.cat(parts, out=torch.empty(shape, dtype=parts[0].dtype, pin_memory=pinned))

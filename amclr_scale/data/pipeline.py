@@ -5,7 +5,6 @@ count and every number of workers replaces it by the same sample, which then car
 """
 
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -27,6 +26,7 @@ from amclr_scale.data.image_views import augmented_view, count_repeated, reducti
 from amclr_scale.data.index import Index
 from amclr_scale.data.indexing import IMAGE_EXTENSIONS
 from amclr_scale.data.order import Visits
+from amclr_scale.data.parts.part import Fault, Part
 from amclr_scale.data.randomness import Draws, Purpose
 from amclr_scale.data.resident.groups import Groups
 from amclr_scale.data.resident.store import ResidentData, open_resident
@@ -36,35 +36,6 @@ from amclr_scale.data.tokenizers import Tokenizer
 from amclr_scale.errors import UserError
 
 _ATTEMPTS = 1000  # replacements tried for one sample; past that the data set has no good samples to speak of
-
-
-@dataclass(frozen=True)
-class Fault:
-    """One sample that could not be used."""
-
-    kind: str
-    sample: int  # id
-    shard: str
-    key: str
-    detail: str
-
-    @property
-    def words(self) -> str:
-        return f"{self.kind}: {self.detail}" if self.detail else self.kind
-
-
-@dataclass
-class Part:
-    """Some neighbouring samples of a batch."""
-
-    ids: Tensor  # (n,) int64
-    text_ids: Tensor | None  # (n,) int64, where images have ids of their own
-    images: tuple[Tensor, ...]  # 1 + V of (n, 3, H, W) uint8, and hard negatives; where devices make them, (n, R) rows
-    texts: tuple[Tensor, ...]  # 1 + V of (n, L) int64, and hard negatives
-    given: dict[str, Tensor]  # (n, ...) that no tower reads: `Batch.given`
-    faults: list[Fault]
-    repeated: dict[str, int]  # further images and texts that equal an earlier view; hard negatives that there are not
-    pixels: Tensor | None = None  # (P, 3) uint8, that the rows are about (data/augmentation/shipping.py)
 
 
 # Image id, label, pixels of views (or whose features these are) and of hard negatives, captions, hard ones of these.
@@ -280,11 +251,8 @@ class Pipeline:
         for source, recipe, own in zip(shown, self._recipes, draws, strict=True):
             of = views[0] if views and data.image_view_from == "base" else source
             views.append(augmented_view(of, data.image_size, recipe, own))
-        wrong = [
-            found and to_tensor(augmented_view(found[0], data.image_size, data.augmentation, found[1]))
-            for found in hard
-        ]
-        return [*map(to_tensor, views), *wrong]
+        wrong = [found and augmented_view(found[0], data.image_size, data.augmentation, found[1]) for found in hard]
+        return [each and to_tensor(each) for each in (*views, *wrong)]
 
     def _hard(self, texts: Tensor, captions: list[list[str | None]]) -> tuple[tuple[Tensor, ...], Tensor]:
         """Tokens of hard negatives, and which there are, (n, K): not those that are cut where they would differ."""

@@ -74,7 +74,15 @@ def test_where_a_samples_time_goes(tool, capsys, tmp_path):
     words = ["--photos", "12", "--samples", "12", "--batch", "6", "--rounds", "1", "--image-size", "32", "--parts"]
     tool.main([*words, "--json", str(tmp_path / "out.json")])
     found = json.loads((tmp_path / "out.json").read_text())
-    named = {"reading", "decoding", "decoding at full size", "crop and change", "to tensors", "tokens", "joining a batch"}
+    named = {
+        "reading",
+        "decoding",
+        "decoding at full size",
+        "crop and change",
+        "to tensors",
+        "tokens",
+        "joining a batch",
+    }
     assert {*named, "pixels for the device", "out of a worker (wall)", "pixels out of a worker (wall)"} <= set(found)
     assert all(ms > 0 for ms in found.values())
     assert capsys.readouterr().out.count("ms per sample") == len(found)

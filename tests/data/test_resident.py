@@ -4,7 +4,6 @@ import logging
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from amclr_scale.config import schema
@@ -13,7 +12,6 @@ from amclr_scale.data import loader
 from amclr_scale.data.decoding import BadSampleError
 from amclr_scale.data.loader import TrainLoader
 from amclr_scale.data.resident import store
-
 from amclr_scale.errors import UserError
 from tests.data.shards import pair, picture, settings, write_tar
 from tests.data.test_loader import assert_same, joined, take

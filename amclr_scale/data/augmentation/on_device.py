@@ -1,6 +1,7 @@
 """A batch's views, made where the towers run, out of what workers have sent or of pictures that lie there."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from itertools import accumulate
 
 import torch
@@ -15,8 +16,23 @@ _AT_ONCE = 1 << 27  # bytes of sent pixels on the device at a time, or the few m
 Sent = tuple[tuple[Tensor, ...], Tensor | None]  # rows of every view, (n, COLUMNS + 3 steps); pixels, (P, 3) uint8
 
 
+@dataclass(frozen=True)
+class Staged:
+    """A batch's rows and pixels on the host, ready to be copied.
+
+    Attributes:
+        rows: of every view, (n, COLUMNS + 3 steps).
+        ends: after which rows the pixels of another group begin.
+        pixels: of each group, (P, 3), in pinned memory where there is a GPU.
+    """
+
+    rows: tuple[Tensor, ...]
+    ends: list[int]
+    pixels: list[Tensor | None]
+
+
 class DeviceViews:
-    """`views(parts)` -> every view of a batch, (n, 3, size, size) uint8 on the device. The host waits for none of it.
+    """`views(staged)` -> every view of a batch, (n, 3, size, size) uint8 on the device. The host does not wait for it.
 
     Args:
         size: pixels a side.
@@ -32,20 +48,35 @@ class DeviceViews:
         check_arithmetic()
         self.size, self.device, self.of_base, self._held = size, device, of_base, held
 
-    def __call__(self, parts: Sequence[Sent]) -> tuple[Tensor, ...]:
-        count = len(parts[0][0])
-        own = [view for view in range(count) if view not in self.of_base]
-        groups = [self._cropped(group, own) for group in self._grouped(parts)]
-        cropped_views = dict(zip(own, map(_joined, zip(*groups, strict=True)), strict=True))
+    def stage(self, parts: Sequence[Sent]) -> Staged:
+        """What the host has to do, in any thread: the parts as one."""
+        pixels, ends, done = list[Tensor | None](), list[int](), 0
+        moved = [list[Tensor]() for _ in parts[0][0]]
+        for group in self._grouped(parts):
+            sent = [each for _, each in group if each is not None]
+            places = _before(list(map(len, sent))) if self._held is None else [0] * len(group)
+            for (rows, _), place in zip(group, places, strict=True):
+                for view, own in enumerate(rows):
+                    moved[view].append(_moved(own, done * self.size**2 if view in self.of_base else place))
+                done += len(rows[0])
+            ends.append(done)
+            pixels.append(self._pinned(sent) if self._held is None else None)
+        return Staged(tuple(map(torch.cat, moved)), ends, pixels)
+
+    def __call__(self, staged: Staged) -> tuple[Tensor, ...]:
+        own = [view for view in range(len(staged.rows)) if view not in self.of_base]
+        groups = list[list[Tensor]]()
+        for first, end, sent in zip([0, *staged.ends], staged.ends, staged.pixels, strict=False):
+            pixels = self._held if sent is None else sent.to(self.device, non_blocking=True)
+            assert pixels is not None
+            groups.append([cropped(pixels, staged.rows[view][first:end, :COLUMNS], self.size) for view in own])
+        cut = {view: torch.cat(parts) for view, parts in zip(own, zip(*groups, strict=True), strict=True)}
         made = list[Tensor]()
-        for view in range(count):
-            rows = _joined([images[view] for images, _ in parts])
-            if view in self.of_base:  # whose pixels are those of the base views, changed
-                before = _before([len(images[0]) * self.size**2 for images, _ in parts])
-                rows = _joined([_moved(images[view], at) for (images, _), at in zip(parts, before, strict=True)])
+        for view, rows in enumerate(staged.rows):
+            if view in self.of_base:
                 base = made[0].permute(0, 2, 3, 1).reshape(-1, 3)
-                cropped_views[view] = cropped(base, rows[:, :COLUMNS], self.size)
-            made.append(apply_all(cropped_views.pop(view), rows[:, COLUMNS:].unflatten(1, (-1, 3))))
+                cut[view] = cropped(base, rows[:, :COLUMNS], self.size)
+            made.append(apply_all(cut.pop(view), rows[:, COLUMNS:].unflatten(1, (-1, 3))))
         return tuple(made)
 
     def _grouped(self, parts: Sequence[Sent]) -> Iterator[list[Sent]]:
@@ -59,22 +90,12 @@ class DeviceViews:
             size += more
         yield group
 
-    def _cropped(self, parts: list[Sent], views: list[int]) -> list[Tensor]:
-        """Those views of the samples of some parts, cropped and resized."""
-        sent = [pixels for _, pixels in parts if pixels is not None]
-        pixels = self._sent(sent) if self._held is None else self._held
-        before = _before(list(map(len, sent))) if self._held is None else [0] * len(parts)
-        rows = ([_moved(images[view], at) for (images, _), at in zip(parts, before, strict=True)] for view in views)
-        return [cropped(pixels, _joined(each)[:, :COLUMNS], self.size) for each in rows]
-
-    def _sent(self, pixels: list[Tensor]) -> Tensor:
+    def _pinned(self, pixels: list[Tensor]) -> Tensor:
         pinned = self.device.type == "cuda"
+        if len(pixels) == 1 and not pinned:
+            return pixels[0]
         joined = torch.empty(sum(map(len, pixels)), 3, dtype=torch.uint8, pin_memory=pinned)
-        return torch.cat(pixels, out=joined).to(self.device, non_blocking=True)
-
-
-def _joined(parts: Sequence[Tensor]) -> Tensor:
-    return torch.cat(list(parts)) if len(parts) > 1 else parts[0]
+        return torch.cat(pixels, out=joined)
 
 
 def _before(counts: list[int]) -> list[int]:

@@ -22,8 +22,8 @@ def pixels_on(device: torch.device, data: ResidentData, size: int) -> Tensor:
     longest = int(data.sizes.max(initial=0))
     if longest > MOST_REDUCED * size:
         raise UserError(
-            f"data.resident: device reduces sides of at most {MOST_REDUCED * size:,} pixels to {size}, got {longest:,}; "
-            "use data.resident=host"
+            f"data.resident: device reduces sides of at most {MOST_REDUCED * size:,} pixels to {size}, got "
+            f"{longest:,}; use data.resident=host"
         )
     found = torch.empty(len(data.pixels), dtype=torch.uint8, device=device)
     for start in range(0, len(found), _AT_ONCE):

@@ -8,9 +8,9 @@ import torch
 from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from amclr_scale.config import schema
 from amclr_scale.config.checks import check
 from amclr_scale.config.load import load, recipe
-from amclr_scale.config import schema
 from amclr_scale.data.augmentation import on_device, shipping
 from amclr_scale.data.loader import TrainLoader
 from tests.data.shards import pair, settings, write_tar
@@ -128,8 +128,9 @@ def test_the_device_is_not_asked(shards):
     loader = TrainLoader(data, seed=0, global_batch_size=8)
     next(loader)  # tables are made
     part = loader._parts[1]
+    staged = loader._device_views.stage([(part.images, part.pixels)])
     with OfPixels() as noting:
-        loader._device_views([(part.images, part.pixels)])
+        loader._device_views(staged)
     loader.close()
     assert not noting.asked
 
