@@ -52,7 +52,8 @@ def _neighbours(x: NDArray[np.int32], axis: int) -> NDArray[np.int32]:
     """The sum of the two pixels beside each, mirrored at the outermost ones."""
     places, last = np.arange(x.shape[axis]), x.shape[axis] - 1
     before, after = np.abs(places - 1), last - np.abs(last - places - 1)
-    return x.take(np.minimum(before, last), axis) + x.take(np.maximum(after, 0), axis)
+    total: NDArray[np.int32] = x.take(np.minimum(before, last), axis) + x.take(np.maximum(after, 0), axis)
+    return total
 
 
 def _noise(picture: Picture, deviation: float, seed: int) -> Picture:

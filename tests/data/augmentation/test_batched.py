@@ -16,6 +16,7 @@ from amclr_scale.data.augmentation.plans import NAMES, Operation, encode, most_o
 from amclr_scale.data.image_views import augmented_view, to_tensor
 from amclr_scale.data.randomness import Draws
 from tests.engine.test_waits import Asked
+from tests.pretended_device import DEVICE, accelerator
 
 SIDES = (1, 2, 3, 8, 13, 33)
 FACTORS = (0.0, 1e-9, 0.1, 0.4, 1 / 3, 0.7, 0.9999, 1.0, 1.0001, 1.3, 1.9, 2.0, 5.0, 1000.0)
@@ -171,6 +172,14 @@ def test_nothing_waits_for_the_device():
     with Asked() as asked:
         apply_all(rows, plans)
     assert asked.times == 0
+
+
+def test_tensors_of_the_host_and_of_a_device_do_not_meet():
+    rows, plans = mixed(200, 13)
+    with accelerator():
+        found = apply_all(rows.to(DEVICE), plans)
+        assert found.device == DEVICE
+        assert torch.equal(found.cpu(), apply_all(rows, plans))
 
 
 @pytest.mark.parametrize(
