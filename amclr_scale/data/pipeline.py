@@ -247,12 +247,13 @@ class Pipeline:
         if self.on_device:
             wrong = [shipment.row_of_one(*found, data.augmentation) if found else shipment.blank() for found in hard]
             return [*shipment.rows(shown, recipes), *wrong]
-        views = list[Image.Image]()
+        views, base = list[Image.Image | None](), None
         for source, recipe, own in zip(shown, self._recipes, draws, strict=True):
-            of = views[0] if views and data.image_view_from == "base" else source
-            views.append(augmented_view(of, data.image_size, recipe, own))
-        wrong = [found and augmented_view(found[0], data.image_size, data.augmentation, found[1]) for found in hard]
-        return [each and to_tensor(each) for each in (*views, *wrong)]
+            views.append(augmented_view(base or source, data.image_size, recipe, own))
+            base = views[0] if self.of_base else None
+        for found in hard:
+            views.append(found and augmented_view(found[0], data.image_size, data.augmentation, found[1]))
+        return [None if view is None else to_tensor(view) for view in views]
 
     def _hard(self, texts: Tensor, captions: list[list[str | None]]) -> tuple[tuple[Tensor, ...], Tensor]:
         """Tokens of hard negatives, and which there are, (n, K): not those that are cut where they would differ."""

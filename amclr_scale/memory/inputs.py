@@ -24,6 +24,7 @@ def input_components(config: Config, plan: Plan, device: str) -> list[Component]
         first, end = (0, data.images_each) if side == "image" else (data.images_each, len(tensors))
         tensors[first:end] = [item * skeleton(config).widths[side]] * (end - first)
     image, text = (sum(size) for size in (tensors[: data.images_each], tensors[data.images_each :]))
+    made_there = "image" not in sides_of(data) and "device" in (data.resident, data.augment_on)
     given = _given(config)
     tensors += [8] * (2 if data.image_id else 1) + list(given.values())  # ids, and what no tower reads
     row = sum(tensors)

@@ -26,7 +26,8 @@ MOST_REDUCED = 200  # how many times as long as a view's side that of a crop may
 _BITS = 22
 _LOW_BITS = 7  # of a coefficient's lower part: sums of 2^10 products of 2^6 with 2^8, and of 2^15 x 1.3 with 2^8
 _SUPPORT = 2.0  # of the filter
-_AT_ONCE = 1 << 23  # pixels, with what smaller pictures are padded by: 0.4 GB of what is held for a moment
+AT_ONCE = 1 << 22  # pixels, with what smaller pictures are padded by
+BYTES_EACH = 105  # of such a pixel, at the worst moment
 
 
 class Cut(NamedTuple):
@@ -126,8 +127,9 @@ def cropped(pixels: Tensor, cuts: Tensor, size: int) -> Tensor:
             left = left[columns[left].argsort(stable=True)]
             left = left[rows[left].argsort(stable=True)]  # pictures of like shape together, which are padded least
             while len(left):
-                padded = rows[left].cummax(0).values * columns[left].cummax(0).values
-                some = left[: max(1, int((padded * torch.arange(1, len(left) + 1) <= _AT_ONCE).sum()))]
+                padded = (one[left].cummax(0).values.clamp(min=size) for one in (rows, columns))
+                count = math.prod(padded) * torch.arange(1, len(left) + 1)
+                some = left[: max(1, int((count <= AT_ONCE).sum()))]
                 views = _resized(pixels, cuts[some], size)
                 found.index_copy_(0, to_device(some, pixels.device), views.transpose(2, 3) if turn else views)
                 left = left[len(some) :]

@@ -11,7 +11,7 @@ from amclr_scale.data.augmentation.batched import apply_all
 from amclr_scale.data.augmentation.cropping import check_arithmetic, cropped
 from amclr_scale.data.augmentation.shipping import COLUMNS, START
 
-_AT_ONCE = 1 << 27  # bytes of sent pixels on the device at a time, or the few more of one part
+AT_ONCE = 1 << 27  # bytes of sent pixels on the device at a time, or the few more of one part
 
 Sent = tuple[tuple[Tensor, ...], Tensor | None]  # rows of every view, (n, COLUMNS + 3 steps); pixels, (P, 3) uint8
 
@@ -83,7 +83,7 @@ class DeviceViews:
         group, size = list[Sent](), 0
         for part in parts:
             more = 0 if part[1] is None else part[1].numel()
-            if group and size + more > _AT_ONCE:
+            if group and size + more > AT_ONCE:
                 yield group
                 group, size = [], 0
             group.append(part)

@@ -58,7 +58,7 @@ def test_crops_are_pillows(size, sides, count):
 
 def test_photographs(monkeypatch):
     """Both ways up, at the size that most towers see, a few at a time."""
-    monkeypatch.setattr(cropping, "_AT_ONCE", 500_000)
+    monkeypatch.setattr(cropping, "AT_ONCE", 500_000)
     recipe = schema.ImageAugmentation(crop_scale=(0.5, 1.0))
     pixels, cuts, expected = held([(500, 375), (375, 500), (256, 341), (640, 224)], 224, recipe)
     assert torch.equal(cropped(pixels, cuts, 224), expected)

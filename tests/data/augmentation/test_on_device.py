@@ -101,7 +101,7 @@ def test_workers_and_several_parts(shards, monkeypatch):
     data = settings(shards, max_bad_fraction=1.0, **CASES["views of the base view"])
     expected = on("workers", data)
     assert_same(on("device", data, workers=2), expected)
-    monkeypatch.setattr(on_device, "_AT_ONCE", 1)  # one part at a time on the device
+    monkeypatch.setattr(on_device, "AT_ONCE", 1)  # one part at a time on the device
     assert_same(on("device", data), expected)
     loader = TrainLoader(data.model_copy(update={"augment_on": "device"}), seed=0, global_batch_size=8)
     assert_same(list(loader.peek(16)), expected[:2])
