@@ -2,7 +2,7 @@
 
 * Brightness, contrast and saturation are Pillow's blend: a + factor * (b - a) in float32, cut off, clamped. The factor
   is rounded to float32 first, as a C float is; multiplication and addition are calls of their own, for one that does
-  both rounds once.
+  both rounds once. (So would a Pillow whose compiler fused the two, which those for x86-64 do not.)
 * Grey levels are (19595 R + 38470 G + 7471 B + 2**15) >> 16, ITU-R 601-2 in integers.
 * Autocontrast is float64 arithmetic on 256 levels, equalisation is integers; posterisation and solarisation too.
 * Hue goes through Pillow's 8-bit HSV. Its quotients are of two levels each, so they come from tables made on the host.

@@ -175,7 +175,7 @@ def test_nothing_waits_for_the_device():
 
 
 def test_tensors_of_the_host_and_of_a_device_do_not_meet():
-    rows, plans = mixed(200, 13)
+    rows, plans = mixed(60, 8)
     with accelerator():
         found = apply_all(rows.to(DEVICE), plans)
         assert found.device == DEVICE

@@ -6,9 +6,10 @@ import torch
 from PIL import Image
 
 from amclr_scale.data.augmentation import colours
+from amclr_scale.data.augmentation.batched import apply_all
 from amclr_scale.data.augmentation.definitions import _quantiles, blur_weights, noise_table
 from amclr_scale.data.augmentation.pictures import apply
-from amclr_scale.data.augmentation.plans import Operation
+from amclr_scale.data.augmentation.plans import Operation, encode
 from amclr_scale.data.augmentation.tables import Rows
 from amclr_scale.data.randomness import random_words
 from amclr_scale.torchvision_ops import import_torchvision
@@ -81,7 +82,19 @@ def test_noise_takes_its_bits_from_the_words_of_its_seed():
     assert found.tolist() == noise_table(0.05)[bits[:45]].tolist()
 
 
-def test_hue_of_every_colour_there_is():
+def test_autocontrast_from_any_darkest_to_any_brightest_level():
+    """Float64 times and plus, cut off: a last bit would show at levels that end up whole."""
+    rng = np.random.default_rng(0)
+    low, high = np.sort(rng.integers(0, 256, (2, 400, 3)), axis=0)
+    low[:40], high[40:80] = 0, 255
+    levels = np.arange(256).clip(low[..., None], high[..., None]).reshape(400, 3, 16, 16).astype(np.uint8)
+    found = apply_all(torch.from_numpy(levels), encode([Operation("autocontrast")], 1).expand(400, 1, 3))
+    for row, picture in zip(found.numpy(), levels, strict=True):
+        expected = apply(Image.fromarray(picture.transpose(1, 2, 0)), [Operation("autocontrast")])
+        assert np.array_equal(row.transpose(1, 2, 0), np.asarray(expected))
+
+
+def test_hue_and_grey_of_every_colour_there_is():
     """All 2**24; which hue they are moved by is another one for each level of red."""
     green, blue = np.divmod(np.arange(65536), 256)
     for first in range(0, 256, 64):
@@ -93,6 +106,8 @@ def test_hue_of_every_colour_there_is():
         turns = [((37 * red) % 256 - 127.5) / 255 for red in reds]
         rows = Rows(0.0, torch.tensor(turns, dtype=torch.float64), torch.zeros(64, dtype=torch.int64))
         found = colours.hue(pictures, rows).permute(0, 2, 3, 1).numpy()
+        luma = colours.luma(pictures)[:, 0].numpy()
         for k, turn in enumerate(turns):
             expected = np.asarray(apply(Image.fromarray(pixels[k]), [Operation("hue", turn)]))
             assert np.array_equal(found[k], expected), (reds[k], turn)
+            assert np.array_equal(luma[k], np.asarray(Image.fromarray(pixels[k]).convert("L")))
