@@ -162,6 +162,20 @@ def test_pinned_memory_comes_in_powers_of_two_and_stays():
     assert of.by_phase["data"] == of.by_phase["pass_1"] + pixels + tokens + ids
 
 
+def test_views_that_the_device_makes_are_there_and_pixels_come_from_the_host():
+    here, there = (found(f"data.augment_on={place}", device="cuda", batch=96) for place in ("workers", "device"))
+    views, [host] = 96 * 3 * 32 * 32, [c for c in there.components if c.name == "batch"]
+    assert all(c.name != "views made on the device" for c in here.components)
+    made = next(c for c in there.components if c.name == "views made on the device")
+    assert made.by_phase["pass_1"] == views
+    assert made.by_phase["data"] > 2 * views
+    assert component(there, "micro-batches on the device") == 96 * 16 * 8  # captions alone
+    [plain] = [c for c in here.components if c.name == "batch"]
+    assert 4 * views < host.by_phase["data"] - 2 * 2**21 < plain.by_phase["data"] + 4 * views
+    held = found("data.resident=device", device="cuda", batch=96)
+    assert next(c for c in held.components if c.name == "batch").bytes < views  # its rows name what lies there
+
+
 @pytest.mark.parametrize(("batch", "workers", "parts"), [(256, 3, 6), (640, 2, 10), (16, 1, 2)])
 def test_parts_that_workers_make_ahead_and_the_batch_that_they_are_joined_to(batch, workers, parts):
     """A part has 64 samples at most; a loader asks each worker for its share of a batch, and for two at least."""

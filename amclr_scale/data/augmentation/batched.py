@@ -22,7 +22,8 @@ from amclr_scale.data.augmentation.plans import CODES, NAMES
 from amclr_scale.data.augmentation.tables import Rows, on_device
 from amclr_scale.data.randomness import mix
 
-_AT_ONCE = 2**24  # values: 111 pictures of 224 pixels a side, whose largest temporary tensors have 134 MB each
+AT_ONCE = 2**23  # values: 55 pictures of 224 pixels a side
+BYTES_EACH = 30  # of such a value, at the worst moment of the operation that holds most
 
 _OPERATIONS: dict[str, Callable[[Tensor, Rows], Tensor]] = {
     "flip left-right": lambda pictures, _: pictures.flip(3),
@@ -86,7 +87,7 @@ def apply_all(pictures: Tensor, plans: Tensor) -> Tensor:
     for place in zip(*np.nonzero(codes == CODES["noise"]), strict=True):
         states[place] = np.array(mix(int(seeds[place])), np.uint64).astype(np.int64)
     moved = on_device(np.stack([order, amounts, states]), pictures.device)
-    at_once = max(1, _AT_ONCE // max(1, 3 * size * size))
+    at_once = max(1, AT_ONCE // max(1, 3 * size * size))
     for step in range(len(codes)):
         for first, end in _groups(codes[step], amounts[step]) if n else ():
             name = NAMES[codes[step, first]]

@@ -7,13 +7,21 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
+from amclr_scale.data.augmentation import batched, cropping
 from amclr_scale.data.augmentation.batched import apply_all
 from amclr_scale.data.augmentation.cropping import check_arithmetic, cropped
-from amclr_scale.data.augmentation.shipping import COLUMNS, START
+from amclr_scale.data.augmentation.shipping import COLUMNS, MOST_SENT, START
 
 AT_ONCE = 1 << 27  # bytes of sent pixels on the device at a time, or the few more of one part
 
 Sent = tuple[tuple[Tensor, ...], Tensor | None]  # rows of every view, (n, COLUMNS + 3 steps); pixels, (P, 3) uint8
+
+
+def held_for_a_moment(samples: int, size: int) -> int:
+    """Bytes, at most, beside the views themselves and the pixels that they are made of, while they are made."""
+    pixels = min(cropping.AT_ONCE, samples * MOST_SENT * size**2)
+    values = min(batched.AT_ONCE, samples * 3 * size**2)
+    return max(cropping.BYTES_EACH * pixels, batched.BYTES_EACH * values + samples * 3 * size**2)
 
 
 @dataclass(frozen=True)
