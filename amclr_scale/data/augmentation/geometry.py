@@ -52,7 +52,7 @@ def sharpness(pictures: Tensor, rows: Rows) -> Tensor:
         x = pictures.to(torch.int16)
         sums = x[..., :-2] + x[..., 1:-1] + x[..., 2:]
         sums = sums[..., :-2, :] + sums[..., 1:-1, :] + sums[..., 2:, :] + 4 * x[..., 1:-1, 1:-1]
-        smooth[..., 1:-1, 1:-1] = (2 * sums + 13).div(26, rounding_mode="floor")
+        smooth[..., 1:-1, 1:-1] = (sums + 6).div(13, rounding_mode="floor")
     return blend(smooth, whole, rows.factors())
 
 
@@ -106,7 +106,7 @@ def _enlargement(side: int, stays: float, device: torch.device) -> Tensor:
     scale = (last - first) / side  # at most 1: the filter keeps its width of two pixels to either side
     place, pixel = np.arange(side, dtype=np.float64)[:, None], np.arange(side, dtype=np.float64)
     centre = first + (place + 0.5) * scale
-    inside = (pixel >= np.trunc(centre - 2.0 + 0.5).clip(0)) & (pixel < np.trunc(centre + 2.0 + 0.5))
+    inside = (pixel >= np.trunc(centre - 2.0 + 0.5)) & (pixel < np.trunc(centre + 2.0 + 0.5))
     x = np.abs(pixel - centre + 0.5)
     near = (1.5 * x - 2.5) * x * x + 1
     far = (((x - 5) * x + 8) * x - 4) * -0.5
