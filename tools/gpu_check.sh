@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # Everything that needs an NVIDIA GPU and that no other machine can tell, in under eight minutes: tests, speed of the loss
 # and of a step beside open_clip's and with captions cut to their lengths, memory predicted beside measured, pictures that
-# are held on the device; last, if time is left, a run's seconds to its first step (start.log) and the loss at 65,536 and
-# 1,048,576 pairs. Results go to the folder given (default: gpu_check). A step that reaches its limit, or that of the
-# whole, is ended and named, and the exit code is 1.
+# are held on the device, and views that are made there; last, if time is left, a run's seconds to its first step
+# (start.log) and the loss at 65,536 and 1,048,576 pairs. Results go to the folder given (default: gpu_check). A step that
+# reaches its limit, or that of the whole, is ended and named, and the exit code is 1.
 #
 #   tools/gpu_check.sh [FOLDER]
 set -uo pipefail
@@ -37,6 +37,9 @@ run memory 75 "$python" tools/benchmark_memory.py --device cuda --phases
 run trim 25 "$python" tools/benchmark_engine.py trim --config configs/quickstart.yaml
 run loader 45 "$python" tools/benchmark_loader.py emoji/train --image-size 32 --batch 2048 --samples 16384 --rounds 1 \
     --workers 0 --resident none host device --json "$out/loader.json"
+run data_tests 30 "$python" -m pytest -q -m cuda tests/data
+run augment 60 "$python" tools/benchmark_loader.py --photos 500 --image-size 224 --batch 512 --samples 4096 --rounds 1 \
+    --workers 8 --augment-on workers device --randaugment 2 7 --json "$out/augment.json"
 run engine_tests 110 "$python" -m pytest -q -m cuda tests/engine
 run start 40 "$python" -m amclr_scale train --config quickstart run.folder="$out/runs" execution.precision=bf16 \
     execution.workers=6 train.samples=25600 "evaluation.splits=[emoji/val_concept]"

@@ -48,6 +48,8 @@ class MicroBatch:
         if self.order is None or side in self.taken:
             return views
         samples = self.order[self.rows]
+        if views and views[0].device.type == "cuda":  # made there; a copy of other memory is waited for
+            samples = samples.pin_memory().to(views[0].device, non_blocking=True)
         found = []
         for view in views:
             shape, pinned = (len(samples), *view.shape[1:]), view.is_pinned()

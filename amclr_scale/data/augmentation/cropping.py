@@ -19,6 +19,7 @@ from PIL import __version__ as pillow_version
 from torch import Tensor
 
 from amclr_scale.data.augmentation.plans import Box
+from amclr_scale.data.augmentation.tables import to_device
 from amclr_scale.errors import UserError
 from amclr_scale.precision import full_float32
 
@@ -205,8 +206,3 @@ def _rounded(sums: Tensor, dim: int) -> Tensor:
     upper, lower = sums.to(torch.int32).chunk(2, dim)
     fixed = (upper << _LOW_BITS) + lower + (1 << (_BITS - 1))
     return (fixed >> _BITS).clamp_(0, 255).float()
-
-
-def to_device(values: Tensor, device: torch.device) -> Tensor:
-    """A copy there of a tensor of the host; the host does not wait for it."""
-    return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values.to(device)

@@ -25,10 +25,14 @@ class Rows(NamedTuple):
         return self.amounts.to(torch.float32)[:, None, None, None]
 
 
+def to_device(values: Tensor, device: torch.device) -> Tensor:
+    """A copy there of a tensor of the host, who does not wait for it."""
+    return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values.to(device)
+
+
 def on_device(array: NDArray[Any], device: torch.device) -> Tensor:
-    """A copy for which the host does not wait."""
-    tensor = torch.from_numpy(array)
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+    """The same of an array."""
+    return to_device(torch.from_numpy(array), device)
 
 
 def looked_up(table: Tensor, places: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """`data.augment_on: device` gives the batches that workers make, to the last bit, whoever holds the pixels."""
 
 import io
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -159,3 +160,26 @@ def test_features_in_place_of_pictures_leave_nothing_to_augment(tmp_path):
         data=settings("emoji/train", augment_on="device", features={"image": str(tmp_path / "f.npy")})
     )
     assert any(line.startswith("data.augment_on: expected workers beside") for line in check(config, 1))
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize("name", [name for name in CASES if name != "of a group"])
+def test_a_gpu_makes_the_same_bytes_and_is_not_waited_for(shards, name):
+    """One that is waited for raises an error in this mode of torch's."""
+    data = settings(shards, max_bad_fraction=1.0, **CASES[name])
+    expected = on("workers", data)
+    torch.cuda.init()
+    loader = TrainLoader(
+        data.model_copy(update={"augment_on": "device"}), seed=0, global_batch_size=8, workers=2, in_thread=True
+    )
+    found = [next(loader)]  # tables are made
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        found += [next(loader) for _ in range(5)]
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+        loader.close()
+    assert all(view.is_cuda for batch in found for view in batch.images)
+    here = [replace(batch, images=tuple(view.cpu() for view in batch.images)) for batch in found]
+    assert_same(here, expected)
