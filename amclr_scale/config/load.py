@@ -173,7 +173,8 @@ def _nearest(name: str, names: Sequence[str], elsewhere: Sequence[str] = ()) -> 
     if near := did_you_mean(name, names):
         return near
     sections = dict.fromkeys(key[:at] for key in elsewhere for at, letter in enumerate(key) if letter == ".")
-    same_word = [key for key in (*elsewhere, *sections) if nearest(name, [key.rpartition(".")[2]], cutoff=0.8)]
+    near_ones = [key for key in (*elsewhere, *sections) if nearest(name, [key.rpartition(".")[2]], cutoff=0.8)]
+    same_word = sorted(near_ones, key=lambda key: key.rpartition(".")[2] != name)  # a word that is right, first
     if same_word:
         return f"; did you mean {same_word[0]}?"
     return f"; known: {', '.join(names)}" if names and len(names) <= 40 else ""

@@ -8,6 +8,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from amclr_scale.config import schema
 from amclr_scale.config.schema import Config
 from amclr_scale.data.captions.further_captions import OFTEN
 from amclr_scale.distributed.collectives import all_sum, world_size
@@ -31,6 +32,12 @@ def peak_memory_gib(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
+def faster_data(data: schema.Data, device: torch.device) -> str:
+    """What to turn where a run waits for data."""
+    there = device.type == "cuda" and not data.features.image and "device" not in (data.augment_on, data.resident)
+    return "raise execution.workers" + ", or set data.augment_on=device" * there
+
+
 class TrainingRecords(Hook):
     """Loss, rates, seconds by phase and diagnostics, of the first, the last and every `run.log_every_steps`-th step.
 
@@ -46,7 +53,7 @@ class TrainingRecords(Hook):
         device: torch.device, bad_samples: Callable[[], int] = lambda: 0,
         repeated: Callable[[], dict[str, float]] = dict, begin: int = 0,
     ):  # fmt: skip
-        self.run, self.plan, self.log = config.run, plan, log
+        self.run, self.data, self.plan, self.log = config.run, config.data, plan, log
         self.objective, self.phases, self.throughput, self.device = objective, phases, throughput, device
         self.bad_samples, self.repeated = bad_samples, repeated
         self._warned = self._told = False
@@ -69,7 +76,7 @@ class TrainingRecords(Hook):
         if record["data_wait_share"] > WAIT_WARNING and done.step > self.run.log_every_steps and not self._warned:
             self._warned = True
             share = f"{record['data_wait_share']:.0%}"
-            self.log.say(f"data: {share} of the time went into waiting for data; raise execution.workers")
+            self.log.say(f"data: {share} of the time went into waiting for data; {faster_data(self.data, self.device)}")
         repeated = [name for name in self.repeated() if record[name] > OFTEN]
         if repeated and not self._told:
             self._told = True

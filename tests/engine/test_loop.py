@@ -1,5 +1,7 @@
 """The training loop: nothing of a step is held while the next one runs, and hooks are told of each in order."""
 
+import re
+import time
 import weakref
 from itertools import repeat
 from unittest import mock
@@ -7,10 +9,11 @@ from unittest import mock
 import pytest
 import torch
 
+from amclr_scale.config import schema
 from amclr_scale.engine.batch_plan import Plan
 from amclr_scale.engine.hooks import Hook
 from amclr_scale.engine.loop import train
-from amclr_scale.engine.records import FinalMeasurement, Measurement, TrainingRecords
+from amclr_scale.engine.records import FinalMeasurement, Measurement, TrainingRecords, faster_data
 from amclr_scale.engine.step import StepReport
 from amclr_scale.metrics.phases import Phases
 from amclr_scale.types import Embeddings, Loss
@@ -164,3 +167,19 @@ def test_the_time_of_a_measurement_is_not_the_training_s():
     assert training._time > before
     assert training._samples == 4
     assert not training.phases.seconds()
+
+
+def test_a_run_that_waits_for_data_is_told_what_to_turn():
+    def slowly():
+        while True:
+            time.sleep(0.02)
+            yield global_batch(0, 4)
+
+    step, log = Step(), mock.MagicMock()
+    train(step, slowly(), PLAN, [records(step, log)])
+    [said] = [call.args[0] for call in log.say.call_args_list]
+    assert re.fullmatch(r"data: \d+% of the time went into waiting for data; raise execution\.workers", said)
+    gpu = torch.device("cuda")
+    assert faster_data(schema.Data(), gpu).endswith(", or set data.augment_on=device")
+    for keys in ({"augment_on": "device"}, {"resident": "device"}, {"features": {"image": "features.npy"}}):
+        assert faster_data(schema.Data(**keys), gpu) == "raise execution.workers"

@@ -152,7 +152,7 @@ def test_a_row_does_not_depend_on_the_others_or_on_pieces(monkeypatch):
     some = torch.randperm(200, generator=torch.Generator().manual_seed(0))[:40]
     assert torch.equal(apply_all(rows[some], plans[some]), together[some])
     assert torch.equal(torch.cat([apply_all(rows[i : i + 1], plans[i : i + 1]) for i in range(30)]), together[:30])
-    monkeypatch.setattr(batched, "_AT_ONCE", 2 * 3 * 13 * 13)
+    monkeypatch.setattr(batched, "AT_ONCE", 2 * 3 * 13 * 13)
     assert torch.equal(apply_all(rows, plans), together)
     padded = torch.cat([plans, torch.zeros(200, 2, 3, dtype=torch.int64)], 1)
     assert torch.equal(apply_all(rows, padded), together)
