@@ -174,6 +174,20 @@ def test_nothing_waits_for_the_device():
     assert asked.times == 0
 
 
+def test_rows_with_one_amount_are_changed_together(monkeypatch):
+    """However they lie among others; factors that are drawn from a range are one call for all."""
+    called = []
+    for name in ("rotate", "color"):
+        original = batched._OPERATIONS[name]
+        monkeypatch.setitem(
+            batched._OPERATIONS, name, lambda rows, said, f=original: (called.append(len(rows)), f(rows, said))[1]
+        )
+    signs = [(-1) ** row for row in range(12)]
+    plans = [[Operation("rotate", 9.0 * sign), Operation("color", 1 + 0.01 * row)] for row, sign in enumerate(signs)]
+    in_batches(pictures(8)[:12], plans)
+    assert called == [6, 6, 12]
+
+
 def test_tensors_of_the_host_and_of_a_device_do_not_meet():
     rows, plans = mixed(60, 8)
     with accelerator():
