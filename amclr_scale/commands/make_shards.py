@@ -287,7 +287,11 @@ def finish(out: Path, read: int, written: int, unread: list[Reject]) -> None:
         f" ({', '.join(f'{number:,} {kind}' for kind, number in kinds.most_common())}; rejects.jsonl)" if kinds else ""
     )
     if not written:
-        raise UserError(f"--annotations: all {rejected:,} of {rejected:,} records were rejected{why}")
+        told = f"all {rejected:,} of {rejected:,} records were rejected{why}"
+        if 2 * kinds["no such image"] <= rejected:
+            raise UserError(f"--annotations: {told}")
+        first = next(one["detail"] for one in map(json.loads, parts) if one["kind"] == "no such image")
+        raise UserError(f"--images: expected the folder that image paths start from; {told}, the first: {first}")
     urls = [str(path.absolute()) for path in sorted(out.glob("*.tar"))]
     tables = [out.absolute() / "members" / f"{Path(url).name}.npz" for url in urls]
     write_index(out.absolute() / "index.json", out.name, build(urls, tables, make_storage(schema.Data())))

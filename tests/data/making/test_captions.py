@@ -57,6 +57,21 @@ def test_words_that_stand_for_nothing_are_counted_and_kept(folder: Path, capsys:
     assert "read 6, wrote 5 samples in 1 shards, rejected 1 (1 no caption; rejects.jsonl)" in said.out
 
 
+def test_a_folder_that_paths_do_not_start_from_is_what_is_told(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder / "tables").mkdir()
+    (folder / "tables" / "a.csv").write_text("image,caption\n0.png,a dog\n1.png,a cat\n2.png,\n")
+    make = ["table", "--annotations", str(folder / "tables" / "a.csv")]
+    assert make_shards([*make, "--out", str(folder / "out")]) == 2
+    told = capsys.readouterr().err.splitlines()[-1]
+    assert told.startswith(
+        "--images: expected the folder that image paths start from; all 3 of 3 records were rejected"
+    )
+    assert str(folder / "tables") in told
+    assert make_shards([*make, "--images", str(folder), "--out", str(folder / "found")]) == 0
+
+
 def test_a_sample_per_caption_is_counted_once(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     entries = [{"image": "0.png", "caption": ["one", "two"]}, {"image": "1.png", "caption": []}]
     (folder / "a.json").write_text(json.dumps(entries))
