@@ -31,7 +31,9 @@ import numpy.typing as npt
 import amclr_scale
 from amclr_scale.commands.words import check_at_least, check_place, command_parser, run_command
 from amclr_scale.data.formats.picture_files import find_pictures
+from amclr_scale.data.formats.shards import shard_suffixes
 from amclr_scale.data.names import short_names
+from amclr_scale.data.sources import INDEX_NAMES
 from amclr_scale.errors import UserError
 
 if TYPE_CHECKING:
@@ -243,7 +245,10 @@ def work(argv: list[str]) -> None:
             f"({described.name} is not there); choose another name"
         )
     if args.images and not Path(args.images).is_dir():
-        raise UserError(f"--images: expected a folder, got {args.images}; shards are --shards {args.images}")
+        fix = f"shards are --shards {args.images}"
+        if Path(args.images).is_file() and not args.images.endswith((*shard_suffixes(), *INDEX_NAMES)):
+            fix = f"a file with a text on each line is --texts {args.images}"
+        raise UserError(f"--images: expected a folder, got {args.images}; {fix}")
     if args.out.suffix not in (".npy", ".parquet"):
         raise UserError(f"--out: expected a name that ends in .npy or .parquet, got {args.out}")
     check_place("--out", args.out)

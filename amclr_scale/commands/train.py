@@ -171,6 +171,7 @@ def conclude(job: "Job", results: dict[str, float]) -> None:
     for name, file in file_names(sheets).items():
         sheets[name].save(folder / file)
         log.picture(f"sheet/{name}", folder / file)
+        log.say(f"captions found and missed on {name} {folder / file}")
     if rows and evaluator and not sheets:
         log.say(NOTHING)
     curve, words = draw_if_possible(folder)
