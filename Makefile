@@ -14,10 +14,12 @@ RANKS ?= 2
 
 # Whatever else is given is a key of the configuration: make quickstart resume=auto train.epochs=3. Training refuses what
 # is no such key; make alone would take it for a variable, and begin a run without it.
-# make hands them over with \ before blanks and \, and with $ twice; the shell gets each of them in single quotes.
+# make hands them over with \ before blanks, tabs and \, and with $ twice; the shell gets each of them in single quotes.
 OWN := PYTHON TORCH_INDEX CONFIG RANKS WORKERS PYTEST FAST VENV BIN INSTALLED PIP TORCH CPU SHELL
-GIVEN = $(subst \ ,<space>,$(subst \\,<backslash>,$(subst $$$$,$$,$(MAKEOVERRIDES))))
-PLAIN = $(subst <backslash>,\,$(subst <space>, ,$(1)))
+NONE :=
+TAB := $(NONE)	$(NONE)
+GIVEN = $(subst \$(TAB),<tab>,$(subst \ ,<space>,$(subst \\,<backslash>,$(subst $$$$,$$,$(MAKEOVERRIDES)))))
+PLAIN = $(subst <backslash>,\,$(subst <space>, ,$(subst <tab>,$(TAB),$(1))))
 KEYS = $(foreach key,$(filter-out $(OWN:%=%=%) $(OWN:%=%:=%),$(GIVEN)),'$(subst ','\'',$(call PLAIN,$(key)))')
 
 .PHONY: quickstart test test-fast check format docs clean

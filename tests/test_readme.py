@@ -52,6 +52,7 @@ def test_keys_of_the_configuration_go_through_make_to_training():
     given = [
         "resume=auto", "run.name=two  words", "data.weights=[1, 2]", "RANK=4", "RANKSS=4",  # slips for RANKS
         'data.train={"a b": 1, c: "x"}', "objective.module=$HOME/it's $(x) a\\b;(c)", "run.note=#1, 50%",
+        "run.notes=a\tb  \t\\\tc",
     ]  # fmt: skip
     words = through_make(["RANKS=1", "PYTEST=-k resume", "WORKERS:=2", *given])
     at = words.index("--config")

@@ -44,10 +44,11 @@ class Signals:
     Attributes:
         saves: whether the run saves when it is asked to end.
         received: why, in words, or "".
+        failed: the run ends by its own error. Launchers then end all ranks, and words about saving would be wrong.
     """
 
     def __init__(self, speaks: bool = True) -> None:
-        self.speaks, self.saves, self.received = speaks, False, ""
+        self.speaks, self.saves, self.failed, self.received = speaks, False, False, ""
         self._began, self._asked_at = time.monotonic(), 0.0
         self._owner = os.getpid()
         self._before: dict[signal.Signals, Any] = {}
@@ -72,11 +73,19 @@ class Signals:
             self._asked_at = time.monotonic()
             if again:
                 self._say(f"{why}, again: the run ends at once")
-                os._exit(128 + number if self.saves else EXIT_RESUMABLE)
+                os._exit(128 + number if self.saves or self.failed else EXIT_RESUMABLE)
+            if self.failed:
+                return
             if not self.saves:
                 self._say(f"{why}: the run ends; nothing was trained since the last save, so nothing is lost")
                 os._exit(EXIT_RESUMABLE)
             self._say(f"{why}: the run saves after the present step and ends; once more, and it ends at once, unsaved")
+
+    def note_failure(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """For `ExitStack.push`: what leaves a block, unless somebody asked for it, is an error of the run."""
+        self.failed = self.failed or not (kind is None or issubclass(kind, StoppedError))
 
     def leave(self, code: int) -> NoReturn:
         """End the process with this code, whatever signals come meanwhile; inside of `with`.

@@ -18,17 +18,13 @@ import json
 from pathlib import Path
 
 import numpy as np
-import torch
-import torch.nn.functional as F
 
 from amclr_scale.commands.embed import unfinished
 from amclr_scale.commands.words import check_place, command_parser, run_command
 from amclr_scale.config import schema
 from amclr_scale.data.beside.partition import communities_of, graph_of, inside
-from amclr_scale.data.beside.references import FINGERPRINT, References
 from amclr_scale.data.indexing import open_index
 from amclr_scale.errors import UserError
-from amclr_scale.similarity import top_k
 
 
 def work(argv: list[str]) -> None:
@@ -52,6 +48,12 @@ def work(argv: list[str]) -> None:
         got = getattr(arguments, name)
         if not least <= got <= most:
             raise UserError(f"--{name}: expected {least} to {most:,} in a data set of {N:,} samples, got {got}")
+    import torch
+    import torch.nn.functional as F
+
+    from amclr_scale.data.beside.references import FINGERPRINT, References
+    from amclr_scale.similarity import top_k
+
     images, texts = (
         F.normalize(References(f"--{name}", getattr(arguments, name), index)(range(N)), dim=1)
         for name in ("image", "text")

@@ -23,27 +23,29 @@ from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from importlib import import_module
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
-from torch import Tensor
 
 import amclr_scale
 from amclr_scale.commands.words import check_at_least, check_place, command_parser, run_command
-from amclr_scale.data.beside.references import FINGERPRINT
-from amclr_scale.data.evaluation_split import EvaluationSplit
 from amclr_scale.data.formats.picture_files import find_pictures
+from amclr_scale.data.formats.shards import shard_suffixes
 from amclr_scale.data.names import short_names
+from amclr_scale.data.sources import INDEX_NAMES
 from amclr_scale.errors import UserError
-from amclr_scale.trained.model import DIGEST, Model
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from amclr_scale.trained.model import Model
 
 SHOWN = 10  # pictures that cannot be used, told by name
 Rows = Iterator[tuple[list[str], npt.NDArray[np.float32]]]
 
 
-def listed(model: Model, args: argparse.Namespace) -> tuple[int, Rows]:
+def listed(model: "Model", args: argparse.Namespace) -> tuple[int, Rows]:
     """The images below a folder in the order of their names, or the lines of a file: how many at most, and rows."""
     size = args.batch_size
     if args.texts:
@@ -65,12 +67,14 @@ def listed(model: Model, args: argparse.Namespace) -> tuple[int, Rows]:
     return len(names), ((kept, model.encode_image(pixels, size).numpy()) for kept, pixels in usable(model, parts))
 
 
-def usable(model: Model, parts: Iterable[list[str]]) -> Iterator[tuple[list[str], Tensor]]:
+def usable(model: "Model", parts: Iterable[list[str]]) -> Iterator[tuple[list[str], "Tensor"]]:
     """The pictures of each part that can be decoded, and their pixels. At the end the others are told.
 
     Raises:
         UserError: there is none.
     """
+    import torch
+
     found, bad = 0, []
     for part in parts:
         decoded: dict[str, Tensor] = {}
@@ -98,8 +102,10 @@ def lines_of(file: str) -> list[str]:
     return text.removesuffix("\n").split("\n") if text else []
 
 
-def of_shards(model: Model, args: argparse.Namespace) -> tuple[int, Rows, str]:
+def of_shards(model: "Model", args: argparse.Namespace) -> tuple[int, Rows, str]:
     """The samples of a data set in the order of ids: how many, their rows, and the data set's fingerprint."""
+    from amclr_scale.data.evaluation_split import EvaluationSplit
+
     caption = args.caption or model.config.data.caption
     data = model.config.data.model_copy(update={"caption": caption})
     split = EvaluationSplit(args.shards, data, reading=model.reading, key="--shards")
@@ -239,13 +245,19 @@ def work(argv: list[str]) -> None:
             f"({described.name} is not there); choose another name"
         )
     if args.images and not Path(args.images).is_dir():
-        raise UserError(f"--images: expected a folder, got {args.images}; shards are --shards {args.images}")
+        fix = f"shards are --shards {args.images}"
+        if Path(args.images).is_file() and not args.images.endswith((*shard_suffixes(), *INDEX_NAMES)):
+            fix = f"a file with a text on each line is --texts {args.images}"
+        raise UserError(f"--images: expected a folder, got {args.images}; {fix}")
     if args.out.suffix not in (".npy", ".parquet"):
         raise UserError(f"--out: expected a name that ends in .npy or .parquet, got {args.out}")
     check_place("--out", args.out)
     if args.out.suffix == ".parquet":
         _pyarrow(args.out)  # before the work
     model = amclr_scale.load(args.model, args.device)
+    from amclr_scale.data.beside.references import FINGERPRINT
+    from amclr_scale.trained.model import DIGEST
+
     about = {"model": str(Path(args.model).absolute()), DIGEST: model.digest(), "folder": str(Path.cwd())}
     if args.shards:
         total, rows, about[FINGERPRINT] = of_shards(model, args)

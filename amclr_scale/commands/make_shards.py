@@ -20,38 +20,30 @@ import os
 import sys
 import tarfile
 from collections import Counter
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
 from rich.console import Console
 from rich.progress import track
 
 from amclr_scale.commands.words import check_at_least, command_parser, run_command
 from amclr_scale.config import schema
-from amclr_scale.data.decoding import BadSampleError, Sample, decode
+from amclr_scale.data.captions.accepted import limit_captions, words_of_nothing
+from amclr_scale.data.decoding import BadSampleError
+from amclr_scale.data.formats.encoding import Encoding, encode, picture_of
 from amclr_scale.data.formats.tables import SEPARATORS
-from amclr_scale.data.formats.typed_tables import StoredPicture, read_pictures
+from amclr_scale.data.formats.typed_tables import read_pictures
 from amclr_scale.data.indexes.entries import write_index
-from amclr_scale.data.indexing import IMAGE_EXTENSIONS, build
+from amclr_scale.data.indexing import build
 from amclr_scale.data.ingestion import FORMATS, Annotations, Record, Reject, pairs, read_records
 from amclr_scale.data.randomness import permutation
 from amclr_scale.data.storage import make_storage
 from amclr_scale.data.text_views import clean_caption
 from amclr_scale.data.tokenizers import well_formed
 from amclr_scale.errors import UserError
-
-
-@dataclass(frozen=True)
-class Encoding:
-    """How pictures and captions are stored."""
-
-    resize: int | None  # pixels of the shorter side; larger pictures are reduced, smaller ones kept
-    form: str  # keep, jpg, webp, png
-    quality: int
-    clean: bool
 
 
 @dataclass(frozen=True)
@@ -65,54 +57,10 @@ class Job:
     encoding: Encoding
 
 
-_WRITTEN = {"jpg": "JPEG", "webp": "WEBP", "png": "PNG", "ppm": "PPM", "bmp": "BMP"}
-_EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "JPEG2000": "jp2", "DIB": "bmp"}
-
-
-def picture_of(record: Record, images: Path, stored: dict[StoredPicture, bytes | str | None]) -> bytes:
-    """The bytes of a record's picture.
-
-    Raises:
-        BadSampleError: there is no such file, or nothing is stored.
-    """
-    held = stored[record.stored] if record.stored else record.image
-    if isinstance(held, bytes):
-        return held
-    try:
-        if held is None:
-            raise ValueError("neither bytes nor a path are stored")
-        return (images / held).read_bytes()
-    except (OSError, ValueError) as error:  # ValueError: also a name that no file can have
-        raise BadSampleError("no such image", str(error)) from error
-
-
-def encode(data: bytes, encoding: Encoding) -> tuple[str, bytes, tuple[int, int]]:
-    """(extension, bytes, (width, height)) of a picture; decoded in any case, so that a broken one is found.
-
-    What is written anew and of a kind that is only read (GIF, TIFF, HEIF) becomes PNG, which changes no pixel.
-
-    Raises:
-        BadSampleError: it cannot be read.
-    """
-    opened = Sample({"jpg": data}, schema.Data().max_image_pixels, 1).image()
-    size, kind = opened.size, opened.format or ""
-    extension = _EXTENSIONS.get(kind, kind.lower())
-    picture = decode(opened)
-    shrink = encoding.resize is not None and min(size) > encoding.resize
-    portable = extension in IMAGE_EXTENSIONS and kind != "HEIF"  # which takes a package more to read
-    if not shrink and portable and encoding.form in ("keep", extension):
-        return extension, data, size
-    if shrink and encoding.resize is not None:
-        scale = encoding.resize / min(size)
-        size = (max(encoding.resize, round(size[0] * scale)), max(encoding.resize, round(size[1] * scale)))
-        picture = picture.resize(size, Image.Resampling.BICUBIC)
-    if encoding.form != "keep":
-        extension = encoding.form
-    elif extension not in _WRITTEN:
-        extension = "png"
-    out = io.BytesIO()
-    picture.save(out, _WRITTEN[extension], quality=encoding.quality)
-    return extension, out.getvalue(), size
+def stored_as(clean: bool) -> Callable[[str], str]:
+    """What makes a caption the text that is stored."""
+    last = clean_caption if clean else str.strip
+    return lambda caption: last(well_formed(caption))
 
 
 def write_shard(job: Job) -> tuple[int, int]:
@@ -127,8 +75,7 @@ def write_shard(job: Job) -> tuple[int, int]:
     stored = dict(read_pictures(record.stored for record in job.records if record.stored))
     with tarfile.open(partial, "w", format=tarfile.PAX_FORMAT) as tar:
         for record in job.records:
-            clean = clean_caption if job.encoding.clean else str.strip
-            captions = [caption for caption in map(clean, map(well_formed, record.captions)) if caption]
+            captions = [caption for caption in map(stored_as(job.encoding.clean), record.captions) if caption]
             try:
                 if not captions:
                     raise BadSampleError("missing caption")
@@ -266,9 +213,13 @@ def work(argv: list[str]) -> None:
     parser.add_argument(
         "--clean", action="store_true", help="captions in lower case, few marks, at most 30 words (ALBEF)"
     )
+    parser.add_argument(
+        "--max-caption-characters", type=int, default=schema.Data().max_caption_characters, metavar="N",
+        help="reject longer captions (default: %(default)s, as data.max_caption_characters of a recipe)",
+    )  # fmt: skip
     parser.add_argument("--workers", type=int, default=0, help="processes (default: this one)")
     arguments = parser.parse_args(argv)
-    check_at_least(arguments, 1, "per_shard", "resize", "quality")
+    check_at_least(arguments, 1, "per_shard", "resize", "quality", "max_caption_characters")
     if arguments.quality > 100:
         raise UserError(f"--quality: expected at most 100, got {arguments.quality}")
     check_at_least(arguments, 0, "workers")
@@ -281,8 +232,11 @@ def work(argv: list[str]) -> None:
         arguments.image_column, arguments.caption_column,
     )  # fmt: skip
     found = read_records(arguments.format, source)
-    print(f"{found.decided}: {len(found.records):,} records", file=sys.stderr)
-    records = number_images(pairs(found.records) if arguments.layout == "pairs" else found.records)
+    limit_captions(found, arguments.max_caption_characters, stored_as(arguments.clean))
+    if arguments.layout == "pairs":
+        found.records = pairs(found.records)
+    print("\n".join(filter(None, (found.told(), words_of_nothing(found)))), file=sys.stderr)
+    records = number_images(found.records)
     seed = arguments.shuffle_seed
     order = range(len(records)) if seed < 0 else permutation(len(records), seed).tolist()
     encoding = Encoding(arguments.resize, arguments.encode, arguments.quality, arguments.clean)
@@ -333,7 +287,11 @@ def finish(out: Path, read: int, written: int, unread: list[Reject]) -> None:
         f" ({', '.join(f'{number:,} {kind}' for kind, number in kinds.most_common())}; rejects.jsonl)" if kinds else ""
     )
     if not written:
-        raise UserError(f"--annotations: all {rejected:,} of {rejected:,} records were rejected{why}")
+        told = f"all {rejected:,} of {rejected:,} records were rejected{why}"
+        if 2 * kinds["no such image"] <= rejected:
+            raise UserError(f"--annotations: {told}")
+        first = next(one["detail"] for one in map(json.loads, parts) if one["kind"] == "no such image")
+        raise UserError(f"--images: expected the folder that image paths start from; {told}, the first: {first}")
     urls = [str(path.absolute()) for path in sorted(out.glob("*.tar"))]
     tables = [out.absolute() / "members" / f"{Path(url).name}.npz" for url in urls]
     write_index(out.absolute() / "index.json", out.name, build(urls, tables, make_storage(schema.Data())))

@@ -18,12 +18,10 @@ import argparse
 import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from rich.console import Console
 from rich.progress import track
-from torch import Tensor
 
 from amclr_scale.commands.words import check_at_least, command_parser, run_command
 from amclr_scale.config import schema
@@ -32,10 +30,10 @@ from amclr_scale.data.decoding import BadSampleError, Field, Sample, check_whole
 from amclr_scale.data.index import Index
 from amclr_scale.data.indexing import open_index
 from amclr_scale.data.tokenizers import well_formed
-from amclr_scale.distributed.process_group import named_device
 from amclr_scale.errors import UserError
-from amclr_scale.evaluation.suites.files import content
-from amclr_scale.torchvision_ops import import_torchvision
+
+if TYPE_CHECKING:
+    import torch
 
 # Options that paraphrases depend on, kept beside them: those that are there already must have been made by the same.
 MODELS = ("model", "filter")  # known by their files, not by how a folder is written
@@ -44,15 +42,19 @@ LIMITS = {"min_cosine": 0.8, "max_cosine": 0.995}  # kept too, with a filter; no
 SHA256 = "_sha256"
 FILES = (".json", ".txt", ".model", ".safetensors", ".bin")  # of a model's folder: what transformers reads
 Generate = Callable[[Sequence[str]], list[list[str]]]
-Similarity = Callable[[Sequence[str], Sequence[str]], Tensor]
+Similarity = Callable[[Sequence[str], Sequence[str]], "torch.Tensor"]
 
 
-def load(path: str, kind: str, option: str, device: torch.device) -> tuple[Any, Any]:
+def load(path: str, kind: str, option: str, device: "torch.device") -> tuple[Any, Any]:
     """(tokenizer, model) of a local folder or a hub name.
 
     Raises:
         UserError: transformers cannot load it.
     """
+    import torch
+
+    from amclr_scale.torchvision_ops import import_torchvision
+
     import_torchvision()  # transformers looks at torchvision while it is imported
     import transformers
 
@@ -69,8 +71,10 @@ def load(path: str, kind: str, option: str, device: torch.device) -> tuple[Any, 
     return tokenizer, model
 
 
-def generator(path: str, arguments: argparse.Namespace, device: torch.device) -> Generate:
+def generator(path: str, arguments: argparse.Namespace, device: "torch.device") -> Generate:
     """Captions -> for each, several candidates (twice as many as wanted: some will not be kept)."""
+    import torch
+
     tokenizer, model = load(path, "AutoModelForSeq2SeqLM", "--model", device)
     candidates = 2 * arguments.count
 
@@ -91,12 +95,14 @@ def generator(path: str, arguments: argparse.Namespace, device: torch.device) ->
     return generate
 
 
-def similarity(path: str, device: torch.device) -> Similarity:
+def similarity(path: str, device: "torch.device") -> Similarity:
     """(n texts, n texts) -> (n,) cosines of mean-pooled sentence embeddings."""
+    import torch
+
     tokenizer, model = load(path, "AutoModel", "--filter", device)
 
     @torch.no_grad()
-    def embed(texts: Sequence[str]) -> Tensor:
+    def embed(texts: Sequence[str]) -> torch.Tensor:
         inputs = tokenizer(list(texts), return_tensors="pt", padding=True, truncation=True, max_length=128).to(device)
         hidden = model(**inputs).last_hidden_state.float()  # (n, L, width)
         mask = inputs["attention_mask"][..., None].float()
@@ -165,6 +171,8 @@ def asked_of(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def digest_of(place: str) -> str | None:
     """Of the files that a model in a local folder consists of; None of a hub's, whose files transformers finds."""
+    from amclr_scale.evaluation.suites.files import content
+
     folder = Path(place)
     if not folder.is_dir():
         return None
@@ -244,6 +252,10 @@ def work(argv: list[str]) -> None:
         elif not arguments.filter:
             option = f"--{name.replace('_', '-')}"
             raise UserError(f"{option}: expected --filter beside it, whose cosines it limits, got none; leave it out")
+    import torch
+
+    from amclr_scale.distributed.process_group import named_device
+
     if arguments.device:
         named_device(arguments.device)  # before the shards are opened
 

@@ -108,6 +108,7 @@ def run(config: Config, source: str | None, rank_info: RankInfo, stopwatch: Stop
         watchdog.leave()  # all ranks end at one place: none of them is missing
         raise
     except UserError as error:
+        signals.failed = True
         watchdog.announce(str(error))  # others may wait for this rank in a collective
         raise
     job.inputs.loader.close()
@@ -134,6 +135,7 @@ def carry_out(job: "Job") -> None:
         with job.log, ExitStack() as entered:
             for hook in hooks:
                 entered.enter_context(hook)
+            entered.push(job.signals.note_failure)  # before the hooks, whose farewell takes a while
             for words in job.introduction():
                 job.log.say(words)
             job.signals.saves = job.begin < job.inputs.plan.total_steps
@@ -169,6 +171,7 @@ def conclude(job: "Job", results: dict[str, float]) -> None:
     for name, file in file_names(sheets).items():
         sheets[name].save(folder / file)
         log.picture(f"sheet/{name}", folder / file)
+        log.say(f"captions found and missed on {name} {folder / file}")
     if rows and evaluator and not sheets:
         log.say(NOTHING)
     curve, words = draw_if_possible(folder)
@@ -196,6 +199,7 @@ def run_to_end(config: Config, source: str | None, rank_info: RankInfo, stopwatc
         code, speaks, words = 2, rank_info.local_rank == 0, str(error)
     except AbsentError as error:
         code, speaks, words = 1, rank_info.local_rank == 0, str(error)
+    signals.failed = code != EXIT_RESUMABLE
     if speaks:
         print(f"\n{words}", file=sys.stderr, flush=True)
     stop()  # together: a launcher ends the others as soon as one has left

@@ -184,7 +184,12 @@ class Sample:
         if not captions and optional:
             return []
         if not captions:
-            raise BadSampleError("missing caption", str(field))
+            there = (
+                f": expected a text or a list of texts, got {json.dumps(value)[:60]}"
+                if value not in (None, "", [])
+                else ""
+            )
+            raise BadSampleError("missing caption", f"{field}{there}")
         if max(map(len, captions)) > self.max_caption_characters:
             limit = f"more than data.max_caption_characters={self.max_caption_characters:,}"
             raise BadSampleError("huge caption", f"{max(map(len, captions)):,} characters: {limit}")

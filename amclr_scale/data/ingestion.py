@@ -77,6 +77,12 @@ class Records:
             else:
                 self.rejects.append(one)
 
+    def told(self) -> str:
+        """How the file was read, how many were, and how many of these cannot be written."""
+        no_record = sum(not one.of_caption for one in self.rejects)
+        less = f", of which {no_record:,} cannot be used" if no_record else ""
+        return f"{self.decided}; read {len(self.records) + no_record:,}{less}"
+
 
 @dataclass(frozen=True)
 class Annotations:

@@ -4,6 +4,7 @@ import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 from braceexpand import braceexpand
@@ -14,6 +15,8 @@ from amclr_scale.errors import AbsentDataError, UserError, one_of
 
 CORPORA = Path(__file__).parent / "corpora"
 INDEX_NAMES = ("index.json", "index.bin")  # in a folder of shards: the form that others read, and that of very many
+_TABLES = (".csv", ".tsv", ".parquet", ".arrow", ".jsonl")
+_LOOKED_AT = 1000  # files of a folder, for words about what it holds
 _INDEXES = tuple(Path(name).suffix for name in INDEX_NAMES)
 
 
@@ -109,13 +112,25 @@ def resolve(name: str, key: str) -> Source:
         raise kind(
             f"{key}: expected a split of the embedded corpus ({', '.join(embedded_splits())}), an index (.json, .bin), "
             f"a folder of shards, or paths of {one_of(shard_suffixes())} shards, got {name!r}, which is none of "
-            f"them{read_from(name)}"
+            f"them{how_to_make(name) or read_from(name)}"
         )
     missing = [url for url in urls if not Path(url).expanduser().is_file()]
     if missing:
         how_many = f"{len(missing):,} of {len(urls):,} are missing"
         raise AbsentDataError(f"{key}: no such shard: {missing[0]} ({how_many}){read_from(missing[0])}")
     return Source(name, None, tuple(str(Path(url).expanduser()) for url in urls))
+
+
+def how_to_make(name: str) -> str:
+    """The command that makes shards of what a user holds: a table, or a folder of pictures; "" of anything else."""
+    from amclr_scale.data.indexing import IMAGE_EXTENSIONS  # which needs this module
+
+    path, make = Path(name).expanduser(), "; make shards of it first: amclr-scale shards make"
+    if path.is_file() and path.suffix.lower() in _TABLES:
+        return f"{make} table --annotations {name} --images FOLDER --out SHARDS"
+    if path.is_dir() and any(one.suffix[1:].lower() in IMAGE_EXTENSIONS for one in islice(path.rglob("*"), _LOOKED_AT)):
+        return f"{make} folder --images {name} --out SHARDS"
+    return ""
 
 
 def _folder(name: str, folder: Path, key: str) -> Source:
@@ -130,7 +145,10 @@ def _folder(name: str, folder: Path, key: str) -> Source:
     if not urls:
         shards = one_of(SHARD_FORMATS)
         kind = UserError if any(folder.iterdir()) else AbsentDataError  # a disk that is not mounted
-        raise kind(f"{key}: {name}: expected a folder with an index.json or with {shards} shards, found neither in it")
+        raise kind(
+            f"{key}: {name}: expected a folder with an index.json or with {shards} shards, found neither in it"
+            f"{how_to_make(name)}"
+        )
     return Source(name, None, tuple(urls))
 
 

@@ -5,12 +5,13 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import ExitStack
 from unittest import mock
 
 import pytest
 
 from amclr_scale.checkpoint import signals
-from amclr_scale.checkpoint.signals import ENDING, EXIT_RESUMABLE, SAME, Signals
+from amclr_scale.checkpoint.signals import ENDING, EXIT_RESUMABLE, SAME, Signals, StoppedError
 
 
 class EndedError(BaseException):
@@ -97,6 +98,36 @@ def test_where_nothing_is_to_be_saved_the_first_ends_at_once(clock):
     assert ended.value.args == (EXIT_RESUMABLE,)
     clock[0] += 7200
     assert asked.hours() == 2
+
+
+def leave_with(error, signals):
+    """A block that an error leaves; while the hooks around it say farewell, the launcher's signal comes."""
+    with ExitStack() as entered:
+        entered.callback(signals.ask, "SIGTERM came", signal.SIGTERM)
+        entered.push(signals.note_failure)
+        raise error
+
+
+@pytest.mark.parametrize("saves", [True, False])
+def test_a_run_that_fails_says_nothing_of_saving_and_keeps_its_exit_code(saves, clock, capfd):
+    """The launcher's signal, which follows the first rank that has ended, is no request."""
+    failing = Signals()
+    failing.saves = saves
+    with pytest.raises(ValueError, match="own"):
+        leave_with(ValueError("own error"), failing)
+    assert capfd.readouterr().err == ""
+    clock[0] += 2 * SAME
+    with pytest.raises(EndedError) as ended:  # it hangs
+        failing.ask("SIGTERM came", signal.SIGTERM)
+    assert ended.value.args == (128 + signal.SIGTERM,)
+
+
+def test_a_run_that_was_stopped_has_not_failed(clock):
+    asked = Signals()
+    asked.saves = True
+    with pytest.raises(StoppedError):
+        leave_with(StoppedError("saved"), asked)
+    assert not asked.failed
 
 
 def test_it_is_said_to_the_terminal_by_one_rank(clock, capfd):

@@ -119,9 +119,10 @@ def test_what_trains_nothing_imports_no_deepspeed() -> None:
 def test_a_command_line_is_read_without_torch() -> None:
     """Help and mistakes then come at once; making shards and vocabularies needs none of it at all."""
     names = (
-        "corpus", "evaluate", "export", "fit", "index_shards", "leaderboard", "make_shards", "search", "study",
-        "supervise", "train", "train_tokenizer",
+        "communities", "corpus", "embed", "evaluate", "export", "fit", "index_shards", "leaderboard", "make_shards",
+        "paraphrase", "search", "study", "supervise", "train", "train_tokenizer",
     )  # fmt: skip
+    assert {module for module, _ in main.VERBS.values()} == set(names)
     imports = "; ".join(f"import amclr_scale.commands.{name}" for name in names)
     code = f"import sys; {imports}; print('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"

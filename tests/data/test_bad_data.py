@@ -309,3 +309,18 @@ def test_json_that_is_not_an_object_has_no_captions(tmp_path):
     ids = torch.cat([next(loader).ids for _ in range(8)])
     assert 6 not in ids
     assert loader.counts["missing caption"] > 0
+
+
+@pytest.mark.parametrize(
+    ("caption", "words"),
+    [
+        (3, "json.caption: expected a text or a list of texts, got 3"),
+        ([None, 4], "json.caption: expected a text or a list of texts, got [null, 4]"),
+        (None, "json.caption"),
+        ("", "json.caption"),
+    ],
+)
+def test_what_stands_where_no_caption_is_is_told(caption, words):
+    with pytest.raises(BadSampleError) as bad:
+        Sample({"json": json.dumps({"caption": caption}).encode()}, 10**6, 1000).captions(Field.parse("json.caption"))
+    assert (bad.value.kind, bad.value.detail) == ("missing caption", words)

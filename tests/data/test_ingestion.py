@@ -245,7 +245,7 @@ def test_pairs_share_an_image_id_and_rejects_are_listed(corpus, tmp_path, capsys
 
 def test_a_picture_of_a_kind_that_its_name_does_not_say(tmp_path):
     """Cameras write several pictures into one .jpeg, and the web calls a GIF so."""
-    from amclr_scale.commands.make_shards import Encoding, encode
+    from amclr_scale.data.formats.encoding import Encoding, encode
 
     Image.new("RGB", (40, 20), "red").save(
         tmp_path / "a.jpeg", "MPO", save_all=True, append_images=[Image.new("L", (4, 4))]

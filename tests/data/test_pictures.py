@@ -79,7 +79,7 @@ def test_a_picture_of_any_kind_counts_and_the_others_are_told(classes, caplog, c
     assert PASSED_OVER in caplog.text
     assert make_shards(["folder", "--images", str(classes), "--out", str(classes / ".out"), "--encode", "png"]) == 0
     said = capsys.readouterr()
-    assert f"a folder of pictures; {PASSED_OVER}: 20 records" in said.err
+    assert f"a folder of pictures; {PASSED_OVER}; read 20\n" in said.err
     assert "read 20, wrote 20 samples in 1 shards, rejected 0" in said.out
 
 

@@ -187,7 +187,7 @@ def test_what_datasets_has_saved(tmp_path, capsys):
     assert "--split: expected one or several of train, test" in capsys.readouterr().err
     assert make_shards([*arguments, "--split", "train"]) == 0
     said = capsys.readouterr()
-    assert "saved: 2 .arrow files; images in column image, captions in caption: 8 records" in said.err
+    assert "saved: 2 .arrow files; images in column image, captions in caption; read 8\n" in said.err
     assert "read 8, wrote 8 samples in 3 shards, rejected 0" in said.out
     want = [f"data-00000-of-00002.arrow {i}" for i in range(5)] + [f"data-00001-of-00002.arrow {i}" for i in range(3)]
     assert colours(tmp_path / "out") == {caption: number for number, caption in enumerate(want)}

@@ -40,4 +40,6 @@ def test_a_run_draws_every_sheet_or_says_that_there_is_none(tmp_path, monkeypatc
     conclude(job, {})
     assert shown == [(f"sheet/{name}", file) for name, file in file_names(names).items()]
     assert [Image.open(tmp_path / file).size[0] for _, file in shown] == list(range(8, 8 + len(names)))
+    found = [f"captions found and missed on {name} {tmp_path / file}" for name, file in file_names(names).items()]
+    assert [words for words in said if "missed" in words] == found
     assert (NOTHING in said) is (rows > 0 and not names)

@@ -102,6 +102,7 @@ def test_mistakes_are_told(folder, capsys):
     refused(said, embed, "run", "shards", "--out", "shards.npy")
     refused("index: expected NAME.npy with NAME.txt", search, "gone.npy", "x")
     (folder / "said.txt").write_text("a\nb\n")
+    refused("a file with a text on each line is --texts said.txt", embed, "run", "said.txt")
     refused("--out: said.npy would write names of rows over said.txt", embed, "run", "--texts", "said.txt",
             "--out", "said.npy")  # fmt: skip
     assert embed.main(["run", "--texts", "said.txt"]) == 0

@@ -56,6 +56,12 @@ def read_entries(path: Path) -> list[dict[str, Any]]:
     """
     try:
         content = json.loads(path.read_text("utf-8"))
+        if isinstance(content, list) or (isinstance(content, dict) and "images" in content):
+            raise UserError(
+                f"{path}: expected an index (JSON with a `shardlist`), got what looks like annotations; make shards of "
+                f"them first: amclr-scale shards make annotations (or coco, karpathy) --annotations {path} --images "
+                "FOLDER --out SHARDS"
+            )
         entries = content["shardlist"]
         for entry in entries:
             check_entry(entry)

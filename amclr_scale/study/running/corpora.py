@@ -1,11 +1,13 @@
 """Which samples a study's cells read, kept in its folder: its later cells read the same, from wherever it goes on.
 
-    data.json    by what data.train says, as JSON: the fingerprint of the samples, and the directory it was read from
+    data.json    by what data.train says, as JSON: the fingerprint of the samples, and the directory it was read from;
+                 by "measured on PATH" the same of what the evaluation reads
 
 A path in a plan is read from the current directory, so the same plan names another corpus elsewhere, or none. Recipes
 hold the path as it is written, and two cells of one recipe would be of two corpora. What a run has read is what its
 checkpoint says, which also those have that are older than data.json, or copied from another study; without a
-checkpoint, what data.json says.
+checkpoint, what data.json says. What a run is measured on counts from when it is finished: before that a split in which
+something was broken may be mended.
 """
 
 import json
@@ -19,8 +21,10 @@ from amclr_scale.errors import UserError
 from amclr_scale.study.planning.plan import StudyPlan
 from amclr_scale.study.planning.planned import Planned
 from amclr_scale.study.running.folder import StudyFolder
+from amclr_scale.study.running.held_out import content_of, measured_on
 
 FILE = "data.json"
+MEASURED = "measured on "  # no JSON begins so
 Corpora = dict[str, dict[str, str]]
 
 
@@ -39,7 +43,12 @@ def check_corpora(plan: StudyPlan, folder: StudyFolder, cells: Sequence[Planned]
     for cell in cells:
         if (name := _named(cell)) not in here:
             here[name] = {"fingerprint": open_index(cell.config.data).fingerprint, "read_from": str(Path.cwd())}
+        for path, key in measured_on(cell.config):
+            if (name := f"{MEASURED}{path}") not in here:
+                now = content_of(path, key, cell.config)
+                here[name] = {"fingerprint": now, "read_from": str(Path.cwd())}
     before = _kept(folder)
+    _check_measured(folder, cells, here, before)
     begun = [cell for cell in cells if folder.hash_of(cell)]
     for cell in begun:
         name = _named(cell)
@@ -54,6 +63,26 @@ def check_corpora(plan: StudyPlan, folder: StudyFolder, cells: Sequence[Planned]
                 "with folder=..."
             )
     return before | here if begun else here
+
+
+def _check_measured(folder: StudyFolder, cells: Sequence[Planned], here: Corpora, before: Corpora) -> None:
+    for cell in filter(folder.is_finished, cells):
+        for path, key in measured_on(cell.config):
+            now = here[f"{MEASURED}{path}"]
+            then = before.get(f"{MEASURED}{path}", now)
+            if then["fingerprint"] == now["fingerprint"]:
+                continue
+            fix = "put it back as it was"
+            if then["read_from"] != now["read_from"]:
+                fix = (
+                    f"relative paths are read from the current directory, now {now['read_from']}, then "
+                    f"{then['read_from']}: go on from there"
+                )
+            raise UserError(
+                f"{key}: expected what {cell.name} in {folder.path} was measured on as {path} (fingerprint "
+                f"{then['fingerprint']}), got something else ({now['fingerprint']}), whose scores do not compare with "
+                f"those; {fix}, or begin another study with folder=..."
+            )
 
 
 def _named(cell: Planned) -> str:
