@@ -1,7 +1,9 @@
 """Ranks that run modules in different orders at stage 3 are told so, although no step waits to compare the orders."""
 
+from contextlib import ExitStack
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -9,11 +11,14 @@ from torch import Tensor
 
 from amclr_scale import objectives
 from amclr_scale.distributed.collectives import rank, world_size
+from amclr_scale.engine import deepspeed_setup
 from amclr_scale.engine.deepspeed_setup import build_engine
 from amclr_scale.engine.step import TrainStep
 from amclr_scale.engine.zero import module_order
+from amclr_scale.engine.zero.master_weights import full_fp32
 from amclr_scale.engine.zero.module_order import ModuleOrderError, ModuleOrders, note_orders
 from amclr_scale.metrics.phases import Phases
+from amclr_scale.planner.messages import MessageCounter
 from tests.engine.towers import CPU, Block, config, local_batch, towers
 
 SIZE = 16
@@ -85,7 +90,7 @@ def run(
     try:
         for n in range(4):
             before = [p.ds_tensor.clone() for p in model.parameters() if stage == 3]
-            losses.append(float(step(local_batch(n, SIZE, rank(), world_size()), 0.01).loss.value))
+            losses.append(float(step(local_batch(n, SIZE, rank(), world_size()), 0.01).loss.value.detach()))
     except ModuleOrderError as error:
         unchanged = all(torch.equal(a, p.ds_tensor) for a, p in zip(before, model.parameters(), strict=True))
         return str(error), n, unchanged
@@ -125,6 +130,51 @@ def test_without_the_comparison_nobody_would_know(ranks):
     for wrong, right in zip(gathered, own, strict=True):
         assert len(wrong) == len(right) == 4  # no error, and no rank that waits for another
         assert abs(wrong[0] - right[0]) > 1e-3
+
+
+# micro-batches of pictures, of captions, kept graphs
+CUT = [(1, 1, 1), (2, 2, 1), (8, 8, 0), (8, 8, 1), (8, 8, 3), (8, 4, 1)]
+STEPS = 4  # what is counted: orders come back after two
+
+
+def messages(images: int, texts: int, kept: int, *, ours: bool) -> tuple[dict[str, float], list[Tensor], list[float]]:
+    """Per step, from the third on, messages of all ranks to all; then the weights, and the norms of all steps.
+
+    Args:
+        ours: orders and norms as they are here, not as DeepSpeed has them.
+    """
+    settings = config(SIZE, execution__zero_stage=3)
+    model: Any = towers()
+    with ExitStack() as stack:
+        for name in () if ours else ("note_orders", "fuse_norm"):
+            stack.enter_context(mock.patch.object(deepspeed_setup, name, return_value=None))
+        engine, _ = build_engine(settings, model, no_decay=model.no_weight_decay(), device=CPU, world_size=world_size())
+    share = SIZE // world_size()
+    sizes = share // images, share // texts
+    step = TrainStep(
+        engine, objectives.create("clip"), micro_batch_sizes=sizes, device=CPU, phases=Phases(CPU), kept=kept
+    )
+    norms = [step(local_batch(n, SIZE, rank(), world_size()), 0.01).grad_norm for n in range(2)]
+    with MessageCounter() as counter:
+        norms += [step(local_batch(2 + n, SIZE, rank(), world_size()), 0.01).grad_norm for n in range(STEPS)]
+    weights = [full_fp32(p) for p in model.parameters()]
+    engine.destroy()
+    found = counter.messages.by_collective()
+    return {name: found[name].calls / STEPS for name in ("broadcast", "all_reduce", "all_gather")}, weights, norms
+
+
+@pytest.mark.parametrize("cut", CUT, ids=str)
+def test_no_message_for_any_call_of_the_model_and_the_same_weights_to_the_bit(ranks, cut):
+    """DeepSpeed waits for each of its broadcasts but one, that of the scale."""
+    now, weights, norms = ranks(2, messages, *cut, ours=True)[0]
+    before, same, as_before = ranks(2, messages, *cut, ours=False)[0]
+    print(*cut, "before", before, "now", now)  # pytest -s
+    assert now["broadcast"] == 1
+    assert now["broadcast"] <= before["broadcast"]
+    assert now["all_reduce"] == 1 < before["all_reduce"]
+    assert now["all_gather"] == before["all_gather"] + 1
+    assert norms == as_before
+    assert all(torch.equal(a, b) for a, b in zip(weights, same, strict=True))
 
 
 def quiet(micro_batches: int) -> tuple[bool, int, int]:
