@@ -50,7 +50,8 @@ FIRST = (
     "test_examples", "test_walkthroughs", "planner/test_search", "engine/test_teacher", "engine/test_stage3_init",
     "commands/test_randomness", "evaluation/test_evaluate", "objectives/test_amclr", "tools/test_benchmark_step",
     "checkpoint/test_supervise", "checkpoint/test_remote_copy", "objectives/banks/test_shared_queue",
-    "engine/precision/test_amp", "memory/test_towers", "engine/test_device", "data/test_tokenizers",
+    "engine/precision/test_amp", "engine/zero/test_module_order", "memory/test_towers", "engine/test_device",
+    "data/test_tokenizers",
 )  # fmt: skip
 
 

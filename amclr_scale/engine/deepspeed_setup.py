@@ -21,6 +21,7 @@ from amclr_scale.engine.profiling import SKIPPED
 from amclr_scale.engine.zero.alignment import report_misaligned
 from amclr_scale.engine.zero.gradient_norm import fuse_norm
 from amclr_scale.engine.zero.layerwise import attach
+from amclr_scale.engine.zero.module_order import note_orders
 from amclr_scale.engine.zero.stage3_init import partition, undo_linear
 from amclr_scale.errors import UserError
 from amclr_scale.metrics.devices import device_peak
@@ -171,7 +172,8 @@ def build_engine(
     optimizer, provider = build_optimizer(config.optimizer, groups, device, offload=offload, zero_stage=stage)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=generated, dist_init_required=False)
     attach(optimizer, engine.optimizer, config.execution.zero_stage, device)
-    fuse_norm(engine.optimizer, stage)
+    engine.module_orders = note_orders(engine) if stage == 3 else None
+    fuse_norm(engine.optimizer, stage, engine.module_orders)
     report_misaligned(model, world_size)
     return engine, provider
 

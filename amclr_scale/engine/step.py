@@ -91,6 +91,7 @@ class TrainStep:
         self._backward_in = "tf32" if computes_in == "tf32" else "fp32"  # what else it is, the graph says
         self.stage = int(engine.zero_optimization_stage())
         self.sums = GradientSums(engine.module.parameters())
+        self._orders = getattr(engine, "module_orders", None) or nullcontext()  # of modules, which ranks compare
         self.steps = 0
 
     def _encode(self, images: tuple[Tensor, ...], texts: tuple[Tensor, ...]) -> dict[str, Any]:
@@ -134,7 +135,7 @@ class TrainStep:
             raise OutOfMemoryError(self._advice(len(batch), error)) from error
 
     def _step(self, batch: Batch) -> StepReport:
-        with staged() as commit:
+        with self._orders, staged() as commit:
             report = self._backward_and_update(batch, commit)
         return report
 

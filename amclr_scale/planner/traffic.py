@@ -15,7 +15,9 @@ is exact. DeepSpeed's part (0.19), as payloads of collectives:
                   from the order of modules over both passes, and DeepSpeed's decisions are followed one by one
                   (replay.py). In a regular order, k = 0, they come to P - L parameters once and L parameters 3 n times:
                   in each first forward, second forward and backward. k = n = 1 and P below
-                  stage3_max_reuse_distance: each once, as they stay between forward and backward
+                  stage3_max_reuse_distance: each once, as they stay between forward and backward. Beside them one
+                  number of every rank, 8 bytes, in place of the broadcasts with which DeepSpeed compares orders of
+                  modules (engine/zero/module_order.py)
 
 A moving average of the weights: at stages 1 and 2 an all_gather of P numbers, 4 bytes each. At stage 3 one that lends
 features gathers parameters as another first pass does, and those below the threshold twice more.
@@ -167,6 +169,7 @@ def zero_messages(config: Config, world_size: int, fetched: Fetches) -> Messages
     if stage == 3:
         found = [message("reduce_scatter", parameters, 4, "gradients")]
         found += [message("all_gather", size, e, "parameters", calls) for size, calls in fetched.items()]
+        found.append(message("all_gather", world_size, 8, "orders of modules"))
         return Messages(tuple(found))
     found = [message("all_reduce", parameters, 4, "gradients")]
     if stage > 0:

@@ -9,7 +9,7 @@ from deepspeed.runtime.utils import has_inf_or_nan
 from amclr_scale import objectives
 from amclr_scale.distributed.collectives import rank, world_size
 from amclr_scale.engine.deepspeed_setup import build_engine
-from amclr_scale.engine.step import TrainStep
+from amclr_scale.engine.step import NonFiniteError, TrainStep
 from amclr_scale.engine.zero.gradient_norm import square_sum
 from amclr_scale.metrics.phases import Phases
 from tests.engine.towers import config, local_batch, towers
@@ -32,6 +32,41 @@ def test_an_entry_that_is_not_finite_is_never_missed(bad, dtype):
     drawn[1][500] = bad
     assert not square_sum(drawn).isfinite()
     assert bool(has_inf_or_nan(drawn[1]))
+
+
+def both_of_groups(precision: str) -> tuple[list[float], list[float], bool]:
+    """At stage 3, of one step: our norm of each group, DeepSpeed's, and whether DeepSpeed saw an overflow."""
+    settings = config(SIZE, execution__zero_stage=3, execution__precision=precision)
+    model = towers()
+    engine, _ = build_engine(settings, model, no_decay=model.no_weight_decay(), device=CPU, world_size=world_size())
+    zero, found = engine.optimizer, []
+    ours = zero._get_norm_groups
+
+    def looked_at() -> list[torch.Tensor]:
+        theirs = type(zero)._get_norm_groups(zero)
+        overflow = type(zero).has_overflow(zero)
+        norms = ours()
+        found.append(([float(n) for n in norms], [float(n) for n in theirs], overflow))
+        zero.averaged_gradients[0][0][0] = math.nan
+        assert float(ours()[0]) == float(type(zero)._get_norm_groups(zero)[0]) == -1
+        assert type(zero).has_overflow(zero)
+        return ours()
+
+    zero._get_norm_groups = looked_at
+    step = TrainStep(engine, objectives.create("clip"), micro_batch_sizes=(3, 3), device=CPU, phases=Phases(CPU))
+    with pytest.raises(NonFiniteError):
+        step(local_batch(0, SIZE, rank(), world_size()), 0.002)
+    engine.destroy()
+    return found[0]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("W", [1, 2])
+def test_at_stage_3_it_is_deepspeeds_of_every_group(ranks, W, precision):
+    for ours, theirs, overflow in ranks(W, both_of_groups, precision):
+        assert len(ours) > 1
+        assert ours == theirs  # to the bit
+        assert not overflow
 
 
 def both_norms(stage: int, precision: str) -> tuple[float, float, bool]:

@@ -6,6 +6,7 @@ import pytest
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from amclr_scale import objectives
+from amclr_scale.distributed.collectives import rank, world_size
 from amclr_scale.engine.deepspeed_setup import build_engine, prepare_towers
 from amclr_scale.engine.step import TrainStep
 from amclr_scale.metrics.phases import Phases
@@ -27,29 +28,37 @@ class Asked(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def asked(micro_batches: int, stage: int, precision: str) -> int:
-    """How often the second step asks; the first one looks at its features."""
+def asked(micro_batches: int, stage: int, precision: str, texts: int = 1, kept: int = 1) -> int:
+    """How often the fourth step asks; the first one looks at its features, and at stage 3 two look at its order.
+
+    Args:
+        texts: captions are encoded this many times as many at once as pictures.
+    """
     settings = config(SIZE, execution__zero_stage=stage, execution__precision=precision)
     model: Any = towers()
     prepare_towers(model, settings.execution)
-    engine, _ = build_engine(settings, model, no_decay=model.no_weight_decay(), device=CPU, world_size=1)
-    size = SIZE // micro_batches
+    engine, _ = build_engine(settings, model, no_decay=model.no_weight_decay(), device=CPU, world_size=world_size())
+    size = SIZE // world_size() // micro_batches
     clip, phases = objectives.create("clip"), Phases(CPU)
-    step = TrainStep(engine, clip, micro_batch_sizes=(size, size), device=CPU, phases=phases)
-    step(local_batch(0, SIZE, 0, 1), 0.01)
-    with Asked() as counting:
-        step(local_batch(1, SIZE, 0, 1), 0.01)
+    step = TrainStep(engine, clip, micro_batch_sizes=(size, size * texts), device=CPU, phases=phases, kept=kept)
+    for n in range(4):
+        with Asked() as counting:
+            step(local_batch(n, SIZE, rank(), world_size()), 0.01)
     engine.destroy()
     return counting.times
 
 
-@pytest.mark.parametrize(("stage", "precision"), [(0, "fp32"), (1, "bf16"), (2, "bf16")])
+@pytest.mark.parametrize(("stage", "precision"), [(0, "fp32"), (1, "bf16"), (2, "bf16"), (3, "fp32"), (3, "bf16")])
 def test_eight_micro_batches_ask_as_often_as_one(ranks, stage, precision):
-    """On a CPU every answer counts, also those of numbers that lie on the host beside a GPU.
-
-    Not at stage 3: DeepSpeed compares its order of modules between ranks after every pass that is not a whole step.
-    """
+    """On a CPU every answer counts, also those of numbers that lie on the host beside a GPU."""
     (whole,), (parts,) = (ranks(1, asked, n, stage, precision) for n in (1, 8))
     assert 0 < parts <= whole
-    if stage in (1, 2):
+    if stage > 0:
         assert parts < 8  # for any number of parameters: norms and overflow are one answer
+
+
+def test_at_stage_3_no_order_of_modules_asks_more_often(ranks):
+    """Two ranks, whose orders would be compared; several kept graphs, none, and towers that are cut differently."""
+    whole = ranks(2, asked, 1, 3, "fp32")
+    for kept, texts in ((0, 1), (1, 1), (3, 1), (1, 2)):
+        assert ranks(2, asked, 8, 3, "fp32", texts, kept) == whole

@@ -182,6 +182,7 @@ STAGES = [
 ]
 TAUGHT = ((2, 4, None, 1, "bf16"), (3, 4, None, 1, "fp32"))  # beside a teacher
 LEFT_OUT = 2  # all-gathers of a loss and the like
+OF_THE_SCALE = 1  # broadcasts: what it is clamped to
 
 
 def settings_of(stage: int, micro: int, text: int | None, kept: int, precision: str, *, taught: bool = False) -> Config:
@@ -287,6 +288,7 @@ def test_zero_sends_what_was_predicted(ranks):
         assert ratio == pytest.approx(1, abs=0.005), case
         if case[0] == 3:
             assert found["all_gather"][1] - LEFT_OUT == predicted.by_collective()["all_gather"].calls, case
+            assert found["broadcast"][1] == OF_THE_SCALE  # none for the order of modules, however many micro-batches
 
 
 def test_deepspeeds_logger_sees_the_gradients_and_not_the_objective(ranks):

@@ -5,16 +5,22 @@ and for its norm in float64 (three). For ViT-B/32 that is 4,000 launches, 39 ms 
 eight waits. One multi-tensor norm answers both questions: it is finite exactly where every entry is. Norms are float64,
 as DeepSpeed's are, so the step is the same to the last digit but one.
 
-Stages 1 and 2 with gradients on the device. Elsewhere (offload, stage 3) DeepSpeed's own stay.
+At stage 3 DeepSpeed takes a norm for every group, one tensor after another and with a message each, waits for their
+sum and, where it is read, once more; in fp16 it first looks for overflow as well. Here too that becomes one wait, and
+what else the ranks want to know of one another (`module_order.py`) comes with it.
+
+With gradients on the device. Elsewhere (offload) DeepSpeed's own stay.
 """
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from amclr_scale.engine.zero.module_order import ModuleOrders
 
 
 def square_sum(gradients: Sequence[Tensor]) -> Tensor:
@@ -30,18 +36,18 @@ def square_sum(gradients: Sequence[Tensor]) -> Tensor:
     return torch.stack(norms).square().sum()
 
 
-def fuse_norm(zero: Any, stage: int) -> bool:
+def fuse_norm(zero: Any, stage: int, orders: ModuleOrders | None = None) -> bool:
     """Let ZeRO's optimizer take its norm, and look for overflow, in one go. Returns whether it does.
 
     Args:
         zero: `engine.optimizer`, ZeRO's wrapper around the optimizer.
         stage: ZeRO stage, 0 to 3.
+        orders: of modules, to be compared before the step changes a weight (stage 3).
     """
+    if stage == 3:
+        return _fuse_stage3(zero, orders)
     if stage not in (1, 2) or zero.cpu_offload or zero.has_moe_layers or not zero.compute_grad_norm:
         return False
-
-    def no_overflow_yet(partition_gradients: bool = True) -> None:
-        zero.overflow = False  # the norm will tell: `step` rejects one that is not finite
 
     def norm(norm_type: float = 2) -> Tensor:
         """Of all groups, over all ranks; on the host, infinite where it is not finite."""
@@ -55,6 +61,48 @@ def fuse_norm(zero: Any, stage: int) -> bool:
         found = total.sqrt().float().cpu()  # the step's one wait
         return torch.where(found.isfinite(), found, torch.full_like(found, torch.inf))
 
-    zero.check_overflow = no_overflow_yet
+    zero.check_overflow = _no_overflow_yet(zero)
     zero.scaled_global_norm = norm
     return True
+
+
+def _no_overflow_yet(zero: Any) -> Callable[..., None]:
+    """In place of DeepSpeed's look for overflow."""
+
+    def check_overflow(partition_gradients: bool = True) -> None:
+        zero.overflow = False  # the norm will tell: `step` rejects one that is not finite
+
+    return check_overflow
+
+
+def _fuse_stage3(zero: Any, orders: ModuleOrders | None) -> bool:
+    if not hasattr(zero, "_get_norm_groups"):  # `orders` compares by itself
+        return False
+    theirs = zero._get_norm_groups
+    parameters = [p for group in zero.fp16_groups for p in group]
+    whole = dist.get_world_size(zero.dp_process_group)
+    everywhere = all(
+        dist.get_world_size(getattr(p, "ds_process_group", zero.dp_process_group)) == whole for p in parameters
+    )
+    fused = not zero.offload_optimizer and not getattr(zero, "use_muon", False) and everywhere
+
+    def checked() -> Any:
+        if orders is not None:
+            orders.check(orders.numbers().cpu())
+        return theirs()
+
+    def norms() -> list[Tensor]:
+        """Of each group, over all ranks; on the host, -1 where it is not finite."""
+        sums = torch.stack([square_sum(zero.averaged_gradients[group]) for group in range(len(zero.fp16_groups))])
+        dist.all_reduce(sums, group=zero.dp_process_group)
+        of_ranks = torch.empty(0, dtype=torch.int64, device=sums.device) if orders is None else orders.numbers()
+        found = torch.cat([sums.view(torch.int64), of_ranks]).cpu()  # the step's one wait, bit for bit
+        if orders is not None:
+            orders.check(found[len(sums) :])
+        roots = found[: len(sums)].view(torch.float64).sqrt()
+        return list(torch.where(roots.isfinite(), roots, -1.0))
+
+    zero._get_norm_groups = norms if fused else checked
+    if fused:
+        zero.check_overflow = _no_overflow_yet(zero)
+    return fused
