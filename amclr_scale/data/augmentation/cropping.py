@@ -9,6 +9,7 @@ Digital Image Processing", 1981, has the bicubic filter; here a = -1/2, and it i
 """
 
 import math
+from collections.abc import Iterator, Sequence
 from functools import cache
 from typing import NamedTuple
 
@@ -122,76 +123,84 @@ def cropped(pixels: Tensor, cuts: Tensor, size: int) -> Tensor:
     """
     found = torch.empty(len(cuts), 3, size, size, dtype=torch.uint8, device=pixels.device)
     columns, rows, turned = (cuts[:, Cut._fields.index(name)] for name in ("columns", "rows", "turned"))
+    sides = (cuts[:, 2:4] - cuts[:, :2]).amax(1)  # of the crop, the longer one
+    taps = 2 * torch.ceil(_SUPPORT * (sides.double() / size).clamp(min=1)).long() + 1  # pixels that one is made of, at most
     with full_float32():
         for ones, turn in ((turned == 0, False), (turned != 0, True)):
             left = ones.nonzero()[:, 0]
             left = left[columns[left].argsort(stable=True)]
             left = left[rows[left].argsort(stable=True)]  # pictures of like shape together, which are padded least
-            while len(left):
-                padded = (one[left].cummax(0).values.clamp(min=size) for one in (rows, columns))
-                count = math.prod(padded) * torch.arange(1, len(left) + 1)
-                some = left[: max(1, int((count <= AT_ONCE).sum()))]
-                views = _resized(pixels, cuts[some], size)
-                found.index_copy_(0, to_device(some, pixels.device), views.transpose(2, 3) if turn else views)
-                left = left[len(some) :]
+            for some in _pieces(left, [2 * size * taps]):  # few of them, for every piece takes many small operations
+                where, weights = to_device(some, pixels.device), _Weights(cuts[some], size, taps[some], pixels.device)
+                shapes = rows[some].clamp(min=size), columns[some].clamp(min=size)
+                for part in _pieces(torch.arange(len(some)), shapes):
+                    own = slice(int(part[0]), int(part[-1]) + 1)
+                    views = weights.applied(pixels, own)
+                    found.index_copy_(0, where[own], views.transpose(2, 3) if turn else views)
     return found
 
 
-def _resized(pixels: Tensor, cuts: Tensor, size: int) -> Tensor:
-    rows, columns = (int(cuts[:, Cut._fields.index(name)].amax()) for name in ("rows", "columns"))
-    taps = [_taps(cuts[:, a], cuts[:, b], size) for a, b in ((0, 2), (1, 3))]
-    left, upper, right, lower, width, height, x, y, w, h, start, step, stride, _ = to_device(
-        cuts, pixels.device
-    ).unbind(1)
-    across = _coefficients((left, right, width, x), size, columns, taps[0])
-    down = _coefficients((upper, lower, height, y), size, rows, taps[1])
-    row = torch.arange(rows, device=pixels.device).minimum(h[:, None] - 1) * stride[:, None] + start[:, None]
-    column = torch.arange(columns, device=pixels.device).minimum(w[:, None] - 1) * step[:, None]
-    places = row[:, :, None] + column[:, None]  # what lies beyond a window has coefficients of 0
-    source = pixels.index_select(0, places.flatten()).view(*places.shape, 3).permute(0, 3, 1, 2)
-    source = source.to(torch.float32, memory_format=torch.contiguous_format)  # (n, 3, rows, columns)
-    lines = _rounded(source.flatten(1, 2) @ across.transpose(1, 2), 2)  # (n, 3 rows, size)
-    lines = lines.view(len(cuts), 3, rows, size).transpose(1, 2).flatten(2)  # (n, rows, 3 size)
-    return _rounded(down @ lines, 1).view(len(cuts), size, 3, size).transpose(1, 2).to(torch.uint8)
+def _pieces(rows: Tensor, factors: Sequence[Tensor]) -> Iterator[Tensor]:
+    """Rows, as many at a time as take no more than AT_ONCE numbers; each takes the product of the largest factors."""
+    while len(rows):
+        each = math.prod(factor[rows].cummax(0).values for factor in factors)
+        count = each * torch.arange(1, len(rows) + 1)
+        some = rows[: max(1, int((count <= AT_ONCE).sum()))]
+        yield some
+        rows = rows[len(some) :]
 
 
-def _taps(first: Tensor, last: Tensor, size: int) -> int:
-    """How many pixels one is made of at most."""
-    scale = max(int((last - first).amax()) / size, 1.0)
-    assert scale <= MOST_REDUCED
-    return 2 * math.ceil(_SUPPORT * scale) + 1
-
-
-def _coefficients(edges: tuple[Tensor, Tensor, Tensor, Tensor], size: int, pixels: int, taps: int) -> Tensor:
-    """(n, 2 size, pixels) float32 whole numbers: of each coefficient the upper part, and below all of these the lower.
+class _Weights:
+    """What Pillow weighs pixels with, for some cuts: coefficients along rows (0) and along columns (1).
 
     Args:
-        edges: each (n,): the crop's two edges, the pixels of the whole picture, and the window's first one.
-        pixels: of the longest window.
-        taps: how many of a row's are not 0, at most.
+        taps: pixels that one of the view's is made of, at most, of each cut.
     """
-    first, last, whole, start = (edge[:, None] for edge in edges)
-    n, device = len(first), first.device
-    scale = (last - first).double() / size
-    stretch = scale.clamp(min=1.0)
-    support = _SUPPORT * stretch
-    centre = first + (torch.arange(size, dtype=torch.float64, device=device) + 0.5) * scale  # (n, size)
-    low = (centre - support + 0.5).trunc().clamp(min=0)
-    high = (centre + support + 0.5).trunc().minimum(whole)
-    tap = torch.arange(taps, device=device)
-    pixel = low[..., None] + tap  # (n, size, taps)
-    inside = pixel < high[..., None]
-    weight = _bicubic((pixel - centre[..., None] + 0.5) * (1.0 / stretch)[..., None]) * inside
-    total = torch.zeros_like(centre)
-    for k in range(taps):  # in Pillow's order, which decides the last bit
-        total = total + weight[..., k]
-    weight = weight / total[..., None]
-    fixed = (weight * 2.0**_BITS + torch.where(weight < 0, -0.5, 0.5)).trunc()
-    upper = torch.floor((fixed + 2.0 ** (_LOW_BITS - 1)) * 2.0**-_LOW_BITS)
-    parts = torch.stack([upper, fixed - upper * 2.0**_LOW_BITS], 1).float().flatten(1, 2)  # (n, 2 size, taps)
-    place = torch.where(inside, pixel.long() - start[..., None], pixels)  # what is not inside goes behind the last
-    dense = torch.zeros(n, 2 * size, pixels + 1, device=device)
-    return dense.scatter_(2, place.repeat(1, 2, 1), parts)[..., :pixels]
+
+    def __init__(self, cuts: Tensor, size: int, taps: Tensor, device: torch.device):
+        assert int((cuts[:, 2:4] - cuts[:, :2]).amax()) <= MOST_REDUCED * size
+        self.size, self.shapes = size, cuts[:, [Cut._fields.index("rows"), Cut._fields.index("columns")]]
+        self._cuts = to_device(cuts, device)
+        first, last, whole, start = (self._cuts[:, at : at + 2].T[..., None] for at in (0, 2, 4, 6))  # (2, n, 1) each
+        scale = (last - first).double() / size
+        stretch = scale.clamp(min=1.0)
+        support = _SUPPORT * stretch
+        centre = first + (torch.arange(size, dtype=torch.float64, device=device) + 0.5) * scale  # (2, n, size)
+        low = (centre - support + 0.5).trunc().clamp(min=0)
+        high = (centre + support + 0.5).trunc().minimum(whole)
+        most = int(taps.amax())
+        pixel = low[..., None] + torch.arange(most, device=device)  # (2, n, size, taps)
+        inside = pixel < high[..., None]
+        weight = _bicubic((pixel - centre[..., None] + 0.5) * (1.0 / stretch)[..., None]) * inside
+        total = torch.zeros_like(centre)
+        for tap in weight.unbind(-1):  # in Pillow's order, which decides the last bit
+            total = total + tap
+        weight = weight / total[..., None]
+        fixed = (weight * 2.0**_BITS + torch.where(weight < 0, -0.5, 0.5)).trunc()
+        upper = torch.floor((fixed + 2.0 ** (_LOW_BITS - 1)) * 2.0**-_LOW_BITS)
+        # Whole numbers: of each coefficient the upper part, and behind all of these the lower; (2, n, 2 size, taps).
+        self._parts = torch.stack([upper, fixed - upper * 2.0**_LOW_BITS], 2).float().flatten(2, 3)
+        self._places = torch.where(inside, pixel.long() - start[..., None] + 1, 0)  # in the window, from 1
+
+    def _dense(self, axis: int, own: slice, pixels: int) -> Tensor:
+        """(m, 2 size, pixels) float32, of a window's pixels."""
+        places = self._places[axis, own].repeat(1, 2, 1)
+        dense = torch.zeros(*places.shape[:2], pixels + 1, device=places.device)  # the first one takes what is outside
+        return dense.scatter_(2, places, self._parts[axis, own])[..., 1:]
+
+    def applied(self, pixels: Tensor, own: slice) -> Tensor:
+        """The views of some of the cuts: (m, 3, size, size) uint8."""
+        rows, columns = self.shapes[own].amax(0).tolist()
+        across, down = self._dense(0, own, columns), self._dense(1, own, rows)
+        w, h, start, step, stride = (self._cuts[own, at, None] for at in range(8, 13))
+        row = torch.arange(rows, device=pixels.device).minimum(h - 1) * stride + start
+        column = torch.arange(columns, device=pixels.device).minimum(w - 1) * step
+        places = row[:, :, None] + column[:, None]  # what lies beyond a window has coefficients of 0
+        source = pixels.index_select(0, places.flatten()).view(*places.shape, 3).permute(0, 3, 1, 2)
+        source = source.to(torch.float32, memory_format=torch.contiguous_format)  # (m, 3, rows, columns)
+        lines = _rounded(source.flatten(1, 2) @ across.transpose(1, 2), 2)  # (m, 3 rows, size)
+        lines = lines.view(-1, 3, rows, self.size).transpose(1, 2).flatten(2)  # (m, rows, 3 size)
+        return _rounded(down @ lines, 1).view(-1, self.size, 3, self.size).transpose(1, 2).to(torch.uint8)
 
 
 def _bicubic(x: Tensor) -> Tensor:
