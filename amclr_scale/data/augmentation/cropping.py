@@ -124,7 +124,9 @@ def cropped(pixels: Tensor, cuts: Tensor, size: int) -> Tensor:
     found = torch.empty(len(cuts), 3, size, size, dtype=torch.uint8, device=pixels.device)
     columns, rows, turned = (cuts[:, Cut._fields.index(name)] for name in ("columns", "rows", "turned"))
     sides = (cuts[:, 2:4] - cuts[:, :2]).amax(1)  # of the crop, the longer one
-    taps = 2 * torch.ceil(_SUPPORT * (sides.double() / size).clamp(min=1)).long() + 1  # pixels that one is made of, at most
+    taps = (
+        2 * torch.ceil(_SUPPORT * (sides.double() / size).clamp(min=1)).long() + 1
+    )  # pixels that one is made of, at most
     with full_float32():
         for ones, turn in ((turned == 0, False), (turned != 0, True)):
             left = ones.nonzero()[:, 0]

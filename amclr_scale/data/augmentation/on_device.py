@@ -78,7 +78,8 @@ class DeviceViews:
             pixels = self._held if sent is None else sent.to(self.device, non_blocking=True)
             assert pixels is not None
             groups.append([cropped(pixels, staged.rows[view][first:end, :COLUMNS], self.size) for view in own])
-        cut = {view: torch.cat(parts) for view, parts in zip(own, zip(*groups, strict=True), strict=True)}
+        joined = groups[0] if len(groups) == 1 else map(torch.cat, zip(*groups, strict=True))
+        cut = dict(zip(own, joined, strict=True))
         made = list[Tensor]()
         for view, rows in enumerate(staged.rows):
             if view in self.of_base:

@@ -76,6 +76,9 @@ def test_batches_are_those_of_the_workers(shards, name):
     assert_same(joined([on("device", data, rank=rank, world_size=2) for rank in range(2)]), expected)
     if data.resident == "host":
         assert_same(on("workers", data.model_copy(update={"resident": "device"})), expected)
+    for ours, theirs in zip(on("device", data), expected, strict=True):
+        assert ours.given.keys() == theirs.given.keys()
+        assert all(torch.equal(ours.given[key], theirs.given[key]) for key in theirs.given)
     if "image_negatives" in CASES[name]:
         masks = torch.cat([batch.given["image_negative_mask"] for batch in expected])
         assert 0 < masks.sum() < masks.numel()
