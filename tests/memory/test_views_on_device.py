@@ -6,6 +6,7 @@ import torch
 from PIL import Image
 
 from amclr_scale.config.schema import ImageAugmentation
+from amclr_scale.data.augmentation import cropping
 from amclr_scale.data.augmentation.batched import AT_ONCE, BYTES_EACH, apply_all
 from amclr_scale.data.augmentation.on_device import DeviceViews, held_for_a_moment
 from amclr_scale.data.augmentation.plans import NAMES, Operation, encode, most_operations
@@ -14,9 +15,11 @@ from amclr_scale.data.randomness import Draws
 from amclr_scale.memory.tracker import Tracker
 
 
+@pytest.mark.parametrize("at_once", [cropping.AT_ONCE, 2**17])
 @pytest.mark.parametrize(("size", "sides"), [(32, (30, 60)), (48, (100, 300)), (64, (8, 20))])
-def test_what_making_views_holds_for_a_moment(size, sides):
-    """As large as batches of photographs make it: by the tracker, on this machine."""
+def test_what_making_views_holds_for_a_moment(size, sides, at_once, monkeypatch):
+    """As large as batches of photographs make it, also of pictures that are enlarged: by the tracker."""
+    monkeypatch.setattr(cropping, "AT_ONCE", at_once)
     recipe, random = ImageAugmentation(crop_scale=(0.5, 1), amclr=1.0, randaugment=(2, 9)), np.random.default_rng(0)
     shipment, rows = Shipment(size, most_operations(recipe), range(0)), []
     for i in range(512):

@@ -107,3 +107,15 @@ def test_a_pillow_that_resizes_otherwise_is_noticed(monkeypatch):
     monkeypatch.setattr(cropping, "_BITS", 12)
     with pytest.raises(UserError, match=r"data\.augment_on"):
         check_arithmetic()
+
+
+@pytest.mark.parametrize("scale", [0.01, 0.5, 1.0, 3.3, 40.0, cropping.MOST_REDUCED])
+def test_sums_of_whole_numbers_stay_below_what_float32_holds(scale):
+    """Whatever the pixels are, in whatever order they are added: that is why any device gives the same bytes."""
+    size, whole = 3, max(4, round(3 * scale))
+    box = (1, 0, max(2, whole - 1), max(1, whole - 2))
+    cut = torch.tensor([cut_of(box, whole, whole, size, (0, 0, whole, whole))])
+    taps = torch.tensor([2 * int(np.ceil(2 * max(scale, 1))) + 1])
+    parts = cropping._Weights(cut, size, taps, torch.device("cpu"))._parts
+    assert torch.equal(parts, parts.round())
+    assert parts.abs().sum(-1).max() * 255 < 2**24

@@ -13,7 +13,9 @@ from amclr_scale.config import schema
 from amclr_scale.config.checks import check
 from amclr_scale.config.load import load, recipe
 from amclr_scale.data.augmentation import on_device, shipping
+from amclr_scale.data.image_views import augmented_view, to_tensor
 from amclr_scale.data.loader import TrainLoader
+from amclr_scale.data.randomness import Draws
 from tests.data.shards import pair, settings, write_tar
 from tests.data.test_loader import assert_same, joined, take
 from tests.engine.test_waits import ASKING
@@ -98,6 +100,18 @@ def test_pictures_are_sent_or_views_of_them_and_the_batches_are_the_same(shards,
     assert sizes[0] == 8 * 3 * 64
     assert sizes[1] <= shipping.MOST_SENT * sizes[0]
     assert sizes[2] > 2 * sizes[1]
+
+
+def test_a_strip_of_few_pixels_that_is_too_long_is_sent_as_its_view():
+    """Its rows would have more pixels than sums without rounding can have."""
+    size, strip = 224, Image.fromarray(np.random.default_rng(0).integers(0, 256, (4, 45_000, 3), dtype=np.uint8))
+    recipe = schema.ImageAugmentation(crop_scale=(0.99, 1.0), crop_ratio=(11_000, 12_000))
+    shipment = shipping.Shipment(size, 1, range(0))
+    rows = shipment.rows([strip], [(recipe, Draws(3))])
+    assert len(shipment.pixels()) == size**2 < strip.width * strip.height < shipping.MOST_SENT * size**2
+    views = on_device.DeviceViews(size, torch.device("cpu"), range(0))
+    (found,) = views(views.stage([((torch.stack(rows),), shipment.pixels())]))
+    assert torch.equal(found[0], to_tensor(augmented_view(strip, size, recipe, Draws(3))))
 
 
 def test_workers_and_several_parts(shards, monkeypatch):
