@@ -11,11 +11,13 @@ from pathlib import Path
 from amclr_scale.config.schema import Config, Data
 from amclr_scale.data.formats.annotation_files import entries, kind_of, read_json
 from amclr_scale.data.formats.picture_files import is_hidden, is_picture
+from amclr_scale.data.formats.shards import shard_suffixes
 from amclr_scale.data.indexing import open_index
 from amclr_scale.data.names import known_as
 from amclr_scale.data.sources import INDEX_NAMES, shards_in
 
 SPLITS = "evaluation.splits"
+_INDEXES = tuple(Path(name).suffix for name in INDEX_NAMES)
 
 
 def measured_on(config: Config) -> Iterator[tuple[str, str]]:
@@ -43,6 +45,8 @@ def content_of(given: str, key: str, config: Config) -> str:
     if path.suffix in (".json", ".jsonl") and path.is_file() and not _is_index(path):
         root = config.evaluation.image_root
         return _hashed(_annotated(path, key, Path(root).expanduser() if root else path.parent, part or "test"))
+    if path.is_file() and not path.name.endswith((*shard_suffixes(), *_INDEXES)):  # of a format that was added
+        return _hashed([_digest(path)])
     if (path / "test").is_dir() and shards_in(path / "test"):  # first, as in evaluation/splits.py
         return _hashed(_benchmark(path, config.data, key))
     if path.is_dir() and not (any((path / name).is_file() for name in INDEX_NAMES) or shards_in(path)):

@@ -136,6 +136,7 @@ def prompts(file: Path) -> list[Callable[[], object]]:
     [
         (pictures, "p", "splits"), (annotated, "a.json", "splits"), (benchmark, "w", "splits"),
         (both, "v", "splits"),
+        (prompts, "own.list", "splits"),  # tests/commands/additions/split_format.py
         (prompts, "t.txt", "templates"), (prompts, "n.txt", "class_names"), (pictures, "q", "probes"),
     ],
 )  # fmt: skip
