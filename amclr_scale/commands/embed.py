@@ -30,7 +30,7 @@ import numpy.typing as npt
 
 import amclr_scale
 from amclr_scale.commands.words import check_at_least, check_place, command_parser, run_command
-from amclr_scale.data.formats.picture_files import find_pictures
+from amclr_scale.data.formats.picture_files import find_pictures, is_picture
 from amclr_scale.data.formats.shards import shard_suffixes
 from amclr_scale.data.names import short_names
 from amclr_scale.data.sources import INDEX_NAMES
@@ -248,6 +248,8 @@ def work(argv: list[str]) -> None:
         fix = f"shards are --shards {args.images}"
         if Path(args.images).is_file() and not args.images.endswith((*shard_suffixes(), *INDEX_NAMES)):
             fix = f"a file with a text on each line is --texts {args.images}"
+            if is_picture(Path(args.images)):
+                fix = "put the picture into one"
         raise UserError(f"--images: expected a folder, got {args.images}; {fix}")
     if args.out.suffix not in (".npy", ".parquet"):
         raise UserError(f"--out: expected a name that ends in .npy or .parquet, got {args.out}")

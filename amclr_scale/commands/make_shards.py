@@ -33,7 +33,7 @@ from amclr_scale.commands.words import check_at_least, command_parser, run_comma
 from amclr_scale.config import schema
 from amclr_scale.data.captions.accepted import limit_captions, words_of_nothing
 from amclr_scale.data.decoding import BadSampleError
-from amclr_scale.data.formats.encoding import Encoding, encode, picture_of
+from amclr_scale.data.formats.encoding import NOTHING_STORED, Encoding, encode, picture_of
 from amclr_scale.data.formats.tables import SEPARATORS
 from amclr_scale.data.formats.typed_tables import read_pictures
 from amclr_scale.data.indexes.entries import write_index
@@ -288,10 +288,11 @@ def finish(out: Path, read: int, written: int, unread: list[Reject]) -> None:
     )
     if not written:
         told = f"all {rejected:,} of {rejected:,} records were rejected{why}"
-        if 2 * kinds["no such image"] <= rejected:
+        found = [one["detail"] for one in map(json.loads, parts) if one["kind"] == "no such image"]
+        astray = [detail for detail in found if detail != NOTHING_STORED]
+        if 2 * len(astray) <= rejected:
             raise UserError(f"--annotations: {told}")
-        first = next(one["detail"] for one in map(json.loads, parts) if one["kind"] == "no such image")
-        raise UserError(f"--images: expected the folder that image paths start from; {told}, the first: {first}")
+        raise UserError(f"--images: expected the folder that image paths start from; {told}, the first: {astray[0]}")
     urls = [str(path.absolute()) for path in sorted(out.glob("*.tar"))]
     tables = [out.absolute() / "members" / f"{Path(url).name}.npz" for url in urls]
     write_index(out.absolute() / "index.json", out.name, build(urls, tables, make_storage(schema.Data())))

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -126,10 +127,11 @@ def how_to_make(name: str) -> str:
     from amclr_scale.data.indexing import IMAGE_EXTENSIONS  # which needs this module
 
     path, make = Path(name).expanduser(), "; make shards of it first: amclr-scale shards make"
+    shown = shlex.quote(str(path))
     if path.is_file() and path.suffix.lower() in _TABLES:
-        return f"{make} table --annotations {name} --images FOLDER --out SHARDS"
+        return f"{make} table --annotations {shown} --images FOLDER --out SHARDS"
     if path.is_dir() and any(one.suffix[1:].lower() in IMAGE_EXTENSIONS for one in islice(path.rglob("*"), _LOOKED_AT)):
-        return f"{make} folder --images {name} --out SHARDS"
+        return f"{make} folder --images {shown} --out SHARDS"
     return ""
 
 

@@ -103,6 +103,8 @@ def test_mistakes_are_told(folder, capsys):
     refused("index: expected NAME.npy with NAME.txt", search, "gone.npy", "x")
     (folder / "said.txt").write_text("a\nb\n")
     refused("a file with a text on each line is --texts said.txt", embed, "run", "said.txt")
+    (folder / "one.png").write_bytes(b"\x89PNG")
+    refused("put the picture into one", embed, "run", "one.png")
     refused("--out: said.npy would write names of rows over said.txt", embed, "run", "--texts", "said.txt",
             "--out", "said.npy")  # fmt: skip
     assert embed.main(["run", "--texts", "said.txt"]) == 0

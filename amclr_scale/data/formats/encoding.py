@@ -12,6 +12,7 @@ from amclr_scale.data.formats.typed_tables import StoredPicture
 from amclr_scale.data.indexing import IMAGE_EXTENSIONS
 from amclr_scale.data.ingestion import Record
 
+NOTHING_STORED = "neither bytes nor a path are stored"
 _WRITTEN = {"jpg": "JPEG", "webp": "WEBP", "png": "PNG", "ppm": "PPM", "bmp": "BMP"}
 _EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "JPEG2000": "jp2", "DIB": "bmp"}
 
@@ -37,7 +38,7 @@ def picture_of(record: Record, images: Path, stored: dict[StoredPicture, bytes |
         return held
     try:
         if held is None:
-            raise ValueError("neither bytes nor a path are stored")
+            raise ValueError(NOTHING_STORED)
         return (images / held).read_bytes()
     except (OSError, ValueError) as error:  # ValueError: also a name that no file can have
         raise BadSampleError("no such image", str(error)) from error

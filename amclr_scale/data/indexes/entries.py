@@ -13,6 +13,7 @@ On disk they are the `shardlist` JSON of the webdataset family, with more keys p
 import json
 import os
 import re
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -48,6 +49,10 @@ class Shard:
         return tuple((name, count >= self.num_samples) for name, count in found if count)
 
 
+class _AnnotationsError(UserError):
+    """What was given as an index holds annotations."""
+
+
 def read_entries(path: Path) -> list[dict[str, Any]]:
     """The shard list of an index file, checked for shape.
 
@@ -56,15 +61,17 @@ def read_entries(path: Path) -> list[dict[str, Any]]:
     """
     try:
         content = json.loads(path.read_text("utf-8"))
-        if isinstance(content, list) or (isinstance(content, dict) and "images" in content):
-            raise UserError(
+        if kind := _annotations_in(content):
+            raise _AnnotationsError(
                 f"{path}: expected an index (JSON with a `shardlist`), got what looks like annotations; make shards of "
-                f"them first: amclr-scale shards make annotations (or coco, karpathy) --annotations {path} --images "
-                "FOLDER --out SHARDS"
+                f"them first: amclr-scale shards make {kind} --annotations {shlex.quote(str(path))} --images FOLDER "
+                "--out SHARDS"
             )
         entries = content["shardlist"]
         for entry in entries:
             check_entry(entry)
+    except _AnnotationsError:  # in words already, and a ValueError
+        raise
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(
             f"{path}: expected an index (JSON with a `shardlist` of `url` and `nsamples`), got {error!r}; "
@@ -73,6 +80,15 @@ def read_entries(path: Path) -> list[dict[str, Any]]:
     if not entries:
         raise UserError(f"{path}: expected at least one shard in `shardlist`, got none")
     return list(entries)
+
+
+def _annotations_in(content: Any) -> str:
+    """What `shards make` calls annotations that somebody takes for an index; "" of anything else."""
+    if isinstance(content, list):
+        return "annotations"
+    if not isinstance(content, dict) or "images" not in content or "shardlist" in content:
+        return ""
+    return "coco" if "annotations" in content else "karpathy"
 
 
 def check_entry(entry: Any) -> None:

@@ -72,6 +72,19 @@ def test_a_folder_that_paths_do_not_start_from_is_what_is_told(
     assert make_shards([*make, "--images", str(folder), "--out", str(folder / "found")]) == 0
 
 
+def test_where_no_picture_is_stored_the_folder_of_images_is_not_to_blame(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pa, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    stored = pa.array([{"bytes": None, "path": None}] * 2, kind)
+    parquet.write_table(pa.table({"image": stored, "caption": ["a dog", "a cat"]}), tmp_path / "a.parquet")
+    make = ["table", "--annotations", str(tmp_path / "a.parquet"), "--out", str(tmp_path / "out")]
+    assert make_shards(make) == 2
+    told = capsys.readouterr().err.splitlines()[-1]
+    assert told == "--annotations: all 2 of 2 records were rejected (2 no such image; rejects.jsonl)"
+
+
 def test_a_sample_per_caption_is_counted_once(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     entries = [{"image": "0.png", "caption": ["one", "two"]}, {"image": "1.png", "caption": []}]
     (folder / "a.json").write_text(json.dumps(entries))

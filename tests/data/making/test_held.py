@@ -1,5 +1,6 @@
 """What people hold that is no shards yet is answered with the command that makes shards of it."""
 
+import shlex
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,10 @@ def test_a_folder_of_pictures_a_table_and_annotations_are_told_how_they_become_s
     for name in ("a.csv", "a.parquet", "a.jsonl", "a.doc"):
         (tmp_path / name).write_text("x")
     (tmp_path / "list.json").write_text('[{"image": "a.jpg", "caption": "x"}]')
-    (tmp_path / "coco.json").write_text('{"images": []}')
+    (tmp_path / "coco.json").write_text('{"images": [], "annotations": []}')
+    (tmp_path / "of karpathy.json").write_text('{"images": []}')
+    (tmp_path / "my photos").mkdir()
+    (tmp_path / "my photos" / "a.png").write_bytes(picture(0))
 
     def told(name: str) -> str:
         with pytest.raises(UserError) as refused:
@@ -31,6 +35,11 @@ def test_a_folder_of_pictures_a_table_and_annotations_are_told_how_they_become_s
     assert folder.endswith(f"shards make folder --images {tmp_path / 'photos'} {SHARDS}")
     for name in ("a.csv", "a.parquet", "a.jsonl"):
         assert told(name).endswith(f"shards make table --annotations {tmp_path / name} --images FOLDER {SHARDS}")
-    for name in ("list.json", "coco.json"):
-        assert f"shards make annotations (or coco, karpathy) --annotations {tmp_path / name}" in told(name)
+    assert told("my photos").endswith(f"shards make folder --images '{tmp_path / 'my photos'}' {SHARDS}")
+    for name, kind in {"list.json": "annotations", "coco.json": "coco", "of karpathy.json": "karpathy"}.items():
+        path = str(tmp_path / name)
+        assert told(name) == (
+            f"{path}: expected an index (JSON with a `shardlist`), got what looks like annotations; make shards of "
+            f"them first: amclr-scale shards make {kind} --annotations {shlex.quote(path)} --images FOLDER {SHARDS}"
+        )
     assert not [name for name in ("notes", "a.doc", "gone") if "shards make" in told(name)]

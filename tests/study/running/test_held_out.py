@@ -120,6 +120,12 @@ def benchmark(folder: Path) -> list[Callable[[], object]]:
     ]
 
 
+def both(folder: Path) -> list[Callable[[], object]]:
+    """Shards also beside `test`: it is measured on that alone, and on the names."""
+    write_shards(folder, [3], 70)
+    return benchmark(folder)
+
+
 def prompts(file: Path) -> list[Callable[[], object]]:
     file.write_text("a {}\n")
     return [lambda: file.write_text("the {}\n")]
@@ -129,6 +135,8 @@ def prompts(file: Path) -> list[Callable[[], object]]:
     ("make", "name", "key"),
     [
         (pictures, "p", "splits"), (annotated, "a.json", "splits"), (benchmark, "w", "splits"),
+        (both, "v", "splits"),
+        (prompts, "own.list", "splits"),  # tests/commands/additions/split_format.py
         (prompts, "t.txt", "templates"), (prompts, "n.txt", "class_names"), (pictures, "q", "probes"),
     ],
 )  # fmt: skip
@@ -146,3 +154,22 @@ def test_each_format_has_a_fingerprint_that_changes_with_it(
         change()
         found.append(content_of(str(path), f"evaluation.{key}", config))
     assert len(set(found)) == len(changes) + 1
+
+
+def test_what_no_evaluation_reads_stops_no_study(tmp_path: Path) -> None:
+    config = build({"data": {"train": "emoji/train"}, "train": {"epochs": 1}})
+
+    def content(folder: Path) -> str:
+        return content_of(str(folder), "evaluation.splits", config)
+
+    photos, shards = tmp_path / "photos", tmp_path / "shards"
+    pictures(photos)
+    (photos / "gone.txt").symlink_to("nowhere.txt")
+    (photos / "again").symlink_to(photos)
+    (photos / "class").mkdir()
+    (photos / "class" / "backup.tar").write_bytes(b"no shard")
+    assert content(photos) == content(photos)
+    benchmark(shards)
+    before = content(shards)
+    write_shards(shards / "train", [2], 30)
+    assert content(shards) == before
