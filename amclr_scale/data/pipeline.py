@@ -165,7 +165,7 @@ class Pipeline:
             captions.append(words)
             hard.append(wrong)
             for view, shows in zip(images, pixels, strict=True):
-                view[i] = 0 if shows is None else shows
+                view[i] = shows if shows is not None else shipment.blank() if self.on_device else 0
             shown.append([shows is not None for shows in pixels[1 + data.image_views :]])
         if features:
             images = tuple(features(view.numpy()) for view in images)
@@ -245,7 +245,7 @@ class Pipeline:
         shown = [held.picture(each) if held and each != sample else picture for each in sources]
         hard = self.hard_pictures.draw(content, self.seed, number, sample)
         if self.on_device:
-            wrong = [shipment.row_of_one(*found, data.augmentation) if found else shipment.blank() for found in hard]
+            wrong = [found and shipment.row_of_one(*found, data.augmentation) for found in hard]
             return [*shipment.rows(shown, recipes), *wrong]
         views, base = list[Image.Image | None](), None
         for source, recipe, own in zip(shown, self._recipes, draws, strict=True):
