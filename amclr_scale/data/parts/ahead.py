@@ -35,6 +35,7 @@ class Ahead(Generic[T]):
         found = self._ready.get()
         self._room.release()
         if isinstance(found, BaseException):
+            self._ready.put(found)  # nothing comes after it: who asks again is told again
             raise found
         return found
 
