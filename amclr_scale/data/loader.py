@@ -11,6 +11,7 @@ import warnings
 import weakref
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -164,10 +165,11 @@ class TrainLoader:
         if self._prefetcher:
             self._prefetcher.advance(self._step)
         self._step += 1
-        parts, joined = self._ahead.take() if self._ahead else self._put_together()
-        self._count([fault for part in parts for fault in part.faults])
-        self._count_repeated(parts)
-        batch = self._finished(joined)
+        with _told_of_dead_workers():  # torch tells the main thread, wherever that is
+            parts, joined = self._ahead.take() if self._ahead else self._put_together()
+            self._count([fault for part in parts for fault in part.faults])
+            self._count_repeated(parts)
+            batch = self._finished(joined)
         if self._parts.pipeline.on_device and self.data.image_views:  # a number that lies there until it is asked for
             self._repeated_there = self._repeated_there + count_repeated(batch.images[: 1 + self.data.image_views])
         return batch
@@ -237,16 +239,7 @@ class TrainLoader:
 
     def _next_part(self) -> Part:
         assert self._source is not None
-        try:
-            part = next(self._source)
-        except RuntimeError as error:
-            if not str(error).startswith("DataLoader worker"):
-                raise
-            raise UserError(
-                f"execution.workers: a worker process died ({error}); it may have run out of memory: lower "
-                "execution.workers, or give the machine more shared memory"
-            ) from error
-        return _good(part)
+        return _good(next(self._source))
 
     def _count(self, faults: list[Fault]) -> None:
         """Count and log unusable samples; stop when there are too many.
@@ -290,6 +283,25 @@ class TrainLoader:
         of_texts = self._seen * self.data.text_views
         if self._seen >= self._patience and of_texts and self._repeated["repeated_texts"] == of_texts:
             raise UserError(repeats(self._seen, self._parts.pipeline.text.further))
+
+
+@contextmanager
+def _told_of_dead_workers() -> Iterator[None]:
+    """Raises:
+    UserError: in place of torch's error about a worker.
+    """
+    try:
+        yield
+    except (RuntimeError, EOFError, ConnectionError) as error:  # the latter where it died while it was sending
+        words = str(error).strip() or type(error).__name__
+        if words.startswith("Caught") or (
+            isinstance(error, RuntimeError) and not words.startswith("DataLoader worker")
+        ):
+            raise
+        raise UserError(
+            f"execution.workers: a worker process died ({words}); it may have run out of memory: lower "
+            "execution.workers, or give the machine more shared memory"
+        ) from error
 
 
 def _good(part: Part | str) -> Part:

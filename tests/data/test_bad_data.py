@@ -9,6 +9,7 @@ import os
 import signal
 import struct
 import zlib
+from unittest import mock
 
 import numpy as np
 import psutil
@@ -263,12 +264,23 @@ def _die(_):
     os.kill(os.getpid(), signal.SIGKILL)  # as the kernel does when memory runs out
 
 
-def test_a_worker_that_is_killed_is_told(tmp_path):
+@pytest.mark.parametrize("in_thread", [False, True])
+def test_a_worker_that_is_killed_is_told(tmp_path, in_thread):
     write_tar(tmp_path / "0.tar", [m for i in range(40) for m in pair(i)])
-    loader = TrainLoader(settings(str(tmp_path)), seed=0, global_batch_size=8, workers=1)
+    loader = TrainLoader(settings(str(tmp_path)), seed=0, global_batch_size=8, workers=1, in_thread=in_thread)
     loader._parts.pipeline = _die
     with pytest.raises(UserError, match=r"execution\.workers: a worker process died"):
         next(loader)
+    loader.close()
+
+
+def test_a_worker_that_is_killed_while_it_sends_is_told(tmp_path, monkeypatch):
+    write_tar(tmp_path / "0.tar", [m for i in range(40) for m in pair(i)])
+    loader = TrainLoader(settings(str(tmp_path)), seed=0, global_batch_size=8)
+    for ended in (EOFError(), ConnectionResetError(104, "Connection reset by peer")):  # of torch's file descriptors
+        monkeypatch.setattr(loader, "_next_part", mock.Mock(side_effect=ended))
+        with pytest.raises(UserError, match=r"execution\.workers: a worker process died \(.*(EOFError|reset)"):
+            next(loader)
     loader.close()
 
 

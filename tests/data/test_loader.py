@@ -38,6 +38,7 @@ def assert_same(ours, theirs):
         torch.testing.assert_close(a.ids, b.ids, rtol=0, atol=0)
         for x, y in zip([*a.images, *a.texts], [*b.images, *b.texts], strict=True):
             torch.testing.assert_close(x, y, rtol=0, atol=0)
+        torch.testing.assert_close(a.given, b.given, rtol=0, atol=0)
 
 
 def joined(per_rank):
@@ -50,6 +51,7 @@ def joined(per_rank):
                 torch.cat([b.ids for b in batches]),
                 tuple(torch.cat([b.images[v] for b in batches]) for v in range(len(first.images))),
                 tuple(torch.cat([b.texts[v] for b in batches]) for v in range(len(first.texts))),
+                given={name: torch.cat([b.given[name] for b in batches]) for name in first.given},
             )
         )
     return steps

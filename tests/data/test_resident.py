@@ -11,7 +11,7 @@ from amclr_scale.config.checks import check
 from amclr_scale.data import loader
 from amclr_scale.data.decoding import BadSampleError
 from amclr_scale.data.loader import TrainLoader
-from amclr_scale.data.resident import store
+from amclr_scale.data.resident import pictures, store
 from amclr_scale.errors import UserError
 from tests.data.shards import pair, picture, settings, write_tar
 from tests.data.test_loader import assert_same, joined, take
@@ -111,14 +111,20 @@ def test_views_that_repeat_are_counted_on_the_device_too(damaged):
     assert shares[0] == shares[1] > 0.3
 
 
-def test_what_cannot_be_held_is_refused(tmp_path, damaged):
+def test_what_cannot_be_held_is_refused(tmp_path, damaged, monkeypatch):
     long = [member for i in range(8) for member in ((f"{i}.png", picture(i, (900, 2))), (f"{i}.txt", b"a line"))]
     write_tar(tmp_path / "long" / "0.tar", long)
 
     with pytest.raises(
-        UserError, match=r"data\.resident: device reduces sides of at most 800 pixels to 4, got 900; use"
+        UserError, match=r"data\.resident: expected pictures of .* = 800, .*, got 1,800 and 900; set data"
     ):
         take(settings(str(tmp_path / "long"), resident="device", image_size=4, max_bad_fraction=1.0), 1)
+    monkeypatch.setattr(pictures, "AT_ONCE", 3000)
+    write_tar(tmp_path / "large" / "0.tar", [("0.png", picture(0, (60, 51))), ("0.txt", b"a line")])
+    with pytest.raises(
+        UserError, match=r"data\.resident: expected pictures of at most 3,000 pixels, .*, got 3,060 and"
+    ):
+        take(settings(str(tmp_path / "large"), resident="device", lanes=1, max_bad_fraction=1.0), 1)
     config = schema.Config(data=settings(damaged, resident="host", stream=True))
     assert any(line.startswith("data.resident: expected none with data.stream") for line in check(config, 1))
 

@@ -10,7 +10,7 @@ from amclr_scale.data.augmentation import cropping
 from amclr_scale.data.augmentation.batched import AT_ONCE, BYTES_EACH, apply_all
 from amclr_scale.data.augmentation.on_device import DeviceViews, held_for_a_moment
 from amclr_scale.data.augmentation.plans import NAMES, Operation, encode, most_operations
-from amclr_scale.data.augmentation.shipping import Shipment
+from amclr_scale.data.augmentation.shipping import START, Shipment
 from amclr_scale.data.randomness import Draws
 from amclr_scale.memory.tracker import Tracker
 
@@ -30,6 +30,34 @@ def test_what_making_views_holds_for_a_moment(size, sides, at_once, monkeypatch)
     with Tracker("cpu") as tracker:
         made = sum(view.numel() for view in views(staged))
     assert tracker.peak <= 2 * made + staged.pixels[0].numel() + held_for_a_moment(512, size)
+
+
+@pytest.mark.parametrize("groups", [1, 4])
+@pytest.mark.parametrize(("further", "of_base"), [(0, False), (3, False), (3, True)])
+def test_of_several_views_no_more_than_one_is_there_twice(further, of_base, groups, monkeypatch):
+    """Batches that are large beside what is held for a moment; their pixels come at once, or a part at a time."""
+    monkeypatch.setattr("amclr_scale.data.augmentation.batched.AT_ONCE", 2**16)
+    monkeypatch.setattr("amclr_scale.data.augmentation.cropping.AT_ONCE", 2**14)
+    monkeypatch.setattr("amclr_scale.data.augmentation.on_device.AT_ONCE", 2**30 if groups == 1 else 1)
+    size, recipe, parts = 32, ImageAugmentation(crop_scale=(0.5, 1), flip=0.5, color_jitter=0.4), []
+    later, picture = range(1, 1 + further) if of_base else range(0), Image.new("RGB", (45, 40))
+    for part in range(groups):
+        shipment, samples = Shipment(size, most_operations(recipe), later), 1024 // groups
+        rows = [
+            shipment.rows([picture] * (1 + further), [(recipe, Draws(part, i, v)) for v in range(1 + further)])
+            for i in range(samples)
+        ]
+        views = [torch.stack(view) for view in zip(*rows, strict=True)]
+        for view in later:
+            views[view][:, START] += torch.arange(samples) * size**2
+        parts.append((tuple(views), shipment.pixels()))
+    views = DeviceViews(size, torch.device("cpu"), later)
+    staged = views.stage(parts)
+    views(staged)  # tables are made
+    with Tracker("cpu") as tracker:
+        made = sum(view.numel() for view in views(staged))
+    own = tracker.peak - tracker.at_peak[Tracker.FOUND]  # not what is on the host, beside a GPU
+    assert own <= made + held_for_a_moment(1024, size) + 2**20  # rows and places, few beside real batches
 
 
 @pytest.mark.parametrize("name", NAMES)

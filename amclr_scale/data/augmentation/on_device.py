@@ -21,7 +21,8 @@ def held_for_a_moment(samples: int, size: int) -> int:
     """Bytes, at most, beside the views themselves and the pixels that they are made of, while they are made."""
     pixels = min(cropping.AT_ONCE, samples * MOST_SENT * size**2)
     values = min(batched.AT_ONCE, samples * 3 * size**2)
-    return max(cropping.BYTES_EACH * pixels, batched.BYTES_EACH * values + samples * 3 * size**2)
+    one_view = samples * 3 * size**2  # before it is changed, or what it is cut out of
+    return max(cropping.BYTES_EACH * pixels, batched.BYTES_EACH * values) + one_view
 
 
 @dataclass(frozen=True)
@@ -72,19 +73,21 @@ class DeviceViews:
         return Staged(tuple(map(torch.cat, moved)), ends, pixels)
 
     def __call__(self, staged: Staged) -> tuple[Tensor, ...]:
+        shape = 3, self.size, self.size
         own = [view for view in range(len(staged.rows)) if view not in self.of_base]
-        groups = list[list[Tensor]]()
+        cut = {view: torch.empty(staged.ends[-1], *shape, dtype=torch.uint8, device=self.device) for view in own}
         for first, end, sent in zip([0, *staged.ends], staged.ends, staged.pixels, strict=False):
             pixels = self._held if sent is None else sent.to(self.device, non_blocking=True)
             assert pixels is not None
-            groups.append([cropped(pixels, staged.rows[view][first:end, :COLUMNS], self.size) for view in own])
-        joined = groups[0] if len(groups) == 1 else map(torch.cat, zip(*groups, strict=True))
-        cut = dict(zip(own, joined, strict=True))
+            for view in own:
+                cut[view][first:end] = cropped(pixels, staged.rows[view][first:end, :COLUMNS], self.size)
+            del pixels
         made = list[Tensor]()
         for view, rows in enumerate(staged.rows):
             if view in self.of_base:
                 base = made[0].permute(0, 2, 3, 1).reshape(-1, 3)
                 cut[view] = cropped(base, rows[:, :COLUMNS], self.size)
+                del base  # not held beside what follows
             made.append(apply_all(cut.pop(view), rows[:, COLUMNS:].unflatten(1, (-1, 3))))
         return tuple(made)
 

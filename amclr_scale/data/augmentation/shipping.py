@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from amclr_scale.config import schema
-from amclr_scale.data.augmentation.cropping import MOST_REDUCED, Cut, cut_of, window_of
+from amclr_scale.data.augmentation.cropping import AT_ONCE, MOST_REDUCED, Cut, cut_of, window_of
 from amclr_scale.data.augmentation.plans import Box, Operation, encode, plan_view
 from amclr_scale.data.randomness import Draws
 
@@ -102,7 +102,8 @@ class Shipment:
         left, upper = windows[:, :2].min(0).tolist()
         right, lower = windows[:, 2:].max(0).tolist()
         longest = max(max(box[2] - box[0], box[3] - box[1]) for box, _ in plans)
-        if (right - left) * (lower - upper) > MOST_SENT * len(plans) * size**2 or longest > MOST_REDUCED * size:
+        most = min(MOST_SENT * len(plans) * size**2, AT_ONCE)  # of which the device resizes at least one at a time
+        if (right - left) * (lower - upper) > most or longest > MOST_REDUCED * size:
             rows, whole = list[Tensor](), (0, 0, size, size)
             for box, operations in plans:
                 start = self._take(picture.resize((size, size), Image.Resampling.BICUBIC, box))

@@ -6,6 +6,7 @@ that has finished its step would wait for it. Copies run without Python's lock, 
 
 import queue
 import threading
+import weakref
 from collections.abc import Callable
 from typing import Generic, TypeVar
 
@@ -19,11 +20,13 @@ class Ahead(Generic[T]):
     """`take()` gives what `make()` returned, one call ahead; an error is raised where its result would be taken.
 
     Args:
-        make: called in the thread, again and again, one call after another.
+        make: a method, called in the thread, again and again, one call after another. Its object is not kept: when
+            nobody else has it any more, the thread ends.
     """
 
     def __init__(self, make: Callable[[], T]):
-        self._make, self._ready = make, queue.Queue[T | BaseException](1)
+        self._make, self._ready = weakref.WeakMethod(make), queue.Queue[T | BaseException](1)
+        weakref.finalize(make.__self__, self._end)  # type: ignore[attr-defined]
         self._ended = threading.Event()
         self._room = threading.Semaphore(1)  # one is made while none is waiting
         device = torch.cuda.current_device() if torch.cuda.is_initialized() else None
@@ -35,24 +38,30 @@ class Ahead(Generic[T]):
         found = self._ready.get()
         self._room.release()
         if isinstance(found, BaseException):
+            self._ready.put(found)  # nothing comes after it: who asks again is told again
             raise found
         return found
 
     def close(self) -> None:
         """Drop what is under way; returns when the thread has ended."""
+        self._end()
+        self._thread.join(_PATIENCE)
+
+    def _end(self) -> None:
         self._ended.set()
         self._room.release()
-        self._thread.join(_PATIENCE)
 
     def _run(self, device: int | None) -> None:
         if device is not None:
             torch.cuda.set_device(device)  # a thread begins at the first one, and pinning would open a context there
         while True:
             self._room.acquire()
-            if self._ended.is_set():
+            make = self._make()
+            if make is None or self._ended.is_set():
                 return
             try:
-                self._ready.put(self._make())
+                self._ready.put(make())
             except BaseException as error:  # told where it is waited for
                 self._ready.put(error)
                 return
+            del make  # and its object, while this waits

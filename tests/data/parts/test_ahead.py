@@ -1,7 +1,10 @@
 """Batches that are put together in a thread are the same ones, their errors are told in time, and it ends."""
 
+import gc
 import logging
+import multiprocessing
 import threading
+import time
 
 import pytest
 
@@ -74,8 +77,9 @@ def test_an_error_comes_with_the_batch_that_it_belongs_to(shards, monkeypatch):
 
     monkeypatch.setattr(ahead, "_next_part", third_fails)
     next(ahead), next(ahead)
-    with pytest.raises(UserError, match=r"data\.train: cannot be read"):
-        next(ahead)
+    for _ in range(2):  # also who asks again
+        with pytest.raises(UserError, match=r"data\.train: cannot be read"):
+            next(ahead)
     ahead.close()
     assert not threads()
 
@@ -87,18 +91,40 @@ def test_without_workers_there_is_no_thread(shards):
     plain.close()
 
 
+def test_a_loader_that_is_dropped_takes_its_thread_and_workers_with_it(shards):
+    dropped = TrainLoader(
+        settings(shards, max_bad_fraction=1.0), seed=0, global_batch_size=8, workers=1, in_thread=True
+    )
+    next(dropped)
+    thread, workers = dropped._ahead._thread, multiprocessing.active_children()
+    assert thread.is_alive()
+    assert workers
+    time.sleep(0.5)  # the next one is made, and waits
+    del dropped
+    gc.collect()
+    thread.join(20)
+    assert not thread.is_alive()
+    for worker in workers:
+        worker.join(20)
+        assert not worker.is_alive()
+
+
+class Counting:
+    def __init__(self):
+        self.made, self.going = [], threading.Event()
+
+    def make(self):
+        self.made.append(len(self.made))
+        self.going.set()
+        return self.made[-1]
+
+
 def test_one_is_made_while_one_waits_and_no_more():
-    made, going = [], threading.Event()
-
-    def make():
-        made.append(len(made))
-        going.set()
-        return made[-1]
-
-    ahead = Ahead(make)
+    counting = Counting()
+    made, ahead = counting.made, Ahead(counting.make)
     for number in range(5):
-        going.wait(5)
-        going.clear()
+        counting.going.wait(5)
+        counting.going.clear()
         threading.Event().wait(0.02)  # time for one too many
         assert made == list(range(number + 1))
         assert ahead.take() == number
