@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -44,6 +44,14 @@ log = logging.getLogger(__name__)
 _PART = 64  # samples; about 50 ms of work at 64 px and 0.3 s at 224 px
 _LOGGED_FAULTS = 20  # per kind; all are counted
 _FIRST = 1000  # max_bad_fraction is taken of at least so many samples, or one pass over a smaller data set
+
+
+class _Made(NamedTuple):
+    """A batch on the host, and what is to be told of it; its parts, in shared memory, are given back."""
+
+    faults: list[Fault]
+    repeated: Counter[str]
+    joined: Batch | tuple[Batch, Staged]
 
 
 _with_workers: weakref.WeakSet["TrainLoader"] = weakref.WeakSet()
@@ -126,7 +134,7 @@ class TrainLoader:
         self._parts = Parts(self.order, pipeline, (global_batch_size, rank, world_size), _PART)
         self._prefetcher: Prefetcher | None = None
         self._device_views: DeviceViews | None = None
-        self._ahead: Ahead[tuple[list[Part], Batch | tuple[Batch, Staged]]] | None = None
+        self._ahead: Ahead[_Made] | None = None
         if not self.index.shards.remote.any():
             self.notes = check_further_captions(pipeline, data, seed)
         elif data.resident == "none" and isinstance(self.order, Order):  # another order reads no remote shards
@@ -166,18 +174,21 @@ class TrainLoader:
             self._prefetcher.advance(self._step)
         self._step += 1
         with _told_of_dead_workers():  # torch tells the main thread, wherever that is
-            parts, joined = self._ahead.take() if self._ahead else self._put_together()
-            self._count([fault for part in parts for fault in part.faults])
-            self._count_repeated(parts)
-            batch = self._finished(joined)
+            made = self._ahead.take() if self._ahead else self._put_together()
+            self._count(made.faults)
+            self._count_repeated(made.repeated)
+            batch = self._finished(made.joined)
         if self._parts.pipeline.on_device and self.data.image_views:  # a number that lies there until it is asked for
             self._repeated_there = self._repeated_there + count_repeated(batch.images[: 1 + self.data.image_views])
         return batch
 
-    def _put_together(self) -> tuple[list[Part], Batch | tuple[Batch, Staged]]:
-        """The next batch's parts, and the batch as far as the host makes it; perhaps in a thread."""
+    def _put_together(self) -> "_Made":
+        """The next batch, as far as the host makes it; perhaps in a thread."""
         parts = [self._next_part() for _ in range(self._parts.parts_per_step)]
-        return parts, self._joined(parts)
+        faults, repeated = [fault for part in parts for fault in part.faults], Counter[str]()
+        for part in parts:
+            repeated.update(part.repeated)
+        return _Made(faults, repeated, self._joined(parts))
 
     def _hold(self) -> None:
         pipeline = self._parts.pipeline
@@ -272,14 +283,13 @@ class TrainLoader:
         found = self._repeated + Counter(repeated_images=int(self._repeated_there))
         return {name: found[name] / max(1, self._seen * n) for name, n in each.items() if n}
 
-    def _count_repeated(self, parts: list[Part]) -> None:
+    def _count_repeated(self, repeated: Counter[str]) -> None:
         """Count views that repeat another; stop where the texts do nothing else.
 
         Raises:
             UserError: all further texts of enough samples were repetitions.
         """
-        for part in parts:
-            self._repeated.update(part.repeated)
+        self._repeated.update(repeated)
         of_texts = self._seen * self.data.text_views
         if self._seen >= self._patience and of_texts and self._repeated["repeated_texts"] == of_texts:
             raise UserError(repeats(self._seen, self._parts.pipeline.text.further))
