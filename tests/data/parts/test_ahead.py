@@ -92,14 +92,16 @@ def test_without_workers_there_is_no_thread(shards):
 
 
 def test_a_loader_that_is_dropped_takes_its_thread_and_workers_with_it(shards):
+    others = multiprocessing.active_children()  # of other tests
     dropped = TrainLoader(
         settings(shards, max_bad_fraction=1.0), seed=0, global_batch_size=8, workers=1, in_thread=True
     )
     next(dropped)
-    thread, workers = dropped._ahead._thread, multiprocessing.active_children()
+    thread, workers = dropped._ahead._thread, [one for one in multiprocessing.active_children() if one not in others]
     assert thread.is_alive()
-    assert workers
-    time.sleep(0.5)  # the next one is made, and waits
+    assert len(workers) == 1
+    while not dropped._ahead._ready.full():  # the next one is made, and waits
+        time.sleep(0.02)
     del dropped
     gc.collect()
     thread.join(20)
