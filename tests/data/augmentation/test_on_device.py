@@ -13,12 +13,13 @@ from amclr_scale.config import schema
 from amclr_scale.config.checks import check
 from amclr_scale.config.load import load, recipe
 from amclr_scale.data.augmentation import on_device, shipping
-from amclr_scale.data.image_views import augmented_view, to_tensor
+from amclr_scale.data.image_views import augmented_view, count_repeated, to_tensor
 from amclr_scale.data.loader import TrainLoader
 from amclr_scale.data.randomness import Draws
 from tests.data.shards import pair, settings, write_tar
 from tests.data.test_loader import assert_same, joined, take
 from tests.engine.test_waits import ASKING
+from tests.pretended_device import DEVICE, accelerator
 
 EVERYTHING = schema.ImageAugmentation(
     crop_scale=(0.1, 1.0), randaugment=(2, 9), color_jitter=0.4, grayscale=0.3, amclr=0.5, amclr_strength=1.5
@@ -151,6 +152,23 @@ def test_the_device_is_not_asked(shards):
         loader._device_views(staged)
     loader.close()
     assert not noting.asked
+
+
+@pytest.mark.parametrize("name", ["views of the image", "views of the base view", "wrong pictures"])
+def test_no_tensor_of_the_host_meets_one_of_the_device(shards, name):
+    """On a pretended accelerator, which refuses what a GPU does."""
+    data = settings(shards, max_bad_fraction=1.0, augment_on="device", **CASES[name])
+    loader = TrainLoader(data, seed=0, global_batch_size=8)
+    expected, part, of_base = next(loader).images, loader._parts[0], loader._parts.pipeline.of_base
+    loader.close()
+    with accelerator():
+        views = on_device.DeviceViews(8, DEVICE, of_base)
+        found = views(views.stage([(part.images, part.pixels)]))
+        assert all(view.device == DEVICE for view in found)
+        repeated = int(count_repeated(found[: 1 + data.image_views]))
+        here = [view.cpu() for view in found]
+    assert repeated == int(count_repeated(expected[: 1 + data.image_views]))
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(here, expected, strict=True))
 
 
 def test_views_that_repeat_are_counted(shards):
