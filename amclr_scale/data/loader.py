@@ -169,7 +169,7 @@ class TrainLoader:
         if self._source is None:
             self._source = self._start()  # workers are forked before any thread is started
             if self._workers and (torch.cuda.is_initialized() if self._in_thread is None else self._in_thread):
-                self._ahead = Ahead(self._put_together)
+                self._ahead = Ahead(self, TrainLoader._put_together)
         if self._prefetcher:
             self._prefetcher.advance(self._step)
         self._step += 1

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from amclr_scale.addresses import masked
 from amclr_scale.config import schema
+from amclr_scale.data.augmentation.cropping import START
 from amclr_scale.data.augmentation.plans import most_operations
-from amclr_scale.data.augmentation.shipping import COLUMNS, START, Shipment
+from amclr_scale.data.augmentation.shipping import COLUMNS, Shipment
 from amclr_scale.data.beside.features import open_features
 from amclr_scale.data.beside.hard_pictures import HardPictures
 from amclr_scale.data.beside.paraphrases import ParaphraseReader

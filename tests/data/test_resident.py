@@ -98,19 +98,6 @@ def test_it_is_decoded_once_for_all_runs_of_the_same_data(damaged, monkeypatch):
         take(data, 1)
 
 
-def test_views_that_repeat_are_counted_on_the_device_too(damaged):
-    same = schema.ImageAugmentation(crop_scale=(1, 1), crop_ratio=(1, 1), flip=0.5)
-    shares = []
-    for held in ("none", "device"):
-        data = settings(damaged, max_bad_fraction=1.0, resident=held, image_views=1, augmentation=same)
-        batches = TrainLoader(data, seed=0, global_batch_size=8)
-        for _ in range(5):
-            next(batches)
-        shares.append(batches.repeated()["repeated_images"])
-        batches.close()
-    assert shares[0] == shares[1] > 0.3
-
-
 def test_what_cannot_be_held_is_refused(tmp_path, damaged, monkeypatch):
     long = [member for i in range(8) for member in ((f"{i}.png", picture(i, (900, 2))), (f"{i}.txt", b"a line"))]
     write_tar(tmp_path / "long" / "0.tar", long)

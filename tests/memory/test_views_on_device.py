@@ -8,9 +8,10 @@ from PIL import Image
 from amclr_scale.config.schema import ImageAugmentation
 from amclr_scale.data.augmentation import cropping
 from amclr_scale.data.augmentation.batched import AT_ONCE, BYTES_EACH, apply_all
+from amclr_scale.data.augmentation.cropping import START
 from amclr_scale.data.augmentation.on_device import DeviceViews, held_for_a_moment
 from amclr_scale.data.augmentation.plans import NAMES, Operation, encode, most_operations
-from amclr_scale.data.augmentation.shipping import START, Shipment
+from amclr_scale.data.augmentation.shipping import Shipment
 from amclr_scale.data.randomness import Draws
 from amclr_scale.memory.tracker import Tracker
 

@@ -13,7 +13,11 @@ from amclr_scale.config.load import dump, load, recipe_hash
 from amclr_scale.evaluation.items import FILE, save_items
 from amclr_scale.evaluation.numbers import number
 from amclr_scale.evaluation.run import flatten
+from amclr_scale.study.planning.cells import base_tree, make_cells
+from amclr_scale.study.planning.load import load_plan
 from amclr_scale.study.planning.plan import RANKS
+from amclr_scale.study.running.corpora import check_corpora, keep_corpora
+from amclr_scale.study.running.folder import StudyFolder
 
 SPLIT = "emoji/val_style"
 KEYS = [f"{SPLIT}/image_to_text_R@1", f"{SPLIT}/text_to_image_R@1"]
@@ -201,3 +205,15 @@ def _write_probe(run: Path, arm: str, batch: int, seed: int) -> None:
         for samples in range(2048, SAMPLES + 1, 2048):
             record = {"step": samples // batch, "samples": samples, **probed(arm, batch, seed, samples)}
             file.write(json.dumps(record) + "\n")
+
+
+def begin(file: Path, words: Sequence[str]) -> Path:
+    """The run folder of the first cell of a plan, which is at work."""
+    plan = load_plan(file, words)
+    folder, cells = StudyFolder(plan.place), make_cells(plan, base_tree(plan), 8.0)
+    folder.write(plan, base_tree(plan), cells)
+    keep_corpora(folder, check_corpora(plan, folder, cells))
+    run = folder.runs / cells[0].name
+    run.mkdir()
+    (run / "config.yaml").write_text(f"# recipe {cells[0].recipe_hash}\n")
+    return run

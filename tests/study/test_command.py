@@ -17,7 +17,7 @@ from amclr_scale.study.running.folder import StudyFolder
 from amclr_scale.study.running.margin import check_margin
 from amclr_scale.study.running.preview import hours
 from tests.data.shards import write_shards
-from tests.study.synthetic import make_study
+from tests.study.synthetic import begin, make_study
 from tests.study.test_plan import PLAN
 
 KEY = "emoji/val_style/image_to_text_R@1"
@@ -133,13 +133,7 @@ def begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     file = tmp_path / "tiny.yaml"
     file.write_text(PLAN + f"folder: {tmp_path / 'study'}\n")
     monkeypatch.chdir(tmp_path / "one")
-    plan = load_plan(file, FROM_HERE)
-    folder, cells = StudyFolder(plan.place), make_cells(plan, base_tree(plan), 8.0)
-    folder.write(plan, base_tree(plan), cells)
-    keep_corpora(folder, check_corpora(plan, folder, cells))
-    run = folder.runs / cells[0].name
-    run.mkdir()
-    (run / "config.yaml").write_text(f"# recipe {cells[0].recipe_hash}\n")
+    begin(file, FROM_HERE)
     return file
 
 

@@ -25,7 +25,7 @@ from amclr_scale.errors import UserError
 from amclr_scale.precision import full_float32
 
 MOST_REDUCED = 200  # how many times as long as a view's side that of a crop may be
-_BITS = 22
+BITS = 22  # of the fraction of coefficients
 _LOW_BITS = 7  # of a coefficient's lower part: sums of 2^10 products of 2^6 with 2^8, and of 2^15 x 1.3 with 2^8
 _SUPPORT = 2.0  # of the filter
 AT_ONCE = 1 << 22  # pixels, with what smaller pictures are padded by
@@ -49,6 +49,9 @@ class Cut(NamedTuple):
     step: int
     stride: int
     turned: bool
+
+
+START = Cut._fields.index("start")
 
 
 @cache
@@ -178,13 +181,13 @@ class _Weights:
         for tap in weight.unbind(-1):  # in Pillow's order, which decides the last bit
             total = total + tap
         weight = weight / total[..., None]
-        fixed = (weight * 2.0**_BITS + torch.where(weight < 0, -0.5, 0.5)).trunc()
+        fixed = (weight * 2.0**BITS + torch.where(weight < 0, -0.5, 0.5)).trunc()
         upper = torch.floor((fixed + 2.0 ** (_LOW_BITS - 1)) * 2.0**-_LOW_BITS)
         # Whole numbers: of each coefficient the upper part, and behind all of these the lower; (2, n, 2 size, taps).
         self._parts = torch.stack([upper, fixed - upper * 2.0**_LOW_BITS], 2).float().flatten(2, 3)
         self._places = torch.where(inside, pixel.long() - start[..., None] + 1, 0)  # in the window, from 1
 
-    def _dense(self, axis: int, own: slice, pixels: int) -> Tensor:
+    def dense(self, axis: int, own: slice, pixels: int) -> Tensor:
         """(m, 2 size, pixels) float32, of a window's pixels."""
         places = self._places[axis, own].repeat(1, 2, 1)
         dense = torch.zeros(*places.shape[:2], pixels + 1, device=places.device)  # the first one takes what is outside
@@ -193,7 +196,7 @@ class _Weights:
     def applied(self, pixels: Tensor, own: slice) -> Tensor:
         """The views of some of the cuts: (m, 3, size, size) uint8."""
         rows, columns = self.shapes[own].amax(0).tolist()
-        across, down = self._dense(0, own, columns), self._dense(1, own, rows)
+        across, down = self.dense(0, own, columns), self.dense(1, own, rows)
         w, h, start, step, stride = (self._cuts[own, at, None] for at in range(8, 13))
         row = torch.arange(rows, device=pixels.device).minimum(h - 1) * stride + start
         column = torch.arange(columns, device=pixels.device).minimum(w - 1) * step
@@ -203,6 +206,17 @@ class _Weights:
         lines = _rounded(source.flatten(1, 2) @ across.transpose(1, 2), 2)  # (m, 3 rows, size)
         lines = lines.view(-1, 3, rows, self.size).transpose(1, 2).flatten(2)  # (m, rows, 3 size)
         return _rounded(down @ lines, 1).view(-1, self.size, 3, self.size).transpose(1, 2).to(torch.uint8)
+
+
+def coefficients(cut: Cut, size: int) -> Tensor:
+    """(size, width) float64 whole numbers, on the host: of the pixels in a row, for each of the view's."""
+    rows = torch.tensor([cut])
+    taps = 2 * math.ceil(_SUPPORT * max((cut.right - cut.left) / size, 1.0)) + 1
+    weights = _Weights(rows, size, torch.tensor([taps]), rows.device)
+    upper, lower = weights.dense(0, slice(0, 1), cut.columns)[0].double().chunk(2)
+    found = torch.zeros(size, cut.width, dtype=torch.float64)
+    found[:, cut.x : cut.x + cut.columns] = upper * 2.0**_LOW_BITS + lower
+    return found
 
 
 def _bicubic(x: Tensor) -> Tensor:
@@ -215,5 +229,5 @@ def _bicubic(x: Tensor) -> Tensor:
 def _rounded(sums: Tensor, dim: int) -> Tensor:
     """From sums of upper parts, and behind them of lower ones, to float32 of 8 bits."""
     upper, lower = sums.to(torch.int32).chunk(2, dim)
-    fixed = (upper << _LOW_BITS) + lower + (1 << (_BITS - 1))
-    return (fixed >> _BITS).clamp_(0, 255).float()
+    fixed = (upper << _LOW_BITS) + lower + (1 << (BITS - 1))
+    return (fixed >> BITS).clamp_(0, 255).float()

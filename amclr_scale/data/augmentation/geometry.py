@@ -5,8 +5,8 @@
 * Sharpness blends with a smoothed picture, whose weights 1 and 5 over 13 are integers; thirteenths never end in a half,
   so that Pillow's float32 sums round as integers do.
 * Blur is integers by definition (`definitions`).
-* The enlarged central crop is two products with matrices in Pillow's fixed point (multiples of 2**-22), rounded to
-  eight bits after each; in float64 these sums are exact in any order.
+* The enlarged central crop is two products with a matrix of Pillow's coefficients (`cropping`), rounded to eight bits
+  after each; in float64 these sums are exact in any order.
 """
 
 from collections.abc import Callable
@@ -18,12 +18,11 @@ from PIL import Image
 from torch import Tensor
 
 from amclr_scale.data.augmentation.colours import blend
+from amclr_scale.data.augmentation.cropping import BITS, coefficients, cut_of
 from amclr_scale.data.augmentation.definitions import BLUR_BITS, blur_weights, central_box
 from amclr_scale.data.augmentation.pictures import apply
 from amclr_scale.data.augmentation.plans import Operation
-from amclr_scale.data.augmentation.tables import Rows, on_device, to_levels
-
-_RESAMPLING_BITS = 22
+from amclr_scale.data.augmentation.tables import Rows, on_device, to_device, to_levels
 
 
 def nearest(name: str) -> Callable[[Tensor, Rows], Tensor]:
@@ -92,24 +91,12 @@ def central_crop(pictures: Tensor, rows: Rows) -> Tensor:
 
 def _rounded(sums: Tensor) -> Tensor:
     """From fixed point to levels, half up."""
-    half, unit = 2.0 ** (_RESAMPLING_BITS - 1), 2.0**-_RESAMPLING_BITS
+    half, unit = 2.0 ** (BITS - 1), 2.0**-BITS
     return sums.add_(half).mul_(unit).floor_().clamp_(0, 255)
 
 
 @lru_cache(maxsize=64)
 def _enlargement(side: int, stays: float, device: torch.device) -> Tensor:
-    """(side, side) float64: bicubic weights of a central box's pixels, in units of 2**-22.
-
-    Keys, "Cubic Convolution Interpolation for Digital Image Processing", 1981, with a = -1/2.
-    """
-    first, _, last, _ = central_box(side, stays)
-    scale = (last - first) / side  # at most 1: the filter keeps its width of two pixels to either side
-    place, pixel = np.arange(side, dtype=np.float64)[:, None], np.arange(side, dtype=np.float64)
-    centre = first + (place + 0.5) * scale
-    inside = (pixel >= np.trunc(centre - 2.0 + 0.5)) & (pixel < np.trunc(centre + 2.0 + 0.5))
-    x = np.abs(pixel - centre + 0.5)
-    near = (1.5 * x - 2.5) * x * x + 1
-    far = (((x - 5) * x + 8) * x - 4) * -0.5
-    weight = np.where(x < 1, near, np.where(x < 2, far, 0.0)) * inside
-    weight /= np.cumsum(weight, 1)[:, -1:]  # summed in Pillow's order
-    return on_device(np.trunc(weight * 2**_RESAMPLING_BITS + np.where(weight < 0, -0.5, 0.5)), device)
+    """(side, side) float64: bicubic weights of a central box's pixels, in units of 2**-22."""
+    cut = cut_of(central_box(side, stays), side, side, side, (0, 0, side, side))
+    return to_device(coefficients(cut, side), device)

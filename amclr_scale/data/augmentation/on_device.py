@@ -9,8 +9,8 @@ from torch import Tensor
 
 from amclr_scale.data.augmentation import batched, cropping
 from amclr_scale.data.augmentation.batched import apply_all
-from amclr_scale.data.augmentation.cropping import check_arithmetic, cropped
-from amclr_scale.data.augmentation.shipping import COLUMNS, MOST_SENT, START
+from amclr_scale.data.augmentation.cropping import START, check_arithmetic, cropped
+from amclr_scale.data.augmentation.shipping import COLUMNS, MOST_SENT
 
 AT_ONCE = 1 << 27  # bytes of sent pixels on the device at a time, or the few more of one part
 

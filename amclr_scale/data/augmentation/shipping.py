@@ -18,7 +18,6 @@ from amclr_scale.data.augmentation.plans import Box, Operation, encode, plan_vie
 from amclr_scale.data.randomness import Draws
 
 COLUMNS = len(Cut._fields)
-START = Cut._fields.index("start")
 MOST_SENT = 4  # times the pixels of its views; of a larger picture the worker sends its views, resized there
 
 Plan = tuple[Box, list[Operation]]

@@ -8,25 +8,27 @@ import queue
 import threading
 import weakref
 from collections.abc import Callable
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 
 T = TypeVar("T")
+Owner = TypeVar("Owner")
 _PATIENCE = 30.0  # seconds until one that does not end is left behind
 
 
 class Ahead(Generic[T]):
-    """`take()` gives what `make()` returned, one call ahead; an error is raised where its result would be taken.
+    """`take()` gives what `make(owner)` returned, one call ahead; an error is raised where its result would be taken.
 
     Args:
-        make: a method, called in the thread, again and again, one call after another. Its object is not kept: when
-            nobody else has it any more, the thread ends.
+        owner: is not kept: when nobody else has it any more, the thread ends.
+        make: called in the thread, again and again, one call after another.
     """
 
-    def __init__(self, make: Callable[[], T]):
-        self._make, self._ready = weakref.WeakMethod(make), queue.Queue[T | BaseException](1)
-        weakref.finalize(make.__self__, self._end)  # type: ignore[attr-defined]
+    def __init__(self, owner: Owner, make: Callable[[Owner], T]):
+        self._owner, self._ready = weakref.ref(owner), queue.Queue[T | BaseException](1)
+        self._make: Callable[[Any], T] = make
+        weakref.finalize(owner, self._end)
         self._ended = threading.Event()
         self._room = threading.Semaphore(1)  # one is made while none is waiting
         device = torch.cuda.current_device() if torch.cuda.is_initialized() else None
@@ -56,12 +58,12 @@ class Ahead(Generic[T]):
             torch.cuda.set_device(device)  # a thread begins at the first one, and pinning would open a context there
         while True:
             self._room.acquire()
-            make = self._make()
-            if make is None or self._ended.is_set():
+            owner = self._owner()
+            if owner is None or self._ended.is_set():
                 return
             try:
-                self._ready.put(make())
+                self._ready.put(self._make(owner))
             except BaseException as error:  # told where it is waited for
                 self._ready.put(error)
                 return
-            del make  # and its object, while this waits
+            del owner  # not held while this waits

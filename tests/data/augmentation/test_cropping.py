@@ -104,7 +104,7 @@ def test_a_pillow_that_resizes_otherwise_is_noticed(monkeypatch):
         ):
             check_arithmetic()
     monkeypatch.undo()
-    monkeypatch.setattr(cropping, "_BITS", 12)
+    monkeypatch.setattr(cropping, "BITS", 12)
     with pytest.raises(UserError, match=r"data\.augment_on"):
         check_arithmetic()
 

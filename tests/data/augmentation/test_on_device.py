@@ -174,14 +174,14 @@ def test_no_tensor_of_the_host_meets_one_of_the_device(shards, name):
 def test_views_that_repeat_are_counted(shards):
     same = schema.ImageAugmentation(crop_scale=(1, 1), flip=0.5)
     shares = []
-    for place in ("workers", "device"):
-        data = settings(shards, max_bad_fraction=1.0, augment_on=place, image_views=1, augmentation=same)
+    for place in ({}, {"augment_on": "device"}, {"resident": "device"}):
+        data = settings(shards, max_bad_fraction=1.0, image_views=1, augmentation=same, **place)
         loader = TrainLoader(data, seed=0, global_batch_size=8)
         for _ in range(5):
             next(loader)
         shares.append(loader.repeated()["repeated_images"])
         loader.close()
-    assert shares[0] == shares[1] > 0.3
+    assert shares[0] == shares[1] == shares[2] > 0.3
 
 
 def test_it_is_no_part_of_the_recipe():

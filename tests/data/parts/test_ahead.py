@@ -123,7 +123,7 @@ class Counting:
 
 def test_one_is_made_while_one_waits_and_no_more():
     counting = Counting()
-    made, ahead = counting.made, Ahead(counting.make)
+    made, ahead = counting.made, Ahead(counting, Counting.make)
     for number in range(5):
         counting.going.wait(5)
         counting.going.clear()

@@ -9,12 +9,10 @@ import pytest
 
 from amclr_scale.commands.study import main
 from amclr_scale.config.load import build
-from amclr_scale.study.planning.cells import base_tree, make_cells
-from amclr_scale.study.planning.load import load_plan
-from amclr_scale.study.running.corpora import FILE, check_corpora, keep_corpora
-from amclr_scale.study.running.folder import StudyFolder
+from amclr_scale.study.running.corpora import FILE
 from amclr_scale.study.running.held_out import content_of, measured_on
 from tests.data.shards import picture, write_shards
+from tests.study.synthetic import begin
 from tests.study.test_plan import PLAN
 
 WORDS = [
@@ -31,14 +29,7 @@ def begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Path]:
     file = tmp_path / "tiny.yaml"
     file.write_text(PLAN + f"folder: {tmp_path / 'study'}\n")
     monkeypatch.chdir(tmp_path)
-    plan = load_plan(file, WORDS)
-    folder, cells = StudyFolder(plan.place), make_cells(plan, base_tree(plan), 8.0)
-    folder.write(plan, base_tree(plan), cells)
-    keep_corpora(folder, check_corpora(plan, folder, cells))
-    run = folder.runs / cells[0].name
-    run.mkdir()
-    (run / "config.yaml").write_text(f"# recipe {cells[0].recipe_hash}\n")
-    return file, run
+    return file, begin(file, WORDS)
 
 
 def finish(run: Path) -> None:
